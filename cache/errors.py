@@ -1,21 +1,22 @@
 """Every error that a cache can raise.
 
-    CacheError
-    ├── NotACacheError            (FileNotFoundError)   no cache at this path
-    ├── IncompleteCacheError                            a harvest has not finished here
-    ├── CorruptCacheError                               a file is missing, damaged or of another size
-    │   └── MissingFileError      (FileNotFoundError)
-    ├── UnsupportedFormatError                          a format or version that this code does not know
-    ├── CacheMismatchError                              the folder holds a cache of something else
-    ├── CacheExistsError          (FileExistsError)     the folder holds something that is not a cache
-    ├── CacheLockedError                                another process writes here now
-    ├── ConcurrentWriteError                            another process wrote the same shard in spite of the lock
-    ├── SpecError                 (ValueError)          a cache that cannot be: names, sizes, dtypes
-    ├── BadRowsError              (ValueError)          rows that break the writer's contract
-    ├── BadActivationError        (ValueError)          NaN, Inf, or a value that the storage dtype cannot hold
-    ├── DiskFullError             (OSError)             no space left while writing
-    ├── UnknownNameError          (KeyError)            no hook point, column or shard of this name
-    └── RowLookupError            (LookupError)         what was asked of a row is not stored
+CacheError
+├── NotACacheError            (FileNotFoundError)   no cache at this path
+├── IncompleteCacheError                            a harvest has not finished here
+├── CorruptCacheError                               a file is missing, damaged or of another size
+│   └── MissingFileError      (FileNotFoundError)
+├── UnsupportedFormatError                          a format or version that this code does not know
+├── CacheMismatchError                              the folder holds a cache of something else
+├── CacheExistsError          (FileExistsError)     the folder holds something that is not a cache
+├── CacheLockedError                                another process writes here now
+├── ConcurrentWriteError                            another process wrote the same shard in spite of the lock
+├── SpecError                 (ValueError)          a cache that cannot be: names, sizes, dtypes
+├── BadRowsError              (ValueError)          rows that break the writer's contract
+├── BadActivationError        (ValueError)          NaN, Inf, or a value that the storage dtype cannot hold
+├── DiskFullError             (OSError)             no space left while writing
+├── SelectionError           (ValueError)          filters, holdout or batch size that leave nothing to deliver
+├── UnknownNameError          (KeyError)            no hook point, column or shard of this name
+└── RowLookupError            (LookupError)         what was asked of a row is not stored
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class BadRowsError(CacheError, ValueError):
     """The rows handed to the writer break its contract (shapes, order, whole windows)."""
 
 
+class SelectionError(CacheError, ValueError):
+    """The rows that a loader is asked for are not there: its filters, holdout, batch size or state do not fit."""
+
+
 class UnknownNameError(CacheError, KeyError):
     """No hook point, column or shard of this name."""
 
@@ -84,10 +89,14 @@ class CacheMismatchError(CacheError):
 
     def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]], suggestion: str) -> None:
         self.path, self.differences, self.suggestion = path, dict(differences), suggestion
-        lines = [f"  {name}: the cache has {have!r}, this command wants {want!r}"
-                 for name, (have, want) in self.differences.items()]
+        lines = [
+            f"  {name}: the cache has {have!r}, this command wants {want!r}"
+            for name, (have, want) in self.differences.items()
+        ]
         super().__init__(
-            "\n".join([f"{path} was harvested from something else:", *lines, f"use another name, e.g. --out {suggestion}"])
+            "\n".join(
+                [f"{path} was harvested from something else:", *lines, f"use another name, e.g. --out {suggestion}"]
+            )
         )
 
 

@@ -1,0 +1,115 @@
+"""Epoch order as pure functions of (shape of the cache, seed, epoch).
+
+The permutations are our own specified algorithms in integer arithmetic modulo 2**64: the random streams of numpy and torch
+may change between versions, and an order that changes cannot be resumed. Part of the format: `FORMAT_VERSION`.
+
+Two levels:
+
+    blocks   the rows of each shard are cut into blocks of `block_rows` neighbours (the last of a shard may be short);
+             `block_order` permutes all blocks of the cache, lazily, so that no list as long as the cache is ever built
+    rows     consecutive blocks of that order fill a pool, and `pool_permutation` permutes the rows inside it
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
+_GOLDEN = 0x9E37_79B9_7F4A_7C15  # odd, so that i -> key + i * _GOLDEN is injective
+_M1 = 0xBF58_476D_1CE4_E5B9
+_M2 = 0x94D0_49BB_1331_11EB
+_N_ROUNDS = 8
+_BLOCKS_DOMAIN = 0x626C_6F63_6B73  # "blocks"
+_ROWS_DOMAIN = 0x726F_7773  # "rows"
+
+U64 = NDArray[np.uint64]
+
+
+def mix64(x: U64) -> U64:
+    """Finaliser of splitmix64: a bijection of 64-bit integers in which every input bit moves every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_M1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_M2)
+    return x ^ (x >> np.uint64(31))
+
+
+def derive_key(*parts: int) -> int:
+    """One 64-bit key from any integers, each reduced modulo 2**64; their order matters."""
+    key = 0
+    for part in parts:
+        key = _mix_int((key * _M1 + _GOLDEN + (part & _MASK)) & _MASK)
+    return key
+
+
+def hash64(values: NDArray[Any], key: int) -> U64:
+    """Keyed 64-bit hash of integers; distinct values never collide."""
+    with np.errstate(over="ignore"):
+        return mix64(np.uint64(key) + values.astype(np.uint64) * np.uint64(_GOLDEN))
+
+
+def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    """Blocks at places [start, stop) of the epoch's order: a slice of a permutation of range(n_blocks)."""
+    stop = n_blocks if stop is None else min(stop, n_blocks)
+    places = np.arange(start, max(stop, start), dtype=np.uint64)
+    return _walk(places, n_blocks, _round_keys(seed, epoch)).astype(np.int64)
+
+
+def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The inverse of `block_order`: at which place of the epoch's order each of these blocks stands."""
+    return _walk(blocks.astype(np.uint64), n_blocks, _round_keys(seed, epoch), inverse=True).astype(np.int64)
+
+
+def pool_permutation(n_rows: int, seed: int, epoch: int, pool: int) -> NDArray[np.int64]:
+    """Order in which the rows of a pool are delivered: a permutation of range(n_rows).
+
+    Rows are sorted by a hash of their number. The hash is injective, so there are no ties and any sort gives this order.
+    """
+    key = derive_key(_ROWS_DOMAIN, seed, epoch, pool)
+    return np.argsort(hash64(np.arange(n_rows, dtype=np.uint64), key)).astype(np.int64, copy=False)
+
+
+def _round_keys(seed: int, epoch: int) -> list[int]:
+    return [derive_key(_BLOCKS_DOMAIN, seed, epoch, i) for i in range(_N_ROUNDS)]
+
+
+def _walk(values: U64, n: int, keys: list[int], *, inverse: bool = False) -> U64:
+    """Permute [0, n) by a Feistel network over the next power of two, applied again while a value lies outside."""
+    if n <= 1:
+        return values
+    n_bits = max((n - 1).bit_length(), 2)
+    out = _feistel(values, n_bits, keys, inverse=inverse)
+    outside = np.flatnonzero(out >= n)
+    while outside.size:
+        again = _feistel(out[outside], n_bits, keys, inverse=inverse)
+        out[outside] = again
+        outside = outside[again >= n]
+    return out
+
+
+def _feistel(values: U64, n_bits: int, keys: list[int], *, inverse: bool) -> U64:
+    """Bijection of [0, 2**n_bits): even rounds change the left half by a hash of the right one, odd rounds the reverse."""
+    low_bits = n_bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (n_bits - low_bits)) - 1
+    low, high = values & np.uint64(low_mask), values >> np.uint64(low_bits)
+    rounds = list(enumerate(keys))
+    for i, key in reversed(rounds) if inverse else rounds:
+        if i % 2 == 0:
+            high = high ^ (_round_hash(low, key) & np.uint64(high_mask))
+        else:
+            low = low ^ (_round_hash(high, key) & np.uint64(low_mask))
+    return (high << np.uint64(low_bits)) | low
+
+
+def _round_hash(half: U64, key: int) -> U64:
+    return mix64(half + np.uint64(key)) >> np.uint64(32)  # half + key wraps modulo 2**64; halves have at most 32 bits
+
+
+def _mix_int(x: int) -> int:
+    """`mix64` of one Python integer."""
+    x = ((x ^ (x >> 30)) * _M1) & _MASK
+    x = ((x ^ (x >> 27)) * _M2) & _MASK
+    return x ^ (x >> 31)

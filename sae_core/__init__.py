@@ -1,0 +1,33 @@
+"""The models: sparse autoencoders as torch modules, their math, their files.
+
+sae = sae_core.load("runs/bert_l6_batchtopk")
+codes = sae.encode(x)        # sparse: values, indices, indptr
+x_hat = sae(x).x_hat
+"""
+
+from sae_core import registry
+from sae_core.base import SAE, Activation, SAEOutput, Source
+from sae_core.codes import Codes, Pattern
+from sae_core.errors import SAEError
+from sae_core.io import load, load_native, make_config, save, save_native
+from sae_core.options import Progress, option
+from sae_core.registry import register
+
+__all__ = [
+    "SAE",
+    "Activation",
+    "Codes",
+    "Pattern",
+    "Progress",
+    "SAEError",
+    "SAEOutput",
+    "Source",
+    "load",
+    "load_native",
+    "make_config",
+    "option",
+    "register",
+    "registry",
+    "save",
+    "save_native",
+]

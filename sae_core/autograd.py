@@ -1,0 +1,113 @@
+"""Encoder and decoder products whose forward and backward touch only the stored entries of a pattern.
+
+Shapes: N rows, D = d_in, F = d_sae, nnz entries. A full pattern takes ordinary matrix products.
+W_enc (D, F) is kept with the strides of its (F, D) transpose, so a latent's encoder row is contiguous and the
+gradient that is built latent by latent needs no copy.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sae_core.codes import Codes, Pattern
+from sae_core.kernels import bag_sum, sampled_dot
+
+
+def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
+    """Return the pre-activations x @ W_enc + b_enc at the entries of a pattern, differentiable in x, W_enc, b_enc.
+
+    x (N, D), W_enc (D, F), b_enc (F,); pre_acts (N, F) is that product, already computed without gradients.
+    Returns (nnz,), or (N, F) for a full pattern.
+    """
+    return _EncodeAt.apply(x, W_enc, b_enc, pre_acts, pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def decode(codes: Codes, W_dec: Tensor) -> Tensor:
+    """Return codes @ W_dec as (N, D), differentiable in the values of the codes and in W_dec (F, D)."""
+    if codes.pattern.is_full:
+        return codes.values @ W_dec
+    return _Decode.apply(codes.values, W_dec, codes.pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def per_entry(per_latent: Tensor, pattern: Pattern) -> Tensor:
+    """Spread one number per latent (F,) over the entries: (nnz,), or (F,) to broadcast for a full pattern."""
+    if pattern.is_full:
+        return per_latent
+    return _PerEntry.apply(per_latent, pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
+    """Return the sum of values (nnz,) over the rows of each latent: (F,), always added in the order of the rows."""
+    if pattern.is_full:
+        return values.sum(0)
+    order, rows, offsets = pattern.transposed
+    ones = values.new_ones(pattern.n_rows, 1)
+    return bag_sum(rows, ones, offsets, values[order]).squeeze(1)
+
+
+class _EncodeAt(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(x, W_enc)
+        ctx.pattern = pattern
+        taken = pattern.take(pre_acts)
+        return taken.view_as(taken) if pattern.is_full else taken
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, W_enc = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        grad_x = grad_W = None
+        grad_b = sum_by_latent(grad, pattern) if needs_b else None
+        if pattern.is_full:
+            grad_x = grad @ W_enc.t() if needs_x else None
+            grad_W = (grad.t() @ x).t() if needs_W else None
+            return grad_x, grad_W, grad_b, None, None
+        indices, indptr = pattern.entries
+        if needs_x:
+            grad_x = bag_sum(indices, W_enc.t().contiguous(), indptr, grad)
+        if needs_W:
+            order, rows, offsets = pattern.transposed
+            grad_W = bag_sum(rows, x, offsets, grad[order]).t()
+        return grad_x, grad_W, grad_b, None, None
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.pattern = pattern
+        indices, indptr = pattern.entries
+        return bag_sum(indices, W_dec, indptr, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        values, W_dec = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        indices, indptr = pattern.entries
+        grad_values = grad_W = None
+        if ctx.needs_input_grad[0]:
+            grad_values = sampled_dot(grad.contiguous(), W_dec, indptr, indices)
+        if ctx.needs_input_grad[1]:
+            order, rows, offsets = pattern.transposed
+            grad_W = bag_sum(rows, grad.contiguous(), offsets, values[order])
+        return grad_values, grad_W, None
+
+
+class _PerEntry(Function):
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, pattern: Pattern) -> Tensor:
+        ctx.pattern = pattern
+        return per_latent[pattern.entries[0]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return sum_by_latent(grad, ctx.pattern), None
+
+
+def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:
+    """An uninitialised W_enc (d_in, d_sae) with latent-contiguous strides."""
+    return torch.empty(d_sae, d_in, device=device).t()

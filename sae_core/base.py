@@ -1,0 +1,315 @@
+"""SAE: what every variant shares, and the few methods in which variants differ.
+
+Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
+
+    out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
+    sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sae_core.autograd import decode, empty_encoder, encode_at
+from sae_core.auxk import auxk_loss
+from sae_core.codes import Codes, Pattern
+from sae_core.errors import NonFiniteError, OptionError
+from sae_core.functional import geometric_median
+from sae_core.normalize import MODES, Normalized, Normalizer
+from sae_core.options import Progress, check, option
+
+MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
+MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
+LOSSES = ("fvu", "mse", "nmse")
+B_DEC_INITS = ("geometric_median", "mean", "zero")
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a variant encodes and what it must reconstruct, both normalised."""
+
+    input: Tensor  # (N, D) enters the encoder
+    target: Tensor  # (N, D_out) what the decoder should return
+    undo: Callable[[Tensor], Tensor]  # normalised reconstruction -> the space of `reference`
+    reference: Tensor  # (N, D_out) what x_hat is compared with in the metrics (raw rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What a variant's `activate` returns."""
+
+    codes: Codes
+    pre_acts: Tensor  # (N, F), without gradients
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # what the variant's own losses need
+
+
+@dataclass(frozen=True, eq=False)
+class SAEOutput:
+    """One forward pass."""
+
+    x_hat: Tensor  # (N, D_out) reconstruction in the space of x
+    x: Tensor  # (N, D_out) what x_hat should equal
+    codes: Codes
+    recon: Tensor  # (N, D_out) reconstruction in the normalised space
+    source: Source
+    pre_acts: Tensor  # (N, F), without gradients
+    extras: Mapping[str, Tensor]
+
+
+class SAE(nn.Module):
+    """Base of all sparse autoencoders; a variant overrides `activate`, `penalties` and what else differs."""
+
+    type_name: ClassVar[str] = ""
+    input_kind: ClassVar[str] = "one"  # "one" hook point, or "several" as a mapping from hook name to rows
+    unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
+    needs_calibration: ClassVar[bool] = False
+    saelens_architecture: ClassVar[str] = ""  # the SAELens architecture that computes the same inference
+    unscaled_latent_tensors: ClassVar[frozenset[str]] = frozenset()  # those not in units of the pre-activations
+    reads_saelens: ClassVar[str] = ""  # the SAELens architecture that is loaded as this variant
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options of every variant."""
+
+        d_in: int = option(help="width of the activations", gt=0)
+        d_sae: int = option(help="number of latents", gt=0)
+        normalize: str = option("dataset", help="input normalisation", choices=MODES)
+        loss: str = option("fvu", help="reconstruction loss", choices=LOSSES)
+        b_dec_init: str = option(
+            "geometric_median", help="start of b_dec", choices=("geometric_median", "mean", "zero")
+        )
+        dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
+
+        def __post_init__(self) -> None:
+            check(self)
+            self.validate()
+
+        def validate(self) -> None:
+            """Check what spans several options; raise OptionError."""
+
+    config: "SAE.Config"
+    loss_variance: Tensor
+    loss_mean_square: Tensor
+    num_tokens_since_fired: Tensor
+
+    def __init__(self, config: "SAE.Config") -> None:
+        super().__init__()
+        self.config = config
+        d_in, d_sae = config.d_in, config.d_sae
+        self.normalizer = Normalizer(config.normalize, d_in)
+        self.W_enc = nn.Parameter(empty_encoder(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        # V = E|x - mean|^2 and E|x|^2 of the normalised rows: the scales that losses are divided by.
+        self.register_buffer("loss_variance", torch.ones(()))
+        self.register_buffer("loss_mean_square", torch.ones(()))
+        self.register_buffer("num_tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.reset_weights(torch.Generator().manual_seed(0))
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.config.d_in
+
+    @classmethod
+    def recommended(cls) -> dict[str, Any]:
+        """Trainer settings that suit the variant better than the trainer's defaults."""
+        return {}
+
+    # -- start -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator) -> None:
+        """Isotropic decoder rows of unit norm, the encoder their transpose, no encoder bias."""
+        rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
+        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        self.W_enc.copy_(self.W_dec.t())
+        self.b_enc.zero_()
+
+    @torch.no_grad()
+    def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
+        """Fit the normalisation and the loss scale to a sample of raw rows (N, D), then draw the weights.
+
+        The sample holds rows that the run will train on; at most 2**20 of them are used.
+        Raises NonFiniteError if it holds NaN or Inf.
+        """
+        target = self.fit_normalization(sample)
+        if not bool(torch.isfinite(target).all()):
+            raise NonFiniteError("the sample that the normalisation is fitted to holds NaN or Inf: verify the cache")
+        rows = target.double()
+        centred = (rows - rows.mean(0)).square().sum(1).mean()
+        self.loss_variance.copy_(centred.clamp_min(1e-30))
+        self.loss_mean_square.copy_(rows.square().sum(1).mean().clamp_min(1e-30))
+        self.reset_weights(generator)
+        if self.config.b_dec_init == "geometric_median":
+            self.b_dec.copy_(geometric_median(rows[:MAX_INIT_ROWS]))
+        elif self.config.b_dec_init == "mean":
+            self.b_dec.copy_(rows.mean(0))
+        else:
+            self.b_dec.zero_()
+
+    def fit_normalization(self, sample: Inputs) -> Tensor:
+        """Fit the normaliser to a sample and return the sample's normalised targets (N, D_out)."""
+        rows = _tensor(sample)[:MAX_FIT_ROWS]
+        self.normalizer.fit(rows)
+        return self.prepare(rows).target
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def prepare(self, x: Inputs) -> Source:
+        """Normalise raw rows into what is encoded and what is to be reconstructed."""
+        rows = _tensor(x)
+        normalized: Normalized = self.normalizer(rows)
+        return Source(normalized.values, normalized.values, normalized.undo, rows)
+
+    def centre(self, h: Tensor) -> Tensor:
+        """Subtract the decoder bias from normalised rows before they are encoded."""
+        return h - self.b_dec
+
+    def pre_acts(self, h: Tensor) -> Tensor:
+        """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
+        with torch.no_grad():
+            return torch.addmm(self.b_enc, h, self.W_enc)
+
+    def encode_at(self, h: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
+        """The same pre-activations at the entries of a pattern, with gradients."""
+        return encode_at(h, self.W_enc, self.b_enc, pre_acts, pattern)
+
+    def activate(self, h: Tensor) -> Activation:
+        """Turn centred, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
+        raise NotImplementedError(f"{type(self).__name__} does not define activate()")
+
+    def reconstruct(self, codes: Codes) -> Tensor:
+        """Decode in the normalised space: (N, D_out)."""
+        return decode(codes, self.W_dec) + self.b_dec
+
+    def forward(self, x: Inputs) -> SAEOutput:
+        """Encode and decode raw rows."""
+        source = self.prepare(x)
+        activation = self.activate(self.centre(source.input))
+        recon = self.reconstruct(activation.codes)
+        return SAEOutput(
+            x_hat=source.undo(recon),
+            x=source.reference,
+            codes=activation.codes,
+            recon=recon,
+            source=source,
+            pre_acts=activation.pre_acts,
+            extras=activation.extras,
+        )
+
+    def encode(self, x: Inputs) -> Codes:
+        """Return the codes of raw rows (N, D)."""
+        return self.activate(self.centre(self.prepare(x).input)).codes
+
+    def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
+        """Return the reconstruction (N, D_out) of codes in raw space.
+
+        `unit_norm` needs the rows that were encoded (`like`), since each row has its own mean and scale.
+        """
+        recon = self.reconstruct(codes)
+        if like is not None:
+            return self.prepare(like).undo(recon)
+        if self.normalizer.per_row:
+            raise OptionError("normalize='unit_norm' undoes each row's own scale: call decode(codes, like=x)")
+        return self.normalizer.undo_fixed(recon)
+
+    # -- losses ------------------------------------------------------------------------------------------------
+
+    def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        """Return the weighted terms by name; a run minimises their sum."""
+        losses = {self.config.loss: self.reconstruction_loss(out.recon, out.source.target)}
+        losses.update(self.penalties(out, progress))
+        return losses
+
+    def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        """What a variant adds to the reconstruction loss, weighted and on the scale of `loss_unit`."""
+        return {}
+
+    @property
+    def loss_unit(self) -> Tensor:
+        """What a squared error summed over D is divided by: V (fvu), E|x|^2 (nmse) or 1 (mse)."""
+        if self.config.loss == "fvu":
+            return self.loss_variance
+        return self.loss_mean_square if self.config.loss == "nmse" else torch.ones_like(self.loss_variance)
+
+    def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
+        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
+        squared = (target - recon).square().sum(-1)
+        if self.config.loss == "nmse":
+            return (squared / target.square().sum(-1).clamp_min(1e-12)).mean()
+        return squared.mean() / self.loss_unit
+
+    def auxk_term(self, out: SAEOutput, k_aux: int, coef: float) -> Tensor | None:
+        """AuxK on the dead latents, on the loss's scale; None while no latent is dead or the term is off."""
+        dead = self.dead_mask
+        if coef == 0 or not bool(dead.any()):
+            return None
+        # Without gradients to b_dec, neither through the centring nor through the error.
+        h = out.source.input.detach() - self.b_dec.detach()
+        error = (out.source.target - out.recon).detach()
+        loss = auxk_loss(self, h, error, out.pre_acts, dead, k_aux)
+        return coef * loss * (self.loss_variance if self.config.loss == "mse" else 1.0)
+
+    # -- around the optimizer step -------------------------------------------------------------------------------
+
+    @property
+    def dead_mask(self) -> Tensor:
+        """(F,) which latents have been silent for `dead_after_tokens` rows of training."""
+        return self.num_tokens_since_fired >= self.config.dead_after_tokens
+
+    @torch.no_grad()
+    def track(self, out: SAEOutput) -> None:
+        """Update the counters that later steps and resuming need."""
+        self.num_tokens_since_fired += out.codes.shape[0]
+        self.num_tokens_since_fired[out.codes.fired() > 0] = 0
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove the gradient component parallel to each decoder row, which renormalising would undo."""
+        if self.unit_decoder and self.W_dec.grad is not None:
+            grad = self.W_dec.grad
+            grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Return the decoder rows to unit norm."""
+        if self.unit_decoder:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+    def calibrate(self, batches: Iterable[Inputs]) -> None:
+        """Set what only inference needs (a threshold) from batches of training rows."""
+
+    # -- inference form ------------------------------------------------------------------------------------------
+
+    def latent_tensors(self) -> dict[str, Tensor]:
+        """Tensors (F,) of the inference form by SAELens name, in units of the pre-activations."""
+        return {"b_enc": self.b_enc.detach()}
+
+    @torch.no_grad()
+    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `latent_tensors` gave."""
+        self.b_enc.copy_(tensors["b_enc"])
+
+    def saelens_fields(self) -> dict[str, Any]:
+        """Entries of cfg.json that only this variant's architecture has."""
+        return {}
+
+    @classmethod
+    def config_from_saelens(cls, cfg: Mapping[str, Any], shared: Mapping[str, Any]) -> "SAE.Config":
+        """Build the Config for a SAELens cfg.json; `shared` holds d_in, d_sae and normalize."""
+        return cls.Config(**shared)
+
+
+def _tensor(x: Inputs) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    if len(x) != 1:
+        raise OptionError(f"this type reads one hook point, the batch holds {len(x)}: {', '.join(x)}; choose one")
+    return next(iter(x.values()))

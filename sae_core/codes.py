@@ -1,0 +1,147 @@
+"""Codes: the activations of an SAE as a sparse matrix, from the encoder to the metrics.
+
+Shapes: N rows, F = d_sae latents, nnz stored entries. A latent that is not stored is zero; a stored one may be zero.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Transposed(NamedTuple):
+    """The same entries grouped by latent."""
+
+    order: Tensor  # (nnz,) position of each entry in the row-wise order
+    rows: Tensor  # (nnz,) row of each entry
+    offsets: Tensor  # (F + 1,) where each latent's entries start
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which latents of which rows are stored: CSR without values.
+
+    A full pattern (`indices is None`) stores every latent of every row; its values are then a (N, F) matrix. It is
+    what a variant uses while its codes are dense, at the start of an L1 training for example.
+    """
+
+    n_rows: int
+    d_sae: int
+    indices: Tensor | None = None  # (nnz,) int64 latent of each entry
+    indptr: Tensor | None = None  # (N + 1,) int64 where each row's entries start
+
+    @classmethod
+    def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
+        """Pattern with the same number of entries in every row, from indices (N, k)."""
+        n_rows, k = indices.shape
+        indptr = torch.arange(0, n_rows * k + 1, k, device=indices.device) if k else indices.new_zeros(n_rows + 1)
+        return cls(n_rows, d_sae, indices.reshape(-1), indptr)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> "Pattern":
+        """Pattern of the true entries of mask (N, F)."""
+        n_rows, d_sae = mask.shape
+        rows, indices = mask.nonzero(as_tuple=True)
+        return cls.of_rows(rows, indices, n_rows, d_sae)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, indices: Tensor, n_rows: int, d_sae: int) -> "Pattern":
+        """Pattern of entries (rows, indices), both (nnz,), rows ascending."""
+        indptr = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
+        indptr[1:] = torch.bincount(rows, minlength=n_rows).cumsum(0)
+        return cls(n_rows, d_sae, indices, indptr)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every latent of every row is stored."""
+        return self.indices is None
+
+    @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """(indices, indptr) of a pattern that is not full."""
+        assert self.indices is not None
+        assert self.indptr is not None
+        return self.indices, self.indptr
+
+    @cached_property
+    def row_of(self) -> Tensor:
+        """(nnz,) row of each entry."""
+        indptr = self.entries[1]
+        return torch.repeat_interleave(torch.arange(self.n_rows, device=indptr.device), indptr.diff())
+
+    @cached_property
+    def transposed(self) -> Transposed:
+        """The entries grouped by latent; rows ascend within a latent, so sums over rows have one order."""
+        indices = self.entries[0]
+        order = torch.sort(indices, stable=True).indices
+        offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
+        offsets[1:] = torch.bincount(indices, minlength=self.d_sae).cumsum(0)
+        return Transposed(order, self.row_of[order], offsets)
+
+    def take(self, matrix: Tensor) -> Tensor:
+        """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
+        return matrix if self.is_full else matrix[self.row_of, self.entries[0]]
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Sparse activations: values (nnz,) on a pattern, or (N, F) when the pattern is full. Gradients flow in values."""
+
+    values: Tensor
+    pattern: Pattern
+
+    @classmethod
+    def from_dense(cls, acts: Tensor) -> "Codes":
+        """Codes of the nonzero entries of acts (N, F)."""
+        pattern = Pattern.of_mask(acts != 0)
+        return cls(pattern.take(acts), pattern)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, F)."""
+        return self.pattern.n_rows, self.pattern.d_sae
+
+    @property
+    def indices(self) -> Tensor:
+        """(nnz,) latent of each stored entry."""
+        if self.pattern.is_full:
+            return torch.arange(self.shape[1], device=self.values.device).repeat(self.shape[0])
+        return self.pattern.entries[0]
+
+    @property
+    def indptr(self) -> Tensor:
+        """(N + 1,) where each row's entries start."""
+        if self.pattern.is_full:
+            n_rows, d_sae = self.shape
+            return torch.arange(0, n_rows * d_sae + 1, d_sae, device=self.values.device)
+        return self.pattern.entries[1]
+
+    def dense(self) -> Tensor:
+        """(N, F) matrix. For tests and small data: everything else works on the entries."""
+        if self.pattern.is_full:
+            return self.values
+        dense = self.values.new_zeros(self.shape)
+        return dense.index_put((self.pattern.row_of, self.pattern.entries[0]), self.values)
+
+    def l0(self) -> float:
+        """Mean number of nonzero latents per row."""
+        return int((self.values != 0).sum()) / max(self.shape[0], 1)
+
+    def fired(self) -> Tensor:
+        """(F,) int64: in how many rows each latent is nonzero."""
+        active = self.values.detach() != 0
+        if self.pattern.is_full:
+            return active.sum(0)
+        return torch.bincount(self.pattern.entries[0][active], minlength=self.shape[1])
+
+    def rows(self, start: int, stop: int) -> "Codes":
+        """The codes of rows start..stop."""
+        n_rows = stop - start
+        if self.pattern.is_full:
+            return Codes(self.values[start:stop], Pattern(n_rows, self.shape[1]))
+        indices, indptr = self.pattern.entries
+        first, last = int(indptr[start]), int(indptr[stop])
+        pattern = Pattern(n_rows, self.shape[1], indices[first:last], indptr[start : stop + 1] - first)
+        return Codes(self.values[first:last], pattern)

@@ -1,0 +1,56 @@
+"""The two sparse products that a step needs, deterministic on the CPU and on CUDA (no float atomics).
+
+Shapes: N rows, M columns of the pattern (latents), D width, nnz entries of the pattern.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Entries whose factors are gathered at once where no sampled product exists: 2**16 x 768 fp32 is 200 MB.
+GATHER_CHUNK = 2**16
+
+with warnings.catch_warnings():
+    # torch announces once per process that CSR tensors are in beta.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Return out[r] = sum over entries j of bag r of weights[j] * table[indices[j]].
+
+    indices (nnz,) int64, table (M, D), offsets (N + 1,) int64, weights (nnz,) -> (N, D). An empty bag gives zeros.
+    The entries of a bag are added in their order, so equal inputs give equal bits.
+    """
+    if indices.numel() == 0:
+        return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    """Return the entries of rows @ columns.T at a CSR pattern: out[j] = rows[r(j)] . columns[indices[j]].
+
+    rows (N, D), columns (M, D), indptr (N + 1,), indices (nnz,) -> (nnz,). The full (N, M) product is never built.
+    """
+    if indices.numel() == 0:
+        return rows.new_zeros(0)
+    if _has_sampled_product(rows):
+        shape = (rows.shape[0], columns.shape[0])
+        zeros = torch.sparse_csr_tensor(indptr, indices, rows.new_zeros(indices.numel()), shape, check_invariants=False)
+        product: Tensor = torch.sparse.sampled_addmm(zeros, rows, columns.t(), beta=0.0)
+        return product.values()
+    row_of = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), indptr.diff())
+    parts = [
+        (rows[r] * columns[c]).sum(-1)
+        for r, c in zip(torch.split(row_of, GATHER_CHUNK), torch.split(indices, GATHER_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _has_sampled_product(rows: Tensor) -> bool:
+    if rows.dtype not in (torch.float32, torch.float64):
+        return False
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return rows.is_cuda or (rows.device.type == "cpu" and has_mkl)

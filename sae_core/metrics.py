@@ -1,0 +1,93 @@
+"""Metrics of an SAE on rows it has not seen, accumulated over batches in float64.
+
+Shapes: N rows, D width, F = d_sae latents.
+"""
+
+import torch
+from torch import Tensor
+
+from sae_core.codes import Codes
+
+DEAD_THRESHOLD = 0.0005  # firing rate under which a latent is reported as dead
+
+
+class Evaluator:
+    """Streaming l0, fvu, densities, cosine and l2_ratio. `update` any number of times, then `result`."""
+
+    def __init__(self, d_in: int, d_sae: int, dead_threshold: float = DEAD_THRESHOLD) -> None:
+        self.d_in, self.d_sae, self.dead_threshold = d_in, d_sae, dead_threshold
+        self.n_rows = 0
+        self.n_active = 0
+        self._mean = torch.zeros(d_in, dtype=torch.float64)
+        self._scatter = 0.0  # sum |x - mean|^2 over the rows so far
+        self._squared_error = 0.0
+        self._cosine = 0.0
+        self._l2_ratio = 0.0
+        self._fired = torch.zeros(d_sae, dtype=torch.int64)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
+        """Take in a batch: rows x (N, D), their reconstruction x_hat (N, D) and codes."""
+        x, x_hat = x.double(), x_hat.double()
+        self._update_scatter(x)
+        self._squared_error += float((x - x_hat).square().sum())
+        norms = x.norm(dim=1).clamp_min(1e-30)
+        norms_hat = x_hat.norm(dim=1)
+        self._cosine += float(((x * x_hat).sum(1) / (norms * norms_hat.clamp_min(1e-30))).sum())
+        self._l2_ratio += float((norms_hat / norms).sum())
+        fired = codes.fired().cpu()
+        self._fired += fired
+        self.n_active += int(fired.sum())
+
+    def _update_scatter(self, x: Tensor) -> None:
+        """Chan's merge of (count, mean, sum of squared deviations): no cancellation for a large mean."""
+        n = x.shape[0]
+        mean = x.mean(0)
+        delta = mean.cpu() - self._mean
+        total = self.n_rows + n
+        self._scatter += float((x - mean).square().sum()) + float(delta.square().sum()) * self.n_rows * n / total
+        self._mean += delta * (n / total)
+        self.n_rows = total
+
+    def densities(self) -> Tensor:
+        """(F,) float64 firing rate of each latent."""
+        return self._fired.double() / max(self.n_rows, 1)
+
+    def result(self) -> dict[str, float]:
+        """Return the metrics by name.
+
+        l0: mean active latents per row. fvu: sum|e|^2 / sum|x - mean|^2 and explained_variance = 1 - fvu. mse: mean
+        over rows of sum_d e^2. cosine, l2_ratio: mean over rows. dead: share of latents that fire on less than
+        `dead_threshold` of the rows; never_fired: on none.
+        """
+        n = max(self.n_rows, 1)
+        densities = self.densities()
+        fvu = self._squared_error / max(self._scatter, 1e-300)
+        return {
+            "l0": self.n_active / n,
+            "fvu": fvu,
+            "explained_variance": 1.0 - fvu,
+            "mse": self._squared_error / n,
+            "cosine": self._cosine / n,
+            "l2_ratio": self._l2_ratio / n,
+            "dead": float((densities < self.dead_threshold).double().mean()),
+            "never_fired": float((densities == 0).double().mean()),
+        }
+
+
+@torch.no_grad()
+def decoder_max_cosine(W_dec: Tensor, chunk: int = 2048) -> float:
+    """Mean over latents of the largest |cosine| to another decoder row of W_dec (F, D).
+
+    Simple tools of the field call it "feature absorption"; lower is better.
+    """
+    if W_dec.shape[0] < 2:
+        return 0.0
+    rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    total = 0.0
+    for start in range(0, rows.shape[0], chunk):
+        cosines = (rows[start : start + chunk] @ rows.t()).abs()
+        own = torch.arange(cosines.shape[0], device=rows.device)
+        cosines[own, own + start] = 0.0
+        total += float(cosines.max(dim=1).values.double().sum())
+    return total / int(rows.shape[0])

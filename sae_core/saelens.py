@@ -1,0 +1,79 @@
+"""cfg.json as SAELens 6 writes and reads it, and its conventions mapped to ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sae_core import registry
+from sae_core.errors import NotAnSAEError
+
+if TYPE_CHECKING:
+    from sae_core.base import SAE
+
+SAELENS_VERSION = "6.54.12"  # the release whose files these are; under 6, its loader drops all metadata
+NORMALIZATIONS = {"none": "none", "layer_norm": "unit_norm"}
+
+
+def saelens_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return cfg.json for the folded weights of an SAE."""
+    return {
+        "architecture": sae.saelens_architecture,
+        "d_in": sae.config.d_in,
+        "d_sae": sae.config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "layer_norm" if sae.normalizer.per_row else "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+        **sae.saelens_fields(),
+    }
+
+
+def read_saelens(
+    cfg: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> "tuple[type[SAE], SAE.Config, dict[str, Tensor]]":
+    """Return the class, Config and tensors of a SAELens folder, in our conventions.
+
+    Raises NotAnSAEError for an architecture or a normalisation that has no counterpart.
+    """
+    architecture = cfg.get("architecture")
+    readers = {cls.reads_saelens: cls for name in registry.names() if (cls := registry.get(name)).reads_saelens}
+    if architecture not in readers:
+        known = ", ".join(sorted(readers))
+        raise NotAnSAEError(f"{folder}: architecture {architecture!r} of cfg.json cannot be read; known: {known}")
+    normalization = cfg.get("normalize_activations", "none")
+    if normalization not in NORMALIZATIONS:
+        raise NotAnSAEError(
+            f"{folder}: normalize_activations={normalization!r} cannot be read; expected one of "
+            f"{', '.join(NORMALIZATIONS)} (SAELens folds the others with fold_activation_norm_scaling_factor)"
+        )
+    try:
+        shared = {
+            "d_in": int(cfg["d_in"]),
+            "d_sae": int(cfg["d_sae"]),
+            "normalize": NORMALIZATIONS[normalization],
+        }
+        cls = readers[architecture]
+        return cls, cls.config_from_saelens(cfg, shared), _our_conventions(cfg, dict(tensors))
+    except (KeyError, TypeError, ValueError) as error:
+        raise NotAnSAEError(
+            f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {error!r}"
+        ) from error
+
+
+def _our_conventions(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """b_dec is subtracted from the input here always; decoder norms are in the weights, not in the activations."""
+    if not cfg.get("apply_b_dec_to_input", True):
+        shift = tensors["b_dec"] @ tensors["W_enc"]
+        for name in ("b_enc", "b_gate"):
+            if name in tensors:
+                tensors[name] = tensors[name] + shift
+    if cfg.get("rescale_acts_by_decoder_norm", False):
+        norms = tensors["W_dec"].norm(dim=1)
+        tensors["W_enc"] = tensors["W_enc"] * norms
+        tensors["b_enc"] = tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    return tensors

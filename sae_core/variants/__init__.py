@@ -1,0 +1,1 @@
+"""One file per variant; the registry imports every module of this folder."""

@@ -1,0 +1,66 @@
+"""BatchTopK: the N*k largest pre-activations of the batch (Bussmann et al., arXiv 2412.06410)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_core.base import Inputs, SAEOutput
+from sae_core.codes import Pattern
+from sae_core.functional import batch_topk_pattern, support_pattern
+from sae_core.registry import register
+from sae_core.threshold import BatchThreshold
+from sae_core.variants.topk import TopKSAE
+
+
+@register("batchtopk")
+class BatchTopKSAE(TopKSAE):
+    """k per row on average over the micro-batch; inference keeps what exceeds one threshold, as a JumpReLU."""
+
+    needs_calibration = True
+    saelens_architecture = "jumprelu"
+    reads_saelens = ""
+
+    @dataclass(frozen=True)
+    class Config(TopKSAE.Config):
+        """Options of batchtopk."""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.threshold = BatchThreshold()
+
+    def select(self, pre_acts: Tensor) -> Pattern:
+        """The batch's largest while training; what exceeds the threshold in inference."""
+        if self.training:
+            return batch_topk_pattern(pre_acts, self.config.k)
+        return support_pattern(pre_acts > self.threshold.value.to(pre_acts.dtype))
+
+    def track(self, out: SAEOutput) -> None:
+        """Dead counters and the threshold's EMA."""
+        super().track(out)
+        values = out.codes.values.detach()
+        self.threshold.update(values[values > 0])
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Inputs]) -> None:
+        """Set the threshold at which the mean L0 over the batches is k."""
+        self.threshold.calibrate((self.pre_acts(self.centre(self.prepare(x).input)) for x in batches), self.config.k)
+
+    def latent_tensors(self) -> dict[str, Tensor]:
+        """JumpReLU's tensors with a constant threshold."""
+        threshold = self.threshold.value.to(self.b_enc.dtype)
+        return {"b_enc": self.b_enc.detach(), "threshold": threshold.expand_as(self.b_enc).clone()}
+
+    @torch.no_grad()
+    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over b_enc and the constant threshold."""
+        self.b_enc.copy_(tensors["b_enc"])
+        self.threshold.calibrated.copy_(tensors["threshold"][0])
+
+    def saelens_fields(self) -> dict[str, Any]:
+        """Nothing beyond JumpReLU's."""
+        return {}

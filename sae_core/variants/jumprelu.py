@@ -1,0 +1,105 @@
+"""JumpReLU: a learned threshold per latent, trained through straight-through gradients.
+
+Recipes: `tanh` (Anthropic, January 2025 update), `l0` (Rajamanoharan et al., arXiv 2407.14435), `l0_target`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sae_core.autograd import per_entry
+from sae_core.base import SAE, Activation, SAEOutput
+from sae_core.codes import Codes
+from sae_core.functional import jumprelu, step, support_pattern
+from sae_core.options import Progress, option
+from sae_core.registry import register
+
+RECIPES = ("tanh", "l0", "l0_target")
+
+
+@register("jumprelu")
+class JumpReLUSAE(SAE):
+    """z = p * H(p - theta). The stored entries also hold p within half a bandwidth of theta: they move theta."""
+
+    saelens_architecture = "jumprelu"
+    reads_saelens = "jumprelu"
+
+    @dataclass(frozen=True)
+    class Config(SAE.Config):
+        """Options of jumprelu."""
+
+        recipe: str = option("tanh", help="sparsity penalty", choices=RECIPES)
+        l0_coef: float | None = option(
+            None, help="weight of the penalty where E|x|^2 = d_in (default 10 for tanh, else 1)", ge=0
+        )
+        l0_warmup: float = option(1.0, help="share of the run over which l0_coef rises from 0", ge=0, le=1)
+        l0_target: float = option(32.0, help="L0 that recipe l0_target aims at", gt=0)
+        tanh_scale: float = option(4.0, help="c in tanh(c z |W_dec|)", gt=0)
+        dead_coef: float = option(3e-6, help="weight of the pre-activation loss of dead latents (tanh)", ge=0)
+        threshold_init: float | None = option(
+            None, help="initial threshold (default 0.1 for tanh, else 0.001 sqrt(d_in))", gt=0
+        )
+        bandwidth: float | None = option(
+            None, help="width of the straight-through kernel (default 2 for tanh, else 0.001 sqrt(d_in))", gt=0
+        )
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        small = 0.001 * math.sqrt(config.d_in)  # the paper's 0.001 is for E|x|^2 = 1
+        tanh = config.recipe == "tanh"
+        start = config.threshold_init or (0.1 if tanh else small)
+        self.bandwidth = config.bandwidth or (2.0 if tanh else small)
+        self.l0_coef = config.l0_coef if config.l0_coef is not None else (10.0 if tanh else 1.0)
+        self.threshold = nn.Parameter(torch.full((config.d_sae,), start))
+
+    def activate(self, h: Tensor) -> Activation:
+        """JumpReLU on the entries that are active or, while training, within half a bandwidth of the threshold."""
+        pre_acts = self.pre_acts(h)
+        reach = self.bandwidth / 2 if self.training else 0.0
+        pattern = support_pattern(pre_acts > self.threshold.detach() - reach)
+        p = self.encode_at(h, pre_acts, pattern)
+        z = jumprelu(p, per_entry(self.threshold, pattern), self.bandwidth)
+        return Activation(Codes(z, pattern), pre_acts, {"p": p})
+
+    def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        """The recipe's sparsity term and, for tanh, the loss that brings dead latents back."""
+        coef = self.l0_coef * progress.ramp(self.config.l0_warmup) / self.loss_unit
+        if self.config.recipe != "tanh":
+            return {"l0": coef * self._l0_penalty(out)}
+        norms = self.W_dec.norm(dim=1)
+        scaled = out.codes.values * per_entry(norms, out.codes.pattern)
+        terms = {"l0": coef * torch.tanh(self.config.tanh_scale * scaled).sum() / out.codes.shape[0]}
+        dead = self.dead_mask
+        if self.config.dead_coef > 0 and bool(dead.any()):
+            terms["dead"] = self.config.dead_coef * self._dead_penalty(out, dead, norms) / self.loss_unit
+        return terms
+
+    def _l0_penalty(self, out: SAEOutput) -> Tensor:
+        """L0, or (L0/target - 1)^2, with gradients to the thresholds."""
+        pattern = out.codes.pattern
+        steps = step(out.extras["p"], per_entry(self.threshold, pattern), self.bandwidth)
+        l0 = steps.sum() / out.codes.shape[0]
+        return (l0 / self.config.l0_target - 1).square() if self.config.recipe == "l0_target" else l0
+
+    def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:
+        """Mean over rows of sum over dead i of ReLU(theta_i - p_i) |W_dec,i|; dead latents only, or it never ends."""
+        latents = dead.nonzero().squeeze(1)
+        h = out.source.input.detach() - self.b_dec.detach()
+        p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
+        gap = torch.relu(self.threshold[latents] - p)
+        return (gap.sum(0) * norms[latents]).sum() / h.shape[0]
+
+    def latent_tensors(self) -> dict[str, Tensor]:
+        """b_enc and the thresholds."""
+        return {"b_enc": self.b_enc.detach(), "threshold": self.threshold.detach()}
+
+    @torch.no_grad()
+    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over b_enc and the thresholds."""
+        self.b_enc.copy_(tensors["b_enc"])
+        self.threshold.copy_(tensors["threshold"])

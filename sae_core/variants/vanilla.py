@@ -1,0 +1,43 @@
+"""Vanilla: ReLU and an L1 penalty weighted by the decoder norms (Anthropic, April 2024 update)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_core.autograd import per_entry
+from sae_core.base import SAE, Activation, SAEOutput
+from sae_core.codes import Codes
+from sae_core.functional import support_pattern
+from sae_core.options import Progress, option
+from sae_core.registry import register
+
+
+@register("vanilla")
+class VanillaSAE(SAE):
+    """z = ReLU(p); loss + l1_coef * sum_i z_i |W_dec,i|. The decoder norms are free."""
+
+    saelens_architecture = "standard"
+    reads_saelens = "standard"
+
+    @dataclass(frozen=True)
+    class Config(SAE.Config):
+        """Options of vanilla."""
+
+        l1_coef: float = option(5.0, help="weight of sum z|W_dec| where E|x|^2 = d_in", ge=0)
+        l1_warmup: float = option(0.05, help="share of the run over which l1_coef rises from 0", ge=0, le=1)
+
+    config: Config
+
+    def activate(self, h: Tensor) -> Activation:
+        """ReLU of the pre-activations."""
+        pre_acts = self.pre_acts(h)
+        pattern = support_pattern(pre_acts > 0)
+        return Activation(Codes(torch.relu(self.encode_at(h, pre_acts, pattern)), pattern), pre_acts)
+
+    def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        """The L1 term, in the units of the loss."""
+        norms = per_entry(self.W_dec.norm(dim=1), out.codes.pattern)
+        l1 = (out.codes.values * norms).sum() / out.codes.shape[0]
+        coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup)
+        return {"l1": coef * l1 / self.loss_unit}

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_core.kernels import true_entries
+
 
 class Transposed(NamedTuple):
     """The same entries grouped by latent."""
@@ -43,8 +45,8 @@ class Pattern:
     def of_mask(cls, mask: Tensor) -> "Pattern":
         """Pattern of the true entries of mask (N, F)."""
         n_rows, d_sae = mask.shape
-        rows, indices = mask.nonzero(as_tuple=True)
-        return cls.of_rows(rows, indices, n_rows, d_sae)
+        entries = true_entries(mask)
+        return cls.of_rows(entries // d_sae, entries % d_sae, n_rows, d_sae)
 
     @classmethod
     def of_rows(cls, rows: Tensor, indices: Tensor, n_rows: int, d_sae: int) -> "Pattern":

@@ -1,5 +1,5 @@
 """Sparse products on a fixed pattern of active latents; `reference` holds the same products with dense matrices."""
 
-from sae_core.kernels.sparse import bag_sum, sampled_dot
+from sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries
 
-__all__ = ["bag_sum", "sampled_dot"]
+__all__ = ["bag_sum", "sampled_dot", "true_entries"]

@@ -1,0 +1,64 @@
+# A thin wrapper: every target prints the command that it runs. Nothing here deletes a harvested cache.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.granary
+
+# make harvest
+MODEL   ?= demo
+LAYER   ?= 3
+DATASET ?= Salesforce/wikitext
+TOKENS  ?= 5M
+OUT     ?=
+DEVICE  ?=
+# make train
+CACHE ?= cache/demo_l3
+TYPE  ?= batchtopk
+K     ?=
+ARGS  ?=
+
+# The default dataset has several configurations; another DATASET brings its own.
+CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
+
+.PHONY: help setup demo harvest train test test-all check bench clean
+
+help:
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | bench | clean"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/sae-harvest run --model demo --dataset demo --layer 3 --out cache/demo_l3
+	$(BIN)/sae-train run --cache cache/demo_l3 --type topk --k 32 --d-sae 3072 --steps 300 --batch-size 2048 --name demo_topk --overwrite
+	$(BIN)/sae-train run --cache cache/demo_l3 --type batchtopk --k 32 --d-sae 3072 --steps 300 --batch-size 2048 --name demo_batchtopk --overwrite
+	$(BIN)/sae-train compare runs/demo_topk runs/demo_batchtopk
+
+harvest: $(STAMP)
+	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) $(CONFIG) --max-tokens $(TOKENS) \
+		$(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+train: $(STAMP)
+	$(BIN)/sae-train run --cache $(CACHE) --type $(TYPE) $(if $(K),--k $(K)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

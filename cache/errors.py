@@ -14,7 +14,7 @@ CacheError
 ├── BadRowsError              (ValueError)          rows that break the writer's contract
 ├── BadActivationError        (ValueError)          NaN, Inf, or a value that the storage dtype cannot hold
 ├── DiskFullError             (OSError)             no space left while writing
-├── SelectionError           (ValueError)          filters, holdout or batch size that leave nothing to deliver
+├── SelectionError            (ValueError)          filters, holdout or batch size that leave nothing to deliver
 ├── UnknownNameError          (KeyError)            no hook point, column or shard of this name
 └── RowLookupError            (LookupError)         what was asked of a row is not stored
 """

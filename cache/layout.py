@@ -150,7 +150,8 @@ class CacheLayout:
         rows_per_shard = self.columns["flags"].rows_per_shard
         whole, rest = divmod(n_rows, rows_per_shard)
         return sum(
-            array.shard_bytes(rows_per_shard) * whole + (array.shard_bytes(rest) if rest else 0) for array in self.arrays
+            array.shard_bytes(rows_per_shard) * whole + (array.shard_bytes(rest) if rest else 0)
+            for array in self.arrays
         )
 
 

@@ -35,6 +35,8 @@ SIDES = ("output", "input")
 HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 DEFAULT_INNER_CHUNK_BYTES = 1 << 20
+MAX_ROWS_PER_SHARD = 1 << 32
+MAX_D_IN = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,13 @@ class HookPoint:
 
     def __post_init__(self) -> None:
         if not HOOK_NAME.fullmatch(self.name):
-            raise SpecError(f"hook point name {self.name!r}: expected letters, digits, '.', '_', '-' (it names a folder)")
+            raise SpecError(
+                f"hook point name {self.name!r}: expected letters, digits, '.', '_', '-' (it names a folder)"
+            )
         if self.side not in SIDES:
             raise SpecError(f"hook point {self.name!r}: side is {self.side!r}, expected one of {', '.join(SIDES)}")
-        if self.d_in < 1:
-            raise SpecError(f"hook point {self.name!r}: d_in is {self.d_in}, expected at least 1")
+        if not 1 <= self.d_in <= MAX_D_IN:
+            raise SpecError(f"hook point {self.name!r}: d_in is {self.d_in}, expected 1 to {MAX_D_IN}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class CacheSpec:
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise SpecError(f"hook point names must differ (case ignored): {', '.join(double)} occurs twice")
-        if self.rows_per_shard < 1:
-            raise SpecError(f"rows_per_shard is {self.rows_per_shard}, expected at least 1")
+        if not 1 <= self.rows_per_shard <= MAX_ROWS_PER_SHARD:
+            raise SpecError(f"rows_per_shard is {self.rows_per_shard}, expected 1 to {MAX_ROWS_PER_SHARD}")
         if self.inner_chunk_bytes < 1:
             raise SpecError(f"inner_chunk_bytes is {self.inner_chunk_bytes}, expected at least 1")

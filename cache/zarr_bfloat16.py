@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +21,8 @@ class BFloat16(BaseFloat[Any, Any]):  # BaseFloat brings HasEndianness and HasIt
     _zarr_v2_names: ClassVar[tuple[str, ...]] = ()  # format 2 has no such type
 
     @classmethod
-    def _check_native_dtype(cls, dtype: Any) -> Any:
-        return dtype == _BFLOAT16
+    def _check_native_dtype(cls, dtype: np.dtype[Any]) -> TypeGuard[np.dtype[Any]]:
+        return bool(dtype == _BFLOAT16)
 
     def to_native_dtype(self) -> Any:
         """The numpy dtype; ml_dtypes has it in the machine's byte order only."""

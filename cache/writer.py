@@ -1,0 +1,356 @@
+"""Write a cache: append rows, roll shards, commit each one durably, continue where a killed harvest stopped.
+
+    with CacheWriter.open(path, spec) as writer:
+        writer.begin_buffer(source_state)
+        writer.append(rows, documents)
+        writer.finish(summary)
+
+A shard is committed in this order: its files are synced under temporary names, linked into place, their folders
+synced; then its record is synced and linked into commits/, and that folder synced. A shard exists when its record does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cache import files
+from cache.errors import BadRowsError, CacheError, CacheLockedError, ConcurrentWriteError, SpecError
+from cache.layout import GROUPS, LOCK, MANIFEST, TEMPORARY, VOCABULARY, commit_path, zarr_files
+from cache.lock import CacheLock
+from cache.manifest import FileEntry, Manifest, ShardRecord, manifest_of
+from cache.records import (
+    clear_uncommitted,
+    existing_manifest,
+    has_records,
+    load_records,
+    refuse_mismatch,
+    remove_contents,
+)
+from cache.rows import CacheSpec, Cursor, DocumentRow, Rows
+from cache.shard import OpenShard
+from cache.signed import FORMAT, VERSION, dump_signed
+from cache.split import check_rows, documents_by_row, split_windows, window_lengths
+from cache.stats import merge_all
+
+ZARR_ATTRIBUTES = {"format": FORMAT, "version": VERSION}
+
+
+class CacheWriter:
+    """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
+
+    def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> None:
+        self.path, self.manifest = path, manifest
+        self.layout = manifest.layout
+        self.complete = manifest.complete
+        self.cursor: Cursor | None = records[-1].cursor if records else None
+        self.n_shards = len(records)
+        self._committed_rows = sum(record.n_rows for record in records)
+        self._committed_bytes = sum(record.n_bytes for record in records)
+        self._last_window = records[-1].last_window if records else -1
+        stored = [record.documents.last for record in records if record.documents is not None]
+        self._last_document = stored[-1] if stored else -1
+        self._source: Mapping[str, int] | None = None
+        self._buffer_rows = 0
+        self._shard: OpenShard | None = None
+        self._broken = False
+        self._lock: CacheLock | None = None
+        self._session = path / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(4)}"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], spec: CacheSpec) -> CacheWriter:
+        """Create a cache, or continue an unfinished one of the same spec.
+
+        Of a finished one, `complete` is true and nothing is locked or written. Raises CacheExistsError where the folder
+        holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
+        """
+        path = Path(path)
+        vocabulary = _vocabulary_bytes(spec)
+        want = manifest_of(_plain(spec), None if vocabulary is None else FileEntry.of(vocabulary))
+        have = existing_manifest(path)
+        if have is not None:
+            refuse_mismatch(path, have, want)
+            if have.complete:
+                _remove_leftovers(path)
+                return cls(path, have, have.shards)
+        with files.no_space_is_clear(path):
+            return cls._open_locked(path, want, vocabulary)
+
+    @classmethod
+    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None) -> CacheWriter:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = CacheLock(path / LOCK)
+        lock.acquire()
+        try:
+            have = existing_manifest(path)  # again: another process may have written before we held the lock
+            if have is not None and refuse_mismatch(path, have, want):
+                remove_contents(path)  # of another harvest that committed nothing
+                have = None
+            records = [] if have is None else have.shards or load_records(path, have)
+            writer = cls(path, have or want, records)
+            writer._lock = lock
+            if not writer.complete:
+                writer._prepare(vocabulary, new=have is None)
+            return writer
+        except FileExistsError as error:
+            lock.release()
+            raise ConcurrentWriteError(f"{path}: another process writes here in spite of the lock ({error})") from error
+        except BaseException:
+            lock.release()
+            raise
+
+    def _prepare(self, vocabulary: bytes | None, *, new: bool) -> None:
+        shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
+        self._session.mkdir(parents=True)
+        if new:
+            self._put(MANIFEST, dump_signed(self.manifest.to_json()))
+        for folder in (*GROUPS, "commits", "documents", *(array.path for array in self.layout.arrays)):
+            (self.path / folder).mkdir(exist_ok=True)
+        if vocabulary is not None and not (self.path / VOCABULARY).exists():
+            self._put(VOCABULARY, vocabulary)
+        clear_uncommitted(self.path, self.layout, self.n_shards)
+        self._write_zarr()
+        files.sync_folder(self.path)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows so far, those of the open shard included."""
+        return self._committed_rows + (self._shard.n_rows if self._shard else 0)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes so far; of the open shard its whole inner chunks."""
+        open_rows = self._shard.n_rows if self._shard else 0
+        row_bytes = sum(array.row_bytes for array in self.layout.arrays)
+        return self._committed_bytes + open_rows * row_bytes
+
+    def begin_buffer(self, source_state: Mapping[str, int]) -> None:
+        """Say that the next rows come from a new sort buffer, which a resume can rebuild from this state."""
+        self._source = {str(key): int(value) for key, value in source_state.items()}
+        self._buffer_rows = 0
+
+    def skip(self, n_rows: int) -> None:
+        """Say that the first n rows of this buffer are committed already and will not be appended."""
+        self._buffer_rows += n_rows
+
+    def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:
+        """Add rows of whole windows, in source order, and the documents whose first row is among them.
+
+        Documents that are stored already are left out, so that a resume may pass them again. Raises BadActivationError
+        for a NaN, an Inf or an overflow of the stored dtype; after any error the writer takes no more rows.
+        """
+        if self._source is None:
+            raise BadRowsError("append before begin_buffer: a resume would not know where to start")
+        self._usable()
+        with self._breaking():
+            last = self._shard.last_window if self._shard else self._last_window
+            check_rows(rows, self.layout, last)
+            placed = documents_by_row(documents, rows.doc_id, self._last_document)
+            used, start = (self._shard.n_rows if self._shard else 0), 0
+            for n_rows in split_windows(window_lengths(rows.window), used, self.manifest.rows_per_shard):
+                stop = start + n_rows
+                if n_rows == 0:
+                    self._commit()
+                    continue
+                self._append(rows[start:stop], [document for row, document in placed if start <= row < stop])
+                start = stop
+                if start < rows.n_rows:
+                    self._commit()
+
+    def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
+        if self._shard is None:
+            folder = self._session / f"{self.n_shards:08d}"
+            self._shard = OpenShard(self.layout, self.manifest.dtype, self.n_shards, folder)
+        self._shard.append(rows, documents)
+        self._buffer_rows += rows.n_rows
+        if documents:
+            self._last_document = documents[-1].doc_id
+        if self._shard.rows_left == 0:
+            self._commit()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Commit the last shard, which may be short, and mark the cache complete. Nothing if it is complete already."""
+        if self.complete:
+            return
+        self._usable()
+        with self._breaking():
+            if self._shard is None and self.n_shards == 0:
+                raise CacheError(f"{self.path}: no rows were harvested, and a cache of none is not written")
+            plain_summary = _plain_json(summary, "summary")
+            self._commit()
+            records = load_records(self.path, self.manifest)
+            statistics = {
+                hook: merge_all(record.statistics[hook] for record in records if record.statistics)
+                for hook in self.layout.activations
+            }
+            zarr = zarr_files(self.layout, self.n_shards, ZARR_ATTRIBUTES)
+            self.manifest = replace(
+                self.manifest,
+                complete=True,
+                shards=tuple(replace(record, statistics=None) for record in records),
+                statistics=statistics,
+                zarr_files={path: FileEntry.of(data) for path, data in zarr.items()},
+                summary=plain_summary,
+            )
+            self._replace(MANIFEST, dump_signed(self.manifest.to_json()))
+            self.complete = True
+
+    def _commit(self) -> None:
+        if self._shard is None:
+            return
+        shard, index = self._shard, self._shard.index
+        temporary, entries, moments = shard.finish()
+        record = ShardRecord(
+            shard=index,
+            n_rows=shard.n_rows,
+            first_window=shard.first_window,
+            last_window=shard.last_window,
+            documents=shard.documents.range,
+            cursor=Cursor(dict(self._source or {}), self._buffer_rows),
+            files=entries,
+            statistics=moments,
+        )
+        self._place(temporary, commit_path(index), dump_signed(record.to_json()))
+        shard.discard()
+        self._shard = None
+        self.n_shards += 1
+        self.cursor = record.cursor
+        self._committed_rows += record.n_rows
+        self._committed_bytes += record.n_bytes
+        self._last_window = record.last_window
+        self._write_zarr()
+
+    def _place(self, temporary: Mapping[str, Path], record_path: str, record: bytes) -> None:
+        """Link the synced files of a shard into place, then its record; undo it all where the record is not reached."""
+        placed: dict[str, os.stat_result] = {}
+        try:
+            for path, source in temporary.items():
+                before = source.stat()
+                files.link_into_place(source, self.path / path)
+                placed[path] = before
+            for folder in {(self.path / path).parent for path in temporary}:
+                files.sync_folder(folder)
+            for path, before in placed.items():
+                if not os.path.samestat(before, os.stat(self.path / path)):
+                    raise FileExistsError(str(self.path / path))
+            self._put(record_path, record)
+        except (FileExistsError, FileNotFoundError) as error:
+            self._take_back(placed, record_path)
+            raise ConcurrentWriteError(
+                f"{self.path}: another process writes the same shard ({error.filename or error}); "
+                "stop one of the two and run the command again: it continues after the last committed shard"
+            ) from error
+        except BaseException:
+            self._take_back(placed, record_path)
+            raise
+
+    def _take_back(self, placed: Mapping[str, os.stat_result], record_path: str) -> None:
+        if (self.path / record_path).exists():
+            return  # the shard is committed, by us or by another
+        for path, ours in placed.items():
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(ours, os.stat(self.path / path)):
+                    (self.path / path).unlink()
+
+    def _write_zarr(self) -> None:
+        """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
+        for path, data in zarr_files(self.layout, self.n_shards, ZARR_ATTRIBUTES).items():
+            target = self.path / path
+            if not target.exists() or target.read_bytes() != data:
+                self._replace(path, data)
+
+    def _put(self, path: str, data: bytes) -> None:
+        temporary = self._session / "new"
+        temporary.unlink(missing_ok=True)
+        files.write_new(temporary, data)
+        files.link_into_place(temporary, self.path / path)
+        files.sync_folder((self.path / path).parent)
+
+    def _replace(self, path: str, data: bytes) -> None:
+        temporary = self._session / "new"
+        temporary.unlink(missing_ok=True)
+        files.replace_file(self.path / path, data, temporary)
+
+    def _usable(self) -> None:
+        if self.complete:
+            raise BadRowsError(f"{self.path} is complete; rows are not added to a finished harvest")
+        if self._broken:
+            raise BadRowsError(f"{self.path}: the writer stopped at an error; open it again to continue")
+
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
+        whole_shard = sum(self.layout.shard_files(0, self.manifest.rows_per_shard).values())
+        try:
+            with files.no_space_is_clear(self.path, whole_shard):
+                yield
+        except BaseException:
+            self._broken = True
+            raise
+
+    def close(self) -> None:
+        """Drop the open shard and release the lock; committed shards stay."""
+        if self._lock is None:
+            return
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
+        shutil.rmtree(self._session, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another session's files, only where locks do nothing
+            (self.path / TEMPORARY).rmdir()
+        empty = not self.complete and not has_records(self.path)
+        if empty:
+            remove_contents(self.path)  # nothing was committed: leave nothing behind
+        self._lock.release()
+        self._lock = None
+        if empty:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _plain(spec: CacheSpec) -> CacheSpec:
+    """The spec with its JSON as a reader will see it: tuples become lists, keys strings."""
+    return replace(
+        spec,
+        provenance=_plain_json(spec.provenance, "provenance"),
+        fingerprint=_plain_json(spec.fingerprint, "fingerprint"),
+    )
+
+
+def _plain_json(part: Mapping[str, Any], name: str) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(part), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{name} must be JSON: {error}") from None
+    return plain
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a writer left that was killed between its last write and its end."""
+    if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
+        return
+    lock = CacheLock(path / LOCK)
+    with contextlib.suppress(OSError, CacheLockedError):  # a read-only cache, or its writer is just about to end
+        lock.acquire()
+        shutil.rmtree(path / TEMPORARY, ignore_errors=True)
+        lock.release()
+
+
+def _vocabulary_bytes(spec: CacheSpec) -> bytes | None:
+    """The token strings as a JSON list, one per line."""
+    return None if spec.vocabulary is None else json.dumps(list(spec.vocabulary), indent=0).encode() + b"\n"

@@ -30,4 +30,6 @@ def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: Tensor, dead: Tens
     codes = Codes(torch.relu(sae.encode_at(h, pre_acts, pattern)), pattern)
     squared = (error - decode(codes, sae.W_dec)).square().sum(-1).mean()
     variance = (error - error.mean(0)).square().sum(-1).mean()
-    return torch.nan_to_num(squared / variance) * min(n_dead / k_aux, 1.0)
+    # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.
+    per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)
+    return squared * per_variance * min(n_dead / k_aux, 1.0)

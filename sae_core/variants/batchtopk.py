@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_core.base import Inputs, SAEOutput
 from sae_core.codes import Pattern
-from sae_core.functional import batch_topk_pattern, support_pattern
+from sae_core.functional import batch_topk_pattern
 from sae_core.registry import register
 from sae_core.threshold import BatchThreshold
 from sae_core.variants.topk import TopKSAE
@@ -37,7 +37,7 @@ class BatchTopKSAE(TopKSAE):
         """The batch's largest while training; what exceeds the threshold in inference."""
         if self.training:
             return batch_topk_pattern(pre_acts, self.config.k)
-        return support_pattern(pre_acts > self.threshold.value.to(pre_acts.dtype))
+        return Pattern.of_mask(pre_acts > self.threshold.value.to(pre_acts.dtype))
 
     def track(self, out: SAEOutput) -> None:
         """Dead counters and the threshold's EMA."""

@@ -1,0 +1,121 @@
+"""Sparse products against dense ones: values and every gradient, on codes that are easy to get wrong."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_core.autograd import decode, empty_encoder, encode_at, per_entry, sum_by_latent
+from sae_core.codes import Codes, Pattern
+from sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
+
+# (N, F) masks of stored entries
+PATTERNS = {
+    "some": torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0]]).bool(),
+    "empty row": torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool(),
+    "nothing": torch.zeros(3, 5).bool(),
+    "everything": torch.ones(3, 5).bool(),
+    "one latent": torch.tensor([[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 0, 0]]).bool(),
+}
+
+
+def params(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    W_enc = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    b_enc = torch.randn(5, generator=generator, dtype=torch.float64)
+    W_dec = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    return tuple(tensor.requires_grad_() for tensor in (x, W_enc, b_enc, W_dec))
+
+
+@pytest.mark.parametrize("mask", PATTERNS.values(), ids=PATTERNS.keys())
+@pytest.mark.parametrize("full", [False, True])
+def test_encode_and_decode_equal_the_dense_products_in_values_and_gradients(mask: torch.Tensor, full: bool) -> None:
+    target = torch.arange(12, dtype=torch.float64).view(3, 4)
+
+    def gradients(x_hat: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        grads = torch.autograd.grad((x_hat - target).square().sum(), leaves, allow_unused=True)
+        return tuple(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True))
+
+    dense = params()
+    x, W_enc, b_enc, W_dec = dense
+    expected = ((x @ W_enc + b_enc) * mask) @ W_dec
+
+    ours = params()
+    x, W_enc, b_enc, W_dec = ours
+    pattern = Pattern(3, 5) if full else Pattern.of_mask(mask)
+    p = encode_at(x, W_enc, b_enc, (x @ W_enc + b_enc).detach(), pattern)
+    codes = Codes(p * mask if full else p, pattern)
+    x_hat = decode(codes, W_dec)
+
+    torch.testing.assert_close(x_hat, expected)
+    torch.testing.assert_close(gradients(x_hat, ours), gradients(expected, dense))
+
+
+@pytest.mark.parametrize("mask", PATTERNS.values(), ids=PATTERNS.keys())
+def test_sparse_products_equal_their_dense_references(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pattern = Pattern.of_mask(mask)
+    indices, indptr = pattern.entries
+    table = torch.randn(5, 4, generator=generator)
+    rows = torch.randn(3, 4, generator=generator)
+    weights = torch.randn(indices.numel(), generator=generator)
+
+    expected = reference.bag_sum(indices, table, indptr, weights)
+    torch.testing.assert_close(bag_sum(indices, table, indptr, weights), expected)
+    expected = reference.sampled_dot(rows, table, indptr, indices)
+    torch.testing.assert_close(sampled_dot(rows, table, indptr, indices), expected)
+    # The path of devices without a sampled product.
+    monkeypatch.setattr(sparse, "_has_sampled_product", lambda rows: False)
+    monkeypatch.setattr(sparse, "GATHER_CHUNK", 2)
+    torch.testing.assert_close(sampled_dot(rows, table, indptr, indices), expected)
+
+
+def test_sampled_dot_keeps_the_order_of_unsorted_entries() -> None:
+    rows, columns = torch.eye(2), torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    indices, indptr = torch.tensor([2, 0, 1, 0]), torch.tensor([0, 2, 4])
+    assert sampled_dot(rows, columns, indptr, indices).tolist() == [3.0, 1.0, 20.0, 10.0]
+
+
+@pytest.mark.parametrize("mask", PATTERNS.values(), ids=PATTERNS.keys())
+def test_per_entry_spreads_and_sum_by_latent_gathers(mask: torch.Tensor) -> None:
+    per_latent = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64, requires_grad=True)
+    pattern = Pattern.of_mask(mask)
+    spread = per_entry(per_latent, pattern)
+    assert spread.tolist() == pattern.take(per_latent.detach().expand(3, 5)).tolist()
+    spread.sum().backward()
+    counts = mask.sum(0).double()
+    torch.testing.assert_close(per_latent.grad, counts)
+    torch.testing.assert_close(sum_by_latent(torch.ones_like(spread), pattern).detach(), counts)
+
+
+def test_the_encoder_gradient_has_the_strides_of_the_parameter() -> None:
+    W_enc = torch.nn.Parameter(torch.nn.init.normal_(empty_encoder(4, 5)))
+    x = torch.randn(3, 4)
+    pattern = Pattern.of_mask(PATTERNS["some"])
+    encode_at(x, W_enc, torch.zeros(5), (x @ W_enc).detach(), pattern).sum().backward()
+    assert W_enc.grad is not None
+    assert W_enc.grad.stride() == W_enc.stride() == (1, 4)
+
+
+def test_codes_count_and_slice() -> None:
+    acts = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 4.0]])
+    for codes in (Codes.from_dense(acts), Codes(acts, Pattern(3, 4))):
+        assert torch.equal(codes.dense(), acts)
+        assert codes.l0() == pytest.approx(4 / 3)
+        assert codes.fired().tolist() == [1, 1, 0, 2]
+        assert torch.equal(codes.rows(1, 3).dense(), acts[1:])
+
+
+def test_a_stored_zero_is_not_active() -> None:
+    codes = Codes(torch.tensor([0.0, 2.0]), Pattern.fixed_k(torch.tensor([[3, 1]]), 4))
+    assert codes.l0() == 1.0
+    assert codes.fired().tolist() == [0, 1, 0, 0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 33), st.floats(0, 1), st.integers(0, 2**16))
+def test_true_entries_are_those_of_nonzero(n: int, m: int, share: float, seed: int) -> None:
+    mask = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < share
+    assert torch.equal(true_entries(mask), mask.reshape(-1).nonzero().squeeze(1))
+    assert torch.equal(true_entries(mask.t()), mask.t().reshape(-1).nonzero().squeeze(1))

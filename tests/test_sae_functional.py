@@ -1,0 +1,126 @@
+"""Selections and straight-through gradients, against hand-computed numbers and naive references."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_core.functional import batch_topk_pattern, geometric_median, jumprelu, step, support_pattern, topk_pattern
+from sae_core.options import Progress
+from sae_core.threshold import EMA_DECAY, BatchThreshold
+
+
+def naive_batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
+    order = sorted(range(pre_acts.numel()), key=lambda i: (-float(pre_acts.view(-1)[i]), i))
+    mask = torch.zeros(pre_acts.numel(), dtype=torch.bool)
+    mask[order[: pre_acts.shape[0] * k]] = True
+    return mask.view_as(pre_acts) & (pre_acts > 0)
+
+
+def mask_of(pattern) -> torch.Tensor:
+    mask = torch.zeros(pattern.n_rows, pattern.d_sae, dtype=torch.bool)
+    mask[pattern.row_of, pattern.entries[0]] = True
+    return mask
+
+
+def test_topk_keeps_the_k_largest_of_each_row() -> None:
+    pre_acts = torch.tensor([[3.0, 1.0, 2.0], [-1.0, -3.0, -2.0]])
+    assert mask_of(topk_pattern(pre_acts, 2)).tolist() == [[True, False, True], [True, False, True]]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 2**16),
+    st.sampled_from(["ties", "ragged", "normal"]),
+)
+def test_batch_topk_is_the_sorted_selection(n: int, m: int, k: int, seed: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pre_acts = torch.randn(n, m, generator=generator)
+    if kind == "ties":
+        pre_acts = pre_acts.round()
+    if kind == "ragged":  # a few rows hold nearly all large values, and the sampled rows may miss them
+        pre_acts *= torch.where(torch.rand(n, 1, generator=generator) < 0.1, 100.0, 1.0)
+    k = min(k, m)
+    pattern = batch_topk_pattern(pre_acts, k)
+    assert pattern.entries[0].numel() == min(n * k, int((pre_acts > 0).sum()))
+    assert torch.equal(mask_of(pattern), naive_batch_topk(pre_acts, k))
+
+
+def test_support_is_full_when_it_is_dense() -> None:
+    assert support_pattern(torch.ones(4, 4).bool()).is_full
+    sparse = torch.zeros(10, 10).bool()
+    sparse[3, 4] = True
+    assert not support_pattern(sparse).is_full
+
+
+def test_jumprelu_values_and_pseudo_gradients() -> None:
+    # threshold 1, bandwidth 1: the kernel covers 0.5 < p < 1.5.
+    p = torch.tensor([[0.2, 0.7, 1.2, 3.0]], requires_grad=True)
+    threshold = torch.full((4,), 1.0, requires_grad=True)
+    z = jumprelu(p, threshold, 1.0)
+    assert z[0].tolist() == pytest.approx([0.0, 0.0, 1.2, 3.0])
+    upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    z.backward(upstream)
+    assert p.grad is not None
+    assert threshold.grad is not None
+    assert p.grad.tolist() == [[0.0, 0.0, 100.0, 1000.0]]
+    assert threshold.grad.tolist() == [0.0, -10.0, -100.0, 0.0]  # -(theta / eps) K g
+
+
+def test_jumprelu_scales_the_threshold_gradient_by_theta_over_the_bandwidth() -> None:
+    threshold = torch.tensor([0.5], requires_grad=True)
+    jumprelu(torch.tensor([[0.45], [0.55], [0.8]]), threshold, 0.2).sum().backward()
+    assert threshold.grad is not None
+    assert threshold.grad.item() == pytest.approx(-(0.5 / 0.2) * 2)
+
+
+def test_step_moves_thresholds_only() -> None:
+    p = torch.tensor([[0.45, 0.55, 0.8]], requires_grad=True)
+    threshold = torch.full((3,), 0.5, requires_grad=True)
+    active = step(p, threshold, 0.2)
+    assert active.tolist() == [[0.0, 1.0, 1.0]]
+    active.sum().backward()
+    assert p.grad is None or not p.grad.any()
+    assert threshold.grad is not None
+    assert threshold.grad.tolist() == pytest.approx([-5.0, -5.0, 0.0])  # -1/eps inside the kernel
+
+
+def test_geometric_median_ignores_an_outlier() -> None:
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, 0.5], [1000.0, 1000.0]])
+    median = geometric_median(rows)
+    assert (median - torch.tensor([0.5, 0.5], dtype=torch.float64)).norm() < 0.3
+    assert rows.mean(0).norm() > 200
+
+
+def test_progress_ramps_linearly_and_then_stays() -> None:
+    assert [Progress(step, 100).ramp(0.04) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert Progress(0, 100).ramp(0.0) == 1.0
+
+
+def test_threshold_ema_is_not_biased_towards_its_start() -> None:
+    threshold = BatchThreshold()
+    assert threshold.value.item() == 0.0
+    threshold.update(torch.tensor([3.0, 2.0]))
+    assert threshold.value.item() == pytest.approx(2.0)
+    threshold.update(torch.tensor([4.0]))
+    expected = (EMA_DECAY * (1 - EMA_DECAY) * 2.0 + (1 - EMA_DECAY) * 4.0) / (1 - EMA_DECAY**2)
+    assert threshold.value.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_calibration_finds_the_threshold_with_mean_l0_k(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(500, 40, generator=generator) * scale for scale in (0.5, 1.0, 2.0)]
+    threshold = BatchThreshold()
+    threshold.calibrate(batches, k)
+    l0 = float((torch.cat(batches) > threshold.value.float()).sum()) / 1500
+    assert l0 == pytest.approx(k, rel=0.002)
+
+
+def test_calibration_with_too_few_positives_keeps_them_all() -> None:
+    threshold = BatchThreshold()
+    threshold.calibrate([torch.tensor([[1.0, -1.0, -1.0]])], 2)
+    assert threshold.value.item() == 0.0

@@ -1,0 +1,424 @@
+"""Contract of every registered variant, and each variant's terms by hand-computed numbers."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sae_core
+from sae_core import SAE, Progress, registry
+from sae_core.errors import NonFiniteError, NotAnSAEError, OptionError, UnknownTypeError
+
+D_IN, D_SAE = 16, 64
+LAST = Progress(99, 100)
+
+
+def rows(n: int = 256, seed: int = 0, d_in: int = D_IN) -> torch.Tensor:
+    """Sparse mixtures of 32 directions with a little noise, around a mean far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(32, d_in, generator=torch.Generator().manual_seed(99))
+    weights = torch.rand(n, 32, generator=generator) * (torch.rand(n, 32, generator=generator) < 0.1)
+    return 3 * weights @ directions + 0.1 * torch.randn(n, d_in, generator=generator) + 2.0
+
+
+def make(name: str, **options: object) -> SAE:
+    cls = registry.get(name)
+    if "k" in {spec.name for spec in dataclasses.fields(cls.Config)}:
+        options = {"k": 4, **options}
+    sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, **options}))
+    sae.initialize(rows(), torch.Generator().manual_seed(1))
+    return sae.train()
+
+
+def train(sae: SAE, n_steps: int = 30, lr: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    totals = []
+    for step in range(n_steps):
+        out = sae(rows(seed=step))
+        losses = sae.losses(out, Progress(step, n_steps))
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        sae.track(out)
+        sae.project_gradients()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        sae.after_step()
+        totals.append(float(losses[sae.config.loss].detach()))
+    sae.calibrate(rows(seed=step) for step in range(4))
+    return totals
+
+
+every_variant = pytest.mark.parametrize("name", registry.names())
+every_normalization = pytest.mark.parametrize("normalize", ["none", "dataset", "mean", "mean+dataset", "unit_norm"])
+
+
+# -- contract --------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_shapes_and_finite_gradients_in_every_parameter(name: str) -> None:
+    sae = make(name)
+    x = rows(50)
+    out = sae(x)
+    assert out.x_hat.shape == x.shape
+    assert out.codes.shape == (50, D_SAE)
+    torch.stack(list(sae.losses(out, LAST).values())).sum().backward()
+    for parameter_name, parameter in sae.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@every_variant
+def test_training_lowers_the_loss_and_is_deterministic(name: str) -> None:
+    first, second = make(name), make(name)
+    losses = train(first)
+    assert losses[-1] < 0.7 * losses[0]
+    assert train(second) == losses
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_variant
+def test_native_files_give_back_the_same_bits(name: str, tmp_path: Path) -> None:
+    sae = make(name)
+    train(sae, 5)
+    sae_core.save_native(sae, tmp_path)
+    loaded = sae_core.load_native(tmp_path)
+    assert loaded.config == sae.config
+    assert loaded.state_dict().keys() == sae.state_dict().keys()
+    for key, tensor in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+        assert loaded.state_dict()[key].dtype == tensor.dtype, key
+    x = rows(20, seed=5)
+    for trained, read in ((sae.train(), loaded.train()), (sae.eval(), loaded.eval())):
+        assert torch.equal(trained(x).x_hat, read(x).x_hat)
+
+
+@every_variant
+@every_normalization
+def test_folding_the_normalization_leaves_the_reconstruction_unchanged(
+    name: str, normalize: str, tmp_path: Path
+) -> None:
+    sae = make(name, normalize=normalize)
+    train(sae, 5)
+    sae.double().eval()  # in double precision no near-tie of a selection flips
+    sae_core.save(sae, tmp_path, {"model_name": "toy"})
+    loaded = sae_core.load(tmp_path)
+    x = rows(40, seed=7)
+    with torch.no_grad():
+        expected, got = sae(x.double()), loaded(x)
+    torch.testing.assert_close(got.x_hat.double(), expected.x_hat, rtol=1e-4, atol=1e-4)
+    assert got.codes.l0() == pytest.approx(expected.codes.l0(), abs=0.2)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+@every_variant
+def test_encode_then_decode_is_forward(name: str) -> None:
+    sae = make(name).eval()
+    x = rows(30)
+    with torch.no_grad():
+        torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x).x_hat)
+
+
+@every_variant
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(name: str) -> None:
+    if registry.get(name).needs_calibration:
+        pytest.skip("selects over the micro-batch by definition")
+    whole, parts = make(name), make(name)
+    parts.load_state_dict(whole.state_dict())
+    x = rows(64)
+    for sae, batches in ((whole, [x]), (parts, list(x.split(16)))):
+        for batch in batches:
+            terms = sae.losses(sae(batch), LAST)
+            (torch.stack(list(terms.values())).sum() / len(batches)).backward()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@every_variant
+def test_the_loss_does_not_depend_on_the_scale_of_the_activations(name: str) -> None:
+    cls = registry.get(name)
+    losses = []
+    for scale in (0.1, 1.0, 10.0):
+        sae = make(name)
+        sae.initialize(rows() * scale, torch.Generator().manual_seed(1))
+        terms = sae.losses(sae(rows(seed=3) * scale), LAST)
+        losses.append([float(term.detach()) for term in terms.values()])
+    assert cls.Config(D_IN, D_SAE).normalize == "dataset"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+@every_variant
+def test_dead_latents_are_counted_in_rows(name: str) -> None:
+    sae = make(name, dead_after_tokens=100)
+    with torch.no_grad():
+        sae.b_enc[7] = -1e6  # never fires again
+    for _ in range(3):
+        assert not sae.dead_mask[7]
+        sae.track(sae(rows(40)))
+    assert sae.num_tokens_since_fired[7] == 120
+    assert sae.dead_mask[7]
+    assert not sae.dead_mask.all()
+
+
+@every_variant
+def test_options_are_checked_and_named(name: str) -> None:
+    cls = registry.get(name)
+    with pytest.raises(OptionError, match=r"d_sae=0: expected a value > 0"):
+        sae_core.make_config(cls, {"d_in": 4, "d_sae": 0})
+    with pytest.raises(OptionError, match=r"no option 'normalise'. Did you mean 'normalize'\?"):
+        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalise": "none"})
+    with pytest.raises(OptionError, match="normalize='half': expected one of dataset, "):
+        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalize": "half"})
+    with pytest.raises(OptionError, match="needs option 'd_in'"):
+        sae_core.make_config(cls, {"d_sae": 8})
+
+
+@every_variant
+def test_a_sample_with_nan_is_refused(name: str) -> None:
+    sample = rows()
+    sample[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or Inf"):
+        make(name).initialize(sample, torch.Generator())
+
+
+def test_unknown_types_are_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownTypeError, match=r"unknown type 'batchtop'. Did you mean 'batchtopk'\?"):
+        registry.get("batchtop")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    sae_core.save(make("topk"), tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    with pytest.raises(NotAnSAEError, match="not a readable safetensors file"):
+        sae_core.load(tmp_path)
+    weights.write_bytes(content)
+    (tmp_path / "granary.json").write_text('{"format": 7}')
+    with pytest.raises(NotAnSAEError, match="format 7, this version reads format 1"):
+        sae_core.load(tmp_path)
+    with pytest.raises(NotAnSAEError, match="holds no SAE"):
+        sae_core.load(tmp_path / "nothing")
+
+
+# -- formulas --------------------------------------------------------------------------------------------------
+
+
+def identity(name: str, **options: object) -> SAE:
+    """d_in = d_sae = 3, encoder and decoder the identity, b_enc = b_dec = 0, no normalisation."""
+    cls = registry.get(name)
+    sae = cls(sae_core.make_config(cls, {"d_in": 3, "d_sae": 3, "normalize": "none", "loss": "mse", **options}))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(3))
+        sae.W_dec.copy_(torch.eye(3))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae.train()
+
+
+X = torch.tensor([[3.0, 1.0, -2.0], [0.5, 2.0, 1.0]])
+
+
+def test_vanilla_by_hand() -> None:
+    sae = identity("vanilla", l1_coef=2.0)
+    with torch.no_grad():
+        sae.W_dec[1] *= 3  # |W_dec,1| = 3
+    out = sae(X)
+    assert out.codes.dense().tolist() == [[3.0, 1.0, 0.0], [0.5, 2.0, 1.0]]
+    assert out.x_hat.tolist() == [[3.0, 3.0, 0.0], [0.5, 6.0, 1.0]]
+    losses = sae.losses(out, LAST)
+    assert float(losses["mse"].detach()) == pytest.approx((2**2 + 2**2 + 4**2) / 2)
+    assert float(losses["l1"].detach()) == pytest.approx(2.0 * ((3 + 3 * 1) + (0.5 + 3 * 2 + 1)) / 2)
+    assert float(sae.losses(out, Progress(0, 100))["l1"].detach()) == pytest.approx(0.2 * 13.5)  # ramp over 5 steps
+
+
+def test_vanilla_is_invariant_to_moving_scale_between_encoder_and_decoder() -> None:
+    sae = make("vanilla")
+    scaled = copy.deepcopy(sae)
+    factor = torch.linspace(0.5, 2.0, D_SAE)
+    with torch.no_grad():
+        scaled.W_enc.mul_(factor)
+        scaled.b_enc.mul_(factor)
+        scaled.W_dec.div_(factor[:, None])
+    x = rows(40)
+    for name, term in sae.losses(sae(x), LAST).items():
+        torch.testing.assert_close(scaled.losses(scaled(x), LAST)[name], term)
+
+
+def test_topk_by_hand() -> None:
+    sae = identity("topk", k=2)
+    out = sae(X)
+    assert out.codes.dense().tolist() == [[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]]
+    assert out.codes.l0() == 2.0
+    assert sae(-X.abs()).codes.l0() == 0.0  # ReLU after the selection
+
+
+def test_batchtopk_by_hand() -> None:
+    sae = identity("batchtopk", k=1)
+    out = sae(X)
+    assert out.codes.dense().tolist() == [[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
+    sae.track(out)
+    sae.eval()  # threshold 2: only what exceeds it
+    assert sae(X).codes.dense().tolist() == [[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_batchtopk_inference_l0_is_k_after_calibration() -> None:
+    sae = make("batchtopk", k=5)
+    train(sae, 20)
+    sae.eval()
+    l0 = sum(sae.encode(rows(seed=step)).l0() for step in range(4)) / 4
+    assert l0 == pytest.approx(5, rel=0.01)
+
+
+def test_jumprelu_tanh_by_hand() -> None:
+    sae = identity("jumprelu", threshold_init=0.75, l0_coef=2.0, tanh_scale=0.5, dead_coef=0.1, dead_after_tokens=5)
+    with torch.no_grad():
+        sae.W_dec[1] *= 3
+        sae.num_tokens_since_fired[2] = 5  # latent 2 counts as dead
+    out = sae(X)
+    assert out.codes.dense().tolist() == [[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]]
+    losses = sae.losses(out, LAST)
+    activity = torch.tensor([3.0, 1.0 * 3, 2.0 * 3, 1.0])
+    assert float(losses["l0"].detach()) == pytest.approx(2.0 * float(torch.tanh(0.5 * activity).sum()) / 2)
+    # ReLU(theta - p) of latent 2: 0.75 + 2 = 2.75 and 0
+    assert float(losses["dead"].detach()) == pytest.approx(0.1 * 2.75 / 2)
+
+
+@pytest.mark.parametrize(("recipe", "expected"), [("l0", 3 * 2.5), ("l0_target", 3 * (2.5 / 2 - 1) ** 2)])
+def test_jumprelu_l0_by_hand(recipe: str, expected: float) -> None:
+    sae = identity("jumprelu", recipe=recipe, l0_coef=3.0, l0_target=2.0, threshold_init=0.2, bandwidth=0.7)
+    out = sae(X)  # active: 3, 1 | 0.5, 2, 1 -> L0 = 2.5
+    loss = sae.losses(out, LAST)["l0"]
+    assert float(loss.detach()) == pytest.approx(expected)
+    loss.backward()
+    # Only p = 0.5 of latent 0 lies within 0.35 of its threshold: dL0/dtheta = -1/0.7, over two rows.
+    slope = 3.0 if recipe == "l0" else 3.0 * 2 * (2.5 / 2 - 1) / 2
+    assert sae.threshold.grad.tolist() == pytest.approx([-slope / 0.7 / 2, 0.0, 0.0])
+
+
+def test_jumprelu_takes_gradients_from_entries_just_under_the_threshold() -> None:
+    """The sparse path must agree with plain autograd over the whole (N, F) matrix."""
+    sae = make("jumprelu", threshold_init=1.5, bandwidth=0.5)
+    x = rows(32)
+    out = sae(x)
+    assert not out.codes.pattern.is_full or out.codes.l0() > 0
+    torch.stack(list(sae.losses(out, LAST).values())).sum().backward()
+    h = (sae.normalizer(x).values - sae.b_dec).detach()
+    p = (h @ sae.W_enc + sae.b_enc).detach()
+    theta, bandwidth = sae.threshold.detach(), sae.bandwidth
+    z = (p * (p > theta)).requires_grad_()
+    recon = z @ sae.W_dec.detach() + sae.b_dec.detach()
+    fvu = (sae.normalizer(x).values - recon).square().sum(1).mean() / sae.loss_variance
+    norms = sae.W_dec.detach().norm(dim=1)
+    l0 = 10.0 * torch.tanh(4.0 * z * norms).sum() / 32 / sae.loss_variance
+    (grad_z,) = torch.autograd.grad(fvu + l0, z)
+    kernel = ((p - theta).abs() < bandwidth / 2).float()
+    expected = (-(theta / bandwidth) * kernel * grad_z).sum(0)
+    assert (kernel * (p < theta)).any()
+    torch.testing.assert_close(sae.threshold.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["fvu", "mse", "nmse"])
+def test_reconstruction_losses_by_formula(loss: str) -> None:
+    sae = make("topk", loss=loss)
+    x = rows(64, seed=2)
+    out = sae(x)
+    target, recon = out.source.target, out.recon
+    squared = (target - recon).square().sum(1)
+    sample = sae.normalizer(rows()).values
+    expected = {
+        "mse": squared.mean(),
+        "fvu": squared.mean() / (sample - sample.mean(0)).square().sum(1).mean(),
+        "nmse": (squared / target.square().sum(1)).mean(),
+    }[loss]
+    torch.testing.assert_close(sae.losses(out, LAST)[loss], expected)
+
+
+def test_auxk_by_hand_and_its_gradient_paths() -> None:
+    sae = identity("topk", k=1, auxk_coef=0.5, k_aux=2, dead_after_tokens=10)
+    with torch.no_grad():
+        sae.num_tokens_since_fired[2] = 10  # one dead latent of k_aux = 2: factor 1/2
+        sae.b_dec[0] = 0.25
+        sae.W_enc[2, 2] = 0.5
+    x = torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, -1.0]])
+    out = sae(x)
+    loss = sae.losses(out, LAST)["auxk"]
+    # k = 1 keeps 3 - 0.25 and 2 - 0.25; the error is (0, 0, 1) and (0, 0, -1); the dead latent gives 0.5 and 0.
+    squared, variance = (0.25 + 1) / 2, 1.0
+    assert float(loss.detach()) == pytest.approx(0.5 * squared / variance * 0.5)
+    loss.backward()
+    assert sae.W_enc.grad[:, 2].any()
+    assert not sae.W_enc.grad[:, :2].any()
+    assert not sae.W_dec.grad[:2].any()
+    assert sae.W_dec.grad[2].any()
+    assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
+
+
+def test_auxk_of_a_perfect_reconstruction_is_zero_and_finite() -> None:
+    sae = identity("topk", k=3, dead_after_tokens=1)
+    with torch.no_grad():
+        sae.num_tokens_since_fired += 1
+    out = sae(X.abs())
+    assert float(out.source.target.sub(out.recon).abs().max().detach()) == 0.0
+    assert float(sae.losses(out, LAST)["auxk"].detach()) == 0.0
+
+
+def test_unit_decoders_stay_on_the_sphere_and_lose_their_radial_gradient() -> None:
+    sae = make("topk")
+    torch.stack(list(sae.losses(sae(rows()), LAST).values())).sum().backward()
+    sae.project_gradients()
+    assert float((sae.W_dec.grad * sae.W_dec).sum(1).abs().max().detach()) < 1e-6
+    with torch.no_grad():
+        sae.W_dec.mul_(1.7)
+    sae.after_step()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_initialization_is_the_documented_one() -> None:
+    sae = make("topk")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert torch.equal(sae.W_enc.detach(), sae.W_dec.detach().t())
+    assert not sae.b_enc.any()
+    normalized = sae.normalizer(rows()).values
+    assert float(normalized.square().sum(1).mean()) == pytest.approx(D_IN, rel=1e-4)
+    centre = sae_core.base.geometric_median(normalized)
+    torch.testing.assert_close(sae.b_dec.detach().double(), centre, rtol=1e-4, atol=1e-4)
+
+
+def test_unit_norm_rows_have_mean_zero_and_unbiased_variance_one() -> None:
+    sae = make("topk", normalize="unit_norm")
+    values = sae.normalizer(rows(10)).values
+    torch.testing.assert_close(values.mean(1), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.var(1), torch.ones(10), atol=1e-3, rtol=0)
+    with pytest.raises(OptionError, match="decode\\(codes, like=x\\)"):
+        sae.decode(sae.encode(rows(10)))
+    torch.testing.assert_close(sae.decode(sae.encode(rows(10)), like=rows(10)), sae(rows(10)).x_hat)
+
+
+def test_k_above_d_sae_is_refused() -> None:
+    with pytest.raises(OptionError, match="k=9: expected k <= d_sae=8"):
+        sae_core.make_config(registry.get("batchtopk"), {"d_in": 4, "d_sae": 8, "k": 9})
+
+
+def test_sparse_codes_equal_the_dense_formula_end_to_end() -> None:
+    sae = make("topk")
+    x = rows(64)
+    out = sae(x)
+    torch.stack(list(sae.losses(out, LAST).values())).sum().backward()
+    W_enc, W_dec = sae.W_enc.detach().clone().requires_grad_(), sae.W_dec.detach().clone().requires_grad_()
+    b_enc, b_dec = sae.b_enc.detach().clone().requires_grad_(), sae.b_dec.detach().clone().requires_grad_()
+    h = sae.normalizer(x).values
+    p = (h - b_dec) @ W_enc + b_enc
+    kept = torch.zeros_like(p).scatter(1, p.topk(4).indices, 1.0)
+    recon = (F.relu(p) * kept) @ W_dec + b_dec
+    ((h - recon).square().sum(1).mean() / sae.loss_variance).backward()
+    torch.testing.assert_close(out.recon, recon)
+    for ours, dense in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc), (sae.b_dec, b_dec)):
+        torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-5, atol=1e-7)

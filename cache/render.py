@@ -96,3 +96,24 @@ def _stats_json(cache: Cache, hook: str) -> dict[str, Any]:
         "total_variance": stats.total_variance,
         "norm_quantiles": {f"{fraction:g}": value for fraction, value in stats.norm_quantiles.items()},
     }
+
+
+def provenance_lines(cache: Cache) -> dict[str, str]:
+    """Label -> value: the rest of the provenance and the harvest's summary, nested fields by dotted names."""
+    manifest = cache.manifest
+    known = {"model", "dataset"}
+    rest = {name: value for name, value in manifest.provenance.items() if name not in known}
+    return dict(_flat("", {**rest, **(manifest.summary or {})}))
+
+
+def stats_cells(cache: Cache, hook: str) -> list[str]:
+    """One row of the table of statistics."""
+    stats = cache.stats(hook)
+    quantiles = [stats.norm_quantiles[fraction] for fraction in (0.0, 0.01, 0.5, 0.99, 1.0)]
+    return [hook, *(f"{value:.4g}" for value in (stats.mean_sq_norm, stats.total_variance, *quantiles))]
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
+    if not isinstance(value, dict):
+        return [(prefix, str(value))]
+    return [line for key, part in value.items() for line in _flat(f"{prefix}.{key}" if prefix else str(key), part)]

@@ -1,0 +1,164 @@
+"""sae-cache: list, describe and verify activation caches. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cache.errors import CacheError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from cache.verify import Report
+
+app = typer.Typer(
+    name="sae-cache",
+    help="List, describe and verify activation caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+CachePath = Annotated[Path, typer.Argument(help="Folder of a cache, e.g. cache/bert_l6.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def ls(
+    root: Annotated[Path, typer.Argument(help="Folder that holds caches.")] = Path("cache"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the caches below a folder."""
+    with _errors(debug):
+        from cache.listing import list_caches
+
+        entries = list_caches(root)
+        if as_json:
+            print_json([vars(entry) for entry in entries])
+            return
+        if not entries:
+            _console().print(f"no caches in {root}; `sae-harvest run` makes one", markup=False)
+            return
+        from rich.table import Table
+
+        table = Table("cache", "model", "hook points", "rows", "dtype", "size", "state")
+        for entry in entries:
+            table.add_row(*(_plain(text) for text in entry.cells()))
+        _console().print(table)
+
+
+@app.command()
+def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
+    """Describe a cache: what it was harvested from, its rows, and the statistics of each hook point."""
+    with _errors(debug):
+        from cache import render
+        from cache.reader import open_cache
+
+        cache = open_cache(path, allow_incomplete=True)
+        if as_json:
+            print_json(render.as_json(cache))
+            return
+        from rich.table import Table
+
+        console = _console()
+        table = Table(show_header=False, box=None)
+        for label, value in {**render.facts(cache), **render.provenance_lines(cache)}.items():
+            table.add_row(_plain(label, "bold"), _plain(value))
+        console.print(table)
+        if cache.n_rows:
+            norms = Table("hook point", "mean |x|²", "total variance", "|x| min", "1 %", "median", "99 %", "max")
+            for name in cache.hook_points:
+                norms.add_row(*(_plain(cell) for cell in render.stats_cells(cache, name)))
+            console.print(norms)
+
+
+@app.command()
+def verify(
+    path: CachePath,
+    quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every file of a cache: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
+    with _errors(debug):
+        from cache import verify as checks
+        from cache.records import load_manifest
+        from cache.render import size
+
+        load_manifest(path)  # no cache at all is an error, not a finding
+        report = _with_progress(path, quick)
+        if as_json:
+            print_json(checks.report_json(report))
+        else:
+            console = _console()
+            for finding in report.problems:
+                console.print(_plain(f"{finding.path}: {finding.problem}", "red"), soft_wrap=True)
+            for name in report.foreign:
+                console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
+            checked = "sizes" if quick else f"{len(report.findings)} files, {size(report.n_bytes)}"
+            state = "ok" if report.ok else f"{len(report.problems)} problems"
+            console.print(_plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _with_progress(path: Path, quick: bool) -> Report:
+    from rich.progress import Progress
+
+    from cache import verify as checks
+
+    console = _console(stderr=True)
+    with Progress(console=console, transient=True, disable=quick or not console.is_terminal) as bar:
+        task = bar.add_task("verifying", total=None)
+        return checks.verify(
+            path, quick=quick, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+
+
+def print_json(body: object) -> None:
+    """Print JSON to standard output."""
+    sys.stdout.write(json.dumps(body, indent=2) + "\n")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text that is never read as markup, whatever a manifest says."""
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """One red line and exit code 2 for what a user can mend; the traceback with --debug."""
+    try:
+        yield
+    except (CacheError, OSError) as error:
+        if debug:
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

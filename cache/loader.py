@@ -243,9 +243,10 @@ class _Source:
         keep = self.selection.mask({name: self._column(plan, shards) for name, shards in self.columns.items()})
         kept = keep[permutation]
         order, ranks = permutation[kept], np.flatnonzero(kept)
-        buffer.fill(plan, self.shards, executor)
+        needed, positions = plan.restrict(keep)
+        buffer.fill(needed, self.shards, executor)
         row_ids = None if self.first_row_ids is None else plan.row_ids(self.first_row_ids)
-        return _Pool(buffer, free, epoch, start, n_rows, buffer.index(order), order, ranks, row_ids)
+        return _Pool(buffer, free, epoch, start, n_rows, buffer.index(positions[order]), order, ranks, row_ids)
 
     @staticmethod
     def _column(plan: PoolPlan, shards: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -133,10 +133,12 @@ class ShardPart:
     def copy(self, rows: NDArray[Any], out: NDArray[Any], executor: Executor | None = None) -> None:
         """Copy the rows of these blocks from a shard's array (shard_rows, ...) to out (n_rows, ...)."""
         n_full, width = self.n_full, self.block_rows
-        whole = rows[: self.shard_rows // width * width].reshape(self.shard_rows // width, -1)
-        target = out[: n_full * width].reshape(n_full, -1)
+        per_block = width * int(np.prod(rows.shape[1:]))
+        whole = rows[: self.shard_rows // width * width].reshape(-1, per_block)
+        target = out[: n_full * width].reshape(-1, per_block)
         step = max(_CHUNK_BYTES // max(whole[:1].nbytes, 1), 1)
-        tasks = [(whole, self.blocks[i : i + step], target[i : i + step]) for i in range(0, n_full, step)]
+        blocks = self.blocks[:n_full]
+        tasks = [(whole, blocks[i : i + step], target[i : i + step]) for i in range(0, n_full, step)]
         for _ in map(_take, tasks) if executor is None else executor.map(_take, tasks):
             pass
         if n_full < len(self.blocks):
@@ -145,8 +147,7 @@ class ShardPart:
 
 def _take(task: tuple[NDArray[Any], I64, NDArray[Any]]) -> None:
     source, indices, out = task
-    if len(indices):
-        np.take(source, indices, axis=0, out=out[: len(indices)], mode="clip")  # the other modes copy once more
+    np.take(source, indices, axis=0, out=out, mode="clip")  # the other modes copy once more
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,18 @@ class PoolPlan:
         for part in self.parts:
             part.copy(shards[part.shard], out[done : done + part.n_rows], executor)
             done += part.n_rows
+
+    def restrict(self, keep: NDArray[np.bool_]) -> tuple[PoolPlan, I64]:
+        """The blocks that hold any of the rows to keep, and where each row of this plan then stands in theirs."""
+        parts, wanted, done = [], [], 0
+        for part in self.parts:
+            starts = np.arange(len(part.blocks)) * part.block_rows
+            used = np.logical_or.reduceat(keep[done : done + part.n_rows], starts)
+            wanted.append(np.repeat(used, part.block_rows)[: part.n_rows])
+            done += part.n_rows
+            if used.any():
+                parts.append(replace(part, blocks=part.blocks[used]))
+        return PoolPlan(tuple(parts)), np.cumsum(np.concatenate(wanted), dtype=np.int64) - 1
 
     def split(self, max_rows: int) -> Iterator[PoolPlan]:
         """The same rows in plans of at most max_rows, or of one block if a block is larger."""

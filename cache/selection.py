@@ -144,7 +144,7 @@ def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> l
     sources: dict[str, Any] = {n: cache.column(n) for n in names}
     if "norm" in selection.columns:
         sources |= {f"norm:{hook}": cache.norms(hook) for hook in hooks}
-    return [{name: source.shard(i) for name, source in sources.items()} for i in range(len(cache.shards))]
+    return [{name: np.asarray(source.shard(i)) for name, source in sources.items()} for i in range(len(cache.shards))]
 
 
 def account(cache: Cache, filters: Filters, holdout: Holdout, hooks: Sequence[str]) -> Counts:

@@ -27,7 +27,7 @@ _INTEGERS = {4: np.int32, 2: np.int16}
 
 def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
     """The same bytes as integers: numpy copies them plainly, and torch cannot wrap a bfloat16 of ml_dtypes."""
-    return rows.view(_INTEGERS[rows.dtype.itemsize])
+    return np.asarray(rows).view(_INTEGERS[rows.dtype.itemsize])
 
 
 class Buffer(Protocol):

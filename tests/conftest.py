@@ -7,3 +7,67 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 # Tests run in two processes; more threads than cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small cache of sparse mixtures with documents, windows and special tokens; see `write_cache`."""
+
+    def make(name: str = "toy", **options: Any) -> Path:
+        return write_cache(tmp_path / name, **options)
+
+    return make
+
+
+def write_cache(
+    path: Path,
+    *,
+    n_docs: int = 120,
+    d_in: int = 16,
+    hooks: tuple[str, ...] = ("layer_3",),
+    dtype: str = "float32",
+    rows_per_shard: int = 1000,
+    decoder: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Each row is a sparse combination of 4 * d_in directions; each document has 1 to 3 windows of 5 to 40 tokens."""
+    import numpy as np
+
+    from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+    from cache.writer import CacheWriter
+
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(len(hooks), 4 * d_in, d_in))
+    points = tuple(HookPoint(h, f"encoder.{h.replace('_', '.')}", "output", 0, d_in) for h in hooks)
+    model = {"id": "toy-model", "revision": None, "kind": "transformer", "is_decoder": decoder}
+    spec = CacheSpec("token", points, dtype, rows_per_shard, {"model": model}, {"model": "toy", "seed": seed})
+    n_windows = 0
+    with CacheWriter.open(path, spec) as writer:
+        for doc in range(n_docs):
+            writer.begin_buffer({"next_doc": doc})
+            lengths = rng.integers(5, 41, size=rng.integers(1, 4))
+            position = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+            special = np.concatenate([(np.arange(n) == 0) | (np.arange(n) == n - 1) for n in lengths])
+            n_rows = int(lengths.sum())
+            codes = rng.random((n_rows, 4 * d_in)) * (rng.random((n_rows, 4 * d_in)) < 0.05)
+            flags = special * FLAG_SPECIAL + (position == 0) * FLAG_WINDOW_START
+            rows = Rows(
+                {h: (codes @ directions[i] + 0.01 * rng.normal(size=(n_rows, d_in))).astype(np.float32)
+                 for i, h in enumerate(hooks)},
+                np.arange(n_rows, dtype=np.int32),
+                np.full(n_rows, doc, np.int64),
+                np.repeat(np.arange(n_windows, n_windows + len(lengths)), lengths).astype(np.uint64),
+                position,
+                np.where(special, -1, position).astype(np.int32),
+                flags.astype(np.uint8),
+            )
+            n_windows += len(lengths)
+            writer.append(rows, [DocumentRow(doc, "toy", doc, f"document {doc}")])
+        writer.finish({"documents": n_docs})
+    return path

@@ -1,0 +1,29 @@
+"""Train SAEs from an activation cache.
+
+from train import train_sae, resume_training
+result = train_sae(cache="cache/bert_l6", type="batchtopk", k=32)
+result.sae, result.folder, result.summary
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+    from train.run import Result, resume_training, train_sae
+
+__all__ = ["Result", "TrainConfig", "resume_training", "train_sae"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: `sae-train --help` answers without importing torch.
+    if name == "TrainConfig":
+        from train.config import TrainConfig
+
+        return TrainConfig
+    if name in __all__:
+        from train import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'train' has no attribute {name!r}")

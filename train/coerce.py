@@ -1,0 +1,125 @@
+"""Typed values from flags and YAML: text or plain JSON values to what a dataclass field is annotated with."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any, Literal, Union
+
+from train.errors import ConfigError, nearest
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NONES = ("none", "null", "auto", "")
+
+
+def coerce(key: str, value: Any, annotation: Any) -> Any:
+    """Convert a value to an annotation: int (1000, "10k", "5M", 1e6), float, bool, str, tuples, Literal, X | None.
+
+    Raises ConfigError with the key, the value and what was expected.
+    """
+    try:
+        return _convert(value, annotation)
+    except (ValueError, TypeError, OverflowError):
+        hint = ""
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+        if isinstance(value, str):
+            hint = nearest(value, choices)
+        raise ConfigError(f"{key}={value!r}: expected {describe(annotation)}{hint}") from None
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is tuple:
+        return f"a list of values ({describe(args[0])})"
+    words = {
+        int: "a whole number (suffixes k, M, B)",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+    }
+    return words.get(annotation, str(annotation))
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args)
+    if origin is Literal:
+        return _one_of(value, args)
+    if origin is tuple:
+        return _convert_tuple(value, args)
+    if annotation is Any:
+        return value
+    converter = {int: _int, float: _float, bool: _bool, str: _str}.get(annotation)
+    if converter is None:
+        raise TypeError(f"no conversion to {annotation}")
+    return converter(value)
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    if type(None) in members and (value is None or (isinstance(value, str) and value.lower() in _NONES)):
+        return None
+    for member in members:
+        if member is not type(None):
+            try:
+                return _convert(value, member)
+            except (ValueError, TypeError, OverflowError):
+                continue
+    raise ValueError
+
+
+def _convert_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
+    if not isinstance(value, list | tuple):
+        value = [value]
+    return tuple(_convert(v, args[0]) for v in value)
+
+
+def _one_of(value: Any, choices: tuple[Any, ...]) -> Any:
+    if value is False and "off" in choices:  # YAML reads a bare off as false
+        return "off"
+    if value in choices:
+        return value
+    raise ValueError
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(value, str):
+        text = value.strip().replace("_", "").replace(",", "").lower()
+        scale = _SUFFIXES.get(text[-1:], 1)
+        value = float(text[:-1]) * scale if scale > 1 else (float(text) if "e" in text or "." in text else int(text))
+    if int(value) != value:
+        raise ValueError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | str) and str(value).lower() in _BOOLS:
+        return _BOOLS[str(value).lower()]
+    raise ValueError
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError

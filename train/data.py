@@ -1,0 +1,143 @@
+"""The cache as a run sees it: training batches, a sample to start from, rows to calibrate and to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cache
+import sae_core
+from cache.loader import Counts, Loader, LoaderState
+from cache.reader import Cache
+from cache.selection import Part, account
+from train.checkpoint import Identity
+from train.config import TrainConfig
+from train.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
+
+SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
+MAX_SAMPLE_ROWS = 2**20
+CALIBRATION_ROWS = 2**17
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened cache and the resolved config of the run that reads it."""
+
+    cache: Cache
+    config: TrainConfig
+    counts: Counts
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> Data:
+        """Open the cache of an unresolved config and resolve it. Raises CacheError, ConfigError or SAEError."""
+        opened = cache.open(config.cache)
+        hooks = resolve_hooks(config, tuple(opened.hook_points))
+        counts = account(opened, filters_of(config), holdout_of(config), hooks)
+        return cls(opened, resolve(config, opened, hooks, counts), counts)
+
+    @classmethod
+    def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> Data:
+        """Open the cache of a resolved config with the shards that were pinned when the run started."""
+        resolve_device(config.device)
+        opened = cache.open(config.cache, shards=[index for index, _ in record["order"]["shards"]])
+        return cls(opened, config, Counts(**record["counts"]))
+
+    def batches(self, state: LoaderState | None = None) -> Loader:
+        """Endless training batches on the run's device."""
+        return self._loader("train", batch_size=self.config.batch_size, state=state, device=self.config.device)
+
+    def identity(self, loader: Loader) -> Identity:
+        """What checkpoints of this run belong to."""
+        return Identity(dict(self.cache.manifest.fingerprint), loader.order.to_json())
+
+    def sample(self) -> Inputs:
+        """Rows that the run will train on, on the CPU: the first of the shuffled order. Non-finite rows are left out."""
+        d_in = self.config.options["d_in"] * len(self.config.hook)
+        n_rows = min(MAX_SAMPLE_ROWS, max(SAMPLE_ELEMENTS // d_in, 1024))
+        with self._loader("train", batch_size=self.config.batch_size, epochs=1, device="cpu") as loader:
+            parts = [batch.x for batch in _take_rows(loader, n_rows)]
+        rows = {hook: torch.cat([p if isinstance(p, Tensor) else p[hook] for p in parts]) for hook in self.config.hook}
+        finite = torch.stack([torch.isfinite(r).all(1) for r in rows.values()]).all(0)
+        rows = {hook: r[finite] for hook, r in rows.items()}
+        return rows[self.config.hook[0]] if self._single else rows
+
+    def calibration(self) -> Iterator[Inputs]:
+        """Training rows for `SAE.calibrate`, in micro-batches."""
+        yield from self._pass("train", CALIBRATION_ROWS)
+
+    @property
+    def eval_part(self) -> Part:
+        """Held-out rows if there are any."""
+        return "heldout" if self.counts.heldout else "train"
+
+    def evaluation(self) -> Iterator[Inputs]:
+        """Rows of the final evaluation, in micro-batches."""
+        yield from self._pass(self.eval_part, self.config.eval_rows)
+
+    @property
+    def _single(self) -> bool:
+        return sae_core.registry.get(self.config.type).input_kind != "several"
+
+    def _pass(self, part: Part, n_rows: int) -> Iterator[Inputs]:
+        size = self.config.batch_size // self.config.grad_acc_steps
+        with self._loader(part, batch_size=size, epochs=1, device=self.config.device) as loader:
+            for batch in _take_rows(loader, n_rows):
+                yield batch.x
+
+    def _loader(
+        self, part: Part, *, batch_size: int, device: str, epochs: int | None = None, state: LoaderState | None = None
+    ) -> Loader:
+        config = self.config
+        assert config.shuffle_seed is not None
+        return Loader(
+            self.cache,
+            config.hook[0] if self._single else config.hook,
+            batch_size=batch_size,
+            seed=config.shuffle_seed,
+            device=device,
+            filters=filters_of(config),
+            part=part,
+            holdout=holdout_of(config),
+            state=state,
+            epochs=epochs,
+            pool_rows=config.pool_rows,
+            block_rows=config.block_rows,
+            counts=self.counts,
+        )
+
+
+def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:
+    """Whole batches until n_rows are reached, at least one of them unless n_rows is 0."""
+    taken = 0
+    while taken < n_rows and (batch := next(loader, None)) is not None:
+        taken += batch.n_rows
+        yield batch
+
+
+def export_metadata(data: Data, folder: Path) -> dict[str, Any]:
+    """What `cfg.json` says about where the SAE belongs."""
+    model = data.cache.manifest.provenance.get("model", {})
+    points = [data.cache.hook_points[name] for name in data.config.hook]
+    metadata: dict[str, Any] = {
+        "model_name": model.get("id"),
+        "model_revision": model.get("revision"),
+        "hook_name": ",".join(_saelens_hook(p.name) for p in points),
+        "hf_hook_name": ",".join(p.module for p in points),
+        "hook_points": [p.name for p in points],
+        "cache_fingerprint": dict(data.cache.manifest.fingerprint),
+        "run": folder.name,
+    }
+    return metadata
+
+
+def _saelens_hook(name: str) -> str:
+    """layer_6 -> blocks.6.hook_resid_post, as SAELens and TransformerLens call it; others keep their name."""
+    layer = name.removeprefix("layer_")
+    return f"blocks.{layer}.hook_resid_post" if layer.isdigit() else name

@@ -1,0 +1,54 @@
+"""What train raises.
+
+TrainError(Exception)
+├── ConfigError(TrainError, ValueError)        a setting is unknown, of the wrong type or out of range
+├── RunExistsError(TrainError, FileExistsError) the run's folder holds another run
+├── NotARunError(TrainError, FileNotFoundError) a folder holds no run
+├── CheckpointError(TrainError, ValueError)    a checkpoint is damaged or belongs to something else
+├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
+└── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class TrainError(Exception):
+    """Base of every error that train raises on purpose."""
+
+
+class ConfigError(TrainError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class RunExistsError(TrainError, FileExistsError):
+    """The run's folder exists; nothing in it was touched."""
+
+
+class NotARunError(TrainError, FileNotFoundError):
+    """The folder holds no run that this version can read."""
+
+
+class CheckpointError(TrainError, ValueError):
+    """A checkpoint is damaged, or belongs to another cache, type or version."""
+
+
+class DivergedError(TrainError, ArithmeticError):
+    """Too many steps in a row were rejected for NaN or Inf."""
+
+
+class InterruptedRunError(TrainError):
+    """SIGTERM or SIGINT: the run stopped after a step and a checkpoint."""
+
+    def __init__(self, signum: int, step: int, folder: Path) -> None:
+        self.signum, self.step, self.folder = signum, step, folder
+        super().__init__(f"stopped by signal {signum} after step {step}; continue with: sae-train resume {folder}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' did you mean 'x'?' for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,35 @@
+"""Metrics of an SAE in inference on rows that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from sae_core import SAE
+from sae_core.metrics import Evaluator, decoder_max_cosine
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, float]:
+    """Stream rows through the SAE: l0, fvu, explained_variance, mse, cosine, l2_ratio, dead, never_fired, n_rows.
+
+    The SAE is left in the mode that it was in.
+    """
+    training = sae.training
+    sae.eval()
+    evaluator = Evaluator(sae.d_out, sae.config.d_sae)
+    try:
+        for x in batches:
+            out = sae(x)
+            evaluator.update(out.x, out.x_hat, out.codes)
+    finally:
+        sae.train(training)
+    if not evaluator.n_rows:
+        return {"n_rows": 0}
+    return {
+        **evaluator.result(),
+        "decoder_max_cosine": decoder_max_cosine(sae.W_dec),
+        "n_rows": evaluator.n_rows,
+    }

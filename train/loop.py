@@ -1,0 +1,152 @@
+"""The step and the loop, nothing else.
+
+    batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalise
+
+Shapes: B rows of a batch, D = d_in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cache.loader import Batch
+from sae_core import SAE, Progress, SAEOutput
+from sae_core.metrics import Evaluator
+from train.errors import DivergedError
+from train.optim import set_lr
+from train.state import Run
+
+MAX_REJECTED_IN_ROW = 10
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one optimizer step showed."""
+
+    accepted: bool
+    losses: Mapping[str, float] = field(default_factory=dict)  # mean over micro-batches, by name
+    grad_norm: float = math.nan  # global, before clipping
+    metrics: Mapping[str, float] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
+
+    @property
+    def loss(self) -> float:
+        """What the step minimised."""
+        return sum(self.losses.values()) if self.losses else math.nan
+
+
+def train_step(run: Run, x: Inputs, *, measure: bool = False) -> StepResult:
+    """Take one optimizer step on a batch of raw rows and count it.
+
+    A batch whose loss or gradient is NaN or Inf changes no weight: it is rejected and counted.
+    """
+    result = _update(run, x, measure=measure)
+    run.step += 1
+    run.tokens += _n_rows(x)
+    run.rejected += not result.accepted
+    run.rejected_in_row = 0 if result.accepted else run.rejected_in_row + 1
+    return result
+
+
+def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
+    sae, config = run.sae, run.config
+    evaluator = Evaluator(config.options["d_in"], config.options["d_sae"]) if measure else None
+    run.optimizer.zero_grad(set_to_none=True)
+    losses = _accumulate(sae, x, config.grad_acc_steps, Progress(run.step, run.n_steps), evaluator, config.compute_dtype)
+    if losses is None:
+        return StepResult(accepted=False)
+    sae.project_gradients()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    if not bool(torch.isfinite(norm)):
+        return StepResult(accepted=False)
+    if config.grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, norm)
+    set_lr(run.optimizer, run.lr)
+    run.optimizer.step()
+    sae.after_step()
+    metrics = evaluator.result() if evaluator is not None else {}
+    return StepResult(True, {name: float(v) for name, v in losses.items()} if measure else {}, float(norm), metrics)
+
+
+def _accumulate(
+    sae: SAE, x: Inputs, n_parts: int, progress: Progress, evaluator: Evaluator | None, compute_dtype: str
+) -> dict[str, Tensor] | None:
+    """Gradients of the mean loss over equal parts of a batch, left in `.grad`; None if a part is not finite."""
+    sums: dict[str, Tensor] = {}
+    for part in split(x, n_parts):
+        if not is_finite(part):
+            return None
+        with autocast(part, compute_dtype):
+            out = sae(part)
+            losses = {name: value / n_parts for name, value in sae.losses(out, progress).items()}
+        total = torch.stack(list(losses.values())).sum()
+        if not bool(torch.isfinite(total)):
+            return None
+        total.backward()
+        sae.track(out)
+        if evaluator is not None:
+            _measure(evaluator, out)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+    return sums
+
+
+def _measure(evaluator: Evaluator, out: SAEOutput) -> None:
+    evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
+
+
+def train(
+    run: Run,
+    batches: Iterable[Batch],
+    *,
+    measure_every: int,
+    on_step: Callable[[Run, Batch, StepResult], None],
+) -> None:
+    """Take steps until the run is done, one batch each; `on_step` follows every one (logs, checkpoints, stops).
+
+    Raises DivergedError when too many batches in a row are rejected.
+    """
+    source = iter(batches)
+    while not run.done:
+        batch = next(source)
+        measure = (run.step + 1) % measure_every == 0 or run.step == 0 or run.step + 1 == run.n_steps
+        result = train_step(run, batch.x, measure=measure)
+        on_step(run, batch, result)
+        if run.rejected_in_row >= MAX_REJECTED_IN_ROW:
+            raise DivergedError(
+                f"{run.rejected_in_row} batches in a row up to step {run.step} gave NaN or Inf and were rejected "
+                f"({run.rejected} in all): run `sae-cache verify`, or lower --lr"
+            )
+
+
+def split(x: Inputs, n_parts: int) -> Iterator[Inputs]:
+    """Equal parts of a batch."""
+    if n_parts == 1:
+        yield x
+    elif isinstance(x, Tensor):
+        yield from x.chunk(n_parts)
+    else:
+        parts = {hook: rows.chunk(n_parts) for hook, rows in x.items()}
+        yield from ({hook: p[i] for hook, p in parts.items()} for i in range(n_parts))
+
+
+def is_finite(x: Inputs) -> bool:
+    """Whether every value is. Checked before the forward pass, so that no counter or threshold sees a NaN."""
+    tensors = [x] if isinstance(x, Tensor) else list(x.values())
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def autocast(x: Inputs, compute_dtype: str) -> torch.autocast:
+    """Matrix products in bfloat16 when asked for."""
+    device = x.device if isinstance(x, Tensor) else next(iter(x.values())).device
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")
+
+
+def _n_rows(x: Inputs) -> int:
+    return len(x) if isinstance(x, Tensor) else len(next(iter(x.values())))

@@ -1,0 +1,70 @@
+"""Run: everything that changes while one SAE trains, apart from where its batches come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+import sae_core
+from sae_core import SAE
+from train.config import TrainConfig
+from train.optim import make_optimizer
+from train.schedule import Schedule
+
+
+@dataclass(eq=False)
+class Run:
+    """One SAE in training. Everything here but the config is part of a checkpoint."""
+
+    config: TrainConfig
+    sae: SAE
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # batches consumed
+    tokens: int = 0  # rows consumed
+    rejected: int = 0  # steps without an update because of NaN or Inf
+    rejected_in_row: int = field(default=0)
+
+    @classmethod
+    def create(cls, config: TrainConfig, sae: SAE) -> Run:
+        """A run at its start, its SAE on the config's device."""
+        sae = sae.to(config.device)
+        return cls(config, sae.train(), make_optimizer(sae.parameters(), config))
+
+    @cached_property
+    def n_steps(self) -> int:
+        """Length of the run in optimizer steps."""
+        assert self.config.steps is not None
+        return self.config.steps
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Factor on the peak learning rate."""
+        config = self.config
+        return Schedule(
+            self.n_steps, config.lr_schedule, config.warmup_steps or 0, config.decay_fraction, config.lr_final
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step about to be taken."""
+        assert self.config.lr is not None
+        return self.config.lr * self.schedule.factor(self.step)
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken."""
+        return self.step >= self.n_steps
+
+    @property
+    def parameter_names(self) -> dict[nn.Parameter, str]:
+        """Parameter -> its name, for the optimizer's state."""
+        return {parameter: name for name, parameter in self.sae.named_parameters()}
+
+
+def build_sae(config: TrainConfig) -> SAE:
+    """A new SAE of a resolved config, not initialised."""
+    cls = sae_core.registry.get(config.type)
+    return cls(sae_core.make_config(cls, config.options))

@@ -1,0 +1,270 @@
+"""`sae-harvest run | plan | names`: text -> activations on disk. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="sae-harvest",
+    help="Stream text through a transformer and keep its activations in a cache on disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL, WHERE, TEXT, CUT, OUTPUT = "Model", "What is harvested", "Text", "Windows and batches", "Cache"
+
+
+def _option(panel: str, text: str, *names: str, **kwargs: Any) -> Any:
+    return typer.Option(
+        *names, help=text, rich_help_panel=panel, show_default=kwargs.pop("show_default", True), **kwargs
+    )
+
+
+Model = Annotated[str, _option(MODEL, "Hub id, local folder, or demo.", "--model", "-m")]
+Revision = Annotated[str | None, _option(MODEL, "Commit, tag or branch of a hub model.", "--revision")]
+TrustCode = Annotated[bool, _option(MODEL, "Run code that comes with the model. Read it first.", "--trust-remote-code")]
+ComputeDtype = Annotated[
+    str, _option(MODEL, "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.", "--compute-dtype")
+]
+Device = Annotated[str, _option(MODEL, "auto, cpu, cuda, cuda:1.", "--device")]
+Unit = Annotated[str, _option(WHERE, "token: a row per token. text: a pooled embedding per text.", "--unit")]
+Layers = Annotated[
+    list[str] | None,
+    _option(WHERE, "Output of block i, counted from 0: 6, or 2,4,6, or all. Repeatable.", "--layer", "--layers", "-l"),
+]
+LayerStride = Annotated[int, _option(WHERE, "Every n-th of the layers named (of all, if none is).", "--layer-stride")]
+Hooks = Annotated[
+    list[str] | None,
+    _option(WHERE, "Module path or glob; with :in its input. See `sae-harvest names`. Repeatable.", "--hook"),
+]
+Dataset = Annotated[
+    str | None,
+    _option(TEXT, "Hub id, local file or folder, - for standard input, or demo. "
+            "[default: Salesforce/wikitext (wikitext-103)]", "--dataset", "-d", show_default=False),
+]  # fmt: skip
+DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
+Split = Annotated[str, _option(TEXT, "Split of a hub data set.", "--split")]
+DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
+TextColumn = Annotated[
+    list[str] | None,
+    _option(TEXT, "Column of the text; several (a,b) are joined. [default: detected]", "--text-column",
+            show_default=False),
+]  # fmt: skip
+Documents = Annotated[
+    str, _option(TEXT, "What a document is in .txt, .md and stdin: file, line, paragraph, or auto.", "--documents")
+]
+ShuffleBuffer = Annotated[int, _option(TEXT, "Shuffle documents through a buffer of this many.", "--shuffle-buffer")]
+ShuffleSeed = Annotated[int, _option(TEXT, "Seed of that shuffle.", "--shuffle-seed")]
+CtxLen = Annotated[
+    int | None,
+    _option(
+        CUT, "Tokens of a window. [default: 512, or less if the model takes less]", "--ctx-len", show_default=False
+    ),
+]
+Bos = Annotated[
+    bool | None,
+    _option(CUT, "Begin windows with BOS. [default: as the tokenizer does]", "--bos/--no-bos", show_default=False),
+]
+Pack = Annotated[bool, _option(CUT, "Join documents with EOS between (decoders).", "--pack")]
+BatchTokens = Annotated[
+    int | None,
+    _option(CUT, "Tokens of a batch, padding included. [default: 16384 on a GPU, 4096 on a CPU]", "--batch-tokens",
+            show_default=False),
+]  # fmt: skip
+NumProc = Annotated[int, _option(CUT, "Processes for a slow (Python) tokenizer.", "--num-proc")]
+Out = Annotated[
+    Path | None, _option(OUTPUT, "Folder. [default: cache/<model>_l<layers>]", "--out", "-o", show_default=False)
+]
+Dtype = Annotated[str, _option(OUTPUT, "auto (as computed), float32, float16, bfloat16.", "--dtype")]
+MaxTokens = Annotated[
+    str | None, _option(OUTPUT, "Stop after the document that reaches this many rows: 20k, 5M, 1.5B.", "--max-tokens")
+]
+MaxDocs = Annotated[str | None, _option(OUTPUT, "Stop after this many documents.", "--max-docs")]
+RowsPerShard = Annotated[
+    str | None, _option(OUTPUT, "Rows of a shard. [default: about 512 MiB]", "--rows-per-shard", show_default=False)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+MakeConfig = Callable[[], Any]  # HarvestConfig; read at import time, when that class is not there
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the summary.")]
+
+
+def harvest_config(
+    model: Model,
+    layer: Layers = None,
+    hook: Hooks = None,
+    layer_stride: LayerStride = 1,
+    unit: Unit = "token",
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    compute_dtype: ComputeDtype = "auto",
+    device: Device = "auto",
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    dataset_revision: DatasetRevision = None,
+    text_column: TextColumn = None,
+    documents: Documents = "auto",
+    shuffle_buffer: ShuffleBuffer = 0,
+    shuffle_seed: ShuffleSeed = 0,
+    ctx_len: CtxLen = None,
+    bos: Bos = None,
+    pack: Pack = False,
+    batch_tokens: BatchTokens = None,
+    num_proc: NumProc = 1,
+    out: Out = None,
+    dtype: Dtype = "auto",
+    max_tokens: MaxTokens = None,
+    max_docs: MaxDocs = None,
+    rows_per_shard: RowsPerShard = None,
+) -> Any:
+    """The flags that `run` and `plan` share, as a config."""
+    from harvest.config import (
+        DEFAULT_DATASET,
+        HarvestConfig,
+        ModelConfig,
+        TextConfig,
+        TokenConfig,
+        WhereConfig,
+        parse_count,
+        parse_layers,
+    )
+
+    return HarvestConfig(
+        model=ModelConfig(model, revision, trust_remote_code, compute_dtype, device),
+        where=WhereConfig(unit, parse_layers(layer or []), layer_stride, tuple(hook or ())),
+        text=TextConfig(
+            DEFAULT_DATASET if dataset is None else dataset,
+            dataset_config,
+            split,
+            dataset_revision,
+            _parts(text_column),
+            documents,
+            shuffle_buffer,
+            shuffle_seed,
+        ),
+        tokens=TokenConfig(ctx_len, bos, pack, batch_tokens, num_proc),
+        out=out,
+        dtype=dtype,
+        max_tokens=parse_count("--max-tokens", max_tokens),
+        max_docs=parse_count("--max-docs", max_docs),
+        rows_per_shard=parse_count("--rows-per-shard", rows_per_shard),
+    )
+
+
+def takes_harvest_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the flags of `harvest_config` before its own; it gets a function that makes the config."""
+    shared, own = inspect.signature(harvest_config), inspect.signature(command)
+    names = set(shared.parameters)
+
+    @functools.wraps(command)
+    def run_command(**flags: Any) -> None:
+        shared_flags = {name: value for name, value in flags.items() if name in names}
+        own_flags = {name: value for name, value in flags.items() if name not in names}
+        command(lambda: harvest_config(**shared_flags), **own_flags)
+
+    hints = {name: hint for part in (harvest_config, command) for name, hint in _hints(part).items()}
+    parameters = [*shared.parameters.values(), *list(own.parameters.values())[1:]]
+    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
+    )
+    run_command.__annotations__ = {part.name: hints[part.name] for part in parameters}
+    return run_command
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(function, include_extras=True)
+
+
+@app.command()
+@takes_harvest_flags
+def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Harvest a cache, or continue one that was interrupted."""
+    with _errors(debug):
+        config = make_config()
+        from harvest.progress import print_table, summary_rows
+        from harvest.run import harvest
+
+        if config.model.trust_remote_code:
+            typer.secho(f"running the code that comes with {config.model.model}", fg="yellow", err=True)
+        result = harvest(config, quiet=quiet)
+        title = "already complete, nothing to do" if result.already_complete else "harvested"
+        print_table(summary_rows(result), title)
+
+
+@app.command()
+@takes_harvest_flags
+def plan(make_config: MakeConfig, debug: Debug = False) -> None:
+    """Say what `run` with the same flags will need; no weights are loaded, nothing is written."""
+    with _errors(debug):
+        config = make_config()
+        from harvest import plan as planning
+        from harvest.progress import print_table
+
+        result = planning.plan(config, lambda message: typer.echo(message, err=True))
+        print_table(planning.plan_rows(result), "plan" if result.fits else "plan: it does NOT fit")
+
+
+@app.command()
+def names(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or demo.")],
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    debug: Debug = False,
+) -> None:
+    """List what of a model can be harvested: layers, and module paths for --hook with their widths."""
+    with _errors(debug):
+        from harvest.config import ModelConfig
+        from harvest.names import name_lines
+
+        for line in name_lines(ModelConfig(model, revision, trust_remote_code)):
+            typer.echo(line)
+
+
+def _parts(values: list[str] | None) -> tuple[str, ...]:
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+
+
+class _errors:
+    """Expected failures become one red line and exit code 2; an interruption its own code."""
+
+    def __init__(self, debug: bool) -> None:
+        self._debug = debug
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or self._debug:
+            return
+        from cache.errors import CacheError
+        from harvest.errors import HarvestError, InterruptedHarvest
+
+        if isinstance(error, HarvestError | CacheError):
+            _fail(f"error: {error}", 2)
+        if isinstance(error, KeyboardInterrupt):
+            code = error.exit_code if isinstance(error, InterruptedHarvest) else 130
+            _fail("interrupted: committed shards stay; run the same command again to continue", code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.secho(message, fg="red", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,180 @@
+"""What a harvest is asked to do: frozen dataclasses, checked as far as that needs no model and no data."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from harvest.errors import ConfigError
+
+UNITS = ("token", "text")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
+DEFAULT_DATASET = "Salesforce/wikitext"
+DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in which number format it computes."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    compute_dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("--compute-dtype", self.compute_dtype, DTYPES)
+        if not self.model.strip():
+            raise ConfigError("--model is empty: give a hub id, a local folder, or demo")
+
+
+@dataclass(frozen=True)
+class WhereConfig:
+    """Which activations: blocks by number, modules by path or glob, or the pooled embedding of a text."""
+
+    unit: str = "token"
+    layers: tuple[int, ...] | Literal["all"] = ()
+    layer_stride: int = 1
+    hooks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("--unit", self.unit, UNITS)
+        if self.layer_stride < 1:
+            raise ConfigError(f"--layer-stride is {self.layer_stride}: give a number from 1")
+        if self.unit == "text" and (self.layers or self.hooks):
+            raise ConfigError("--unit text stores one pooled embedding per text: leave out --layer and --hook")
+        if self.unit == "token" and not self.layers and not self.hooks and self.layer_stride == 1:
+            raise ConfigError("nothing to harvest is named: give --layer 6, --layers all, or --hook MODULE")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Where the text comes from and which part of a record is the text."""
+
+    dataset: str = DEFAULT_DATASET
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_columns: tuple[str, ...] = ()
+    documents: str = "auto"
+    shuffle_buffer: int = 0
+    shuffle_seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("--documents", self.documents, DOCUMENT_MODES)
+        if self.shuffle_buffer < 0:
+            raise ConfigError(f"--shuffle-buffer is {self.shuffle_buffer}: give a number of documents, or 0 for none")
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """How documents become windows and batches."""
+
+    ctx_len: int | None = None
+    bos: bool | None = None
+    pack: bool = False
+    batch_tokens: int | None = None
+    num_proc: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ctx_len is not None and self.ctx_len < 2:
+            raise ConfigError(f"--ctx-len is {self.ctx_len}: a window needs at least 2 tokens")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ConfigError(f"--batch-tokens is {self.batch_tokens}: give a positive number of tokens")
+        if self.num_proc < 1:
+            raise ConfigError(f"--num-proc is {self.num_proc}: give a number of processes from 1")
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """One harvest."""
+
+    model: ModelConfig
+    where: WhereConfig
+    text: TextConfig = field(default_factory=TextConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    out: Path | None = None
+    dtype: str = "auto"
+    max_tokens: int | None = None
+    max_docs: int | None = None
+    rows_per_shard: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("--dtype", self.dtype, DTYPES)
+        for flag, value in (("--max-tokens", self.max_tokens), ("--max-docs", self.max_docs)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} is {value}: give a number from 1")
+        if self.rows_per_shard is not None and self.rows_per_shard < 1:
+            raise ConfigError(f"--rows-per-shard is {self.rows_per_shard}: give a number from 1")
+
+    @property
+    def out_path(self) -> Path:
+        """Where the cache goes: `--out`, else a name made from the model and the layers."""
+        return self.out if self.out is not None else Path("cache") / default_name(self.model.model, self.where)
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not in a fixed list, with the nearest one that is."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"{flag} is {value!r}: {hint}known are {', '.join(allowed)}")
+
+
+def parse_count(flag: str, text: str | None) -> int | None:
+    """`5M` -> 5,000,000; suffixes k, M, B (or G) and T, underscores allowed."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbgt]?)", text.strip().lower().replace("_", "").replace(",", ""))
+    if match is None:
+        raise ConfigError(f"{flag} is {text!r}: give a number such as 20000, 20k, 5M or 1.5B")
+    return round(float(match[1]) * _SUFFIXES[match[2]]) if "." in match[1] else int(match[1]) * _SUFFIXES[match[2]]
+
+
+def parse_layers(values: list[str]) -> tuple[int, ...] | Literal["all"]:
+    """`["2,4", "6"]` -> (2, 4, 6); `["all"]` -> "all". Sorted, each once."""
+    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
+    if any(part.lower() == "all" for part in parts):
+        if len(parts) > 1:
+            raise ConfigError("--layers all stands alone: leave out the other layers")
+        return "all"
+    bad = [part for part in parts if not re.fullmatch(r"-?\d+", part)]
+    if bad:
+        raise ConfigError(f"--layer is {bad[0]!r}: give block numbers from 0, such as 6 or 2,4,6, or all")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def default_name(model: str, where: WhereConfig) -> str:
+    """`bert-base-uncased`, layer 6 -> `bert_l6`."""
+    last = model.rstrip("/").split("/")[-1]
+    word = next((part for part in re.split(r"[-_.\s]+", last) if part), "model").lower()
+    word = re.sub(r"[^a-z0-9]+", "", word) or "model"
+    if where.unit == "text":
+        return f"{word}_text"
+    parts = []
+    if where.layers or not where.hooks:
+        parts.append("l" + _layers_name(where))
+    if len(where.hooks) == 1:
+        parts.append(re.sub(r"[^A-Za-z0-9.]+", "-", where.hooks[0]).strip("-."))
+    elif where.hooks:
+        parts.append("hooks")
+    return "_".join([word, *parts])
+
+
+def _layers_name(where: WhereConfig) -> str:
+    stride = f"x{where.layer_stride}" if where.layer_stride > 1 else ""
+    if where.layers == "all" or not where.layers:
+        return "all" + stride
+    layers = [str(layer) for layer in where.layers]
+    if len(layers) > _MAX_LAYERS_IN_NAME:
+        return f"{layers[0]}to{layers[-1]}n{len(layers)}{stride}"
+    return "-".join(layers) + stride

@@ -1,0 +1,43 @@
+"""Is the hub within reach? Asked once, quickly, so that no command waits minutes to learn that there is no network."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+OFFLINE_HINT = (
+    "there is no network (or HF_HUB_OFFLINE is set) and it is not in the local cache; "
+    "{kind} also takes a local path, and demo names a pair that is installed with the package"
+)
+_TIMEOUT_SECONDS = 10.0
+_SHOWN_CHARACTERS = 300
+
+
+@functools.cache
+def online() -> bool:
+    """Whether the hub answers at all."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_SECONDS)
+    except Exception:  # whichever client is installed has its own errors; all mean: not now
+        return False
+    return True
+
+
+def quiet() -> None:
+    """No progress bars and notices of the Hugging Face libraries between ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a message that may be a page long."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " ..."

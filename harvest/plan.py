@@ -1,0 +1,147 @@
+"""What a harvest will need: rows, bytes, shards, free space, time. No weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from harvest.config import HarvestConfig
+from harvest.errors import SpaceError
+from harvest.prepare import Prepared, Say, prepare
+from harvest.progress import duration, gib
+from harvest.text import documents
+from harvest.tokens import WindowStream, tokenize_stream
+
+SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}
+_MATMUL_SHARE = 0.5  # of the speed of one large matrix product that a whole forward pass reaches, roughly
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `sae-harvest plan`; None where it cannot be known beforehand."""
+
+    prepared: Prepared
+    n_rows: int | None
+    rows_from: str  # how n_rows is known
+    n_bytes: int | None
+    n_shards: int | None
+    free_bytes: int
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room, as far as known."""
+        return self.n_bytes is None or self.n_bytes <= self.free_bytes
+
+
+def plan(config: HarvestConfig, say: Say) -> Plan:
+    """Check a harvest and foretell its size."""
+    prepared = prepare(config, say)
+    n_rows, rows_from = estimate_rows(prepared)
+    return Plan(
+        prepared=prepared,
+        n_rows=n_rows,
+        rows_from=rows_from,
+        n_bytes=None if n_rows is None else prepared.cache_bytes(n_rows),
+        n_shards=None if n_rows is None else math.ceil(n_rows / prepared.rows_per_shard),
+        free_bytes=free_bytes(config.out_path),
+        seconds=None if n_rows is None else estimate_seconds(prepared, n_rows),
+    )
+
+
+def plan_rows(result: Plan) -> list[tuple[str, str]]:
+    """The plan as a table."""
+    prepared = result.prepared
+    unit = "tokens" if prepared.unit == "token" else "texts"
+    unknown = "not known before the text is read: give --max-tokens"
+    rows = [
+        ("cache", str(prepared.config.out_path)),
+        ("model", f"{prepared.located.name}, {prepared.n_layers or '?'} layers, {prepared.model_class or 'pooled'}"),
+        ("hook points", ", ".join(f"{hook.name} ({hook.d_in})" for hook in prepared.hooks)),
+        ("windows", f"{prepared.rules.ctx_len} tokens" if prepared.unit == "token" else "one text each"),
+        ("rows", unknown if result.n_rows is None else f"{result.n_rows:,} {unit} ({result.rows_from})"),
+        ("dtype", f"{prepared.dtype} (computed in {prepared.compute_dtype} on {prepared.device})"),
+    ]
+    if result.n_bytes is not None:
+        rows += [
+            ("bytes", f"{result.n_bytes:,} ({gib(result.n_bytes)})"),
+            ("shards", f"{result.n_shards:,} of up to {prepared.rows_per_shard:,} rows"),
+        ]
+    rows.append(("free space", f"{result.free_bytes:,} ({gib(result.free_bytes)})"))
+    if result.seconds is not None:
+        rows.append(("time", f"about {duration(result.seconds)} after loading, if the model is the limit"))
+    return rows
+
+
+def check_space(prepared: Prepared) -> None:
+    """Refuse a harvest whose planned size is more than the disk has free."""
+    n_rows, _ = estimate_rows(prepared)
+    if n_rows is None:
+        return
+    out = prepared.config.out_path
+    have = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
+    needed, free = prepared.cache_bytes(n_rows), free_bytes(out)
+    if needed - have > free:
+        raise SpaceError(
+            f"not enough space for {out}: {needed:,} bytes are planned and {free:,} are free; "
+            "use a smaller --max-tokens, fewer layers, --dtype bfloat16, or another --out"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where a path is or will be."""
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(parent).free
+
+
+def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:
+    """(rows, how they are known): from the size of the text and a sample of it, capped by `--max-tokens`."""
+    asked = prepared.config.max_tokens
+    size = prepared.source.n_bytes()
+    if size is None:
+        return asked, "--max-tokens"
+    stream = WindowStream(
+        tokenize_stream(islice(documents(prepared.source, 0, prepared.render), SAMPLE_DOCS), prepared.tokenize),
+        prepared.rules,
+        max_docs=prepared.config.max_docs,
+        max_rows=asked,
+    )
+    seen_bytes = 0
+    for window in stream:
+        seen_bytes += sum(len(document.text.encode()) for document in window.documents)
+    rows = stream.state.n_rows
+    whole = stream.ended == "source" and stream.state.next_doc < SAMPLE_DOCS
+    if whole or stream.ended in ("max_tokens", "max_docs"):
+        return rows, "counted"
+    estimate = round(rows * max(1.0, size / max(1, seen_bytes)))
+    if asked is not None and asked <= estimate:
+        return asked, "--max-tokens"
+    return estimate, f"estimated from {stream.state.n_docs:,} documents"
+
+
+def estimate_seconds(prepared: Prepared, n_rows: int) -> float | None:
+    """Time of the forward passes, from the speed of one matrix product on this device."""
+    if not prepared.flops_per_token:
+        return None
+    return n_rows * prepared.flops_per_token / (_matmul_speed(prepared) * _MATMUL_SHARE)
+
+
+def _matmul_speed(prepared: Prepared) -> float:
+    """Operations per second of a matrix product in the compute dtype."""
+    import torch
+
+    kind = prepared.device.split(":")[0]
+    size = _MATMUL_SIZE.get(kind, 1024)
+    a = torch.ones((size, size), dtype=getattr(torch, prepared.compute_dtype), device=prepared.device)
+    float((a @ a)[0, 0])
+    start = time.perf_counter()
+    repeats = 4
+    for _ in range(repeats):
+        b = a @ a
+    float(b[0, 0])
+    return repeats * 2.0 * size**3 / (time.perf_counter() - start)

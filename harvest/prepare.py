@@ -1,0 +1,269 @@
+"""Everything that can be known before weights are loaded: model, hook points, source, windows, sizes, fingerprint."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, cast
+
+from cache.layout import cache_layout, default_rows_per_shard
+from cache.rows import CacheSpec, Dtype, Unit
+from harvest.config import HarvestConfig
+from harvest.errors import ConfigError
+from harvest.hooks import Hook, choose_hooks
+from harvest.hub import quiet
+from harvest.locate import SENTENCE_TRANSFORMER, Located, check_weights, inner_transformer, locate, weights_hash
+from harvest.model import (
+    choose_compute_dtype,
+    choose_device,
+    flops_per_token,
+    guess_widths,
+    max_positions,
+    model_record,
+    n_layers,
+    probe_skeleton,
+    skeleton,
+    storage_dtype,
+)
+from harvest.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
+from harvest.sources import open_source
+from harvest.text import Render, TextSource, join_chat
+from harvest.tokenizer import (
+    chat_renderer,
+    load_tokenizer,
+    text_tokenizer,
+    tokenizer_hash,
+    vocabulary,
+    window_rules,
+)
+from harvest.tokens import Tokenize, WindowRules
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
+BATCHES_PER_BUFFER = 16  # enough to find windows of like length
+BUFFER_BYTES = 512 << 20  # of activations; up to three buffers are alive at once
+SHARD_BYTES = 512 << 20  # of activations at the widest hook point
+DEFAULT_CTX_LEN = 512
+SPACE_MARGIN = 1.02  # documents and statistics beside the arrays
+_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked harvest."""
+
+    config: HarvestConfig
+    located: Located
+    hooks: tuple[Hook, ...]
+    widths_known: bool  # False: only the loaded model tells them
+    n_layers: int | None
+    model_class: str | None
+    source: TextSource
+    tokenizer: Any
+    rules: WindowRules
+    tokenize: Tokenize
+    render: Render
+    device: str
+    compute_dtype: str
+    batch_tokens: int
+    flops_per_token: float = 0.0  # of the blocks up to the last hook point
+
+    @property
+    def unit(self) -> str:
+        """token or text."""
+        return self.config.where.unit
+
+    @property
+    def dtype(self) -> str:
+        """Stored number format."""
+        return storage_dtype(self.config.dtype, self.compute_dtype)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of the activations of all hook points, as the model computes them."""
+        return sum(hook.d_in for hook in self.hooks) * (4 if self.compute_dtype == "float32" else 2)
+
+    @property
+    def buffer_tokens(self) -> int:
+        """Rows that are sorted together."""
+        if self.unit == "text":
+            return BUFFER_TEXTS
+        by_memory = BUFFER_BYTES // max(1, self.bytes_per_row)
+        return max(self.batch_tokens, min(BATCHES_PER_BUFFER * self.batch_tokens, by_memory))
+
+    @property
+    def rows_per_shard(self) -> int:
+        """A power of two near SHARD_BYTES, at least a window."""
+        wanted = self.config.rows_per_shard
+        if wanted is None:
+            wanted = default_rows_per_shard(max(hook.d_in for hook in self.hooks), self.dtype, SHARD_BYTES)
+        if wanted < self.rules.ctx_len:
+            raise ConfigError(
+                f"--rows-per-shard is {wanted}, but a window of --ctx-len {self.rules.ctx_len} must fit in a shard"
+            )
+        return wanted
+
+    def cache_bytes(self, n_rows: int) -> int:
+        """Size of a cache of n rows."""
+        layout = cache_layout([hook.point() for hook in self.hooks], self.dtype, self.rows_per_shard)
+        return round(layout.bytes_of(n_rows) * SPACE_MARGIN)
+
+    def spec(self) -> CacheSpec:
+        """What the cache is told. Hashes the weights of a local model."""
+        fingerprint = self.fingerprint()
+        return CacheSpec(
+            unit=cast(Unit, self.unit),
+            hook_points=tuple(hook.point() for hook in self.hooks),
+            dtype=cast(Dtype, self.dtype),
+            rows_per_shard=self.rows_per_shard,
+            provenance=self.provenance(fingerprint),
+            fingerprint=fingerprint,
+            vocabulary=vocabulary(self.tokenizer) if self.unit == "token" else None,
+        )
+
+    def fingerprint(self) -> dict[str, str | int | bool | None]:
+        """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
+        model = self.model_record()
+        weights = weights_hash(self.located) if self.located.is_local else None
+        return {
+            "model": model["id"],
+            "model_revision": model["revision"],
+            "weights_xxh3": weights,
+            "tokenizer_xxh3": tokenizer_hash(self.tokenizer) if self.tokenizer is not None else None,
+            "unit": self.unit,
+            "hook_points": ", ".join(hook.name for hook in self.hooks),
+            "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
+            "ctx_len": self.rules.ctx_len if self.unit == "token" else self.located.max_seq_length,
+            "prefix": " ".join(map(str, self.rules.prefix)),
+            "suffix": " ".join(map(str, self.rules.suffix)),
+            "separator": self.rules.separator,
+            "batch_tokens": self.batch_tokens,
+            "buffer_tokens": self.buffer_tokens,
+            "rows_per_shard": self.rows_per_shard,
+            **self.source.identity,
+        }
+
+    def provenance(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """Where the cache comes from; no clock and no host name."""
+        text, tokens = self.config.text, self.config.tokens
+        return {
+            "model": self.model_record() | {"weights_xxh3": fingerprint["weights_xxh3"]},
+            "tokenizer": {
+                "id": self.located.model_id,
+                "class": type(self.tokenizer).__name__ if self.tokenizer is not None else None,
+                "xxh3": fingerprint["tokenizer_xxh3"],
+                "special_ids": sorted(self.rules.special_ids),
+            },
+            "dataset": {"name": self.source.name, "split": text.split, **self.source.identity},
+            "windows": {
+                "ctx_len": fingerprint["ctx_len"],
+                "bos": tokens.bos,
+                "pack": tokens.pack,
+                "prefix": list(self.rules.prefix),
+                "suffix": list(self.rules.suffix),
+                "separator": self.rules.separator,
+            },
+            "compute": {
+                "dtype": self.compute_dtype,
+                "device": self.device.split(":")[0],
+                "batch_tokens": self.batch_tokens,
+                "buffer_tokens": self.buffer_tokens,
+            },
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        }
+
+    def model_record(self) -> dict[str, Any]:
+        """What provenance tells about the model."""
+        return model_record(self.located, self.model_class, self.n_layers)
+
+
+def prepare(config: HarvestConfig, say: Say) -> Prepared:
+    """Check a whole harvest without loading weights or writing anything."""
+    out = config.out_path
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    quiet()
+    located = locate(config.model)
+    check_weights(located)
+    device = choose_device(config.model.device)
+    compute_dtype = choose_compute_dtype(config.model.compute_dtype, device)
+    batch_tokens = config.tokens.batch_tokens or BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"]
+    if config.where.unit == "text":
+        return _prepare_text(config, located, device, compute_dtype, batch_tokens, say)
+    inner_transformer(located)
+    base = skeleton(located)
+    layers = n_layers(located, base)
+    hooks = choose_hooks(base, layers, config.where)
+    probed = probe_skeleton(base, hooks)
+    tokenizer = load_tokenizer(located)
+    rules = _rules(config, located, base, tokenizer)
+    if batch_tokens < rules.ctx_len and config.tokens.batch_tokens is not None:
+        raise ConfigError(
+            f"--batch-tokens is {batch_tokens}: at least one window of --ctx-len {rules.ctx_len} must fit"
+        )
+    return Prepared(
+        config=config,
+        located=located,
+        hooks=probed if probed is not None else guess_widths(hooks, located),
+        widths_known=probed is not None,
+        n_layers=layers,
+        model_class=type(base).__name__,
+        source=open_source(config.text, say),
+        tokenizer=tokenizer,
+        rules=rules,
+        tokenize=text_tokenizer(tokenizer, functools.partial(load_tokenizer, located), config.tokens.num_proc),
+        render=chat_renderer(tokenizer),
+        device=device,
+        compute_dtype=compute_dtype,
+        batch_tokens=max(batch_tokens, rules.ctx_len),
+        flops_per_token=flops_per_token(base, hooks),
+    )
+
+
+def _rules(config: HarvestConfig, located: Located, base: nn.Module, tokenizer: Any) -> WindowRules:
+    return window_rules(
+        tokenizer,
+        config.tokens,
+        is_decoder=located.is_decoder,
+        max_positions=max_positions(located, base),
+        default_len=located.max_seq_length or DEFAULT_CTX_LEN,
+    )
+
+
+def _prepare_text(
+    config: HarvestConfig, located: Located, device: str, compute_dtype: str, batch_tokens: int, say: Say
+) -> Prepared:
+    if config.tokens.pack or config.tokens.bos is not None or config.tokens.ctx_len is not None:
+        raise ConfigError("--unit text embeds each text as the model does: leave out --pack, --bos and --ctx-len")
+    hook = pooled_hook(located)
+    known = bool(hook.d_in)
+    has_tokenizer = located.config is not None
+    tokenizer = load_tokenizer(located) if has_tokenizer else None
+    return Prepared(
+        config=config,
+        located=located,
+        hooks=(hook if known else replace(hook, d_in=1),),
+        widths_known=known,
+        n_layers=n_layers(located, _NoModule()) if has_tokenizer else None,
+        model_class=None if located.kind == SENTENCE_TRANSFORMER else "mean pooling",
+        source=open_source(config.text, say),
+        tokenizer=tokenizer,
+        rules=TEXT_RULES,
+        tokenize=pretend_tokens,
+        render=chat_renderer(tokenizer) if tokenizer is not None else join_chat,
+        device=device,
+        compute_dtype=compute_dtype,
+        batch_tokens=batch_tokens,
+    )
+
+
+class _NoModule:
+    """Stands for a model that was not built."""

@@ -1,0 +1,146 @@
+"""What a person sees while a harvest runs, and the table at its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harvest.run import HarvestResult
+
+_LINE_SECONDS = 10.0  # between lines when there is no terminal
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; both on standard error."""
+
+    def __init__(self, unit: str, total: int | None, *, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._unit, self._total, self._done, self._first = unit, total, 0, 0
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._start = self._last = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar."""
+        if not self._quiet:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, done: int) -> None:
+        """Count rows and time from now on; `done` rows are there already."""
+        self._done = self._first = done
+        self._start = self._last = time.perf_counter()
+        if self._console.is_terminal and not self._quiet:
+            self._open_bar()
+
+    def advance(self, n_rows: int, bytes_written: int) -> None:
+        """n more rows went through the model."""
+        self._done += n_rows
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=self._rate(), size=gib(bytes_written))
+            return
+        now = time.perf_counter()
+        if now - self._last >= _LINE_SECONDS:
+            self._last = now
+            self.say(self._line(bytes_written))
+
+    def _rate(self) -> str:
+        return f"{(self._done - self._first) / max(1e-9, time.perf_counter() - self._start):,.0f}"
+
+    def _line(self, bytes_written: int) -> str:
+        of = f" of {self._total:,}" if self._total else ""
+        rate = (self._done - self._first) / max(1e-9, time.perf_counter() - self._start)
+        eta = (
+            f", {duration((self._total - self._done) / rate)} left" if self._total and self._done < self._total else ""
+        )
+        return f"{self._done:,}{of} {self._unit}s, {rate:,.0f} {self._unit}s/s, {gib(bytes_written)} written{eta}"
+
+    def _open_bar(self) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("harvest"),
+            BarColumn(),
+            TextColumn("{task.completed:,}"),
+            TextColumn(f"{self._unit}s  {{task.fields[rate]}} {self._unit}s/s  {{task.fields[size]}}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=self._total, completed=self._done, rate="-", size="0 MiB")
+        self._bar.start()
+
+
+def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:
+    """The table at the end of a harvest."""
+    unit = "tokens" if result.unit == "token" else "texts"
+    rows = [
+        ("cache", str(result.path)),
+        ("hook points", ", ".join(f"{name} ({width})" for name, width in result.hooks)),
+        ("rows", f"{result.n_rows:,} {unit}, {result.dtype}"),
+        ("documents", f"{result.n_docs:,}"),
+        ("shards", f"{result.n_shards:,}"),
+        ("bytes", f"{result.n_bytes:,} ({gib(result.n_bytes)})"),
+    ]
+    if result.resumed_rows:
+        rows.append(("continued", f"{result.resumed_rows:,} rows were there already"))
+    if result.seconds:
+        rows += [
+            ("time", duration(result.seconds)),
+            ("throughput", f"{result.rows_per_second:,.0f} {unit}/s, {result.padding:.1%} padding"),
+            ("limit", ", ".join(f"{stage} {share:.0%}" for stage, share in result.busy)),
+        ]
+    skipped = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in result.skipped if n]
+    rows.append(("skipped", ", ".join(skipped) if skipped else "none"))
+    if result.repaired:
+        rows.append(("repaired", f"{result.repaired:,} documents with bytes or characters that are no text"))
+    return rows
+
+
+def print_table(rows: Iterable[tuple[str, str]], title: str) -> None:
+    """Two columns: a table on a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        lines = [title, *(f"  {name:<12} {value}" for name, value in rows)]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def gib(n_bytes: int) -> str:
+    """A size for people."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

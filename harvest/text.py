@@ -1,0 +1,133 @@
+"""Where text comes from, and what is fit to harvest: records -> Document.
+
+Ordinals count every record of the stream, the skipped ones too, so that a row can be traced to its record and a
+resumed harvest finds its place again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Scalar = str | int | float | bool | None
+Render = Callable[[list[dict[str, str]]], str]  # chat messages -> one text
+
+TEXT_NAMES = (
+    "text", "content", "sentence", "document", "article", "body", "passage", "paragraph", "context", "review", "story",
+    "abstract", "code", "query", "title",
+)  # fmt: skip
+CHAT_NAMES = ("messages", "conversations", "conversation", "chat")
+JOINED_NAMES = (
+    ("instruction", "input", "output"), ("instruction", "context", "response"), ("instruction", "response"),
+    ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
+    ("sentence1", "sentence2"), ("premise", "hypothesis"),
+)  # fmt: skip
+SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens")
+_CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
+_LOOK = 4096  # characters that are looked at
+
+
+@dataclass(frozen=True)
+class Record:
+    """One raw item of a source, before anything is known about it."""
+
+    value: object  # a text, chat messages, or something that will be skipped
+    source: str  # file or data set it comes from
+    row: int  # its place in that source; -1 if a shuffled stream does not tell
+    repaired: bool = False  # bytes that are no UTF-8 were replaced
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its ordinal in the stream; `skipped` names the reason when there is none to harvest."""
+
+    doc_id: int
+    text: str
+    source: str
+    row: int
+    skipped: str | None = None
+    repaired: bool = False
+
+
+class TextSource(Protocol):
+    """A stream of records that can be opened at any ordinal."""
+
+    @property
+    def name(self) -> str:
+        """How a person names it."""
+
+    @property
+    def identity(self) -> Mapping[str, Scalar]:
+        """What determines the stream: part of the fingerprint."""
+
+    def records(self, start: int) -> Iterator[Record]:
+        """Records from ordinal `start` on."""
+
+    def n_bytes(self) -> int | None:
+        """Size of the text in bytes, when that is known without reading it."""
+
+
+def documents(source: TextSource, start: int, render: Render) -> Iterator[Document]:
+    """Every record of the source as a Document, from ordinal `start` on."""
+    for offset, record in enumerate(source.records(start)):
+        yield to_document(start + offset, record, render)
+
+
+def to_document(doc_id: int, record: Record, render: Render) -> Document:
+    """A record as a text; None, empty, binary and other things are marked as skipped, never dropped."""
+    value = record.value
+    if isinstance(value, list):
+        value = _render_chat(value, render)
+    if value is None:
+        return Document(doc_id, "", record.source, record.row, skipped="none")
+    if not isinstance(value, str):
+        return Document(doc_id, "", record.source, record.row, skipped="not_text")
+    if not value.strip():
+        return Document(doc_id, "", record.source, record.row, skipped="empty")
+    if is_binary(value):
+        return Document(doc_id, "", record.source, record.row, skipped="binary")
+    text = replace_surrogates(value)
+    return Document(doc_id, text, record.source, record.row, repaired=record.repaired or text is not value)
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates (no Unicode text, and no tokenizer takes them) become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def is_binary(text: str) -> bool:
+    """A NUL, or many control characters near the beginning."""
+    head = text[:_LOOK]
+    control = sum(1 for char in head if char < " " and char not in "\t\n\r\f\v\b\x1b")
+    return "\0" in text or control > _CONTROL_SHARE * len(head)
+
+
+def _render_chat(value: list[Any], render: Render) -> str | None:
+    messages = [message for item in value if (message := _message(item)) is not None]
+    if not messages:
+        return None
+    return render(messages)
+
+
+def _message(item: object) -> dict[str, str] | None:
+    """`{"role", "content"}`, also in the spellings `{"from", "value"}` and content in parts."""
+    if not isinstance(item, dict):
+        return None
+    role = item.get("role", item.get("from"))
+    content = item.get("content", item.get("value"))
+    if isinstance(content, list):
+        content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    role = {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(role, role)
+    return {"role": role, "content": replace_surrogates(content)}
+
+
+def join_chat(messages: list[dict[str, str]]) -> str:
+    """Chat messages of a model without a chat template: `role: content`, a blank line between."""
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -50,14 +50,14 @@ Hooks = Annotated[
 Dataset = Annotated[
     str | None,
     _option(TEXT, "Hub id, local file or folder, - for standard input, or demo. "
-            "[default: Salesforce/wikitext (wikitext-103)]", "--dataset", "-d", show_default=False),
+            "(default: Salesforce/wikitext (wikitext-103))", "--dataset", "-d", show_default=False),
 ]  # fmt: skip
 DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
 Split = Annotated[str, _option(TEXT, "Split of a hub data set.", "--split")]
 DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
 TextColumn = Annotated[
     list[str] | None,
-    _option(TEXT, "Column of the text; several (a,b) are joined. [default: detected]", "--text-column",
+    _option(TEXT, "Column of the text; several (a,b) are joined. (default: detected)", "--text-column",
             show_default=False),
 ]  # fmt: skip
 Documents = Annotated[
@@ -68,22 +68,22 @@ ShuffleSeed = Annotated[int, _option(TEXT, "Seed of that shuffle.", "--shuffle-s
 CtxLen = Annotated[
     int | None,
     _option(
-        CUT, "Tokens of a window. [default: 512, or less if the model takes less]", "--ctx-len", show_default=False
+        CUT, "Tokens of a window. (default: 512, or less if the model takes less)", "--ctx-len", show_default=False
     ),
 ]
 Bos = Annotated[
     bool | None,
-    _option(CUT, "Begin windows with BOS. [default: as the tokenizer does]", "--bos/--no-bos", show_default=False),
+    _option(CUT, "Begin windows with BOS. (default: as the tokenizer does)", "--bos/--no-bos", show_default=False),
 ]
 Pack = Annotated[bool, _option(CUT, "Join documents with EOS between (decoders).", "--pack")]
 BatchTokens = Annotated[
     int | None,
-    _option(CUT, "Tokens of a batch, padding included. [default: 16384 on a GPU, 4096 on a CPU]", "--batch-tokens",
+    _option(CUT, "Tokens of a batch, padding included. (default: 16384 on a GPU, 4096 on a CPU)", "--batch-tokens",
             show_default=False),
 ]  # fmt: skip
 NumProc = Annotated[int, _option(CUT, "Processes for a slow (Python) tokenizer.", "--num-proc")]
 Out = Annotated[
-    Path | None, _option(OUTPUT, "Folder. [default: cache/<model>_l<layers>]", "--out", "-o", show_default=False)
+    Path | None, _option(OUTPUT, "Folder. (default: cache/<model>_l<layers>)", "--out", "-o", show_default=False)
 ]
 Dtype = Annotated[str, _option(OUTPUT, "auto (as computed), float32, float16, bfloat16.", "--dtype")]
 MaxTokens = Annotated[
@@ -91,7 +91,7 @@ MaxTokens = Annotated[
 ]
 MaxDocs = Annotated[str | None, _option(OUTPUT, "Stop after this many documents.", "--max-docs")]
 RowsPerShard = Annotated[
-    str | None, _option(OUTPUT, "Rows of a shard. [default: about 512 MiB]", "--rows-per-shard", show_default=False)
+    str | None, _option(OUTPUT, "Rows of a shard. (default: about 512 MiB)", "--rows-per-shard", show_default=False)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 MakeConfig = Callable[[], Any]  # HarvestConfig; read at import time, when that class is not there

@@ -10,7 +10,8 @@ import numpy as np
 
 from harvest.errors import HookError, MemoryLimitError
 from harvest.hooks import Capture, Hook, tensor_of
-from harvest.tokens import Buffer, TokenBatch, collate, plan_batches
+from harvest.tokens import TokenBatch, collate, plan_batches
+from harvest.windows import Buffer
 
 if TYPE_CHECKING:
     import torch

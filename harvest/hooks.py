@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 INPUT_MARK = ":in"
 _LISTED = 12  # module paths named in an error message
-_PROBE_TOKENS = 4
+_PROBE_SHAPE = (2, 4)  # two sequences: what does not depend on the text has one
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ..
 
     def sink(hook: Hook, value: Any) -> None:
         tensor, index = tensor_of(value)
-        if tensor is None or tensor.ndim not in (2, 3):
+        if tensor is None or tensor.shape[:-1].numel() != _PROBE_SHAPE[0] * _PROBE_SHAPE[1]:
             shape = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
             raise HookError(f"{hook.module} ({hook.side}) gives {shape}: expected one vector per token")
         found[hook.name] = replace(hook, tuple_index=index, d_in=int(tensor.shape[-1]))
@@ -204,7 +204,7 @@ def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ..
     capture = Capture(base, hooks)
     try:
         with torch.inference_mode():
-            capture.run(torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=device), None, sink)
+            capture.run(torch.zeros(_PROBE_SHAPE, dtype=torch.long, device=device), None, sink)
     finally:
         capture.close()
     return tuple(found[hook.name] for hook in hooks)
@@ -219,7 +219,7 @@ def probe_all(base: nn.Module, hooks: Sequence[Hook], device: str) -> dict[str, 
     def watch(hook: Hook) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             tensor, _index = tensor_of(output)
-            if tensor is not None and tensor.ndim == 3 and tensor.shape[1] == _PROBE_TOKENS:
+            if tensor is not None and tensor.ndim == 3 and tuple(tensor.shape[:2]) == _PROBE_SHAPE:
                 widths.setdefault(hook.module, int(tensor.shape[-1]))
 
         return after
@@ -227,7 +227,7 @@ def probe_all(base: nn.Module, hooks: Sequence[Hook], device: str) -> dict[str, 
     handles = [base.get_submodule(hook.module).register_forward_hook(watch(hook)) for hook in hooks]
     try:
         with torch.inference_mode():
-            base(input_ids=torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=device))
+            base(input_ids=torch.zeros(_PROBE_SHAPE, dtype=torch.long, device=device))
     finally:
         for handle in handles:
             handle.remove()

@@ -64,7 +64,7 @@ def base_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def n_layers(located: Located, base: nn.Module) -> int | None:
+def n_layers(located: Located, base: nn.Module | None) -> int | None:
     """Number of blocks that the config tells, if it does."""
     config = getattr(base, "config", located.config) if located.is_encoder_decoder else located.text_config
     if located.is_encoder_decoder:
@@ -172,7 +172,7 @@ def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:
     )
     reached = set(paths[: last + 1])
     return 2.0 * sum(
-        module.weight.numel()
+        int(module.weight.numel())
         for path, module in base.named_modules()
         if path in reached and not isinstance(module, nn.Embedding) and _is_matrix(module)
     )

@@ -14,7 +14,7 @@ from harvest.errors import SpaceError
 from harvest.prepare import Prepared, Say, prepare
 from harvest.progress import duration, gib
 from harvest.text import documents
-from harvest.tokens import WindowStream, tokenize_stream
+from harvest.windows import WindowStream, tokenize_stream
 
 SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}

@@ -14,7 +14,7 @@ from harvest.forward import Say, Tick, Work
 from harvest.hooks import Hook
 from harvest.hub import one_line
 from harvest.locate import Located
-from harvest.tokens import Buffer, IntArray, WindowRules
+from harvest.windows import Buffer, IntArray, WindowRules
 
 if TYPE_CHECKING:
     import torch

@@ -39,7 +39,7 @@ from harvest.tokenizer import (
     vocabulary,
     window_rules,
 )
-from harvest.tokens import Tokenize, WindowRules
+from harvest.windows import Tokenize, WindowRules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -252,7 +252,7 @@ def _prepare_text(
         located=located,
         hooks=(hook if known else replace(hook, d_in=1),),
         widths_known=known,
-        n_layers=n_layers(located, _NoModule()) if has_tokenizer else None,
+        n_layers=n_layers(located, None) if has_tokenizer else None,
         model_class=None if located.kind == SENTENCE_TRANSFORMER else "mean pooling",
         source=open_source(config.text, say),
         tokenizer=tokenizer,
@@ -263,7 +263,3 @@ def _prepare_text(
         compute_dtype=compute_dtype,
         batch_tokens=batch_tokens,
     )
-
-
-class _NoModule:
-    """Stands for a model that was not built."""

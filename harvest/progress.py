@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harvest.run import HarvestResult
+    from harvest.result import HarvestResult
 
 _LINE_SECONDS = 10.0  # between lines when there is no terminal
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from harvest.config import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextConfig
 from harvest.demo import DEMO, DemoSource
 from harvest.errors import SourceError
+from harvest.file_formats import COMPRESSED, PLAIN, TABLES
 from harvest.text import TextSource
-from harvest.text_files import COMPRESSED, PLAIN, TABLES, FileSource, StdinSource
+from harvest.text_files import FileSource, StdinSource
 
 
 def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:

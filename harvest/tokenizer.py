@@ -12,7 +12,7 @@ from harvest.config import TokenConfig
 from harvest.errors import ConfigError, ModelError
 from harvest.hub import one_line
 from harvest.text import join_chat
-from harvest.tokens import IntArray, Tokenize, WindowRules
+from harvest.windows import IntArray, Tokenize, WindowRules
 
 if TYPE_CHECKING:
     from harvest.locate import Located

@@ -1,0 +1,205 @@
+"""Three stages that overlap, from documents to committed shards.
+
+source -> documents -> windows -> sort buffers     (a thread: tokenizer and batches)
+       -> forward pass to the last hook point      (the main thread)
+       -> copy to the host -> cache writer         (a thread)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from cache.rows import Rows
+from cache.writer import CacheWriter
+from harvest.background import Background, Prefetch
+from harvest.errors import HarvestError
+from harvest.forward import Tick, Work
+from harvest.host import HostCopier, to_rows
+from harvest.log import RunLog
+from harvest.prepare import Prepared
+from harvest.progress import Progress
+from harvest.result import HarvestResult, ending_warnings, result_of
+from harvest.text import SKIP_REASONS, documents
+from harvest.windows import Buffer, StreamState, WindowStream, buffers, tokenize_stream
+
+if TYPE_CHECKING:
+    import torch
+
+STAGES = ("tokenizer", "model", "copy", "write")
+
+
+class Model(Protocol):
+    """What turns buffers into activations: TokenModel or TextModel."""
+
+    device: torch.device
+
+    def prepare(self, buffer: Buffer) -> Work:
+        """Batches of a buffer."""
+
+    def __call__(self, work: Work, tick: Tick) -> dict[str, torch.Tensor]:
+        """Activations of its rows, in source order."""
+
+
+@dataclass
+class _Meter:
+    """Working seconds of each stage, and places with their padding."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    rows: int = 0
+    places: int = 0
+
+    def add(self, stage: str, start: float) -> None:
+        self.seconds[stage] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A buffer with its activations on the device."""
+
+    buffer: Buffer
+    activations: dict[str, torch.Tensor]
+    ready: Any  # CUDA event after the last batch; None on a CPU
+
+
+class Pipeline:
+    """One run of the three stages."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: Model,
+        writer: CacheWriter,
+        progress: Progress,
+        log: RunLog,
+        check: Callable[[], None],
+    ) -> None:
+        self._prepared, self._model, self._writer = prepared, model, writer
+        self._progress, self._log, self._check = progress, log, check
+        self._meter = _Meter()
+        cursor = writer.cursor
+        self._skip = cursor.rows_into_buffer if cursor is not None else 0
+        self._stream = self._open_stream(
+            StreamState() if cursor is None else StreamState.from_ints(dict(cursor.source))
+        )
+        self._resumed_rows = writer.n_rows
+        self._copier = HostCopier(model.device)
+
+    def run(self) -> HarvestResult:
+        """All the way to a complete cache."""
+        self._progress.begin(self._resumed_rows)
+        start = time.perf_counter()
+        with (
+            Background(self._write, self._check) as background,
+            Prefetch(self._work(), 1, self._check) as prefetch,
+        ):
+            for work in prefetch:
+                background.submit(self._encode(work))
+        self._meter.seconds["tokenizer"] = prefetch.busy
+        begin = time.perf_counter()
+        self._writer.finish(self._summary())
+        self._meter.add("write", begin)
+        return self._result(time.perf_counter() - start)
+
+    def _open_stream(self, state: StreamState) -> WindowStream:
+        prepared = self._prepared
+        docs = documents(prepared.source, state.next_doc, prepared.render)
+        return WindowStream(
+            tokenize_stream(docs, prepared.tokenize),
+            prepared.rules,
+            state,
+            max_rows=prepared.config.max_tokens,
+            max_docs=prepared.config.max_docs,
+        )
+
+    def _work(self) -> Iterator[Work]:
+        for buffer in buffers(self._stream, self._prepared.buffer_tokens):
+            yield self._model.prepare(buffer)
+
+    def _encode(self, work: Work) -> _Done:
+        start = time.perf_counter()
+        activations = self._model(work, self._tick)
+        ready = None
+        if self._model.device.type == "cuda":
+            import torch
+
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        else:
+            self._meter.add("model", start)
+        self._meter.rows += work.buffer.n_rows
+        self._meter.places += work.n_places
+        return _Done(work.buffer, activations, ready)
+
+    def _tick(self, n_rows: int) -> None:
+        self._progress.advance(n_rows, self._writer.bytes_written)
+        self._check()
+
+    def _write(self, done: _Done) -> None:
+        start = time.perf_counter()
+        if done.ready is not None:
+            done.ready.synchronize()  # until then the writer waits for the model
+            self._meter.add("model", start)
+            start = time.perf_counter()
+        arrays = self._copier(done.activations)
+        self._meter.add("copy", start)
+        start = time.perf_counter()
+        rows, documents_ = to_rows(done.buffer, arrays)
+        self._writer.begin_buffer(done.buffer.state.to_ints())
+        if self._skip:
+            rows = self._without_committed(done.buffer, rows)
+        if rows.n_rows:
+            self._writer.append(rows, documents_)
+        self._meter.add("write", start)
+
+    def _without_committed(self, buffer: Buffer, rows: Rows) -> Rows:
+        """The first buffer after a resume, less the rows that are committed."""
+        n, self._skip = self._skip, 0
+        starts = {0, *np.cumsum([len(window) for window in buffer.windows]).tolist()}
+        if n not in starts:
+            raise HarvestError(
+                f"{n} rows of the sort buffer are committed, but no window ends there: the text is not the same as "
+                "before; harvest to another --out"
+            )
+        self._writer.skip(n)
+        return rows[n:]
+
+    def _summary(self) -> dict[str, Any]:
+        state = self._stream.state
+        return {
+            "n_rows": state.n_rows,
+            "n_documents": state.n_docs,
+            "ended": self._stream.ended,
+            "repaired": state.repaired,
+            **{f"skipped_{reason}": n for reason, n in zip(SKIP_REASONS, state.skipped, strict=True)},
+        }
+
+    def _result(self, seconds: float) -> HarvestResult:
+        meter = self._meter
+        busy = sorted(((stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()), key=_share)
+        result = result_of(self._prepared, self._writer, self._summary())
+        result = replace(
+            result,
+            resumed_rows=self._resumed_rows,
+            seconds=seconds,
+            rows_per_second=meter.rows / max(seconds, 1e-9),
+            padding=1 - meter.rows / max(1, meter.places),
+            busy=tuple(busy),
+            warnings=tuple(ending_warnings(self._prepared.config, self._summary())),
+        )
+        for warning in result.warnings:
+            self._progress.say(f"warning: {warning}")
+            self._log.write(f"warning: {warning}")
+        self._log.write(
+            f"finished: {result.n_rows:,} rows in {seconds:.1f} s, {result.rows_per_second:,.0f} rows/s, "
+            + ", ".join(f"{stage} {share:.0%}" for stage, share in busy)
+        )
+        return result
+
+
+def _share(item: tuple[str, float]) -> float:
+    return -item[1]

@@ -1,8 +1,8 @@
 """Shuffled batches of a cache on a device, prefetched, with a state of three integers.
 
-A background thread assembles pools (`cache.order`) from the memory-mapped shards, in disk order; batches are drawn from the
-pool in the order of `cache.shuffle`, on the device. Filtered and held-out rows are stepped over: a batch is the next
-survivors, the cursor counts all rows. Two pools exist at a time, so memory is O(pool).
+A background thread assembles pools (`cache.order`) from the memory-mapped shards, in disk order; batches are drawn
+from the pool in the order of `cache.shuffle`, on the device. Filtered and held-out rows are stepped over: a batch is
+the next survivors, the cursor counts all rows. Two pools exist at a time, so memory is O(pool).
 
 Shapes: B batch rows, D = d_in, P rows of a pool, S surviving rows of a pool.
 """

@@ -1,4 +1,4 @@
-"""Which rows a run sees: filters by flag, position and norm, and the documents that are held out. With exact accounting."""
+"""Which rows a run sees: filters by flag, position and norm, held-out documents; with exact accounting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SLICE_ROWS = 2**20  # of the accounting pass
 
 @dataclass(frozen=True)
 class Filters:
-    """Rows to keep. Norms are those of the stored values; with several hook points each of them must be within bounds."""
+    """Rows to keep. Norms are those of the stored values; with several hook points each must be within bounds."""
 
     special: bool = False  # keep special tokens
     first_position: bool | None = None  # keep position 0 of each window; None: only if the model is no decoder
@@ -45,7 +45,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Holdout:
-    """Documents that are never trained on, chosen by a hash of doc_id and seed: the split stays when the cache grows."""
+    """Documents never trained on, chosen by a hash of doc_id and seed: the split stays when the cache grows."""
 
     fraction: float = 0.05  # of the documents
     seed: int = 0
@@ -59,7 +59,7 @@ class Holdout:
 
 @dataclass(frozen=True)
 class Counts:
-    """Where every row of the cache went; a row dropped for several reasons counts for the first. They add up to total."""
+    """Where every row of the cache went; one dropped for several reasons counts for the first. The sum is total."""
 
     total: int = 0
     train: int = 0

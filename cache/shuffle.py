@@ -1,7 +1,7 @@
 """Epoch order as pure functions of (shape of the cache, seed, epoch).
 
-The permutations are our own specified algorithms in integer arithmetic modulo 2**64: the random streams of numpy and torch
-may change between versions, and an order that changes cannot be resumed. Part of the format: `FORMAT_VERSION`.
+The permutations are our own specified algorithms in integer arithmetic modulo 2**64: the random streams of numpy and
+torch may change between versions, and an order that changes cannot be resumed. Part of the format: `FORMAT_VERSION`.
 
 Two levels:
 
@@ -66,7 +66,7 @@ def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> 
 def pool_permutation(n_rows: int, seed: int, epoch: int, pool: int) -> NDArray[np.int64]:
     """Order in which the rows of a pool are delivered: a permutation of range(n_rows).
 
-    Rows are sorted by a hash of their number. The hash is injective, so there are no ties and any sort gives this order.
+    Rows are sorted by a hash of their number. The hash is injective, so there are no ties: any sort gives this order.
     """
     key = derive_key(_ROWS_DOMAIN, seed, epoch, pool)
     return np.argsort(hash64(np.arange(n_rows, dtype=np.uint64), key)).astype(np.int64, copy=False)
@@ -91,7 +91,7 @@ def _walk(values: U64, n: int, keys: list[int], *, inverse: bool = False) -> U64
 
 
 def _feistel(values: U64, n_bits: int, keys: list[int], *, inverse: bool) -> U64:
-    """Bijection of [0, 2**n_bits): even rounds change the left half by a hash of the right one, odd rounds the reverse."""
+    """Bijection of [0, 2**n_bits): even rounds change the high half by a hash of the low one, odd the reverse."""
     low_bits = n_bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (n_bits - low_bits)) - 1
     low, high = values & np.uint64(low_mask), values >> np.uint64(low_bits)

@@ -6,7 +6,7 @@ With `loader.py` the only file of this package that imports torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol
 
@@ -33,7 +33,9 @@ def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
 class Buffer(Protocol):
     """Holds one pool at a time."""
 
-    rows: Mapping[str, Tensor]  # hook point -> (P, D) in the storage dtype
+    @property
+    def rows(self) -> Mapping[str, Tensor]:
+        """Hook point -> (P, D) in the storage dtype."""
 
     def fill(self, plan: PoolPlan, shards: Shards, executor: Executor | None) -> None:
         """Copy the rows of a pool in, in disk order (background thread)."""
@@ -77,8 +79,8 @@ class CudaBuffer:
         self, n_rows: int, block_rows: int, widths: Mapping[str, int], dtype: str, device: torch.device
     ) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
-        self._filled = torch.cuda.Event()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._drained: torch.cuda.Event | None = None
         self._staging: dict[str, list[Tensor]] = {}
         self._copied: dict[str, list[torch.cuda.Event]] = {}
@@ -88,7 +90,7 @@ class CudaBuffer:
             n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), block_rows))
             self.rows[hook] = torch.empty(n_rows, d, dtype=kind, device=device)
             self._staging[hook] = [torch.empty(n_staged, d, dtype=kind, pin_memory=True) for _ in range(2)]
-            self._copied[hook] = [torch.cuda.Event() for _ in range(2)]
+            self._copied[hook] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def fill(self, plan: PoolPlan, shards: Shards, executor: Executor | None) -> None:
         """See `Buffer`. While one staging buffer travels, the other is filled."""
@@ -127,7 +129,7 @@ class CudaBuffer:
 
     def release(self) -> None:
         """See `Buffer`."""
-        self._drained = torch.cuda.Event()
+        self._drained = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._drained.record(torch.cuda.current_stream(self.device))
 
 

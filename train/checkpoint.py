@@ -1,10 +1,10 @@
-"""Checkpoints: everything a bitwise resume needs, in safetensors and JSON, each under a name that appears only when complete.
+"""Checkpoints: all that a bitwise resume needs, in safetensors and JSON, under a name that appears when complete.
 
-    checkpoints/step_00001000/
-        sae/                     native weights and buffers (dead counters, thresholds)
-        optimizer.safetensors    moments and counts by parameter
-        rng.safetensors          torch's generators
-        state.json               step, counters, loader state, what the run belongs to, and a hash of every file above
+checkpoints/step_00001000/
+    sae/                     native weights and buffers (dead counters, thresholds)
+    optimizer.safetensors    moments and counts by parameter
+    rng.safetensors          torch's generators
+    state.json               step, counters, loader state, what the run belongs to, and a hash of every file above
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, Union
+
+import yaml
 
 from train.errors import ConfigError, nearest
 
@@ -20,7 +23,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
     """
     try:
         return _convert(value, annotation)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, yaml.YAMLError):
         hint = ""
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
         if isinstance(value, str):
@@ -37,6 +40,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if origin is tuple:
         return f"a list of values ({describe(args[0])})"
+    if origin in (dict, Mapping):
+        return "a mapping like {k: 64}"
     words = {
         int: "a whole number (suffixes k, M, B)",
         float: "a number",
@@ -55,6 +60,8 @@ def _convert(value: Any, annotation: Any) -> Any:
         return _one_of(value, args)
     if origin is tuple:
         return _convert_tuple(value, args)
+    if origin in (dict, Mapping):
+        return _mapping(value)
     if annotation is Any:
         return value
     converter = {int: _int, float: _float, bool: _bool, str: _str}.get(annotation)
@@ -81,6 +88,14 @@ def _convert_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         value = [value]
     return tuple(_convert(v, args[0]) for v in value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = yaml.safe_load(value)
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {str(k): v for k, v in value.items()}
 
 
 def _one_of(value: Any, choices: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
 """TrainConfig: every setting of a run, with its section, unit and range; and how layers of settings become one.
 
-Precedence: defaults < the variant's recommended values < YAML < flags and `--set`. `None` means "decided from the cache and the
-run's length" (`train.resolve`); the resolved config holds no undecided value and is what a run saves.
+Precedence: defaults < the variant's recommended values < YAML < flags and `--set`. `None` means "decided from the cache
+and the run's length" (`train.resolve`); the resolved config holds no undecided value and is what a run saves.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ from train.errors import ConfigError, nearest
 SECTIONS = ("run", "model", "training", "data", "logging")
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}
-
-Optimizer = Literal["adam", "adamw", "sgd"]
-ScheduleKind = Literal["constant", "linear", "cosine"]
-WandbMode = Literal["off", "offline", "online"]
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def setting(
@@ -53,7 +48,7 @@ class TrainConfig:
     shuffle_seed: int | None = setting(None, "run", "seed of the order of rows (default: seed)", ge=0)
     init_seed: int | None = setting(None, "run", "seed of the weights (default: seed)", ge=0)
     device: str = setting("auto", "run", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
-    compute_dtype: ComputeDtype = setting("auto", "run", "dtype of matrix products (auto: float32)")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "run", "matrix products (auto: float32)")
 
     expansion_factor: float | None = setting(None, "model", "d_sae / d_in when d_sae is not given (default: 8)", gt=0)
 
@@ -64,14 +59,16 @@ class TrainConfig:
     epochs: float | None = setting(
         None, "training", "length in passes (default: 1, more up to 16 if that is under 1000 steps)", gt=0
     )
-    optimizer: Optimizer = setting("adam", "training", "optimizer")
-    lr: float | None = setting(None, "training", "peak learning rate (default: 2e-4 * sqrt(2^14 / d_sae) <= 1e-3)", gt=0)
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "training", "optimizer")
+    lr: float | None = setting(
+        None, "training", "peak learning rate (default: 2e-4 * sqrt(2^14 / d_sae) <= 1e-3)", gt=0
+    )
     weight_decay: float = setting(0.0, "training", "weight decay of the optimizer", ge=0)
     beta1: float = setting(0.9, "training", "Adam's first decay; momentum of sgd", ge=0, le=1)
     beta2: float = setting(0.999, "training", "Adam's second decay", ge=0, le=1)
     eps: float = setting(1e-8, "training", "Adam's epsilon", ge=0)
     grad_clip: float | None = setting(1.0, "training", "largest global gradient norm (none: no clipping)", gt=0)
-    lr_schedule: ScheduleKind = setting("linear", "training", "shape of the decay at the end")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "decay at the end")
     warmup_steps: int | None = setting(None, "training", "steps of linear warm-up (default: 5 %, at most 1000)", ge=0)
     decay_fraction: float = setting(0.2, "training", "share of the steps over which the rate decays", ge=0, le=1)
     lr_final: float = setting(0.0, "training", "the decay ends at this factor of the peak rate", ge=0, le=1)
@@ -87,13 +84,15 @@ class TrainConfig:
     holdout: float = setting(0.05, "data", "share of the documents that is held out for evaluation", ge=0, le=0.9)
     holdout_seed: int = setting(0, "data", "seed of the choice of held-out documents", ge=0)
     pool_rows: int | None = setting(None, "data", "rows shuffled together in memory (default: about 512 MiB)", gt=0)
-    block_rows: int | None = setting(None, "data", "neighbouring rows read together (default: from pool and batch)", gt=0)
+    block_rows: int | None = setting(
+        None, "data", "neighbouring rows read together (default: from pool and batch)", gt=0
+    )
 
     log_every: int = setting(10, "logging", "steps between two lines of metrics", gt=0)
     save_every: int = setting(1000, "logging", "steps between checkpoints (0: only when stopped and at the end)", ge=0)
     keep: int = setting(2, "logging", "checkpoints to keep", gt=0)
     eval_rows: int = setting(2**17, "logging", "most held-out rows in the final evaluation", ge=0)
-    wandb: WandbMode = setting("off", "logging", "Weights & Biases")
+    wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")
 
     options: Mapping[str, Any] = setting({}, "model", "the variant's own settings")
@@ -146,13 +145,12 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         elif key in options:
             chosen[key] = coerce(key, value, options[key])
         else:
-            known = [*options, *TRAINER_KEYS]
-            raise ConfigError(
-                f"unknown setting {key!r} for type {type_name}{nearest(key, known)} "
-                f"(options of {type_name}: {', '.join(options)})"
-            )
+            hint = nearest(key, [*options, *TRAINER_KEYS, *SECTIONS])
+            listed = ", ".join(options)
+            raise ConfigError(f"unknown setting {key!r} for type {type_name}{hint} (its options: {listed})")
     if "d_sae" in chosen and settings.get("expansion_factor") is not None:
-        raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={settings['expansion_factor']}: give one of them")
+        factor = settings["expansion_factor"]
+        raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={factor}: give one of them")
     return TrainConfig(**settings, options=chosen)
 
 
@@ -189,8 +187,6 @@ def _flatten(content: Mapping[Any, Any], source: str) -> Iterator[tuple[str, Any
         is_section = name in SECTIONS and isinstance(value, Mapping | None)
         for inner, inner_value in (value or {}).items() if is_section else [(key, value)]:
             flat = str(inner).replace("-", "_")
-            if isinstance(inner_value, Mapping):
-                raise ConfigError(f"{source}: {flat!r} is not a section; sections are {', '.join(SECTIONS)}")
             if flat in seen:
                 raise ConfigError(f"{source}: {flat!r} is set twice")
             seen.add(flat)
@@ -212,7 +208,7 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """The config as plain values by section, for YAML and JSON; `from_sections` reads it back."""
     out: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for spec in fields(TrainConfig):
-        if spec.name != "options":
+        if spec.name in TRAINER_KEYS:
             out[spec.metadata["section"]][spec.name] = _plain(getattr(config, spec.name))
     out["model"].update({key: _plain(value) for key, value in config.options.items()})
     return out
@@ -225,7 +221,7 @@ def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
     names = {**flat}
     widths = {key: names.pop(key) for key in ("d_sae", "expansion_factor") if key in names}
     lengths = {key: names.pop(key) for key in ("tokens", "steps", "epochs") if key in names}
-    given = {key: value for key, value in (widths | lengths).items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in (widths | lengths).items() if value is not None}
     config = make_config([names, given])
     options = dict(config.options) | ({} if d_in is None else {"d_in": coerce("d_in", d_in, int)})
     return dataclasses.replace(config, options=options)

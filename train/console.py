@@ -28,6 +28,8 @@ class ConsoleSink(BaseSink):
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
         """Show where the run starts."""
         self._n_steps = n_steps
+        for line in settings_lines(config):
+            self.console.print(escape(line), style="dim", soft_wrap=True)
         if not self.console.is_terminal:
             return
         columns = (
@@ -53,7 +55,9 @@ class ConsoleSink(BaseSink):
             rate = float(metrics.get("tokens_per_second", 0.0))
             rows_per_step = float(metrics["tokens"]) / max(step, 1)
             left = (self._n_steps - step) * rows_per_step / rate if rate else 0.0
-            self.console.print(f"step {step}/{self._n_steps}  {numbers(metrics)}  {duration(left)} left", soft_wrap=True)
+            self.console.print(
+                f"step {step}/{self._n_steps}  {numbers(metrics)}  {duration(left)} left", soft_wrap=True
+            )
 
     def message(self, text: str) -> None:
         """Print above the live line."""
@@ -64,6 +68,21 @@ class ConsoleSink(BaseSink):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def settings_lines(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The resolved settings, one line per section; what is not set is left out."""
+    lines = []
+    for section, values in sections.items():
+        shown = [f"{key}={_short(value)}" for key, value in values.items() if value is not None and value != []]
+        lines.append(f"{section:<9}{' '.join(shown)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def numbers(metrics: Metrics) -> str:

@@ -58,7 +58,7 @@ class Data:
         return Identity(dict(self.cache.manifest.fingerprint), loader.order.to_json())
 
     def sample(self) -> Inputs:
-        """Rows that the run will train on, on the CPU: the first of the shuffled order. Non-finite rows are left out."""
+        """Rows that the run will train on, on the CPU: the first of its order. Non-finite rows are left out."""
         d_in = self.config.options["d_in"] * len(self.config.hook)
         n_rows = min(MAX_SAMPLE_ROWS, max(SAMPLE_ELEMENTS // d_in, 1024))
         with self._loader("train", batch_size=self.config.batch_size, epochs=1, device="cpu") as loader:

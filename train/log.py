@@ -1,7 +1,7 @@
 """Where the numbers of a run go: jsonl always, a console, wandb when asked. A sink never stops a run.
 
-Metric names of a line: step, tokens, epoch, cursor, loss, losses/<name>, l0, fvu, explained_variance, dead, grad_norm, lr,
-rejected, seconds, tokens_per_second. `TIMING` names those that differ between equal runs.
+Metric names of a line: step, tokens, epoch, cursor, loss, losses/<name>, l0, fvu, explained_variance, dead, n_dead,
+grad_norm, lr, rejected, seconds, tokens_per_second. `TIMING` names those that differ between equal runs.
 """
 
 from __future__ import annotations

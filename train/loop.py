@@ -58,7 +58,9 @@ def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
     evaluator = Evaluator(config.options["d_in"], config.options["d_sae"]) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
-    losses = _accumulate(sae, x, config.grad_acc_steps, Progress(run.step, run.n_steps), evaluator, config.compute_dtype)
+    losses = _accumulate(
+        sae, x, config.grad_acc_steps, Progress(run.step, run.n_steps), evaluator, config.compute_dtype
+    )
     if losses is None:
         return StepResult(accepted=False)
     sae.project_gradients()
@@ -88,7 +90,7 @@ def _accumulate(
         total = torch.stack(list(losses.values())).sum()
         if not bool(torch.isfinite(total)):
             return None
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         sae.track(out)
         if evaluator is not None:
             _measure(evaluator, out)

@@ -31,10 +31,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>/<quantity>` -> tensor."""
     out: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        for quantity, value in state.items():
+    for parameter, name in names.items():
+        for quantity, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                out[f"{names[parameter]}/{quantity}"] = torch.as_tensor(value)
+                out[f"{name}/{quantity}"] = torch.as_tensor(value)
     return out
 
 
@@ -46,7 +46,7 @@ def load_state_tensors(
     W_enc is stored latent by latent: a fused step over tensors of unequal strides would pair the wrong elements.
     """
     by_name = {name: parameter for parameter, name in names.items()}
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[Tensor, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         name, _, quantity = key.rpartition("/")
         if name not in by_name:

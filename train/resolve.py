@@ -127,7 +127,9 @@ def resolve_device(name: str) -> str:
     except RuntimeError:
         raise ConfigError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise ConfigError(
+            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r}: expected auto, cpu, cuda or cuda:N")
     return str(device)

@@ -1,12 +1,12 @@
 """A whole run: from a config to runs/<name>/, and from a checkpoint onwards.
 
-    runs/<name>/
-        config.yaml              every setting, resolved
-        run.json                 pinned shards, row accounting, what the run belongs to
-        metrics.jsonl            one line per `log_every` steps
-        checkpoints/step_N/      native form and trainer state
-        cfg.json  sae_weights.safetensors  granary.json     the result in inference form
-        summary.json             written last: the run is complete
+runs/<name>/
+    config.yaml              every setting, resolved
+    run.json                 pinned shards, row accounting, what the run belongs to
+    metrics.jsonl            one line per `log_every` steps
+    checkpoints/step_N/      native form and trainer state
+    cfg.json  sae_weights.safetensors  granary.json     the result in inference form
+    summary.json             written last: the run is complete
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def train_sae(
         return session.execute(_fresh_run(session))
 
 
-def resume_training(
-    folder: str | Path, *, sinks: Sequence[Sink] = (), stop: StopRequest | None = None
-) -> Result:
+def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: StopRequest | None = None) -> Result:
     """Continue a run from its newest checkpoint, bit for bit as if it had never stopped (on the same machine).
 
     Raises NotARunError, CheckpointError (damaged, or another cache), RunExistsError (already complete).
@@ -247,7 +245,9 @@ def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
     if folder.exists() and not _is_unused(folder):
         ours = (folder / RECORD).is_file()
         if not (overwrite and ours):
-            continued = "" if (folder / SUMMARY).is_file() or not ours else f"continue it with: sae-train resume {folder}, "
+            continued = (
+                "" if (folder / SUMMARY).is_file() or not ours else f"continue it with: sae-train resume {folder}, "
+            )
             replaced = ", or replace it with --overwrite" if ours else ""
             raise RunExistsError(f"{folder} exists: {continued}choose another --name{replaced}")
         shutil.rmtree(folder)
@@ -274,6 +274,20 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
         raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {RECORD_VERSION})")
     return from_sections(content, str(folder / CONFIG)), record
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run. Raises NotARunError."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = f"; continue it with: sae-train resume {folder}" if (folder / RECORD).is_file() else ""
+        raise NotARunError(f"{folder} holds no finished run{remedy}") from None
+    except (OSError, ValueError) as error:
+        raise NotARunError(f"{folder / SUMMARY} cannot be read: {error}") from None
+    if not isinstance(summary, dict) or not isinstance(summary.get("eval"), dict):
+        raise NotARunError(f"{folder / SUMMARY} is not the summary of a run")
+    return summary
 
 
 def _fresh_run(session: Session) -> Run:

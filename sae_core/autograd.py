@@ -111,3 +111,17 @@ class _PerEntry(Function):
 def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:
     """An uninitialised W_enc (d_in, d_sae) with latent-contiguous strides."""
     return torch.empty(d_sae, d_in, device=device).t()
+
+
+def decode_blocks(codes: Codes, W_dec: Tensor, block_of: Tensor, n_blocks: int) -> Tensor:
+    """Decode each block of latents on its own: (n_blocks, N, D), whose sum over blocks is `decode`.
+
+    block_of (F,) int64 gives each latent's block. Blocks become rows of one larger pattern, so the price is one decode.
+    """
+    pattern = codes.pattern
+    indices = pattern.entries[0]
+    block_row = block_of[indices] * pattern.n_rows + pattern.row_of
+    order = torch.sort(block_row, stable=True).indices
+    by_block = Pattern.of_rows(block_row[order], indices[order], n_blocks * pattern.n_rows, pattern.d_sae)
+    decoded = decode(Codes(codes.values[order], by_block), W_dec)
+    return decoded.view(n_blocks, pattern.n_rows, -1)

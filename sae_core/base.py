@@ -2,7 +2,7 @@
 
 Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
 
-    out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
+    sae.begin_step(progress); out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
 """
 
@@ -100,17 +100,40 @@ class SAE(nn.Module):
     def __init__(self, config: "SAE.Config") -> None:
         super().__init__()
         self.config = config
-        d_in, d_sae = config.d_in, config.d_sae
-        self.normalizer = Normalizer(config.normalize, d_in)
-        self.W_enc = nn.Parameter(empty_encoder(d_in, d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.build()
+
+    def build(self) -> None:
+        """Create the normaliser, the parameters and the buffers."""
+        d_sae = self.config.d_sae
         # V = E|x - mean|^2 and E|x|^2 of the normalised rows: the scales that losses are divided by.
         self.register_buffer("loss_variance", torch.ones(()))
         self.register_buffer("loss_mean_square", torch.ones(()))
         self.register_buffer("num_tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.normalizer = Normalizer(self.config.normalize, self.d_encoded)
+        self.W_enc = nn.Parameter(empty_encoder(self.d_encoded, d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.build_latent_parameters()
         self.reset_weights(torch.Generator().manual_seed(0))
+
+    def build_latent_parameters(self) -> None:
+        """Create the parameters that each latent has one number of."""
+        self.b_enc = nn.Parameter(torch.zeros(self.config.d_sae))
+
+    @property
+    def core(self) -> "SAE":
+        """The SAE that holds W_enc and W_dec: this one, or the one that a wrapping variant feeds."""
+        return self
+
+    @property
+    def encoder_bias(self) -> Tensor:
+        """(F,) what is added to the encoder product."""
+        return self.b_enc
+
+    @property
+    def d_encoded(self) -> int:
+        """Width of what enters the encoder."""
+        return self.config.d_in
 
     @property
     def d_out(self) -> int:
@@ -130,7 +153,7 @@ class SAE(nn.Module):
         rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         self.W_enc.copy_(self.W_dec.t())
-        self.b_enc.zero_()
+        self.encoder_bias.zero_()
 
     @torch.no_grad()
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
@@ -139,7 +162,8 @@ class SAE(nn.Module):
         The sample holds rows that the run will train on; at most 2**20 of them are used.
         Raises NonFiniteError if it holds NaN or Inf.
         """
-        target = self.fit_normalization(sample)
+        self.fit_normalization(sample)
+        target = self.prepare(sample).target[:MAX_FIT_ROWS]
         if not bool(torch.isfinite(target).all()):
             raise NonFiniteError("the sample that the normalisation is fitted to holds NaN or Inf: verify the cache")
         rows = target.double()
@@ -154,17 +178,15 @@ class SAE(nn.Module):
         else:
             self.b_dec.zero_()
 
-    def fit_normalization(self, sample: Inputs) -> Tensor:
-        """Fit the normaliser to a sample and return the sample's normalised targets (N, D_out)."""
-        rows = _tensor(sample)[:MAX_FIT_ROWS]
-        self.normalizer.fit(rows)
-        return self.prepare(rows).target
+    def fit_normalization(self, sample: Inputs) -> None:
+        """Fit what is in front of the encoder to a sample of raw rows."""
+        self.normalizer.fit(single_hook(sample)[:MAX_FIT_ROWS])
 
     # -- forward -----------------------------------------------------------------------------------------------
 
     def prepare(self, x: Inputs) -> Source:
         """Normalise raw rows into what is encoded and what is to be reconstructed."""
-        rows = _tensor(x)
+        rows = single_hook(x)
         normalized: Normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
 
@@ -175,11 +197,11 @@ class SAE(nn.Module):
     def pre_acts(self, h: Tensor) -> Tensor:
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
         with torch.no_grad():
-            return torch.addmm(self.b_enc, h, self.W_enc)
+            return torch.addmm(self.encoder_bias, h, self.W_enc)
 
     def encode_at(self, h: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
         """The same pre-activations at the entries of a pattern, with gradients."""
-        return encode_at(h, self.W_enc, self.b_enc, pre_acts, pattern)
+        return encode_at(h, self.W_enc, self.encoder_bias, pre_acts, pattern)
 
     def activate(self, h: Tensor) -> Activation:
         """Turn centred, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
@@ -189,11 +211,15 @@ class SAE(nn.Module):
         """Decode in the normalised space: (N, D_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
+    def reconstruct_for_losses(self, codes: Codes) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction, and beside it what a variant's losses need of the decoder."""
+        return self.reconstruct(codes), {}
+
     def forward(self, x: Inputs) -> SAEOutput:
         """Encode and decode raw rows."""
         source = self.prepare(x)
         activation = self.activate(self.centre(source.input))
-        recon = self.reconstruct(activation.codes)
+        recon, extras = self.reconstruct_for_losses(activation.codes)
         return SAEOutput(
             x_hat=source.undo(recon),
             x=source.reference,
@@ -201,7 +227,7 @@ class SAE(nn.Module):
             recon=recon,
             source=source,
             pre_acts=activation.pre_acts,
-            extras=activation.extras,
+            extras={**activation.extras, **extras},
         )
 
     def encode(self, x: Inputs) -> Codes:
@@ -252,12 +278,19 @@ class SAE(nn.Module):
         if coef == 0 or not bool(dead.any()):
             return None
         # Without gradients to b_dec, neither through the centring nor through the error.
-        h = out.source.input.detach() - self.b_dec.detach()
+        h = self.centre(out.source.input).detach()
         error = (out.source.target - out.recon).detach()
         loss = auxk_loss(self, h, error, out.pre_acts, dead, k_aux)
         return coef * loss * (self.loss_variance if self.config.loss == "mse" else 1.0)
 
+    def monitor(self, out: SAEOutput) -> dict[str, float]:
+        """What is worth logging beside losses and metrics, by name."""
+        return {}
+
     # -- around the optimizer step -------------------------------------------------------------------------------
+
+    def begin_step(self, progress: Progress) -> None:
+        """Set what an annealed option needs before the forward pass of a step."""
 
     @property
     def dead_mask(self) -> Tensor:
@@ -288,6 +321,13 @@ class SAE(nn.Module):
 
     # -- inference form ------------------------------------------------------------------------------------------
 
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the inference form that SAELens has no name for; kept in a file of our own."""
+        return {}
+
+    def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `extra_tensors` gave."""
+
     def latent_tensors(self) -> dict[str, Tensor]:
         """Tensors (F,) of the inference form by SAELens name, in units of the pre-activations."""
         return {"b_enc": self.b_enc.detach()}
@@ -307,7 +347,8 @@ class SAE(nn.Module):
         return cls.Config(**shared)
 
 
-def _tensor(x: Inputs) -> Tensor:
+def single_hook(x: Inputs) -> Tensor:
+    """Return the rows of the only hook point of a batch."""
     if isinstance(x, Tensor):
         return x
     if len(x) != 1:

@@ -1,6 +1,7 @@
 """Files of an SAE: the inference form that SAELens reads, and the native form that training continues from.
 
-Inference form: cfg.json, sae_weights.safetensors (normalisation folded into the weights), granary.json (type, Config).
+Inference form: cfg.json, sae_weights.safetensors (normalisation folded into the weights), granary.json (type, Config)
+and, for what SAELens has no name for, granary.safetensors.
 Native form: sae.json, sae.safetensors (weights and buffers as trained). Nothing is pickled.
 """
 
@@ -22,7 +23,8 @@ from sae_core.errors import NotAnSAEError, OptionError, SAEError, nearest
 from sae_core.saelens import read_saelens, saelens_config
 
 FORMAT = 1
-WEIGHTS, CFG, OURS = "sae_weights.safetensors", "cfg.json", "granary.json"
+WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
+OURS, EXTRA = "granary.json", "granary.safetensors"
 NATIVE_WEIGHTS, NATIVE = "sae.safetensors", "sae.json"
 
 
@@ -48,7 +50,9 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = dict(metadata or {})
-    _write_tensors(folder / WEIGHTS, inference_tensors(sae))
+    _write_tensors(folder / WEIGHTS, inference_tensors(sae.core))
+    if extra := sae.extra_tensors():
+        _write_tensors(folder / EXTRA, extra)
     _write_json(folder / CFG, saelens_config(sae, metadata))
     _write_json(folder / OURS, {"format": FORMAT, **describe(_inference_config(sae), sae), "metadata": metadata})
 
@@ -71,8 +75,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     try:
         with torch.no_grad():
             for name in ("W_enc", "W_dec", "b_dec"):
-                getattr(sae, name).copy_(tensors[name])
-            sae.set_latent_tensors(tensors)
+                getattr(sae.core, name).copy_(tensors[name])
+            sae.core.set_latent_tensors(tensors)
+            if sae.extra_tensors():
+                sae.set_extra_tensors(_read_tensors(folder / EXTRA))
     except (KeyError, RuntimeError) as error:
         raise NotAnSAEError(f"{folder / WEIGHTS} does not fit its configuration: {error}") from error
     return sae.to(device).eval()

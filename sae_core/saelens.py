@@ -19,16 +19,16 @@ NORMALIZATIONS = {"none": "none", "layer_norm": "unit_norm"}
 def saelens_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return cfg.json for the folded weights of an SAE."""
     return {
-        "architecture": sae.saelens_architecture,
-        "d_in": sae.config.d_in,
-        "d_sae": sae.config.d_sae,
+        "architecture": sae.core.saelens_architecture,
+        "d_in": sae.core.d_encoded,
+        "d_sae": sae.core.config.d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "layer_norm" if sae.normalizer.per_row else "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
-        **sae.saelens_fields(),
+        **sae.core.saelens_fields(),
     }
 
 

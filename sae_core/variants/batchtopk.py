@@ -29,8 +29,9 @@ class BatchTopKSAE(TopKSAE):
 
     config: Config
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def build(self) -> None:
+        """The parameters, and the threshold of inference."""
+        super().build()
         self.threshold = BatchThreshold()
 
     def select(self, pre_acts: Tensor) -> Pattern:
@@ -44,6 +45,10 @@ class BatchTopKSAE(TopKSAE):
         super().track(out)
         values = out.codes.values.detach()
         self.threshold.update(values[values > 0])
+
+    def monitor(self, out: SAEOutput) -> dict[str, float]:
+        """The inference threshold."""
+        return {"threshold": float(self.threshold.value)}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:

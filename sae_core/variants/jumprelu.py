@@ -48,14 +48,15 @@ class JumpReLUSAE(SAE):
 
     config: Config
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        small = 0.001 * math.sqrt(config.d_in)  # the paper's 0.001 is for E|x|^2 = 1
-        tanh = config.recipe == "tanh"
-        start = config.threshold_init or (0.1 if tanh else small)
-        self.bandwidth = config.bandwidth or (2.0 if tanh else small)
-        self.l0_coef = config.l0_coef if config.l0_coef is not None else (10.0 if tanh else 1.0)
-        self.threshold = nn.Parameter(torch.full((config.d_sae,), start))
+    def build_latent_parameters(self) -> None:
+        """b_enc and the thresholds."""
+        super().build_latent_parameters()
+        small = 0.001 * math.sqrt(self.config.d_in)  # the paper's 0.001 is for E|x|^2 = 1
+        tanh = self.config.recipe == "tanh"
+        start = self.config.threshold_init or (0.1 if tanh else small)
+        self.bandwidth = self.config.bandwidth or (2.0 if tanh else small)
+        self.l0_coef = self.config.l0_coef if self.config.l0_coef is not None else (10.0 if tanh else 1.0)
+        self.threshold = nn.Parameter(torch.full((self.config.d_sae,), start))
 
     def activate(self, h: Tensor) -> Activation:
         """JumpReLU on the entries that are active or, while training, within half a bandwidth of the threshold."""
@@ -89,7 +90,7 @@ class JumpReLUSAE(SAE):
     def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:
         """Mean over rows of sum over dead i of ReLU(theta_i - p_i) |W_dec,i|; dead latents only, or it never ends."""
         latents = dead.nonzero().squeeze(1)
-        h = out.source.input.detach() - self.b_dec.detach()
+        h = self.centre(out.source.input).detach()
         p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
         gap = torch.relu(self.threshold[latents] - p)
         return (gap.sum(0) * norms[latents]).sum() / h.shape[0]

@@ -1,0 +1,201 @@
+"""Route: a router picks or mixes several layers per row, one shared SAE encodes the result (arXiv 2503.08200)."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_core import registry
+from sae_core.base import SAE, Activation, Inputs, SAEOutput, Source
+from sae_core.codes import Codes
+from sae_core.errors import OptionError
+from sae_core.normalize import Normalizer
+from sae_core.options import Progress, option
+from sae_core.registry import register
+
+SHARED = ("d_in", "d_sae", "loss", "b_dec_init", "dead_after_tokens")  # options that the base takes over
+
+
+@register("route")
+class RouteSAE(SAE):
+    """r = softmax(x_agg @ W_router); x_r = p_max * x_argmax (hard) or sum p_l x_l (soft); the base encodes x_r.
+
+    Every hook's row is normalised to mean 0 and variance 1 first. The target is x_r, detached: otherwise the router
+    lowers the loss by shrinking what is to be reconstructed. Metrics are in the space of x_r.
+    """
+
+    input_kind = "several"
+
+    @dataclass(frozen=True)
+    class Config(SAE.Config):
+        """Options of route."""
+
+        normalize: str = option("unit_norm", help="per-row normalisation of each hook point", choices=("unit_norm",))
+        loss: str = option("nmse", help="reconstruction loss", choices=("nmse", "fvu", "mse"))
+        n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
+        base: str = option("topk", help="registered type of the shared SAE")
+        k: int | None = option(None, help="k of a k-sparse base (its default when not given)", gt=0)
+        base_options: Mapping[str, Any] | None = option(None, help="further options of the base, as a mapping")
+        routing: str = option("hard", help="one layer per row, or a mixture", choices=("hard", "soft"))
+        aggregate: str = option("sum", help="how the router sees the layers together", choices=("sum", "mean"))
+        detach_target: bool = option(True, help="false: the paper's loss, whose target moves with the router")
+
+        def validate(self) -> None:
+            """The base must exist, read one hook point and accept its options."""
+            self.base_config()
+
+        def base_config(self) -> SAE.Config:
+            """Config of the base SAE, which sees normalised rows."""
+            cls = registry.get(self.base)
+            if cls.input_kind != "one":
+                raise OptionError(f"base={self.base!r} reads several hook points: expected a type that reads one")
+            values: dict[str, Any] = {name: getattr(self, name) for name in SHARED}
+            values |= {"normalize": "none", **(self.base_options or {})}
+            known = {spec.name for spec in fields(cls.Config)}
+            if self.k is not None:
+                values["k"] = self.k
+            for name in values:
+                if name not in known:
+                    raise OptionError(f"{name}: base {self.base!r} has no such option; it has {', '.join(known)}")
+            return cls.Config(**values)
+
+    config: Config
+
+    def build(self) -> None:
+        """The router and the base."""
+        self.normalizer = Normalizer("unit_norm", self.config.d_in)
+        self.W_router = nn.Parameter(torch.empty(self.config.d_in, self.config.n_hooks))
+        base_config = self.config.base_config()
+        self.base_sae = registry.get(self.config.base)(base_config)
+        self._reset_router(torch.Generator().manual_seed(0))
+
+    @property
+    def core(self) -> SAE:
+        """The base."""
+        return self.base_sae
+
+    @torch.no_grad()
+    def _reset_router(self, generator: torch.Generator) -> None:
+        """Uniform in +-1/sqrt(D), torch's default for a linear layer."""
+        bound = self.config.d_in**-0.5
+        uniform = torch.rand(self.W_router.shape, generator=generator, device=generator.device)
+        self.W_router.copy_((2 * uniform - 1) * bound)
+
+    @torch.no_grad()
+    def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
+        """Draw the router, then fit the base to the routed rows of the sample."""
+        self._reset_router(generator)
+        self.base_sae.initialize(self.prepare(sample).input, generator)
+
+    def prepare(self, x: Inputs) -> Source:
+        """Normalise each hook's rows and route them."""
+        layers = self._layers(x)
+        probabilities = self.route(layers)
+        if self.config.routing == "soft":
+            routed = (probabilities[:, :, None] * layers).sum(1)
+        else:
+            p_max, chosen = probabilities.max(1)
+            routed = p_max[:, None] * layers[torch.arange(len(chosen), device=chosen.device), chosen]
+        target = routed.detach() if self.config.detach_target else routed
+        return Source(routed, target, lambda recon: recon, routed.detach())
+
+    def route(self, layers: Tensor) -> Tensor:
+        """Routing probabilities (N, L) of normalised layers (N, L, D)."""
+        seen = layers.sum(1) if self.config.aggregate == "sum" else layers.mean(1)
+        return torch.softmax(seen @ self.W_router, dim=1)
+
+    def _layers(self, x: Inputs) -> Tensor:
+        """The hooks' normalised rows, (N, L, D)."""
+        hooks = [x] if isinstance(x, Tensor) else list(x.values())
+        if len(hooks) != self.config.n_hooks:
+            raise OptionError(f"the batch holds {len(hooks)} hook points: expected n_hooks={self.config.n_hooks}")
+        return torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
+
+    def monitor(self, out: SAEOutput) -> dict[str, float]:
+        """Share of rows per hook point, entropy of the mean routing in nats, mean p_max, and the base's own."""
+        probabilities = out.extras["probabilities"]
+        chosen = torch.bincount(probabilities.argmax(1), minlength=self.config.n_hooks) / probabilities.shape[0]
+        entropy = -(chosen * chosen.clamp_min(1e-12).log()).sum()
+        shares = {f"route_{i}": float(share) for i, share in enumerate(chosen)}
+        p_max = float(probabilities.max(1).values.mean())
+        return {"route_entropy": float(entropy), "p_max": p_max, **shares, **self.base_sae.monitor(out)}
+
+    def forward(self, x: Inputs) -> SAEOutput:
+        """Route, encode and decode."""
+        out = super().forward(x)
+        with torch.no_grad():
+            probabilities = self.route(self._layers(x))
+        return replace_extras(out, probabilities=probabilities)
+
+    # -- the base does the rest ------------------------------------------------------------------------------------
+
+    def centre(self, h: Tensor) -> Tensor:
+        """Centre as the base does."""
+        return self.base_sae.centre(h)
+
+    def activate(self, h: Tensor) -> Activation:
+        """Encode as the base does."""
+        return self.base_sae.activate(h)
+
+    def reconstruct(self, codes: Codes) -> Tensor:
+        """Decode as the base does."""
+        return self.base_sae.reconstruct(codes)
+
+    def reconstruct_for_losses(self, codes: Codes) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decode as the base does."""
+        return self.base_sae.reconstruct_for_losses(codes)
+
+    def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
+        """Return the reconstruction in the space of x_r."""
+        return self.reconstruct(codes)
+
+    def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        """The base's losses on x_r."""
+        return self.base_sae.losses(out, progress)
+
+    def begin_step(self, progress: Progress) -> None:
+        """Anneal as the base does."""
+        self.base_sae.begin_step(progress)
+
+    @property
+    def dead_mask(self) -> Tensor:
+        """The base's dead latents."""
+        return self.base_sae.dead_mask
+
+    def track(self, out: SAEOutput) -> None:
+        """Update the base's counters."""
+        self.base_sae.track(out)
+
+    def project_gradients(self) -> None:
+        """Project the base's decoder gradient."""
+        self.base_sae.project_gradients()
+
+    def after_step(self) -> None:
+        """Renormalise the base's decoder."""
+        self.base_sae.after_step()
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """Whether the base does."""
+        return self.base_sae.needs_calibration
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Inputs]) -> None:
+        """Calibrate the base on routed rows."""
+        self.base_sae.calibrate(self.prepare(x).input for x in batches)
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The router."""
+        return {"W_router": self.W_router.detach()}
+
+    @torch.no_grad()
+    def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the router."""
+        self.W_router.copy_(tensors["W_router"])
+
+
+def replace_extras(out: SAEOutput, **extras: Tensor) -> SAEOutput:
+    """The same output with more extras."""
+    return SAEOutput(out.x_hat, out.x, out.codes, out.recon, out.source, out.pre_acts, {**out.extras, **extras})

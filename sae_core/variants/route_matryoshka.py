@@ -1,0 +1,20 @@
+"""Route-matryoshka: the router of route in front of a matryoshka base. Our definition: sum of prefix nmse + AuxK."""
+
+from dataclasses import dataclass
+
+from sae_core.options import option
+from sae_core.registry import register
+from sae_core.variants.route import RouteSAE
+
+
+@register("route_matryoshka")
+class RouteMatryoshkaSAE(RouteSAE):
+    """A routed matryoshka."""
+
+    @dataclass(frozen=True)
+    class Config(RouteSAE.Config):
+        """Options of route_matryoshka."""
+
+        base: str = option("matryoshka", help="registered type of the shared SAE")
+
+    config: Config

@@ -154,16 +154,19 @@ def manifest_of(spec: CacheSpec, vocabulary: FileEntry | None) -> Manifest:
 
 def differences(have: Manifest, want: Manifest) -> dict[str, tuple[object, object]]:
     """The fields in which two caches could not be the same harvest: field -> (have, want)."""
-    a, b = _identity(have), _identity(want)
+    shared = {hook.name for hook in have.hook_points} & {hook.name for hook in want.hook_points}
+    a, b = _identity(have, shared), _identity(want, shared)
     return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
 
-def _identity(manifest: Manifest) -> dict[str, object]:
+def _identity(manifest: Manifest, hooks: set[str]) -> dict[str, object]:
     identity: dict[str, object] = {
         name: getattr(manifest, name) for name in ("unit", "dtype", "rows_per_shard", "inner_chunk_bytes")
     }
     identity["hook_points"] = [h.name for h in manifest.hook_points]
     for hook in manifest.hook_points:
+        if hook.name not in hooks:
+            continue
         identity |= {f"{hook.name}.{field}": value for field, value in vars(hook).items()}
     identity["vocabulary"] = manifest.vocabulary and manifest.vocabulary.xxh3
     return identity | dict(manifest.fingerprint)

@@ -6,8 +6,8 @@ rows come per call.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,7 +161,4 @@ class OpenShard:
         for stream in (*(h.values for h in self._hooks), *(h.norms for h in self._hooks), *self._columns.values()):
             stream.close()
         self.documents.close()
-        for path in self.folder.iterdir():
-            path.unlink()
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)

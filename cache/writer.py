@@ -12,6 +12,7 @@ synced; then its record is synced and linked into commits/, and that folder sync
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -240,14 +241,8 @@ class CacheWriter:
                 files.sync_folder(folder)
             for path, before in placed.items():
                 if not os.path.samestat(before, os.stat(self.path / path)):
-                    raise FileExistsError(str(self.path / path))
+                    raise FileExistsError(errno.EEXIST, "replaced by another process", str(self.path / path))
             self._put(record_path, record)
-        except (FileExistsError, FileNotFoundError) as error:
-            self._take_back(placed, record_path)
-            raise ConcurrentWriteError(
-                f"{self.path}: another process writes the same shard ({error.filename or error}); "
-                "stop one of the two and run the command again: it continues after the last committed shard"
-            ) from error
         except BaseException:
             self._take_back(placed, record_path)
             raise
@@ -291,6 +286,14 @@ class CacheWriter:
         try:
             with files.no_space_is_clear(self.path, whole_shard):
                 yield
+        except (FileExistsError, FileNotFoundError) as error:  # a name was taken, or our temporary file removed
+            self._broken = True
+            if isinstance(error, CacheError):
+                raise
+            raise ConcurrentWriteError(
+                f"{self.path}: another process writes the same shard ({error}); stop one of the two and run the "
+                "command again: it continues after the last committed shard"
+            ) from error
         except BaseException:
             self._broken = True
             raise

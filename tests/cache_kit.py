@@ -1,0 +1,116 @@
+"""A toy harvest for the tests of the cache: deterministic rows from a numbered source, and how a harvest resumes."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from cache.writer import CacheWriter
+
+N_BUFFERS = 6
+DOCS_PER_BUFFER = 4
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "hello", "##s", "world", "cats", "and", "dogs", "<script>"]
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def toy_spec(dtype="bfloat16", hooks=("layer_1", "layer_3"), d_in=8, rows_per_shard=64, **changes):
+    options = {
+        "unit": "token",
+        "hook_points": tuple(HookPoint(name, f"encoder.{name}", "output", 0, d_in) for name in hooks),
+        "dtype": dtype,
+        "rows_per_shard": rows_per_shard,
+        "provenance": {"model": {"id": "toy", "revision": "abcdef"}, "dataset": {"id": "toy-text"}},
+        "fingerprint": {"model": "toy", "weights": "0123", "dataset": "toy-text"},
+        "vocabulary": WORDS,
+        "inner_chunk_bytes": 256,
+    }
+    return CacheSpec(**(options | changes))
+
+
+def toy_buffer(number: int, hooks=("layer_1", "layer_3"), d_in=8, dtype=np.float32) -> tuple[Rows, list[DocumentRow]]:
+    """Documents of one to three windows of 3 to 12 rows; some ordinals are skipped, as harvests do."""
+    rng = np.random.default_rng(number)
+    parts, documents, window = [], [], number * DOCS_PER_BUFFER * 3
+    for i in range(DOCS_PER_BUFFER):
+        doc_id = 2 * (number * DOCS_PER_BUFFER + i)
+        documents.append(DocumentRow(doc_id, "toy.txt", doc_id, f"document {doc_id} says ünïcode"))
+        taken = 0
+        for _ in range(int(rng.integers(1, 4))):
+            n = int(rng.integers(3, 13))
+            special = np.zeros(n, dtype=bool)
+            special[[0, -1]] = True
+            token_id = np.where(special, 1, rng.integers(3, len(WORDS), size=n))
+            doc_position = np.where(special, -1, taken + np.arange(n) - 1)
+            flags = special * FLAG_SPECIAL + (np.arange(n) == 0) * FLAG_WINDOW_START
+            parts.append((token_id, np.full(n, doc_id), np.full(n, window), np.arange(n), doc_position, flags))
+            taken, window = taken + n - 2, window + 1
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    types = (np.int32, np.int64, np.uint64, np.int32, np.int32, np.uint8)
+    typed = [column.astype(kind) for column, kind in zip(columns, types, strict=True)]
+    values = {name: (rng.normal(size=(len(columns[0]), d_in)) * (k + 1)).astype(dtype) for k, name in enumerate(hooks)}
+    return Rows(values, *typed), documents
+
+
+def toy_rows(n_buffers: int = N_BUFFERS, **options) -> Rows:
+    """What a whole harvest appends, as one."""
+    buffers = [toy_buffer(i, **options)[0] for i in range(n_buffers)]
+    join = lambda get: np.concatenate([get(rows) for rows in buffers])  # noqa: E731
+    names = ("token_id", "doc_id", "window", "position", "doc_position", "flags")
+    values = {hook: join(lambda r, h=hook: r.activations[h]) for hook in buffers[0].activations}
+    return Rows(values, *(join(lambda r, n=name: getattr(r, n)) for name in names))
+
+
+def harvest(
+    path: Path,
+    spec: CacheSpec | None = None,
+    n_buffers: int = N_BUFFERS,
+    before_append: Callable[[int], None] = lambda n_rows: None,
+) -> None:
+    """Harvest the toy source, from the start or from where an earlier call was stopped."""
+    spec = spec or toy_spec()
+    hooks = tuple(hook.name for hook in spec.hook_points)
+    with CacheWriter.open(path, spec) as writer:
+        if writer.complete:
+            return
+        cursor = writer.cursor
+        first = cursor.source["buffer"] if cursor else 0
+        for number in range(first, n_buffers):
+            rows, documents = toy_buffer(number, hooks, spec.hook_points[0].d_in)
+            writer.begin_buffer({"buffer": number})
+            if cursor and number == first:
+                writer.skip(cursor.rows_into_buffer)
+                rows = rows[cursor.rows_into_buffer :]
+                documents = [d for d in documents if d.doc_id in rows.doc_id]
+            cuts = [*np.flatnonzero(np.diff(rows.window.astype(np.int64))) + 1, rows.n_rows]
+            start = 0
+            for stop in cuts[1 + number % 2 :: 2 + number % 2] + cuts[-1:]:  # several windows per call
+                part = rows[start:stop]
+                if part.n_rows:
+                    before_append(writer.n_rows)
+                    here = set(part.doc_id.tolist()) - set(rows.doc_id[:start].tolist())
+                    writer.append(part, [d for d in documents if d.doc_id in here])
+                start = max(start, stop)
+        writer.finish({"documents": n_buffers * DOCS_PER_BUFFER})
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Every file and folder below a path, with a checksum of its content."""
+    return {
+        str(item.relative_to(path)): hashlib.md5(item.read_bytes()).hexdigest() if item.is_file() else "folder"
+        for item in sorted(path.rglob("*"))
+    }
+
+
+def run_python(code: str, *args: object) -> None:
+    """Run code in a fresh interpreter that can import this kit."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

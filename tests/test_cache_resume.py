@@ -1,0 +1,433 @@
+"""Killed at any instant and started again, a harvest ends with the same bytes. Two writers do no damage."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cache_kit import harvest, run_python, toy_buffer, toy_spec, tree
+
+import cache
+from cache import files, records, writer
+from cache.errors import (
+    CacheExistsError,
+    CacheLockedError,
+    CacheMismatchError,
+    ConcurrentWriteError,
+    CorruptCacheError,
+    DiskFullError,
+)
+from cache.lock import CacheLock
+from cache.rows import HookPoint
+from cache.verify import verify
+from cache.writer import CacheWriter
+
+# Each child stops dead at the n-th call that changes a name or syncs, for every n; a second child then continues.
+CRASH_POINTS = """
+import os, sys
+from pathlib import Path
+from cache_kit import harvest, toy_spec, tree
+from cache import files
+
+root, step, offset = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+spec = toy_spec(hooks=("layer_1",), rows_per_shard=96)
+real = {name: getattr(os, name) for name in ("link", "unlink", "replace", "fsync", "mkdir")}
+
+def arm(n):
+    left = [n]
+    def wrap(name, after):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] <= 0 and not after:
+                os._exit(9)
+            result = None if name == "fsync" else real[name](*args, **kwargs)
+            if left[0] <= 0:
+                os._exit(9)
+            return result
+        return call
+    for k, name in enumerate(real):
+        setattr(os, name, wrap(name, after=(n + k) % 2))
+
+def child(run):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+os.fsync = lambda fd: None
+whole = root / "whole"
+assert child(lambda: harvest(whole, spec, 4)) == 0
+expected = tree(whole)
+remains, n = 0, 1 + offset
+while True:
+    path = root / f"crash_{n}"
+    def crash():
+        arm(n)
+        harvest(path, spec, 4)
+    code = child(crash)
+    assert code in (0, 9), code
+    remains += (path / ".tmp").exists()
+    assert child(lambda: harvest(path, spec, 4)) == 0, n
+    assert tree(path) == expected, (n, set(tree(path).items()) ^ set(expected.items()))
+    if code == 0:
+        break
+    n += step
+assert n > 300, n
+assert remains, "no crash left anything: the test shows nothing"
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "offset"), [(17, 0), *(pytest.param(5, offset, marks=pytest.mark.slow) for offset in range(5))]
+)
+def test_killed_at_every_rename_and_sync_it_continues_to_the_same_bytes(tmp_path, step, offset):
+    run_python(CRASH_POINTS, tmp_path, step, offset)
+
+
+def test_killed_at_random_instants_it_continues_to_the_same_bytes(tmp_path):
+    run_python(
+        """
+import os, random, signal, sys, time
+from pathlib import Path
+from cache_kit import harvest, tree
+
+root, chance = Path(sys.argv[1]), random.Random(0)
+
+os.fsync = lambda fd: None  # a kill loses no page cache
+
+def start(path):
+    pid = os.fork()
+    if pid == 0:
+        harvest(path)
+        os._exit(0)
+    return pid
+
+begin = time.perf_counter()
+os.waitpid(start(root / "whole"), 0)
+seconds = time.perf_counter() - begin
+expected, killed = tree(root / "whole"), 0
+for i in range(7):
+    path = root / str(i)
+    for _ in range(3):
+        pid = start(path)
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert os.waitstatus_to_exitcode(os.waitpid(start(path), 0)[1]) == 0
+    assert tree(path) == expected
+assert killed >= 7, killed
+""",
+        tmp_path,
+    )
+
+
+def test_an_exception_keeps_committed_shards_and_drops_the_open_one(tmp_path):
+    def stop(n_rows):
+        if n_rows > 100:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "toy"
+    with pytest.raises(KeyboardInterrupt):
+        harvest(path, before_append=stop)
+    assert not (path / ".tmp").exists()
+    assert not (path / ".lock").exists()
+    part = cache.open(path, allow_incomplete=True)
+    assert len(part.shards) == 1
+    assert verify(path).ok
+    assert verify(path).foreign == ()
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+    before = tree(path)
+    harvest(path)  # a finished harvest run again
+    assert tree(path) == before
+
+
+def test_an_interruption_before_the_first_shard_leaves_nothing(tmp_path):
+    def stop(n_rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(tmp_path / "toy", before_append=stop)
+    assert not (tmp_path / "toy").exists()
+
+
+def test_without_clearing_uncommitted_files_a_resume_would_stop(tmp_path, monkeypatch):
+    path = tmp_path / "toy"
+    with pytest.raises(RuntimeError):
+        harvest(path, before_append=_stop_after(100))
+    orphan = path / "activations/layer_1/c.1.0"
+    orphan.write_bytes(b"left by a killed writer")
+    monkeypatch.setattr(writer, "clear_uncommitted", lambda *args: None)
+    with pytest.raises(ConcurrentWriteError, match="another process writes the same shard"):
+        harvest(path)
+    assert orphan.read_bytes() == b"left by a killed writer"
+    monkeypatch.undo()
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def _stop_after(n):
+    def stop(n_rows):
+        if n_rows > n:
+            raise RuntimeError("stopped")
+
+    return stop
+
+
+def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_link = os.fsync, os.link
+
+    def sync(fd):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{fd}")))
+        real_sync(fd)
+
+    def link(source, target):
+        events.append(("link", str(source), str(target)))
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "toy"
+    harvest(path)
+    record = next(i for i, e in enumerate(events) if e[0] == "link" and e[2].endswith("commits/00000001.json"))
+    linked = {e[2]: i for i, e in enumerate(events) if e[0] == "link"}
+    for name in cache.open(path).records[1].files:
+        i = linked[str(path / name)]
+        synced = [k for k, e in enumerate(events[:i]) if e == ("sync", events[i][1])]
+        assert synced, name
+        folder = [k for k, e in enumerate(events) if e == ("sync", str((path / name).parent)) and i < k < record]
+        assert folder, name
+    assert ("sync", events[record][1]) in events[:record]
+    assert events[record + 1] == ("sync", str(path / "commits"))
+
+
+def test_a_second_writer_is_told_the_pid_and_age(tmp_path):
+    path = tmp_path / "toy"
+    with CacheWriter.open(path, toy_spec()), pytest.raises(CacheLockedError, match=f"process {os.getpid()}, for 0 s"):
+        CacheWriter.open(path, toy_spec())
+    harvest(path)
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "toy"
+    code = "import os, sys; from cache_kit import *; CacheWriter.open(sys.argv[1], toy_spec()); os.kill(os.getpid(), 9)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False)
+    assert killed.returncode == -9
+    assert (path / ".lock").exists()
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_two_writers_without_locks_do_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(CacheLock, "acquire", lambda self: None)
+    path, spec = tmp_path / "toy", toy_spec()
+    with CacheWriter.open(path, spec) as first:
+        first.begin_buffer({"buffer": 0})
+        first.append(*toy_buffer(0))
+        # The second one starts its own shard 0; its opening removes the first one's temporary files.
+        with CacheWriter.open(path, spec) as second, pytest.raises(ConcurrentWriteError):
+            _append_in_turn({second: (0, 1, 2), first: (1, 2, 3)})
+    assert verify(path).ok
+    monkeypatch.undo()
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def _append_in_turn(buffers):
+    for turn in zip(*buffers.values(), strict=True):
+        for one, number in zip(buffers, turn, strict=True):
+            one.begin_buffer({"buffer": number})
+            one.append(*toy_buffer(number))
+
+
+def test_a_shard_that_another_process_committed_is_not_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "toy"
+    with CacheWriter.open(path, toy_spec()) as slow:
+        slow.begin_buffer({"buffer": 0})
+        slow.append(*toy_buffer(0))
+        monkeypatch.setattr(CacheLock, "acquire", lambda self: None)
+        monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # keep the slow one's temporary files
+        with pytest.raises(RuntimeError):
+            harvest(path, before_append=_stop_after(100))
+        monkeypatch.undo()
+        before = tree(path / "activations")
+        with pytest.raises(ConcurrentWriteError, match="another process"):
+            _append_in_turn({slow: (1, 2, 3)})
+        assert tree(path / "activations") == before
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"dtype": "float16"}, "dtype: the cache has 'bfloat16', this command wants 'float16'"),
+        ({"unit": "text"}, "unit"),
+        ({"rows_per_shard": 128}, "rows_per_shard"),
+        ({"hook_points": (HookPoint("layer_1", "encoder.layer_1", "output", 0, 8),)}, "hook_points"),
+        (
+            {
+                "hook_points": (
+                    HookPoint("layer_1", "encoder.layer_1", "output", 0, 8),
+                    HookPoint("layer_3", "other", "output", 0, 8),
+                )
+            },
+            "layer_3.module",
+        ),
+        ({"fingerprint": {"model": "toy", "weights": "4567", "dataset": "toy-text"}}, "weights: the cache has '0123'"),
+        ({"fingerprint": {"model": "toy", "weights": "0123"}}, "dataset: the cache has 'toy-text', .* None"),
+        ({"vocabulary": ["a"]}, "vocabulary"),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_another_harvest_is_refused_field_by_field(tmp_path, complete, change, shown):
+    path = tmp_path / "toy"
+    if complete:
+        harvest(path, n_buffers=2)
+    else:
+        with pytest.raises(RuntimeError):
+            harvest(path, before_append=_stop_after(100))
+    before = tree(path)
+    with pytest.raises(CacheMismatchError, match=shown) as refused:
+        CacheWriter.open(path, toy_spec(**change))
+    assert f"--out {path}_2" in str(refused.value)
+    assert len(refused.value.differences) == 1
+    assert tree(path) == before
+
+
+def test_a_cache_without_rows_gives_way_to_another_harvest(tmp_path):
+    path = tmp_path / "toy"
+    code = "import os, sys; from cache_kit import *; CacheWriter.open(sys.argv[1], toy_spec('float32')); os._exit(0)"
+    run_python(code, path)
+    assert (path / "manifest.json").exists()
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_provenance_may_change_on_resume_and_the_first_one_is_kept(tmp_path):
+    path = tmp_path / "toy"
+    with pytest.raises(RuntimeError):
+        harvest(path, before_append=_stop_after(100))
+    harvest(path, toy_spec(provenance={"model": {"id": "toy"}, "versions": {"torch": "9"}}))
+    assert cache.open(path).manifest.provenance == toy_spec().provenance
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CacheExistsError, match=r"holds something that is not a cache \(thesis.tex\)"):
+        CacheWriter.open(tmp_path, toy_spec())
+    with pytest.raises(CacheExistsError, match="is a file"):
+        CacheWriter.open(tmp_path / "thesis.tex", toy_spec())
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(CacheExistsError, match="no activation cache"):
+        CacheWriter.open(tmp_path, toy_spec())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "thesis.tex"]
+
+
+def test_a_log_beside_an_empty_cache_is_no_obstacle(tmp_path):
+    (tmp_path / "harvest.log").write_text("started")
+    harvest(tmp_path)
+    assert verify(tmp_path).ok
+    assert verify(tmp_path).foreign == ()
+
+
+def test_a_gap_in_the_records_is_damage(tmp_path):
+    path = tmp_path / "toy"
+    with pytest.raises(RuntimeError):
+        harvest(path, before_append=_stop_after(200))
+    (path / "commits/00000001.json").unlink()
+    with pytest.raises(CorruptCacheError, match=r"commits/00000001.json is missing, though later shards"):
+        cache.open(path, allow_incomplete=True)
+    with pytest.raises(CorruptCacheError, match="is missing"):
+        harvest(path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_names_the_bytes_and_committed_shards_stay(tmp_path, monkeypatch, code):
+    path, real = tmp_path / "toy", os.write
+    written = [0]
+
+    def write(fd, data):
+        written[0] += len(data)
+        if written[0] > 30_000:
+            raise OSError(code, os.strerror(code))
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(DiskFullError, match=r"[\d,]+ bytes needed for the next shard, [\d,]+ bytes free") as full:
+        harvest(path)
+    assert full.value.free_bytes > 0
+    monkeypatch.undo()
+    assert not (path / ".tmp").exists()
+    assert len(cache.open(path, allow_incomplete=True).shards) >= 1
+    assert verify(path).ok
+    harvest(path)
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    harvest(tmp_path / "whole")
+    monkeypatch.setattr(os, "link", link)
+    harvest(tmp_path / "toy")
+    assert tree(tmp_path / "toy") == tree(tmp_path / "whole")
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(FileExistsError):
+        files.link_into_place(tmp_path / "a", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o007, 0o027, 0o077])
+def test_files_follow_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        harvest(tmp_path / "toy", n_buffers=3)
+    finally:
+        os.umask(old)
+    for item in (tmp_path / "toy").rglob("*"):
+        expected = (0o777 if item.is_dir() else 0o666) & ~umask
+        assert item.stat().st_mode & 0o777 == expected, item
+
+
+def test_a_reader_sees_whole_shards_while_a_harvest_runs(tmp_path):
+    path, seen = tmp_path / "toy", []
+    expected = np.concatenate([toy_buffer(i)[0].token_id for i in range(6)])
+
+    def look(n_rows):
+        if not (path / "commits/00000000.json").exists():
+            return
+        part = cache.open(path, allow_incomplete=True)
+        seen.append(len(part))
+        assert len(part) <= n_rows
+        assert (part.column("token_id")[:] == expected[: len(part)]).all()
+        assert verify(path).ok
+
+    harvest(path, before_append=look)
+    assert len(set(seen)) >= 3
+    early = cache.open(path, shards=[0, 1])
+    assert len(early) == sum(shard.n_rows for shard in early.shards) < len(cache.open(path))
+
+
+def test_clear_uncommitted_spares_committed_shards(tmp_path):
+    path = tmp_path / "toy"
+    harvest(path)
+    before = tree(path)
+    records.clear_uncommitted(path, cache.open(path).layout, 0)
+    assert tree(path) == before

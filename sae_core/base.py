@@ -67,6 +67,8 @@ class SAE(nn.Module):
     type_name: ClassVar[str] = ""
     input_kind: ClassVar[str] = "one"  # "one" hook point, or "several" as a mapping from hook name to rows
     unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
+    has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
+    subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
     needs_calibration: ClassVar[bool] = False
     saelens_architecture: ClassVar[str] = ""  # the SAELens architecture that computes the same inference
     unscaled_latent_tensors: ClassVar[frozenset[str]] = frozenset()  # those not in units of the pre-activations
@@ -104,11 +106,15 @@ class SAE(nn.Module):
 
     def build(self) -> None:
         """Create the normaliser, the parameters and the buffers."""
-        d_sae = self.config.d_sae
         # V = E|x - mean|^2 and E|x|^2 of the normalised rows: the scales that losses are divided by.
         self.register_buffer("loss_variance", torch.ones(()))
         self.register_buffer("loss_mean_square", torch.ones(()))
-        self.register_buffer("num_tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("num_tokens_since_fired", torch.zeros(self.config.d_sae, dtype=torch.int64))
+        self.build_parameters()
+
+    def build_parameters(self) -> None:
+        """Create the normaliser and the parameters."""
+        d_sae = self.config.d_sae
         self.normalizer = Normalizer(self.config.normalize, self.d_encoded)
         self.W_enc = nn.Parameter(empty_encoder(self.d_encoded, d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
@@ -192,7 +198,7 @@ class SAE(nn.Module):
 
     def centre(self, h: Tensor) -> Tensor:
         """Subtract the decoder bias from normalised rows before they are encoded."""
-        return h - self.b_dec
+        return h - self.b_dec if self.subtracts_b_dec else h
 
     def pre_acts(self, h: Tensor) -> Tensor:
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
@@ -320,6 +326,18 @@ class SAE(nn.Module):
         """Set what only inference needs (a threshold) from batches of training rows."""
 
     # -- inference form ------------------------------------------------------------------------------------------
+
+    def input_scaling(self) -> tuple[Tensor, Tensor]:
+        """(scale, mean), each (D,): what is encoded is (x - mean) * scale. Not for per-row normalisation."""
+        return self.normalizer.scaling()
+
+    def output_scaling(self) -> tuple[Tensor, Tensor]:
+        """(scale, mean), each (D_out,): the reconstruction is undone as y / scale + mean."""
+        return self.normalizer.scaling()
+
+    def output_bias(self) -> Tensor:
+        """(D_out,) what the decoder adds in the normalised space."""
+        return self.b_dec
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Tensors of the inference form that SAELens has no name for; kept in a file of our own."""

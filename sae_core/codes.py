@@ -125,7 +125,7 @@ class Codes:
         if self.pattern.is_full:
             return self.values
         dense = self.values.new_zeros(self.shape)
-        return dense.index_put((self.pattern.row_of, self.pattern.entries[0]), self.values)
+        return dense.index_put((self.pattern.row_of, self.pattern.entries[0]), self.values, accumulate=True)
 
     def l0(self) -> float:
         """Mean number of nonzero latents per row."""

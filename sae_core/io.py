@@ -20,6 +20,7 @@ from torch import Tensor
 from sae_core import registry
 from sae_core.base import SAE
 from sae_core.errors import NotAnSAEError, OptionError, SAEError, nearest
+from sae_core.fold import folded_tensors
 from sae_core.saelens import read_saelens, saelens_config
 
 FORMAT = 1
@@ -46,14 +47,18 @@ def make_config(cls: type[SAE], options: Mapping[str, Any]) -> SAE.Config:
 
 
 def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write the inference form; `metadata` (model_name, hook_name, hf_hook_name ...) goes into cfg.json."""
+    """Write the inference form; `metadata` (model_name, hook_name, hf_hook_name ...) goes into cfg.json.
+
+    A variant that SAELens cannot express gets no cfg.json: its granary.json says all that `load` needs.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = dict(metadata or {})
-    _write_tensors(folder / WEIGHTS, inference_tensors(sae.core))
+    _write_tensors(folder / WEIGHTS, folded_tensors(sae.core))
     if extra := sae.extra_tensors():
         _write_tensors(folder / EXTRA, extra)
-    _write_json(folder / CFG, saelens_config(sae, metadata))
+    if sae.core.saelens_architecture:
+        _write_json(folder / CFG, saelens_config(sae, metadata))
     _write_json(folder / OURS, {"format": FORMAT, **describe(_inference_config(sae), sae), "metadata": metadata})
 
 
@@ -74,7 +79,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise NotAnSAEError(f"{folder} holds no SAE: expected {OURS} or {CFG} beside {WEIGHTS}")
     try:
         with torch.no_grad():
-            for name in ("W_enc", "W_dec", "b_dec"):
+            for name in ("W_enc", "W_dec", "b_dec") if sae.core.has_encoder else ("W_dec", "b_dec"):
                 getattr(sae.core, name).copy_(tensors[name])
             sae.core.set_latent_tensors(tensors)
             if sae.extra_tensors():
@@ -104,29 +109,6 @@ def load_native(folder: str | Path) -> SAE:
     except RuntimeError as error:
         raise NotAnSAEError(f"{folder / NATIVE_WEIGHTS} does not fit {NATIVE}: {error}") from error
     return sae
-
-
-@torch.no_grad()
-def inference_tensors(sae: SAE) -> dict[str, Tensor]:
-    """Fold normalisation into the weights: raw rows in, raw rows out, decoder rows at unit norm.
-
-    With (x - mean) * s in front, x_hat stays equal for W_enc * s, b_dec / s + mean, W_dec / s. Then each latent is
-    scaled by its decoder norm r (1/s for variants whose rows have unit norm anyway): W_enc * r, b * r, W_dec / r.
-    """
-    scale, mean = sae.normalizer.scale, sae.normalizer.mean
-    W_dec = sae.W_dec / scale
-    if sae.unit_decoder:
-        norms = (1.0 / scale).expand(W_dec.shape[0])
-    else:
-        norms = W_dec.norm(dim=1).clamp_min(1e-12)
-    tensors = {
-        "W_enc": sae.W_enc * scale * norms,
-        "W_dec": W_dec / norms[:, None],
-        "b_dec": sae.b_dec / scale + mean,
-    }
-    for name, tensor in sae.latent_tensors().items():
-        tensors[name] = tensor if name in sae.unscaled_latent_tensors else tensor * norms
-    return tensors
 
 
 def describe(config: SAE.Config, sae: SAE) -> dict[str, Any]:

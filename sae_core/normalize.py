@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 MODES = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
+FIXED_MODES = ("dataset", "mean", "mean+dataset", "none")  # those that can be folded into the weights
 UNIT_NORM_EPS = 1e-5  # SAELens' layer_norm
 
 
@@ -28,8 +29,8 @@ class Normalized:
 class Normalizer(nn.Module):
     """Normalise rows: none, unit_norm (per row), dataset (one scalar, E|x|^2 = D), mean, mean+dataset.
 
-    unit_norm is (x - mean_d)/(std_d + 1e-5) with the unbiased standard deviation, as Bussmann's `input_unit_norm`
-    and SAELens' `layer_norm`. The others are fixed by `fit` and folded into the weights at export.
+    unit_norm is (x - mean_d)/(std_d + 1e-5) with the unbiased standard deviation, undone with std_d alone, as Bussmann's
+    `input_unit_norm` and SAELens' `layer_norm` do. The others are fixed by `fit` and folded into the weights at export.
     """
 
     mean: Tensor
@@ -62,9 +63,13 @@ class Normalizer(nn.Module):
         if self.per_row:
             shift = x.mean(-1, keepdim=True)
             centred = x - shift
-            std = centred.std(-1, keepdim=True) + UNIT_NORM_EPS
-            return Normalized(centred / std, std, shift)
+            std = centred.std(-1, keepdim=True)
+            return Normalized(centred / (std + UNIT_NORM_EPS), std, shift)
         return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
+
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """(scale, mean), each (D,), of the fixed part: (x - mean) * scale."""
+        return self.scale.expand_as(self.mean), self.mean
 
     def undo_fixed(self, values: Tensor) -> Tensor:
         """Map (N, D) back to raw space without the rows' own statistics (not for unit_norm)."""

@@ -71,6 +71,8 @@ def _our_conventions(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict
         for name in ("b_enc", "b_gate"):
             if name in tensors:
                 tensors[name] = tensors[name] + shift
+        if "b_mag" in tensors:  # the magnitudes are of exp(r_mag) times the same product
+            tensors["b_mag"] = tensors["b_mag"] + tensors["r_mag"].exp() * shift
     if cfg.get("rescale_acts_by_decoder_norm", False):
         norms = tensors["W_dec"].norm(dim=1)
         tensors["W_enc"] = tensors["W_enc"] * norms

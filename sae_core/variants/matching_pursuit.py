@@ -1,0 +1,77 @@
+"""Matching pursuit: k greedy steps, each explaining what the ones before left over (Costa et al., arXiv 2506.03093)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sae_core.base import SAE, Activation
+from sae_core.codes import Codes, Pattern
+from sae_core.errors import OptionError
+from sae_core.normalize import Normalizer
+from sae_core.options import option
+from sae_core.registry import register
+
+
+@register("matching_pursuit")
+class MatchingPursuitSAE(SAE):
+    """r_0 = x - b_dec; j_t = argmax W_dec r_t, z_t = ReLU(W_dec[j_t] . r_t), r_{t+1} = r_t - z_t W_dec[j_t].
+
+    The dictionary is its own encoder (unit rows). A step costs k encoder products. A latent that is chosen twice is
+    stored twice, and its values add up.
+    """
+
+    unit_decoder = True
+    has_encoder = False
+
+    @dataclass(frozen=True)
+    class Config(SAE.Config):
+        """Options of matching_pursuit."""
+
+        k: int = option(32, help="greedy steps per row", gt=0)
+
+        def validate(self) -> None:
+            """k latents must exist."""
+            if self.k > self.d_sae:
+                raise OptionError(f"k={self.k}: expected k <= d_sae={self.d_sae}; lower k or raise d_sae")
+
+    config: Config
+
+    def build_parameters(self) -> None:
+        """The dictionary and the bias."""
+        self.normalizer = Normalizer(self.config.normalize, self.config.d_in)
+        self.W_dec = nn.Parameter(torch.empty(self.config.d_sae, self.config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.config.d_in))
+        self.reset_weights(torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator) -> None:
+        """Isotropic rows of unit norm."""
+        rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
+        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+
+    def activate(self, h: Tensor) -> Activation:
+        """Pursue each row for k steps."""
+        residual, chosen, values = h, [], []
+        first_scores = None
+        for _ in range(self.config.k):
+            with torch.no_grad():
+                scores = residual @ self.W_dec.t()
+                first_scores = scores if first_scores is None else first_scores
+                latents = scores.argmax(1)
+            atoms = self.W_dec[latents]
+            value = torch.relu((residual * atoms).sum(1))
+            residual = residual - value[:, None] * atoms
+            chosen.append(latents)
+            values.append(value)
+        assert first_scores is not None
+        pattern = Pattern.fixed_k(torch.stack(chosen, dim=1), self.config.d_sae)
+        return Activation(Codes(torch.stack(values, dim=1).reshape(-1), pattern), first_scores)
+
+    def latent_tensors(self) -> dict[str, Tensor]:
+        """None: a latent is its decoder row."""
+        return {}
+
+    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""

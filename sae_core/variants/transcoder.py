@@ -1,0 +1,127 @@
+"""Transcoder: sparse codes of one hook point that reconstruct another (Dunefsky et al., arXiv 2406.11944).
+
+The first hook point of a batch is the input, the second the output: an MLP's input and its output, for example.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_core.base import MAX_FIT_ROWS, Inputs, SAEOutput, Source
+from sae_core.codes import Codes
+from sae_core.errors import OptionError
+from sae_core.normalize import FIXED_MODES, Normalizer
+from sae_core.options import option
+from sae_core.registry import register
+from sae_core.variants.topk import TopKSAE
+
+
+@register("transcoder")
+class TranscoderSAE(TopKSAE):
+    """TopK codes of the input hook decode into the output hook. Each hook has its own normalisation."""
+
+    input_kind = "several"
+    saelens_architecture = ""  # SAELens' transcoders are ReLU and JumpReLU
+    reads_saelens = ""
+    subtracts_b_dec = False  # b_dec lives in the output's space
+
+    @dataclass(frozen=True)
+    class Config(TopKSAE.Config):
+        """Options of transcoder."""
+
+        normalize: str = option("dataset", help="normalisation of each hook point", choices=FIXED_MODES)
+        d_out: int | None = option(None, help="width of the output hook point (default d_in)", gt=0)
+        n_hooks: int = option(2, help="hook points in a batch: the input and the output", ge=2, le=2)
+
+    config: Config
+
+    def build_parameters(self) -> None:
+        """The parameters, and the output's normaliser."""
+        super().build_parameters()
+        self.output_normalizer = Normalizer(self.config.normalize, self.d_out)
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output hook point."""
+        return self.config.d_out or self.config.d_in
+
+    @torch.no_grad()
+    def reset_weights(self, generator: torch.Generator) -> None:
+        """Isotropic unit rows on both sides: the two spaces share no axes, so neither is the other's transpose."""
+        for matrix in (self.W_dec, self.W_enc.t()):
+            rows = torch.randn(matrix.shape, generator=generator, device=generator.device)
+            matrix.copy_(rows / rows.norm(dim=1, keepdim=True))
+        self.encoder_bias.zero_()
+
+    def fit_normalization(self, sample: Inputs) -> None:
+        """Fit each hook's normaliser."""
+        x, y = _pair(sample)
+        self.normalizer.fit(x[:MAX_FIT_ROWS])
+        self.output_normalizer.fit(y[:MAX_FIT_ROWS])
+
+    def prepare(self, x: Inputs) -> Source:
+        """The first hook is encoded, the second is the target."""
+        x, y = _pair(x)
+        target = self.output_normalizer(y)
+        return Source(self.normalizer(x).values, target.values, target.undo, y)
+
+    def output_scaling(self) -> tuple[Tensor, Tensor]:
+        """The output's own scale and mean."""
+        return self.output_normalizer.scaling()
+
+    def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
+        """Return the reconstruction (N, d_out) of the output hook in raw space."""
+        return self.output_normalizer.undo_fixed(self.reconstruct(codes))
+
+
+@register("skip_transcoder")
+class SkipTranscoderSAE(TranscoderSAE):
+    """A transcoder with a linear skip connection (Paulo et al., arXiv 2501.18823); W_skip starts at zero."""
+
+    @dataclass(frozen=True)
+    class Config(TranscoderSAE.Config):
+        """Options of skip_transcoder."""
+
+    config: Config
+
+    def build_parameters(self) -> None:
+        """The parameters, and the skip matrix (d_in, d_out)."""
+        super().build_parameters()
+        self.W_skip = nn.Parameter(torch.zeros(self.config.d_in, self.d_out))
+
+    def forward(self, x: Inputs) -> SAEOutput:
+        """Add the skip path to the reconstruction."""
+        out = super().forward(x)
+        recon = out.recon + out.source.input @ self.W_skip
+        return replace(out, recon=recon, x_hat=out.source.undo(recon))
+
+    def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
+        """Return the reconstruction in raw space; the skip path needs the rows that were encoded (`like`)."""
+        if like is None:
+            raise OptionError("a skip transcoder adds a path from its input: call decode(codes, like=x)")
+        recon = self.reconstruct(codes) + self.prepare(like).input @ self.W_skip
+        return self.output_normalizer.undo_fixed(recon)
+
+    def output_bias(self) -> Tensor:
+        """b_dec, less what the skip path makes of the input's mean."""
+        scale, mean = self.input_scaling()
+        return self.b_dec - (mean * scale) @ self.W_skip
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """The skip matrix from raw input to raw output."""
+        return {"W_skip": self.W_skip.detach() * self.input_scaling()[0][:, None] / self.output_scaling()[0]}
+
+    @torch.no_grad()
+    def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the skip matrix."""
+        self.W_skip.copy_(tensors["W_skip"])
+
+
+def _pair(x: Inputs) -> Any:
+    hooks = [x] if isinstance(x, Tensor) else list(x.values())
+    if len(hooks) != 2:
+        raise OptionError(f"a transcoder reads 2 hook points, input then output: the batch holds {len(hooks)}")
+    return hooks

@@ -29,7 +29,7 @@ class Normalized:
 class Normalizer(nn.Module):
     """Normalise rows: none, unit_norm (per row), dataset (one scalar, E|x|^2 = D), mean, mean+dataset.
 
-    unit_norm is (x - mean_d)/(std_d + 1e-5) with the unbiased standard deviation, undone with std_d alone, as Bussmann's
+    unit_norm is (x - mean_d)/(std_d + 1e-5) with the unbiased standard deviation, undone with std_d, as Bussmann's
     `input_unit_norm` and SAELens' `layer_norm` do. The others are fixed by `fit` and folded into the weights at export.
     """
 

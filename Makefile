@@ -4,6 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.granary
 
+# make interop, make bench-peers: the peers' own environment
+INTEROP_VENV  ?= .venv-interop
+INTEROP_BIN   := $(INTEROP_VENV)/bin
+INTEROP_STAMP := $(INTEROP_VENV)/.granary
+
 # make harvest
 MODEL   ?= demo
 LAYER   ?= 3
@@ -20,10 +25,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check bench clean
+.PHONY: help setup demo harvest train test test-all check bench interop bench-peers clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | bench | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | bench | interop | bench-peers | clean"
 
 setup: $(STAMP)
 
@@ -58,6 +63,19 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+$(INTEROP_STAMP): interop.txt pyproject.toml
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep ^torch== interop.txt)
+	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r interop.txt
+	$(INTEROP_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+interop: $(INTEROP_STAMP)
+	$(INTEROP_BIN)/python -m pytest -q -W default tests/interop_*.py $(ARGS)
+
+bench-peers: $(INTEROP_STAMP)
+	$(INTEROP_BIN)/python -m benchmarks.peers_speed $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

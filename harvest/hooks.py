@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -101,15 +100,19 @@ def _match(base: nn.Module, pattern: str) -> list[Hook]:
     if mark and mark + rest != INPUT_MARK:
         raise HookError(f"--hook {pattern!r}: after the module path only {INPUT_MARK!r} (the module's input) is known")
     names = hook_names(base)
-    if any(char in path for char in "*?["):
-        found = [name for name in names if fnmatch.fnmatchcase(name, path)]
-    else:
-        found = [name for name in names if name == path]
+    found = [name for name in names if _glob(path).fullmatch(name)]
     if not found:
         near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
         shown = "did you mean " + " or ".join(near) if near else "there are " + ", ".join(names[:_LISTED]) + ", ..."
         raise HookError(f"--hook {pattern!r} is no module of {type(base).__name__}: {shown} (see sae-harvest names)")
     return [Hook(hook_name(name, bool(mark)), name, "input" if mark else "output") for name in found]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """`*` stands for one part of a path or some of it, `**` for any number of parts, `?` for one character."""
+    known = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
 def hook_name(path: str, is_input: bool) -> str:

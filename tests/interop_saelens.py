@@ -14,12 +14,16 @@ from sae_lens import (
     SAE as LensSAE,
 )
 from sae_lens import (
+    AbsTopKTrainingSAE,
+    AbsTopKTrainingSAEConfig,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
     GatedTrainingSAE,
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAE,
     JumpReLUTrainingSAEConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAE,
@@ -35,13 +39,14 @@ from sae_core import SAE
 from sae_core.errors import NotAnSAEError
 
 TOLERANCE = 1e-5
-EXPORTED = ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+EXPORTED = ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "abstopk"]
 NORMALIZATIONS = ["none", "dataset", "mean", "mean+dataset", "unit_norm"]
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "standard": (StandardTrainingSAE, StandardTrainingSAEConfig, {}),
     "gated": (GatedTrainingSAE, GatedTrainingSAEConfig, {}),
     "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, {}),
     "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": K}),
+    "abstopk": (AbsTopKTrainingSAE, AbsTopKTrainingSAEConfig, {"k": K}),
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": K}),
     "matryoshka": (
         MatryoshkaBatchTopKTrainingSAE,
@@ -82,7 +87,7 @@ def assert_equal_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", [*EXPORTED, "matching_pursuit"])
 def test_our_export_encodes_and_decodes_the_same_in_saelens(name: str, normalize: str, tmp_path: Path) -> None:
     sae = make(name, normalize=normalize).eval()
     sae_core.save(sae, tmp_path)
@@ -220,6 +225,33 @@ def test_topk_equals_topk(rescale: bool) -> None:
     x, sae = rows(seed=20), make("topk")
     out, losses, grads = step(sae, x)
     lens_out, lens_losses, lens_grads = lens_step(lens("topk", sae, rescale_acts_by_decoder_norm=rescale), x)
+    assert difference(out.x_hat, lens_out.sae_out) < TOLERANCE
+    assert difference(losses["mse"], lens_losses["mse_loss"]) < TOLERANCE
+    assert_equal_gradients(grads, lens_grads)
+
+
+def test_abstopk_equals_abstopk() -> None:
+    x, sae = rows(seed=20), make("abstopk")
+    out, losses, grads = step(sae, x)
+    lens_out, lens_losses, lens_grads = lens_step(lens("abstopk", sae, rescale_acts_by_decoder_norm=False), x)
+    assert bool((out.codes.values < 0).any())
+    assert difference(out.x_hat, lens_out.sae_out) < TOLERANCE
+    assert difference(losses["mse"], lens_losses["mse_loss"]) < TOLERANCE
+    assert_equal_gradients(grads, lens_grads)
+
+
+def test_matching_pursuit_equals_matching_pursuit() -> None:
+    """Theirs also stops at a small residual or an unchanged support, both off here: ours always takes k steps."""
+    x, sae = rows(seed=20), make("matching_pursuit")
+    config = MatchingPursuitTrainingSAEConfig(
+        d_in=D_IN, d_sae=D_SAE, decoder_init_norm=1.0, max_iterations=K, residual_threshold=0.0
+    )
+    config.stop_on_duplicate_support = False
+    theirs = MatchingPursuitTrainingSAE(config)
+    theirs.W_dec.data.copy_(sae.W_dec.data)
+    theirs.b_dec.data.copy_(sae.b_dec.data)
+    out, losses, grads = step(sae, x)
+    lens_out, lens_losses, lens_grads = lens_step(theirs, x)
     assert difference(out.x_hat, lens_out.sae_out) < TOLERANCE
     assert difference(losses["mse"], lens_losses["mse_loss"]) < TOLERANCE
     assert_equal_gradients(grads, lens_grads)

@@ -15,8 +15,8 @@ from sae_core.variants.topk import TopKSAE
 class AbsTopKSAE(TopKSAE):
     """Keep the k largest |p| per row; a latent stands for both directions. L0 counts z != 0."""
 
-    saelens_architecture = ""  # SAELens has no signed codes
-    reads_saelens = ""
+    saelens_architecture = "abstopk"
+    reads_saelens = "abstopk"
 
     @dataclass(frozen=True)
     class Config(TopKSAE.Config):

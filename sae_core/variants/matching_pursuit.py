@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class MatchingPursuitSAE(SAE):
 
     unit_decoder = True
     has_encoder = False
+    saelens_architecture = "matching_pursuit"
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -75,3 +77,7 @@ class MatchingPursuitSAE(SAE):
 
     def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to take over."""
+
+    def saelens_fields(self) -> dict[str, Any]:
+        """k steps whatever the residual: SAELens' own stopping rules are switched off."""
+        return {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}

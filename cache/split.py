@@ -18,6 +18,8 @@ _FLOATS = {"float32", "float16", "bfloat16"}
 def check_rows(rows: Rows, layout: CacheLayout, last_window: int) -> None:
     """Raise BadRowsError unless the rows are N rows of whole windows behind `last_window`, for these hook points."""
     n_rows = rows.n_rows
+    for name in COLUMNS:
+        _check_column(name, getattr(rows, name), layout.columns[name].storage.numpy, len(rows.window))
     if set(rows.activations) != set(layout.activations):
         raise BadRowsError(f"hook points are {sorted(rows.activations)}, expected {sorted(layout.activations)}")
     for name, values in rows.activations.items():
@@ -27,8 +29,6 @@ def check_rows(rows: Rows, layout: CacheLayout, last_window: int) -> None:
             raise BadRowsError(
                 f"activations of {name!r} are {got}, expected {expected} of {', '.join(sorted(_FLOATS))}"
             )
-    for name in COLUMNS:
-        _check_column(name, getattr(rows, name), layout.columns[name].storage.numpy, n_rows)
     if n_rows and int(rows.window[0]) <= last_window:
         raise BadRowsError(
             f"window {int(rows.window[0])} comes after window {last_window}: windows must be whole and ascend"

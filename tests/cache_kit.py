@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
 from cache.writer import CacheWriter
@@ -17,6 +18,14 @@ N_BUFFERS = 6
 DOCS_PER_BUFFER = 4
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "hello", "##s", "world", "cats", "and", "dogs", "<script>"]
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_sync():
+    """Tests kill processes, not machines: syncing would only make them wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 def toy_spec(dtype="bfloat16", hooks=("layer_1", "layer_3"), d_in=8, rows_per_shard=64, **changes):

@@ -72,7 +72,7 @@ def run(
     epochs: Annotated[
         Text, _option(TRAINING, "Length in passes. [default: 1; more up to 16 if under 1000 steps]", "--epochs")
     ] = None,
-    lr: Annotated[Text, _option(TRAINING, "Peak rate. [default: 2e-4 * sqrt(2^14 / d_sae), <= 1e-3]", "--lr")] = None,
+    lr: Annotated[Text, _option(TRAINING, "Peak rate. [default: from d_sae and steps, at most 1e-3]", "--lr")] = None,
     optimizer: Annotated[Text, _option(TRAINING, "adam, adamw, sgd. [default: adam]", "--optimizer")] = None,
     weight_decay: Annotated[Text, _option(TRAINING, "Weight decay. [default: 0]", "--weight-decay")] = None,
     lr_schedule: Annotated[

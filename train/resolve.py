@@ -87,7 +87,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         steps=n_steps,
         tokens=None,
         epochs=None,
-        lr=config.lr or schedule.default_lr(d_sae),
+        lr=config.lr or schedule.default_lr(d_sae, n_steps),
         warmup_steps=warmup,
         keep_first_position=filters_of(config).resolve(cache).first_position,
         options={f.name: getattr(variant, f.name) for f in fields(variant)},

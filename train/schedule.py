@@ -37,9 +37,13 @@ class Schedule:
         return self.final + (1.0 - self.final) * shape
 
 
-def default_lr(d_sae: int) -> float:
-    """2e-4 * sqrt(2^14 / d_sae), at most 1e-3: wider dictionaries want smaller steps."""
-    return min(2e-4 * math.sqrt(2**14 / d_sae), 1e-3)
+def default_lr(d_sae: int, n_steps: int) -> float:
+    """2e-4 * sqrt(2^14 / d_sae), more for runs under 1000 steps, at most 1e-3.
+
+    Wider dictionaries want smaller steps. Short runs end before small steps arrive: 300 steps on MiniLM (d_sae 3072,
+    k 32) reach FVU 0.20 at 4.6e-4 and 0.15 at 1e-3.
+    """
+    return min(2e-4 * math.sqrt(2**14 / d_sae) * max(math.sqrt(1000 / n_steps), 1.0), 1e-3)
 
 
 def default_warmup(n_steps: int) -> int:

@@ -1,0 +1,122 @@
+"""The order of an epoch: permutations for any size, seed and epoch, the same for ever."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import shuffle
+from cache.order import Order, plan_order
+
+sizes = st.integers(0, 3000)
+seeds = st.integers(0, 2**40)
+epochs = st.integers(0, 50)
+
+
+@given(sizes, seeds, epochs)
+@settings(max_examples=60, deadline=None)
+def test_block_order_is_a_permutation_and_has_an_inverse(n: int, seed: int, epoch: int) -> None:
+    order = shuffle.block_order(n, seed, epoch)
+    assert np.array_equal(np.sort(order), np.arange(n))
+    assert np.array_equal(shuffle.block_places(order, n, seed, epoch), np.arange(n))
+
+
+@given(sizes, seeds, epochs)
+@settings(max_examples=40, deadline=None)
+def test_pool_permutation_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert np.array_equal(np.sort(shuffle.pool_permutation(n, seed, epoch, 3)), np.arange(n))
+
+
+def test_block_order_can_be_taken_in_slices() -> None:
+    whole = shuffle.block_order(5000, seed=3, epoch=2)
+    parts = [shuffle.block_order(5000, 3, 2, start, start + 700) for start in range(0, 5000, 700)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+# Frozen: a change here changes the rows that a resumed run would see, and needs another shuffle.FORMAT_VERSION.
+def test_orders_never_change() -> None:
+    assert shuffle.FORMAT_VERSION == 1
+    assert shuffle.block_order(10, 0, 0).tolist() == [5, 3, 8, 6, 9, 4, 2, 7, 0, 1]
+    assert shuffle.block_order(10, 1, 0).tolist() == [0, 1, 7, 3, 8, 4, 2, 9, 5, 6]
+    assert shuffle.block_order(1000, 7, 3, 10, 20).tolist() == [17, 353, 911, 738, 515, 890, 638, 37, 154, 528]
+    assert shuffle.pool_permutation(10, 0, 0, 0).tolist() == [5, 9, 2, 4, 3, 7, 6, 0, 1, 8]
+    assert shuffle.pool_permutation(10, 0, 0, 1).tolist() == [9, 3, 2, 1, 4, 5, 8, 6, 7, 0]
+    assert shuffle.hash64(np.arange(3), 5).tolist() == [
+        13168350753275463132,
+        7134611160154358618,
+        13877614986023876344,
+    ]
+
+
+@pytest.mark.parametrize(
+    "permute", [lambda s: shuffle.block_order(4, s, 0), lambda s: shuffle.pool_permutation(4, s, 0, 0)]
+)
+def test_every_permutation_is_equally_likely(permute) -> None:
+    counts = Counter(tuple(permute(seed)) for seed in range(4800))
+    assert len(counts) == 24
+    chi_square = sum((c - 200) ** 2 / 200 for c in counts.values())
+    assert chi_square < 60  # 23 degrees of freedom: the mean is 23, 60 has p = 3e-5; the seeds are fixed
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.integers(1, 30),
+    seeds,
+    st.integers(0, 3),
+)
+@settings(max_examples=80, deadline=None)
+def test_pools_hold_every_row_once(rows: list[int], block_rows: int, pool_blocks: int, seed: int, epoch: int) -> None:
+    order = Order(tuple(enumerate(rows)), block_rows, pool_blocks, seed)
+    first_ids = [1000 * i for i in range(len(rows))]
+    starts = order.pool_starts(epoch)
+    ids = []
+    for pool in range(order.n_pools):
+        plan = order.pool(epoch, pool)
+        assert plan.n_rows == starts[pool + 1] - starts[pool]
+        assert plan.n_rows <= order.max_pool_rows
+        assert order.locate(epoch, int(starts[pool])) == pool
+        assert order.locate(epoch, int(starts[pool + 1]) - 1) == pool
+        ids.append(plan.row_ids(first_ids))
+    assert starts[-1] == sum(rows)
+    expected = np.concatenate([np.arange(n) + first for n, first in zip(rows, first_ids, strict=True)])
+    assert np.array_equal(np.sort(np.concatenate(ids)), expected)
+
+
+def test_gather_copies_the_rows_that_it_names() -> None:
+    order = Order(((0, 101), (5, 64), (6, 7)), block_rows=8, pool_blocks=9, seed=1)
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(0, 1000, (n, 3)) for _, n in order.shards]
+    starts = [0, 101, 165]
+    stacked = np.concatenate(shards)
+    for pool in range(order.n_pools):
+        plan = order.pool(0, pool)
+        out = np.empty((plan.n_rows, 3), dtype=np.int64)
+        plan.gather(shards, out)
+        assert np.array_equal(out, stacked[plan.row_ids(starts)])
+        keep = rng.random(plan.n_rows) < 0.05
+        smaller, positions = plan.restrict(keep)
+        part = np.empty((smaller.n_rows, 3), dtype=np.int64)
+        smaller.gather(shards, part)
+        assert np.array_equal(part[positions[keep]], out[keep])
+        pieces = [piece.row_ids(starts) for piece in plan.split(20)]
+        assert all(len(p) <= 20 for p in pieces)
+        assert np.array_equal(np.concatenate(pieces), plan.row_ids(starts))
+
+
+def test_planned_blocks_keep_partners_rare() -> None:
+    order = plan_order([(0, 1_000_000)], bytes_per_row=1536, batch_size=4096, seed=0, pool_rows=125_000)
+    pool = order.pool_blocks * order.block_rows
+    assert (order.block_rows - 1) * (4096 - 1) / (pool - 1) <= 0.1
+    assert order.n_pools == 8
+    assert plan_order([(0, 1000)], bytes_per_row=1536, batch_size=64, seed=0).n_pools == 1
+
+
+def test_order_is_uniform_over_the_cache() -> None:
+    # Where the rows of a batch come from: the share of the first tenth of the cache is binomial.
+    order = plan_order([(0, 50_000)], bytes_per_row=4, batch_size=1000, seed=0, pool_rows=10_000)
+    plan = order.pool(0, 0)
+    share = (plan.row_ids([0]) < 5000).mean()
+    assert abs(share - 0.1) < 0.02

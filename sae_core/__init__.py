@@ -9,7 +9,7 @@ from sae_core import registry
 from sae_core.base import SAE, Activation, SAEOutput, Source
 from sae_core.codes import Codes, Pattern
 from sae_core.errors import SAEError
-from sae_core.io import load, load_native, make_config, save, save_native
+from sae_core.io import load, load_native, make_config, save, save_native, save_sparsify
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -30,4 +30,5 @@ __all__ = [
     "registry",
     "save",
     "save_native",
+    "save_sparsify",
 ]

@@ -73,6 +73,7 @@ class SAE(nn.Module):
     saelens_architecture: ClassVar[str] = ""  # the SAELens architecture that computes the same inference
     unscaled_latent_tensors: ClassVar[frozenset[str]] = frozenset()  # those not in units of the pre-activations
     reads_saelens: ClassVar[str] = ""  # the SAELens architecture that is loaded as this variant
+    sparsify_flags: ClassVar[tuple[bool, bool] | None] = None  # transcode, skip_connection; not inherited
 
     @dataclass(frozen=True)
     class Config:

@@ -22,6 +22,8 @@ from sae_core.base import SAE
 from sae_core.errors import NotAnSAEError, OptionError, SAEError, nearest
 from sae_core.fold import folded_tensors
 from sae_core.saelens import read_saelens, saelens_config
+from sae_core.sparsify import WEIGHTS as SPARSIFY_WEIGHTS
+from sae_core.sparsify import read_sparsify, sparsify_config, sparsify_tensors
 
 FORMAT = 1
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
@@ -62,30 +64,48 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     _write_json(folder / OURS, {"format": FORMAT, **describe(_inference_config(sae), sae), "metadata": metadata})
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Return the SAE of a folder written by `save` or by SAELens, in evaluation mode.
+def save_sparsify(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the inference form that sparsify reads with `SparseCoder.load_from_disk`.
 
-    Raises NotAnSAEError if the folder holds neither or is damaged.
+    Raises OptionError if sparsify cannot express the variant: it knows per-row top-k, also as a transcoder.
     """
     folder = Path(folder)
+    cfg = sparsify_config(sae, metadata or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / SPARSIFY_WEIGHTS, sparsify_tensors(sae))
+    _write_json(folder / CFG, cfg)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """Return the SAE of a folder written by `save`, by SAELens or by sparsify, in evaluation mode.
+
+    Raises NotAnSAEError if the folder holds none of them or is damaged.
+    """
+    folder = Path(folder)
+    extra = None
     if (folder / OURS).is_file():
         record = _read_json(folder / OURS)
         sae = _build(record, folder / OURS)
         tensors = _read_tensors(folder / WEIGHTS)
+        extra = _read_tensors(folder / EXTRA) if sae.extra_tensors() else None
+    elif (folder / CFG).is_file() and (folder / SPARSIFY_WEIGHTS).is_file():
+        weights = _read_tensors(folder / SPARSIFY_WEIGHTS)
+        found, settings, tensors = read_sparsify(_read_json(folder / CFG), weights, folder)
+        sae, extra = found(make_config(found, settings)), tensors
     elif (folder / CFG).is_file():
         cls, options, tensors = read_saelens(_read_json(folder / CFG), _read_tensors(folder / WEIGHTS), folder)
         sae = cls(options)
     else:
-        raise NotAnSAEError(f"{folder} holds no SAE: expected {OURS} or {CFG} beside {WEIGHTS}")
+        raise NotAnSAEError(f"{folder} holds no SAE: expected {OURS} or {CFG} beside {WEIGHTS} or {SPARSIFY_WEIGHTS}")
     try:
         with torch.no_grad():
             for name in ("W_enc", "W_dec", "b_dec") if sae.core.has_encoder else ("W_dec", "b_dec"):
                 getattr(sae.core, name).copy_(tensors[name])
             sae.core.set_latent_tensors(tensors)
-            if sae.extra_tensors():
-                sae.set_extra_tensors(_read_tensors(folder / EXTRA))
+            if extra is not None:
+                sae.set_extra_tensors(extra)
     except (KeyError, RuntimeError) as error:
-        raise NotAnSAEError(f"{folder / WEIGHTS} does not fit its configuration: {error}") from error
+        raise NotAnSAEError(f"the weights in {folder} do not fit their configuration: {error}") from error
     return sae.to(device).eval()
 
 

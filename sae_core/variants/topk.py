@@ -22,6 +22,7 @@ class TopKSAE(SAE):
     unit_decoder = True
     saelens_architecture = "topk"
     reads_saelens = "topk"
+    sparsify_flags = (False, False)
 
     @dataclass(frozen=True)
     class Config(SAE.Config):

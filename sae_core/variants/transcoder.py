@@ -26,6 +26,7 @@ class TranscoderSAE(TopKSAE):
     input_kind = "several"
     saelens_architecture = ""  # SAELens' transcoders are ReLU and JumpReLU
     reads_saelens = ""
+    sparsify_flags = (True, False)
     subtracts_b_dec = False  # b_dec lives in the output's space
 
     @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class TranscoderSAE(TopKSAE):
 @register("skip_transcoder")
 class SkipTranscoderSAE(TranscoderSAE):
     """A transcoder with a linear skip connection (Paulo et al., arXiv 2501.18823); W_skip starts at zero."""
+
+    sparsify_flags = (True, True)
 
     @dataclass(frozen=True)
     class Config(TranscoderSAE.Config):

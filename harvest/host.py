@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cache.rows import DocumentRow, Rows
-from harvest.windows import Buffer
+from harvest.windows import Window
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +57,10 @@ def to_numpy(tensor: torch.Tensor) -> Any:
     return tensor.numpy()
 
 
-def to_rows(buffer: Buffer, activations: Mapping[str, Any]) -> tuple[Rows, list[DocumentRow]]:
-    """A buffer's rows with all that is known about them, and the documents that begin in it."""
-    windows = buffer.windows
-    lengths = np.array([len(window) for window in windows])
-    rows = Rows(
+def to_rows(windows: Sequence[Window], activations: Mapping[str, Any]) -> Rows:
+    """Activations with all that is known about their rows."""
+    lengths = [len(window) for window in windows]
+    return Rows(
         activations=activations,
         token_id=np.concatenate([window.ids for window in windows]),
         doc_id=np.concatenate([window.doc_id for window in windows]),
@@ -70,4 +69,14 @@ def to_rows(buffer: Buffer, activations: Mapping[str, Any]) -> tuple[Rows, list[
         doc_position=np.concatenate([window.doc_position for window in windows]),
         flags=np.concatenate([window.flags for window in windows]),
     )
-    return rows, [document for window in windows for document in window.documents]
+
+
+def documents_from(windows: Sequence[Window], first_row: int) -> list[DocumentRow]:
+    """The documents that begin in the windows from a row on."""
+    starts = np.cumsum([0, *(len(window) for window in windows)])
+    return [
+        document
+        for window, start in zip(windows, starts, strict=False)
+        if start >= first_row
+        for document in window.documents
+    ]

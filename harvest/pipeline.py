@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from cache.rows import Rows
 from cache.writer import CacheWriter
 from harvest.background import Background, Prefetch
 from harvest.errors import HarvestError
-from harvest.forward import Tick, Work
-from harvest.host import HostCopier, to_rows
+from harvest.forward import Tick, Work, first_rows
+from harvest.host import HostCopier, documents_from, to_rows
 from harvest.log import RunLog
 from harvest.prepare import Prepared
 from harvest.progress import Progress
@@ -148,25 +145,22 @@ class Pipeline:
         arrays = self._copier(done.activations)
         self._meter.add("copy", start)
         start = time.perf_counter()
-        rows, documents_ = to_rows(done.buffer, arrays)
+        rows, n_committed = to_rows(done.buffer.windows, arrays), self._committed_rows(done.buffer)
         self._writer.begin_buffer(done.buffer.state.to_ints())
-        if self._skip:
-            rows = self._without_committed(done.buffer, rows)
-        if rows.n_rows:
-            self._writer.append(rows, documents_)
+        self._writer.skip(n_committed)
+        if n_committed < rows.n_rows:
+            self._writer.append(rows[n_committed:], documents_from(done.buffer.windows, n_committed))
         self._meter.add("write", start)
 
-    def _without_committed(self, buffer: Buffer, rows: Rows) -> Rows:
-        """The first buffer after a resume, less the rows that are committed."""
+    def _committed_rows(self, buffer: Buffer) -> int:
+        """How many rows of a buffer an earlier run committed: of the first one after a resume; of any other none."""
         n, self._skip = self._skip, 0
-        starts = {0, *np.cumsum([len(window) for window in buffer.windows]).tolist()}
-        if n not in starts:
+        if n not in {*first_rows(buffer), buffer.n_rows}:
             raise HarvestError(
                 f"{n} rows of the sort buffer are committed, but no window ends there: the text is not the same as "
                 "before; harvest to another --out"
             )
-        self._writer.skip(n)
-        return rows[n:]
+        return n
 
     def _summary(self) -> dict[str, Any]:
         state = self._stream.state

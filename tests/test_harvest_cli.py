@@ -1,0 +1,212 @@
+"""The commands: names, defaults, and each bad input as one line, exit code 2, nothing written."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harvest_kit import build_model, texts
+from typer.testing import CliRunner
+
+import cache
+from harvest.cli import app
+from harvest.config import HarvestConfig, ModelConfig, WhereConfig, default_name, parse_count, parse_layers
+from harvest.errors import ConfigError
+
+Run = Callable[..., tuple[int, str]]
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("models") / "bert-base-uncased", "bert")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, decoder: Path) -> Run:
+    """Run a command in an empty working directory with `bert-base-uncased/`, `llama/` and `text.jsonl` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert-base-uncased").symlink_to(model)
+    (tmp_path / "llama").symlink_to(decoder)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts(20)))
+
+    def invoke(line: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, line.split())
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.output + (result.stderr if result.stderr not in result.output else "")
+
+    return invoke
+
+
+BERT = "run --model bert-base-uncased --device cpu"
+TEXT = "--dataset text.jsonl"
+
+
+def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
+    code, output = run(f"{BERT} --layer 2 {TEXT} --max-tokens 200")
+    assert code == 0, output
+    assert "rows" in output
+    assert "documents" in output
+    got = cache.open(tmp_path / "cache" / "bert_l2")
+    assert got.complete
+    assert got.n_rows >= 200
+    code, output = run(f"{BERT} --layer 2 {TEXT} --max-tokens 200")
+    assert (code, "already complete, nothing to do" in output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            f"run --model some-model --layer 1 {TEXT}",
+            r"unknown model 'some-model': there is no network.*local path.*demo",
+        ),
+        (f"run --model ./missing --layer 1 {TEXT}", r"there is no folder \./missing"),
+        (f"run --model . --layer 1 {TEXT}", r"the folder \. holds no model"),
+        (f"{BERT} --layer 3 {TEXT}", r"--layer 3 is out of range: the model has 3 layers, 0 to 2"),
+        (f"{BERT} --layer -1 {TEXT}", r"--layer -1 is out of range: the model has 3 layers"),
+        (f"{BERT} --layer six {TEXT}", r"--layer is 'six': give block numbers from 0"),
+        (f"{BERT} {TEXT}", r"nothing to harvest is named: give --layer 6"),
+        (
+            f"{BERT} --hook encoder.layer.1.atention {TEXT}",
+            r"is no module of BertModel: did you mean encoder\.layer\.1",
+        ),
+        (f"{BERT} --hook embeddings:out {TEXT}", r"only ':in'"),
+        (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
+        (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),
+        (f"{BERT} --layer 1 --dataset nothing.txt", r"there is no file or folder nothing\.txt"),
+        (f"{BERT} --layer 1 --dataset some/data", r"data set 'some/data' is not reachable: there is no network"),
+        (f"{BERT} --layer 1 {TEXT} --dtype float23", r"--dtype is 'float23': did you mean float32"),
+        (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"--compute-dtype is 'int8'.*known are auto, float32"),
+        (f"{BERT} --layer 1 {TEXT} --unit sentence", r"--unit is 'sentence'.*known are token, text"),
+        (f"{BERT} --layer 1 {TEXT} --device tpu", r"--device is 'tpu': give auto, cpu, cuda"),
+        (f"{BERT} --layer 1 {TEXT} --ctx-len 999", r"--ctx-len is 999, but the model takes at most 128 tokens"),
+        (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but 2 special tokens stand in each window"),
+        (f"{BERT} --layer 1 {TEXT} --pack", r"--pack joins documents for decoders; an encoder would attend across"),
+        (f"{BERT} --layer 1 {TEXT} --bos", r"--bos: the tokenizer has no BOS token"),
+        (f"{BERT} --layer 1 {TEXT} --max-tokens lots", r"--max-tokens is 'lots': give a number such as 20000, 20k, 5M"),
+        (f"{BERT} --layer 1 {TEXT} --batch-tokens 8", r"--batch-tokens is 8: at least one window of --ctx-len 128"),
+        (
+            f"{BERT} --layer 1 {TEXT} --rows-per-shard 8",
+            r"--rows-per-shard is 8, but a window of --ctx-len 128 must fit",
+        ),
+        (
+            f"{BERT} --layer 1 --dataset - --max-tokens 900T",
+            r"not enough space for .*bytes are planned and .* are free",
+        ),
+        (f"{BERT} --layer 1 {TEXT} --out text.jsonl", r"--out text\.jsonl is a file: give a folder"),
+        (f"{BERT} --layer 1 {TEXT} --out other", r"other"),
+        (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
+        (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"--layer 9 is out of range"),
+        ("names some-model", r"unknown model 'some-model'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(run: Run, tmp_path: Path, line: str, message: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    code, output = run(line)
+    assert code == 2, output
+    (error,) = [part for part in output.splitlines() if part.startswith("error: ")]
+    assert re.search(message, error), error
+    assert "Traceback" not in output
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_model_with_its_own_code_needs_the_flag(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.MyConfig", "AutoModel": "code.MyModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    (folder / "model.safetensors").write_bytes(b"")
+    code, output = run(f"run --model custom --layer 1 {TEXT}")
+    assert code == 2
+    assert "custom runs its own code: read it, then allow it with --trust-remote-code" in output
+
+
+def test_a_model_without_weights_is_refused_before_anything_starts(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "bert-base-uncased" / "config.json").read_text())
+    code, output = run(f"run --model empty --layer 1 {TEXT}")
+    assert code == 2
+    assert "empty has a config but no weights" in output
+
+
+def test_plan_tells_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    code, output = run(f"plan --model bert-base-uncased --layers all {TEXT} --device cpu")
+    assert code == 0, output
+    for word in ("rows", "bytes", "shards", "free space", "time", "layer_0 (32), layer_1 (32), layer_2 (32)"):
+        assert word in output
+    assert not (tmp_path / "cache").exists()
+    run(f"{BERT} --layers all {TEXT}")
+    assert f"{cache.open(tmp_path / 'cache' / 'bert_lall').n_rows:,} tokens (counted)" in output
+
+
+def test_names_lists_layers_and_modules_with_widths(run: Run) -> None:
+    code, output = run("names bert-base-uncased")
+    assert code == 0
+    assert "--layer 0 ... 2   output of encoder.layer.<i>" in output
+    widths = dict(line.rsplit(maxsplit=1) for line in output.splitlines() if line.startswith("  "))
+    widths = {name.strip(): width for name, width in widths.items()}
+    assert (widths["encoder.layer.1.attention.output"], widths["encoder.layer.1.intermediate"]) == ("32", "64")
+    assert "pooler" not in widths
+
+
+def test_packed_windows_reach_the_cache(run: Run, tmp_path: Path) -> None:
+    code, output = run(f"run --model llama --layer 1 {TEXT} --pack --ctx-len 32 --device cpu")
+    assert code == 0, output
+    got = cache.open(tmp_path / "cache" / "llama_l1")
+    ids = got.column("token_id")[0 : got.n_rows]
+    n_words = sum(len(text.split()) for text in texts(20))
+    n_windows = int(got.column("window")[got.n_rows - 1]) + 1
+    assert got.n_rows == n_words + 20 + n_windows  # a separator per document, a BOS per window
+    assert (ids == 2).sum() == 20
+
+
+@pytest.mark.parametrize(
+    ("model_name", "where", "name"),
+    [
+        ("bert-base-uncased", WhereConfig(layers=(6,)), "bert_l6"),
+        ("demo", WhereConfig(layers=(3,)), "demo_l3"),
+        ("Qwen/Qwen3-0.6B", WhereConfig(layers=(2, 4)), "qwen3_l2-4"),
+        ("./models/gpt2/", WhereConfig(layers="all"), "gpt2_lall"),
+        ("gpt2", WhereConfig(layer_stride=2), "gpt2_lallx2"),
+        ("sentence-transformers/all-MiniLM-L6-v2", WhereConfig(unit="text"), "all_text"),
+        ("gpt2", WhereConfig(hooks=("h.*.attn:in",)), "gpt2_h.-.attn-in"),
+    ],
+)
+def test_default_names(model_name: str, where: WhereConfig, name: str) -> None:
+    assert default_name(model_name, where) == name
+    assert HarvestConfig(ModelConfig(model_name), where).out_path == Path("cache") / name
+
+
+def test_counts_and_layers_are_parsed() -> None:
+    assert [parse_count("-", text) for text in ("20k", "5M", "1.5B", "1_000", "7")] == [
+        20_000,
+        5_000_000,
+        1_500_000_000,
+        1000,
+        7,
+    ]
+    assert parse_layers(["4,2", "2", "6"]) == (2, 4, 6)
+    assert parse_layers(["all"]) == "all"
+    with pytest.raises(ConfigError, match="stands alone"):
+        parse_layers(["all,2"])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "datasets", "numpy", "zarr", "pyarrow")
+    code = f"import sys, harvest.cli; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]", found.stderr

@@ -1,0 +1,160 @@
+"""Interrupted and run again: the finished cache is byte-equal to an uninterrupted one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from harvest_kit import build_model, texts
+
+import cache
+from harvest import pipeline
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from harvest.errors import ConfigError
+from harvest.run import harvest
+
+REPO = Path(__file__).parents[1]
+FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "512", "--device", "cpu")
+
+
+class CutOff(Exception):
+    """Stands for a crash."""
+
+
+def write_corpus(path: Path, n_docs: int = 150) -> Path:
+    lines = [text if i % 7 else "" for i, text in enumerate(texts(n_docs, longest=50))]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> HarvestConfig:
+    return HarvestConfig(
+        ModelConfig(str(build_model(tmp_path / "model", "bert")), device="cpu"),
+        WhereConfig(layers=(1,)),
+        TextConfig(str(write_corpus(tmp_path / "corpus.txt")), documents="line"),
+        TokenConfig(ctx_len=16, batch_tokens=128),
+        tmp_path / "whole",
+        rows_per_shard=512,
+    )
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    return {name: data for name, data in files.items() if name != "harvest.log"}
+
+
+def assert_same_cache(found: Path, want: Path) -> None:
+    left, right = contents(found), contents(want)
+    assert left.keys() == right.keys()
+    assert [name for name in left if left[name] != right[name]] == []
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_crash_at_any_batch_leaves_no_trace(
+    config: HarvestConfig, pack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pack:
+        model = build_model(Path(config.model.model).parent / "decoder", "llama")
+        config = replace(
+            config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True)
+        )
+    whole = harvest(config, quiet=True)
+    assert whole.n_shards > 5
+    tick = pipeline.Pipeline._tick
+    out = config.out_path.with_name("cut")
+    resumed = []
+    for n_batches in range(3, 100, 9):
+        left = n_batches
+
+        def cut(self: pipeline.Pipeline, n_rows: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise CutOff
+            tick(self, n_rows)
+
+        monkeypatch.setattr(pipeline.Pipeline, "_tick", cut)
+        try:
+            resumed.append(harvest(replace(config, out=out), quiet=True).resumed_rows)
+            break
+        except CutOff:
+            continue
+    assert resumed[-1:] > [0]
+    assert_same_cache(out, config.out_path)
+
+
+def test_running_a_complete_harvest_again_does_nothing(config: HarvestConfig) -> None:
+    config = replace(config, max_tokens=600)
+    first = harvest(config, quiet=True)
+    before = contents(config.out_path)
+    again = harvest(config, quiet=True)
+    assert (again.already_complete, again.n_rows, again.ended) == (True, first.n_rows, "max_tokens")
+    assert contents(config.out_path) == before
+    with pytest.raises(ConfigError, match=r"complete harvest of \d+ rows, and a complete one is not extended.*--out"):
+        harvest(replace(config, max_tokens=2000), quiet=True)
+    assert harvest(replace(config, max_tokens=100), quiet=True).already_complete
+
+
+def test_another_model_on_the_same_name_is_refused_with_the_difference(config: HarvestConfig) -> None:
+    harvest(replace(config, max_tokens=200), quiet=True)
+    folder = Path(config.model.model)
+    build_model(folder, "bert", seed=1)
+    with pytest.raises(cache.CacheError, match=r"weights_xxh3.*\n.*--out"):
+        harvest(replace(config, max_tokens=200), quiet=True)
+    with pytest.raises(cache.CacheError, match=r"hook_points.*layer_1.*layer_2"):
+        harvest(replace(config, where=WhereConfig(layers=(2,))), quiet=True)
+
+
+def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: HarvestConfig) -> None:
+    result = harvest(replace(config, max_tokens=10**6), quiet=True)
+    assert result.ended == "source"
+    assert result.warnings == (
+        f"the data set ended before --max-tokens 1,000,000: {result.n_rows:,} rows of {result.n_docs} documents; "
+        "complete, but shorter",
+    )
+    assert cache.open(config.out_path).complete
+    assert dict(result.skipped)["empty"] == 22
+    assert harvest(replace(config, max_tokens=10**6), quiet=True).already_complete
+
+
+def command(config: HarvestConfig, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "harvest.cli", "run", "--model", config.model.model, "--dataset", config.text.dataset,
+        "--documents", "line", *FLAGS, "--out", str(out),
+    ]  # fmt: skip
+
+
+def interrupted(config: HarvestConfig, out: Path, number: int) -> subprocess.CompletedProcess[str]:
+    """Start the command, send a signal when the first shard is committed."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command(config, out), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if any((out / "commits").glob("*.json")):
+                process.send_signal(number)
+                break
+            time.sleep(0.002)
+        stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_killed_command_continues_byte_equal(config: HarvestConfig, number: int, code: int, tmp_path: Path) -> None:
+    config = replace(config, text=replace(config.text, dataset=str(write_corpus(tmp_path / "long.txt", 700))))
+    out = tmp_path / "cut"
+    stopped = interrupted(config, out, number)
+    assert stopped.returncode == code, stopped.stderr
+    if number == signal.SIGTERM:
+        assert "run the same command again to continue" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+    result = harvest(replace(config, out=out), quiet=True)
+    assert result.resumed_rows > 0
+    harvest(config, quiet=True)
+    assert_same_cache(out, config.out_path)

@@ -195,11 +195,15 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
     shards = fields.objects("shards", lambda f: parse_shard_record(f, manifest, consolidated=True))
     if [record.shard for record in shards] != list(range(len(shards))):
         raise CorruptCacheError(f"{where}: shards are not numbered from 0 without a gap")
+    statistics = _parse_statistics(fields, manifest)
+    n_rows = sum(record.n_rows for record in shards)
+    if not shards or any(moments.n_rows != n_rows for moments in statistics.values()):
+        raise CorruptCacheError(f"{where}: shards hold {n_rows} rows, the statistics are of another number")
     return replace(
         manifest,
         summary=fields.get("summary", dict),
         zarr_files=fields.mapping("zarr", parse_file_entry),
-        statistics=_parse_statistics(fields, manifest),
+        statistics=statistics,
         shards=shards,
     )
 

@@ -55,6 +55,9 @@ def ls(
         for entry in entries:
             table.add_row(*(_plain(text) for text in entry.cells()))
         _console().print(table)
+        for entry in entries:
+            if entry.error is not None:
+                _console().print(_plain(entry.error, "red"), soft_wrap=True)
 
 
 @app.command()
@@ -107,6 +110,7 @@ def verify(
                 console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
             checked = "sizes" if quick else f"{len(report.findings)} files, {size(report.n_bytes)}"
             state = "ok" if report.ok else f"{len(report.problems)} problems"
+            state += "" if report.complete else ", incomplete: the harvest has not finished"
             console.print(_plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
     if not report.ok:
         raise typer.Exit(1)

@@ -16,12 +16,13 @@ class Entry:
     """One cache of a list."""
 
     path: str
-    state: str  # "complete", "incomplete" or what is wrong
+    state: str  # "complete", "incomplete" or "damaged"
     model: str = ""
     hook_points: tuple[str, ...] = ()
     n_rows: int = 0
     dtype: str = ""
     n_bytes: int = 0
+    error: str | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""
@@ -41,7 +42,7 @@ def _entry(folder: Path) -> Entry:
     try:
         cache = open_cache(folder, allow_incomplete=True)
     except (CacheError, OSError) as error:
-        return Entry(str(folder), f"error: {error}")
+        return Entry(str(folder), "damaged", error=str(error))
     return Entry(
         path=str(folder),
         state="complete" if cache.complete else "incomplete",

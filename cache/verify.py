@@ -50,6 +50,7 @@ class Report:
     findings: tuple[Finding, ...]
     foreign: tuple[str, ...] = ()
     n_bytes: int = 0  # read and found good
+    complete: bool = True  # whether the harvest has finished
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -82,7 +83,7 @@ def verify(
             n_bytes += 0 if finding.problem else size
             if progress is not None:
                 progress(n_bytes, cache.n_bytes)
-    return Report(tuple(findings), tuple(_foreign(cache)), n_bytes)
+    return Report(tuple(findings), tuple(_foreign(cache)), n_bytes, cache.complete)
 
 
 def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
@@ -260,6 +261,7 @@ def report_json(report: Report) -> dict[str, Any]:
     """What `sae-cache verify --json` prints."""
     return {
         "ok": report.ok,
+        "complete": report.complete,
         "n_files": len(report.findings),
         "n_bytes": report.n_bytes,
         "problems": [{"path": finding.path, "problem": finding.problem} for finding in report.problems],

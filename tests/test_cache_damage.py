@@ -64,7 +64,7 @@ def test_truncated_at_every_byte_it_is_refused(whole, unfinished, tmp_path, name
         path = Path(shutil.copytree(source, tmp_path / source.name))
         data = (source / name).read_bytes()
         for n_bytes in range(len(data)):
-            with pytest.raises(CorruptCacheError, match="not valid JSON|checksum"):
+            with pytest.raises(CorruptCacheError, match=r"not valid JSON|checksum"):
                 load_signed(path / name, data[:n_bytes])
         for n_bytes in range(0, len(data), 61):
             (path / name).write_bytes(data[:n_bytes])
@@ -143,14 +143,20 @@ def _edit(file, change):
     file.write_bytes(dump_signed(body))
 
 
-@pytest.mark.parametrize("value", [None, -1, True, "x", 1.5, [], {}, 2**70])
+FIELDS = ["complete", "unit", "dtype", "rows_per_shard", "hook_points", "provenance", "shards", "statistics", "zarr"]
+VALID = [("provenance", {}), ("zarr", {}), ("complete", True)]
+
+
 @pytest.mark.parametrize(
-    "field",
-    ["complete", "unit", "dtype", "rows_per_shard", "hook_points", "provenance", "shards", "statistics", "zarr"],
+    ("field", "value"),
+    [
+        (field, value)
+        for field in FIELDS
+        for value in (None, -1, True, "x", 1.5, [], {}, 2**70)
+        if (field, value) not in VALID
+    ],
 )
 def test_a_field_of_another_type_or_range_is_one_clear_error(damaged, field, value):
-    if (field, value) in [("provenance", {}), ("zarr", {}), ("complete", True)]:
-        pytest.skip("a valid value")
     _edit(damaged / "manifest.json", lambda body: body.update({field: value}))
     with pytest.raises(CorruptCacheError, match=rf"manifest.json.*{field}"):
         cache.open(damaged)

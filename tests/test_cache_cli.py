@@ -1,0 +1,112 @@
+"""sae-cache: what each command prints, its exit code, and that errors are one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_kit import (
+    harvest,
+    no_sync,  # noqa: F401
+    toy_spec,
+)
+from typer.testing import CliRunner
+
+from cache.cli import app
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli") / "cache"
+    harvest(root / "bert_l6", toy_spec(provenance={"model": {"id": "[red]bert[/red]"}, "seed": 3}))
+    harvest(root / "gpt2_l1", toy_spec("float32"))
+    (root / "broken").mkdir()
+    (root / "broken/manifest.json").write_text("{")
+    (root / "notes").mkdir()
+    return root
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_ls_names_every_cache_and_what_is_wrong_with_it(root):
+    shown = run("ls", root).stdout
+    for text in ("bert_l6", "gpt2_l1", "layer_1, layer_3", "[red]bert[/red]", "float32", "complete", "not valid JSON"):
+        assert text in shown
+    assert "notes" not in shown
+    entries = json.loads(run("ls", root, "--json").stdout)
+    assert [Path(entry["path"]).name for entry in entries] == ["bert_l6", "broken", "gpt2_l1"]
+    assert entries[0]["hook_points"] == ["layer_1", "layer_3"]
+    assert "no caches in" in run("ls", root / "notes").stdout
+    assert "is not a folder" in run("ls", root / "none", code=2).stderr
+
+
+def test_info_shows_facts_provenance_and_statistics(root):
+    shown = run("info", root / "bert_l6").stdout
+    for text in ("complete, format 1", "[red]bert[/red]", "seed", "layer_3", "total variance", "median"):
+        assert text in shown
+    body = json.loads(run("info", root / "bert_l6", "--json").stdout)
+    assert body["dtype"] == "bfloat16"
+    assert body["provenance"]["seed"] == 3
+    assert set(body["statistics"]) == {"layer_1", "layer_3"}
+    assert body["n_rows"] == sum(shard["n_rows"] for shard in _shards(root / "bert_l6"))
+
+
+def _shards(path):
+    return json.loads((path / "manifest.json").read_bytes())["shards"]
+
+
+def test_verify_says_ok_or_names_the_damage(root, tmp_path):
+    assert "ok (" in run("verify", root / "bert_l6").stdout
+    path = Path(shutil.copytree(root / "bert_l6", tmp_path / "damaged"))
+    shard = path / "norms/layer_3/c.0"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(bytes(data))
+    assert "norms/layer_3/c.0: checksum is" in run("verify", path, code=1).stdout
+    assert "sizes" in run("verify", path, "--quick").stdout
+    body = json.loads(run("verify", path, "--json", code=1).stdout)
+    assert [problem["path"] for problem in body["problems"]] == ["norms/layer_3/c.0"]
+
+
+def test_verify_of_an_unfinished_cache_says_so(tmp_path):
+    def stop(n_rows):
+        if n_rows > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(tmp_path / "toy", before_append=stop)
+    assert "incomplete" in run("verify", tmp_path / "toy").stdout
+    assert "incomplete" in run("info", tmp_path / "toy").stdout
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_an_error_is_one_line_and_exit_code_2(command, root):
+    done = subprocess.run(
+        [sys.executable, "-m", "cache.cli", command, str(root / "notes")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "is no activation cache" in done.stderr
+
+
+def test_debug_shows_the_traceback(root):
+    result = CliRunner().invoke(app, ["info", str(root / "notes"), "--debug"])
+    assert type(result.exception).__name__ == "NotACacheError"
+
+
+def test_help_names_the_commands():
+    shown = run("--help").stdout
+    for command in ("ls", "info", "verify"):
+        assert command in shown

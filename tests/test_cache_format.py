@@ -1,0 +1,112 @@
+"""The frozen caches of format 1 in tests/data open for ever, and today's writer still writes the same bytes.
+
+`python tests/test_cache_format.py` made them; a format that writes other bytes is a new version with caches of its own.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_kit import (
+    DTYPES,
+    no_sync,  # noqa: F401
+)
+
+import cache
+from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from cache.verify import verify
+from cache.writer import CacheWriter
+
+FROZEN = Path(__file__).parent / "data" / "format1_tiny"
+N_ROWS, WINDOW, D_IN = 25, 5, 4
+
+
+def rows_of(hooks):
+    """25 rows: five windows of five, of two documents."""
+    row = np.arange(N_ROWS)
+    position = row % WINDOW
+    special = (position == 0) | (position == WINDOW - 1)
+    flags = special * FLAG_SPECIAL + (position == 0) * FLAG_WINDOW_START
+    values = {
+        hook: (row[:, None] - 8 + np.arange(D_IN) / 4 + 32 * k).astype(np.float32) for k, hook in enumerate(hooks)
+    }
+    return Rows(
+        values,
+        np.where(special, 0, 1 + row % 3).astype(np.int32),
+        np.where(row < 15, 0, 2).astype(np.int64),
+        (row // WINDOW).astype(np.uint64),
+        position.astype(np.int32),
+        np.where(special, -1, position - 1).astype(np.int32),
+        flags.astype(np.uint8),
+    )
+
+
+def write(path, dtype):
+    hooks = ("layer_0", "layer_1.mlp.in")
+    spec = CacheSpec(
+        unit="token",
+        hook_points=(
+            HookPoint("layer_0", "encoder.layer.0", "output", 0, D_IN),
+            HookPoint("layer_1.mlp.in", "encoder.layer.1.mlp", "input", None, D_IN),
+        ),
+        dtype=dtype,
+        rows_per_shard=12,  # two windows and two rows that stay empty
+        provenance={"model": {"id": "tiny", "revision": None}, "dataset": {"id": "counting"}},
+        fingerprint={"model": "tiny", "dataset": "counting"},
+        vocabulary=["[CLS]", "one", "two", "##s"],
+        inner_chunk_bytes=4 * D_IN * DTYPES[dtype](0).itemsize,
+    )
+    documents = [DocumentRow(0, "counting", 0, "one two ones"), DocumentRow(2, "counting", 2, "zwölf")]
+    with CacheWriter.open(path, spec) as writer:
+        writer.begin_buffer({"next_document": 0})
+        writer.append(rows_of(hooks), documents)
+        writer.finish({"documents": 2, "skipped_empty": 1})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_cache_of_format_1_opens_for_ever(dtype):
+    opened = cache.open(FROZEN / dtype)
+    assert opened.complete
+    assert opened.dtype == dtype
+    assert [(s.index, s.n_rows, s.first_row_id) for s in opened.shards] == [(0, 10, 0), (1, 10, 12), (2, 5, 24)]
+    expected = rows_of(opened.hook_points)
+    for hook, values in expected.activations.items():
+        assert (opened.hook(hook)[:].astype(np.float32) == values).all()
+        np.testing.assert_allclose(opened.norms(hook)[:], np.linalg.norm(values, axis=1), rtol=1e-6)
+        np.testing.assert_allclose(opened.stats(hook).mean, values.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(opened.stats(hook).var, values.var(axis=0), rtol=1e-6)
+    for name in ("token_id", "doc_id", "window", "position", "doc_position", "flags"):
+        assert (opened.column(name)[:] == getattr(expected, name)).all()
+    assert opened.hook_points["layer_1.mlp.in"] == HookPoint(
+        "layer_1.mlp.in", "encoder.layer.1.mlp", "input", None, D_IN
+    )
+    assert opened.document(20) == DocumentRow(2, "counting", 2, "zwölf")
+    assert opened.context(2, before=1, after=1).text == "twos one"
+    assert opened.manifest.summary == {"documents": 2, "skipped_empty": 1}
+    assert opened.records[1].cursor.source == {"next_document": 0}
+    assert opened.records[1].cursor.rows_into_buffer == 20
+    report = verify(FROZEN / dtype)
+    assert report.problems == ()
+    assert report.foreign == ()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_writer_still_writes_format_1(tmp_path, dtype):
+    write(tmp_path / "new", dtype)
+    frozen = {str(p.relative_to(FROZEN / dtype)): p for p in (FROZEN / dtype).rglob("*") if p.is_file()}
+    written = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
+    assert written == set(frozen)
+    # Parquet files name the version of their writer; what is in them is compared by reading, above.
+    compared = [name for name in frozen if name.split("/")[0] in {"activations", "rows", "norms", "zarr.json"}]
+    assert len(compared) > 30
+    for name in compared:
+        assert (tmp_path / "new" / name).read_bytes() == frozen[name].read_bytes(), name
+
+
+if __name__ == "__main__":
+    for dtype in ("bfloat16", "float32"):
+        if (FROZEN / dtype).exists() and "--again" in sys.argv:
+            shutil.rmtree(FROZEN / dtype)
+        write(FROZEN / dtype, dtype)

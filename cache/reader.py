@@ -5,6 +5,7 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -18,7 +19,16 @@ import numpy.typing as npt
 from cache.arrays import Column, HookRows, check_file
 from cache.context import Context, make_context
 from cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
-from cache.layout import COLUMNS, COMMITS, DOCUMENTS, GROUPS, VOCABULARY, commit_path, documents_path
+from cache.layout import (
+    COLUMNS,
+    COMMITS,
+    DOCUMENTS,
+    GROUPS,
+    VOCABULARY,
+    ArrayLayout,
+    commit_path,
+    documents_path,
+)
 from cache.manifest import Manifest, ShardRecord
 from cache.records import load_manifest, load_record, load_records
 from cache.rows import DocumentRow, HookPoint, Unit
@@ -76,7 +86,9 @@ class Cache:
         )
         self.n_rows = sum(shard.n_rows for shard in self.shards)
         self._starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in self.shards], dtype=np.int64)])
-        self._arrays: dict[str, HookRows | Column] = {}
+        self._sizes = [(shard.index, shard.n_rows) for shard in self.shards]
+        self._hooks: dict[str, HookRows] = {}
+        self._columns: dict[str, Column] = {}
 
     def __len__(self) -> int:
         return self.n_rows
@@ -93,26 +105,25 @@ class Cache:
 
     def hook(self, name: str | None = None) -> HookRows:
         """The activations of a hook point; the name may be left out where there is only one."""
-        layout = self.layout.activations[self.hook_name(name)]
-        array = self._arrays.setdefault(layout.path, HookRows(self.path, layout, self._sizes))
-        assert isinstance(array, HookRows)
-        return array
+        name = self.hook_name(name)
+        if name not in self._hooks:
+            self._hooks[name] = HookRows(self.path, self.layout.activations[name], self._sizes)
+        return self._hooks[name]
 
     def norms(self, name: str | None = None) -> Column:
         """The float32 norms of the stored rows of a hook point."""
-        layout = self.layout.norms[self.hook_name(name)]
-        array = self._arrays.setdefault(layout.path, Column(self.path, layout, self._sizes))
-        assert isinstance(array, Column)
-        return array
+        return self._column(self.layout.norms[self.hook_name(name)])
 
     def column(self, name: str) -> Column:
         """Position metadata: token_id, doc_id, window, position, doc_position or flags."""
         if name not in COLUMNS:
             raise UnknownNameError(f"no column {name!r}: there are {', '.join(COLUMNS)}")
-        layout = self.layout.columns[name]
-        array = self._arrays.setdefault(layout.path, Column(self.path, layout, self._sizes))
-        assert isinstance(array, Column)
-        return array
+        return self._column(self.layout.columns[name])
+
+    def _column(self, layout: ArrayLayout) -> Column:
+        if layout.path not in self._columns:
+            self._columns[layout.path] = Column(self.path, layout, self._sizes)
+        return self._columns[layout.path]
 
     def hook_name(self, name: str | None = None) -> str:
         """The name itself where there is such a hook point, or the only one's for None."""
@@ -147,10 +158,15 @@ class Cache:
         """The document of an id, or None where none of its rows were stored."""
         from cache.parquet import read_document
 
-        starting = [record for record in self.records if record.documents is not None]
-        lasts = [record.documents.last for record in starting if record.documents is not None]
-        i = int(np.searchsorted(lasts, doc_id))
-        return read_document(self.path / documents_path(starting[i].shard), doc_id) if i < len(starting) else None
+        lasts, shards = self._last_documents
+        i = bisect.bisect_left(lasts, doc_id)
+        return read_document(self.path / documents_path(shards[i]), doc_id) if i < len(shards) else None
+
+    @cached_property
+    def _last_documents(self) -> tuple[list[int], list[int]]:
+        """Last document id, and number, of each shard in which documents start."""
+        found = [(record.documents.last, record.shard) for record in self.records if record.documents is not None]
+        return [last for last, _ in found], [shard for _, shard in found]
 
     @cached_property
     def vocabulary(self) -> list[str] | None:
@@ -208,10 +224,6 @@ class Cache:
     def n_bytes(self) -> int:
         """Bytes of the opened shards."""
         return sum(record.n_bytes for record in self.opened)
-
-    @property
-    def _sizes(self) -> list[tuple[int, int]]:
-        return [(shard.index, shard.n_rows) for shard in self.shards]
 
 
 def _incomplete_message(path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> str:

@@ -90,6 +90,7 @@ class CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         lock = CacheLock(path / LOCK)
         lock.acquire()
+        writer = None
         try:
             have = existing_manifest(path)  # again: another process may have written before we held the lock
             if have is not None and refuse_mismatch(path, have, want):
@@ -101,11 +102,12 @@ class CacheWriter:
             if not writer.complete:
                 writer._prepare(vocabulary, new=have is None)
             return writer
-        except FileExistsError as error:
+        except BaseException as error:
+            if writer is not None:
+                writer.close()
             lock.release()
-            raise ConcurrentWriteError(f"{path}: another process writes here in spite of the lock ({error})") from error
-        except BaseException:
-            lock.release()
+            if isinstance(error, FileExistsError) and not isinstance(error, CacheError):
+                raise ConcurrentWriteError(f"{path}: another process writes here in spite of the lock") from error
             raise
 
     def _prepare(self, vocabulary: bytes | None, *, new: bool) -> None:
@@ -356,4 +358,8 @@ def _remove_leftovers(path: Path) -> None:
 
 def _vocabulary_bytes(spec: CacheSpec) -> bytes | None:
     """The token strings as a JSON list, one per line."""
-    return None if spec.vocabulary is None else json.dumps(list(spec.vocabulary), indent=0).encode() + b"\n"
+    if spec.vocabulary is None:
+        return None
+    if not all(isinstance(word, str) for word in spec.vocabulary):
+        raise SpecError("vocabulary must hold a string for every token id (an empty one for an id that is not used)")
+    return json.dumps(list(spec.vocabulary), indent=0).encode() + b"\n"

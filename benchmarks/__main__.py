@@ -1,0 +1,25 @@
+"""`python -m benchmarks [harvest] [loader] [step] [--full]`: print the tables."""
+
+import argparse
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from benchmarks import harvest_speed, loader_speed, machine, step_speed
+
+STAGES = {"harvest": harvest_speed.run, "loader": loader_speed.run, "step": step_speed.run}
+
+
+def main() -> None:
+    """Run the chosen stages, all by default."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all")
+    parser.add_argument("--full", action="store_true", help="the sizes of RESULTS.md (minutes instead of one)")
+    arguments = parser.parse_args()
+    print(machine.describe())
+    for name in arguments.stages or STAGES:
+        print(f"\n{STAGES[name](quick=not arguments.full)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

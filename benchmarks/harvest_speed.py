@@ -1,0 +1,139 @@
+"""The harvest against the bare forward pass of the truncated model on the same batches, and its writer against write().
+
+Limit 1: the same model, the same batches, nothing captured, nothing written. Limit 2: one sequential write and fsync.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.ragged import write_jsonl
+from benchmarks.table import markdown
+from benchmarks.timing import interleaved
+from cache.rows import CacheSpec, HookPoint, Rows
+from cache.writer import CacheWriter
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from harvest.forward import TokenModel, Work
+from harvest.hooks import Capture
+from harvest.prepare import Prepared, prepare
+from harvest.run import harvest, load
+from harvest.text import documents
+from harvest.windows import StreamState, WindowStream, buffers, tokenize_stream
+
+LAYER = 3
+
+
+def run(quick: bool) -> str:
+    """Return the harvest's tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        return f"{_forward_table(Path(folder), quick)}\n\n{_write_table(Path(folder), quick)}"
+
+
+def _forward_table(folder: Path, quick: bool) -> str:
+    texts = write_jsonl(folder / "ragged.jsonl", 400 if quick else 1500)
+    config = HarvestConfig(ModelConfig("demo"), WhereConfig(layers=(LAYER,)), TextConfig(str(texts)))
+    prepared = prepare(config, lambda message: None)
+    _, model = load(prepared, lambda message: None)
+    assert isinstance(model, TokenModel)
+    work = [model.prepare(buffer) for buffer in buffers(_stream(prepared), prepared.buffer_tokens)]
+    n_rows, n_places = sum(w.buffer.n_rows for w in work), sum(w.n_places for w in work)
+    capture = Capture(model._capture._base, prepared.hooks)
+    model._capture.close()
+    counter = iter(range(1000))
+    seconds = interleaved(
+        {
+            "bare": lambda: _bare(capture, work),
+            "harvest": lambda: harvest(replace(config, out=folder / f"cache_{next(counter)}"), quiet=True),
+            "load": lambda: load(prepared, lambda message: None),
+        },
+        3 if quick else 5,
+    )
+    ours = seconds["harvest"] - seconds["load"]
+    rows = [
+        ["bare truncated forward (limit)", f"{n_rows / seconds['bare']:,.0f}", "1.00"],
+        ["harvest, checks and writing included", f"{n_rows / ours:,.0f}", f"{seconds['bare'] / ours:.2f}"],
+    ]
+    title = (
+        f"Harvest: MiniLM, layer {LAYER} of 6, {n_rows:,} tokens in texts of {n_rows / len(_texts(work)):.0f}, "
+        f"{prepared.compute_dtype} on {prepared.device}, padding {1 - n_rows / n_places:.1%}. "
+        f"Loading the model ({seconds['load']:.1f} s) is subtracted."
+    )
+    return f"{title}\n\n{markdown(['', 'real tokens/s', 'of the limit'], rows)}"
+
+
+def _stream(prepared: Prepared) -> WindowStream:
+    docs = documents(prepared.source, 0, prepared.render)
+    return WindowStream(tokenize_stream(docs, prepared.tokenize), prepared.rules, StreamState())
+
+
+def _texts(work: list[Work]) -> set[int]:
+    return {int(window.doc_id.max()) for w in work for window in w.buffer.windows}
+
+
+def _bare(capture: Capture, work: list[Work]) -> None:
+    with torch.inference_mode():
+        for batch in (batch for w in work for batch in w.batches):
+            capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
+
+
+def _write_table(folder: Path, quick: bool) -> str:
+    n_rows, width = (65_536 if quick else 262_144), 768
+    rows = _random_rows(n_rows, width)
+    data = rows.activations["layer_6"]
+    counter = iter(range(1000))
+
+    def plain() -> None:
+        path = folder / "plain"
+        with path.open("wb") as file:
+            file.write(data.data)
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+
+    def ours() -> None:
+        path = folder / f"written_{next(counter)}"
+        hook = HookPoint("layer_6", "encoder.layer.6", "output", 0, width)
+        spec = CacheSpec("token", (hook,), "float32", n_rows, provenance={}, fingerprint={})
+        with CacheWriter.open(path, spec) as writer:
+            writer.begin_buffer({})
+            writer.append(rows)
+            writer.finish({})
+        shutil.rmtree(path)
+
+    seconds = interleaved({"plain": plain, "ours": ours}, 3 if quick else 5)
+    gb = data.nbytes / 1e9
+    table = [
+        ["one write() and fsync (limit)", f"{gb / seconds['plain']:.2f}", "1.00"],
+        [
+            "cache writer: checks, statistics, checksums, fsync",
+            f"{gb / seconds['ours']:.2f}",
+            f"{seconds['plain'] / seconds['ours']:.2f}",
+        ],
+    ]
+    return f"Writing {gb:.2f} GB of float32 rows.\n\n{markdown(['', 'GB/s', 'of the limit'], table)}"
+
+
+def _random_rows(n_rows: int, width: int) -> Rows:
+    generator = np.random.default_rng(0)
+    index = np.arange(n_rows)
+    return Rows(
+        activations={"layer_6": generator.standard_normal((n_rows, width), dtype=np.float32)},
+        token_id=(index % 30_000).astype(np.int32),
+        doc_id=(index // 512).astype(np.int64),
+        window=(index // 128).astype(np.uint64),
+        position=(index % 128).astype(np.int32),
+        doc_position=(index % 512).astype(np.int32),
+        flags=np.zeros(n_rows, dtype=np.uint8),
+    )
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    print(run(quick=True))
+    print(f"{time.perf_counter() - start:.0f} s")

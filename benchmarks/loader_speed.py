@@ -1,0 +1,109 @@
+"""The loader against a plain copy of the same bytes, and how well it mixes with a pool of 1/8 of the cache.
+
+Limit: np.copyto of the memory-mapped shard into a buffer, in order, from a warm page cache.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache
+from benchmarks.harvest_speed import _random_rows
+from benchmarks.table import markdown
+from benchmarks.timing import interleaved
+from cache.loader import Filters, Holdout, Loader
+from cache.order import MAX_PARTNERS
+from cache.reader import Cache
+from cache.rows import CacheSpec, HookPoint
+from cache.writer import CacheWriter
+
+BATCH, D_IN = 4096, 384
+
+
+def run(quick: bool) -> str:
+    """Return the loader's tables."""
+    n_rows = 262_144 if quick else 1_048_576
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        _write(path, n_rows)
+        opened = cache.open(path)
+        return f"{_speed_table(opened, quick)}\n\n{_mixing_table(opened)}"
+
+
+def _write(path: Path, n_rows: int) -> None:
+    hook = HookPoint("layer_6", "encoder.layer.6", "output", 0, D_IN)
+    spec = CacheSpec("token", (hook,), "float32", n_rows // 2, provenance={}, fingerprint={})
+    with CacheWriter.open(path, spec) as writer:
+        writer.begin_buffer({})
+        writer.append(_random_rows(n_rows, D_IN))
+        writer.finish({})
+
+
+def _loader(opened: Cache, batch: int = BATCH, **options: object) -> Loader:
+    return Loader(
+        opened,
+        "layer_6",
+        batch_size=batch,
+        filters=Filters(special=True, first_position=True),
+        holdout=Holdout(fraction=0.0),
+        **options,
+    )
+
+
+def _speed_table(opened: Cache, quick: bool) -> str:
+    shards = [opened.hook("layer_6").shard(i) for i in range(len(opened.shards))]
+    buffer = np.empty_like(shards[0])
+    gb = sum(shard.nbytes for shard in shards) / 1e9
+
+    def copy() -> None:
+        for shard in shards:
+            np.copyto(buffer[: len(shard)], shard)
+
+    def epoch() -> None:
+        with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8) as loader:
+            for _ in loader:
+                pass
+
+    def random_rows() -> None:
+        # What a loader without blocks and pools does: each batch gathers its rows from the whole map.
+        order = np.random.default_rng(0).permutation(len(shards[0]))
+        for start in range(0, len(order), BATCH):
+            torch.from_numpy(shards[0][order[start : start + BATCH]])
+
+    seconds = interleaved({"copy": copy, "epoch": epoch, "random": random_rows}, 3 if quick else 5)
+    rows = [
+        ["plain copy from the map (limit)", f"{gb / seconds['copy']:.2f}", "1.00"],
+        ["shuffled batches, one epoch", f"{gb / seconds['epoch']:.2f}", f"{seconds['copy'] / seconds['epoch']:.2f}"],
+        [
+            "rows gathered at random from the map",
+            f"{gb / len(shards) / seconds['random']:.2f}",
+            f"{seconds['copy'] / len(shards) / seconds['random']:.2f}",
+        ],
+    ]
+    title = (
+        f"Loader: {opened.n_rows:,} rows of {D_IN} float32 ({gb:.2f} GB), batches of {BATCH}, pool 1/8 of the cache."
+    )
+    return f"{title}\n\n{markdown(['', 'GB/s', 'of the limit'], rows)}"
+
+
+def _mixing_table(opened: Cache) -> str:
+    with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8, with_rows=True) as loader:
+        block, order = loader.order.block_rows, loader.order
+        measured = np.mean([_partners(batch.row_ids.numpy() // block) for batch in loader if batch.row_ids is not None])
+    uniform_ids = np.random.default_rng(0).permutation(opened.n_rows)
+    uniform = np.mean(
+        [_partners(uniform_ids[i : i + BATCH] // block) for i in range(0, opened.n_rows - BATCH + 1, BATCH)]
+    )
+    rows = [
+        ["uniform permutation of the cache", f"{uniform:.3f}"],
+        [f"loader, blocks of {block} rows, pool of {order.max_pool_rows:,}", f"{measured:.3f}"],
+        ["bound", f"{MAX_PARTNERS}"],
+    ]
+    return f"Mixing.\n\n{markdown(['', 'partners of a row from its own block in its batch'], rows)}"
+
+
+def _partners(blocks: np.ndarray) -> float:
+    counts = np.unique(blocks, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / len(blocks))

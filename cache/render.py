@@ -33,10 +33,10 @@ def facts(cache: Cache) -> dict[str, str]:
 
 
 def source_name(value: Any) -> str:
-    """A model or dataset of the provenance in one line: its id and revision."""
+    """A model or dataset of the provenance in one line: its id or name, and revision."""
     if not isinstance(value, dict):
         return "" if value is None else str(value)
-    name = str(value.get("id") or value.get("path") or "")
+    name = str(value.get("id") or value.get("name") or "")
     revision = value.get("revision")
     return f"{name} @ {str(revision)[:12]}" if name and revision else name
 

@@ -126,14 +126,18 @@ class CacheWriter:
     @property
     def n_rows(self) -> int:
         """Rows so far, those of the open shard included."""
-        return self._committed_rows + (self._shard.n_rows if self._shard else 0)
+        return self._committed_rows + self._open_rows
 
     @property
     def bytes_written(self) -> int:
-        """Bytes so far; of the open shard its whole inner chunks."""
-        open_rows = self._shard.n_rows if self._shard else 0
+        """Bytes so far, those of the open shard's rows included."""
         row_bytes = sum(array.row_bytes for array in self.layout.arrays)
-        return self._committed_bytes + open_rows * row_bytes
+        return self._committed_bytes + self._open_rows * row_bytes
+
+    @property
+    def _open_rows(self) -> int:
+        shard = self._shard  # once: a progress display may ask from another thread
+        return 0 if shard is None else shard.n_rows
 
     def begin_buffer(self, source_state: Mapping[str, int]) -> None:
         """Say that the next rows come from a new sort buffer, which a resume can rebuild from this state."""

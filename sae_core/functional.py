@@ -5,6 +5,7 @@ Shapes: N rows, F = d_sae latents, nnz entries of a pattern.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -114,6 +115,20 @@ def jumprelu(p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 def step(p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """H(p - threshold), with dH/dthreshold = -(1/bandwidth) K((p - threshold)/bandwidth) and dH/dp = 0."""
     return _Step.apply(p, threshold, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def annealed_sparsity(activity: Tensor, exponent: float) -> Tensor:
+    """Sum of activity ** exponent, rescaled (without gradient) to the plain sum; (p-annealing, arXiv 2408.00113).
+
+    activity holds nonnegative entries. The paper adapts the coefficient so that the penalty keeps its size while the
+    exponent falls; rescaling each batch does the same without a state.
+    """
+    plain = activity.sum()
+    if exponent == 1.0:
+        return plain
+    powered = activity.clamp_min(1e-6).pow(exponent)
+    powered = torch.where(activity > 0, powered, 0.0).sum()
+    return powered * (plain / powered.clamp_min(1e-30)).detach()
 
 
 def geometric_median(rows: Tensor, n_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

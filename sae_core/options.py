@@ -13,10 +13,11 @@ def option(
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
+    lt: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces."""
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "choices": choices}
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
@@ -36,6 +37,8 @@ def check(config: Any) -> None:
             raise OptionError(f"{spec.name}={value!r}: expected a value >= {bounds['ge']}")
         if bounds["gt"] is not None and not value > bounds["gt"]:
             raise OptionError(f"{spec.name}={value!r}: expected a value > {bounds['gt']}")
+        if bounds["lt"] is not None and not value < bounds["lt"]:
+            raise OptionError(f"{spec.name}={value!r}: expected a value < {bounds['lt']}")
         if bounds["le"] is not None and not value <= bounds["le"]:
             raise OptionError(f"{spec.name}={value!r}: expected a value <= {bounds['le']}")
 
@@ -51,3 +54,8 @@ class Progress:
         """Rise linearly from 1/n to 1 over the first `fraction` of the run; 1 from there on."""
         n_ramp = int(self.n_steps * fraction)
         return min(1.0, (self.step + 1) / n_ramp) if n_ramp > 0 else 1.0
+
+    def anneal(self, start: float, end: float, begin: float) -> float:
+        """Stay at `start` until the share `begin` of the run is over, then move linearly to `end` at its last step."""
+        share = self.step / max(self.n_steps - 1, 1)
+        return start if share <= begin else start + (end - start) * (share - begin) / (1 - begin)

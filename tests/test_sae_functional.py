@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core.functional import batch_topk_pattern, geometric_median, jumprelu, step, support_pattern, topk_pattern
+from sae_core.functional import (
+    annealed_sparsity,
+    batch_topk_pattern,
+    geometric_median,
+    jumprelu,
+    step,
+    support_pattern,
+    topk_pattern,
+)
 from sae_core.options import Progress
 from sae_core.threshold import EMA_DECAY, BatchThreshold
 
@@ -124,3 +132,20 @@ def test_calibration_with_too_few_positives_keeps_them_all() -> None:
     threshold = BatchThreshold()
     threshold.calibrate([torch.tensor([[1.0, -1.0, -1.0]])], 2)
     assert threshold.value.item() == 0.0
+
+
+def test_annealed_sparsity_keeps_its_size_and_pushes_small_activations_harder() -> None:
+    activity = torch.tensor([4.0, 1.0, 0.0], requires_grad=True)
+    penalty = annealed_sparsity(activity, 0.5)
+    assert float(penalty.detach()) == pytest.approx(5.0)
+    penalty.backward()
+    # (5 / 3) * 0.5 * f ** -0.5, and nothing for an inactive entry
+    assert activity.grad.tolist() == pytest.approx([5 / 3 * 0.25, 5 / 3 * 0.5, 0.0])
+    assert float(annealed_sparsity(activity, 1.0).detach()) == 5.0
+
+
+def test_progress_anneals_after_its_start() -> None:
+    values = [Progress(step, 11).anneal(1.0, 0.2, 0.5) for step in range(11)]
+    assert values[:6] == [1.0] * 6
+    assert values[10] == pytest.approx(0.2)
+    assert values[8] == pytest.approx(1.0 - 0.8 * 0.6)

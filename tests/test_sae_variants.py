@@ -472,3 +472,37 @@ def test_sparse_codes_equal_the_dense_formula_end_to_end() -> None:
     torch.testing.assert_close(out.recon, recon)
     for ours, dense in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc), (sae.b_dec, b_dec)):
         torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_k_falls_from_k_start_and_inference_uses_k() -> None:
+    sae = make("topk", k=4, k_start=16, k_anneal=0.5)
+    l0 = []
+    for step in (0, 4, 9, 19):
+        sae.begin_step(Progress(step, 20))
+        l0.append(sae(rows()).codes.pattern.entries[0].numel() / 256)
+    assert l0 == [15, 10, 4, 4]  # 16 - 12 * (step + 1) / 10
+    sae.begin_step(Progress(0, 20))
+    assert sae.eval().encode(rows()).pattern.entries[0].numel() == 256 * 4
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "abstopk"])
+def test_multi_topk_adds_an_eighth_of_the_loss_at_4k(name: str) -> None:
+    plain, multi = make(name, k=4), make(name, k=4, multi_topk=True)
+    wide = make(name, k=16)
+    for sae in (multi, wide):
+        sae.load_state_dict(plain.state_dict())
+    x = rows(64)
+    expected = wide.losses(wide(x), LAST)["fvu"] / 8
+    torch.testing.assert_close(multi.losses(multi(x), LAST)["multi_topk"], expected)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated"])
+def test_p_annealing_keeps_the_penalty_and_changes_its_gradient(name: str) -> None:
+    plain, annealed = make(name), make(name, p_end=0.3)
+    annealed.load_state_dict(plain.state_dict())
+    x, last = rows(64), Progress(99, 100)
+    terms = [sae.losses(sae(x), last)["l1"] for sae in (plain, annealed)]
+    torch.testing.assert_close(terms[0], terms[1])
+    for term in terms:
+        term.backward()
+    assert not torch.allclose(plain.W_enc.grad, annealed.W_enc.grad, rtol=0.01)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_core.base import Activation
 from sae_core.codes import Codes, Pattern
 from sae_core.functional import topk_pattern
 from sae_core.registry import register
@@ -24,12 +23,10 @@ class AbsTopKSAE(TopKSAE):
 
     config: Config
 
-    def select(self, pre_acts: Tensor) -> Pattern:
+    def select(self, pre_acts: Tensor, k: int) -> Pattern:
         """The k largest magnitudes per row."""
-        return topk_pattern(pre_acts.abs(), self.config.k)
+        return topk_pattern(pre_acts.abs(), k)
 
-    def activate(self, h: Tensor) -> Activation:
-        """The selected pre-activations as they are."""
-        pre_acts = self.pre_acts(h)
-        pattern = self.select(pre_acts)
-        return Activation(Codes(self.encode_at(h, pre_acts, pattern), pattern), pre_acts)
+    def _codes(self, h: Tensor, pre_acts: Tensor, k: int) -> Codes:
+        pattern = self.select(pre_acts, k)
+        return Codes(self.encode_at(h, pre_acts, pattern), pattern)

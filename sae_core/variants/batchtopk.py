@@ -34,10 +34,10 @@ class BatchTopKSAE(TopKSAE):
         super().build()
         self.threshold = BatchThreshold()
 
-    def select(self, pre_acts: Tensor) -> Pattern:
+    def select(self, pre_acts: Tensor, k: int) -> Pattern:
         """The batch's largest while training; what exceeds the threshold in inference."""
         if self.training:
-            return batch_topk_pattern(pre_acts, self.config.k)
+            return batch_topk_pattern(pre_acts, k)
         return Pattern.of_mask(pre_acts > self.threshold.value.to(pre_acts.dtype))
 
     def track(self, out: SAEOutput) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sae_core.autograd import decode, encode_at, per_entry
 from sae_core.base import SAE, Activation, SAEOutput
 from sae_core.codes import Codes
-from sae_core.functional import support_pattern
+from sae_core.functional import annealed_sparsity, support_pattern
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -33,6 +33,8 @@ class GatedSAE(SAE):
 
         l1_coef: float = option(5.0, help="weight of |ReLU(p_gate)|_1 where E|x|^2 = d_in", ge=0)
         l1_warmup: float = option(0.05, help="share of the run over which l1_coef rises from 0", ge=0, le=1)
+        p_end: float = option(1.0, help="exponent of the penalty at the end of the run; 1 is plain L1", gt=0, le=1)
+        p_anneal_from: float = option(0.5, help="share of the run after which the exponent falls to p_end", ge=0, lt=1)
 
     config: Config
 
@@ -61,9 +63,10 @@ class GatedSAE(SAE):
         """The L1 of the gate, and the gate's own reconstruction through a frozen decoder, with coefficient 1."""
         gate = Codes(out.extras["gate"], out.codes.pattern)
         coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup) / self.loss_unit
+        exponent = progress.anneal(1.0, self.config.p_end, self.config.p_anneal_from)
         frozen = decode(gate, self.W_dec.detach()) + self.b_dec.detach()
         return {
-            "l1": coef * gate.values.sum() / out.codes.shape[0],
+            "l1": coef * annealed_sparsity(gate.values, exponent) / out.codes.shape[0],
             "aux": self.reconstruction_loss(frozen, out.source.target),
         }
 

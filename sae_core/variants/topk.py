@@ -31,29 +31,59 @@ class TopKSAE(SAE):
         k: int = option(32, help="active latents per row", gt=0)
         auxk_coef: float = option(1 / 32, help="weight of AuxK", ge=0)
         k_aux: int | None = option(None, help="dead latents per row in AuxK (default d_in / 2)", gt=0)
+        multi_topk: bool = option(False, help="add 1/8 of the loss at 4k, so that more latents than k degrade softly")
+        k_start: int | None = option(None, help="k at the start, lowered to k during k_anneal", gt=0)
+        k_anneal: float = option(0.1, help="share of the run over which k falls from k_start", gt=0, le=1)
 
         def validate(self) -> None:
             """k latents must exist."""
-            if self.k > self.d_sae:
-                raise OptionError(f"k={self.k}: expected k <= d_sae={self.d_sae}; lower k or raise d_sae")
+            for name in ("k", "k_start"):
+                value = getattr(self, name)
+                if value is not None and value > self.d_sae:
+                    raise OptionError(f"{name}={value}: expected {name} <= d_sae={self.d_sae}; lower it or raise d_sae")
 
     config: Config
 
-    def select(self, pre_acts: Tensor) -> Pattern:
+    def build_parameters(self) -> None:
+        """The parameters; k as it is until a step says otherwise."""
+        super().build_parameters()
+        self._k_now = self.config.k
+
+    def begin_step(self, progress: Progress) -> None:
+        """Lower k from k_start."""
+        start, end = self.config.k_start or self.config.k, self.config.k
+        self._k_now = round(start + (end - start) * progress.ramp(self.config.k_anneal))
+
+    @property
+    def k(self) -> int:
+        """Active latents per row: annealed while training, the configured k in inference."""
+        return self._k_now if self.training else self.config.k
+
+    def select(self, pre_acts: Tensor, k: int) -> Pattern:
         """Which entries of pre_acts (N, F) stay."""
-        return topk_pattern(pre_acts, self.config.k)
+        return topk_pattern(pre_acts, k)
 
     def activate(self, h: Tensor) -> Activation:
         """ReLU of the selected pre-activations."""
         pre_acts = self.pre_acts(h)
-        pattern = self.select(pre_acts)
-        return Activation(Codes(torch.relu(self.encode_at(h, pre_acts, pattern)), pattern), pre_acts)
+        return Activation(self._codes(h, pre_acts, self.k), pre_acts)
+
+    def _codes(self, h: Tensor, pre_acts: Tensor, k: int) -> Codes:
+        pattern = self.select(pre_acts, k)
+        return Codes(torch.relu(self.encode_at(h, pre_acts, pattern)), pattern)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """AuxK while latents are dead."""
+        """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""
+        terms = {}
         k_aux = self.config.k_aux or max(1, self.config.d_in // 2)
-        term = self.auxk_term(out, k_aux, self.config.auxk_coef)
-        return {} if term is None else {"auxk": term}
+        auxk = self.auxk_term(out, k_aux, self.config.auxk_coef)
+        if auxk is not None:
+            terms["auxk"] = auxk
+        if self.config.multi_topk:
+            k = min(4 * self.k, self.config.d_sae)
+            codes = self._codes(self.centre(out.source.input), out.pre_acts, k)
+            terms["multi_topk"] = self.reconstruction_loss(self.reconstruct(codes), out.source.target) / 8
+        return terms
 
     def saelens_fields(self) -> dict[str, Any]:
         """k, which SAELens' topk reads."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_core.autograd import per_entry
 from sae_core.base import SAE, Activation, SAEOutput
 from sae_core.codes import Codes
-from sae_core.functional import support_pattern
+from sae_core.functional import annealed_sparsity, support_pattern
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -26,6 +26,8 @@ class VanillaSAE(SAE):
 
         l1_coef: float = option(5.0, help="weight of sum z|W_dec| where E|x|^2 = d_in", ge=0)
         l1_warmup: float = option(0.05, help="share of the run over which l1_coef rises from 0", ge=0, le=1)
+        p_end: float = option(1.0, help="exponent of the penalty at the end of the run; 1 is plain L1", gt=0, le=1)
+        p_anneal_from: float = option(0.5, help="share of the run after which the exponent falls to p_end", ge=0, lt=1)
 
     config: Config
 
@@ -38,6 +40,7 @@ class VanillaSAE(SAE):
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The L1 term, in the units of the loss."""
         norms = per_entry(self.W_dec.norm(dim=1), out.codes.pattern)
-        l1 = (out.codes.values * norms).sum() / out.codes.shape[0]
+        exponent = progress.anneal(1.0, self.config.p_end, self.config.p_anneal_from)
+        l1 = annealed_sparsity(out.codes.values * norms, exponent) / out.codes.shape[0]
         coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup)
         return {"l1": coef * l1 / self.loss_unit}

@@ -1,6 +1,7 @@
 """What several test files share: a real model without a hub, two threads, no network."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,12 +16,24 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="session")
+def _written_caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return tmp_path_factory.mktemp("caches"), {}
+
+
 @pytest.fixture
-def make_cache(tmp_path: Path) -> Callable[..., Path]:
-    """Write a small cache of sparse mixtures with documents, windows and special tokens; see `write_cache`."""
+def make_cache(tmp_path: Path, _written_caches: tuple[Path, dict[str, Path]]) -> Callable[..., Path]:
+    """A small cache of sparse mixtures with documents, windows and special tokens; see `write_cache`.
+
+    Each is written once in a session and copied: writing syncs every file.
+    """
+    folder, written = _written_caches
 
     def make(name: str = "toy", **options: Any) -> Path:
-        return write_cache(tmp_path / name, **options)
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = write_cache(folder / str(len(written)), **options)
+        return Path(shutil.copytree(written[key], tmp_path / name))
 
     return make
 
@@ -58,8 +71,10 @@ def write_cache(
             codes = rng.random((n_rows, 4 * d_in)) * (rng.random((n_rows, 4 * d_in)) < 0.05)
             flags = special * FLAG_SPECIAL + (position == 0) * FLAG_WINDOW_START
             rows = Rows(
-                {h: (codes @ directions[i] + 0.01 * rng.normal(size=(n_rows, d_in))).astype(np.float32)
-                 for i, h in enumerate(hooks)},
+                {
+                    h: (codes @ directions[i] + 0.01 * rng.normal(size=(n_rows, d_in))).astype(np.float32)
+                    for i, h in enumerate(hooks)
+                },
                 np.arange(n_rows, dtype=np.int32),
                 np.full(n_rows, doc, np.int64),
                 np.repeat(np.arange(n_windows, n_windows + len(lengths)), lengths).astype(np.uint64),

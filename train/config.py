@@ -6,7 +6,6 @@ and the run's length" (`train.resolve`); the resolved config holds no undecided 
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 import sae_core
-from sae_core.options import check
+from sae_core.options import check, option
 from train.coerce import coerce
 from train.errors import ConfigError, nearest
 
@@ -29,7 +28,7 @@ def setting(
     default: Any, section: str, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None
 ) -> Any:
     """A field with its default, its section in the YAML file, a help line with the unit, and its range."""
-    metadata = {"section": section, "help": help, "ge": ge, "gt": gt, "le": le, "choices": None}
+    metadata = {**option(help=help, ge=ge, gt=gt, le=le).metadata, "section": section}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -61,7 +60,7 @@ class TrainConfig:
     )
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "training", "optimizer")
     lr: float | None = setting(
-        None, "training", "peak learning rate (default: 2e-4 * sqrt(2^14 / d_sae) <= 1e-3)", gt=0
+        None, "training", "peak rate (default: 2e-4 * sqrt(2^14 / d_sae), more under 1000 steps, <= 1e-3)", gt=0
     )
     weight_decay: float = setting(0.0, "training", "weight decay of the optimizer", ge=0)
     beta1: float = setting(0.9, "training", "Adam's first decay; momentum of sgd", ge=0, le=1)
@@ -117,10 +116,10 @@ TRAINER_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name != "options")
 
 
 def variant_keys(type_name: str) -> dict[str, Any]:
-    """Options of a variant with their annotations; d_in is the cache's."""
+    """Options of a variant with their annotations. d_in follows from the cache; a saved config repeats it."""
     cls = sae_core.registry.get(type_name)
     hints = typing.get_type_hints(cls.Config)
-    return {f.name: hints[f.name] for f in fields(cls.Config) if f.name != "d_in"}
+    return {f.name: hints[f.name] for f in fields(cls.Config)}
 
 
 def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
@@ -146,7 +145,7 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
             chosen[key] = coerce(key, value, options[key])
         else:
             hint = nearest(key, [*options, *TRAINER_KEYS, *SECTIONS])
-            listed = ", ".join(options)
+            listed = ", ".join(name for name in options if name != "d_in")
             raise ConfigError(f"unknown setting {key!r} for type {type_name}{hint} (its options: {listed})")
     if "d_sae" in chosen and settings.get("expansion_factor") is not None:
         factor = settings["expansion_factor"]
@@ -215,16 +214,8 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Read a saved config; d_in is taken as it stands."""
-    flat = dict(_flatten(content, source))
-    d_in = flat.pop("d_in", None)
-    names = {**flat}
-    widths = {key: names.pop(key) for key in ("d_sae", "expansion_factor") if key in names}
-    lengths = {key: names.pop(key) for key in ("tokens", "steps", "epochs") if key in names}
-    given: dict[str, Any] = {key: value for key, value in (widths | lengths).items() if value is not None}
-    config = make_config([names, given])
-    options = dict(config.options) | ({} if d_in is None else {"d_in": coerce("d_in", d_in, int)})
-    return dataclasses.replace(config, options=options)
+    """Read a saved config back."""
+    return make_config([dict(_flatten(content, source))])
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -56,7 +56,7 @@ def train_step(run: Run, x: Inputs, *, measure: bool = False) -> StepResult:
 
 def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
-    evaluator = Evaluator(config.options["d_in"], config.options["d_sae"]) if measure else None
+    evaluator = Evaluator(sae.d_out, sae.config.d_sae) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
     losses = _accumulate(
         sae, x, config.grad_acc_steps, Progress(run.step, run.n_steps), evaluator, config.compute_dtype

@@ -64,12 +64,20 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
             f"({counts.total:,} in the cache, {counts.heldout:,} held out, the rest filtered); "
             "use a smaller --batch-size or harvest more"
         )
-    d_in = _common_width(cache, hooks)
+    cls = sae_core.registry.get(config.type)
+    known = {f.name for f in fields(cls.Config)}
+    widths = _widths(cache, hooks, input_and_output="d_out" in known)
+    d_in = widths[0]
+    if config.options.get("d_in", d_in) != d_in:
+        raise ConfigError(f"d_in={config.options['d_in']}: hook point {hooks[0]} of the cache has width {d_in}")
     d_sae = int(config.options.get("d_sae") or round(d_in * (config.expansion_factor or DEFAULT_EXPANSION)))
     n_steps = n_steps_of(config, counts.train)
     options = {**config.options, "d_in": d_in, "d_sae": d_sae}
-    cls = sae_core.registry.get(config.type)
-    if "dead_after_tokens" not in config.options and any(f.name == "dead_after_tokens" for f in fields(cls.Config)):
+    if "n_hooks" in known:
+        options["n_hooks"] = len(hooks)
+    if "d_out" in known:
+        options["d_out"] = widths[-1]
+    if "dead_after_tokens" not in config.options:
         options["dead_after_tokens"] = schedule.default_dead_after(n_steps * config.batch_size, config.batch_size)
     variant = sae_core.make_config(cls, options)
     warmup = schedule.default_warmup(n_steps) if config.warmup_steps is None else config.warmup_steps
@@ -135,9 +143,10 @@ def resolve_device(name: str) -> str:
     return str(device)
 
 
-def _common_width(cache: Cache, hooks: Sequence[str]) -> int:
-    widths = {hook: cache.hook_points[hook].d_in for hook in hooks}
-    if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{hook} {d}" for hook, d in widths.items())
+def _widths(cache: Cache, hooks: Sequence[str], *, input_and_output: bool) -> list[int]:
+    """Widths of the hook points, equal unless a type reads one and writes another."""
+    widths = [cache.hook_points[hook].d_in for hook in hooks]
+    if len(set(widths)) > 1 and not input_and_output:
+        listed = ", ".join(f"{hook} {d}" for hook, d in zip(hooks, widths, strict=True))
         raise ConfigError(f"hook points of one SAE must have equal widths, got {listed}")
-    return next(iter(widths.values()))
+    return widths

@@ -315,7 +315,7 @@ def _open_session(
     loader = stack.enter_context(data.batches(state))
     if data.eval_part != "heldout":
         sinks.message("no document is held out: the final evaluation uses training rows")
-    return Session(data, loader, folder, sinks, stop or StopRequest())
+    return Session(data, loader, folder, sinks, StopRequest() if stop is None else stop)
 
 
 def _all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:

@@ -1,0 +1,251 @@
+"""The commands as people type them: results, refusals in one line, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import cache
+import sae_core
+from cache.rows import CacheSpec, DocumentRow, HookPoint, Rows
+from cache.writer import CacheWriter
+from train.cli import app
+from train.config import TRAINER_KEYS
+from train.log import read_metrics
+
+REPO = Path(__file__).resolve().parents[1]
+QUICK = ["--batch-size", "128", "--steps", "20", "--eval-rows", "300"]
+
+
+def call(*args: str, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_run_leaves_a_result_that_loads(make_cache) -> None:
+    make_cache()
+    result = call("run", "--cache", "toy", "--type", "batchtopk", "--k", "4", *QUICK)
+    folder = Path("runs/toy_layer_3_batchtopk_d128_k4_s0")
+    assert str(folder) in result.stdout
+    assert "batchtopk" in result.stdout
+    files = {p.name for p in folder.iterdir()}
+    assert files == {
+        "cfg.json", "sae_weights.safetensors", "granary.json", "config.yaml", "run.json", "metrics.jsonl",
+        "summary.json", "checkpoints",
+    }  # fmt: skip
+    sae = sae_core.load(folder)
+    opened = cache.open("toy")
+    x = torch.from_numpy(np.array(opened.hook()[0:50]))
+    out = sae(x)
+    assert out.x_hat.shape == x.shape
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert metadata["model_name"] == "toy-model"
+    assert metadata["hook_name"] == "blocks.3.hook_resid_post"
+    assert metadata["hf_hook_name"] == "encoder.layer.3"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["eval_part"] == "heldout"
+    assert summary["eval"]["n_rows"] >= min(300, summary["rows"]["heldout"])
+    assert sum(v for k, v in summary["rows"].items() if k != "total") == summary["rows"]["total"]
+    assert abs(summary["eval"]["l0"] - 4) < 0.8
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 10, 20]
+    assert {"loss", "losses/fvu", "l0", "fvu", "dead", "lr", "tokens_per_second", "epoch", "cursor"} <= set(lines[0])
+
+
+def test_yaml_below_flags_and_the_saved_config_repeats_the_run(make_cache, tmp_path) -> None:
+    make_cache()
+    Path("c.yaml").write_text("type: topk\nmodel:\n  k: 4\n  d_sae: 64\ntraining:\n  steps: 5\n  batch_size: 64\n")
+    call("run", "--cache", "toy", "--config", "c.yaml", "--k", "3", "--set", "auxk_coef=0.5", "--name", "a", "-q")
+    config = Path("runs/a/config.yaml").read_text()
+    assert re.search(r"k: 3\n", config)
+    assert "auxk_coef: 0.5" in config
+    call("run", "--config", "runs/a/config.yaml", "--name", "b", "-q")
+    weights = [Path(f"runs/{name}/sae_weights.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_compare_prints_both(make_cache) -> None:
+    make_cache()
+    for type in ("topk", "vanilla"):
+        call("run", "--cache", "toy", "--type", type, "--name", type, *QUICK)
+    (Path("toy") / "harvest.log").write_text("x finished: 5,000 rows in 12.5 s, 400 rows/s\n")
+    output = call("compare", "runs/topk", "runs/vanilla").stdout
+    assert "topk" in output
+    assert "vanilla" in output
+    assert "1 of 2 runs reused a harvest: 12 s of forward passes saved" in output
+    error = call("compare", "runs/nowhere", code=2).stderr
+    assert "runs/nowhere holds no finished run" in error
+
+
+def test_types_lists_every_variant_with_its_options() -> None:
+    output = call("types").stdout
+    for name in sae_core.registry.names():
+        assert re.search(rf"^{name} ", output, re.MULTILINE)
+    assert "auxk_coef" in output
+    assert "unknown type 'topq'. Did you mean 'topk'?" in call("types", "topq", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--type", "topq"], r"unknown type 'topq'. Did you mean 'topk'\? Known types: "),
+        (["--type", "topk", "--set", "auxk_coeff=1"], r"unknown setting 'auxk_coeff' .* did you mean 'auxk_coef'\?"),
+        (["--type", "vanilla", "--k", "3"], r"unknown setting 'k' for type vanilla"),
+        (["--type", "topk", "--k", "300"], r"k=300: expected k <= d_sae=128"),
+        (["--type", "topk", "--batch-size", "9k"], r"batch_size=9,000 is larger than the [\d,]+ rows to train on"),
+        (["--type", "topk", "--lr", "fast"], r"lr='fast': expected a number"),
+        (["--type", "topk", "--layer", "4"], r"the cache has no hook point 'layer_4', did you mean 'layer_3'\?"),
+        (["--type", "topk", "--cache", "nowhere"], r"nowhere does not exist"),
+        (["--type", "topk", "--cache", "not_one"], r"not_one"),
+        (["--type", "topk", "--cache", "unfinished"], r"unfinished is incomplete"),
+        (["--type", "topk", "--config", "none.yaml"], r"config file none.yaml: No such file"),
+        (["--type", "topk", "--set", "k"], r"--set 'k': expected key=value"),
+        (["--type", "topk", "--name", "../x"], r"name='../x': expected one folder name"),
+        (
+            ["--type", "topk", "--wandb", "offlin"],
+            r"wandb='offlin': expected one of off, offline, online, did you mean",
+        ),
+        ([], r"no type of SAE was given"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(make_cache, args, message) -> None:
+    make_cache()
+    Path("not_one").mkdir()
+    (Path("not_one") / "notes.txt").write_text("hello")
+    write_unfinished(Path("unfinished"))
+    result = call("run", *(["--cache", "toy"] if "--cache" not in args else []), "--batch-size", "128", *args, code=2)
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def write_unfinished(path: Path) -> None:
+    """What a killed harvest leaves: one committed shard."""
+    spec = CacheSpec("token", (HookPoint("layer_3", "m", "output", None, 2),), "float32", 4, {}, {"a": 1})
+    zeros = np.zeros(4, np.int32)
+    rows = Rows(
+        {"layer_3": np.ones((4, 2), np.float32)},
+        zeros,
+        zeros.astype(np.int64),
+        zeros.astype(np.uint64),
+        zeros,
+        zeros,
+        zeros.astype(np.uint8),
+    )
+    with CacheWriter.open(path, spec) as writer:
+        writer.begin_buffer({"next_doc": 0})
+        writer.append(rows, [DocumentRow(0, "toy", 0, "text")])
+
+
+def test_no_cache_and_existing_run(make_cache) -> None:
+    make_cache()
+    assert "no cache was given; name its folder with --cache" in call("run", "--type", "topk", code=2).stderr
+    call("run", "--cache", "toy", "--type", "topk", "--name", "a", *QUICK)
+    error = call("run", "--cache", "toy", "--type", "topk", "--name", "a", *QUICK, code=2).stderr
+    assert "exists: choose another --name, or replace it with --overwrite" in error
+    call("run", "--cache", "toy", "--type", "topk", "--name", "a", *QUICK, "--overwrite")
+    assert "is complete" in call("resume", "runs/a", code=2).stderr
+    assert "holds no run" in call("resume", "runs/b", code=2).stderr
+
+
+def test_nan_in_the_cache_is_survived_or_told(make_cache) -> None:
+    opened = cache.open(make_cache())
+    path = opened.shard_path(None, 0)
+    data = np.memmap(path, np.float32, "r+", shape=(opened.shards[0].n_rows, 16))
+    data[100] = np.nan
+    data.flush()
+    del data
+    result = call("run", "--cache", "toy", "--type", "batchtopk", "--name", "few", "--epochs", "2", "-b", "64")
+    assert "batchtopk" in result.stdout
+    summary = json.loads(Path("runs/few/summary.json").read_text())
+    assert summary["rejected"] == 2  # the row comes once per epoch
+    assert np.isfinite(summary["eval"]["fvu"])
+    data = np.memmap(path, np.float32, "r+", shape=(opened.shards[0].n_rows, 16))
+    data[::3] = np.inf
+    data.flush()
+    del data
+    error = call("run", "--cache", "toy", "--type", "batchtopk", "--name", "many", "-b", "64", code=2).stderr
+    assert "10 batches in a row up to step 10 gave NaN or Inf" in error.replace("\n", " ")
+
+
+def test_flags_are_settings() -> None:
+    from typer.main import get_command
+
+    run = get_command(app).commands["run"]
+    variant = {"k", "d_sae", "normalize", "loss"}
+    commands_only = {"layer", "config", "assignments", "overwrite", "quiet", "debug"}
+    names = {p.name for p in run.params}
+    assert names - commands_only - variant <= set(TRAINER_KEYS)
+    assert sorted(names - commands_only) == FROZEN_FLAGS
+
+
+# Frozen: people have these in their scripts.
+FROZEN_FLAGS = sorted(
+    """
+    batch_size cache compute_dtype d_sae device epochs eval_rows expansion_factor grad_acc_steps holdout hook
+    init_seed k keep keep_first_position keep_special log_every loss lr lr_schedule name normalize optimizer
+    runs_dir save_every seed shuffle_seed steps tokens type wandb wandb_project warmup_steps weight_decay
+    """.split()  # noqa: SIM905 (a list of 34 lines reads worse)
+)
+
+
+def command(*args: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.cli", *args], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit(make_cache, signum, code) -> None:
+    make_cache()
+    process = command("run", "--cache", "toy", "--type", "topk", "--name", "a", "-b", "128", "--steps", "1M")
+    metrics = Path("runs/a/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 0):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == code, error
+    step = int(re.search(r"after step (\d+); continue with: sae-train resume runs/a", error).group(1))
+    assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == [f"step_{step:08d}"]
+    assert "Traceback" not in error
+
+
+def test_help_imports_nothing_heavy() -> None:
+    check = (
+        "import sys; from typer.testing import CliRunner; from train.cli import app; "
+        "r = CliRunner().invoke(app, ['run', '--help']); assert r.exit_code == 0, r.output; "
+        "heavy = {'torch', 'numpy', 'zarr', 'wandb', 'yaml'} & set(sys.modules); assert not heavy, heavy"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-c", check], check=True, env=env)
+
+
+def test_python_names_are_lazy() -> None:
+    check = (
+        "import sys, train; assert 'torch' not in sys.modules; "
+        "from train import TrainConfig, train_sae, resume_training, Result; assert 'wandb' not in sys.modules"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([sys.executable, "-c", check], check=True, env=env)

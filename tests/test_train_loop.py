@@ -1,0 +1,169 @@
+"""One step by its parts: clipping, rejection of NaN, accumulation, schedules, what a run needs to end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cache.loader import Batch, LoaderState
+from sae_core import Progress
+from train.config import make_config
+from train.errors import DivergedError
+from train.loop import MAX_REJECTED_IN_ROW, StepResult, train, train_step
+from train.state import Run, build_sae
+
+D_IN, D_SAE = 8, 24
+
+
+def make_run(type="topk", **settings) -> Run:
+    defaults = {
+        "type": type,
+        "cache": "c",
+        "steps": 50,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "warmup_steps": 0,
+        "d_sae": D_SAE,
+    }
+    if type in ("topk", "batchtopk"):
+        defaults["k"] = 3
+    config = make_config([defaults, settings])
+    config = replace(config, device="cpu", compute_dtype=settings.get("compute_dtype", "float32"))
+    config = replace(config, options={"d_in": D_IN, **config.options})
+    sae = build_sae(config)
+    sae.initialize(rows(256), torch.Generator().manual_seed(0))
+    return Run.create(config, sae)
+
+
+def rows(n=32, seed=0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(16, D_IN, generator=torch.Generator().manual_seed(99))
+    active = torch.rand(n, 16, generator=generator) < 0.2
+    return (active * torch.rand(n, 16, generator=generator)) @ directions
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.sae.state_dict().items()}
+
+
+def test_a_step_is_forward_backward_clip_step() -> None:
+    run, x = make_run("vanilla", optimizer="sgd", beta1=0, grad_clip=0.5, lr=0.1), rows()
+    before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
+    out = run.sae(x)
+    loss = torch.stack(list(run.sae.losses(out, Progress(0, 50)).values())).sum()
+    gradients = torch.autograd.grad(loss, list(run.sae.parameters()))
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm > 0.5
+    result = train_step(run, x, measure=True)
+    assert result.accepted
+    assert result.grad_norm == pytest.approx(float(norm))
+    assert result.loss == pytest.approx(loss.item())
+    for (name, p), g in zip(run.sae.named_parameters(), gradients, strict=True):
+        assert torch.allclose(p, before[name] - 0.1 * g * 0.5 / norm, atol=1e-6), name
+
+
+def test_training_lowers_the_loss_and_keeps_unit_rows() -> None:
+    run = make_run()
+    losses = [train_step(run, rows(64, seed), measure=True).loss for seed in range(50)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.allclose(run.sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-6)
+    assert (run.step, run.tokens, run.rejected) == (50, 50 * 64, 0)
+
+
+def test_learning_rate_follows_the_schedule() -> None:
+    run = make_run(warmup_steps=5, steps=20, lr=0.02)
+    rates = []
+    for seed in range(20):
+        train_step(run, rows(32, seed))
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates[:5] == pytest.approx([0.004, 0.008, 0.012, 0.016, 0.02])
+    assert rates[15] == 0.02
+    assert rates[16:] == pytest.approx([0.02, 0.015, 0.01, 0.005])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("type", ["vanilla", "topk", "batchtopk", "jumprelu"])
+def test_a_batch_with_nan_changes_nothing(type, value) -> None:
+    run = make_run(type)
+    train_step(run, rows())
+    before, state = weights(run), {k: v.clone() for k, v in run.optimizer.state[run.sae.W_dec].items()}
+    bad = rows(seed=1)
+    bad[7, 3] = value
+    result = train_step(run, bad, measure=True)
+    assert not result.accepted
+    after = weights(run)
+    assert all(torch.equal(before[name].nan_to_num(-1), after[name].nan_to_num(-1)) for name in before)
+    assert all(torch.equal(run.optimizer.state[run.sae.W_dec][k], v) for k, v in state.items())
+    assert (run.step, run.rejected, run.rejected_in_row) == (2, 1, 1)
+    assert train_step(run, rows(seed=2)).accepted
+    assert (run.rejected, run.rejected_in_row) == (1, 0)
+
+
+def test_a_gradient_that_overflows_changes_no_weight() -> None:
+    run = make_run()
+    before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
+    run.sae.W_dec.register_hook(lambda grad: grad * float("inf"))
+    assert not train_step(run, rows()).accepted
+    assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
+
+
+@pytest.mark.parametrize("type", ["vanilla", "topk", "jumprelu"])
+def test_accumulation_equals_one_batch(type) -> None:
+    # Clipping included; Adam would turn rounding of tiny gradients into full steps, so sgd.
+    whole = make_run(type, optimizer="sgd", lr=0.1)
+    parts = make_run(type, optimizer="sgd", lr=0.1, grad_acc_steps=4)
+    for seed in range(5):
+        one = train_step(whole, rows(32, seed), measure=True)
+        four = train_step(parts, rows(32, seed), measure=True)
+        assert four.loss == pytest.approx(one.loss, rel=1e-5)
+        assert four.metrics == pytest.approx(one.metrics, rel=1e-5)
+    theirs = dict(parts.sae.named_parameters())
+    for name, value in whole.sae.named_parameters():
+        assert torch.allclose(value, theirs[name], atol=1e-6), name
+
+
+def test_accumulation_rejects_the_whole_batch() -> None:
+    run = make_run(grad_acc_steps=4)
+    before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
+    bad = rows()
+    bad[-1, 0] = float("nan")  # in the last micro-batch
+    assert not train_step(run, bad).accepted
+    assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_optimizers_train(optimizer) -> None:
+    run = make_run(optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.01, weight_decay=0.01)
+    losses = [train_step(run, rows(64, seed), measure=True).loss for seed in range(30)]
+    assert losses[-1] < losses[0]
+
+
+def batches(make):
+    step = 0
+    while True:
+        step += 1
+        yield Batch(make(step), LoaderState(0, 0, step))
+
+
+def test_the_loop_takes_every_step_and_measures_some() -> None:
+    run, seen = make_run(steps=12), []
+    train(run, batches(lambda i: rows(32, i)), measure_every=5, on_step=lambda r, b, s: seen.append((r.step, s)))
+    assert [step for step, _ in seen] == list(range(1, 13))
+    assert [step for step, s in seen if s.metrics] == [1, 5, 10, 12]
+
+
+def test_the_loop_stops_when_nan_repeats() -> None:
+    run, seen = make_run(), []
+    bad = torch.full((32, D_IN), float("nan"))
+    with pytest.raises(DivergedError, match=rf"{MAX_REJECTED_IN_ROW} batches in a row up to step 13 .*--lr"):
+        train(
+            run,
+            batches(lambda i: rows(32, i) if i <= 3 else bad),
+            measure_every=5,
+            on_step=lambda r, b, s: seen.append(s),
+        )
+    assert [s.accepted for s in seen] == [True] * 3 + [False] * MAX_REJECTED_IN_ROW
+
+
+def test_results_without_measurement_are_not_numbers() -> None:
+    assert StepResult(accepted=False).loss != StepResult(accepted=False).loss

@@ -12,11 +12,12 @@ of batch-wise types is moved to that L0, on the held-out rows, for both.
 import argparse
 import math
 import os
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def measure_at(recipe: Recipe, trainer: str, args: argparse.Namespace) -> Measur
     coef = recipe.start
     while len(tried) < MAX_RUNS:
         tried.append(run(recipe, trainer, coef, args))
+        print(
+            f"  {recipe.ours} {trainer}: coefficient {coef:.3g} gives L0 {tried[-1].l0:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )
         low = [m for m in tried if m.l0 <= args.k]
         high = [m for m in tried if m.l0 >= args.k]
         if low and high:
@@ -135,11 +141,11 @@ def measure_at(recipe: Recipe, trainer: str, args: argparse.Namespace) -> Measur
         coef *= min(max(ratio * (1.3 if ratio > 1 else 1 / 1.3), 0.1), 10.0)
     nearest = min(tried, key=lambda m: abs(math.log(max(m.l0, 1e-3) / args.k)))
     if not (low and high):
-        return nearest
+        return replace(nearest, fvu_at=math.nan)
     a, b = max(low, key=lambda m: m.l0), min(high, key=lambda m: m.l0)
     share = 0.0 if a.l0 == b.l0 else math.log(args.k / a.l0) / math.log(b.l0 / a.l0)
     fvu_at = math.exp((1 - share) * math.log(a.fvu) + share * math.log(b.fvu))
-    return Measured(nearest.coef, nearest.l0, nearest.fvu, nearest.dead, nearest.never, nearest.seconds, fvu_at)
+    return replace(nearest, fvu_at=fvu_at)
 
 
 def run(recipe: Recipe, trainer: str, coef: float | None, args: argparse.Namespace) -> Measured:
@@ -154,20 +160,23 @@ def run(recipe: Recipe, trainer: str, coef: float | None, args: argparse.Namespa
             ]
         )
         data = Data.open(config)
-        start = time.perf_counter()
         train = train_ours if trainer == "ours" else train_theirs
-        dead = train(recipe, data.config, data, Path(folder) / "run", coef)
-        seconds = time.perf_counter() - start
+        dead, seconds = train(recipe, data.config, data, Path(folder) / "run", coef)
         return evaluate(recipe, data, Path(folder) / "run", coef, dead, seconds, args.k)
 
 
-def train_ours(recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None) -> float:
-    """Our loop as `sae-train run` calls it; returns the share of dead latents."""
-    return float(train_sae(config).summary["dead"])
+def train_ours(
+    recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None
+) -> tuple[float, float]:
+    """Our loop as `sae-train run` calls it; returns the share of dead latents and the seconds of training."""
+    summary = train_sae(config).summary
+    return float(summary["dead"]), float(summary["seconds"])
 
 
-def train_theirs(recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None) -> float:
-    """SAELens' SAETrainer over our batches; returns the share of dead latents."""
+def train_theirs(
+    recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None
+) -> tuple[float, float]:
+    """SAELens' SAETrainer over our batches; returns the share of dead latents and the seconds of training."""
     assert config.steps is not None
     assert config.lr is not None
     assert config.warmup_steps is not None
@@ -188,8 +197,11 @@ def train_theirs(recipe: Recipe, config: TrainConfig, data: Data, folder: Path, 
         sae,
         rows_for_theirs(data),
     )
-    trainer.fit().save_inference_model(folder)
-    return float(trainer.dead_neurons.float().mean())
+    start = time.perf_counter()
+    trained = trainer.fit()
+    seconds = time.perf_counter() - start
+    trained.save_inference_model(folder)
+    return float(trainer.dead_neurons.float().mean()), seconds
 
 
 def lens_options(recipe: Recipe, config: TrainConfig, coef: float | None) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class TokenBatch:
     rows: npt.NDArray[np.int64]  # (n,) rows of the sort buffer that they belong to
 
 
+LIKE = 0.9  # a batch takes no window shorter than this share of its longest, ...
+LEAST = 8  # ... unless it holds less than 1/8 of the budget
+
+
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[npt.NDArray[np.int64]]:
     """Groups of windows of like length, longest first, each at most `batch_tokens` with its padding.
 
@@ -31,10 +35,14 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[npt.NDArray[
     arguments only.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
+    ordered = np.asarray(lengths)[order]
     batches: list[npt.NDArray[np.int64]] = []
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        longest = max(1, int(ordered[start]))
+        room = ordered[start : start + max(1, batch_tokens // longest)]
+        alike = int((room >= LIKE * longest).sum())
+        size = max(alike, min(len(room), batch_tokens // LEAST // longest))
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harvest_kit import row_errors, texts
+from harvest_kit import build_model, row_errors, texts
 
 import cache
 from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
@@ -51,19 +51,19 @@ def test_pooled_rows_equal_encode(minilm: Any, corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: bool, minilm: Any) -> None:
+def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: bool) -> None:
     from sentence_transformers import SentenceTransformer, models
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library, about its own older names
-        transformer = models.Transformer(str(demo_model_path()))
-        pooling = models.Pooling(384, pooling_mode="cls" if dense else "max")
-        stack = [transformer, pooling, models.Dense(384, 64)] if dense else [transformer, pooling]
+        transformer = models.Transformer(str(build_model(tmp_path / "bert", "bert")))
+        pooling = models.Pooling(32, pooling_mode="cls" if dense else "max")
+        stack = [transformer, pooling, models.Dense(32, 64)] if dense else [transformer, pooling]
         model = SentenceTransformer(modules=stack, device="cpu")
         model.save(str(tmp_path / "stack"))
     config = config_of(str(tmp_path / "stack"), corpus, tmp_path / "out", WhereConfig(unit="text"))
     prepared = prepare(config, lambda message: None)
-    assert (prepared.widths_known, prepared.hooks[0].d_in) == (True, 64 if dense else 384)
+    assert (prepared.widths_known, prepared.hooks[0].d_in) == (True, 64 if dense else 32)
     harvest(config, quiet=True)
     got = cache.open(tmp_path / "out")
     assert row_errors(got.hook()[0 : got.n_rows], model.encode(DOCS, convert_to_numpy=True)).max() < 1e-5

@@ -18,7 +18,7 @@ from harvest.errors import ConfigError
 from harvest.run import harvest
 
 REPO = Path(__file__).parents[1]
-FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "512", "--device", "cpu")
+FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "2048", "--device", "cpu")
 
 
 class CutOff(Exception):
@@ -147,7 +147,8 @@ def interrupted(config: HarvestConfig, out: Path, number: int) -> subprocess.Com
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_a_killed_command_continues_byte_equal(config: HarvestConfig, number: int, code: int, tmp_path: Path) -> None:
-    config = replace(config, text=replace(config.text, dataset=str(write_corpus(tmp_path / "long.txt", 700))))
+    corpus = write_corpus(tmp_path / "long.txt", 1200)
+    config = replace(config, text=replace(config.text, dataset=str(corpus)), rows_per_shard=2048)
     out = tmp_path / "cut"
     stopped = interrupted(config, out, number)
     assert stopped.returncode == code, stopped.stderr

@@ -3,6 +3,7 @@
 Run by `make interop`, in the peers' environment. Where definitions differ the test's docstring says how and why.
 """
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+from dictionary_learning.trainers.p_anneal import PAnnealTrainer
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.trainers.trainer import remove_gradient_parallel_to_decoder_directions
@@ -19,6 +21,7 @@ from interop_kit import D_IN, D_SAE, K, difference, make, rows, step, total
 from torch import Tensor
 
 from sae_core import SAE, Progress
+from sae_core.functional import annealed_sparsity
 
 TOLERANCE = 1e-5
 STEP = 3000  # past every warm-up
@@ -86,6 +89,30 @@ def test_vanilla_and_the_standard_trainer_differ_in_the_decoder_norms() -> None:
     assert difference(ours, theirs) < TOLERANCE
     for name in ("W_enc", "b_enc", "b_dec"):
         assert difference(grads[name], peer_grads[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated"])
+def test_p_annealing_has_their_direction_and_keeps_its_size(name: str) -> None:
+    """Theirs switches the exponent in steps and multiplies the coefficient, at each switch, by the ratio of the old to
+    the new penalty over the last ten batches; ours moves both on every batch. So the penalty keeps the value of plain
+    L1 here, and its gradient is that of sum z^p times that ratio. Theirs leaves the decoder norms out."""
+    exponent, x = 0.5, rows(seed=20)
+    sae = make(name, l1_coef=0.7, p_end=exponent, p_anneal_from=0.0)
+    plain = type(sae)(dataclasses.replace(sae.config, p_end=1.0))
+    plain.load_state_dict(sae.state_dict())
+    out, losses, _ = step(sae, x, Progress(100, 100))
+    _, plain_losses, _ = step(plain, x)
+    assert difference(losses["l1"], plain_losses["l1"]) < TOLERANCE
+    if name == "vanilla":
+        z = (out.codes.dense().detach() * sae.W_dec.detach().norm(dim=1)).requires_grad_()
+        peer = trainer(PAnnealTrainer, sae, initial_sparsity_penalty=0.7, sparsity_function="Lp^p")
+        theirs = 0.7 * peer.lp_norm(z.clamp_min(1e-12), exponent)
+        ours = 0.7 * annealed_sparsity(z, exponent) / len(x)
+        (grad_theirs,), (grad_ours,) = torch.autograd.grad(theirs, z), torch.autograd.grad(ours, z)
+        fired = z > 1e-4
+        ratio = float(z.detach().sum() / z.detach()[z > 0].pow(exponent).sum())
+        assert difference(grad_ours[fired], ratio * grad_theirs[fired]) < TOLERANCE
+        assert not grad_ours[z == 0].any()
 
 
 def test_gated_equals_gated() -> None:

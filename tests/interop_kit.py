@@ -59,12 +59,12 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-def step(sae: SAE, x: Tensor) -> tuple[SAEOutput, dict[str, Tensor], dict[str, Tensor]]:
+def step(sae: SAE, x: Tensor, progress: Progress = LAST) -> tuple[SAEOutput, dict[str, Tensor], dict[str, Tensor]]:
     """Forward and backward in training mode: the output, the loss terms and the gradients by parameter name."""
     sae.train()
     sae.zero_grad(set_to_none=True)
     out = sae(x)
-    losses = sae.losses(out, LAST)
+    losses = sae.losses(out, progress)
     total(losses).backward()
     grads = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     return out, {name: value.detach() for name, value in losses.items()}, grads

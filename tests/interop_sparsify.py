@@ -167,6 +167,23 @@ def test_auxk_differs_in_its_unit_and_reaches_the_encoder_only_here() -> None:
     assert "W_enc" not in lens_grads or not lens_grads["W_enc"].any()
 
 
+def test_multi_topk_has_the_same_value_and_reaches_the_encoder_only_here() -> None:
+    """An eighth of the loss at 4k. sparsify takes the 4k from pre-activations whose gradient its fused backward drops:
+    the term trains only its decoder. The paper (arXiv 2406.04093, section 4.2) has no such exception, nor has ours."""
+    x, sae = rows(), positive(make("topk", loss="fvu", multi_topk=True))
+    out = sae.train()(x)
+    sae.zero_grad()
+    term = sae.losses(out, Progress(99, 100))["multi_topk"]
+    term.backward()
+    theirs = coder(sae, multi_topk=True)
+    fvu = theirs(x).multi_topk_fvu / 8
+    assert difference(term, fvu) < TOLERANCE
+    lens_grads = gradients(theirs, fvu)
+    assert difference(sae.W_dec.grad, lens_grads["W_dec"]) < TOLERANCE
+    assert sae.W_enc.grad.any()
+    assert "W_enc" not in lens_grads or not lens_grads["W_enc"].any()
+
+
 def test_decoder_projection_and_renormalisation_are_equal() -> None:
     x, sae = rows(), positive(make("topk", loss="fvu"))
     step(sae, x)

@@ -44,6 +44,8 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from benchmarks import machine
+from benchmarks.table import markdown
 from sae_core.codes import Codes
 from sae_core.metrics import Evaluator
 from train import train_sae
@@ -97,7 +99,7 @@ def main() -> None:
         rows = {}
         for trainer in ("SAELens", "ours"):
             rows[trainer] = measure_at(recipe, trainer, args)
-            print(line(recipe.ours, trainer, rows[trainer], args.k), flush=True)
+            print(*line(recipe.ours, trainer, rows[trainer]), flush=True)
         blocks.append((recipe.ours, rows))
     table = render(blocks, args)
     print("\n" + table)
@@ -253,27 +255,21 @@ def scores(sae: Any, rows: list[Tensor]) -> dict[str, float]:
 
 def render(blocks: list[tuple[str, dict[str, Measured]]], args: argparse.Namespace) -> str:
     """The table as Markdown."""
-    head = (
-        f"{args.steps} steps of {args.batch_size} rows, d_sae {args.d_sae}, compared at L0 {args.k}, seed {args.seed}; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads.\n\n"
-        f"| type | trainer | coefficient | L0 | held-out FVU | FVU at L0 {args.k} | dead | never fired | seconds |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-    )
-    body = ""
+    header = ["type", "trainer", "coefficient", "L0", "held-out FVU", f"FVU at L0 {args.k}", "dead", "never fired", "s"]
+    lines = []
     for name, rows in blocks:
-        body += "".join(line(name, trainer, m, args.k) + "\n" for trainer, m in rows.items())
+        lines += [line(name, trainer, m) for trainer, m in rows.items()]
         ratio = rows["ours"].fvu_at / rows["SAELens"].fvu_at
-        body += f"| {name} | ours / SAELens | | | | {ratio:.3f} | | | |\n"
-    return head + body
+        lines.append([name, "ours / SAELens", "", "", "", f"{ratio:.3f}", "", "", ""])
+    sizes = f"{args.steps} steps of {args.batch_size} rows, d_sae {args.d_sae}, k {args.k}, seed {args.seed}"
+    return f"{machine.describe()}\n\n{sizes}\n\n{markdown(header, lines)}\n"
 
 
-def line(name: str, trainer: str, m: Measured, k: int) -> str:
+def line(name: str, trainer: str, m: Measured) -> list[str]:
     """One row of the table."""
     coef = "" if m.coef is None else f"{m.coef:.3g}"
-    return (
-        f"| {name} | {trainer} | {coef} | {m.l0:.1f} | {m.fvu:.4f} | {m.fvu_at:.4f} | {m.dead:.1%} | {m.never:.1%} | "
-        f"{m.seconds:.0f} |"
-    )
+    numbers = [f"{m.l0:.1f}", f"{m.fvu:.4f}", f"{m.fvu_at:.4f}", f"{m.dead:.1%}", f"{m.never:.1%}", f"{m.seconds:.0f}"]
+    return [name, trainer, coef, *numbers]
 
 
 if __name__ == "__main__":

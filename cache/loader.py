@@ -1,19 +1,20 @@
 """Shuffled batches of a cache on a device, prefetched, with a state of three integers.
 
-A background thread assembles pools (`cache.order`) from the memory-mapped shards, in disk order; batches are drawn
-from the pool in the order of `cache.shuffle`, on the device. Filtered and held-out rows are stepped over: a batch is
-the next survivors, the cursor counts all rows. Two pools exist at a time, so memory is O(pool).
+A background thread plans pools (`cache.order`): which rows, in the order of `cache.shuffle`. Filtered and held-out rows
+are stepped over: a batch is the next survivors, the cursor counts all rows. On a CPU another thread copies the rows of
+the next batches straight from the memory maps. For a GPU the pool is copied to the device in disk order, through pinned
+memory and a side stream, and batches are taken there; two pools exist at a time, so memory is O(pool).
+
+Within a batch rows stand in disk order: which rows meet in a batch is shuffled, their order in it means nothing.
 
 Shapes: B batch rows, D = d_in, P rows of a pool, S surviving rows of a pool.
 """
 
 from __future__ import annotations
 
-import queue
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,14 @@ from torch import Tensor
 from cache.errors import SelectionError
 from cache.order import Order, PoolPlan, plan_order
 from cache.prefetch import Prefetcher
+from cache.readahead import ReadAhead
 from cache.selection import Counts, Filters, Holdout, Part, Selection, account, shard_columns
-from cache.staging import Buffer, as_integers, make_buffer, n_copy_threads
+from cache.staging import CudaBuffer, HostRows, PoolRows, as_integers, n_copy_threads
 
 if TYPE_CHECKING:
     from cache.reader import Cache
+
+BATCHES_AHEAD = 4
 
 __all__ = ["Batch", "Counts", "Filters", "Holdout", "Loader", "LoaderState"]
 
@@ -101,72 +105,35 @@ class Loader:
         self.state = state or LoaderState(seed)
         if self.state.seed != seed:
             raise SelectionError(f"the loader's state has seed {self.state.seed}, the loader was given seed {seed}")
-        self._source = _Source(cache, self.hooks, self.order, Selection(filters, holdout, part), with_rows=with_rows)
-        self._widths, self._storage = widths, cache.dtype
-        self._pools: Prefetcher[_Pool] | None = None
-        self._pool: _Pool | None = None
-        self._taken = 0  # survivors of the current pool that were delivered
+        selection = Selection(filters, holdout, part)
+        self._source = _Source(cache, self.hooks, self.order, selection, self.device, with_rows=with_rows)
+        self._batches: Prefetcher[Batch] | Generator[Batch, None, None] | None = None
         self._finalizer: weakref.finalize[Any, Loader] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        pieces: list[tuple[dict[str, Tensor], NDArray[np.int64] | None]] = []
-        missing = self.batch_size
-        while missing and (pool := self._current_pool()) is not None:
-            n = min(missing, pool.n_left(self._taken))
-            if n:
-                pieces.append(pool.select(self._taken, self._taken + n))
-            self._taken, missing = self._taken + n, missing - n
-            self._advance(pool)
-        if not pieces:
+        if self._batches is None:
+            batches = _batches(self._source, self.state, self.batch_size, self.epochs)
+            # On a GPU taking a batch is a launch on the consumer's stream: nothing to gain from a thread.
+            self._batches = batches if self.device.type == "cuda" else Prefetcher(batches, BATCHES_AHEAD)
+            self._finalizer = weakref.finalize(self, self._batches.close)
+        try:
+            drawn = next(self._batches)
+        except BaseException:
             self.close()
-            raise StopIteration
-        rows = {hook: _join([p[0][hook] for p in pieces]).to(self.device, self.dtype) for hook in self.hooks}
-        ids = [p[1] for p in pieces if p[1] is not None]
-        row_ids = torch.from_numpy(np.concatenate(ids)) if ids else None
-        return Batch(rows[self.hooks[0]] if self.single else rows, self.state, row_ids)
-
-    def _current_pool(self) -> _Pool | None:
-        """The pool to draw from, fetched if needed; None at the end of a finite loader."""
-        if self._pool is None:
-            if self._pools is None:
-                self._start()
-            assert self._pools is not None
-            self._pool = next(self._pools, None)
-            if self._pool is not None:
-                self._pool.buffer.acquire(self._pool.index)
-                cursor = self.state.cursor if self._pool.epoch == self.state.epoch else 0
-                self._taken = int(np.searchsorted(self._pool.ranks, cursor - self._pool.start))
-        return self._pool
-
-    def _advance(self, pool: _Pool) -> None:
-        """Update the state after a draw; give an emptied pool back."""
-        if pool.n_left(self._taken):
-            self.state = LoaderState(self.order.seed, pool.epoch, pool.start + int(pool.ranks[self._taken - 1]) + 1)
-            return
-        end = pool.start + pool.n_rows
-        last = end == self.order.n_rows
-        self.state = LoaderState(self.order.seed, pool.epoch + last, 0 if last else end)
-        pool.buffer.release()
-        pool.free.put(pool.buffer)
-        self._pool = None
-
-    def _start(self) -> None:
-        free: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
-        n_buffers = 2 if self.order.n_pools > 1 or self.epochs != 1 else 1
-        for _ in range(n_buffers):
-            free.put(make_buffer(self.order, self._widths, self._storage, self.device))
-        pools = self._source.pools(self.state, self.epochs, free, n_copy_threads(self.device))
-        self._pools = Prefetcher(pools, stop=lambda: free.put(None))
-        self._finalizer = weakref.finalize(self, self._pools.close)
+            raise
+        self.state = drawn.state
+        assert isinstance(drawn.x, dict)
+        rows = {hook: x.to(self.device, self.dtype) for hook, x in drawn.x.items()}
+        return Batch(rows[self.hooks[0]] if self.single else rows, drawn.state, drawn.row_ids)
 
     def close(self) -> None:
-        """Stop the background thread and free the pools; the state stays, and iterating again continues from it."""
+        """Stop the background threads; the state stays, and iterating again continues from it."""
         if self._finalizer is not None:
             self._finalizer()
-        self._finalizer = self._pools = self._pool = None
+        self._finalizer = self._batches = None
 
     def __enter__(self) -> Loader:
         return self
@@ -177,76 +144,127 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Pool:
-    """One assembled pool."""
+    """One pool: its rows, and which of them are delivered when."""
 
-    buffer: Buffer
-    free: queue.SimpleQueue[Buffer | None]
+    rows: PoolRows
     epoch: int
     start: int  # cursor at its first row
     n_rows: int
-    index: Tensor  # (S,) survivors in the order of delivery, where the rows are
-    order: NDArray[np.int64]  # (S,) the same on the CPU
+    order: NDArray[np.int64]  # (S,) survivors in the order of delivery, counted in disk order
     ranks: NDArray[np.int64]  # (S,) how many rows of the pool's order precede each survivor
+    needed: NDArray[np.int64]  # (P,) where each row stands among the rows that were fetched
     row_ids: NDArray[np.int64] | None  # (P,)
 
-    def n_left(self, taken: int) -> int:
-        """Survivors that were not delivered yet."""
-        return len(self.ranks) - taken
 
-    def select(self, lo: int, hi: int) -> tuple[dict[str, Tensor], NDArray[np.int64] | None]:
-        """Survivors lo to hi: rows by hook point, and their ids if wanted."""
-        index = self.index[lo:hi]
-        rows = {hook: torch.index_select(rows, 0, index) for hook, rows in self.buffer.rows.items()}
-        return rows, None if self.row_ids is None else self.row_ids[self.order[lo:hi]]
+def _batches(source: _Source, state: LoaderState, batch_size: int, epochs: int | None) -> Generator[Batch, None, None]:
+    """Batches from a state on, in the storage dtype, by hook point."""
+    seed, n_rows = source.order.seed, source.order.n_rows
+    executor = ThreadPoolExecutor(source.n_threads, thread_name_prefix="cache-copy")
+    pools = Prefetcher(source.pools(state, epochs, executor), depth=1)
+    pool: _Pool | None = None
+    taken = 0  # survivors of the pool that were delivered
+    try:
+        while True:
+            pieces: list[tuple[dict[str, Tensor], NDArray[np.int64] | None]] = []
+            missing = batch_size
+            while missing:
+                if pool is None:
+                    pool = next(pools, None)
+                    if pool is None:
+                        break
+                    cursor = state.cursor if pool.epoch == state.epoch else 0
+                    taken = int(np.searchsorted(pool.ranks, cursor - pool.start))
+                n = min(missing, len(pool.ranks) - taken)
+                if n:
+                    pieces.append(source.take(pool, taken, taken + n))
+                taken, missing = taken + n, missing - n
+                if taken < len(pool.ranks):
+                    state = LoaderState(seed, pool.epoch, pool.start + int(pool.ranks[taken - 1]) + 1)
+                    continue
+                end = pool.start + pool.n_rows
+                state = LoaderState(seed, pool.epoch + (end == n_rows), 0 if end == n_rows else end)
+                pool.rows.release()
+                pool = None
+            if not pieces:
+                return
+            rows = {hook: _join([p[0][hook] for p in pieces]) for hook in source.hooks}
+            ids = [p[1] for p in pieces if p[1] is not None]
+            yield Batch(rows, state, torch.from_numpy(np.concatenate(ids)) if ids else None)
+    finally:
+        pools.close()
+        executor.shutdown()
 
 
 class _Source:
-    """Assembles pools; runs in the background thread."""
+    """Plans pools and takes rows from them; runs in the background threads."""
 
     def __init__(
-        self, cache: Cache, hooks: Sequence[str], order: Order, selection: Selection, *, with_rows: bool
+        self,
+        cache: Cache,
+        hooks: Sequence[str],
+        order: Order,
+        selection: Selection,
+        device: torch.device,
+        *,
+        with_rows: bool,
     ) -> None:
         n_shards = len(cache.shards)
-        self.order, self.selection = order, selection
+        self.hooks, self.order, self.selection, self.device = hooks, order, selection, device
+        self.dtype, self.n_threads = cache.dtype, n_copy_threads(device)
         self.shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in range(n_shards)] for hook in hooks}
         columns = shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name] for shard in columns] for name in (columns[0] if columns else {})}
         self.first_row_ids = [shard.first_row_id for shard in cache.shards] if with_rows else None
+        self.files = [
+            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(self.shards[hook])] for hook in hooks
+        ]
 
-    def pools(
-        self, state: LoaderState, epochs: int | None, free: queue.SimpleQueue[Buffer | None], n_threads: int
-    ) -> Iterator[_Pool]:
-        """Pools from a state on; waits for a free buffer before each, ends when that is None."""
-        epoch, pool = state.epoch, self.order.locate(state.epoch, state.cursor)
-        with ThreadPoolExecutor(n_threads) if n_threads > 1 else nullcontext() as executor:
-            while epochs is None or epoch < epochs:
-                starts = self.order.pool_starts(epoch)
-                for number in range(pool, self.order.n_pools):
-                    buffer = free.get()
-                    if buffer is None:
-                        return
-                    yield self._assemble(epoch, number, int(starts[number]), buffer, free, executor)
-                epoch, pool = epoch + 1, 0
+    def pools(self, state: LoaderState, epochs: int | None, executor: Executor) -> Generator[_Pool, None, None]:
+        """Pools from a state on. The rows of a pool may be overwritten when the next but one is asked for."""
+        epoch, first = state.epoch, self.order.locate(state.epoch, state.cursor)
+        ahead = ReadAhead(self.files)
+        buffers: list[CudaBuffer | None] = [None, None]
+        if self.device.type == "cuda":
+            widths = {hook: shards[0].shape[1] for hook, shards in self.shards.items()}
+            buffers = [CudaBuffer(self.order, widths, self.dtype, self.device) for _ in buffers]
+        while epochs is None or epoch < epochs:
+            starts = self.order.pool_starts(epoch)
+            for number in range(first, self.order.n_pools):
+                yield self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
+                buffers.reverse()
+            epoch, first = epoch + 1, 0
 
     def _assemble(
         self,
         epoch: int,
         number: int,
         start: int,
-        buffer: Buffer,
-        free: queue.SimpleQueue[Buffer | None],
-        executor: Executor | None,
+        buffer: CudaBuffer | None,
+        ahead: ReadAhead,
+        executor: Executor,
     ) -> _Pool:
         plan = self.order.pool(epoch, number)
-        n_rows = plan.n_rows
-        permutation = self.order.permutation(epoch, number, n_rows)
+        permutation = self.order.permutation(epoch, number, plan.n_rows)
         keep = self.selection.mask({name: self._column(plan, shards) for name, shards in self.columns.items()})
         kept = keep[permutation]
-        order, ranks = permutation[kept], np.flatnonzero(kept)
-        needed, positions = plan.restrict(keep)
-        buffer.fill(needed, self.shards, executor)
+        fetched, positions = plan.restrict(keep)
+        ahead.advise(fetched)
+        rows: PoolRows
+        if buffer is not None:
+            buffer.fill(fetched, self.shards, executor)
+            rows = buffer
+        else:
+            rows = HostRows(fetched, self.shards, self.dtype, executor, self.n_threads)
         row_ids = None if self.first_row_ids is None else plan.row_ids(self.first_row_ids)
-        return _Pool(buffer, free, epoch, start, n_rows, buffer.index(positions[order]), order, ranks, row_ids)
+        order, ranks = permutation[kept], np.flatnonzero(kept)
+        return _Pool(rows, epoch, start, plan.n_rows, order, ranks, positions, row_ids)
+
+    def take(self, pool: _Pool, lo: int, hi: int) -> tuple[dict[str, Tensor], NDArray[np.int64] | None]:
+        """Survivors lo to hi of a pool: rows by hook point, and their ids if wanted."""
+        index = np.sort(pool.order[lo:hi])
+        fetched = pool.needed[index]
+        rows = {hook: pool.rows.take(hook, fetched) for hook in self.hooks}
+        return rows, None if pool.row_ids is None else pool.row_ids[index]
 
     @staticmethod
     def _column(plan: PoolPlan, shards: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -66,10 +66,14 @@ def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> 
 def pool_permutation(n_rows: int, seed: int, epoch: int, pool: int) -> NDArray[np.int64]:
     """Order in which the rows of a pool are delivered: a permutation of range(n_rows).
 
-    Rows are sorted by a hash of their number. The hash is injective, so there are no ties: any sort gives this order.
+    Rows are sorted by a hash of their number, of which the lowest bits make room for that number: sorting one array
+    of integers is several times faster than an argsort, and there are no ties.
     """
+    n_bits = np.uint64(max((n_rows - 1).bit_length(), 1))
+    low = (np.uint64(1) << n_bits) - np.uint64(1)
+    numbers = np.arange(n_rows, dtype=np.uint64)
     key = derive_key(_ROWS_DOMAIN, seed, epoch, pool)
-    return np.argsort(hash64(np.arange(n_rows, dtype=np.uint64), key)).astype(np.int64, copy=False)
+    return (np.sort((hash64(numbers, key) & ~low) | numbers) & low).astype(np.int64)
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""Buffers that a pool is assembled into: host memory, or device memory through pinned staging and a side stream.
+"""Where the rows of a pool are taken from: the memory maps themselves, or a copy of the pool on a GPU.
 
-With `loader.py` the only file of this package that imports torch.
+With `loader.py` the only file of this package that imports torch. Shapes: P rows of a pool, B of a batch, D = d_in.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from cache.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
+MIN_ROWS_PER_TASK = 512
 
-Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard
+Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard, as integers of the same size
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _INTEGERS = {4: np.int32, 2: np.int16}
@@ -30,54 +31,49 @@ def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(rows).view(_INTEGERS[rows.dtype.itemsize])
 
 
-class Buffer(Protocol):
-    """Holds one pool at a time."""
+class PoolRows(Protocol):
+    """The rows of one pool."""
 
-    @property
-    def rows(self) -> Mapping[str, Tensor]:
-        """Hook point -> (P, D) in the storage dtype."""
-
-    def fill(self, plan: PoolPlan, shards: Shards, executor: Executor | None) -> None:
-        """Copy the rows of a pool in, in disk order (background thread)."""
-
-    def index(self, order: NDArray[np.int64]) -> Tensor:
-        """Bring an index to where the rows are (background thread)."""
-
-    def acquire(self, index: Tensor) -> None:
-        """Before the first use of a filled buffer and its index (consumer)."""
+    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
+        """Rows (B, D) of a hook point in the storage dtype; the index is ascending and counts in disk order."""
 
     def release(self) -> None:
-        """After the last use: the buffer will be filled again (consumer)."""
+        """The pool is used up."""
 
 
-class HostBuffer:
-    """A pool in host memory."""
+class HostRows:
+    """Rows are copied straight from the memory maps into a batch: each byte moves once."""
 
-    def __init__(self, n_rows: int, widths: Mapping[str, int], dtype: str) -> None:
-        self.rows = {hook: torch.empty(n_rows, d, dtype=_TORCH_DTYPES[dtype]) for hook, d in widths.items()}
+    def __init__(self, plan: PoolPlan, shards: Shards, dtype: str, executor: Executor, n_threads: int) -> None:
+        self._shards, self._dtype, self._executor, self._n_threads = shards, _TORCH_DTYPES[dtype], executor, n_threads
+        self._parts = [part.shard for part in plan.parts]
+        self._starts = np.cumsum([0, *(part.n_rows for part in plan.parts)])
+        self._offsets = plan.row_ids([0] * (max(self._parts, default=0) + 1))  # in their shards
 
-    def fill(self, plan: PoolPlan, shards: Shards, executor: Executor | None) -> None:
-        """See `Buffer`."""
-        for hook, rows in self.rows.items():
-            plan.gather(shards[hook], _as_numpy(rows)[: plan.n_rows], executor)
-
-    def index(self, order: NDArray[np.int64]) -> Tensor:
-        """See `Buffer`."""
-        return torch.from_numpy(order)
-
-    def acquire(self, index: Tensor) -> None:
-        """Nothing to wait for."""
+    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
+        """See `PoolRows`."""
+        shards = self._shards[hook]
+        out = torch.empty(len(index), shards[0].shape[1], dtype=self._dtype)
+        target, offsets = _as_numpy(out), self._offsets[index]
+        bounds = np.searchsorted(index, self._starts)
+        step = max(-(-len(index) // self._n_threads), MIN_ROWS_PER_TASK)
+        tasks = [
+            (shards[shard], offsets[i : min(i + step, hi)], target[i : min(i + step, hi)])
+            for shard, lo, hi in zip(self._parts, bounds[:-1], bounds[1:], strict=True)
+            for i in range(lo, hi, step)
+        ]
+        for _ in self._executor.map(_take, tasks):
+            pass
+        return out
 
     def release(self) -> None:
-        """Nothing to record."""
+        """Nothing is held."""
 
 
 class CudaBuffer:
     """A pool in device memory. Copies run on a side stream; events order them against the consumer's stream."""
 
-    def __init__(
-        self, n_rows: int, block_rows: int, widths: Mapping[str, int], dtype: str, device: torch.device
-    ) -> None:
+    def __init__(self, order: Order, widths: Mapping[str, int], dtype: str, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -85,26 +81,25 @@ class CudaBuffer:
         self._staging: dict[str, list[Tensor]] = {}
         self._copied: dict[str, list[torch.cuda.Event]] = {}
         self.rows: dict[str, Tensor] = {}
+        kind, n_rows = _TORCH_DTYPES[dtype], order.max_pool_rows
         for hook, d in widths.items():
-            kind = _TORCH_DTYPES[dtype]
-            n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), block_rows))
+            n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), order.block_rows))
             self.rows[hook] = torch.empty(n_rows, d, dtype=kind, device=device)
             self._staging[hook] = [torch.empty(n_staged, d, dtype=kind, pin_memory=True) for _ in range(2)]
             self._copied[hook] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
 
-    def fill(self, plan: PoolPlan, shards: Shards, executor: Executor | None) -> None:
-        """See `Buffer`. While one staging buffer travels, the other is filled."""
+    def fill(self, plan: PoolPlan, shards: Shards, executor: Executor) -> None:
+        """Copy the rows of a pool in, in disk order (background thread)."""
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if self._drained is not None:
                 self._stream.wait_event(self._drained)
-            for hook, rows in self.rows.items():
-                self._fill_hook(hook, rows, plan, shards[hook], executor)
+            for hook in self.rows:
+                self._fill_hook(hook, plan, shards[hook], executor)
             self._filled.record(self._stream)
 
-    def _fill_hook(
-        self, hook: str, rows: Tensor, plan: PoolPlan, shards: Sequence[NDArray[Any]], executor: Executor | None
-    ) -> None:
-        staging, copied = self._staging[hook], self._copied[hook]
+    def _fill_hook(self, hook: str, plan: PoolPlan, shards: Sequence[NDArray[Any]], executor: Executor) -> None:
+        """While one staging buffer travels, the other is filled."""
+        rows, staging, copied = self.rows[hook], self._staging[hook], self._copied[hook]
         done = 0
         for i, piece in enumerate(plan.split(len(staging[0]))):
             copied[i % 2].synchronize()  # returns at once before the first record
@@ -114,35 +109,26 @@ class CudaBuffer:
             copied[i % 2].record(self._stream)
             done += piece.n_rows
 
-    def index(self, order: NDArray[np.int64]) -> Tensor:
-        """See `Buffer`."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            index = torch.from_numpy(order).to(self.device)
-            self._filled.record(self._stream)
-        return index
-
-    def acquire(self, index: Tensor) -> None:
-        """See `Buffer`."""
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self._filled)
-        index.record_stream(stream)  # it was allocated on the side stream
+    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
+        """See `PoolRows`; runs on the consumer's stream."""
+        torch.cuda.current_stream(self.device).wait_event(self._filled)
+        return torch.index_select(self.rows[hook], 0, torch.from_numpy(index).to(self.device))
 
     def release(self) -> None:
-        """See `Buffer`."""
+        """See `PoolRows`."""
         self._drained = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._drained.record(torch.cuda.current_stream(self.device))
 
 
-def make_buffer(order: Order, widths: Mapping[str, int], dtype: str, device: torch.device) -> Buffer:
-    """A buffer for one pool: on the device itself if it is a CUDA device, else on the host."""
-    if device.type == "cuda":
-        return CudaBuffer(order.max_pool_rows, order.block_rows, widths, dtype, device)
-    return HostBuffer(order.max_pool_rows, widths, dtype)
-
-
 def n_copy_threads(device: torch.device) -> int:
-    """Threads that copy shards: one beside a training that computes on the CPU, several to feed a GPU."""
-    return min(8, max((os.cpu_count() or 1) // 2, 1)) if device.type == "cuda" else 1
+    """Threads that copy rows: few beside a training that computes on the CPU, several to feed a GPU."""
+    n_cores = os.cpu_count() or 1
+    return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 2))
+
+
+def _take(task: tuple[NDArray[Any], NDArray[np.int64], NDArray[Any]]) -> None:
+    source, index, out = task
+    np.take(source, index, axis=0, out=out, mode="clip")  # the other modes copy once more
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

@@ -56,11 +56,11 @@ def train_step(run: Run, x: Inputs, *, measure: bool = False) -> StepResult:
 
 def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
-    evaluator = Evaluator(sae.d_out, sae.config.d_sae) if measure else None
+    progress = Progress(run.step, run.n_steps)
+    sae.begin_step(progress)
+    measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
-    losses = _accumulate(
-        sae, x, config.grad_acc_steps, Progress(run.step, run.n_steps), evaluator, config.compute_dtype
-    )
+    losses = _accumulate(sae, x, config.grad_acc_steps, progress, measured, config.compute_dtype)
     if losses is None:
         return StepResult(accepted=False)
     sae.project_gradients()
@@ -72,12 +72,12 @@ def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     set_lr(run.optimizer, run.lr)
     run.optimizer.step()
     sae.after_step()
-    metrics = evaluator.result() if evaluator is not None else {}
+    metrics = measured.result() if measured is not None else {}
     return StepResult(True, {name: float(v) for name, v in losses.items()} if measure else {}, float(norm), metrics)
 
 
 def _accumulate(
-    sae: SAE, x: Inputs, n_parts: int, progress: Progress, evaluator: Evaluator | None, compute_dtype: str
+    sae: SAE, x: Inputs, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
 ) -> dict[str, Tensor] | None:
     """Gradients of the mean loss over equal parts of a batch, left in `.grad`; None if a part is not finite."""
     sums: dict[str, Tensor] = {}
@@ -92,15 +92,26 @@ def _accumulate(
             return None
         total.backward()  # type: ignore[no-untyped-call]
         sae.track(out)
-        if evaluator is not None:
-            _measure(evaluator, out)
+        if measured is not None:
+            measured.update(sae, out)
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
     return sums
 
 
-def _measure(evaluator: Evaluator, out: SAEOutput) -> None:
-    evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
+@dataclass
+class _Measured:
+    """Metrics of one batch, and what the variant reports beside them (of its last micro-batch)."""
+
+    evaluator: Evaluator
+    reported: Mapping[str, float] = field(default_factory=dict)
+
+    def update(self, sae: SAE, out: SAEOutput) -> None:
+        self.evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
+        self.reported = sae.monitor(out)
+
+    def result(self) -> dict[str, float]:
+        return {**self.evaluator.result(), **self.reported}
 
 
 def train(

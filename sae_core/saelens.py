@@ -39,6 +39,7 @@ def read_saelens(
 
     Raises NotAnSAEError for an architecture or a normalisation that has no counterpart.
     """
+    cfg = _current(cfg, folder)
     architecture = cfg.get("architecture")
     readers = {cls.reads_saelens: cls for name in registry.names() if (cls := registry.get(name)).reads_saelens}
     if architecture not in readers:
@@ -62,6 +63,21 @@ def read_saelens(
         raise NotAnSAEError(
             f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {error!r}"
         ) from error
+
+
+def _current(cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A cfg.json from before SAELens 6 in the words of today; top-k was an activation of the standard SAE then."""
+    new = {"architecture": "standard", **cfg}
+    activation = new.get("activation_fn", new.get("activation_fn_str", "relu"))
+    if activation == "topk":
+        new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k")}
+    elif activation != "relu":
+        raise NotAnSAEError(f"{folder}: activation_fn={activation!r} of cfg.json cannot be read; known: relu, topk")
+    if new.get("finetuning_scaling_factor"):
+        raise NotAnSAEError(f"{folder}: finetuning_scaling_factor of cfg.json cannot be read; fold it in with SAELens")
+    if new.get("normalize_activations") in (None, False):
+        new["normalize_activations"] = "none"
+    return new
 
 
 def _our_conventions(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

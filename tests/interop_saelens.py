@@ -174,6 +174,19 @@ def test_decoder_norms_outside_a_saelens_topk_are_folded(tmp_path: Path) -> None
         assert difference(ours(x).x_hat, theirs(x)) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["standard", "topk"])
+def test_a_folder_from_before_saelens_6_is_read_as_saelens_reads_it(kind: str, tmp_path: Path) -> None:
+    """Then, top-k was an activation function of the standard architecture, and nothing stood in `metadata`."""
+    randomize(lens(kind)).save_inference_model(tmp_path)
+    activation = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}} if kind == "topk" else {}
+    old = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "hook_point": "blocks.3.hook_resid_post", **activation}
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
+    theirs, ours, x = LensSAE.load_from_disk(tmp_path), sae_core.load(tmp_path), rows(seed=50)
+    with torch.no_grad():
+        assert difference(ours.encode(x).dense(), theirs.encode(x)) < TOLERANCE
+        assert difference(ours(x).x_hat, theirs(x)) < TOLERANCE
+
+
 def test_a_saelens_folder_that_needs_its_trainer_is_refused(tmp_path: Path) -> None:
     """`expected_average_only_in` means a factor that stands in the trainer's state and not in the folder."""
     lens("standard").save_inference_model(tmp_path)

@@ -249,6 +249,30 @@ def test_a_saelens_folder_without_b_dec_at_the_input_is_read(name: str, tmp_path
     torch.testing.assert_close(loaded.encode(x).dense(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn='tanh-relu' of cfg.json cannot be read; known: relu, topk"),
+        ({"activation_fn": "topk"}, "do not describe an SAE"),
+        ({"finetuning_scaling_factor": True}, "fold it in with SAELens"),
+        ({"architecture": "temporal"}, "architecture 'temporal' of cfg.json cannot be read; known: .*topk"),
+        (
+            {"normalize_activations": True},
+            "normalize_activations=True cannot be read; expected one of none, layer_norm",
+        ),
+    ],
+)
+def test_a_saelens_folder_without_a_counterpart_is_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    sae_core.save(make("vanilla", normalize="none"), tmp_path)
+    (tmp_path / "granary.json").unlink()
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, **change}))
+    with pytest.raises(NotAnSAEError, match=message):
+        sae_core.load(tmp_path)
+
+
 # -- formulas --------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,6 @@ def evaluate(sae: SAE, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> dict
         return {"n_rows": 0}
     return {
         **evaluator.result(),
-        "decoder_max_cosine": decoder_max_cosine(sae.W_dec),
+        "decoder_max_cosine": decoder_max_cosine(sae.core.W_dec),
         "n_rows": evaluator.n_rows,
     }

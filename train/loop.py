@@ -34,6 +34,7 @@ class StepResult:
     losses: Mapping[str, float] = field(default_factory=dict)  # mean over micro-batches, by name
     grad_norm: float = math.nan  # global, before clipping
     metrics: Mapping[str, float] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
+    details: Mapping[str, float] = field(default_factory=dict)  # what the variant reports: threshold, routing ...
 
     @property
     def loss(self) -> float:
@@ -72,8 +73,10 @@ def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     set_lr(run.optimizer, run.lr)
     run.optimizer.step()
     sae.after_step()
-    metrics = measured.result() if measured is not None else {}
-    return StepResult(True, {name: float(v) for name, v in losses.items()} if measure else {}, float(norm), metrics)
+    if measured is None:
+        return StepResult(True, grad_norm=float(norm))
+    totals = {name: float(value) for name, value in losses.items()}
+    return StepResult(True, totals, float(norm), measured.evaluator.result(), measured.details)
 
 
 def _accumulate(
@@ -104,14 +107,11 @@ class _Measured:
     """Metrics of one batch, and what the variant reports beside them (of its last micro-batch)."""
 
     evaluator: Evaluator
-    reported: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, float] = field(default_factory=dict)
 
     def update(self, sae: SAE, out: SAEOutput) -> None:
         self.evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
-        self.reported = sae.monitor(out)
-
-    def result(self) -> dict[str, float]:
-        return {**self.evaluator.result(), **self.reported}
+        self.details = sae.monitor(out)
 
 
 def train(

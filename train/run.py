@@ -196,6 +196,7 @@ def metrics_of(run: Run, batch: Batch, result: loop.StepResult, clock: Clock) ->
         "loss": result.loss,
         **{f"losses/{name}": value for name, value in result.losses.items()},
         **wanted,
+        **{f"details/{name}": value for name, value in result.details.items()},
         "dead": dead / run.sae.config.d_sae,
         "n_dead": dead,
         "grad_norm": result.grad_norm,

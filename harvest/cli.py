@@ -251,6 +251,8 @@ class _errors:
 
         if isinstance(error, HarvestError | CacheError):
             _fail(f"error: {error}", 2)
+        if isinstance(error, PermissionError):
+            _fail(f"error: no permission for {error.filename}: {error.strerror}", 2)
         if isinstance(error, KeyboardInterrupt):
             code = error.exit_code if isinstance(error, InterruptedHarvest) else 130
             _fail("interrupted: committed shards stay; run the same command again to continue", code)

@@ -6,6 +6,7 @@ hold a record per document. All of them may be compressed with gzip or zstd.
 
 from __future__ import annotations
 
+import csv
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import IO
 
 from harvest.columns import SAMPLE_RECORDS, choose_columns, column_kinds, extractor
 from harvest.config import TextConfig
-from harvest.errors import SourceError
+from harvest.errors import SourceError, SourceStoppedError
 from harvest.file_formats import (
     COMPRESSED,
     PLAIN,
@@ -27,8 +28,10 @@ from harvest.file_formats import (
     split_text,
     table_records,
 )
+from harvest.hub import one_line
 from harvest.text import Record, Scalar
 
+_READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
 _HASHED_BYTES = 1 << 20  # of each end of a file
 
 
@@ -69,6 +72,12 @@ class FileSource:
         return sum(path.stat().st_size for path in self._files)
 
     def _file_records(self, path: Path) -> Iterator[Record]:
+        try:
+            yield from self._read(path)
+        except _READ_ERRORS as error:
+            raise SourceStoppedError(f"{path} cannot be read: {one_line(error)}; mend or remove it") from error
+
+    def _read(self, path: Path) -> Iterator[Record]:
         name = path.relative_to(self._root).as_posix()
         if kind_of(path) in PLAIN:
             mode = "file" if self._config.documents == "auto" else self._config.documents
@@ -82,7 +91,10 @@ class FileSource:
         tables = [path for path in self._files if kind_of(path) not in PLAIN]
         if not tables:
             return ()
-        kinds = column_kinds(islice(table_records(tables[0]), SAMPLE_RECORDS))
+        try:
+            kinds = column_kinds(islice(table_records(tables[0]), SAMPLE_RECORDS))
+        except _READ_ERRORS as error:
+            raise SourceError(f"{tables[0]} cannot be read: {one_line(error)}") from error
         if not kinds:
             raise SourceError(f"{tables[0]} holds no records")
         return choose_columns(kinds, self._config.text_columns, str(tables[0]))

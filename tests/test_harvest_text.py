@@ -212,3 +212,13 @@ def test_no_network_is_said_and_local_ways_named() -> None:
         SourceError, match=r"data set 'some/data' is not reachable: there is no network.*local path.*demo"
     ):
         open_source(TextConfig("some/data"), lambda message: None)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"one line\n" * 1000)
+    (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceStoppedError, match=r"a\.txt\.gz cannot be read: .*; mend or remove it"):
+        values(tmp_path / "a.txt.gz")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(SourceError, match=r"b\.parquet is no parquet file"):
+        values(tmp_path / "b.parquet")

@@ -48,20 +48,21 @@ def make_config(cls: type[SAE], options: Mapping[str, Any]) -> SAE.Config:
     return cls.Config(**values)
 
 
-def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write the inference form; `metadata` (model_name, hook_name, hf_hook_name ...) goes into cfg.json.
+def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write the inference form and return its files; `metadata` (model_name, hook_name ...) goes into cfg.json.
 
     A variant that SAELens cannot express gets no cfg.json: its granary.json says all that `load` needs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = dict(metadata or {})
-    _write_tensors(folder / WEIGHTS, folded_tensors(sae.core))
+    record = {"format": FORMAT, **describe(_inference_config(sae), sae), "metadata": metadata}
+    files = [_write_tensors(folder / WEIGHTS, folded_tensors(sae.core))]
     if extra := sae.extra_tensors():
-        _write_tensors(folder / EXTRA, extra)
+        files.append(_write_tensors(folder / EXTRA, extra))
     if sae.core.saelens_architecture:
-        _write_json(folder / CFG, saelens_config(sae, metadata))
-    _write_json(folder / OURS, {"format": FORMAT, **describe(_inference_config(sae), sae), "metadata": metadata})
+        files.append(_write_json(folder / CFG, saelens_config(sae, metadata)))
+    return [*files, _write_json(folder / OURS, record)]
 
 
 def save_sparsify(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -153,8 +154,9 @@ def _build(record: Mapping[str, Any], path: Path) -> SAE:
         raise NotAnSAEError(f"{path} is not a description of an SAE: {error!r}") from error
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> Path:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,9 +171,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     # Written through open(): safetensors' own writer makes files that only their owner can read.
     path.write_bytes(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    return path
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -149,9 +149,8 @@ class Session:
         checkpoint.save(self.folder, run, state, self.identity, seconds=clock.seconds)
 
     def _finish(self, run: Run, summary: Mapping[str, Any]) -> Result:
-        sae_core.save(run.sae, self.folder, export_metadata(self.data, self.folder))
-        for name in ("cfg.json", "sae_weights.safetensors", "granary.json"):
-            files.sync_file(self.folder / name)
+        for path in sae_core.save(run.sae, self.folder, export_metadata(self.data, self.folder)):
+            files.sync_file(path)
         self.sinks.finish(summary)
         self.sinks.flush()
         files.write_json(self.folder / SUMMARY, summary)

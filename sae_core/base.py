@@ -204,7 +204,8 @@ class SAE(nn.Module):
     def pre_acts(self, h: Tensor) -> Tensor:
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
         with torch.no_grad():
-            return torch.addmm(self.encoder_bias, h, self.W_enc)
+            # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
+            return torch.addmm(self.encoder_bias, h, self.W_enc).to(h.dtype)
 
     def encode_at(self, h: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
         """The same pre-activations at the entries of a pattern, with gradients."""

@@ -138,6 +138,16 @@ def test_optimizers_train(optimizer) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("type", ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"])
+def test_bfloat16_products_change_little(type) -> None:
+    exact, rough = make_run(type), make_run(type, compute_dtype="bfloat16")
+    for seed in range(5):
+        a, b = (train_step(run, rows(64, seed), measure=True) for run in (exact, rough))
+        assert b.loss == pytest.approx(a.loss, rel=0.05)
+    assert all(p.dtype == torch.float32 for p in rough.sae.parameters())
+    assert any(not torch.equal(v, weights(rough)[n]) for n, v in weights(exact).items())
+
+
 def batches(make):
     step = 0
     while True:

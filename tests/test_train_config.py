@@ -1,10 +1,12 @@
 """Settings: types, precedence, unknown keys, sections, derived values."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import cache
+from train import train_sae
 from train.coerce import coerce
 from train.config import (
     TRAINER_KEYS,
@@ -216,3 +218,22 @@ def test_text_rows_keep_position_0(make_cache) -> None:
     assert Filters().resolve(opened).first_position is False
     opened.unit = "text"
     assert Filters().resolve(opened).first_position is True
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_train(make_cache, tmp_path, path) -> None:
+    settings = read_yaml(path)
+    assert settings["type"] == path.stem
+    toy = make_cache(n_docs=30, hooks=tuple(settings.get("hook", ["layer_6"])))
+    short = {"cache": str(toy), "epochs": None, "steps": 3, "batch_size": 64, "eval_rows": 64}
+    short |= {"k": 4} if "k" in settings else {}
+    result = train_sae(make_config([{**settings, **short, "runs_dir": str(tmp_path / "runs")}]))
+    assert result.summary["type"] == path.stem
+    assert 0 < result.summary["eval"]["l0"] <= 128
+
+
+def test_every_common_type_has_an_example() -> None:
+    assert {"vanilla", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"} <= {p.stem for p in EXAMPLES}

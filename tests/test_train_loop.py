@@ -25,7 +25,7 @@ def make_run(type="topk", **settings) -> Run:
         "warmup_steps": 0,
         "d_sae": D_SAE,
     }
-    if type in ("topk", "batchtopk"):
+    if type in ("topk", "batchtopk", "matryoshka"):
         defaults["k"] = 3
     config = make_config([defaults, settings])
     config = replace(config, device="cpu", compute_dtype=settings.get("compute_dtype", "float32"))

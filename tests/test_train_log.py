@@ -105,8 +105,9 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
 
 def test_wandb_names_cover_what_is_logged(make_cache, tmp_path) -> None:
     result = train_sae(cache=str(make_cache()), runs_dir=str(tmp_path / "runs"), **SETTINGS)
-    logged = set(read_metrics(result.folder)[0])
-    assert logged - {"step", "cursor", "seconds"} - set(NAMES) == {"losses/fvu"}
+    logged = set(read_metrics(result.folder)[0]) - {"step", "cursor", "seconds"} - set(NAMES)
+    assert "losses/fvu" in logged
+    assert all(name.startswith(("losses/", "details/")) for name in logged)  # their names already
 
 
 def test_a_broken_wandb_does_not_stop_a_run(make_cache, tmp_path, monkeypatch) -> None:

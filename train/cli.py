@@ -144,8 +144,8 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with _errors(debug):
+        from train.folders import read_summary
         from train.render import result_table, reuse_line, show
-        from train.run import read_summary
 
         summaries = [read_summary(folder) for folder in folders]
         show(result_table(summaries))

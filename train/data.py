@@ -64,9 +64,7 @@ class Data:
         with self._loader("train", batch_size=self.config.batch_size, epochs=1, device="cpu") as loader:
             parts = [batch.x for batch in _take_rows(loader, n_rows)]
         rows = {hook: torch.cat([p if isinstance(p, Tensor) else p[hook] for p in parts]) for hook in self.config.hook}
-        finite = torch.stack([torch.isfinite(r).all(1) for r in rows.values()]).all(0)
-        rows = {hook: r[finite] for hook, r in rows.items()}
-        return rows[self.config.hook[0]] if self._single else rows
+        return finite_rows(rows[self.config.hook[0]] if self._single else rows)
 
     def calibration(self) -> Iterator[Inputs]:
         """Training rows for `SAE.calibrate`, in micro-batches."""
@@ -89,7 +87,7 @@ class Data:
         size = self.config.batch_size // self.config.grad_acc_steps
         with self._loader(part, batch_size=size, epochs=1, device=self.config.device) as loader:
             for batch in _take_rows(loader, n_rows):
-                yield batch.x
+                yield finite_rows(batch.x)
 
     def _loader(
         self, part: Part, *, batch_size: int, device: str, epochs: int | None = None, state: LoaderState | None = None
@@ -111,6 +109,15 @@ class Data:
             block_rows=config.block_rows,
             counts=self.counts,
         )
+
+
+def finite_rows(x: Inputs) -> Inputs:
+    """The rows that are finite at every hook point."""
+    tensors = [x] if isinstance(x, Tensor) else list(x.values())
+    finite = torch.stack([torch.isfinite(t).all(1) for t in tensors]).all(0)
+    if bool(finite.all()):
+        return x
+    return x[finite] if isinstance(x, Tensor) else {hook: t[finite] for hook, t in x.items()}
 
 
 def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:

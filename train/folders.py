@@ -1,0 +1,80 @@
+"""The folder of a run, and what is read back from it.
+
+runs/<name>/
+    config.yaml              every setting, resolved
+    run.json                 pinned shards, row accounting, what the run belongs to
+    metrics.jsonl            one line per `log_every` steps
+    checkpoints/step_N/      native form and trainer state
+    cfg.json  sae_weights.safetensors  granary.json     the result in inference form
+    summary.json             written last: the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train import files
+from train.config import TrainConfig, from_sections
+from train.errors import ConfigError, NotARunError, RunExistsError
+
+CONFIG, RECORD, SUMMARY = "config.yaml", "run.json", "summary.json"
+RECORD_VERSION = 1
+
+
+def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
+    """Make the run's folder. Raises RunExistsError if it holds anything and may not be replaced."""
+    assert config.name is not None
+    folder = Path(config.runs_dir) / config.name
+    if Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ConfigError(f"name={config.name!r}: expected one folder name, without slashes")
+    if folder.exists() and not _is_unused(folder):
+        ours = (folder / RECORD).is_file()
+        if not (overwrite and ours):
+            continued = (
+                "" if (folder / SUMMARY).is_file() or not ours else f"continue it with: sae-train resume {folder}, "
+            )
+            replaced = ", or replace it with --overwrite" if ours else ""
+            raise RunExistsError(f"{folder} exists: {continued}choose another --name{replaced}")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a start leaves that was killed at once."""
+    if not folder.is_dir():
+        return False
+    return all(p.name == CONFIG or p.name.startswith(files.TEMP_PREFIX) for p in folder.iterdir())
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The resolved config and the record of a run's folder. Raises NotARunError."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotARunError(f"{folder} holds no run: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise NotARunError(f"{folder}: the run's files cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+        raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {RECORD_VERSION})")
+    return from_sections(content, str(folder / CONFIG)), record
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run. Raises NotARunError."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = f"; continue it with: sae-train resume {folder}" if (folder / RECORD).is_file() else ""
+        raise NotARunError(f"{folder} holds no finished run{remedy}") from None
+    except (OSError, ValueError) as error:
+        raise NotARunError(f"{folder / SUMMARY} cannot be read: {error}") from None
+    if not isinstance(summary, dict) or not isinstance(summary.get("eval"), dict):
+        raise NotARunError(f"{folder / SUMMARY} is not the summary of a run")
+    return summary

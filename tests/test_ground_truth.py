@@ -1,13 +1,10 @@
 """The ground-truth benchmark: its worlds are what they claim, its metrics are right on cases done by hand."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no installed package
 
 from benchmarks.ground_truth import experiment, generators, metrics, suite
 from benchmarks.ground_truth.generators import WORLDS, sample
@@ -148,6 +145,7 @@ def test_a_cell_runs_and_repeats() -> None:
     text = suite.table("tree", [first, first])
     assert "± 0.000" in text
     assert "absorption" in text
+    assert f"matryoshka  {first['matryoshka']['mcc']:.3f}" in suite.per_seed([first], "mcc")
 
 
 def test_claims_say_when_they_do_not_hold() -> None:

@@ -33,6 +33,8 @@ def main() -> None:
         results[cell.world].append(numbers)
         if len(results[cell.world]) == size.seeds[cell.world]:
             print(f"\n{suite.table(cell.world, results[cell.world])}", flush=True)
+            if cell.world == "tree":
+                print(f"\n{suite.per_seed(results[cell.world], 'absorption')}", flush=True)
     if {"vanilla", "topk", "batchtopk", "matryoshka"} <= set(arguments.types):
         print(f"\n{suite.claims(results)}")
     print(f"\n{size.steps} steps per run, {time.perf_counter() - start:.0f} s")

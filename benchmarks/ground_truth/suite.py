@@ -94,6 +94,12 @@ def table(world: str, results: Sequence[Numbers]) -> str:
     return f"**{world}**, {len(results)} seeds\n\n{markdown(['', *columns], rows)}"
 
 
+def per_seed(results: Sequence[Numbers], column: str) -> str:
+    """The values of one column, seed by seed: a mean hides that a lost parent is a quarter of all parents."""
+    lines = [f"{name:<10}  " + "  ".join(f"{r[name][column]:.3f}" for r in results) for name in results[0]]
+    return f"{column} by seed:\n\n" + "\n".join(f"    {line}" for line in lines)
+
+
 def claims(results: Mapping[str, Sequence[Numbers]]) -> str:
     """The statements that the README makes beforehand, with what was measured."""
     lines = []

@@ -1,4 +1,4 @@
-"""`sae-train run | resume | compare | types`: a cache -> SAEs. Heavy imports stand inside the commands."""
+"""`sae-train run | resume | compare | export | push | types`. Heavy imports stand inside the commands."""
 
 from __future__ import annotations
 
@@ -151,6 +151,42 @@ def compare(
         show(result_table(summaries))
         if line := reuse_line(summaries):
             typer.echo(line)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.")],
+    to: Annotated[str, typer.Option("--to", help="saelens, sparsify or delphi.")] = "saelens",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: the run's folder plus the tool]")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write an SAE in the files of another tool."""
+    with _errors(debug):
+        from train.export import export as write
+
+        typer.echo(f"{write(folder, to, out or folder.with_name(f'{folder.name}_{to}'))}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.")],
+    licence: Annotated[str, typer.Option("--license", help="Licence named in the model card.")] = "mit",
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload. Without it, only print what would be uploaded.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Publish an SAE on the model hub with a model card; a dry run unless --yes is given."""
+    with _errors(debug):
+        from train import hub
+
+        paths, card = hub.files_of(folder), hub.model_card(folder, licence)
+        if yes:
+            typer.echo(hub.push(folder, repo, licence=licence, private=not public))
+            return
+        for path in paths:
+            typer.echo(f"{path.name}  {path.stat().st_size:,} bytes")
+        typer.echo(f"README.md\n\n{card}\nnothing was uploaded: add --yes to create {repo}")
 
 
 @app.command()

@@ -1,0 +1,76 @@
+"""Exports read back, refusals, and a dry run of publishing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sae_core
+from sae_core import registry
+from train.cli import app
+
+
+def saved(folder: Path, name: str = "topk", **options: object) -> Path:
+    cls = registry.get(name)
+    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, **options}))
+    sae.initialize(torch.randn(200, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    metadata = {"model_name": "toy", "hf_hook_name": "encoder.layer.3", "cache_fingerprint": {"dataset": "demo"}}
+    sae_core.save(sae, folder, metadata)
+    return folder
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("tool", ["saelens", "sparsify", "delphi"])
+def test_an_export_reads_back_as_the_same_function(tmp_path: Path, tool: str) -> None:
+    source = saved(tmp_path / "run", k=4)
+    code, output = run("export", source, "--to", tool, "--out", tmp_path / "out")
+    assert code == 0, output
+    folder = tmp_path / "out" / "encoder.layer.3" if tool == "delphi" else tmp_path / "out"
+    assert not (folder / "granary.json").exists()
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(sae_core.load(folder)(x).x_hat, sae_core.load(source)(x).x_hat)
+
+
+@pytest.mark.parametrize(
+    ("name", "tool", "message"),
+    [
+        ("topk", "saelen", "'saelen', did you mean 'saelens'"),
+        ("batchtopk", "sparsify", "cannot be written for sparsify"),
+        ("transcoder", "saelens", "cannot be written for SAELens"),
+    ],
+)
+def test_what_a_tool_cannot_hold_is_refused_and_nothing_is_written(
+    tmp_path: Path, name: str, tool: str, message: str
+) -> None:
+    cls = registry.get(name)
+    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4})), tmp_path / "run")
+    code, output = run("export", tmp_path / "run", "--to", tool, "--out", tmp_path / "out")
+    assert code == 2
+    assert len(output.strip().splitlines()) == 1
+    assert message in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_push_prints_the_card_and_uploads_nothing(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", k=4)
+    summary = {"name": "run", "type": "topk", "d_sae": 64, "d_in": 16, "k": 4, "tokens": 100, "eval_part": "heldout"}
+    (folder / "summary.json").write_text(json.dumps({**summary, "eval": {"l0": 4.0, "fvu": 0.25}}))
+    code, output = run("push", folder, "someone/toy-sae")
+    assert code == 0, output
+    assert "sae_weights.safetensors" in output
+    assert "| fvu | 0.25 |" in output
+    assert "dataset: `demo`" in output
+    assert "nothing was uploaded" in output
+
+
+def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    code, output = run("push", tmp_path, "someone/toy-sae")
+    assert code == 2
+    assert "holds no finished SAE" in output

@@ -38,6 +38,9 @@ BATCHES_AHEAD = 4
 __all__ = ["Batch", "Counts", "Filters", "Holdout", "Loader", "LoaderState"]
 
 
+PREVIOUS = "@-1"  # after a hook point's name: the row before each row
+
+
 @dataclass(frozen=True)
 class LoaderState:
     """Where a loader stands. The cursor counts the rows of the epoch's order, filtered ones included."""
@@ -65,6 +68,8 @@ class Loader:
     """Iterates over shuffled batches: for ever, or over `epochs` passes of which the last batch may be short.
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
+    With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; windows never
+    cross shards, so it lies in the same shard.
     """
 
     def __init__(
@@ -84,19 +89,23 @@ class Loader:
         pool_rows: int | None = None,
         block_rows: int | None = None,
         with_rows: bool = False,
+        previous: bool = False,
         counts: Counts | None = None,
     ) -> None:
         self.hooks = resolve_hooks(cache, hooks)
-        self.single = isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)
+        self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
         self.batch_size, self.device, self.dtype, self.epochs = batch_size, torch.device(device), dtype, epochs
         filters, holdout = (filters or Filters()).resolve(cache), holdout or Holdout()
         self.counts = counts or account(cache, filters, holdout, self.hooks)
         self.n_rows = self.counts.of(part)
+        if previous:
+            _check_previous(filters)
         _check_sizes(self.n_rows, batch_size, part, self.counts, endless=epochs is None)
         widths = {hook: cache.hook_points[hook].d_in for hook in self.hooks}
+        n_views = 2 if previous else 1
         self.order = plan_order(
-            [(shard.index, shard.n_rows) for shard in cache.shards],
-            bytes_per_row=sum(widths.values()) * (4 if cache.dtype == "float32" else 2),
+            [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
+            bytes_per_row=sum(widths.values()) * n_views * (4 if cache.dtype == "float32" else 2),
             batch_size=batch_size,
             seed=seed,
             pool_rows=pool_rows,
@@ -106,7 +115,10 @@ class Loader:
         if self.state.seed != seed:
             raise SelectionError(f"the loader's state has seed {self.state.seed}, the loader was given seed {seed}")
         selection = Selection(filters, holdout, part)
-        self._source = _Source(cache, self.hooks, self.order, selection, self.device, with_rows=with_rows)
+        self._source = _Source(
+            cache, self.hooks, self.order, selection, self.device, with_rows=with_rows, previous=previous
+        )
+        self.hooks = tuple(self._source.hooks)
         self._batches: Prefetcher[Batch] | Generator[Batch, None, None] | None = None
         self._finalizer: weakref.finalize[Any, Loader] | None = None
 
@@ -207,16 +219,22 @@ class _Source:
         device: torch.device,
         *,
         with_rows: bool,
+        previous: bool,
     ) -> None:
-        n_shards = len(cache.shards)
-        self.hooks, self.order, self.selection, self.device = hooks, order, selection, device
+        self.order, self.selection, self.device = order, selection, device
         self.dtype, self.n_threads = cache.dtype, n_copy_threads(device)
-        self.shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in range(n_shards)] for hook in hooks}
+        skipped = int(previous)  # the first row of a shard has no row before it
+        numbers = range(len(cache.shards))
+        shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in numbers] for hook in hooks}
+        self.shards = {hook: [rows[skipped:] for rows in shards[hook]] for hook in hooks}
+        if previous:
+            self.shards |= {hook + PREVIOUS: [rows[:-1] for rows in shards[hook]] for hook in hooks}
+        self.hooks = tuple(self.shards)
         columns = shard_columns(cache, selection, hooks)
-        self.columns = {name: [shard[name] for shard in columns] for name in (columns[0] if columns else {})}
-        self.first_row_ids = [shard.first_row_id for shard in cache.shards] if with_rows else None
+        self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
+        self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self.files = [
-            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(self.shards[hook])] for hook in hooks
+            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(shards[hook])] for hook in hooks
         ]
 
     def pools(self, state: LoaderState, epochs: int | None, executor: Executor) -> Generator[_Pool, None, None]:
@@ -279,6 +297,13 @@ def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str,
     for name in names:
         cache.hook(name)  # raises with the names that there are
     return names
+
+
+def _check_previous(filters: Filters) -> None:
+    if not filters.min_position or filters.min_position < 1:
+        raise SelectionError(
+            f"min_position is {filters.min_position}: rows with the one before them start at position 1 of a window"
+        )
 
 
 def _check_sizes(n_rows: int, batch_size: int, part: Part, counts: Counts, *, endless: bool) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
-_UNUSED = re.compile(r"(^|\.)(pooler|lm_head|classifier|qa_outputs|decoder|final_norm|score|cls)(\.|$)")
+_UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 
 

@@ -141,6 +141,7 @@ class Prepared:
             "hook_points": ", ".join(hook.name for hook in self.hooks),
             "dtype": self.dtype,
             "compute_dtype": self.compute_dtype,
+            "device": self.device.split(":")[0],  # a GPU and a CPU round differently
             "ctx_len": self.rules.ctx_len if self.unit == "token" else self.located.max_seq_length,
             "prefix": " ".join(map(str, self.rules.prefix)),
             "suffix": " ".join(map(str, self.rules.suffix)),

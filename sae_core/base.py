@@ -65,7 +65,8 @@ class SAE(nn.Module):
     """Base of all sparse autoencoders; a variant overrides `activate`, `penalties` and what else differs."""
 
     type_name: ClassVar[str] = ""
-    input_kind: ClassVar[str] = "one"  # "one" hook point, or "several" as a mapping from hook name to rows
+    # "one" hook point; "several" as a mapping from hook name to rows; "neighbours": rows, then the row before each
+    input_kind: ClassVar[str] = "one"
     unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
@@ -223,11 +224,16 @@ class SAE(nn.Module):
         """The reconstruction, and beside it what a variant's losses need of the decoder."""
         return self.reconstruct(codes), {}
 
+    def complete(self, recon: Tensor, source: Source) -> Tensor:
+        """Add to a reconstruction (N, D_out) what does not pass through the codes."""
+        return recon
+
     def forward(self, x: Inputs) -> SAEOutput:
         """Encode and decode raw rows."""
         source = self.prepare(x)
         activation = self.activate(self.centre(source.input))
         recon, extras = self.reconstruct_for_losses(activation.codes)
+        recon = self.complete(recon, source)
         return SAEOutput(
             x_hat=source.undo(recon),
             x=source.reference,

@@ -21,7 +21,7 @@ from sae_core import registry
 from sae_core.base import SAE
 from sae_core.errors import NotAnSAEError, OptionError, SAEError, nearest
 from sae_core.fold import folded_tensors
-from sae_core.saelens import read_saelens, saelens_config
+from sae_core.saelens import own, read_saelens, saelens_config
 from sae_core.sparsify import WEIGHTS as SPARSIFY_WEIGHTS
 from sae_core.sparsify import read_sparsify, sparsify_config, sparsify_tensors
 
@@ -60,7 +60,7 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     files = [_write_tensors(folder / WEIGHTS, folded_tensors(sae.core))]
     if extra := sae.extra_tensors():
         files.append(_write_tensors(folder / EXTRA, extra))
-    if sae.core.saelens_architecture:
+    if own(type(sae.core), "saelens_architecture"):
         files.append(_write_json(folder / CFG, saelens_config(sae, metadata)))
     return [*files, _write_json(folder / OURS, record)]
 

@@ -28,6 +28,8 @@ class Evaluator:
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
         """Take in a batch: rows x (N, D), their reconstruction x_hat (N, D) and codes."""
+        if x.shape[0] == 0:
+            return
         x, x_hat = x.double(), x_hat.double()
         self._update_scatter(x)
         self._squared_error += float((x - x_hat).square().sum())

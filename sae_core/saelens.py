@@ -19,7 +19,7 @@ NORMALIZATIONS = {"none": "none", "layer_norm": "unit_norm"}
 def saelens_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return cfg.json for the folded weights of an SAE."""
     return {
-        "architecture": sae.core.saelens_architecture,
+        "architecture": own(type(sae.core), "saelens_architecture"),
         "d_in": sae.core.d_encoded,
         "d_sae": sae.core.config.d_sae,
         "dtype": "float32",
@@ -41,7 +41,8 @@ def read_saelens(
     """
     cfg = _current(cfg, folder)
     architecture = cfg.get("architecture")
-    readers = {cls.reads_saelens: cls for name in registry.names() if (cls := registry.get(name)).reads_saelens}
+    variants = (registry.get(name) for name in registry.names())
+    readers = {name: cls for cls in variants if (name := own(cls, "reads_saelens"))}
     if architecture not in readers:
         known = ", ".join(sorted(readers))
         raise NotAnSAEError(f"{folder}: architecture {architecture!r} of cfg.json cannot be read; known: {known}")
@@ -63,6 +64,11 @@ def read_saelens(
         raise NotAnSAEError(
             f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {error!r}"
         ) from error
+
+
+def own(cls: "type[SAE]", attribute: str) -> str:
+    """What a class itself says of SAELens, not what it inherits: a subclass computes something else."""
+    return str(vars(cls).get(attribute, ""))
 
 
 def _current(cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:

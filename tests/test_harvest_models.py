@@ -122,3 +122,24 @@ def test_random_weights_are_refused(tmp_path: Path) -> None:
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"do not fit its config: encoder\.layer\.1.* random weights"):
         load_base(locate(ModelConfig(str(folder))), "float32", "cpu")
+
+
+def test_a_decoder_only_model_whose_stack_is_called_decoder_may_miss_no_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import OPTConfig, OPTModel
+
+    from harvest.errors import ModelError
+    from harvest.locate import locate
+    from harvest.model import load_base
+
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    folder = tmp_path / "opt"
+    OPTModel(config).save_pretrained(folder)
+    load_base(locate(ModelConfig(str(folder))), "float32", "cpu")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="random weights"):
+        load_base(locate(ModelConfig(str(folder))), "float32", "cpu")

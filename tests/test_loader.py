@@ -283,3 +283,22 @@ def test_pinned_shards_are_the_only_ones_read(make_cache) -> None:
     opened = cache.open(path, shards=[1, 3])
     ids = all_ids(Loader(opened, batch_size=64, epochs=1, with_rows=True))
     assert set(ids // opened.manifest.rows_per_shard) == {1, 3}
+
+
+def test_previous_rows_stand_just_before_theirs_in_the_same_window(make_cache) -> None:
+    opened = cache.open(make_cache())
+    rows = {int(i): k for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
+    window, position = opened.column("window")[:], opened.column("position")[:]
+    filters = Filters(min_position=2)
+    with Loader(opened, batch_size=64, filters=filters, epochs=1, previous=True, with_rows=True) as loader:
+        seen = []
+        for batch in loader:
+            k = np.array([rows[int(i)] for i in batch.row_ids])
+            assert np.array_equal(batch.x["layer_3"].numpy(), opened.hook()[k])
+            assert np.array_equal(batch.x["layer_3@-1"].numpy(), opened.hook()[k - 1])
+            assert np.array_equal(window[k], window[k - 1])
+            assert np.array_equal(position[k], position[k - 1] + 1)
+            seen.extend(batch.row_ids.tolist())
+    assert len(seen) == len(set(seen)) == loader.n_rows
+    with pytest.raises(SelectionError, match="start at position 1"):
+        Loader(opened, batch_size=64, previous=True)

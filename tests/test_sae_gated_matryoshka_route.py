@@ -221,6 +221,8 @@ def test_route_reports_where_rows_went() -> None:
 def test_route_refuses_what_does_not_fit() -> None:
     with pytest.raises(OptionError, match="base='route' reads several hook points"):
         build("route", base="route")
+    with pytest.raises(OptionError, match="base_options holds 'normalize': set it on route itself"):
+        build("route", base_options={"normalize": "mean"})
     with pytest.raises(OptionError, match="k: base 'vanilla' has no such option"):
         build("route", base="vanilla", k=4)
     with pytest.raises(OptionError, match="k=64: expected k <= d_sae=32"):

@@ -47,3 +47,11 @@ def test_decoder_max_cosine_in_chunks() -> None:
     expected = (1 + 0.5**0.5 + 1 + 0.5**0.5) / 4
     assert decoder_max_cosine(W_dec) == pytest.approx(expected)
     assert decoder_max_cosine(W_dec, chunk=3) == pytest.approx(expected)
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    evaluator = Evaluator(2, 3)
+    for n in (0, 5, 0):
+        evaluator.update(torch.ones(n, 2).cumsum(0), torch.zeros(n, 2), Codes.from_dense(torch.ones(n, 3)))
+    assert evaluator.n_rows == 5
+    assert evaluator.result()["fvu"] == evaluator.result()["fvu"]

@@ -208,7 +208,8 @@ def test_options_are_checked_and_named(name: str) -> None:
 @every_variant
 def test_a_sample_with_nan_is_refused(name: str) -> None:
     sample = inputs(name)
-    (sample if isinstance(sample, torch.Tensor) else sample["layer_2"])[3, 3] = float("nan")
+    for rows_of_hook in [sample] if isinstance(sample, torch.Tensor) else sample.values():
+        rows_of_hook[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or Inf"):
         make(name).initialize(sample, torch.Generator())
 
@@ -530,3 +531,69 @@ def test_p_annealing_keeps_the_penalty_and_changes_its_gradient(name: str) -> No
     for term in terms:
         term.backward()
     assert not torch.allclose(plain.W_enc.grad, annealed.W_enc.grad, rtol=0.01)
+
+
+def test_thresholds_of_dead_latents_stop_at_zero() -> None:
+    sae = make("jumprelu", dead_after_tokens=1, dead_coef=1.0)
+    with torch.no_grad():
+        sae.b_enc[:8] = -30.0  # these latents never fire, and the dead term pulls their thresholds down
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.05)
+    for step in range(12):
+        out = sae(rows(seed=step))
+        optimizer.zero_grad()
+        torch.stack(list(sae.losses(out, LAST).values())).sum().backward()
+        sae.track(out)
+        optimizer.step()
+        sae.after_step()
+    assert float(sae.threshold.detach().min()) == 0.0
+    assert float(sae(rows()).codes.values.detach().min()) >= 0.0
+
+
+def test_the_dead_term_of_jumprelu_leaves_the_decoder_bias_alone() -> None:
+    sae = make("jumprelu", dead_after_tokens=1, dead_coef=1.0)
+    sae.num_tokens_since_fired += 1
+    sae.losses(sae(rows()), LAST)["dead"].backward()
+    assert sae.b_dec.grad is None
+    assert sae.W_enc.grad.any()
+
+
+def test_multi_topk_of_a_skip_transcoder_sees_the_skip_path() -> None:
+    sae = make("skip_transcoder", multi_topk=True)
+    x = inputs("skip_transcoder", 32)
+    before = float(sae.losses(sae(x), LAST)["multi_topk"].detach())
+    with torch.no_grad():
+        sae.W_skip.normal_(generator=torch.Generator().manual_seed(0))
+    assert float(sae.losses(sae(x), LAST)["multi_topk"].detach()) != before
+
+
+def test_a_subclass_is_not_taken_for_its_parent_in_other_tools_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_VARIANTS", dict(registry._VARIANTS))
+
+    @registry.register("zz_toy")
+    class ToySAE(registry.get("topk")):  # type: ignore[misc]
+        """A topk that computes something else."""
+
+    sae_core.save(make("topk"), tmp_path / "topk")
+    (tmp_path / "topk" / "granary.json").unlink()
+    assert sae_core.load(tmp_path / "topk").type_name == "topk"
+    sae_core.save(make("zz_toy"), tmp_path / "toy")
+    assert not (tmp_path / "toy" / "cfg.json").exists()
+    assert sae_core.load(tmp_path / "toy").type_name == "zz_toy"
+
+
+def test_temporal_by_formula() -> None:
+    sae = make("temporal", temporal_coef=0.5, temperature=0.2)
+    x = inputs("temporal", 32)
+    out = sae(x)
+    now, before = out.codes.dense(), sae(x["layer_2"]).codes.dense()
+    n_high = sae.config.prefixes[0]
+    assert n_high == round(0.2 * D_SAE)
+    a, b = F.normalize(now[:, :n_high], dim=1), F.normalize(before[:, :n_high], dim=1)
+    log_p = torch.log_softmax(a @ b.t() / 0.2, dim=1)
+    log_q = torch.log_softmax(b @ a.t() / 0.2, dim=1)
+    expected = -0.5 * (log_p.diagonal().mean() + log_q.diagonal().mean()) / 2
+    torch.testing.assert_close(sae.losses(out, LAST)["temporal"], expected)
+    sae.eval()
+    torch.testing.assert_close(sae(x).x_hat, sae(x["layer_1"]).x_hat)  # inference reads one row

@@ -177,3 +177,14 @@ def test_the_loop_stops_when_nan_repeats() -> None:
 
 def test_results_without_measurement_are_not_numbers() -> None:
     assert StepResult(accepted=False).loss != StepResult(accepted=False).loss
+
+
+def test_a_rejected_batch_leaves_counters_and_thresholds_as_they_were() -> None:
+    run = make_run("batchtopk", grad_acc_steps=2)
+    train_step(run, rows())
+    before = {name: buffer.clone() for name, buffer in run.sae.named_buffers()}
+    bad = rows(seed=1)
+    bad[-1, 0] = float("nan")  # in the second micro-batch: the first has been tracked by then
+    assert not train_step(run, bad).accepted
+    for name, buffer in run.sae.named_buffers():
+        assert torch.equal(buffer.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name

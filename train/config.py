@@ -24,11 +24,9 @@ SECTIONS = ("run", "model", "training", "data", "logging")
 _SECTION_ALIASES = {"wandb": "logging"}
 
 
-def setting(
-    default: Any, section: str, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None
-) -> Any:
-    """A field with its default, its section in the YAML file, a help line with the unit, and its range."""
-    metadata = {**option(help=help, ge=ge, gt=gt, le=le).metadata, "section": section}
+def setting(default: Any, section: str, help: str, **bounds: Any) -> Any:
+    """A field with its default, its section in the YAML file, a help line with the unit, and its range (ge, lt ...)."""
+    metadata = {**option(help=help, **bounds).metadata, "section": section}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -63,8 +61,8 @@ class TrainConfig:
         None, "training", "peak rate (default: 2e-4 * sqrt(2^14 / d_sae), more under 1000 steps, <= 1e-3)", gt=0
     )
     weight_decay: float = setting(0.0, "training", "weight decay of the optimizer", ge=0)
-    beta1: float = setting(0.9, "training", "Adam's first decay; momentum of sgd", ge=0, le=1)
-    beta2: float = setting(0.999, "training", "Adam's second decay", ge=0, le=1)
+    beta1: float = setting(0.9, "training", "Adam's first decay; momentum of sgd", ge=0, lt=1)
+    beta2: float = setting(0.999, "training", "Adam's second decay", ge=0, lt=1)
     eps: float = setting(1e-8, "training", "Adam's epsilon", ge=0)
     grad_clip: float | None = setting(1.0, "training", "largest global gradient norm (none: no clipping)", gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "decay at the end")

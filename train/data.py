@@ -63,8 +63,9 @@ class Data:
         n_rows = min(MAX_SAMPLE_ROWS, max(SAMPLE_ELEMENTS // d_in, 1024))
         with self._loader("train", batch_size=self.config.batch_size, epochs=1, device="cpu") as loader:
             parts = [batch.x for batch in _take_rows(loader, n_rows)]
-        rows = {hook: torch.cat([p if isinstance(p, Tensor) else p[hook] for p in parts]) for hook in self.config.hook}
-        return finite_rows(rows[self.config.hook[0]] if self._single else rows)
+        if isinstance(parts[0], Tensor):
+            return finite_rows(torch.cat(parts))
+        return finite_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def calibration(self) -> Iterator[Inputs]:
         """Training rows for `SAE.calibrate`, in micro-batches."""
@@ -107,6 +108,7 @@ class Data:
             epochs=epochs,
             pool_rows=config.pool_rows,
             block_rows=config.block_rows,
+            previous=sae_core.registry.get(config.type).input_kind == "neighbours",
             counts=self.counts,
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 import sae_core
 from sae_core import SAE
 from sae_core.io import OURS, save_sparsify
+from sae_core.saelens import own
 from train.errors import ConfigError, RunExistsError, nearest
 
 
@@ -37,7 +38,7 @@ def read_metadata(run: Path) -> dict[str, Any]:
 
 
 def _saelens(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
-    if not sae.core.saelens_architecture:
+    if not own(type(sae.core), "saelens_architecture"):
         raise ConfigError(f"type {sae.type_name} cannot be written for SAELens: it has no such architecture")
     sae_core.save(sae, out, metadata)
     (out / OURS).unlink()

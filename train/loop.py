@@ -61,13 +61,14 @@ def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
     sae.begin_step(progress)
     measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
+    before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     losses = _accumulate(sae, x, config.grad_acc_steps, progress, measured, config.compute_dtype)
     if losses is None:
-        return StepResult(accepted=False)
+        return _reject(sae, before)
     sae.project_gradients()
     norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
     if not bool(torch.isfinite(norm)):
-        return StepResult(accepted=False)
+        return _reject(sae, before)
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, norm)
     set_lr(run.optimizer, run.lr)
@@ -77,6 +78,14 @@ def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
         return StepResult(True, grad_norm=float(norm))
     totals = {name: float(value) for name, value in losses.items()}
     return StepResult(True, totals, float(norm), measured.evaluator.result(), measured.details)
+
+
+@torch.no_grad()
+def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
+    """Undo what earlier micro-batches of a rejected batch did to counters and thresholds."""
+    for name, buffer in sae.named_buffers():
+        buffer.copy_(buffers[name])
+    return StepResult(accepted=False)
 
 
 def _accumulate(

@@ -28,11 +28,18 @@ def filters_of(config: TrainConfig) -> Filters:
     return Filters(
         special=config.keep_special,
         first_position=config.keep_first_position,
-        min_position=config.min_position,
+        min_position=_min_position(config),
         max_position=config.max_position,
         min_norm=config.min_norm,
         max_norm=config.max_norm,
     )
+
+
+def _min_position(config: TrainConfig) -> int | None:
+    """A type that reads neighbours starts at position 2: before it stands a token of the text, not [CLS] or BOS."""
+    if sae_core.registry.get(config.type).input_kind != "neighbours":
+        return config.min_position
+    return max(config.min_position or 0, 2)
 
 
 def holdout_of(config: TrainConfig) -> Holdout:

@@ -119,4 +119,5 @@ def _replace(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
     options = {k: v for k, v in settings.items() if k not in own}
     checked = make_config([{"type": own.get("type", config.type), **own, **options}]) if settings else config
     changed = {k: getattr(checked, k) for k in own}
-    return replace(config, **changed, options={**config.options, **checked.options}) if settings else config
+    kept = config.options if checked.type == config.type else {}  # another type has other options
+    return replace(config, **changed, options={**kept, **checked.options}) if settings else config

@@ -47,8 +47,8 @@ class BatchTopKSAE(TopKSAE):
         self.threshold.update(values[values > 0])
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """The inference threshold."""
-        return {"threshold": float(self.threshold.value)}
+        """The inference threshold, and how many rows the selection was made over: a micro-batch."""
+        return {"threshold": float(self.threshold.value), "selection_rows": float(out.codes.shape[0])}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:

@@ -95,6 +95,12 @@ class JumpReLUSAE(SAE):
         gap = torch.relu(self.threshold[latents] - p)
         return (gap.sum(0) * norms[latents]).sum() / h.shape[0]
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep thresholds at or above 0: the dead term pulls them down for ever, and under 0 codes turn negative."""
+        super().after_step()
+        self.threshold.clamp_(min=0.0)
+
     def latent_tensors(self) -> dict[str, Tensor]:
         """b_enc and the thresholds."""
         return {"b_enc": self.b_enc.detach(), "threshold": self.threshold.detach()}

@@ -20,6 +20,8 @@ FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # prefix ends: groups of 1, 
 class MatryoshkaSAE(BatchTopKSAE):
     """One batch-top-k over all latents; the loss is the sum over the prefixes' reconstruction losses, plus AuxK."""
 
+    saelens_architecture = "jumprelu"
+
     @dataclass(frozen=True)
     class Config(BatchTopKSAE.Config):
         """Options of matryoshka."""

@@ -51,6 +51,9 @@ class RouteSAE(SAE):
             cls = registry.get(self.base)
             if cls.input_kind != "one":
                 raise OptionError(f"base={self.base!r} reads several hook points: expected a type that reads one")
+            for name in self.base_options or {}:
+                if name in (*SHARED, "normalize"):
+                    raise OptionError(f"base_options holds {name!r}: set it on route itself, the base takes it over")
             values: dict[str, Any] = {name: getattr(self, name) for name in SHARED}
             values |= {"normalize": "none", **(self.base_options or {})}
             known = {spec.name for spec in fields(cls.Config)}
@@ -114,7 +117,7 @@ class RouteSAE(SAE):
         return torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """Share of rows per hook point, entropy of the mean routing in nats, mean p_max, and the base's own."""
+        """Share of rows per hook point, entropy of these shares in nats, mean p_max, and the base's own."""
         probabilities = out.extras["probabilities"]
         chosen = torch.bincount(probabilities.argmax(1), minlength=self.config.n_hooks) / probabilities.shape[0]
         entropy = -(chosen * chosen.clamp_min(1e-12).log()).sum()

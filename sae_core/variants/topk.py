@@ -30,7 +30,7 @@ class TopKSAE(SAE):
 
         k: int = option(32, help="active latents per row", gt=0)
         auxk_coef: float = option(1 / 32, help="weight of AuxK", ge=0)
-        k_aux: int | None = option(None, help="dead latents per row in AuxK (default d_in / 2)", gt=0)
+        k_aux: int | None = option(None, help="dead latents per row in AuxK (default: half of d_out)", gt=0)
         multi_topk: bool = option(False, help="add 1/8 of the loss at 4k, so that more latents than k degrade softly")
         k_start: int | None = option(None, help="k at the start, lowered to k during k_anneal", gt=0)
         k_anneal: float = option(0.1, help="share of the run over which k falls from k_start", gt=0, le=1)
@@ -75,14 +75,15 @@ class TopKSAE(SAE):
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""
         terms = {}
-        k_aux = self.config.k_aux or max(1, self.config.d_in // 2)
+        k_aux = self.config.k_aux or max(1, self.d_out // 2)
         auxk = self.auxk_term(out, k_aux, self.config.auxk_coef)
         if auxk is not None:
             terms["auxk"] = auxk
         if self.config.multi_topk:
             k = min(4 * self.k, self.config.d_sae)
             codes = self._codes(self.centre(out.source.input), out.pre_acts, k)
-            terms["multi_topk"] = self.reconstruction_loss(self.reconstruct(codes), out.source.target) / 8
+            recon = self.complete(self.reconstruct(codes), out.source)
+            terms["multi_topk"] = self.reconstruction_loss(recon, out.source.target) / 8
         return terms
 
     def saelens_fields(self) -> dict[str, Any]:

@@ -4,13 +4,13 @@ The first hook point of a batch is the input, the second the output: an MLP's in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_core.base import MAX_FIT_ROWS, Inputs, SAEOutput, Source
+from sae_core.base import MAX_FIT_ROWS, Inputs, Source
 from sae_core.codes import Codes
 from sae_core.errors import OptionError
 from sae_core.normalize import FIXED_MODES, Normalizer
@@ -95,18 +95,15 @@ class SkipTranscoderSAE(TranscoderSAE):
         super().build_parameters()
         self.W_skip = nn.Parameter(torch.zeros(self.config.d_in, self.d_out))
 
-    def forward(self, x: Inputs) -> SAEOutput:
-        """Add the skip path to the reconstruction."""
-        out = super().forward(x)
-        recon = out.recon + out.source.input @ self.W_skip
-        return replace(out, recon=recon, x_hat=out.source.undo(recon))
+    def complete(self, recon: Tensor, source: Source) -> Tensor:
+        """Add the skip path."""
+        return recon + source.input @ self.W_skip
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction in raw space; the skip path needs the rows that were encoded (`like`)."""
         if like is None:
             raise OptionError("a skip transcoder adds a path from its input: call decode(codes, like=x)")
-        recon = self.reconstruct(codes) + self.prepare(like).input @ self.W_skip
-        return self.output_normalizer.undo_fixed(recon)
+        return self.output_normalizer.undo_fixed(self.complete(self.reconstruct(codes), self.prepare(like)))
 
     def output_bias(self) -> Tensor:
         """b_dec, less what the skip path makes of the input's mean."""

@@ -1,5 +1,6 @@
 """Options of a variant: a dataclass field with a bound, a help line, and one place that checks them all."""
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -31,6 +32,8 @@ def check(config: Any) -> None:
         bounds = spec.metadata
         if value is None or not bounds:
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{spec.name}={value!r}: expected a finite number")
         if bounds["choices"] is not None and value not in bounds["choices"]:
             raise OptionError(f"{spec.name}={value!r}: expected one of {', '.join(bounds['choices'])}")
         if bounds["ge"] is not None and not value >= bounds["ge"]:

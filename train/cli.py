@@ -38,51 +38,51 @@ def run(
     cache: Annotated[Text, _option(WHAT, "Folder of the activation cache.", "--cache", "-c")] = None,
     type: Annotated[Text, _option(WHAT, "Variant: see `sae-train types`.", "--type", "-t")] = None,
     hook: Annotated[
-        list[str] | None, _option(WHAT, "Hook point of the cache. [default: the only one]", "--hook")
+        list[str] | None, _option(WHAT, "Hook point of the cache. (default: the only one)", "--hook")
     ] = None,
     layer: Annotated[list[str] | None, _option(WHAT, "The same by number: 6 is layer_6.", "--layer", "-l")] = None,
     name: Annotated[
-        Text, _option(WHAT, "Name of the run's folder. [default: from cache, hook, type, size, seed]", "--name")
+        Text, _option(WHAT, "Name of the run's folder. (default: from cache, hook, type, size, seed)", "--name")
     ] = None,
-    runs_dir: Annotated[Text, _option(WHAT, "Folder of all runs. [default: runs]", "--runs-dir")] = None,
+    runs_dir: Annotated[Text, _option(WHAT, "Folder of all runs. (default: runs)", "--runs-dir")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
     config: Annotated[Path | None, _option(WHAT, "Settings in YAML; flags go on top.", "--config")] = None,
     assignments: Annotated[
         list[str] | None, _option(WHAT, "Any setting of the type or the trainer: key=value. Repeatable.", "--set")
     ] = None,
-    device: Annotated[Text, _option(WHAT, "auto, cpu, cuda, cuda:1. [default: auto]", "--device")] = None,
-    seed: Annotated[Text, _option(WHAT, "Seed of shuffling and initialisation. [default: 0]", "--seed")] = None,
+    device: Annotated[Text, _option(WHAT, "auto, cpu, cuda, cuda:1. (default: auto)", "--device")] = None,
+    seed: Annotated[Text, _option(WHAT, "Seed of shuffling and initialisation. (default: 0)", "--seed")] = None,
     shuffle_seed: Annotated[Text, _option(WHAT, "Seed of the order of rows alone.", "--shuffle-seed")] = None,
     init_seed: Annotated[Text, _option(WHAT, "Seed of the weights alone.", "--init-seed")] = None,
     k: Annotated[Text, _option(MODEL, "Active latents per row, for types that have it.", "--k", "-k")] = None,
     d_sae: Annotated[Text, _option(MODEL, "Number of latents.", "--d-sae")] = None,
     expansion_factor: Annotated[
-        Text, _option(MODEL, "The same as d_sae / d_in. [default: 8]", "--expansion-factor")
+        Text, _option(MODEL, "The same as d_sae / d_in. (default: 8)", "--expansion-factor")
     ] = None,
     normalize: Annotated[
-        Text, _option(MODEL, "dataset, mean, mean+dataset, unit_norm, none. [default: dataset]", "--normalize")
+        Text, _option(MODEL, "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)", "--normalize")
     ] = None,
-    loss: Annotated[Text, _option(MODEL, "fvu, mse, nmse. [default: fvu]", "--loss")] = None,
-    batch_size: Annotated[Text, _option(TRAINING, "Rows per step. [default: 4096]", "--batch-size", "-b")] = None,
+    loss: Annotated[Text, _option(MODEL, "fvu, mse, nmse. (default: fvu)", "--loss")] = None,
+    batch_size: Annotated[Text, _option(TRAINING, "Rows per step. (default: 4096)", "--batch-size", "-b")] = None,
     grad_acc_steps: Annotated[
-        Text, _option(TRAINING, "Micro-batches that a batch is split into. [default: 1]", "--grad-acc-steps")
+        Text, _option(TRAINING, "Micro-batches that a batch is split into. (default: 1)", "--grad-acc-steps")
     ] = None,
     tokens: Annotated[Text, _option(TRAINING, "Length in rows: 500k, 10M.", "--tokens")] = None,
     steps: Annotated[Text, _option(TRAINING, "Length in steps.", "--steps")] = None,
     epochs: Annotated[
-        Text, _option(TRAINING, "Length in passes. [default: 1; more up to 16 if under 1000 steps]", "--epochs")
+        Text, _option(TRAINING, "Length in passes. (default: 1; more up to 16 if under 1000 steps)", "--epochs")
     ] = None,
-    lr: Annotated[Text, _option(TRAINING, "Peak rate. [default: from d_sae and steps, at most 1e-3]", "--lr")] = None,
-    optimizer: Annotated[Text, _option(TRAINING, "adam, adamw, sgd. [default: adam]", "--optimizer")] = None,
-    weight_decay: Annotated[Text, _option(TRAINING, "Weight decay. [default: 0]", "--weight-decay")] = None,
+    lr: Annotated[Text, _option(TRAINING, "Peak rate. (default: from d_sae and steps, at most 1e-3)", "--lr")] = None,
+    optimizer: Annotated[Text, _option(TRAINING, "adam, adamw, sgd. (default: adam)", "--optimizer")] = None,
+    weight_decay: Annotated[Text, _option(TRAINING, "Weight decay. (default: 0)", "--weight-decay")] = None,
     lr_schedule: Annotated[
-        Text, _option(TRAINING, "Decay at the end: linear, cosine, constant. [default: linear]", "--lr-schedule")
+        Text, _option(TRAINING, "Decay at the end: linear, cosine, constant. (default: linear)", "--lr-schedule")
     ] = None,
     warmup_steps: Annotated[
-        Text, _option(TRAINING, "Linear warm-up. [default: 5 %, at most 1000]", "--warmup-steps")
+        Text, _option(TRAINING, "Linear warm-up. (default: 5 %, at most 1000)", "--warmup-steps")
     ] = None,
     compute_dtype: Annotated[
-        Text, _option(TRAINING, "float32, bfloat16. [default: float32]", "--compute-dtype")
+        Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
     ] = None,
     keep_special: Annotated[
         Flag, _option(DATA, "Train on special tokens too.", "--keep-special/--no-keep-special")
@@ -91,21 +91,21 @@ def run(
         Flag,
         _option(
             DATA,
-            "Train on position 0 of each window. [default: unless the model is a decoder]",
+            "Train on position 0 of each window. (default: unless the model is a decoder)",
             "--keep-first-position/--no-keep-first-position",
         ),
     ] = None,
-    holdout: Annotated[Text, _option(DATA, "Share of documents held out. [default: 0.05]", "--holdout")] = None,
+    holdout: Annotated[Text, _option(DATA, "Share of documents held out. (default: 0.05)", "--holdout")] = None,
     eval_rows: Annotated[
-        Text, _option(DATA, "Most held-out rows in the final evaluation. [default: 131072]", "--eval-rows")
+        Text, _option(DATA, "Most held-out rows in the final evaluation. (default: 131072)", "--eval-rows")
     ] = None,
-    log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. [default: 10]", "--log-every")] = None,
+    log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. (default: 10)", "--log-every")] = None,
     save_every: Annotated[
-        Text, _option(LOGGING, "Steps between checkpoints; 0: at the end. [default: 1000]", "--save-every")
+        Text, _option(LOGGING, "Steps between checkpoints; 0: at the end. (default: 1000)", "--save-every")
     ] = None,
-    keep: Annotated[Text, _option(LOGGING, "Checkpoints to keep. [default: 2]", "--keep")] = None,
-    wandb: Annotated[Text, _option(LOGGING, "online, offline, off. [default: off]", "--wandb")] = None,
-    wandb_project: Annotated[Text, _option(LOGGING, "[default: granary]", "--wandb-project")] = None,
+    keep: Annotated[Text, _option(LOGGING, "Checkpoints to keep. (default: 2)", "--keep")] = None,
+    wandb: Annotated[Text, _option(LOGGING, "online, offline, off. (default: off)", "--wandb")] = None,
+    wandb_project: Annotated[Text, _option(LOGGING, "(default: granary)", "--wandb-project")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -157,7 +157,7 @@ def compare(
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.")],
     to: Annotated[str, typer.Option("--to", help="saelens, sparsify or delphi.")] = "saelens",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="[default: the run's folder plus the tool]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="(default: the run's folder plus the tool)")] = None,
     debug: Debug = False,
 ) -> None:
     """Write an SAE in the files of another tool."""
@@ -235,9 +235,17 @@ def _errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         from sae_core.errors import SAEError
 
-        if debug or not isinstance(error, TrainError | CacheError | SAEError):
+        if debug or not isinstance(error, TrainError | CacheError | SAEError | OSError):
             raise
-        _fail(f"error: {error}", 2)
+        _fail(f"error: {_one_line(error)}", 2)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an expected error; of one from the system, what failed and how to go on."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; what was committed is safe: mend that, then `sae-train resume` goes on"
 
 
 def _fail(message: str, code: int) -> NoReturn:

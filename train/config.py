@@ -19,6 +19,7 @@ from sae_core.options import check, option
 from train.coerce import coerce
 from train.errors import ConfigError, nearest
 
+MAX_SEED = 2**63 - 1
 SECTIONS = ("run", "model", "training", "data", "logging")
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}
@@ -41,9 +42,9 @@ class TrainConfig:
     hook: tuple[str, ...] = setting((), "run", "hook points of the cache; may stay open if there is one")
     name: str | None = setting(None, "run", "name of the run's folder (default: cache_hook_type_d_k_seed)")
     runs_dir: str = setting("runs", "run", "folder that runs are written to")
-    seed: int = setting(0, "run", "seed of both shuffling and initialisation", ge=0)
-    shuffle_seed: int | None = setting(None, "run", "seed of the order of rows (default: seed)", ge=0)
-    init_seed: int | None = setting(None, "run", "seed of the weights (default: seed)", ge=0)
+    seed: int = setting(0, "run", "seed of both shuffling and initialisation", ge=0, le=MAX_SEED)
+    shuffle_seed: int | None = setting(None, "run", "seed of the order of rows (default: seed)", ge=0, le=MAX_SEED)
+    init_seed: int | None = setting(None, "run", "seed of the weights (default: seed)", ge=0, le=MAX_SEED)
     device: str = setting("auto", "run", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "run", "matrix products (auto: float32)")
 
@@ -88,7 +89,7 @@ class TrainConfig:
     log_every: int = setting(10, "logging", "steps between two lines of metrics", gt=0)
     save_every: int = setting(1000, "logging", "steps between checkpoints (0: only when stopped and at the end)", ge=0)
     keep: int = setting(2, "logging", "checkpoints to keep", gt=0)
-    eval_rows: int = setting(2**17, "logging", "most held-out rows in the final evaluation", ge=0)
+    eval_rows: int = setting(2**17, "logging", "most held-out rows in the final evaluation", gt=0)
     wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")
 
@@ -166,6 +167,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

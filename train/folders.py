@@ -13,24 +13,40 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cache.errors import CacheLockedError
+from cache.lock import CacheLock
 from train import files
 from train.config import TrainConfig, from_sections
 from train.errors import ConfigError, NotARunError, RunExistsError
 
-CONFIG, RECORD, SUMMARY = "config.yaml", "run.json", "summary.json"
+CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
 RECORD_VERSION = 1
 
 
 def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
-    """Make the run's folder. Raises RunExistsError if it holds anything and may not be replaced."""
+    """Make the run's folder. Raises RunExistsError if it holds anything, ConfigError if it cannot be made."""
+    try:
+        return _claim(config, overwrite=overwrite)
+    except RunExistsError:
+        raise
+    except OSError as error:
+        where = Path(config.runs_dir) / str(config.name)
+        raise ConfigError(
+            f"the run's folder {where} cannot be made: {error.strerror}; change --runs-dir or --name"
+        ) from None
+
+
+def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     assert config.name is not None
     folder = Path(config.runs_dir) / config.name
-    if Path(config.name).name != config.name or config.name in (".", ".."):
+    if Path(config.name).name != config.name or config.name in (".", "..") or not config.name.isprintable():
         raise ConfigError(f"name={config.name!r}: expected one folder name, without slashes")
     if folder.exists() and not _is_unused(folder):
         ours = (folder / RECORD).is_file()
@@ -45,11 +61,36 @@ def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
     return folder
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder. Raises RunExistsError while another process trains in it."""
+    lock = CacheLock(folder / LOCK)
+    try:
+        lock.acquire()
+    except CacheLockedError as error:
+        who = "another process" if error.pid is None else f"process {error.pid}"
+        since = "" if error.age is None else f", for {error.age:.0f} s"
+        raise RunExistsError(f"{folder} is being trained by {who}{since}: wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run wrote a summary that can be read; a damaged one is written again."""
+    try:
+        read_summary(folder)
+    except NotARunError:
+        return False
+    return True
+
+
 def _is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing but what a start leaves that was killed at once."""
     if not folder.is_dir():
         return False
-    return all(p.name == CONFIG or p.name.startswith(files.TEMP_PREFIX) for p in folder.iterdir())
+    return all(p.name in (CONFIG, LOCK) or p.name.startswith(files.TEMP_PREFIX) for p in folder.iterdir())
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -58,6 +58,11 @@ def resolve_hooks(config: TrainConfig, available: Sequence[str]) -> tuple[str, .
     hooks = config.hook or (tuple(available) if several or len(available) == 1 else ())
     if not hooks:
         raise ConfigError(f"the cache has {len(available)} hook points, choose one with --hook: {', '.join(available)}")
+    if several and len(hooks) < 2:
+        raise ConfigError(
+            f"type {config.type} reads at least 2 hook points, got {len(hooks)}: {', '.join(hooks)}; harvest more "
+            "(sae-harvest run --layer 2,4) and name them with --hook"
+        )
     if len(hooks) > 1 and not several:
         raise ConfigError(f"type {config.type} reads one hook point, got {len(hooks)}: {', '.join(hooks)}")
     return hooks
@@ -77,7 +82,9 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
     d_in = widths[0]
     if config.options.get("d_in", d_in) != d_in:
         raise ConfigError(f"d_in={config.options['d_in']}: hook point {hooks[0]} of the cache has width {d_in}")
-    d_sae = int(config.options.get("d_sae") or round(d_in * (config.expansion_factor or DEFAULT_EXPANSION)))
+    d_sae = config.options.get("d_sae")
+    if d_sae is None:
+        d_sae = round(d_in * (config.expansion_factor or DEFAULT_EXPANSION))
     n_steps = n_steps_of(config, counts.train)
     options = {**config.options, "d_in": d_in, "d_sae": d_sae}
     if "n_hooks" in known:
@@ -102,7 +109,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         steps=n_steps,
         tokens=None,
         epochs=None,
-        lr=config.lr or schedule.default_lr(d_sae, n_steps),
+        lr=config.lr or schedule.default_lr(int(variant.d_sae), n_steps),
         warmup_steps=warmup,
         keep_first_position=filters_of(config).resolve(cache).first_position,
         options={f.name: getattr(variant, f.name) for f in fields(variant)},

@@ -13,10 +13,11 @@ import torch
 
 from cache.loader import LoaderState
 from train import checkpoint, files
+from train.capacity import check_capacity
 from train.config import TrainConfig, make_config, to_yaml
 from train.data import Data
 from train.errors import RunExistsError
-from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, claim_folder, read_run
+from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, claim_folder, exclusive, is_complete, read_run
 from train.log import JsonlSink, Sink, Sinks
 from train.session import Result, Session
 from train.signals import StopRequest
@@ -40,8 +41,10 @@ def train_sae(
     """
     config = make_config([settings]) if config is None else _replace(config, settings)
     data = Data.open(config)
+    check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
     with ExitStack() as stack:
+        stack.enter_context(exclusive(folder))
         wandb_id = secrets.token_hex(8)
         session = _open_session(stack, data, folder, None, _all_sinks(data.config, folder, wandb_id, sinks), stop)
         files.write_text(folder / CONFIG, to_yaml(data.config))
@@ -58,14 +61,15 @@ def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: Sto
     """
     folder = Path(folder)
     config, record = read_run(folder)
-    if (folder / SUMMARY).is_file():
+    if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    files.remove_temporary(folder / checkpoint.FOLDER)
     data = Data.reopen(config, record)
-    found = checkpoint.list_checkpoints(folder)
     identity = checkpoint.Identity(dict(data.cache.manifest.fingerprint), record["order"])
     checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, asdict(identity), folder / RECORD)
     with ExitStack() as stack:
+        stack.enter_context(exclusive(folder))
+        files.remove_temporary(folder / checkpoint.FOLDER)
+        found = checkpoint.list_checkpoints(folder)
         restored = checkpoint.load(found[-1], config, identity) if found else None
         state = restored.loader_state if restored else None
         all_sinks = _all_sinks(config, folder, str(record["wandb_id"]), sinks)

@@ -16,7 +16,7 @@ from sae_core import SAE
 from train import checkpoint, files, loop
 from train.config import to_sections
 from train.data import Data, export_metadata
-from train.errors import InterruptedRunError
+from train.errors import DivergedError, InterruptedRunError
 from train.evaluate import evaluate
 from train.folders import SUMMARY
 from train.log import Sinks, read_metrics
@@ -74,12 +74,21 @@ class Session:
         seconds = clock.seconds
         run.sae.calibrate(self._until_stopped(self.data.calibration(), run))
         numbers = evaluate(run.sae, self._until_stopped(self.data.evaluation(), run))
+        self._check_numbers(run, numbers)
         summary = summarize(run, self.data, numbers, _last_training_l0(self.folder, last), seconds)
         return self._finish(run, summary)
 
     def _save(self, run: Run, state: LoaderState, clock: Clock) -> None:
         self.sinks.flush()
         checkpoint.save(self.folder, run, state, self.identity, seconds=clock.seconds)
+
+    def _check_numbers(self, run: Run, numbers: Mapping[str, float]) -> None:
+        """Raises DivergedError for an SAE whose evaluation is no number."""
+        if not all(math.isfinite(value) for value in numbers.values()):
+            raise DivergedError(
+                f"the SAE gives NaN or Inf after {run.step} steps ({run.rejected} batches rejected): nothing was written "
+                f"to {self.folder} as a result; train again with a lower --lr"
+            )
 
     def _finish(self, run: Run, summary: Mapping[str, Any]) -> Result:
         for path in sae_core.save(run.sae, self.folder, export_metadata(self.data, self.folder)):

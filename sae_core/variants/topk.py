@@ -37,6 +37,8 @@ class TopKSAE(SAE):
 
         def validate(self) -> None:
             """k latents must exist."""
+            if self.k_start is not None and self.k_start < self.k:
+                raise OptionError(f"k_start={self.k_start}: expected k_start >= k={self.k}, from which k falls")
             for name in ("k", "k_start"):
                 value = getattr(self, name)
                 if value is not None and value > self.d_sae:

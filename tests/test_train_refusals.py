@@ -1,0 +1,78 @@
+"""What a run refuses before it costs anything, and what it never leaves behind."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from train import train_sae
+from train.cli import app
+from train.errors import DivergedError, RunExistsError
+from train.folders import exclusive
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "inf"], "lr=inf: expected a finite number"),
+        (["--d-sae", "0"], "d_sae=0: expected a value > 0"),
+        (["--d-sae", "10000000000"], "fits; or raise --grad-acc-steps"),
+        (["--set", "seed=99999999999999999999"], "expected a value <= 9223372036854775807"),
+        (["--set", "beta1=1.0"], "beta1=1.0: expected a value < 1"),
+        (["--set", "eval_rows=0"], "eval_rows=0: expected a value > 0"),
+        (["--set", "k_start=2"], "k_start=2: expected k_start >= k=4"),
+        (["--name", "n" * 300], "cannot be made: File name too long"),
+        (["--name", "a\nb"], "expected one folder name"),
+        (["--type", "route"], "type route reads at least 2 hook points, got 1: layer_3"),
+        (["--type", "transcoder"], "type transcoder reads at least 2 hook points"),
+    ],
+    ids=lambda value: "_".join(value)[:30] if isinstance(value, list) else None,
+)
+def test_one_line_and_nothing_written(make_cache, tmp_path: Path, flags: list[str], message: str) -> None:
+    common = ["--cache", make_cache(), "--type", "topk", "--k", 4, "--steps", 2, "--batch-size", 64, "--d-sae", 32]
+    code, output = run("run", *common, "--runs-dir", tmp_path / "runs", "-q", *flags)
+    assert code == 2, output
+    assert message in output
+    assert len(output.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_runs_dir_that_is_a_file_and_a_config_that_is_no_text(make_cache, tmp_path: Path) -> None:
+    common = ["run", "--cache", make_cache(), "--type", "topk", "--k", 4, "--steps", 2, "--batch-size", 64]
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    code, output = run(*common, "--runs-dir", tmp_path / "file")
+    assert (code, "cannot be made" in output) == (2, True), output
+    code, output = run(*common, "--config", tmp_path / "file")
+    assert (code, "is not UTF-8 text" in output) == (2, True), output
+
+
+def test_weights_that_diverged_are_no_result(make_cache, tmp_path: Path) -> None:
+    settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 3, "batch_size": 64, "lr": 1e30, "warmup_steps": 0}
+    with pytest.raises(DivergedError, match="lower --lr"):
+        train_sae(cache=str(make_cache()), runs_dir=str(tmp_path), name="bad", optimizer="sgd", **settings)
+    assert not (tmp_path / "bad" / "sae_weights.safetensors").exists()
+    assert not (tmp_path / "bad" / "summary.json").exists()
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(RunExistsError, match="is being trained by process"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):
+        pass
+
+
+def test_a_junk_summary_does_not_make_a_run_complete(make_cache, tmp_path: Path) -> None:
+    settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 3, "batch_size": 64}
+    folder = train_sae(cache=str(make_cache()), runs_dir=str(tmp_path), name="a", **settings).folder
+    summary = (folder / "summary.json").read_text()
+    (folder / "summary.json").write_text("{}")
+    code, output = run("resume", folder, "-q")
+    assert code == 0, output
+    assert (folder / "summary.json").read_text()[:60] == summary[:60]
+    code, output = run("resume", folder, "-q")
+    assert (code, "is complete" in output) == (2, True)

@@ -1,0 +1,72 @@
+"""What a run needs of memory and disk, told before anything is spent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cache.files import free_bytes
+from train.config import TrainConfig
+from train.errors import ConfigError
+
+FLOAT_BYTES = 4
+# A parameter, its gradient and Adam's two moments.
+COPIES_IN_MEMORY = {"adam": 4, "adamw": 4, "sgd": 3}
+# A checkpoint holds the parameter and the moments.
+COPIES_ON_DISK = {"adam": 3, "adamw": 3, "sgd": 2}
+
+
+def check_capacity(config: TrainConfig) -> None:
+    """Refuse a run that cannot fit. Raises ConfigError with what is needed and what there is."""
+    memory, disk = needed_memory(config), needed_disk(config)
+    there = available_memory(config.device)
+    if there is not None and memory > there:
+        per_latent = memory / config.options["d_sae"]
+        raise ConfigError(
+            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {_gib(memory)} of "
+            f"memory, {config.device} has {_gib(there)}: about d_sae={int(there / per_latent):,} fits; "
+            "or raise --grad-acc-steps"
+        )
+    free = free_bytes(Path(config.runs_dir))
+    if disk > free:
+        raise ConfigError(
+            f"{config.runs_dir} has {_gib(free)} free, the run's checkpoints need about {_gib(disk)}: free space, "
+            "lower --keep, or choose another --runs-dir"
+        )
+
+
+def needed_memory(config: TrainConfig) -> int:
+    """Bytes of parameters, gradients, optimizer and one micro-batch's pre-activations."""
+    micro_batch = config.batch_size // config.grad_acc_steps
+    pre_acts = micro_batch * config.options["d_sae"]
+    return int(FLOAT_BYTES * (_n_parameters(config) * COPIES_IN_MEMORY[config.optimizer] + pre_acts))
+
+
+def needed_disk(config: TrainConfig) -> int:
+    """Bytes of the checkpoints that are kept, the one being written, and the result."""
+    copies = COPIES_ON_DISK[config.optimizer] * (config.keep + 1) + 1
+    return FLOAT_BYTES * _n_parameters(config) * copies
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that a device can still give; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _n_parameters(config: TrainConfig) -> int:
+    """Of the encoder and the decoder; what else there is does not count beside them."""
+    return 2 * int(config.options["d_in"]) * int(config.options["d_sae"])
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ class Session:
         """Raises DivergedError for an SAE whose evaluation is no number."""
         if not all(math.isfinite(value) for value in numbers.values()):
             raise DivergedError(
-                f"the SAE gives NaN or Inf after {run.step} steps ({run.rejected} batches rejected): nothing was written "
-                f"to {self.folder} as a result; train again with a lower --lr"
+                f"the SAE gives NaN or Inf after {run.step} steps ({run.rejected} batches rejected): {self.folder} has "
+                "no result; train again with a lower --lr"
             )
 
     def _finish(self, run: Run, summary: Mapping[str, Any]) -> Result:

@@ -109,7 +109,8 @@ def verify(
             for name in report.foreign:
                 console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
             checked = "sizes" if quick else f"{len(report.findings)} files, {size(report.n_bytes)}"
-            state = "ok" if report.ok else f"{len(report.problems)} problems"
+            n = len(report.problems)
+            state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
             state += "" if report.complete else ", incomplete: the harvest has not finished"
             console.print(_plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
     if not report.ok:

@@ -7,7 +7,6 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -53,7 +52,7 @@ Dataset = Annotated[
             "(default: Salesforce/wikitext (wikitext-103))", "--dataset", "-d", show_default=False),
 ]  # fmt: skip
 DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
-Split = Annotated[str, _option(TEXT, "Split of a hub data set.", "--split")]
+Split = Annotated[str | None, _option(TEXT, "Split of a hub data set. (default: train)", "--split", show_default=False)]
 DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
 TextColumn = Annotated[
     list[str] | None,
@@ -83,7 +82,7 @@ BatchTokens = Annotated[
 ]  # fmt: skip
 NumProc = Annotated[int, _option(CUT, "Processes for a slow (Python) tokenizer.", "--num-proc")]
 Out = Annotated[
-    Path | None, _option(OUTPUT, "Folder. (default: cache/<model>_l<layers>)", "--out", "-o", show_default=False)
+    str | None, _option(OUTPUT, "Folder. (default: cache/<model>_l<layers>)", "--out", "-o", show_default=False)
 ]
 Dtype = Annotated[str, _option(OUTPUT, "auto (as computed), float32, float16, bfloat16.", "--dtype")]
 MaxTokens = Annotated[
@@ -110,7 +109,7 @@ def harvest_config(
     device: Device = "auto",
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
-    split: Split = "train",
+    split: Split = None,
     dataset_revision: DatasetRevision = None,
     text_column: TextColumn = None,
     documents: Documents = "auto",
@@ -135,8 +134,10 @@ def harvest_config(
         TextConfig,
         TokenConfig,
         WhereConfig,
+        parse_columns,
         parse_count,
         parse_layers,
+        parse_out,
     )
 
     return HarvestConfig(
@@ -147,13 +148,13 @@ def harvest_config(
             dataset_config,
             split,
             dataset_revision,
-            _parts(text_column),
+            parse_columns(text_column),
             documents,
             shuffle_buffer,
             shuffle_seed,
         ),
         tokens=TokenConfig(ctx_len, bos, pack, batch_tokens, num_proc),
-        out=out,
+        out=parse_out(out),
         dtype=dtype,
         max_tokens=parse_count("--max-tokens", max_tokens),
         max_docs=parse_count("--max-docs", max_docs),
@@ -230,10 +231,6 @@ def names(
             typer.echo(line)
 
 
-def _parts(values: list[str] | None) -> tuple[str, ...]:
-    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
-
-
 class _errors:
     """Expected failures become one red line and exit code 2; an interruption its own code."""
 
@@ -253,9 +250,19 @@ class _errors:
             _fail(f"error: {error}", 2)
         if isinstance(error, PermissionError):
             _fail(f"error: no permission for {error.filename}: {error.strerror}", 2)
+        if isinstance(error, OSError):
+            _fail(f"error: {_os_problem(error)}; mend it and run the command again, --debug shows where it happened", 2)
         if isinstance(error, KeyboardInterrupt):
             code = error.exit_code if isinstance(error, InterruptedHarvest) else 130
             _fail("interrupted: committed shards stay; run the same command again to continue", code)
+
+
+def _os_problem(error: OSError) -> str:
+    from harvest.hub import one_line
+
+    if error.filename is None or not error.strerror:
+        return one_line(error)
+    return f"{str(error.filename)!r}: {error.strerror}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -15,6 +15,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
 DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
+DEFAULT_SPLIT = "train"
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
@@ -61,7 +62,7 @@ class TextConfig:
 
     dataset: str = DEFAULT_DATASET
     config: str | None = None
-    split: str = "train"
+    split: str | None = None  # of a hub data set: DEFAULT_SPLIT
     revision: str | None = None
     text_columns: tuple[str, ...] = ()
     documents: str = "auto"
@@ -70,6 +71,10 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         one_of("--documents", self.documents, DOCUMENT_MODES)
+        if not self.dataset.strip():
+            raise ConfigError(
+                "--dataset is empty: give a hub id, a local file or folder, - for standard input, or demo"
+            )
         if self.shuffle_buffer < 0:
             raise ConfigError(f"--shuffle-buffer is {self.shuffle_buffer}: give a number of documents, or 0 for none")
 
@@ -137,7 +142,26 @@ def parse_count(flag: str, text: str | None) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbgt]?)", text.strip().lower().replace("_", "").replace(",", ""))
     if match is None:
         raise ConfigError(f"{flag} is {text!r}: give a number such as 20000, 20k, 5M or 1.5B")
-    return round(float(match[1]) * _SUFFIXES[match[2]]) if "." in match[1] else int(match[1]) * _SUFFIXES[match[2]]
+    scale = _SUFFIXES[match[2]]
+    count = round(float(match[1]) * scale) if "." in match[1] else int(match[1]) * scale
+    if count < 1 or float(match[1]) * scale < 1:
+        raise ConfigError(f"{flag} is {text!r}: give a number from 1, such as 20000, 20k, 5M or 1.5B")
+    return count
+
+
+def parse_out(text: str | None) -> Path | None:
+    """`--out` as a path; an empty one would mean the current folder."""
+    if text is not None and not text.strip():
+        raise ConfigError("--out is empty: give a folder, or leave --out away for cache/<model>_l<layers>")
+    return None if text is None else Path(text)
+
+
+def parse_columns(values: list[str] | None) -> tuple[str, ...]:
+    """`["a,b", "c"]` -> ("a", "b", "c")."""
+    parts = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+    if values and not parts:
+        raise ConfigError("--text-column is empty: give the name of a column, or leave --text-column away")
+    return parts
 
 
 def parse_layers(values: list[str]) -> tuple[int, ...] | Literal["all"]:

@@ -28,6 +28,7 @@ from harvest.model import (
     skeleton,
     storage_dtype,
 )
+from harvest.out import check_out
 from harvest.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
 from harvest.sources import open_source
 from harvest.text import Render, TextSource, join_chat
@@ -154,7 +155,7 @@ class Prepared:
 
     def provenance(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """Where the cache comes from; no clock and no host name."""
-        text, tokens = self.config.text, self.config.tokens
+        tokens = self.config.tokens
         return {
             "model": self.model_record() | {"weights_xxh3": fingerprint["weights_xxh3"]},
             "tokenizer": {
@@ -163,7 +164,7 @@ class Prepared:
                 "xxh3": fingerprint["tokenizer_xxh3"],
                 "special_ids": sorted(self.rules.special_ids),
             },
-            "dataset": {"name": self.source.name, "split": text.split, **self.source.identity},
+            "dataset": {"name": self.source.name, **self.source.identity},
             "windows": {
                 "ctx_len": fingerprint["ctx_len"],
                 "bos": tokens.bos,
@@ -188,9 +189,7 @@ class Prepared:
 
 def prepare(config: HarvestConfig, say: Say) -> Prepared:
     """Check a whole harvest without loading weights or writing anything."""
-    out = config.out_path
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file: give a folder")
+    check_out(config.out_path)
     quiet()
     located = locate(config.model)
     check_weights(located)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
 from harvest.columns import SAMPLE_RECORDS, choose_columns, column_kinds, extractor
-from harvest.config import TextConfig
+from harvest.config import DEFAULT_SPLIT, TextConfig
 from harvest.errors import SourceError, SourceStoppedError
 from harvest.hub import OFFLINE_HINT, one_line, online
 from harvest.text import Record, Scalar
@@ -24,7 +25,7 @@ class HubSource:
     """A streamed data set of the hub (or a local folder that `datasets.load_dataset` understands)."""
 
     def __init__(self, config: TextConfig, say: Say = lambda message: None) -> None:
-        self._config = config
+        self._config = config = replace(config, split=config.split or DEFAULT_SPLIT)
         self._say = say
         self.revision = _resolve_revision(config)
         sample = list(islice(retrying(self._open, 0, RETRY_SECONDS, say), SAMPLE_RECORDS))

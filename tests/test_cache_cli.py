@@ -68,7 +68,9 @@ def test_verify_says_ok_or_names_the_damage(root, tmp_path):
     data = bytearray(shard.read_bytes())
     data[0] ^= 1
     shard.write_bytes(bytes(data))
-    assert "norms/layer_3/c.0: checksum is" in run("verify", path, code=1).stdout
+    shown = run("verify", path, code=1).stdout
+    assert "norms/layer_3/c.0: checksum is" in shown
+    assert ": 1 problem (" in shown
     assert "sizes" in run("verify", path, "--quick").stdout
     body = json.loads(run("verify", path, "--json", code=1).stdout)
     assert [problem["path"] for problem in body["problems"]] == ["norms/layer_3/c.0"]

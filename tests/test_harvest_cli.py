@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, decoder: P
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts(20)))
 
     def invoke(line: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, line.split())
+        result = CliRunner().invoke(app, shlex.split(line))
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result.exit_code, result.output + (result.stderr if result.stderr not in result.output else "")
 
@@ -103,7 +104,15 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
             r"not enough space for .*bytes are planned and .* are free",
         ),
         (f"{BERT} --layer 1 {TEXT} --out text.jsonl", r"--out text\.jsonl is a file: give a folder"),
-        (f"{BERT} --layer 1 {TEXT} --out other", r"other"),
+        (f"{BERT} --layer 1 {TEXT} --out other", r"other holds something that is not a cache \(thesis\.txt\)"),
+        (f"{BERT} --layer 1 {TEXT} --out text.jsonl/a/b", r"--out text\.jsonl/a/b cannot be made: .*jsonl is a file"),
+        (f"{BERT} --layer 1 {TEXT} --out a/{'x' * 300}/b", r"--out has a folder name of 300 bytes .* at most 255"),
+        (f"{BERT} --layer 1 {TEXT} --out {'x/' * 1990}", r"--out is a path of \d+ bytes: at most 3800 fit"),
+        (f"{BERT} --layer 1 {TEXT} --out 'a\nb'", r"--out is 'a\\nb': it holds a newline or control character"),
+        (f"{BERT} --layer 1 {TEXT} --out ''", r"--out is empty: give a folder"),
+        (f"{BERT} --layer 1 --dataset ''", r"--dataset is empty: give a hub id, a local file"),
+        (f"{BERT} --layer 1 {TEXT} --text-column ''", r"--text-column is empty"),
+        (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a number from 1"),
         (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
         (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"--layer 9 is out of range"),
         ("names some-model", r"unknown model 'some-model'"),
@@ -120,6 +129,15 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, tmp_path: Path, line
     assert re.search(message, error), error
     assert "Traceback" not in output
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_error_of_the_system_is_one_line(run: Run, tmp_path: Path) -> None:
+    code, output = run(f"{BERT} --layer 1 --dataset {'x' * 300}.txt")
+    assert code == 2, output
+    assert re.search(r"^error: .*x.*: File name too long; ", output, re.MULTILINE), output
+    (tmp_path / "nowhere").symlink_to("gone")
+    code, output = run(f"{BERT} --layer 1 {TEXT} --out nowhere")
+    assert (code, "nowhere is a link to nothing" in output) == (2, True), output
 
 
 def test_a_model_with_its_own_code_needs_the_flag(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Can a cache be made at `--out`? Asked before anything is loaded, so that no work is lost to a name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cache.records import existing_manifest
+from harvest.errors import ConfigError
+
+NAME_BYTES = 255  # of one folder name, on every common file system
+_PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
+
+
+def check_out(out: Path) -> None:
+    """Refuse a name that no folder can have, a file in the way, and a folder of something else."""
+    _check_name(out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    if out.exists():
+        existing_manifest(out)
+        return
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        what = "a link to nothing" if nearest.is_symlink() and not nearest.exists() else "a file, not a folder"
+        raise ConfigError(f"--out {out} cannot be made: {nearest} is {what}; give another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be made: no permission to write in {nearest}; give another --out")
+
+
+def _check_name(out: Path) -> None:
+    if any(ord(char) < 32 or ord(char) == 127 for char in str(out)):
+        raise ConfigError(f"--out is {str(out)!r}: it holds a newline or control character; give a plain folder name")
+    long = [part for part in out.parts if len(os.fsencode(part)) > NAME_BYTES]
+    if long:
+        raise ConfigError(
+            f"--out has a folder name of {len(os.fsencode(long[0]))} bytes ({long[0][:20]}...): "
+            f"a file system takes at most {NAME_BYTES}; give a shorter --out"
+        )
+    if (size := len(os.fsencode(out.absolute()))) > _PATH_BYTES:
+        raise ConfigError(f"--out is a path of {size} bytes: at most {_PATH_BYTES} fit; give a shorter --out")

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from harvest.errors import SourceError
-from harvest.text import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES
+from harvest.text import (
+    CHAT_NAMES,
+    JOINED_NAMES,
+    NOT_JSON,
+    SKIP_REASONS,
+    TEXT_NAMES,
+    Record,
+    join_chat,
+    skipped_counts,
+    to_document,
+)
 
 SAMPLE_RECORDS = 100  # records that are looked at to find the columns and their kinds
-Extract = Callable[[Mapping[str, Any]], object]
+Item = Mapping[str, Any] | None  # one record of a table; None for one that is no JSON object
+Extract = Callable[[Item], object]
 
 
-def column_kinds(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def column_kinds(records: Iterable[Item]) -> dict[str, str]:
     """Kind of each column over some records: "text", "chat", "other", or "none" if all were None."""
     kinds: dict[str, str] = {}
     for record in records:
-        for name, value in record.items():
+        for name, value in (record or {}).items():
             kind = _kind(value)
-            if kinds.get(name, "none") == "none":
+            if name is not None and kinds.get(name, "none") == "none":  # csv puts cells without a column under None
                 kinds[name] = kind
     return kinds
 
@@ -53,16 +64,32 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
 
 
 def extractor(columns: Sequence[str]) -> Extract:
-    """record -> text, chat messages or None; several columns are joined by newlines, empty ones left out."""
+    """record -> text, chat messages, None or NOT_JSON; several columns are joined by newlines, empty ones left out."""
     if len(columns) == 1:
         column = columns[0]
-        return lambda record: record.get(column)
+        return lambda record: NOT_JSON if record is None else record.get(column)
 
-    def joined(record: Mapping[str, Any]) -> object:
+    def joined(record: Item) -> object:
+        if record is None:
+            return NOT_JSON
         parts = [value for name in columns if isinstance(value := record.get(name), str) and value]
         return "\n".join(parts) if parts else None
 
     return joined
+
+
+def check_text(records: Sequence[Item], columns: Sequence[str], where: str) -> None:
+    """Refuse columns that hold no text in any of the first records."""
+    extract = extractor(columns)
+    reasons = [to_document(0, Record(extract(record), "", 0), join_chat).skipped for record in records]
+    if None in reasons:
+        return
+    counts = skipped_counts({reason: reasons.count(reason) for reason in SKIP_REASONS})
+    others = [name for name in column_kinds(records) if name not in columns]
+    raise SourceError(
+        f"{where} holds no text in {', '.join(columns)} in its first {len(records):,} records ({counts}); "
+        f"its other columns are {_listed(others)}: name one with --text-column"
+    )
 
 
 def _kind(value: object) -> str:
@@ -76,5 +103,5 @@ def _kind(value: object) -> str:
     return "other"
 
 
-def _listed(kinds: Mapping[str, str]) -> str:
+def _listed(kinds: Collection[str]) -> str:
     return ", ".join(kinds) if kinds else "none"

@@ -7,6 +7,7 @@ Exception
     ├── HookError             a layer or module that the model does not have (also a LookupError)
     ├── SourceError           a data set, file or column that is not found
     │   └── SourceStoppedError    a source that broke off half-way: the harvest can be continued
+    ├── NoRowsError           a data set of which nothing is fit to harvest
     ├── SpaceError            not enough room on the disk for what is planned (also an OSError)
     └── MemoryLimitError      a single window does not fit the device's memory
 KeyboardInterrupt
@@ -36,6 +37,15 @@ class SourceError(HarvestError):
 
 class SourceStoppedError(SourceError):
     """A source that broke off half-way; the same command continues the harvest."""
+
+
+class NoRowsError(HarvestError):
+    """A data set of which nothing is fit to harvest."""
+
+    def __init__(self, dataset: str, skipped: str, columns: tuple[str, ...]) -> None:
+        found = f"all its records were skipped ({skipped})" if skipped else "it holds no records"
+        remedy = f", or name another column than {', '.join(columns)} with --text-column" if columns else ""
+        super().__init__(f"no rows were harvested from data set {dataset}: {found}; give data with text{remedy}")
 
 
 class SpaceError(HarvestError, OSError):

@@ -47,8 +47,8 @@ def split_text(stream: IO[bytes], mode: str) -> Iterator[tuple[str, bool]]:
         yield decode(b"".join(paragraph))
 
 
-def table_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a .jsonl, .json, .csv, .tsv or .parquet file. A line that is no JSON counts as a None."""
+def table_records(path: Path) -> Iterator[Mapping[str, Any] | None]:
+    """The records of a .jsonl, .json, .csv, .tsv or .parquet file; None for one that is no JSON object."""
     kind = kind_of(path)
     if kind == ".parquet":
         yield from _parquet_records(path)
@@ -63,7 +63,7 @@ def table_records(path: Path) -> Iterator[Mapping[str, Any]]:
         else:
             for line in stream:
                 if line.strip():
-                    yield json_object(decode(line)[0]) or {}
+                    yield json_object(decode(line)[0])
 
 
 def open_binary(path: Path) -> IO[bytes]:
@@ -124,22 +124,23 @@ def json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _json_records(stream: IO[bytes], path: Path) -> Iterator[Mapping[str, Any]]:
+def _json_records(stream: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | None]:
     """One array of objects, one object that holds such an array, or JSON lines under the name .json."""
     data = stream.read()
     try:
         value = json.loads(decode(data)[0])
-    except ValueError:
-        for line in data.splitlines():
-            if line.strip():
-                yield json_object(decode(line)[0]) or {}
+    except (ValueError, RecursionError) as error:
+        objects = [json_object(decode(line)[0]) for line in data.splitlines() if line.strip()]
+        if objects and (data.lstrip().startswith(b"[") or all(item is None for item in objects)):
+            raise SourceError(f"{path} is invalid JSON: {error}; mend or remove it") from error
+        yield from objects
         return
     if isinstance(value, dict):
         arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
         value = arrays[0] if len(arrays) == 1 else [value]
     if not isinstance(value, list):
         raise SourceError(f"{path} is JSON but neither an object nor an array of objects")
-    yield from (item if isinstance(item, dict) else {} for item in value)
+    yield from (item if isinstance(item, dict) else None for item in value)
 
 
 def _parquet_records(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cache.writer import CacheWriter
 from harvest.background import Background, Prefetch
-from harvest.errors import HarvestError
+from harvest.errors import HarvestError, NoRowsError
 from harvest.forward import Tick, Work, first_rows
 from harvest.host import HostCopier, documents_from, to_rows
 from harvest.log import RunLog
 from harvest.prepare import Prepared
 from harvest.progress import Progress
 from harvest.result import HarvestResult, ending_warnings, result_of
-from harvest.text import SKIP_REASONS, documents
+from harvest.text import documents, skipped_counts
 from harvest.windows import Buffer, StreamState, WindowStream, buffers, tokenize_stream
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ class Pipeline:
                 background.submit(self._encode(work))
         self._meter.seconds["tokenizer"] = prefetch.busy
         begin = time.perf_counter()
+        if self._writer.n_rows == 0:
+            source = self._prepared.source
+            raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
         self._writer.finish(self._summary())
         self._meter.add("write", begin)
         return self._result(time.perf_counter() - start)
@@ -169,7 +172,7 @@ class Pipeline:
             "n_documents": state.n_docs,
             "ended": self._stream.ended,
             "repaired": state.repaired,
-            **{f"skipped_{reason}": n for reason, n in zip(SKIP_REASONS, state.skipped, strict=True)},
+            **{f"skipped_{reason}": n for reason, n in state.skip_counts.items()},
         }
 
     def _result(self, seconds: float) -> HarvestResult:

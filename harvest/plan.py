@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 from harvest.config import HarvestConfig
-from harvest.errors import SpaceError
+from harvest.errors import NoRowsError, SpaceError
 from harvest.prepare import Prepared, Say, prepare
 from harvest.progress import duration, gib
-from harvest.text import documents
+from harvest.text import documents, skipped_counts
 from harvest.windows import WindowStream, tokenize_stream
 
 SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
@@ -116,6 +116,9 @@ def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:
         seen_bytes += sum(len(document.text.encode()) for document in window.documents)
     rows = stream.state.n_rows
     whole = stream.ended == "source" and stream.state.next_doc < SAMPLE_DOCS
+    if whole and rows == 0:
+        source = prepared.source
+        raise NoRowsError(source.name, skipped_counts(stream.state.skip_counts), source.columns)
     if whole or stream.ended in ("max_tokens", "max_docs"):
         return rows, "counted"
     estimate = round(rows * max(1.0, size / max(1, seen_bytes)))

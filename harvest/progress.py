@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from harvest.text import skipped_counts
+
 if TYPE_CHECKING:
     from harvest.result import HarvestResult
 
@@ -110,8 +112,7 @@ def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:
             ("throughput", f"{result.rows_per_second:,.0f} {unit}/s, {result.padding:.1%} padding"),
             ("limit", ", ".join(f"{stage} {share:.0%}" for stage, share in result.busy)),
         ]
-    skipped = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in result.skipped if n]
-    rows.append(("skipped", ", ".join(skipped) if skipped else "none"))
+    rows.append(("skipped", skipped_counts(dict(result.skipped)) or "none"))
     if result.repaired:
         rows.append(("repaired", f"{result.repaired:,} documents with bytes or characters that are no text"))
     return rows

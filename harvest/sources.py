@@ -8,28 +8,56 @@ from pathlib import Path
 
 from harvest.config import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextConfig
 from harvest.demo import DEMO, DemoSource
-from harvest.errors import SourceError
+from harvest.errors import ConfigError, SourceError
 from harvest.file_formats import COMPRESSED, PLAIN, TABLES
 from harvest.text import TextSource
 from harvest.text_files import FileSource, StdinSource
+
+_HUB_FLAGS = ("--split", "--dataset-config", "--dataset-revision")
 
 
 def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     """demo, -, a local file or folder, else a data set of the hub."""
     if config.dataset == DEMO:
+        _refuse(config, "the demo text", (*_HUB_FLAGS, "--text-column", "--documents", "--shuffle-buffer"))
         return DemoSource()
     if config.dataset == "-":
+        _refuse(config, "standard input", _HUB_FLAGS)
         return StdinSource(config)
     path = Path(config.dataset).expanduser()
     if path.exists():
-        return FileSource(replace(config, dataset=str(path)))
+        _refuse(config, "local files", _HUB_FLAGS)
+        source = FileSource(replace(config, dataset=str(path)))
+        if not source.has_tables:
+            _refuse(config, "plain text", ("--text-column",))
+        if not source.has_plain:
+            _refuse(config, "tables, which hold a document per record", ("--documents",))
+        return source
     suffixes = {suffix.lower() for suffix in path.suffixes}
     if path.is_absolute() or config.dataset.startswith((".", "~")) or suffixes & {*PLAIN, *TABLES, *COMPRESSED}:
         raise SourceError(
             f"there is no file or folder {config.dataset}: give a path, a data set of the hub, -, or demo"
         )
+    _refuse(config, "a data set of the hub", ("--documents",))
     if config.dataset == DEFAULT_DATASET and config.config is None:
         config = replace(config, config=DEFAULT_DATASET_CONFIG)
     from harvest.text_hub import HubSource
 
     return HubSource(config, say)
+
+
+def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:
+    """Refuse flags that are set and would be ignored."""
+    values = {
+        "--split": config.split,
+        "--dataset-config": config.config,
+        "--dataset-revision": config.revision,
+        "--text-column": ",".join(config.text_columns) or None,
+        "--documents": None if config.documents == "auto" else config.documents,
+        "--shuffle-buffer": config.shuffle_buffer or None,
+    }
+    for flag in flags:
+        if values[flag] is not None:
+            raise ConfigError(
+                f"{flag} {values[flag]} does not apply to --dataset {config.dataset} ({where}): leave it away"
+            )

@@ -23,9 +23,16 @@ JOINED_NAMES = (
     ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
     ("sentence1", "sentence2"), ("premise", "hypothesis"),
 )  # fmt: skip
-SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens")
+SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json")
 _CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
 _LOOK = 4096  # characters that are looked at
+
+
+class NotJson:
+    """The value of a line that is no JSON object where there should be one."""
+
+
+NOT_JSON = NotJson()
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class TextSource(Protocol):
         """How a person names it."""
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the text; empty where there are none, or they are not known yet."""
+
+    @property
     def identity(self) -> Mapping[str, Scalar]:
         """What determines the stream: part of the fingerprint."""
 
@@ -81,6 +92,8 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         value = _render_chat(value, render)
     if value is None:
         return Document(doc_id, "", record.source, record.row, skipped="none")
+    if isinstance(value, NotJson):
+        return Document(doc_id, "", record.source, record.row, skipped="not_json")
     if not isinstance(value, str):
         return Document(doc_id, "", record.source, record.row, skipped="not_text")
     if not value.strip():
@@ -89,6 +102,11 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         return Document(doc_id, "", record.source, record.row, skipped="binary")
     text = replace_surrogates(value)
     return Document(doc_id, text, record.source, record.row, repaired=record.repaired or text is not value)
+
+
+def skipped_counts(counts: Mapping[str, int]) -> str:
+    """`2 none, 1 not json`; empty when nothing was skipped."""
+    return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
 def replace_surrogates(text: str) -> str:

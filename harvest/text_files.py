@@ -14,7 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from harvest.columns import SAMPLE_RECORDS, choose_columns, column_kinds, extractor
+from cache.layout import MANIFEST
+from cache.signed import FORMAT
+from harvest.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
 from harvest.config import TextConfig
 from harvest.errors import SourceError, SourceStoppedError
 from harvest.file_formats import (
@@ -43,6 +45,16 @@ class FileSource:
         self._files = find_files(Path(config.dataset))
         self._root = Path(config.dataset) if Path(config.dataset).is_dir() else Path(config.dataset).parent
         self.columns = self._choose_columns()
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether any file holds records with columns."""
+        return any(kind_of(path) in TABLES for path in self._files)
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether any file is plain text."""
+        return any(kind_of(path) in PLAIN for path in self._files)
 
     @property
     def name(self) -> str:
@@ -88,16 +100,28 @@ class FileSource:
             yield Record(extract(item), name, row)
 
     def _choose_columns(self) -> tuple[str, ...]:
+        """The columns of the first table with records; every other table must have them too."""
         tables = [path for path in self._files if kind_of(path) not in PLAIN]
-        if not tables:
-            return ()
-        try:
-            kinds = column_kinds(islice(table_records(tables[0]), SAMPLE_RECORDS))
-        except _READ_ERRORS as error:
-            raise SourceError(f"{tables[0]} cannot be read: {one_line(error)}") from error
-        if not kinds:
-            raise SourceError(f"{tables[0]} holds no records")
-        return choose_columns(kinds, self._config.text_columns, str(tables[0]))
+        columns: tuple[str, ...] = ()
+        first = None
+        for path in tables:
+            if not (sample := _sample(path)):
+                continue
+            kinds = column_kinds(sample)
+            if not kinds:
+                raise SourceError(f"{path}: none of its first {len(sample):,} records is a JSON object with columns")
+            if first is None:
+                first = path
+                columns = choose_columns(kinds, self._config.text_columns, str(path))
+                check_text(sample, columns, str(path))
+            elif not set(columns) & set(kinds):
+                raise SourceError(
+                    f"{path} has no column {columns[0]!r}, the text of {first}; its columns are {', '.join(kinds)}: "
+                    "harvest it on its own, or move it out of the folder"
+                )
+        if tables and first is None and len(tables) == len(self._files):
+            raise SourceError(f"{self._config.dataset} holds no records: give a file with text")
+        return columns
 
 
 class StdinSource:
@@ -142,13 +166,25 @@ class StdinSource:
         head = json_object(first[0]) if mode == "line" else None
         lines = _chain(first, texts)
         if head is None:
+            if self._config.text_columns:
+                raise SourceError(
+                    f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
+                    "line is no JSON object: leave it away"
+                )
             for row, (text, repaired) in enumerate(lines):
                 yield Record(text, "stdin", row, repaired)
             return
         extract = extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
         for row, (text, repaired) in enumerate(lines):
             item = json_object(text)
-            yield Record(extract(item) if item is not None else None, "stdin", row, repaired)
+            yield Record(extract(item), "stdin", row, repaired)
+
+
+def _sample(path: Path) -> list[Item]:
+    try:
+        return list(islice(table_records(path), SAMPLE_RECORDS))
+    except _READ_ERRORS as error:
+        raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def find_files(path: Path) -> list[Path]:
@@ -156,7 +192,15 @@ def find_files(path: Path) -> list[Path]:
     if path.is_file():
         if kind_of(path) not in PLAIN + TABLES:
             raise SourceError(f"{path} is not a text file known here: {known_suffixes()}, also with .gz or .zst")
+        if path.stat().st_size == 0:
+            raise SourceError(f"{path} is an empty file: give a file with text")
         return [path]
+    if not path.is_dir():
+        raise SourceError(
+            f"{path} is neither a file nor a folder (a device or a pipe): "
+            "give a file, a folder, or - for standard input"
+        )
+    _refuse_cache(path)
     files = [
         file
         for file in path.rglob("*")
@@ -165,6 +209,16 @@ def find_files(path: Path) -> list[Path]:
     if not files:
         raise SourceError(f"the folder {path} holds no {known_suffixes()} files")
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _refuse_cache(folder: Path) -> None:
+    """An activation cache holds .json and .parquet files too; none of them is the text that was meant."""
+    try:
+        manifest = json_object((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if manifest is not None and manifest.get("format") == FORMAT:
+        raise SourceError(f"{folder} is an activation cache, not a data set: give the text it was harvested from")
 
 
 def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
-from harvest.columns import SAMPLE_RECORDS, choose_columns, column_kinds, extractor
+from harvest.columns import SAMPLE_RECORDS, check_text, choose_columns, column_kinds, extractor
 from harvest.config import DEFAULT_SPLIT, TextConfig
 from harvest.errors import SourceError, SourceStoppedError
 from harvest.hub import OFFLINE_HINT, one_line, online
@@ -32,6 +32,7 @@ class HubSource:
         if not sample:
             raise SourceError(f"data set {config.dataset}, split {config.split}: no records")
         self.columns = choose_columns(column_kinds(sample), config.text_columns, f"data set {config.dataset}")
+        check_text(sample, self.columns, f"data set {config.dataset}")
 
     @property
     def name(self) -> str:

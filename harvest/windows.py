@@ -69,12 +69,17 @@ class StreamState:
     def to_ints(self) -> dict[str, int]:
         """For the cursor of the cache."""
         flat = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        return flat | {f"skipped_{reason}": n for reason, n in zip(SKIP_REASONS, self.skipped, strict=True)}
+        return flat | {f"skipped_{reason}": n for reason, n in self.skip_counts.items()}
+
+    @property
+    def skip_counts(self) -> dict[str, int]:
+        """Reason -> how many records were skipped for it."""
+        return dict(zip(SKIP_REASONS, self.skipped, strict=True))
 
     @staticmethod
     def from_ints(values: dict[str, int]) -> StreamState:
         """The inverse of `to_ints`."""
-        skipped = tuple(values[f"skipped_{reason}"] for reason in SKIP_REASONS)
+        skipped = tuple(values.get(f"skipped_{reason}", 0) for reason in SKIP_REASONS)
         return StreamState(**{name: values[name] for name in _PLAIN_FIELDS}, skipped=skipped)
 
     def skip(self, document: Document, reason: str) -> StreamState:

@@ -1,5 +1,6 @@
 """The commands: names, defaults, and each bad input as one line, exit code 2, nothing written."""
 
+import gzip
 import json
 import re
 import shlex
@@ -49,6 +50,42 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path, decoder: P
 
 BERT = "run --model bert-base-uncased --device cpu"
 TEXT = "--dataset text.jsonl"
+
+
+def bad_data(folder: Path) -> None:
+    """`bad/`: files without text; `mixed/`: tables of different columns; `a_cache/`: what says that it is a cache."""
+    for name, text in {
+        "bad/empty.txt": "",
+        "bad/blank.txt": " \n\n",
+        "bad/cut.json": "[1,2",
+        "bad/no.jsonl": "one\n[2]\n",
+        "mixed/a.jsonl": '{"text": "one two"}\n',
+        "mixed/b.csv": "words,n\none two,1\n",
+        "a_cache/manifest.json": '{"format": "granary-activations"}',
+    }.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def test_broken_lines_are_counted_by_name(run: Run, tmp_path: Path) -> None:
+    lines = ['{"text": "one two"}', '{"text": "one', "7", '{"text": null}', '{"text": "red"}']
+    (tmp_path / "broken.jsonl").write_text("\n".join(lines))
+    code, output = run(f"{BERT} --layer 2 --dataset broken.jsonl")
+    assert code == 0, output
+    assert re.search(r"skipped +1 none, 2 not json", output), output
+
+
+def test_a_data_set_of_which_nothing_is_left_says_why(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "late.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a\\u0000b"}\n{"text": null}\n'))
+    (tmp_path / "late.txt.gz").write_bytes(gzip.compress(b"a\0b"))
+    code, output = run(f"{BERT} --layer 2 --dataset late.jsonl.gz")
+    assert code == 2
+    assert "holds no text in text in its first 2 records (1 none, 1 binary)" in output.replace("\n", " ")
+    code, output = run(f"{BERT} --layer 2 --dataset late.txt.gz")
+    assert code == 2
+    assert "no rows were harvested from data set late.txt.gz: all its records were skipped (1 binary)" in output
+    assert not (tmp_path / "cache" / "bert_l2").exists()
 
 
 def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
@@ -111,6 +148,33 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --out 'a\nb'", r"--out is 'a\\nb': it holds a newline or control character"),
         (f"{BERT} --layer 1 {TEXT} --out ''", r"--out is empty: give a folder"),
         (f"{BERT} --layer 1 --dataset ''", r"--dataset is empty: give a hub id, a local file"),
+        (f"{BERT} --layer 1 --dataset demo --split test", r"--split test does not apply to --dataset demo"),
+        (f"{BERT} --layer 1 --dataset demo --dataset-config x", r"--dataset-config x does not apply to --dataset demo"),
+        (f"{BERT} --layer 1 --dataset demo --dataset-revision x", r"--dataset-revision x does not apply to --dat"),
+        (
+            f"{BERT} --layer 1 --dataset - --split test",
+            r"--split test does not apply to --dataset - \(standard input\)",
+        ),
+        (
+            f"{BERT} --layer 1 {TEXT} --split foo",
+            r"--split foo does not apply to --dataset text\.jsonl \(local files\)",
+        ),
+        (f"{BERT} --layer 1 {TEXT} --documents line", r"--documents line does not apply to --dataset text\.jsonl"),
+        (
+            f"{BERT} --layer 1 --dataset other --text-column a",
+            r"--text-column a does not apply to --dataset other \(plain text\)",
+        ),
+        (f"{BERT} --layer 1 {TEXT} --text-column n", r"holds no text in n in its first 20 .*\(20 not text\).*are body"),
+        (f"{BERT} --layer 1 --dataset bad/empty.txt", r"bad/empty\.txt is an empty file: give a file with text"),
+        (
+            f"{BERT} --layer 1 --dataset bad/blank.txt",
+            r"no rows were harvested from data set bad/blank\.txt: .*skipped \(1 empty\); give data with text$",
+        ),
+        (f"{BERT} --layer 1 --dataset /dev/null", r"/dev/null is neither a file nor a folder"),
+        (f"{BERT} --layer 1 --dataset bad/cut.json", r"bad/cut\.json is invalid JSON: .*; mend or remove it"),
+        (f"{BERT} --layer 1 --dataset bad/no.jsonl", r"bad/no\.jsonl: none of its first 2 records is a JSON object"),
+        (f"{BERT} --layer 1 --dataset a_cache", r"a_cache is an activation cache, not a data set"),
+        (f"{BERT} --layer 1 --dataset mixed", r"mixed/b\.csv has no column 'text', the text of mixed/a\.jsonl"),
         (f"{BERT} --layer 1 {TEXT} --text-column ''", r"--text-column is empty"),
         (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a number from 1"),
         (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
@@ -122,6 +186,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, tmp_path: Path, line
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
+    bad_data(tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     code, output = run(line)
     assert code == 2, output

@@ -15,7 +15,7 @@ from harvest.config import TextConfig
 from harvest.demo import DemoSource
 from harvest.errors import SourceError, SourceStoppedError
 from harvest.sources import open_source
-from harvest.text import Record, join_chat, replace_surrogates, to_document
+from harvest.text import NOT_JSON, Record, join_chat, replace_surrogates, to_document
 from harvest.text_files import FileSource, StdinSource, shuffled
 from harvest.text_hub import HubSource, retrying
 
@@ -128,7 +128,7 @@ def test_stdin_takes_lines_or_json_lines() -> None:
 
     assert read(b"one\r\n\ntwo") == ["one", "", "two"]
     assert read(b"one\n\ntwo", start=2) == ["two"]
-    assert read(b'{"text": "a"}\nbroken\n{"text": "b"}\n') == ["a", None, "b"]
+    assert read(b'{"text": "a"}\nbroken\n{"text": "b"}\n') == ["a", NOT_JSON, "b"]
     assert read(b"a\nb\n\nc\n", documents="paragraph") == ["a\nb\n", "c\n"]
     assert read(b"") == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cache.records import existing_manifest
 from harvest.errors import ConfigError
 
-NAME_BYTES = 255  # of one folder name, on every common file system
+_NAME_BYTES = 255  # of one folder name, on every common file system
 _PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
 
 
@@ -31,11 +31,11 @@ def check_out(out: Path) -> None:
 def _check_name(out: Path) -> None:
     if any(ord(char) < 32 or ord(char) == 127 for char in str(out)):
         raise ConfigError(f"--out is {str(out)!r}: it holds a newline or control character; give a plain folder name")
-    long = [part for part in out.parts if len(os.fsencode(part)) > NAME_BYTES]
+    long = [part for part in out.parts if len(os.fsencode(part)) > _NAME_BYTES]
     if long:
         raise ConfigError(
             f"--out has a folder name of {len(os.fsencode(long[0]))} bytes ({long[0][:20]}...): "
-            f"a file system takes at most {NAME_BYTES}; give a shorter --out"
+            f"a file system takes at most {_NAME_BYTES}; give a shorter --out"
         )
     if (size := len(os.fsencode(out.absolute()))) > _PATH_BYTES:
         raise ConfigError(f"--out is a path of {size} bytes: at most {_PATH_BYTES} fit; give a shorter --out")

@@ -24,7 +24,7 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     if config.dataset == "-":
         _refuse(config, "standard input", _HUB_FLAGS)
         return StdinSource(config)
-    path = Path(config.dataset).expanduser()
+    path = _local(config.dataset)
     if path.exists():
         _refuse(config, "local files", _HUB_FLAGS)
         source = FileSource(replace(config, dataset=str(path)))
@@ -44,6 +44,13 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     from harvest.text_hub import HubSource
 
     return HubSource(config, say)
+
+
+def _local(dataset: str) -> Path:
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:  # ~name of a user that there is not
+        raise SourceError(f"--dataset {dataset} names no folder: {error}; give a whole path") from error
 
 
 def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:

@@ -131,6 +131,8 @@ def test_stdin_takes_lines_or_json_lines() -> None:
     assert read(b'{"text": "a"}\nbroken\n{"text": "b"}\n') == ["a", NOT_JSON, "b"]
     assert read(b"a\nb\n\nc\n", documents="paragraph") == ["a\nb\n", "c\n"]
     assert read(b"") == []
+    with pytest.raises(SourceError, match=r"--text-column a does not apply to standard input whose first line is no"):
+        read(b"one\ntwo\n", text_columns=("a",))
 
 
 def test_the_shuffle_is_a_permutation_and_a_function_of_its_seed() -> None:
@@ -201,10 +203,37 @@ def test_identity_changes_with_the_text(tmp_path: Path) -> None:
     assert first != FileSource(TextConfig(str(path))).identity
 
 
+def test_tables_of_a_folder_share_their_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "b.csv").write_text("text,n\none,1,too much\n")
+    (tmp_path / "c.jsonl").write_text('{"m": 1, "text": "two"}\nbroken\n')
+    assert values(tmp_path) == ["one", "two", NOT_JSON]
+    (tmp_path / "d.json").write_text('[{"text": "three"},\n{"text": "fo')
+    with pytest.raises(SourceError, match=r"d\.json is invalid JSON"):
+        values(tmp_path)
+    (tmp_path / "d.json").write_text('[{"other": "three"}]')
+    with pytest.raises(SourceError, match=r"d\.json has no column 'text', the text of .*b\.csv; its columns are other"):
+        values(tmp_path)
+
+
+def test_the_first_records_must_hold_text(tmp_path: Path) -> None:
+    rows = [{"text": None, "body": "x"}] * 100 + [{"text": "late", "body": "x"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for make in (FileSource, HubSource):
+        with pytest.raises(SourceError, match=r"no text in text in its first 100 .*\(100 none\).*are body: name one"):
+            make(TextConfig(str(tmp_path)))
+        assert next(make(TextConfig(str(tmp_path), text_columns=("body",))).records(0)).value == "x"
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./missing", "missing.txt", "data/missing.jsonl.gz"])
 def test_a_path_that_is_not_there_is_no_hub_name(name: str) -> None:
     with pytest.raises(SourceError, match=r"there is no file or folder .*missing|nowhere"):
         open_source(TextConfig(name), lambda message: None)
+
+
+def test_the_home_of_nobody_is_no_data_set() -> None:
+    with pytest.raises(SourceError, match=r"--dataset ~no-such-user/a\.txt names no folder"):
+        open_source(TextConfig("~no-such-user/a.txt"), lambda message: None)
 
 
 def test_no_network_is_said_and_local_ways_named() -> None:

@@ -53,7 +53,8 @@ from train.config import TrainConfig, make_config
 from train.data import Data
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
-MAX_RUNS = 4  # coefficients tried per type and trainer
+MAX_RUNS = 5  # coefficients tried per type and trainer
+MAX_GAP = 1.5  # ratio of the two L0 that FVU is interpolated between
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def main() -> None:
     args = parse_args()
     warnings.simplefilter("ignore")
     blocks = []
-    for recipe in (r for r in RECIPES if r.ours in args.types):
+    recipes = {recipe.ours: recipe for recipe in RECIPES}
+    for recipe in (recipes[name] for name in args.types):
         rows = {}
         for trainer in ("SAELens", "ours"):
             rows[trainer] = measure_at(recipe, trainer, args)
@@ -115,6 +117,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--d-sae", type=int, default=1536)
     parser.add_argument("--k", type=int, default=32, help="the L0 to compare at")
+    parser.add_argument("--lr", type=float, help="peak learning rate of both (default: ours)")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of ours alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--types", nargs="+", default=[recipe.ours for recipe in RECIPES])
     parser.add_argument("--out", help="Markdown file to write")
@@ -137,7 +141,13 @@ def measure_at(recipe: Recipe, trainer: str, args: argparse.Namespace) -> Measur
         low = [m for m in tried if m.l0 <= args.k]
         high = [m for m in tried if m.l0 >= args.k]
         if low and high:
-            break
+            a, b = max(low, key=lambda m: m.l0), min(high, key=lambda m: m.l0)
+            if b.l0 <= MAX_GAP * a.l0:
+                break
+            assert a.coef is not None
+            assert b.coef is not None
+            coef = math.sqrt(a.coef * b.coef)
+            continue
         # L0 falls about as 1/coef or faster; 1.3 more, to get to the other side.
         ratio = tried[-1].l0 / args.k
         coef *= min(max(ratio * (1.3 if ratio > 1 else 1 / 1.3), 0.1), 10.0)
@@ -158,7 +168,8 @@ def run(recipe: Recipe, trainer: str, coef: float | None, args: argparse.Namespa
             [
                 {"cache": args.cache, "type": recipe.ours, "steps": args.steps, "batch_size": args.batch_size}
                 | {"d_sae": args.d_sae, "seed": args.seed, "runs_dir": folder, "name": "run", "save_every": 0}
-                | {"log_every": 100, "device": "cpu", **settings}
+                | {"log_every": 100, "device": "cpu", "lr": args.lr, **settings},
+                dict(setting.split("=", 1) for setting in args.ours),
             ]
         )
         data = Data.open(config)

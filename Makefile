@@ -33,6 +33,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): about 2 minutes, longer where torch is not at hand"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
 	@touch $@
@@ -44,8 +45,7 @@ demo: $(STAMP)
 	$(BIN)/sae-train compare runs/demo_topk runs/demo_batchtopk
 
 harvest: $(STAMP)
-	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) $(CONFIG) --max-tokens $(TOKENS) \
-		$(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) --max-tokens $(TOKENS) $(strip $(CONFIG) $(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS))
 
 train: $(STAMP)
 	$(BIN)/sae-train run --cache $(CACHE) --type $(TYPE) $(if $(K),--k $(K)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)

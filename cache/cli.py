@@ -138,7 +138,9 @@ def print_json(body: object) -> None:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    # What is piped or copied is not cut to a terminal's width.
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
 
 
 def _plain(text: str, style: str = "") -> Text:

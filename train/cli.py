@@ -134,6 +134,13 @@ def resume(
 ) -> None:
     """Continue a run from its newest checkpoint, exactly as if it had not stopped."""
     with _errors(debug):
+        from train.checkpoint import list_checkpoints
+        from train.folders import is_complete, read_run
+
+        read_run(folder)
+        if not quiet and not is_complete(folder):
+            found = list_checkpoints(folder)
+            typer.echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
         _train(lambda **options: _run_module().resume_training(folder, **options), quiet)
 
 

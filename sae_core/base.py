@@ -279,6 +279,11 @@ class SAE(nn.Module):
             return self.loss_variance
         return self.loss_mean_square if self.config.loss == "nmse" else torch.ones_like(self.loss_variance)
 
+    @property
+    def fvu_unit(self) -> Tensor:
+        """What a term without a dimension, such as AuxK, is multiplied by: V (mse) or 1."""
+        return self.loss_variance if self.config.loss == "mse" else torch.ones_like(self.loss_variance)
+
     def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
         """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
         squared = (target - recon).square().sum(-1)
@@ -295,7 +300,7 @@ class SAE(nn.Module):
         h = self.centre(out.source.input).detach()
         error = (out.source.target - out.recon).detach()
         loss = auxk_loss(self, h, error, out.pre_acts, dead, k_aux)
-        return coef * loss * (self.loss_variance if self.config.loss == "mse" else 1.0)
+        return coef * loss * self.fvu_unit
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
         """What is worth logging beside losses and metrics, by name."""

@@ -1,7 +1,7 @@
 """Route: a router picks or mixes several layers per row, one shared SAE encodes the result (arXiv 2503.08200)."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class RouteSAE(SAE):
         out = super().forward(x)
         with torch.no_grad():
             probabilities = self.route(self._layers(x))
-        return replace_extras(out, probabilities=probabilities)
+        return replace(out, extras={**out.extras, "probabilities": probabilities})
 
     # -- the base does the rest ------------------------------------------------------------------------------------
 
@@ -197,8 +197,3 @@ class RouteSAE(SAE):
     def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the router."""
         self.W_router.copy_(tensors["W_router"])
-
-
-def replace_extras(out: SAEOutput, **extras: Tensor) -> SAEOutput:
-    """The same output with more extras."""
-    return SAEOutput(out.x_hat, out.x, out.codes, out.recon, out.source, out.pre_acts, {**out.extras, **extras})

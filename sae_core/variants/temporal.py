@@ -1,7 +1,7 @@
 """Temporal: high-level latents agree between neighbouring tokens (T-SAE, Bhalla et al., arXiv 2511.05541)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +50,15 @@ class TemporalSAE(MatryoshkaSAE):
         out = super().forward(x)
         previous = _split(x)[1]
         if self.training and previous is not None:
-            out.extras["previous"] = self.normalizer(previous).values  # type: ignore[index]
+            return replace(out, extras={**out.extras, "previous": self.normalizer(previous).values})
         return out
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The matryoshka's terms and the contrastive loss."""
         terms = super().penalties(out, progress)
         if "previous" in out.extras and self.config.temporal_coef > 0:
-            terms["temporal"] = self.config.temporal_coef * self._contrast(out) * self._fvu_unit
+            terms["temporal"] = self.config.temporal_coef * self._contrast(out) * self.fvu_unit
         return terms
-
-    @property
-    def _fvu_unit(self) -> Tensor:
-        return self.loss_variance / self.loss_unit if self.config.loss == "mse" else torch.ones_like(self.loss_unit)
 
     def _contrast(self, out: SAEOutput) -> Tensor:
         n_pairs = min(self.config.max_pairs, out.codes.shape[0])

@@ -69,7 +69,8 @@ class Loader:
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
     With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; windows never
-    cross shards, so it lies in the same shard.
+    cross shards, so it lies in the same shard. An `order` given replaces the one that would be planned for these hook
+    points: one loader can deliver to several readers, each in the order that it has alone.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Loader:
         with_rows: bool = False,
         previous: bool = False,
         counts: Counts | None = None,
+        order: Order | None = None,
     ) -> None:
         self.hooks = resolve_hooks(cache, hooks)
         self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
@@ -101,15 +103,14 @@ class Loader:
         if previous:
             _check_previous(filters)
         _check_sizes(self.n_rows, batch_size, part, self.counts, endless=epochs is None)
-        widths = {hook: cache.hook_points[hook].d_in for hook in self.hooks}
-        n_views = 2 if previous else 1
-        self.order = plan_order(
-            [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
-            bytes_per_row=sum(widths.values()) * n_views * (4 if cache.dtype == "float32" else 2),
+        self.order = order or order_of(
+            cache,
+            self.hooks,
             batch_size=batch_size,
             seed=seed,
             pool_rows=pool_rows,
             block_rows=block_rows,
+            previous=previous,
         )
         self.state = state or LoaderState(seed)
         if self.state.seed != seed:
@@ -289,6 +290,28 @@ class _Source:
         out = np.empty(plan.n_rows, dtype=shards[0].dtype)
         plan.gather(shards, out)
         return out
+
+
+def order_of(
+    cache: Cache,
+    hooks: Sequence[str],
+    *,
+    batch_size: int,
+    seed: int,
+    pool_rows: int | None = None,
+    block_rows: int | None = None,
+    previous: bool = False,
+) -> Order:
+    """The order in which a loader of these hook points delivers the cache."""
+    n_views = 2 if previous else 1
+    return plan_order(
+        [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
+        bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * (4 if cache.dtype == "float32" else 2),
+        batch_size=batch_size,
+        seed=seed,
+        pool_rows=pool_rows,
+        block_rows=block_rows,
+    )
 
 
 def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str, ...]:

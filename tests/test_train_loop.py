@@ -9,7 +9,7 @@ from cache.loader import Batch, LoaderState
 from sae_core import Progress
 from train.config import make_config
 from train.errors import DivergedError
-from train.loop import MAX_REJECTED_IN_ROW, StepResult, train, train_step
+from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
 from train.state import Run, build_sae
 
 D_IN, D_SAE = 8, 24
@@ -148,31 +148,92 @@ def test_bfloat16_products_change_little(type) -> None:
     assert any(not torch.equal(v, weights(rough)[n]) for n, v in weights(exact).items())
 
 
-def batches(make):
-    step = 0
-    while True:
-        step += 1
-        yield Batch(make(step), LoaderState(0, 0, step))
+class Stream:
+    """Numbered batches behind a step."""
+
+    def __init__(self, make, step=0) -> None:
+        self.make, self.step, self.closed = make, step, False
+
+    def __next__(self) -> Batch:
+        self.step += 1
+        return Batch(self.make(self.step), LoaderState(0, 0, self.step))
+
+    def close(self) -> None:
+        self.closed = True
 
 
-def test_the_loop_takes_every_step_and_measures_some() -> None:
-    run, seen = make_run(steps=12), []
-    train(run, batches(lambda i: rows(32, i)), measure_every=5, on_step=lambda r, b, s: seen.append((r.step, s)))
-    assert [step for step, _ in seen] == list(range(1, 13))
-    assert [step for step, s in seen if s.metrics] == [1, 5, 10, 12]
+class Counting:
+    """A trainee that notes the batches it takes."""
+
+    def __init__(self, n_steps, step=0, fails_at=None) -> None:
+        self.n_steps, self.step, self.fails_at, self.taken = n_steps, step, fails_at, []
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.n_steps
+
+    def take(self, batch, waited) -> None:
+        if batch.state.cursor == self.fails_at:
+            raise DivergedError("diverged")
+        self.step += 1
+        self.taken.append((self.step, batch.state.cursor))
 
 
-def test_the_loop_stops_when_nan_repeats() -> None:
-    run, seen = make_run(), []
+def drive(trainees, **options) -> list[Stream]:
+    opened = []
+
+    def open_stream(first):
+        assert all(stream.closed for stream in opened)
+        opened.append(Stream(lambda i: rows(4, i), first.step))
+        return opened[-1]
+
+    train(trainees, open_stream, **options)
+    assert all(stream.closed for stream in opened)
+    return opened
+
+
+def test_each_trainee_joins_one_stream_at_its_own_step() -> None:
+    trainees = [Counting(8), Counting(10, step=3), Counting(5, step=5)]
+    seen = []
+    assert len(drive(trainees, after_batch=lambda active: seen.append(len(active)))) == 1
+    assert [t.taken for t in trainees] == [[(i, i) for i in range(1, 9)], [(i, i) for i in range(4, 11)], []]
+    assert seen == [1] * 3 + [2] * 5 + [1] * 2
+
+
+def test_the_stream_is_opened_again_behind_a_gap() -> None:
+    trainees = [Counting(3), Counting(9, step=7)]
+    assert len(drive(trainees)) == 2
+    assert [t.taken for t in trainees] == [[(1, 1), (2, 2), (3, 3)], [(8, 8), (9, 9)]]
+
+
+def test_a_trainee_that_fails_leaves_the_others_alone() -> None:
+    trainees = [Counting(6), Counting(6, fails_at=3), Counting(6)]
+    failed = []
+    drive(trainees, on_failure=lambda t, error: failed.append((t, str(error))))
+    assert failed == [(trainees[1], "diverged")]
+    assert [t.step for t in trainees] == [6, 2, 6]
+    with pytest.raises(DivergedError):
+        drive([Counting(6, fails_at=3)])
+
+
+def test_some_steps_are_measured() -> None:
+    run = make_run(steps=12, log_every=5)
+    measured = []
+    for step in range(1, 13):
+        if measures(run):
+            measured.append(step)
+        train_step(run, rows(32, step))
+    assert measured == [1, 5, 10, 12]
+
+
+def test_nan_that_repeats_is_an_error() -> None:
+    run = make_run()
     bad = torch.full((32, D_IN), float("nan"))
-    with pytest.raises(DivergedError, match=rf"{MAX_REJECTED_IN_ROW} batches in a row up to step 13 .*--lr"):
-        train(
-            run,
-            batches(lambda i: rows(32, i) if i <= 3 else bad),
-            measure_every=5,
-            on_step=lambda r, b, s: seen.append(s),
-        )
-    assert [s.accepted for s in seen] == [True] * 3 + [False] * MAX_REJECTED_IN_ROW
+    for _ in range(MAX_REJECTED_IN_ROW):
+        check_progress(run)
+        train_step(run, bad)
+    with pytest.raises(DivergedError, match=rf"{MAX_REJECTED_IN_ROW} batches in a row up to step 10 .*--lr"):
+        check_progress(run)
 
 
 def test_results_without_measurement_are_not_numbers() -> None:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -28,6 +27,7 @@ from train import files
 from train.config import TrainConfig
 from train.errors import CheckpointError
 from train.optim import load_state_tensors, make_optimizer, state_tensors
+from train.rng import Rng
 from train.state import Run
 
 FORMAT_VERSION = 1
@@ -67,7 +67,7 @@ def save(
     with files.new_folder(path) as temp:
         sae_core.save_native(run.sae, temp / "sae")
         _write(temp / "optimizer.safetensors", state_tensors(run.optimizer, run.parameter_names))
-        _write(temp / "rng.safetensors", rng_tensors())
+        _write(temp / "rng.safetensors", run.rng.tensors)
         hashes = {str(p.relative_to(temp)): files.hash_file(p) for p in sorted(temp.rglob("*")) if p.is_file()}
         state = {
             "format_version": FORMAT_VERSION,
@@ -75,6 +75,7 @@ def save(
             "tokens": run.tokens,
             "rejected": run.rejected,
             "rejected_in_row": run.rejected_in_row,
+            "score": run.score,
             "loader": asdict(loader_state),
             "identity": asdict(identity),
             "seconds": seconds,
@@ -100,7 +101,7 @@ def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> R
     load_state_tensors(run.optimizer, run.parameter_names, _read(path / "optimizer.safetensors"))
     run.step, run.tokens = int(state["step"]), int(state["tokens"])
     run.rejected, run.rejected_in_row = int(state["rejected"]), int(state["rejected_in_row"])
-    restore_rng(_read(path / "rng.safetensors"))
+    run.rng, run.score = Rng(_read(path / "rng.safetensors")), state.get("score")
     return Restored(run, LoaderState(**state["loader"]), float(state["seconds"]), state["extra"])
 
 
@@ -144,23 +145,6 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
             f"{path} belongs to another cache or order of rows: {'; '.join(differences[:4])}; "
             "train a new run on this cache instead"
         )
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """States of torch's global generators."""
-    out = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        out |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return out
-
-
-def restore_rng(tensors: Mapping[str, Tensor]) -> None:
-    """Set torch's global generators to saved states; devices that are not here any more are left out."""
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda:{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

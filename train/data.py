@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import cache
 import sae_core
-from cache.loader import Counts, Loader, LoaderState
+from cache.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
+from cache.order import Order
 from cache.reader import Cache
 from cache.selection import Part, account
 from train.checkpoint import Identity
@@ -50,12 +52,44 @@ class Data:
         return cls(opened, config, Counts(**record["counts"]))
 
     def batches(self, state: LoaderState | None = None) -> Loader:
-        """Endless training batches on the run's device."""
-        return self._loader("train", batch_size=self.config.batch_size, state=state, device=self.config.device)
+        """Endless training batches on the run's device: rows by hook point, of which `inputs` takes the run's own."""
+        return open_stream([self], state)
 
-    def identity(self, loader: Loader) -> Identity:
+    def inputs(self, rows: Mapping[str, Tensor]) -> Inputs:
+        """What this run's SAE reads of a batch, which may hold more hook points than it asked for."""
+        if self.input_kind == "one":
+            return rows[self.config.hook[0]]
+        names = [*self.config.hook, *(hook + PREVIOUS for hook in self.config.hook if self._reads_neighbours)]
+        return {name: rows[name] for name in names}
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the training rows: that of a loader of this run alone, whatever else is read beside it."""
+        config = self.config
+        assert config.shuffle_seed is not None
+        return order_of(
+            self.cache,
+            config.hook,
+            batch_size=config.batch_size,
+            seed=config.shuffle_seed,
+            pool_rows=config.pool_rows,
+            block_rows=config.block_rows,
+            previous=self._reads_neighbours,
+        )
+
+    @property
+    def stream_key(self) -> tuple[Any, ...]:
+        """Runs with equal keys train on the same rows in the same batches: one loader can feed them all."""
+        config, filters = self.config, filters_of(self.config).resolve(self.cache)
+        by_norm = filters.min_norm is not None or filters.max_norm is not None  # then each hook point drops other rows
+        hooks = config.hook if by_norm else ()
+        source = (config.cache, self.order, filters, holdout_of(config), hooks)
+        return (*source, config.batch_size, config.device, self._reads_neighbours)
+
+    @property
+    def identity(self) -> Identity:
         """What checkpoints of this run belong to."""
-        return Identity(dict(self.cache.manifest.fingerprint), loader.order.to_json())
+        return Identity(dict(self.cache.manifest.fingerprint), self.order.to_json())
 
     def sample(self) -> Inputs:
         """Rows that the run will train on, on the CPU: the first of its order. Non-finite rows are left out."""
@@ -81,8 +115,13 @@ class Data:
         yield from self._pass(self.eval_part, self.config.eval_rows)
 
     @property
-    def _single(self) -> bool:
-        return sae_core.registry.get(self.config.type).input_kind != "several"
+    def input_kind(self) -> str:
+        """What the type reads of each row: see `SAE.input_kind`."""
+        return sae_core.registry.get(self.config.type).input_kind
+
+    @property
+    def _reads_neighbours(self) -> bool:
+        return self.input_kind == "neighbours"
 
     def _pass(self, part: Part, n_rows: int) -> Iterator[Inputs]:
         size = self.config.batch_size // self.config.grad_acc_steps
@@ -90,27 +129,42 @@ class Data:
             for batch in _take_rows(loader, n_rows):
                 yield finite_rows(batch.x)
 
-    def _loader(
-        self, part: Part, *, batch_size: int, device: str, epochs: int | None = None, state: LoaderState | None = None
-    ) -> Loader:
+    def _loader(self, part: Part, *, batch_size: int, device: str, epochs: int) -> Loader:
         config = self.config
         assert config.shuffle_seed is not None
         return Loader(
             self.cache,
-            config.hook[0] if self._single else config.hook,
+            config.hook if self.input_kind == "several" else config.hook[0],
             batch_size=batch_size,
             seed=config.shuffle_seed,
             device=device,
             filters=filters_of(config),
             part=part,
             holdout=holdout_of(config),
-            state=state,
             epochs=epochs,
             pool_rows=config.pool_rows,
             block_rows=config.block_rows,
-            previous=sae_core.registry.get(config.type).input_kind == "neighbours",
+            previous=self._reads_neighbours,
             counts=self.counts,
         )
+
+
+def open_stream(runs: Sequence[Data], state: LoaderState | None = None) -> Loader:
+    """One loader of endless training batches for runs of equal `stream_key`: the rows of all their hook points."""
+    first, config = runs[0], runs[0].config
+    return Loader(
+        first.cache,
+        list(dict.fromkeys(hook for run in runs for hook in run.config.hook)),
+        batch_size=config.batch_size,
+        seed=first.order.seed,
+        device=config.device,
+        filters=filters_of(config),
+        holdout=holdout_of(config),
+        state=state,
+        previous=first.input_kind == "neighbours",
+        counts=first.counts,
+        order=first.order,
+    )
 
 
 def finite_rows(x: Inputs) -> Inputs:

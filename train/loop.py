@@ -8,8 +8,11 @@ Shapes: B rows of a batch, D = d_in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from train.state import Run
 MAX_REJECTED_IN_ROW = 10
 
 Inputs = Tensor | Mapping[str, Tensor]
+T = TypeVar("T", bound="Trainee")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,28 +127,81 @@ class _Measured:
         self.details = sae.monitor(out)
 
 
-def train(
-    run: Run,
-    batches: Iterable[Batch],
-    *,
-    measure_every: int,
-    on_step: Callable[[Run, Batch, StepResult], None],
-) -> None:
-    """Take steps until the run is done, one batch each; `on_step` follows every one (logs, checkpoints, stops).
+class Trainee(Protocol):
+    """What takes a step with every batch of a stream: a run with all that surrounds its steps."""
 
-    Raises DivergedError when too many batches in a row are rejected.
+    @property
+    def step(self) -> int:
+        """Batches taken so far."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it wants no more."""
+
+    def take(self, batch: Batch, waited: float) -> None:
+        """Train on a batch; `waited` is its share of the seconds for which the batch was waited for."""
+
+
+class Stream(Protocol):
+    """Batches from some step on."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+def train(
+    trainees: Iterable[T],
+    open_stream: Callable[[T], Stream],
+    *,
+    after_batch: Callable[[Sequence[T]], None] = lambda active: None,
+    on_failure: Callable[[T, Exception], None] | None = None,
+) -> None:
+    """Feed one stream to all until none wants more. `open_stream(t)` gives the batches from t's step on.
+
+    Each joins at its own step: the stream starts where the one behind stands. `after_batch` sees who took the batch.
+    One that raises is left out, after `on_failure`; without it the exception ends the training.
     """
-    source = iter(batches)
-    while not run.done:
-        batch = next(source)
-        measure = (run.step + 1) % measure_every == 0 or run.step == 0 or run.step + 1 == run.n_steps
-        result = train_step(run, batch.x, measure=measure)
-        on_step(run, batch, result)
-        if run.rejected_in_row >= MAX_REJECTED_IN_ROW:
-            raise DivergedError(
-                f"{run.rejected_in_row} batches in a row up to step {run.step} gave NaN or Inf and were rejected "
-                f"({run.rejected} in all): run `sae-cache verify`, or lower --lr"
-            )
+    left = [t for t in trainees if not t.done]
+    while left:
+        first = min(left, key=lambda t: t.step)
+        step = first.step
+        with closing(open_stream(first)) as stream:
+            while active := [t for t in left if t.step == step]:
+                before = time.perf_counter()
+                batch = next(stream)
+                waited = (time.perf_counter() - before) / len(active)
+                failed = [t for t in active if not _takes(t, batch, waited, on_failure)]
+                step += 1
+                left = [t for t in left if t not in failed and not t.done]
+                after_batch([t for t in active if t not in failed])
+
+
+def _takes(trainee: T, batch: Batch, waited: float, on_failure: Callable[[T, Exception], None] | None) -> bool:
+    try:
+        trainee.take(batch, waited)
+    except Exception as error:
+        if on_failure is None:
+            raise
+        on_failure(trainee, error)
+        return False
+    return True
+
+
+def measures(run: Run) -> bool:
+    """Whether the step about to be taken is measured: the first, the last, and every `log_every`th."""
+    return run.step == 0 or run.step + 1 == run.n_steps or (run.step + 1) % run.config.log_every == 0
+
+
+def check_progress(run: Run) -> None:
+    """Raises DivergedError when too many batches in a row were rejected."""
+    if run.rejected_in_row >= MAX_REJECTED_IN_ROW:
+        raise DivergedError(
+            f"{run.rejected_in_row} batches in a row up to step {run.step} gave NaN or Inf and were rejected "
+            f"({run.rejected} in all): run `sae-cache verify`, or lower --lr"
+        )
 
 
 def split(x: Inputs, n_parts: int) -> Iterator[Inputs]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cache.loader import LoaderState
-from train import checkpoint, files
 from train.capacity import check_capacity
-from train.config import TrainConfig, make_config, to_yaml
+from train.config import TrainConfig, make_config
 from train.data import Data
 from train.errors import RunExistsError
-from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, claim_folder, exclusive, is_complete, read_run
+from train.folders import SUMMARY, claim_folder, exclusive, is_complete, read_run
 from train.log import JsonlSink, Sink, Sinks
-from train.session import Result, Session
+from train.member import Result, open_member
+from train.session import train_members
 from train.signals import StopRequest
-from train.state import Run, build_sae
 
 __all__ = ["Result", "resume_training", "train_sae"]
 
@@ -43,15 +38,7 @@ def train_sae(
     data = Data.open(config)
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(folder))
-        wandb_id = secrets.token_hex(8)
-        session = _open_session(stack, data, folder, None, _all_sinks(data.config, folder, wandb_id, sinks), stop)
-        files.write_text(folder / CONFIG, to_yaml(data.config))
-        counts = data.counts.to_json()
-        record = {"version": RECORD_VERSION, "counts": counts, **asdict(session.identity), "wandb_id": wandb_id}
-        files.write_json(folder / RECORD, record)  # from here on the run can be resumed
-        return session.execute(_fresh_run(session))
+    return _train(data, folder, sinks, stop)
 
 
 def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: StopRequest | None = None) -> Result:
@@ -63,52 +50,25 @@ def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: Sto
     config, record = read_run(folder)
     if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    data = Data.reopen(config, record)
-    identity = checkpoint.Identity(dict(data.cache.manifest.fingerprint), record["order"])
-    checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, asdict(identity), folder / RECORD)
+    return _train(Data.reopen(config, record), folder, sinks, stop)
+
+
+def _train(data: Data, folder: Path, extra: Sequence[Sink], stop: StopRequest | None) -> Result:
+    """A session of one member."""
     with ExitStack() as stack:
         stack.enter_context(exclusive(folder))
-        files.remove_temporary(folder / checkpoint.FOLDER)
-        found = checkpoint.list_checkpoints(folder)
-        restored = checkpoint.load(found[-1], config, identity) if found else None
-        state = restored.loader_state if restored else None
-        all_sinks = _all_sinks(config, folder, str(record["wandb_id"]), sinks)
-        session = _open_session(stack, data, folder, state, all_sinks, stop)
-        checkpoint.check_identity(asdict(identity), asdict(session.identity), folder / RECORD)
-        if restored is None:
-            return session.execute(_fresh_run(session))
-        return session.execute(restored.run, restored.seconds)
+
+        def make_sinks(wandb_id: str) -> Sinks:
+            sinks = all_sinks(data.config, folder, wandb_id, extra)
+            stack.callback(sinks.close)
+            return sinks
+
+        member = open_member(data, folder, make_sinks)
+        return train_members([member], StopRequest() if stop is None else stop)[member]
 
 
-def _fresh_run(session: Session) -> Run:
-    """Build and initialise the SAE from a sample of training rows."""
-    config = session.data.config
-    assert config.init_seed is not None
-    torch.manual_seed(config.init_seed)
-    sae = build_sae(config)
-    sae.initialize(session.data.sample(), torch.Generator().manual_seed(config.init_seed))
-    run = Run.create(config, sae)
-    if session.stop:
-        raise session.interrupted(run)
-    return run
-
-
-def _open_session(
-    stack: ExitStack,
-    data: Data,
-    folder: Path,
-    state: LoaderState | None,
-    sinks: Sinks,
-    stop: StopRequest | None,
-) -> Session:
-    stack.callback(sinks.close)
-    loader = stack.enter_context(data.batches(state))
-    if data.eval_part != "heldout":
-        sinks.message("no document is held out: the final evaluation uses training rows")
-    return Session(data, loader, folder, sinks, StopRequest() if stop is None else stop)
-
-
-def _all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:
+def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:
+    """The sinks of a run: metrics.jsonl, wandb when asked, and those given."""
     sinks: list[Sink] = [JsonlSink(folder)]
     if config.wandb != "off":
         from train.wandb_sink import WandbSink

@@ -6,7 +6,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from train.errors import InterruptedRunError
 
 
 class StopRequest:
@@ -17,6 +20,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signum is not None
+
+    def check(self, step: int, folder: Path) -> None:
+        """Raises InterruptedRunError if a stop was asked for."""
+        if self.signum is not None:
+            raise InterruptedRunError(self.signum, step, folder)
 
 
 @contextmanager

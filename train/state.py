@@ -12,6 +12,7 @@ import sae_core
 from sae_core import SAE
 from train.config import TrainConfig
 from train.optim import make_optimizer
+from train.rng import Rng
 from train.schedule import Schedule
 
 
@@ -25,7 +26,9 @@ class Run:
     step: int = 0  # batches consumed
     tokens: int = 0  # rows consumed
     rejected: int = 0  # steps without an update because of NaN or Inf
-    rejected_in_row: int = field(default=0)
+    rejected_in_row: int = 0
+    rng: Rng = field(default_factory=Rng)
+    score: float | None = None  # of the newest measurement, lower is better: what `keep_best` compares
 
     @classmethod
     def create(cls, config: TrainConfig, sae: SAE) -> Run:

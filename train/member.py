@@ -1,0 +1,173 @@
+"""One run inside a process: its state and everything around its steps, up to the result. A sweep has many."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import sae_core
+from cache.loader import Batch, LoaderState
+from sae_core import SAE
+from train import checkpoint, files, loop
+from train.clock import Clock
+from train.config import to_sections, to_yaml
+from train.data import Data, Inputs, export_metadata
+from train.errors import DivergedError
+from train.evaluate import evaluate
+from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
+from train.log import Sinks
+from train.metrics import last_training_l0, metrics_of, summarize
+from train.rng import Rng
+from train.signals import StopRequest
+from train.state import Run, build_sae
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained SAE in evaluation mode, its folder, and the final numbers."""
+
+    sae: SAE
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+class Member:
+    """A run, its data, folder and sinks: takes batches, writes metrics and checkpoints, and ends with a result."""
+
+    def __init__(
+        self, data: Data, run: Run, folder: Path, sinks: Sinks, state: LoaderState, seconds: float = 0.0
+    ) -> None:
+        self.data, self.run, self.folder, self.sinks = data, run, folder, sinks
+        self.state = state  # of the stream, behind the last batch taken
+        self.clock = Clock(seconds, run.tokens)
+        self._saved_step = run.step
+        self._saved_at = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Batches taken so far."""
+        return self.run.step
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken."""
+        return self.run.done
+
+    def begin(self) -> None:
+        """Tell the sinks."""
+        config = self.data.config
+        self.sinks.start(self.folder.name, to_sections(config), self.run.n_steps, self.run.step)
+        if self.data.eval_part != "heldout":
+            self.sinks.message("no document is held out: the final evaluation uses training rows")
+
+    def take(self, batch: Batch, waited: float) -> None:
+        """Take one step, log it, save a checkpoint when one is due. Raises DivergedError."""
+        assert isinstance(batch.x, dict)
+        run = self.run
+        self.clock.add(waited)
+        with self.clock, run.rng:
+            result = loop.train_step(run, self.data.inputs(batch.x), measure=loop.measures(run))
+        self.state = batch.state
+        run.score = result.metrics.get("fvu", run.score)
+        if result.metrics or not result.accepted:
+            self.sinks.metrics(metrics_of(run, batch.state, result, self.clock))
+        if self._save_is_due():
+            self.save()
+        run.optimizer.zero_grad(set_to_none=True)  # gradients of one member at a time
+        loop.check_progress(run)
+
+    def _save_is_due(self) -> bool:
+        every = self.data.config.save_every
+        return self.done or (every > 0 and self.step % every == 0)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self.step == self._saved_step:
+            return
+        self.sinks.flush()
+        checkpoint.save(self.folder, self.run, self.state, self.data.identity, seconds=self.clock.seconds)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def finish(self, stop: StopRequest) -> Result:
+        """Calibrate, evaluate, write the result. Raises DivergedError, and InterruptedRunError when asked to stop."""
+        run, data = self.run, self.data
+        with run.rng:
+            run.sae.calibrate(self._until(stop, data.calibration()))
+            numbers = evaluate(run.sae, self._until(stop, data.evaluation()))
+        self._check_numbers(numbers)
+        self.sinks.flush()
+        summary = summarize(run, data, numbers, last_training_l0(self.folder), self.clock.seconds)
+        for path in sae_core.save(run.sae, self.folder, export_metadata(data, self.folder)):
+            files.sync_file(path)
+        self.sinks.finish(summary)
+        self.sinks.flush()
+        files.write_json(self.folder / SUMMARY, summary)
+        return Result(run.sae.eval(), self.folder, summary)
+
+    def _check_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Raises DivergedError for an SAE whose evaluation is no number."""
+        if not all(math.isfinite(value) for value in numbers.values()):
+            raise DivergedError(
+                f"the SAE gives NaN or Inf after {self.step} steps ({self.run.rejected} batches rejected): "
+                f"{self.folder} has no result; train again with a lower --lr"
+            )
+
+    def _until(self, stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            stop.check(self.step, self.folder)
+            yield item
+
+
+def open_member(
+    data: Data,
+    folder: Path,
+    make_sinks: Callable[[str], Sinks],
+    sample: Callable[[Data], Inputs] = Data.sample,
+) -> Member:
+    """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
+
+    A run that never started is recorded first: from then on it can be resumed. `make_sinks` gets the id for wandb.
+    Raises CheckpointError (damaged, or another cache).
+    """
+    record = _record(data, folder)
+    files.remove_temporary(folder / checkpoint.FOLDER)
+    sinks = make_sinks(str(record["wandb_id"]))
+    found = checkpoint.list_checkpoints(folder)
+    if found:
+        restored = checkpoint.load(found[-1], data.config, data.identity)
+        return Member(data, restored.run, folder, sinks, restored.loader_state, restored.seconds)
+    return Member(data, _fresh_run(data, sample), folder, sinks, LoaderState(data.order.seed))
+
+
+def _record(data: Data, folder: Path) -> Mapping[str, Any]:
+    """run.json of the folder, written unless it is there."""
+    identity = asdict(data.identity)
+    if (folder / RECORD).is_file():
+        record = read_run(folder)[1]
+        checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
+        return record
+    record = {"version": RECORD_VERSION, "counts": data.counts.to_json(), **identity, "wandb_id": secrets.token_hex(8)}
+    files.write_text(folder / CONFIG, to_yaml(data.config))
+    files.write_json(folder / RECORD, record)
+    return record
+
+
+def _fresh_run(data: Data, sample: Callable[[Data], Inputs]) -> Run:
+    """Build and initialise the SAE from a sample of training rows."""
+    assert data.config.init_seed is not None
+    seed = data.config.init_seed
+    with Rng.seeded(seed) as rng:
+        sae = build_sae(data.config)
+        sae.initialize(sample(data), torch.Generator().manual_seed(seed))
+        run = Run.create(data.config, sae)
+    run.rng = rng
+    return run

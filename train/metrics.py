@@ -1,0 +1,75 @@
+"""What is written about a run: a line of metrics.jsonl, and summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache.loader import LoaderState
+from train.clock import Clock
+from train.data import Data
+from train.log import read_metrics
+from train.loop import StepResult
+from train.state import Run
+
+
+def metrics_of(run: Run, state: LoaderState, result: StepResult, clock: Clock) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    dead = int(run.sae.dead_mask.sum())
+    wanted = {name: result.metrics[name] for name in ("l0", "fvu", "explained_variance") if name in result.metrics}
+    numbers = {
+        "step": run.step,
+        "tokens": run.tokens,
+        "epoch": state.epoch,
+        "cursor": state.cursor,
+        "loss": result.loss,
+        **{f"losses/{name}": value for name, value in result.losses.items()},
+        **wanted,
+        **{f"details/{name}": value for name, value in result.details.items()},
+        "dead": dead / run.sae.config.d_sae,
+        "n_dead": dead,
+        "grad_norm": result.grad_norm,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "rejected": run.rejected,
+        "seconds": round(clock.seconds, 3),
+        "tokens_per_second": round(clock.rate(run.tokens), 1),
+    }
+    return {name: value for name, value in numbers.items() if value == value}  # a rejected batch: JSON has no NaN
+
+
+def summarize(
+    run: Run, data: Data, numbers: Mapping[str, float], l0_train: float | None, seconds: float
+) -> dict[str, Any]:
+    """summary.json: what was trained, and how good it is."""
+    config = data.config
+    return {
+        "name": config.name,
+        "type": config.type,
+        "cache": config.cache,
+        "hook": list(config.hook),
+        "d_in": config.options["d_in"],
+        "d_sae": config.options["d_sae"],
+        "k": config.options.get("k"),
+        "steps": run.step,
+        "tokens": run.tokens,
+        "rejected": run.rejected,
+        "l0_train": l0_train,
+        "dead": float(run.sae.dead_mask.float().mean()),
+        "dead_after_tokens": config.options.get("dead_after_tokens"),
+        "eval_part": data.eval_part,
+        "eval": dict(numbers),
+        "rows": data.counts.to_json(),
+        "device": config.device,
+        "versions": {"torch": torch.__version__},
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
+    }
+
+
+def last_training_l0(folder: Path) -> float | None:
+    """L0 of the training activation on the last measured batch."""
+    values = [line["l0"] for line in read_metrics(folder) if "l0" in line]
+    return float(values[-1]) if values else None

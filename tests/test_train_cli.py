@@ -249,3 +249,29 @@ def test_python_names_are_lazy() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     subprocess.run([sys.executable, "-c", check], check=True, env=env)
+
+
+def test_config_prints_what_a_run_would_use_and_where_it_comes_from(make_cache) -> None:
+    make_cache()
+    Path("c.yaml").write_text("type: batchtopk\nmodel:\n  k: 4\ntraining:\n  batch_size: 64\n  tokens: 640\n")
+    flags = ["--config", "c.yaml", "--lr", "0.002", "--cache", "toy"]
+    text = call("config", *flags).stdout
+    assert not Path("runs").exists()
+    for line in (
+        "  k: 4  # c.yaml",
+        "  lr: 0.002  # flag",
+        "  steps: 10  # follows from the rest",
+        "  d_sae: 128  # follows from the rest",
+        "  beta1: 0.9  # default",
+    ):
+        assert line in text.splitlines(), line
+    Path("resolved.yaml").write_text(text)
+    call("run", *flags, "--name", "a", "-q")
+    call("run", "--config", "resolved.yaml", "--name", "b", "-q")
+    saved = [Path(f"runs/{name}/config.yaml").read_text().replace(f"name: {name}", "") for name in "ab"]
+    assert saved[0] == saved[1]
+    undecided = call("config", "--config", "c.yaml").stdout
+    assert "  lr: null  # default" in undecided.splitlines()
+    assert "  # d_sae: the cache decides" in undecided.splitlines()
+    assert "  auxk_coef: 0.03125  # default" in undecided.splitlines()
+    assert "unknown setting 'kk'" in call("config", "--type", "topk", "--set", "kk=3", code=2).stderr

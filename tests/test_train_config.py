@@ -94,7 +94,10 @@ def test_a_length_on_top_replaces_the_one_below() -> None:
         ({"type": "topk", "bach_size": 1}, r"unknown setting 'bach_size'.*did you mean 'batch_size'"),
         ({"type": "topk", "auxk_coeff": 1}, r"did you mean 'auxk_coef'\?"),
         ({"type": "vanilla", "k": 3}, r"unknown setting 'k' for type vanilla \(its options: d_sae"),
-        ({"type": "topk", "optimizer": "adamm"}, r"optimizer='adamm': expected one of adam, adamw, sgd, did you mean"),
+        (
+            {"type": "topk", "optimizer": "adamm"},
+            r"optimizer='adamm': expected one of adam, .*, did you mean 'adam'",
+        ),
         ({"type": "topk", "lr": -1}, r"lr=-1.0: expected a value > 0"),
         ({"type": "topk", "holdout": 0.95}, r"holdout=0.95: expected a value <= 0.9"),
         ({"type": "topk", "steps": 3, "epochs": 1}, r"one length, got steps=3, epochs=1.0"),
@@ -116,6 +119,8 @@ def test_settings_that_cannot_be(settings, message) -> None:
         ("a: [1", r"is not plain YAML"),
         ("- 1", r"expected keys and values, got list"),
         ("type: topk\nmodel: {k: 3}\nk: 4", r"'k' is set twice"),
+        ("type: topk\nk: 3\nk: 4", r"'k' is set twice, the second time in line 3"),
+        ("type: topk\nmodel: {k: 3, k: 4}", r"'k' is set twice, the second time in line 2"),
         ("type: !!python/object/apply:os.system ['touch canary']", r"is not plain YAML"),
     ],
 )

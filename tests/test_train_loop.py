@@ -10,6 +10,7 @@ from sae_core import Progress
 from train.config import make_config
 from train.errors import DivergedError
 from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
+from train.optim import OPTIMIZERS, state_tensors
 from train.state import Run, build_sae
 
 D_IN, D_SAE = 8, 24
@@ -131,11 +132,44 @@ def test_accumulation_rejects_the_whole_batch() -> None:
     assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_train(optimizer) -> None:
     run = make_run(optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.01, weight_decay=0.01)
     losses = [train_step(run, rows(64, seed), measure=True).loss for seed in range(30)]
     assert losses[-1] < losses[0]
+
+
+def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
+    run, adam = (make_run("vanilla", optimizer=o, grad_clip=None) for o in ("muon", "adam"))
+    before = run.sae.W_dec.detach().clone()
+    for r in (run, adam):
+        train_step(r, rows())
+    assert torch.allclose(run.sae.b_enc, adam.sae.b_enc, atol=1e-7)
+    # Newton-Schulz leaves singular values near 1; the step is 0.2 sqrt(24) of that times the rate.
+    values = torch.linalg.svdvals(run.sae.W_dec.detach() - before) / (0.2 * 24**0.5 * 0.01)
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_signum_steps_by_the_sign_of_the_momentum() -> None:
+    from train.signum import Signum
+
+    p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = Signum([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    for gradient in ([4.0, -1.0], [-1.0, -1.0]):  # the momentum of the first is 0.4, then 0.26: still positive
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+    # 1 * 0.95 -+ 0.1, twice
+    assert p.tolist() == pytest.approx([(0.95 - 0.1) * 0.95 - 0.1, (0.95 + 0.1) * 0.95 + 0.1])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_capacity_knows_what_an_optimizer_keeps(optimizer) -> None:
+    run = make_run(optimizer=optimizer)
+    train_step(run, rows())
+    kept = sum(v.numel() for v in state_tensors(run.optimizer, run.parameter_names).values())
+    n_parameters = sum(p.numel() for p in run.sae.parameters())
+    assert OPTIMIZERS[optimizer].on_disk - 1 == round(kept / n_parameters)
 
 
 @pytest.mark.parametrize("type", ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"])

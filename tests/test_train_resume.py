@@ -19,6 +19,7 @@ from cache.loader import LoaderState
 from train import resume_training, train_sae
 from train.errors import CheckpointError, InterruptedRunError, NotARunError, RunExistsError
 from train.log import TIMING, BaseSink, read_metrics
+from train.optim import OPTIMIZERS
 from train.rng import Rng
 from train.signals import StopRequest
 
@@ -60,8 +61,10 @@ def assert_same(a: Path, b: Path) -> None:
         assert summaries[0][name] == summaries[1][name], name
 
 
-@pytest.mark.parametrize("type", ["batchtopk", "jumprelu"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+CASES = [("jumprelu", "adam"), *(("batchtopk", optimizer) for optimizer in OPTIMIZERS)]
+
+
+@pytest.mark.parametrize(("type", "optimizer"), CASES)
 def test_a_stopped_run_continues_bitwise(make_cache, tmp_path, type, optimizer) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": type, "optimizer": optimizer, "pool_rows": 1500}
     if type == "jumprelu":

@@ -10,12 +10,9 @@ import torch
 from cache.files import free_bytes
 from train.config import TrainConfig
 from train.errors import ConfigError
+from train.optim import OPTIMIZERS
 
 FLOAT_BYTES = 4
-# A parameter, its gradient and Adam's two moments.
-COPIES_IN_MEMORY = {"adam": 4, "adamw": 4, "sgd": 3}
-# A checkpoint holds the parameter and the moments.
-COPIES_ON_DISK = {"adam": 3, "adamw": 3, "sgd": 2}
 
 
 def check_capacity(config: TrainConfig) -> None:
@@ -39,15 +36,16 @@ def check_capacity(config: TrainConfig) -> None:
 
 def needed_memory(config: TrainConfig) -> int:
     """Bytes of parameters, gradients, optimizer and one micro-batch's pre-activations."""
+    copies = OPTIMIZERS[config.optimizer].in_memory
     micro_batch = config.batch_size // config.grad_acc_steps
     pre_acts = micro_batch * config.options["d_sae"]
-    return int(FLOAT_BYTES * (_n_parameters(config) * COPIES_IN_MEMORY[config.optimizer] + pre_acts))
+    return int(FLOAT_BYTES * (_n_parameters(config) * copies + pre_acts))
 
 
 def needed_disk(config: TrainConfig) -> int:
     """Bytes of the checkpoints that are kept, the one being written, and the result."""
-    copies = COPIES_ON_DISK[config.optimizer] * (config.keep + 1) + 1
-    return FLOAT_BYTES * _n_parameters(config) * copies
+    copies = OPTIMIZERS[config.optimizer].on_disk
+    return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + 1) + 1)
 
 
 def available_memory(device: str) -> int | None:

@@ -1,13 +1,15 @@
-"""`sae-train run | resume | compare | export | push | types`. Heavy imports stand inside the commands."""
+"""`sae-train run | config | resume | compare | export | push | types`. Heavy imports stand inside the commands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from train.flags import Given, takes_settings
 
 app = typer.Typer(
     name="sae-train",
@@ -18,112 +20,38 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-WHAT, MODEL, TRAINING, DATA, LOGGING = "What", "SAE", "Training", "Data", "Logging"
-
-
-def _option(panel: str, text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
-
-
-# Values are text here: `train.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
-Text = str | None
-Flag = bool | None
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+ReadFlags = Callable[[], Given]
 
 
 @app.command()
+@takes_settings
 def run(
-    cache: Annotated[Text, _option(WHAT, "Folder of the activation cache.", "--cache", "-c")] = None,
-    type: Annotated[Text, _option(WHAT, "Variant: see `sae-train types`.", "--type", "-t")] = None,
-    hook: Annotated[
-        list[str] | None, _option(WHAT, "Hook point of the cache. (default: the only one)", "--hook")
-    ] = None,
-    layer: Annotated[list[str] | None, _option(WHAT, "The same by number: 6 is layer_6.", "--layer", "-l")] = None,
-    name: Annotated[
-        Text, _option(WHAT, "Name of the run's folder. (default: from cache, hook, type, size, seed)", "--name")
-    ] = None,
-    runs_dir: Annotated[Text, _option(WHAT, "Folder of all runs. (default: runs)", "--runs-dir")] = None,
+    read_flags: ReadFlags,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
-    config: Annotated[Path | None, _option(WHAT, "Settings in YAML; flags go on top.", "--config")] = None,
-    assignments: Annotated[
-        list[str] | None, _option(WHAT, "Any setting of the type or the trainer: key=value. Repeatable.", "--set")
-    ] = None,
-    device: Annotated[Text, _option(WHAT, "auto, cpu, cuda, cuda:1. (default: auto)", "--device")] = None,
-    seed: Annotated[Text, _option(WHAT, "Seed of shuffling and initialisation. (default: 0)", "--seed")] = None,
-    shuffle_seed: Annotated[Text, _option(WHAT, "Seed of the order of rows alone.", "--shuffle-seed")] = None,
-    init_seed: Annotated[Text, _option(WHAT, "Seed of the weights alone.", "--init-seed")] = None,
-    k: Annotated[Text, _option(MODEL, "Active latents per row, for types that have it.", "--k", "-k")] = None,
-    d_sae: Annotated[Text, _option(MODEL, "Number of latents.", "--d-sae")] = None,
-    expansion_factor: Annotated[
-        Text, _option(MODEL, "The same as d_sae / d_in. (default: 8)", "--expansion-factor")
-    ] = None,
-    normalize: Annotated[
-        Text, _option(MODEL, "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)", "--normalize")
-    ] = None,
-    loss: Annotated[Text, _option(MODEL, "fvu, mse, nmse. (default: fvu)", "--loss")] = None,
-    batch_size: Annotated[Text, _option(TRAINING, "Rows per step. (default: 4096)", "--batch-size", "-b")] = None,
-    grad_acc_steps: Annotated[
-        Text, _option(TRAINING, "Micro-batches that a batch is split into. (default: 1)", "--grad-acc-steps")
-    ] = None,
-    tokens: Annotated[Text, _option(TRAINING, "Length in rows: 500k, 10M.", "--tokens")] = None,
-    steps: Annotated[Text, _option(TRAINING, "Length in steps.", "--steps")] = None,
-    epochs: Annotated[
-        Text, _option(TRAINING, "Length in passes. (default: 1; more up to 16 if under 1000 steps)", "--epochs")
-    ] = None,
-    lr: Annotated[Text, _option(TRAINING, "Peak rate. (default: from d_sae and steps, at most 1e-3)", "--lr")] = None,
-    optimizer: Annotated[Text, _option(TRAINING, "adam, adamw, sgd. (default: adam)", "--optimizer")] = None,
-    weight_decay: Annotated[Text, _option(TRAINING, "Weight decay. (default: 0)", "--weight-decay")] = None,
-    lr_schedule: Annotated[
-        Text, _option(TRAINING, "Decay at the end: linear, cosine, constant. (default: linear)", "--lr-schedule")
-    ] = None,
-    warmup_steps: Annotated[
-        Text, _option(TRAINING, "Linear warm-up. (default: 5 %, at most 1000)", "--warmup-steps")
-    ] = None,
-    compute_dtype: Annotated[
-        Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
-    ] = None,
-    keep_special: Annotated[
-        Flag, _option(DATA, "Train on special tokens too.", "--keep-special/--no-keep-special")
-    ] = None,
-    keep_first_position: Annotated[
-        Flag,
-        _option(
-            DATA,
-            "Train on position 0 of each window. (default: unless the model is a decoder)",
-            "--keep-first-position/--no-keep-first-position",
-        ),
-    ] = None,
-    holdout: Annotated[Text, _option(DATA, "Share of documents held out. (default: 0.05)", "--holdout")] = None,
-    eval_rows: Annotated[
-        Text, _option(DATA, "Most held-out rows in the final evaluation. (default: 131072)", "--eval-rows")
-    ] = None,
-    log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. (default: 10)", "--log-every")] = None,
-    save_every: Annotated[
-        Text, _option(LOGGING, "Steps between checkpoints; 0: at the end. (default: 1000)", "--save-every")
-    ] = None,
-    keep: Annotated[Text, _option(LOGGING, "Checkpoints to keep. (default: 2)", "--keep")] = None,
-    wandb: Annotated[Text, _option(LOGGING, "online, offline, off. (default: off)", "--wandb")] = None,
-    wandb_project: Annotated[Text, _option(LOGGING, "(default: granary)", "--wandb-project")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train one SAE from a cache: `sae-train run --cache cache/bert_l6 --type batchtopk`."""
-    given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("overwrite", "quiet", "debug", "config", "assignments", "layer", "hook"):
-        given.pop(key, None)
-    hooks = [part for text in hook or [] for part in text.split(",")]
-    hooks += [f"layer_{part.strip()}" for text in layer or [] for part in text.split(",")]
     with _errors(debug):
-        from train.config import make_config, parse_assignments, read_yaml
-
-        flags = {**given, **({"hook": hooks} if hooks else {})}
-        layers = [read_yaml(config) if config else {}, flags | parse_assignments(assignments or [])]
-        settings = make_config(layers)
+        settings = _settings(read_flags)
         if not settings.cache:
             _fail("error: no cache was given; name its folder with --cache (sae-harvest run makes one)", 2)
         _train(lambda **options: _run_module().train_sae(settings, overwrite=overwrite, **options), quiet)
+
+
+@app.command()
+@takes_settings
+def config(read_flags: ReadFlags, debug: Debug = False) -> None:
+    """Print the settings that `run` with the same flags would use, each with where it comes from; nothing is written.
+
+    With --cache what follows from the cache is decided too. The output is a YAML file for --config.
+    """
+    with _errors(debug):
+        from train.origin import annotated_yaml
+
+        typer.echo(annotated_yaml(read_flags().layers()), nl=False)
 
 
 @app.command()
@@ -207,6 +135,13 @@ def types(
         from train.render import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
+
+
+def _settings(read_flags: ReadFlags) -> Any:
+    """The TrainConfig of a command's flags, not resolved."""
+    from train.config import make_config
+
+    return make_config([values for _, values in read_flags().layers()])
 
 
 def _run_module() -> Any:

@@ -25,6 +25,7 @@ from cache.lock import CacheLock
 from train import files
 from train.config import TrainConfig, from_sections
 from train.errors import ConfigError, NotARunError, RunExistsError
+from train.yaml_text import load_yaml
 
 CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
 RECORD_VERSION = 1
@@ -97,7 +98,7 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The resolved config and the record of a run's folder. Raises NotARunError."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        content = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotARunError(f"{folder} holds no run: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +12,83 @@ from torch import Tensor, nn
 
 from train.config import TrainConfig
 from train.errors import CheckpointError
+from train.signum import Signum
+
+Parameters = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an optimizer is made, and what it costs in copies of the parameters."""
+
+    make: Callable[[Parameters, TrainConfig, float], torch.optim.Optimizer]
+    in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
+    on_disk: int  # parameter and state
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer of a resolved config. The rate is set before every step."""
     assert config.lr is not None
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.beta1, weight_decay=decay, fused=True)
+    return OPTIMIZERS[config.optimizer].make(list(parameters), config, config.lr)
+
+
+def _adam(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay, fused=True)
+    betas = (config.beta1, config.beta2)
+    return kind(parameters, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+
+
+def _sgd(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.beta1, weight_decay=config.weight_decay, fused=True)
+
+
+def _signum(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return Signum(parameters, lr, config.beta1, config.weight_decay)
+
+
+def _adafactor(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(parameters, lr=lr, weight_decay=config.weight_decay)
+
+
+def _muon(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return MuonAndAdam(parameters, config, lr)
+
+
+class MuonAndAdam(torch.optim.Optimizer):
+    """Muon for the matrices, AdamW for the vectors, as one optimizer with one state.
+
+    Muon's steps are scaled to the size of Adam's (`match_rms_adamw`), so that one rate suits both.
+    """
+
+    def __init__(self, parameters: Parameters, config: TrainConfig, lr: float) -> None:
+        super().__init__(parameters, {})
+        matrices = [p for p in parameters if p.ndim == 2]
+        rest = [p for p in parameters if p.ndim != 2]
+        momentum, decay = config.beta1, config.weight_decay
+        muon = torch.optim.Muon(matrices, lr, decay, momentum, adjust_lr_fn="match_rms_adamw")
+        betas = (config.beta1, config.beta2)
+        adam = torch.optim.AdamW(rest, lr, betas, config.eps, decay, fused=True) if rest else None
+        self._parts = [muon] if adam is None else [muon, adam]
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Take one step on the gradients that there are."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
+OPTIMIZERS = {
+    "adam": Kind(_adam, in_memory=4, on_disk=3),
+    "adamw": Kind(_adam, in_memory=4, on_disk=3),
+    "sgd": Kind(_sgd, in_memory=3, on_disk=2),
+    "muon": Kind(_muon, in_memory=4, on_disk=2),
+    "adafactor": Kind(_adafactor, in_memory=3, on_disk=1),
+    "signum": Kind(_signum, in_memory=4, on_disk=2),
+}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

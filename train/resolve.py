@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cache.reader import Cache
 
 DEFAULT_EXPANSION = 8
+# Options of a variant that follow from the cache or the run's length unless they are given.
+DERIVED_OPTIONS = ("d_in", "d_sae", "n_hooks", "d_out", "dead_after_tokens")
 MIN_STEPS, MAX_EPOCHS = 1000, 16  # a default run passes a small cache several times
 
 

@@ -1,0 +1,148 @@
+"""The flags that set what a run does, shared by `sae-train run`, `config` and others. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WHAT, MODEL, TRAINING, DATA, LOGGING = "What", "SAE", "Training", "Data", "Logging"
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+# Values are text here: `train.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
+Text = str | None
+Flag = bool | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was typed: a YAML file, and on top of it flags and `--set`."""
+
+    file: Path | None
+    flags: Mapping[str, Any]
+
+    def layers(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Layers of settings with where they come from, the strongest last."""
+        from train.config import read_yaml
+
+        below = [(str(self.file), read_yaml(self.file))] if self.file else []
+        return [*below, ("flag", self.flags)]
+
+
+def given_settings(
+    cache: Annotated[Text, _option(WHAT, "Folder of the activation cache.", "--cache", "-c")] = None,
+    type: Annotated[Text, _option(WHAT, "Variant: see `sae-train types`.", "--type", "-t")] = None,
+    hook: Annotated[
+        list[str] | None, _option(WHAT, "Hook point of the cache. (default: the only one)", "--hook")
+    ] = None,
+    layer: Annotated[list[str] | None, _option(WHAT, "The same by number: 6 is layer_6.", "--layer", "-l")] = None,
+    name: Annotated[
+        Text, _option(WHAT, "Name of the run's folder. (default: from cache, hook, type, size, seed)", "--name")
+    ] = None,
+    runs_dir: Annotated[Text, _option(WHAT, "Folder of all runs. (default: runs)", "--runs-dir")] = None,
+    config: Annotated[Path | None, _option(WHAT, "Settings in YAML; flags go on top.", "--config")] = None,
+    assignments: Annotated[
+        list[str] | None, _option(WHAT, "Any setting of the type or the trainer: key=value. Repeatable.", "--set")
+    ] = None,
+    device: Annotated[Text, _option(WHAT, "auto, cpu, cuda, cuda:1. (default: auto)", "--device")] = None,
+    seed: Annotated[Text, _option(WHAT, "Seed of shuffling and initialisation. (default: 0)", "--seed")] = None,
+    shuffle_seed: Annotated[Text, _option(WHAT, "Seed of the order of rows alone.", "--shuffle-seed")] = None,
+    init_seed: Annotated[Text, _option(WHAT, "Seed of the weights alone.", "--init-seed")] = None,
+    k: Annotated[Text, _option(MODEL, "Active latents per row, for types that have it.", "--k", "-k")] = None,
+    d_sae: Annotated[Text, _option(MODEL, "Number of latents.", "--d-sae")] = None,
+    expansion_factor: Annotated[
+        Text, _option(MODEL, "The same as d_sae / d_in. (default: 8)", "--expansion-factor")
+    ] = None,
+    normalize: Annotated[
+        Text, _option(MODEL, "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)", "--normalize")
+    ] = None,
+    loss: Annotated[Text, _option(MODEL, "fvu, mse, nmse. (default: fvu)", "--loss")] = None,
+    batch_size: Annotated[Text, _option(TRAINING, "Rows per step. (default: 4096)", "--batch-size", "-b")] = None,
+    grad_acc_steps: Annotated[
+        Text, _option(TRAINING, "Micro-batches that a batch is split into. (default: 1)", "--grad-acc-steps")
+    ] = None,
+    tokens: Annotated[Text, _option(TRAINING, "Length in rows: 500k, 10M.", "--tokens")] = None,
+    steps: Annotated[Text, _option(TRAINING, "Length in steps.", "--steps")] = None,
+    epochs: Annotated[
+        Text, _option(TRAINING, "Length in passes. (default: 1; more up to 16 if under 1000 steps)", "--epochs")
+    ] = None,
+    lr: Annotated[Text, _option(TRAINING, "Peak rate. (default: from d_sae and steps, at most 1e-3)", "--lr")] = None,
+    optimizer: Annotated[
+        Text, _option(TRAINING, "adam, adamw, sgd, muon, signum, adafactor. (default: adam)", "--optimizer")
+    ] = None,
+    weight_decay: Annotated[Text, _option(TRAINING, "Weight decay. (default: 0)", "--weight-decay")] = None,
+    lr_schedule: Annotated[
+        Text, _option(TRAINING, "Decay at the end: linear, cosine, constant. (default: linear)", "--lr-schedule")
+    ] = None,
+    warmup_steps: Annotated[
+        Text, _option(TRAINING, "Linear warm-up. (default: 5 %, at most 1000)", "--warmup-steps")
+    ] = None,
+    compute_dtype: Annotated[
+        Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
+    ] = None,
+    keep_special: Annotated[
+        Flag, _option(DATA, "Train on special tokens too.", "--keep-special/--no-keep-special")
+    ] = None,
+    keep_first_position: Annotated[
+        Flag,
+        _option(
+            DATA,
+            "Train on position 0 of each window. (default: unless the model is a decoder)",
+            "--keep-first-position/--no-keep-first-position",
+        ),
+    ] = None,
+    holdout: Annotated[Text, _option(DATA, "Share of documents held out. (default: 0.05)", "--holdout")] = None,
+    eval_rows: Annotated[
+        Text, _option(DATA, "Most held-out rows in the final evaluation. (default: 131072)", "--eval-rows")
+    ] = None,
+    log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. (default: 10)", "--log-every")] = None,
+    save_every: Annotated[
+        Text, _option(LOGGING, "Steps between checkpoints; 0: at the end. (default: 1000)", "--save-every")
+    ] = None,
+    keep: Annotated[Text, _option(LOGGING, "Checkpoints to keep. (default: 2)", "--keep")] = None,
+    wandb: Annotated[Text, _option(LOGGING, "online, offline, off. (default: off)", "--wandb")] = None,
+    wandb_project: Annotated[Text, _option(LOGGING, "(default: granary)", "--wandb-project")] = None,
+) -> Given:
+    """The flags of every command that takes settings."""
+    flags = {key: value for key, value in locals().items() if value is not None}
+    for key in ("config", "assignments", "layer", "hook"):
+        flags.pop(key, None)
+    hooks = [part for text in hook or [] for part in text.split(",")]
+    hooks += [f"layer_{part.strip()}" for text in layer or [] for part in text.split(",")]
+    from train.config import parse_assignments
+
+    return Given(config, {**flags, **({"hook": hooks} if hooks else {}), **parse_assignments(assignments or [])})
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the flags of `given_settings` before its own; it gets a function that reads them."""
+    shared, own = inspect.signature(given_settings), inspect.signature(command)
+    names = set(shared.parameters)
+
+    @functools.wraps(command)
+    def run_command(**flags: Any) -> None:
+        settings = {name: value for name, value in flags.items() if name in names}
+        rest = {name: value for name, value in flags.items() if name not in names}
+        command(lambda: given_settings(**settings), **rest)
+
+    hints = {name: hint for part in (given_settings, command) for name, hint in _hints(part).items()}
+    parameters = [*shared.parameters.values(), *list(own.parameters.values())[1:]]
+    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
+    )
+    run_command.__annotations__ = {part.name: hints[part.name] for part in parameters}
+    return run_command
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(function, include_extras=True)

@@ -34,6 +34,11 @@ class Filters:
     min_norm: float | None = None
     max_norm: float | None = None  # inclusive
 
+    @property
+    def reads_norms(self) -> bool:
+        """Whether rows go by their norms, so that each hook point drops others."""
+        return self.min_norm is not None or self.max_norm is not None
+
     def resolve(self, cache: Cache) -> Filters:
         """Decide what depends on the cache: position 0 of a decoder is an attention sink and goes out."""
         if self.first_position is not None:
@@ -94,7 +99,7 @@ class Selection:
         needed = {
             "flags": True,
             "position": needs_position,
-            "norm": f.min_norm is not None or f.max_norm is not None,
+            "norm": f.reads_norms,
             "doc_id": self.holdout.fraction > 0,
         }
         return tuple(name for name, wanted in needed.items() if wanted)

@@ -3,6 +3,9 @@
 from train import train_sae, resume_training
 result = train_sae(cache="cache/bert_l6", type="batchtopk", k=32)
 result.sae, result.folder, result.summary
+
+from train import train_sweep  # many from one stream of batches
+train_sweep({"type": ["topk", "batchtopk"], "k": [16, 32]}, cache="cache/bert_l6").rows
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.run import Result, resume_training, train_sae
+    from train.sweep import SweepResult, resume_sweep, train_sweep
 
-__all__ = ["Result", "TrainConfig", "resume_training", "train_sae"]
+_SWEEPS = ("SweepResult", "resume_sweep", "train_sweep")
+
+__all__ = ["Result", "SweepResult", "TrainConfig", "resume_sweep", "resume_training", "train_sae", "train_sweep"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from train.config import TrainConfig
 
         return TrainConfig
+    if name in _SWEEPS:
+        from train import sweep
+
+        return getattr(sweep, name)
     if name in __all__:
         from train import run
 

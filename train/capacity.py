@@ -22,14 +22,14 @@ def check_capacity(config: TrainConfig) -> None:
     if there is not None and memory > there:
         per_latent = memory / config.options["d_sae"]
         raise ConfigError(
-            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {_gib(memory)} of "
-            f"memory, {config.device} has {_gib(there)}: about d_sae={int(there / per_latent):,} fits; "
+            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {gib(memory)} of "
+            f"memory, {config.device} has {gib(there)}: about d_sae={int(there / per_latent):,} fits; "
             "or raise --grad-acc-steps"
         )
     free = free_bytes(Path(config.runs_dir))
     if disk > free:
         raise ConfigError(
-            f"{config.runs_dir} has {_gib(free)} free, the run's checkpoints need about {_gib(disk)}: free space, "
+            f"{config.runs_dir} has {gib(free)} free, the run's checkpoints need about {gib(disk)}: free space, "
             "lower --keep, or choose another --runs-dir"
         )
 
@@ -61,10 +61,16 @@ def available_memory(device: str) -> int | None:
         return None
 
 
+def parameter_bytes(config: TrainConfig) -> int:
+    """Bytes of the parameters, and of their gradients."""
+    return FLOAT_BYTES * _n_parameters(config)
+
+
 def _n_parameters(config: TrainConfig) -> int:
     """Of the encoder and the decoder; what else there is does not count beside them."""
     return 2 * int(config.options["d_in"]) * int(config.options["d_sae"])
 
 
-def _gib(n_bytes: int) -> str:
+def gib(n_bytes: float) -> str:
+    """Bytes for people."""
     return f"{n_bytes / 2**30:.2f} GiB"

@@ -1,15 +1,15 @@
-"""`sae-train run | config | resume | compare | export | push | types`. Heavy imports stand inside the commands."""
+"""`sae-train run | sweep | config | resume | compare | export | push | types`. Heavy imports stand inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from train.flags import Given, takes_settings
+from train import cli_sweep
+from train.cli_common import NO_CACHE, Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors, fail
+from train.flags import takes_settings
 
 app = typer.Typer(
     name="sae-train",
@@ -20,24 +20,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
-ReadFlags = Callable[[], Given]
+app.command()(cli_sweep.sweep)
 
 
 @app.command()
 @takes_settings
 def run(
     read_flags: ReadFlags,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of that name.")] = False,
+    layers: Layers = None,
+    layer_stride: LayerStride = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train one SAE from a cache: `sae-train run --cache cache/bert_l6 --type batchtopk`."""
-    with _errors(debug):
+    """Train one SAE from a cache: `sae-train run --cache cache/bert_l6 --type batchtopk`.
+
+    Several --layers, or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep` does.
+    """
+    with errors(debug):
+        if grid := cli_sweep.several(read_flags(), layers, layer_stride):
+            cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet)
+            return
         settings = _settings(read_flags)
         if not settings.cache:
-            _fail("error: no cache was given; name its folder with --cache (sae-harvest run makes one)", 2)
+            fail(NO_CACHE, 2)
         _train(lambda **options: _run_module().train_sae(settings, overwrite=overwrite, **options), quiet)
 
 
@@ -48,7 +54,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 
     With --cache what follows from the cache is decided too. The output is a YAML file for --config.
     """
-    with _errors(debug):
+    with errors(debug):
         from train.origin import annotated_yaml
 
         typer.echo(annotated_yaml(read_flags().layers()), nl=False)
@@ -56,15 +62,18 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run that was stopped: runs/<name>.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep that was stopped: runs/<name>.")],
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a run from its newest checkpoint, exactly as if it had not stopped."""
-    with _errors(debug):
+    """Continue a run from its newest checkpoint, or all runs of a sweep, exactly as if it had not stopped."""
+    with errors(debug):
         from train.checkpoint import list_checkpoints
-        from train.folders import is_complete, read_run
+        from train.folders import is_complete, is_sweep, read_run
 
+        if is_sweep(folder):
+            cli_sweep.resume_grid(folder, quiet)
+            return
         read_run(folder)
         if not quiet and not is_complete(folder):
             found = list_checkpoints(folder)
@@ -74,15 +83,15 @@ def resume(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or of sweeps.")],
     debug: Debug = False,
 ) -> None:
     """Print the results of finished runs side by side."""
-    with _errors(debug):
+    with errors(debug):
         from train.folders import read_summary
         from train.render import result_table, reuse_line, show
 
-        summaries = [read_summary(folder) for folder in folders]
+        summaries = [read_summary(folder) for folder in _finished(folders)]
         show(result_table(summaries))
         if line := reuse_line(summaries):
             typer.echo(line)
@@ -96,7 +105,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write an SAE in the files of another tool."""
-    with _errors(debug):
+    with errors(debug):
         from train.export import export as write
 
         typer.echo(f"{write(folder, to, out or folder.with_name(f'{folder.name}_{to}'))}")
@@ -112,7 +121,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Publish an SAE on the model hub with a model card; a dry run unless --yes is given."""
-    with _errors(debug):
+    with errors(debug):
         from train import hub
 
         paths, card = hub.files_of(folder), hub.model_card(folder, licence)
@@ -130,11 +139,32 @@ def types(
     debug: Debug = False,
 ) -> None:
     """List the variants with their options and defaults."""
-    with _errors(debug):
+    with errors(debug):
         import sae_core
         from train.render import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
+
+
+def _finished(folders: list[Path]) -> list[Path]:
+    """The finished runs among folders and in sweeps; what is not one is skipped with a word, unless none is left."""
+    from train.errors import NotARunError
+    from train.folders import is_sweep, read_summary
+    from train.plan import load_plan
+
+    found, skipped = [], []
+    for folder in folders:
+        for run in [folder / e.name for e in load_plan(folder).entries] if is_sweep(folder) else [folder]:
+            try:
+                read_summary(run)
+                found.append(run)
+            except NotARunError as error:
+                skipped.append(error)
+    if not found or any(not folder.exists() for folder in folders):
+        raise skipped[0]
+    for reason in skipped:
+        typer.echo(f"skipped: {reason}", err=True)
+    return found
 
 
 def _settings(read_flags: ReadFlags) -> Any:
@@ -160,39 +190,6 @@ def _train(start: Any, quiet: bool) -> None:
         result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
     show(result_table([result.summary]))
     typer.echo(f"{result.folder}")
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Expected failures become one red line and exit code 2; a signal its own code."""
-    from cache.errors import CacheError
-    from train.errors import InterruptedRunError, TrainError
-
-    try:
-        yield
-    except (InterruptedRunError, KeyboardInterrupt) as error:
-        if isinstance(error, InterruptedRunError):
-            _fail(str(error), 128 + error.signum)
-        _fail("interrupted at once: continue from the last checkpoint with `sae-train resume`", 130)
-    except Exception as error:
-        from sae_core.errors import SAEError
-
-        if debug or not isinstance(error, TrainError | CacheError | SAEError | OSError):
-            raise
-        _fail(f"error: {_one_line(error)}", 2)
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an expected error; of one from the system, what failed and how to go on."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror}; what was committed is safe: mend that, then `sae-train resume` goes on"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.secho(message, fg="red", err=True)
-    raise typer.Exit(code)
 
 
 def main() -> None:

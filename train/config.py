@@ -41,9 +41,7 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
 
     Raises ConfigError for an unknown key (with the nearest known one) or a value that does not fit.
     """
-    given: dict[str, Any] = {}
-    for layer in layers:
-        given.update(_one_length(given, layer))
+    given = merge_layers(layers)
     type_name = given.get("type")
     if not type_name:
         known = ", ".join(sae_core.registry.names())
@@ -65,6 +63,14 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         factor = settings["expansion_factor"]
         raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={factor}: give one of them")
     return TrainConfig(**settings, options=chosen)
+
+
+def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Flat settings of all layers, the last one wins. Nothing is checked."""
+    given: dict[str, Any] = {}
+    for layer in layers:
+        given.update(_one_length(given, layer))
+    return given
 
 
 def _one_length(given: dict[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -37,12 +37,19 @@ class Data:
     counts: Counts
 
     @classmethod
-    def open(cls, config: TrainConfig) -> Data:
-        """Open the cache of an unresolved config and resolve it. Raises CacheError, ConfigError or SAEError."""
-        opened = cache.open(config.cache)
+    def open(cls, config: TrainConfig, opened: Cache | None = None, known: dict[Any, Counts] | None = None) -> Data:
+        """Open the cache of an unresolved config and resolve it. Raises CacheError, ConfigError or SAEError.
+
+        Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
+        """
+        opened = cache.open(config.cache) if opened is None else opened
         hooks = resolve_hooks(config, tuple(opened.hook_points))
-        counts = account(opened, filters_of(config), holdout_of(config), hooks)
-        return cls(opened, resolve(config, opened, hooks, counts), counts)
+        filters, holdout = filters_of(config), holdout_of(config)
+        key = (filters, holdout, hooks if filters.reads_norms else ())
+        known = {} if known is None else known
+        if key not in known:
+            known[key] = account(opened, filters, holdout, hooks)
+        return cls(opened, resolve(config, opened, hooks, known[key]), known[key])
 
     @classmethod
     def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> Data:
@@ -57,10 +64,18 @@ class Data:
 
     def inputs(self, rows: Mapping[str, Tensor]) -> Inputs:
         """What this run's SAE reads of a batch, which may hold more hook points than it asked for."""
-        if self.input_kind == "one":
-            return rows[self.config.hook[0]]
-        names = [*self.config.hook, *(hook + PREVIOUS for hook in self.config.hook if self._reads_neighbours)]
-        return {name: rows[name] for name in names}
+        names = self.input_names
+        return rows[names[0]] if self.input_kind == "one" else {name: rows[name] for name in names}
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What of a stream's rows the SAE reads: hook points, and for some types the rows before each."""
+        hooks = self.config.hook
+        return (*hooks, *(hook + PREVIOUS for hook in hooks)) if self._reads_neighbours else hooks
+
+    def width(self, name: str) -> int:
+        """Width of the rows under one of the input names."""
+        return self.cache.hook_points[name.removesuffix(PREVIOUS)].d_in
 
     @cached_property
     def order(self) -> Order:
@@ -81,8 +96,7 @@ class Data:
     def stream_key(self) -> tuple[Any, ...]:
         """Runs with equal keys train on the same rows in the same batches: one loader can feed them all."""
         config, filters = self.config, filters_of(self.config).resolve(self.cache)
-        by_norm = filters.min_norm is not None or filters.max_norm is not None  # then each hook point drops other rows
-        hooks = config.hook if by_norm else ()
+        hooks = config.hook if filters.reads_norms else ()  # norms of other hook points drop other rows
         source = (config.cache, self.order, filters, holdout_of(config), hooks)
         return (*source, config.batch_size, config.device, self._reads_neighbours)
 

@@ -28,6 +28,8 @@ from train.errors import ConfigError, NotARunError, RunExistsError
 from train.yaml_text import load_yaml
 
 CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
+PLAN = "sweep.json"  # of a sweep, which holds the folders of its runs
+FAILURE = "failure.json"  # what stopped a member of a sweep
 RECORD_VERSION = 1
 
 
@@ -44,11 +46,17 @@ def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
         ) from None
 
 
+def check_name(name: str) -> str:
+    """The name of a folder inside another. Raises ConfigError for what is none."""
+    if Path(name).name != name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(f"name={name!r}: expected one folder name, without slashes")
+    return name
+
+
 def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     assert config.name is not None
     folder = Path(config.runs_dir) / config.name
-    if Path(config.name).name != config.name or config.name in (".", "..") or not config.name.isprintable():
-        raise ConfigError(f"name={config.name!r}: expected one folder name, without slashes")
+    check_name(config.name)
     if folder.exists() and not _is_unused(folder):
         ours = (folder / RECORD).is_file()
         if not (overwrite and ours):
@@ -60,6 +68,24 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def claim_sweep_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make a sweep's folder. Raises RunExistsError if it holds anything else, ConfigError if it cannot be made."""
+    used = folder.exists() and not _is_unused(folder)
+    if used and not (overwrite and is_sweep(folder)):
+        raise RunExistsError(f"{folder} exists and is no sweep: choose another --name")
+    try:
+        if used:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the sweep's folder {folder} cannot be made: {error.strerror}; change --runs-dir") from None
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep."""
+    return (folder / PLAN).is_file()
 
 
 @contextmanager

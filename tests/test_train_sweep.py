@@ -1,0 +1,307 @@
+"""Sweeps: one stream, ordinary runs, bitwise what training alone gives; kills, failures, refusals."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import sae_core
+import train.checkpoint
+import train.grouping
+import train.sweep
+from cache.loader import Loader
+from train import resume_sweep, resume_training, train_sae, train_sweep
+from train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from train.footprint import Footprint, fit_groups
+from train.grid import check_grid, expand, parse_grid
+from train.log import TIMING, BaseSink, read_metrics
+from train.plan import load_plan
+from train.signals import StopRequest
+from train.sweep import Reporter, plan_sweep
+
+SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_sync():
+    """Tests kill processes, not machines: syncing would only make them wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+def log(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert log(a) == log(b)
+    newest = [train.checkpoint.list_checkpoints(folder)[-1] for folder in (a, b)]
+    assert newest[0].name == newest[1].name
+    for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes(), file
+    states = [json.loads((path / "state.json").read_text()) for path in newest]
+    for key in ("identity", "loader", "tokens", "rejected", "score"):
+        assert states[0][key] == states[1][key], key
+    assert (a / "sae_weights.safetensors").read_bytes() == (b / "sae_weights.safetensors").read_bytes()
+
+
+def table(folder: Path) -> list[dict]:
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+def assert_same_as_alone(sweep: Path, settings: dict, runs_dir: Path) -> None:
+    for entry in load_plan(sweep).entries:
+        config = entry.config
+        own = {"type": config.type, "hook": list(config.hook), "init_seed": config.init_seed, "steps": config.steps}
+        own |= {"k": config.options["k"]} if "k" in config.options else {}
+        folder = train_sae(**{**settings, **own}, name=entry.name, runs_dir=str(runs_dir)).folder
+        assert_same_run(folder, sweep / entry.name)
+
+
+def test_members_equal_runs_alone_bitwise(make_cache, tmp_path) -> None:
+    """Types of three kinds of input, two hook points, pools smaller than the cache."""
+    cache = str(make_cache(hooks=("layer_3", "layer_4"), d_in=8))
+    settings = {**SETTINGS, "cache": cache, "shuffle_seed": 5, "pool_rows": 900, "steps": 8}
+    grid = {"type": ["topk", "vanilla", "temporal", "route"], "hook": ["layer_3", "layer_4"], "k": [3]}
+    result = train_sweep(grid, settings, runs_dir=str(tmp_path), name="all")
+    assert not result.failures
+    plan = load_plan(result.folder)
+    assert [len(group.entries) for group in plan.groups] == [5, 2]  # neighbours have an order of their own
+    assert "vanilla has no k: left out there" in plan.notes
+    assert "1 of 8 points equal others: 7 SAEs are trained" in plan.notes
+    assert_same_as_alone(result.folder, settings, tmp_path / "alone")
+
+
+def test_members_of_other_lengths_equal_runs_alone(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3}
+    settings.pop("steps")
+    result = train_sweep({"steps": [12, 7], "seed": [0, 1]}, settings, runs_dir=str(tmp_path))
+    assert [len(group.entries) for group in load_plan(result.folder).groups] == [4]
+    assert_same_as_alone(result.folder, settings, tmp_path / "alone")
+
+
+def test_a_cache_is_read_once_for_all_members(make_cache, tmp_path, monkeypatch) -> None:
+    taken = []
+    original = Loader.__next__
+    monkeypatch.setattr(Loader, "__next__", lambda self: taken.append(self.hooks) or original(self))
+    cache = str(make_cache(hooks=("layer_3", "layer_4"), d_in=8))
+    train_sweep(
+        {"k": [2, 3], "hook": ["layer_3", "layer_4"]}, SETTINGS, type="topk", cache=cache, runs_dir=str(tmp_path)
+    )
+    assert taken.count(("layer_3", "layer_4")) == SETTINGS["steps"]
+
+
+class StopAt(Reporter):
+    """Ask for a stop when some SAE has taken a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.stop = step, StopRequest()
+
+    def sinks(self, entry):
+        outer = self
+
+        class Sink(BaseSink):
+            def metrics(self, metrics) -> None:
+                if metrics["step"] == outer.step:
+                    outer.stop.signum = signal.SIGTERM
+
+        return [Sink()]
+
+
+@pytest.fixture
+def grid_of_six(make_cache):
+    grid = {"type": ["topk", "vanilla"], "k": [2, 3], "seed": [0, 1]}
+    return grid, {**SETTINGS, "cache": str(make_cache())}
+
+
+def test_a_signal_saves_all_and_the_same_call_continues(grid_of_six, tmp_path) -> None:
+    grid, settings = grid_of_six
+    whole = train_sweep(grid, settings, runs_dir=str(tmp_path / "a"))
+    reporter = StopAt(8)
+    with pytest.raises(InterruptedRunError, match=r"after step 8; continue with: sae-train resume .*b/toy_sweep_"):
+        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.stop)
+    stopped = tmp_path / "b" / whole.folder.name
+    for entry in load_plan(stopped).entries:
+        newest = train.checkpoint.list_checkpoints(stopped / entry.name)[-1]
+        assert newest.name == "step_00000008"
+    assert not (stopped / "results.csv").exists()
+    again = train_sweep(grid, settings, runs_dir=str(tmp_path / "b"))
+    assert table(whole.folder) == table(again.folder)
+    for row in whole.rows:
+        assert_same_run(whole.folder / row["name"], again.folder / row["name"])
+    assert {p.name for p in again.folder.iterdir()} >= {"results.csv", "results.md", "results.json", "pareto.png"}
+
+
+def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, monkeypatch) -> None:
+    grid, settings = grid_of_six
+    whole = train_sweep(grid, settings, runs_dir=str(tmp_path / "a"))
+    reporter = StopAt(16)
+    with pytest.raises(InterruptedRunError):
+        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.stop)
+    stopped = tmp_path / "b" / whole.folder.name
+    names = [entry.name for entry in load_plan(stopped).entries]
+    shutil.rmtree(stopped / names[0] / "checkpoints" / "step_00000016")  # from step 12
+    shutil.rmtree(stopped / names[1] / "checkpoints")  # from the start
+    shutil.rmtree(stopped / names[2])  # never begun
+    resume_training(stopped / names[3])  # a member is an ordinary run
+    monkeypatch.setattr(train.grouping, "available_memory", lambda device: pytest.fail("the plan is measured again"))
+    resume_sweep(stopped)
+    assert table(whole.folder) == table(stopped)
+    for name in names:
+        assert_same_run(whole.folder / name, stopped / name)
+    assert sae_core.load(stopped / names[2]).type_name == "topk"
+
+
+def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3, "grad_clip": "none"}
+    calls = []
+
+    class Count(Reporter):
+        def sinks(self, entry):
+            calls.append(entry.name)
+            return ()
+
+    result = train_sweep({"lr": ["1e-3", "1e30"]}, settings, runs_dir=str(tmp_path), name="s")
+    good, bad = (row["name"] for row in result.rows)
+    assert list(result.failures) == [bad]
+    assert "lower --lr" in result.failures[bad] or "lower" in result.failures[bad]
+    alone = train_sae(**{**settings, "lr": 1e-3}, runs_dir=str(tmp_path / "c"))
+    assert_same_run(alone.folder, result.folder / good)
+    assert [row["status"] for row in table(result.folder)] == ["finished", "failed"]
+    again = train_sweep({"lr": ["1e-3", "1e30"]}, settings, runs_dir=str(tmp_path), name="s", reporter=Count())
+    assert calls == []  # it would diverge again
+    assert again.failures == result.failures
+    assert "1e30" in bad
+
+
+def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
+    original = train.sweep.open_member
+
+    def broken(data, *args):
+        if data.config.options["k"] == 3:
+            raise MemoryError("out of memory")
+        return original(data, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.sweep, "open_member", broken)
+        result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
+    assert list(result.failures.values()) == ["out of memory"]
+    again = resume_sweep(result.folder)
+    assert not again.failures
+    assert not list(result.folder.rglob("failure.json"))
+
+
+def test_groups_that_fit_the_memory(make_cache, tmp_path, monkeypatch) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
+    whole = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "a"))
+    monkeypatch.setattr(train.grouping, "available_memory", lambda device: int(1000 / train.grouping.MARGIN) + 1)
+    monkeypatch.setattr(train.grouping, "measure", lambda data: Footprint(300, 300))
+    monkeypatch.setattr(train.grouping, "estimate", lambda config: Footprint(1000, 1000))
+    parts = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "b"))
+    assert [len(group.entries) for group in load_plan(parts.folder).groups] == [2, 2]
+    assert "2 fit at once, 2 groups train one after another" in load_plan(parts.folder).notes[-1]
+    assert table(whole.folder) == table(parts.folder)
+    monkeypatch.setattr(train.grouping, "measure", lambda data: Footprint(data.config.options["k"] * 300, 300))
+    with pytest.raises(ConfigError, match=r"2 of these 4 SAEs would fit: .*_k3_s0 needs .*GiB of memory, cpu has"):
+        plan_sweep({"k": [1, 2, 3, 4]}, settings)
+
+
+def test_first_fit() -> None:
+    sizes = [("a", Footprint(4, 1)), ("b", Footprint(3, 3)), ("c", Footprint(2, 1)), ("d", Footprint(9, 9))]
+    assert fit_groups(sizes, 10) == [["a", "b"], ["c"], ["d"]]
+    assert fit_groups(sizes, 100) == [["a", "b", "c", "d"]]
+
+
+def test_a_measured_footprint_holds_the_weights(make_cache) -> None:
+    from train.config import make_config
+    from train.data import Data
+    from train.footprint import estimate, measure
+
+    settings = {"cache": str(make_cache()), "type": "vanilla", "d_sae": 20_000, "batch_size": 256, "device": "cpu"}
+    data = Data.open(make_config([settings]))
+    measured = measure(data)
+    assert measured is not None
+    assert measured.resident >= estimate(data.config).resident
+    assert measured.step >= 256 * 20_000 * 4  # at least the pre-activations
+
+
+def test_grids_as_text() -> None:
+    assert parse_grid(["k=16,32", "init-seed=0"]) == {"k": ["16", "32"], "init_seed": ["0"]}
+    assert parse_grid(["fractions=[0.1,1],[0.5, 1]"]) == {"fractions": ["[0.1,1]", "[0.5, 1]"]}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["k"], r"--grid 'k': expected key=value,value"),
+        (["k=1", "k=2"], r"--grid k is given twice: name all its values once, k=a,b,c"),
+        (["k=1,2,1"], r"the grid repeats itself: k holds 1 twice; remove one"),
+        (["k=1,,2"], r"the grid's k has an empty value"),
+        (["seed=0", "init_seed=1"], r"the grid holds init_seed twice"),
+        (["cache=a,b"], r"the grid holds cache, which is one for a whole sweep: give --cache"),
+        ([], r"the grid is empty"),
+        (["kk=1,2"], r"unknown setting 'kk' for type topk, did you mean 'k'\?"),
+        (["type=topk,vanilla", "auxk_coeff=1,2"], r"'auxk_coeff' for any of topk, vanilla, did you mean 'auxk_coef'\?"),
+        (["type=topq"], r"unknown type 'topq'. Did you mean 'topk'\?"),
+        (["k=2,0"], r"k=0: expected a value > 0"),
+        (["k=2,400"], r"k=400: expected k <= d_sae"),
+        (["k=2,x"], r"k='x': expected a whole number"),
+        (["d_sae=32,64"], r"d_sae is set both in the grid and for all SAEs"),
+        (["hook=layer_9"], r"no hook point 'layer_9'"),
+        (["steps=1,2", "epochs=1"], r"a run has one length"),
+    ],
+)
+def test_bad_grids_are_refused_before_anything_is_written(make_cache, tmp_path, texts, message) -> None:
+    settings = {"cache": str(make_cache()), "d_sae": 32, "batch_size": 128, "runs_dir": str(tmp_path / "runs")}
+    settings |= {} if any(text.startswith("type=") for text in texts) else {"type": "topk"}
+    with pytest.raises((ConfigError, sae_core.SAEError), match=message):
+        train_sweep(parse_grid(texts), settings)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_points_and_what_types_lack() -> None:
+    points = expand(check_grid({"type": ["topk", "vanilla"], "k": [1, 2], "seed": [0, 1]}), {"lr": 1})
+    assert len(points) == 8
+    assert points[0].settings == {"lr": 1, "type": "topk", "k": 1, "init_seed": 0}
+    assert points[4].settings == points[6].settings == {"lr": 1, "type": "vanilla", "init_seed": 0}
+    assert points[4].dropped == ("k",)
+
+
+def test_names_tell_what_varies_and_stay_the_same(make_cache) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3}
+    plan = plan_sweep({"lr": ["1e-3", "2e-3"], "seed": [0, 1]}, settings)
+    assert [e.name for e in plan.entries] == [
+        "toy_layer_3_topk_d32_k3_s0_lr1e-3",
+        "toy_layer_3_topk_d32_k3_s1-o0_lr1e-3",
+        "toy_layer_3_topk_d32_k3_s0_lr2e-3",
+        "toy_layer_3_topk_d32_k3_s1-o0_lr2e-3",
+    ]
+    assert plan_sweep({"lr": ["1e-3", "2e-3"], "seed": [0, 1]}, settings).name == plan.name
+    assert plan_sweep({"lr": ["1e-3", "3e-3"], "seed": [0, 1]}, settings).name != plan.name
+
+
+def test_other_seeds_of_the_order_are_another_stream(make_cache) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3}
+    plan = plan_sweep({"shuffle_seed": [0, 1], "holdout": [0.05, 0.1], "seed": [0, 1]}, settings)
+    assert [len(group.entries) for group in plan.groups] == [2, 2, 2, 2]
+
+
+def test_another_sweep_under_the_same_name_is_refused(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "runs_dir": str(tmp_path), "name": "s"}
+    train_sweep({"k": [2]}, settings)
+    with pytest.raises(RunExistsError, match=r"holds a sweep with other settings: choose another --name"):
+        train_sweep({"k": [3]}, settings)
+    assert [row["k"] for row in train_sweep({"k": [3]}, settings, overwrite=True).rows] == [3]
+    with pytest.raises(RunExistsError, match="exists and is no sweep"):
+        train_sweep({"k": [3]}, {**settings, "runs_dir": str(tmp_path / "s"), "name": "toy_layer_3_topk_d32_k3_s0"})
+    with pytest.raises(ConfigError, match="expected one folder name"):
+        train_sweep({"k": [3]}, {**settings, "name": "../s"})
+    with pytest.raises(NotARunError, match="holds no sweep"):
+        resume_sweep(tmp_path)

@@ -1,0 +1,98 @@
+"""How much memory a run takes: estimated from its sizes, or measured by taking steps of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from train import loop
+from train.capacity import FLOAT_BYTES, needed_memory, parameter_bytes
+from train.config import TrainConfig
+from train.data import Data
+from train.rng import Rng
+from train.state import Run, build_sae
+
+PROBE_STEPS = 2  # the first one also makes the optimizer's state
+MARGIN = 0.9  # share of the free memory that is used
+_STATUS, _PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one run."""
+
+    resident: int  # weights, optimizer, buffers: as long as the run lasts
+    step: int  # gradients and activations while a step is taken: one run of a process at a time
+
+    @property
+    def total(self) -> int:
+        """Of a run alone."""
+        return self.resident + self.step
+
+
+def estimate(config: TrainConfig) -> Footprint:
+    """From the sizes of parameters, optimizer and pre-activations."""
+    total = needed_memory(config)
+    pre_acts = FLOAT_BYTES * (config.batch_size // config.grad_acc_steps) * int(config.options["d_sae"])
+    step = parameter_bytes(config) + pre_acts  # gradients, pre-activations
+    return Footprint(total - step, step + pre_acts)
+
+
+def measure(data: Data) -> Footprint | None:
+    """By taking steps of a throw-away run on random rows; None where the system does not tell."""
+    before, config = _memory(data.config.device, restart_peak=True), data.config
+    if before is None:
+        return None
+    with Rng():
+        run = Run.create(config, build_sae(config))
+        rows = {
+            name: torch.randn(config.batch_size, data.width(name), device=config.device) for name in data.input_names
+        }
+        for _ in range(PROBE_STEPS):
+            loop.train_step(run, data.inputs(rows))
+        run.optimizer.zero_grad(set_to_none=True)
+        after = _memory(config.device)
+    assert after is not None
+    resident = max(after.now - before.now, estimate(config).resident)  # what was freed may still be held for reuse
+    return Footprint(resident, max(after.peak - before.now - resident, 0))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    now: int  # bytes in use
+    peak: int  # most bytes in use since the last restart
+
+
+def _memory(device: str, *, restart_peak: bool = False) -> _Memory | None:
+    if device.startswith("cuda"):
+        if restart_peak:
+            torch.cuda.reset_peak_memory_stats(device)
+        return _Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    try:
+        if restart_peak:
+            _PEAK.write_text("5", encoding="ascii")  # see proc(5): resets VmHWM
+        status = _STATUS.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    kib = {name: int(value) for name, value in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.MULTILINE)}
+    return _Memory(kib["VmRSS"] * 1024, kib["VmHWM"] * 1024) if len(kib) == 2 else None
+
+
+def fit_groups(footprints: Sequence[tuple[T, Footprint]], available: int) -> list[list[T]]:
+    """Split runs, in order, into groups that fit together. One that does not fit alone gets a group of its own."""
+    groups: list[tuple[list[T], int, int]] = []
+    for item, needed in footprints:
+        for i, (members, resident, step) in enumerate(groups):
+            if resident + needed.resident + max(step, needed.step) <= available:
+                groups[i] = ([*members, item], resident + needed.resident, max(step, needed.step))
+                break
+        else:
+            groups.append(([item], needed.resident, needed.step))
+    return [members for members, _, _ in groups]

@@ -145,5 +145,6 @@ def show_plan(plan: Plan) -> None:
         typer.echo(note)
     disk = sum(needed_disk(entry.config) for entry in plan.entries)
     runs_dir = plan.entries[0].config.runs_dir
-    typer.echo(f"{len(plan.entries)} SAEs in {len(plan.groups)} groups, up to {gib(disk)} in {runs_dir}")
+    groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+    typer.echo(f"{len(plan.entries)} SAEs in {groups}, up to {gib(disk)} in {runs_dir}")
     typer.echo("nothing was written: run without --dry-run to train")

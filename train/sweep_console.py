@@ -25,6 +25,7 @@ class SweepConsole(Reporter):
         self.console = console or Console(file=sys.stderr, highlight=False)
         self._live: Live | None = None
         self._lines: dict[str, dict[str, Any]] = {}
+        self._said: set[str] = set()
         self._group = ""
         self._clock = self._last = time.monotonic()
 
@@ -64,6 +65,12 @@ class SweepConsole(Reporter):
     def message(self, text: str) -> None:
         """Print above the table."""
         self.console.print(escape(text), soft_wrap=True)
+
+    def message_once(self, name: str, text: str) -> None:
+        """What an SAE says, unless another has said it."""
+        if text not in self._said:
+            self._said.add(text)
+            self.message(f"{name}: {text}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -112,5 +119,5 @@ class _Line(BaseSink):
         self.table.update(self.name, **metrics)
 
     def message(self, text: str) -> None:
-        """Above the table."""
-        self.table.message(f"{self.name}: {text}")
+        """Above the table; what all SAEs say is said once."""
+        self.table.message_once(self.name, text)

@@ -23,7 +23,8 @@ from sae_core.options import Progress, check, option
 
 MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
-LOSSES = ("fvu", "mse", "nmse")
+LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of `reconstruction_name`
+LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
 B_DEC_INITS = ("geometric_median", "mean", "zero")
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -83,7 +84,7 @@ class SAE(nn.Module):
         d_in: int = option(help="width of the activations", gt=0)
         d_sae: int = option(help="number of latents", gt=0)
         normalize: str = option("dataset", help="input normalisation", choices=MODES)
-        loss: str = option("fvu", help="reconstruction loss", choices=LOSSES)
+        loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
         b_dec_init: str = option(
             "geometric_median", help="start of b_dec", choices=("geometric_median", "mean", "zero")
         )
@@ -264,7 +265,7 @@ class SAE(nn.Module):
 
     def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """Return the weighted terms by name; a run minimises their sum."""
-        losses = {self.config.loss: self.reconstruction_loss(out.recon, out.source.target)}
+        losses = {self.reconstruction_name: self.reconstruction_loss(out.recon, out.source.target)}
         losses.update(self.penalties(out, progress))
         return losses
 
@@ -273,11 +274,16 @@ class SAE(nn.Module):
         return {}
 
     @property
+    def reconstruction_name(self) -> str:
+        """The term of `losses` that compares with the input; with a loss through a language model it is fvu."""
+        return "fvu" if self.config.loss in LM_LOSSES else self.config.loss
+
+    @property
     def loss_unit(self) -> Tensor:
         """What a squared error summed over D is divided by: V (fvu), E|x|^2 (nmse) or 1 (mse)."""
-        if self.config.loss == "fvu":
+        if self.reconstruction_name == "fvu":
             return self.loss_variance
-        return self.loss_mean_square if self.config.loss == "nmse" else torch.ones_like(self.loss_variance)
+        return self.loss_mean_square if self.reconstruction_name == "nmse" else torch.ones_like(self.loss_variance)
 
     @property
     def fvu_unit(self) -> Tensor:
@@ -287,7 +293,7 @@ class SAE(nn.Module):
     def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
         """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
         squared = (target - recon).square().sum(-1)
-        if self.config.loss == "nmse":
+        if self.reconstruction_name == "nmse":
             return (squared / target.square().sum(-1).clamp_min(1e-12)).mean()
         return squared.mean() / self.loss_unit
 

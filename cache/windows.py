@@ -1,0 +1,183 @@
+"""Whole windows in harvest order: what a model saw, token by token, for losses through it.
+
+The shuffled loader gives rows; a language model needs the sequences that they stood in. A window is read back from the
+rows' metadata alone: no activation is touched. Rows that the filters or the split leave out stay in their window, since
+the model saw them, and are marked by `keep`.
+
+Shapes: S windows of a batch, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import SelectionError
+from cache.rows import FLAG_SPECIAL
+from cache.selection import Filters, Holdout, Part, Selection, shard_columns
+
+if TYPE_CHECKING:
+    from cache.reader import Cache
+
+_COLUMNS = ("token_id", "doc_id", "position", "flags")
+
+
+@dataclass(frozen=True)
+class WindowsState:
+    """Where a reader stands. The cursor is the ordinal of the next window's first row among the opened rows."""
+
+    epoch: int = 0
+    cursor: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """S windows in harvest order, padded at the end to T tokens; column t is position t of its window."""
+
+    token_id: NDArray[np.int64]  # (S, T) 0 behind the end of a window
+    real: NDArray[np.bool_]  # (S, T) False behind the end of a window
+    special: NDArray[np.bool_]  # (S, T) special tokens
+    doc_id: NDArray[np.int64]  # (S, T) -1 behind the end; a packed window holds several documents
+    keep: NDArray[np.bool_]  # (S, T) rows of the wanted part that the filters leave
+    row: NDArray[np.int64]  # (S, T) ordinal of the row in the opened cache, -1 behind the end
+    state: WindowsState  # where the reader stands after them
+
+    def __len__(self) -> int:
+        return len(self.token_id)
+
+    @property
+    def n_rows(self) -> int:
+        """Kept rows."""
+        return int(np.count_nonzero(self.keep))
+
+    def split(self, n_parts: int) -> Iterator[Windows]:
+        """At most n parts of about equally many windows, each as wide as its longest."""
+        for part in np.array_split(np.arange(len(self)), min(n_parts, len(self))):
+            width = int(self.real[part].sum(1).max())
+            arrays = {name: getattr(self, name)[part, :width] for name in _ARRAYS}
+            yield Windows(**arrays, state=self.state)
+
+
+_ARRAYS = ("token_id", "real", "special", "doc_id", "keep", "row")
+_FILL = {"token_id": 0, "real": False, "special": False, "doc_id": -1, "keep": False, "row": -1}
+
+
+def read_windows(
+    cache: Cache,
+    hook: str | None = None,
+    *,
+    batch_rows: int,
+    part: Part = "train",
+    filters: Filters | None = None,
+    holdout: Holdout | None = None,
+    state: WindowsState | None = None,
+    epochs: int | None = None,
+) -> Iterator[Windows]:
+    """Batches of whole windows with at most `batch_rows` kept rows (a window that holds more is a batch of its own).
+
+    Windows without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
+    `epochs` passes. The same arguments and the state of an earlier batch continue exactly behind it; seeking costs
+    O(rows of a shard). The norms that `filters` may look at are those of `hook`.
+    Raises SelectionError for a cache without windows (`unit text`), or where nothing is kept.
+    """
+    if cache.unit != "token":
+        raise SelectionError(
+            f"{cache.path} holds one row per {cache.unit}, no windows of tokens: harvest with --unit token"
+        )
+    if batch_rows < 1:
+        raise SelectionError(f"a batch of windows is {batch_rows} rows, expected at least 1")
+    selection = Selection((filters or Filters()).resolve(cache), holdout or Holdout(), part)
+    source = _Source(cache, cache.hook_name(hook), selection)
+    return _batches(source.windows(state or WindowsState(), epochs), batch_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """One window: arrays (T,) by name, and the state behind it."""
+
+    arrays: dict[str, NDArray[Any]]
+    n_kept: int
+    state: WindowsState
+
+
+class _Source:
+    """Windows one by one; a shard's metadata is looked at when its turn comes."""
+
+    def __init__(self, cache: Cache, hook: str, selection: Selection) -> None:
+        self.cache, self.hook, self.selection = cache, hook, selection
+        self.starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in cache.shards], dtype=np.int64)])
+        self.wanted = shard_columns(cache, selection, (hook,))
+
+    def windows(self, state: WindowsState, epochs: int | None) -> Iterator[_Window]:
+        """Windows with kept rows from a state on."""
+        epoch, cursor = state.epoch, state.cursor
+        while epochs is None or epoch < epochs:
+            n_kept = 0
+            first = int(np.searchsorted(self.starts, cursor, side="right")) - 1
+            for shard in range(first, len(self.cache.shards)):
+                for window in self._of_shard(shard, cursor, epoch):
+                    n_kept += window.n_kept
+                    yield window
+            if cursor == 0 and n_kept == 0:
+                raise SelectionError(f"{self.cache.path}: no window has a row of the {self.selection.part} part left")
+            epoch, cursor = epoch + 1, 0
+
+    def _of_shard(self, shard: int, cursor: int, epoch: int) -> Iterator[_Window]:
+        columns = {name: np.asarray(self.cache.column(name).shard(shard)) for name in _COLUMNS}
+        offset, n_rows = int(self.starts[shard]), len(columns["position"])
+        starts = self._window_starts(columns["position"], shard)
+        keep = self.selection.mask(self.wanted[shard])
+        kept = np.add.reduceat(keep.astype(np.int64), starts)
+        for i in np.flatnonzero((kept > 0) & (starts >= cursor - offset)):
+            start, end = int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else n_rows
+            last = offset + end == self.starts[-1]
+            arrays: dict[str, NDArray[Any]] = {
+                "token_id": columns["token_id"][start:end].astype(np.int64),
+                "real": np.ones(end - start, np.bool_),
+                "special": (columns["flags"][start:end] & FLAG_SPECIAL) != 0,
+                "doc_id": columns["doc_id"][start:end],
+                "keep": keep[start:end],
+                "row": np.arange(offset + start, offset + end),
+            }
+            after = WindowsState(epoch + 1, 0) if last else WindowsState(epoch, offset + end)
+            yield _Window(arrays, int(kept[i]), after)
+
+    def _window_starts(self, position: NDArray[np.int32], shard: int) -> NDArray[np.int64]:
+        """Where windows start; positions must count up from 0 in each, or tokens of it are missing."""
+        starts = np.flatnonzero(position == 0)
+        lengths = np.diff(np.append(starts, len(position)))
+        whole = len(starts) > 0 and starts[0] == 0
+        if not whole or (position != np.arange(len(position)) - np.repeat(starts, lengths)).any():
+            raise SelectionError(
+                f"{self.cache.path}: shard {self.cache.shards[shard].index} does not hold whole windows (positions "
+                "that count up from 0): losses through the model need every token that it saw"
+            )
+        return starts
+
+
+def _batches(windows: Iterator[_Window], batch_rows: int) -> Iterator[Windows]:
+    open_windows: list[_Window] = []
+    n_rows = 0
+    for window in windows:
+        if open_windows and n_rows + window.n_kept > batch_rows:
+            yield _pad(open_windows)
+            open_windows, n_rows = [], 0
+        open_windows.append(window)
+        n_rows += window.n_kept
+    if open_windows:
+        yield _pad(open_windows)
+
+
+def _pad(windows: Sequence[_Window]) -> Windows:
+    width = max(len(window.arrays["real"]) for window in windows)
+    padded = {}
+    for name in _ARRAYS:
+        first = windows[0].arrays[name]
+        padded[name] = np.full((len(windows), width), _FILL[name], first.dtype)
+        for i, window in enumerate(windows):
+            padded[name][i, : len(window.arrays[name])] = window.arrays[name]
+    return Windows(**padded, state=windows[-1].state)

@@ -1,0 +1,122 @@
+"""What an SAE costs the language model that it stands in: cross-entropy and KL divergence, to report or to minimise.
+
+CE is the mean over predicted tokens of -log p(token), KL the mean of KL(clean || spliced) over the same tokens, both in
+nats; what is predicted where says `train.language_model`. The SAE's output stands at the tokens that the run trains on
+(its filters and its part of the documents); all others keep their clean activation.
+
+Shapes: N kept tokens, D = d_in, P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache.windows import Windows
+from sae_core import SAE, Progress, SAEOutput
+from train.language_model import LanguageModel, Tokens
+from train.patch import Edit
+
+Rows = Callable[[Tensor], Tensor]  # (N, D) -> (N, D)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over P of -log p(target), from logits (P, V)."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def kl_divergence(clean: Tensor, spliced: Tensor) -> Tensor:
+    """Sum over P of sum_v p_clean (log p_clean - log p_spliced), from logits (P, V)."""
+    return F.kl_div(F.log_softmax(spliced, -1), F.log_softmax(clean, -1), log_target=True, reduction="sum")
+
+
+def at_kept(tokens: Tokens, rows: Rows) -> Edit:
+    """An edit of the activation (S, T, D) that puts rows(kept rows) in their place; the rows are float32."""
+
+    def edit(x: Tensor) -> Tensor:
+        return x.index_put((tokens.keep,), rows(x[tokens.keep].float()).to(x.dtype))
+
+    return edit
+
+
+@torch.no_grad()
+def downstream(sae: SAE, model: LanguageModel, windows: Iterable[Windows]) -> dict[str, float]:
+    """ce_score, kl, ce_clean, ce_spliced, ce_ablated and n_predicted of an SAE in inference.
+
+    ce_score = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when no more is kept than
+    by zeros in the place of the activations (zero ablation). Empty when nothing was predicted.
+    The SAE is left in the mode that it was in.
+    """
+    training = sae.training
+    sae.eval()
+    sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated", "kl"), 0.0)
+    n_predicted = 0
+    try:
+        for batch in windows:
+            tokens = model.tokens(batch)
+            clean = model.logits(tokens)
+            spliced = model.logits(tokens, at_kept(tokens, lambda rows: sae(rows).x_hat))
+            ablated = model.logits(tokens, at_kept(tokens, torch.zeros_like))
+            for name, logits in (("ce_clean", clean), ("ce_spliced", spliced), ("ce_ablated", ablated)):
+                sums[name] += float(cross_entropy(logits, tokens.targets))
+            sums["kl"] += float(kl_divergence(clean, spliced))
+            n_predicted += len(tokens.targets)
+    finally:
+        sae.train(training)
+    if not n_predicted:
+        return {}
+    means = {name: value / n_predicted for name, value in sums.items()}
+    gap = means["ce_ablated"] - means["ce_clean"]
+    score = (means["ce_ablated"] - means["ce_spliced"]) / gap if gap else math.nan
+    return {"ce_score": score, **means, "n_predicted": n_predicted}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One forward pass of the SAE in training: its output, what is minimised, and what is worth logging beside."""
+
+    out: SAEOutput
+    losses: dict[str, Tensor]
+    details: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class DownstreamLoss:
+    """The loss of a training step through the language model; gradients reach the SAE only.
+
+    It stands where the SAE's reconstruction loss would; penalties stay. `balanced` keeps both, as Karvonen's KL
+    finetuning does (arXiv 2503.17272): (recon + kl * sg(recon / kl)) / 2. Their magnitudes are equal at every step and
+    the sum is that of the reconstruction loss alone, so that penalties keep their weight.
+    """
+
+    model: LanguageModel
+    kind: str  # kl or ce
+    balanced: bool = False
+
+    def __call__(self, sae: SAE, tokens: Tokens, progress: Progress) -> Terms:
+        """Run the model with the SAE in it, on a batch of windows."""
+        outputs: list[SAEOutput] = []
+
+        def rows(x: Tensor) -> Tensor:
+            outputs.append(sae(x))
+            return outputs[0].x_hat
+
+        clean = None
+        if self.kind == "kl":
+            with torch.no_grad():
+                clean = self.model.logits(tokens)
+        spliced = self.model.logits(tokens, at_kept(tokens, rows))
+        total = cross_entropy(spliced, tokens.targets) if clean is None else kl_divergence(clean, spliced)
+        loss = total / max(len(tokens.targets), 1)
+        terms = sae.losses(outputs[0], progress)
+        recon = terms.pop(sae.reconstruction_name)
+        first = {self.kind: loss}
+        if self.balanced:
+            ratio = (recon / loss.clamp_min(1e-12)).detach()
+            first = {sae.reconstruction_name: recon / 2, self.kind: loss * ratio / 2}
+        return Terms(outputs[0], {**first, **terms}, {self.kind: float(loss.detach())})

@@ -17,8 +17,11 @@ from cache.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
 from cache.order import Order
 from cache.reader import Cache
 from cache.selection import Part, account
+from cache.windows import Windows, WindowsState, read_windows
 from train.checkpoint import Identity
 from train.config import TrainConfig
+from train.language_model import LanguageModel
+from train.phases import first_window_step, needs_language_model
 from train.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
 
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
@@ -98,7 +101,7 @@ class Data:
         config, filters = self.config, filters_of(self.config).resolve(self.cache)
         hooks = config.hook if filters.reads_norms else ()  # norms of other hook points drop other rows
         source = (config.cache, self.order, filters, holdout_of(config), hooks)
-        return (*source, config.batch_size, config.device, self._reads_neighbours)
+        return (*source, config.batch_size, config.device, self._reads_neighbours, first_window_step(config))
 
     @property
     def identity(self) -> Identity:
@@ -128,6 +131,32 @@ class Data:
         """Rows of the final evaluation, in micro-batches."""
         yield from self._pass(self.eval_part, self.config.eval_rows)
 
+    @cached_property
+    def language_model(self) -> LanguageModel | None:
+        """The model of the cache with the hook point of this run, if the run goes through it.
+
+        Raises SpliceError or SelectionError; asked for before anything is written.
+        """
+        if not needs_language_model(self.config):
+            return None
+        from train.splice import open_model
+
+        config = self.config
+        return open_model(self.cache, config.hook[0], lm=config.lm, device=config.device, dtype=config.compute_dtype)
+
+    def windows(self, state: WindowsState | None = None) -> Iterator[Windows]:
+        """Endless batches of whole windows to train on, in harvest order, each of at most `batch_size` rows."""
+        return self._windows("train", self.config.batch_size, state=state)
+
+    def evaluation_windows(self) -> Iterator[Windows]:
+        """The first windows of the part that is evaluated, in micro-batches, with about `downstream_rows` rows."""
+        taken = 0
+        for batch in self._windows(self.eval_part, self.config.batch_size // self.config.grad_acc_steps, epochs=1):
+            yield batch
+            taken += batch.n_rows
+            if taken >= self.config.downstream_rows:
+                return
+
     @property
     def input_kind(self) -> str:
         """What the type reads of each row: see `SAE.input_kind`."""
@@ -142,6 +171,13 @@ class Data:
         with self._loader(part, batch_size=size, epochs=1, device=self.config.device) as loader:
             for batch in _take_rows(loader, n_rows):
                 yield finite_rows(batch.x)
+
+    def _windows(self, part: Part, batch_rows: int, **options: Any) -> Iterator[Windows]:
+        filters, holdout = filters_of(self.config), holdout_of(self.config)
+        hook = self.config.hook[0]
+        return read_windows(
+            self.cache, hook, batch_rows=batch_rows, part=part, filters=filters, holdout=holdout, **options
+        )
 
     def _loader(self, part: Part, *, batch_size: int, device: str, epochs: int) -> Loader:
         config = self.config

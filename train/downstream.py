@@ -10,8 +10,8 @@ Shapes: N kept tokens, D = d_in, P predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from cache.windows import Windows
 from sae_core import SAE, Progress, SAEOutput
 from train.language_model import LanguageModel, Tokens
 from train.patch import Edit
+from train.step_input import Terms
 
 Rows = Callable[[Tensor], Tensor]  # (N, D) -> (N, D)
 
@@ -76,30 +77,41 @@ def downstream(sae: SAE, model: LanguageModel, windows: Iterable[Windows]) -> di
     return {"ce_score": score, **means, "n_predicted": n_predicted}
 
 
-@dataclass(frozen=True)
-class Terms:
-    """One forward pass of the SAE in training: its output, what is minimised, and what is worth logging beside."""
-
-    out: SAEOutput
-    losses: dict[str, Tensor]
-    details: dict[str, float]
-
-
 @dataclass(frozen=True, eq=False)
-class DownstreamLoss:
-    """The loss of a training step through the language model; gradients reach the SAE only.
+class SplicedInput:
+    """Windows for a training step through the language model; gradients reach the SAE only.
 
-    It stands where the SAE's reconstruction loss would; penalties stay. `balanced` keeps both, as Karvonen's KL
-    finetuning does (arXiv 2503.17272): (recon + kl * sg(recon / kl)) / 2. Their magnitudes are equal at every step and
-    the sum is that of the reconstruction loss alone, so that penalties keep their weight.
+    The loss, kl or ce, stands where the SAE's reconstruction loss would; penalties stay. `balanced` keeps both, as
+    Karvonen's KL finetuning does (arXiv 2503.17272): (recon + kl * sg(recon / kl)) / 2. Their magnitudes are equal at
+    every step and the sum is that of the reconstruction loss alone, so that penalties keep their weight.
     """
 
     model: LanguageModel
-    kind: str  # kl or ce
+    windows: Windows
+    kind: str
     balanced: bool = False
 
-    def __call__(self, sae: SAE, tokens: Tokens, progress: Progress) -> Terms:
-        """Run the model with the SAE in it, on a batch of windows."""
+    @property
+    def n_rows(self) -> int:
+        """Kept tokens."""
+        return self.windows.n_rows
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    def split(self, n_parts: int) -> Iterator[SplicedInput]:
+        """At most n parts of about equally many windows."""
+        yield from (replace(self, windows=part) for part in self.windows.split(n_parts))
+
+    def is_finite(self) -> bool:
+        """Token ids are; what the model makes of them shows in the loss."""
+        return True
+
+    def terms(self, sae: SAE, progress: Progress) -> Terms:
+        """Run the model with the SAE in it. Each pass over the cache masks other tokens of an encoder's text."""
+        tokens = self.model.tokens(self.windows, mask_seed=self.windows.state.epoch)
         outputs: list[SAEOutput] = []
 
         def rows(x: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def given_settings(
     normalize: Annotated[
         Text, _option(MODEL, "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)", "--normalize")
     ] = None,
-    loss: Annotated[Text, _option(MODEL, "fvu, mse, nmse. (default: fvu)", "--loss")] = None,
+    loss: Annotated[
+        Text, _option(MODEL, "fvu, mse, nmse; kl, ce: through the language model. (default: fvu)", "--loss")
+    ] = None,
     batch_size: Annotated[Text, _option(TRAINING, "Rows per step. (default: 4096)", "--batch-size", "-b")] = None,
     grad_acc_steps: Annotated[
         Text, _option(TRAINING, "Micro-batches that a batch is split into. (default: 1)", "--grad-acc-steps")
@@ -87,6 +89,12 @@ def given_settings(
     warmup_steps: Annotated[
         Text, _option(TRAINING, "Linear warm-up. (default: 5 %, at most 1000)", "--warmup-steps")
     ] = None,
+    finetune_kl: Annotated[
+        Text, _option(TRAINING, "Last rows of the run, which minimise KL (and fvu): 100k.", "--finetune-kl")
+    ] = None,
+    lm: Annotated[
+        Text, _option(TRAINING, "Language model for kl and ce. (default: where the harvest found it)", "--lm")
+    ] = None,
     compute_dtype: Annotated[
         Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
     ] = None,
@@ -104,6 +112,14 @@ def given_settings(
     holdout: Annotated[Text, _option(DATA, "Share of documents held out. (default: 0.05)", "--holdout")] = None,
     eval_rows: Annotated[
         Text, _option(DATA, "Most held-out rows in the final evaluation. (default: 131072)", "--eval-rows")
+    ] = None,
+    eval_downstream: Annotated[
+        Flag,
+        _option(
+            DATA,
+            "CE score and KL of the language model with the SAE in it. (default: if it is loaded)",
+            "--eval-downstream/--no-eval-downstream",
+        ),
     ] = None,
     log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. (default: 10)", "--log-every")] = None,
     save_every: Annotated[

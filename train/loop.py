@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from cache.loader import Batch
-from sae_core import SAE, Progress, SAEOutput
+from cache.windows import Windows
+from sae_core import SAE, Progress
 from sae_core.metrics import Evaluator
 from train.errors import DivergedError
 from train.optim import set_lr
 from train.state import Run
+from train.step_input import Inputs, RowInput, StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
 
-Inputs = Tensor | Mapping[str, Tensor]
+AnyBatch = Batch | Windows  # shuffled rows, or whole windows for a loss through the language model
 T = TypeVar("T", bound="Trainee")
 
 
@@ -46,27 +48,28 @@ class StepResult:
         return sum(self.losses.values()) if self.losses else math.nan
 
 
-def train_step(run: Run, x: Inputs, *, measure: bool = False) -> StepResult:
-    """Take one optimizer step on a batch of raw rows and count it.
+def train_step(run: Run, x: Inputs | StepInput, *, measure: bool = False) -> StepResult:
+    """Take one optimizer step on a batch of raw rows, or of another input, and count it.
 
     A batch whose loss or gradient is NaN or Inf changes no weight: it is rejected and counted.
     """
-    result = _update(run, x, measure=measure)
+    batch = RowInput(x) if isinstance(x, Tensor | Mapping) else x
+    result = _update(run, batch, measure=measure)
     run.step += 1
-    run.tokens += _n_rows(x)
+    run.tokens += batch.n_rows
     run.rejected += not result.accepted
     run.rejected_in_row = 0 if result.accepted else run.rejected_in_row + 1
     return result
 
 
-def _update(run: Run, x: Inputs, *, measure: bool) -> StepResult:
+def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
     progress = Progress(run.step, run.n_steps)
     sae.begin_step(progress)
     measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    losses = _accumulate(sae, x, config.grad_acc_steps, progress, measured, config.compute_dtype)
+    losses = _accumulate(sae, batch, config.grad_acc_steps, progress, measured, config.compute_dtype)
     if losses is None:
         return _reject(sae, before)
     sae.project_gradients()
@@ -93,23 +96,24 @@ def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
 
 
 def _accumulate(
-    sae: SAE, x: Inputs, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
+    sae: SAE, batch: StepInput, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
 ) -> dict[str, Tensor] | None:
-    """Gradients of the mean loss over equal parts of a batch, left in `.grad`; None if a part is not finite."""
+    """Gradients of the mean loss over parts of a batch, left in `.grad`; None if a part is not finite."""
     sums: dict[str, Tensor] = {}
-    for part in split(x, n_parts):
-        if not is_finite(part):
+    for part in batch.split(n_parts):
+        if not part.is_finite():
             return None
-        with autocast(part, compute_dtype):
-            out = sae(part)
-            losses = {name: value / n_parts for name, value in sae.losses(out, progress).items()}
+        share = part.n_rows / batch.n_rows
+        with autocast(part.device, compute_dtype):
+            terms = part.terms(sae, progress)
+            losses = {name: value * share for name, value in terms.losses.items()}
         total = torch.stack(list(losses.values())).sum()
         if not bool(torch.isfinite(total)):
             return None
         total.backward()  # type: ignore[no-untyped-call]
-        sae.track(out)
+        sae.track(terms.out)
         if measured is not None:
-            measured.update(sae, out)
+            measured.update(sae, terms)
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
     return sums
@@ -122,9 +126,10 @@ class _Measured:
     evaluator: Evaluator
     details: Mapping[str, float] = field(default_factory=dict)
 
-    def update(self, sae: SAE, out: SAEOutput) -> None:
+    def update(self, sae: SAE, terms: Terms) -> None:
+        out = terms.out
         self.evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
-        self.details = sae.monitor(out)
+        self.details = {**sae.monitor(out), **terms.details}
 
 
 class Trainee(Protocol):
@@ -138,14 +143,14 @@ class Trainee(Protocol):
     def done(self) -> bool:
         """Whether it wants no more."""
 
-    def take(self, batch: Batch, waited: float) -> None:
+    def take(self, batch: AnyBatch, waited: float) -> None:
         """Train on a batch; `waited` is its share of the seconds for which the batch was waited for."""
 
 
 class Stream(Protocol):
     """Batches from some step on."""
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         """The next batch."""
 
     def close(self) -> None:
@@ -179,7 +184,7 @@ def train(
                 after_batch([t for t in active if t not in failed])
 
 
-def _takes(trainee: T, batch: Batch, waited: float, on_failure: Callable[[T, Exception], None] | None) -> bool:
+def _takes(trainee: T, batch: AnyBatch, waited: float, on_failure: Callable[[T, Exception], None] | None) -> bool:
     try:
         trainee.take(batch, waited)
     except Exception as error:
@@ -204,28 +209,6 @@ def check_progress(run: Run) -> None:
         )
 
 
-def split(x: Inputs, n_parts: int) -> Iterator[Inputs]:
-    """Equal parts of a batch."""
-    if n_parts == 1:
-        yield x
-    elif isinstance(x, Tensor):
-        yield from x.chunk(n_parts)
-    else:
-        parts = {hook: rows.chunk(n_parts) for hook, rows in x.items()}
-        yield from ({hook: p[i] for hook, p in parts.items()} for i in range(n_parts))
-
-
-def is_finite(x: Inputs) -> bool:
-    """Whether every value is. Checked before the forward pass, so that no counter or threshold sees a NaN."""
-    tensors = [x] if isinstance(x, Tensor) else list(x.values())
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def autocast(x: Inputs, compute_dtype: str) -> torch.autocast:
+def autocast(device: torch.device, compute_dtype: str) -> torch.autocast:
     """Matrix products in bfloat16 when asked for."""
-    device = x.device if isinstance(x, Tensor) else next(iter(x.values())).device
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")
-
-
-def _n_rows(x: Inputs) -> int:
-    return len(x) if isinstance(x, Tensor) else len(next(iter(x.values())))

@@ -14,11 +14,13 @@ import torch
 
 import sae_core
 from cache.loader import Batch, LoaderState
+from cache.windows import Windows
 from sae_core import SAE
 from train import checkpoint, files, loop
 from train.clock import Clock
 from train.config import to_sections, to_yaml
 from train.data import Data, Inputs, export_metadata
+from train.downstream import downstream
 from train.errors import DivergedError
 from train.evaluate import evaluate
 from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
@@ -27,6 +29,7 @@ from train.metrics import last_training_l0, metrics_of, summarize
 from train.rng import Rng
 from train.signals import StopRequest
 from train.state import Run, build_sae
+from train.stream import state_after, step_input
 
 T = TypeVar("T")
 
@@ -69,17 +72,16 @@ class Member:
         if self.data.eval_part != "heldout":
             self.sinks.message("no document is held out: the final evaluation uses training rows")
 
-    def take(self, batch: Batch, waited: float) -> None:
+    def take(self, batch: Batch | Windows, waited: float) -> None:
         """Take one step, log it, save a checkpoint when one is due. Raises DivergedError."""
-        assert isinstance(batch.x, dict)
         run = self.run
         self.clock.add(waited)
         with self.clock, run.rng:
-            result = loop.train_step(run, self.data.inputs(batch.x), measure=loop.measures(run))
-        self.state = batch.state
+            result = loop.train_step(run, step_input(self.data, batch), measure=loop.measures(run))
+        self.state = state_after(self.data, batch)
         run.score = result.metrics.get("fvu", run.score)
         if result.metrics or not result.accepted:
-            self.sinks.metrics(metrics_of(run, batch.state, result, self.clock))
+            self.sinks.metrics(metrics_of(run, self.state, result, self.clock))
         if self._save_is_due():
             self.save()
         run.optimizer.zero_grad(set_to_none=True)  # gradients of one member at a time
@@ -103,6 +105,8 @@ class Member:
         with run.rng:
             run.sae.calibrate(self._until(stop, data.calibration()))
             numbers = evaluate(run.sae, self._until(stop, data.evaluation()))
+            if data.config.eval_downstream and data.language_model is not None:
+                numbers |= downstream(run.sae, data.language_model, self._until(stop, data.evaluation_windows()))
         self._check_numbers(numbers)
         self.sinks.flush()
         summary = summarize(run, data, numbers, last_training_l0(self.folder), self.clock.seconds)

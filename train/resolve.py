@@ -15,6 +15,7 @@ from cache.selection import Counts, Filters, Holdout
 from train import schedule
 from train.config import TrainConfig
 from train.errors import ConfigError, nearest
+from train.phases import check_phases, first_window_step
 
 if TYPE_CHECKING:
     from cache.reader import Cache
@@ -116,7 +117,9 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         keep_first_position=filters_of(config).resolve(cache).first_position,
         options={f.name: getattr(variant, f.name) for f in fields(variant)},
     )
-    return replace(resolved, name=config.name or default_name(resolved))
+    check_phases(resolved)
+    downstream = first_window_step(resolved) is not None if config.eval_downstream is None else config.eval_downstream
+    return replace(resolved, name=config.name or default_name(resolved), eval_downstream=downstream)
 
 
 def n_steps_of(config: TrainConfig, n_rows: int) -> int:
@@ -137,6 +140,8 @@ def default_name(config: TrainConfig) -> str:
     parts: list[Any] = [Path(config.cache).name, hooks, config.type, f"d{config.options['d_sae']}"]
     if "k" in config.options:
         parts.append(f"k{config.options['k']}")
+    if first_window_step(config) is not None:
+        parts.append("klft" if config.finetune_kl else config.options["loss"])
     seeds = (config.shuffle_seed, config.init_seed)
     parts.append(f"s{config.init_seed}" if seeds[0] == seeds[1] else f"s{seeds[1]}-o{seeds[0]}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(str(p) for p in parts))

@@ -36,6 +36,7 @@ def train_sae(
     """
     config = make_config([settings]) if config is None else _replace(config, settings)
     data = Data.open(config)
+    data.language_model  # noqa: B018 (a model that is missing is told before anything is spent)
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
     return _train(data, folder, sinks, stop)

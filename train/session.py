@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cache.loader import Loader
 from train import loop
-from train.data import open_stream
 from train.errors import InterruptedRunError
 from train.member import Member, Result
 from train.signals import StopRequest
+from train.stream import RunStream
 
 OnFailure = Callable[[Member, Exception], None]
 
@@ -30,8 +29,8 @@ def train_members(
         failed.append(member)
         on_failure(member, error)
 
-    def stream_from(member: Member) -> Loader:
-        return open_stream([m.data for m in members], member.state)
+    def stream_from(member: Member) -> RunStream:
+        return RunStream([m.data for m in members], member.state, member.step)
 
     def stop_if_asked(active: Sequence[Member]) -> None:
         unfinished = [m for m in active if not m.done]

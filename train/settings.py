@@ -66,6 +66,13 @@ class TrainConfig:
     decay_fraction: float = setting(0.2, "training", "share of the steps over which the rate decays", ge=0, le=1)
     lr_final: float = setting(0.0, "training", "the decay ends at this factor of the peak rate", ge=0, le=1)
 
+    finetune_kl: int | None = setting(
+        None, "training", "rows at the end that minimise KL through the language model and fvu alike", gt=0
+    )
+    lm: str | None = setting(
+        None, "training", "hub id or folder of the language model (default: where the harvest found it)"
+    )
+
     keep_special: bool = setting(False, "data", "train on special tokens")
     keep_first_position: bool | None = setting(
         None, "data", "train on position 0 of each window (default: unless the model is a decoder)"
@@ -85,6 +92,10 @@ class TrainConfig:
     save_every: int = setting(1000, "logging", "steps between checkpoints (0: only when stopped and at the end)", ge=0)
     keep: int = setting(2, "logging", "checkpoints to keep", gt=0)
     eval_rows: int = setting(2**17, "logging", "most held-out rows in the final evaluation", gt=0)
+    eval_downstream: bool | None = setting(
+        None, "logging", "report CE score and KL of the language model with the SAE in it (default: if it is loaded)"
+    )
+    downstream_rows: int = setting(2**14, "logging", "most held-out rows in that evaluation", gt=0)
     wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")
 

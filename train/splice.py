@@ -6,6 +6,7 @@ other weights, without a head, or it gives other activations than the cache hold
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _CHECKED_ROWS = 256
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 _CAUSAL, _MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "MaskedLMHeadModel")
+# Models that some run holds: the runs of a sweep share one.
+_IN_USE: weakref.WeakValueDictionary[tuple[str, ...], nn.Module] = weakref.WeakValueDictionary()
 REMEDY = "name its hub id or folder with --lm"
 
 
@@ -44,13 +47,12 @@ def open_model(
     _refuse_kinds(record)
     source = _Source.find(record, lm)
     source.check_weights(record)
-    causal = source.is_causal(record)
-    model, mask_id = source.load(causal, dtype)
+    model, mask_id = source.load(source.is_causal(record), str(record.get("weights_xxh3")), dtype, device)
     try:
         module = getattr(model, "base_model", model).get_submodule(point.module)
     except AttributeError:
         raise SpliceError(f"{source.name} has no module {point.module!r}, where the cache was harvested") from None
-    opened = LanguageModel(model.to(device), module, point, torch.device(device), mask_id)
+    opened = LanguageModel(model, module, point, torch.device(device), mask_id)
     _compare(opened, cache, windows, source.name)
     return opened
 
@@ -83,11 +85,11 @@ class _Source:
         is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
         if not folder.is_dir() and (local or is_path):
             raise SpliceError(f"{harvested} is not there: no such folder; {REMEDY}")
-        hub = {} if folder.is_dir() else {"revision": record.get("revision")}
+        hub = {"revision": record.get("revision")} if name == record.get("id") else {}
         where = str(folder) if folder.is_dir() else name
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        attempts: list[dict[str, Any]] = [hub] if folder.is_dir() else [{**hub, "local_files_only": True}, hub]
+        attempts: list[dict[str, Any]] = [{}] if folder.is_dir() else [{**hub, "local_files_only": True}, hub]
         problem = ""
         for kwargs in attempts:
             try:
@@ -99,11 +101,8 @@ class _Source:
         raise SpliceError(f"{harvested} cannot be found ({problem}); {REMEDY}")
 
     def check_weights(self, record: Mapping[str, Any]) -> None:
-        """Refuse another revision, or weights of another hash where the cache knows it."""
-        wanted, revision = record.get("weights_xxh3"), record.get("revision")
-        found = getattr(self.config, "_commit_hash", None)
-        if self.kwargs and revision and found and found != revision:
-            raise SpliceError(f"{self.name} is there in revision {found}, the cache was harvested from {revision}")
+        """Refuse weights of another hash where the cache knows it."""
+        wanted = record.get("weights_xxh3")
         if wanted and Path(self.name).is_dir() and (got := weights_hash(Path(self.name))) != wanted:
             raise SpliceError(
                 f"{self.name} has other weights ({got}) than the model that the cache was harvested from ({wanted}): "
@@ -117,15 +116,25 @@ class _Source:
             return True
         return not any(name.endswith(_MASKED) for name in names) and bool(record.get("is_decoder"))
 
-    def load(self, causal: bool, dtype: str) -> tuple[nn.Module, int | None]:
-        """The frozen model in evaluation mode, and the id of its [MASK]. Refuses a head with random weights."""
+    def load(self, causal: bool, weights: str, dtype: str, device: str) -> tuple[nn.Module, int | None]:
+        """The frozen model in evaluation mode, and the id of its [MASK]; one in use is not loaded again."""
+        key = (self.name, str(self.kwargs), weights, dtype, device)
+        if (model := _IN_USE.get(key)) is None:
+            model = _IN_USE[key] = self._load(causal, dtype).to(device)
+        if causal:
+            return model, None
+        mask_id = transformers.AutoTokenizer.from_pretrained(self.name, **self.kwargs).mask_token_id
+        if mask_id is None:
+            raise SpliceError(f"{self.name} has no [MASK] token: no masked-language-model loss through it")
+        return model, mask_id
+
+    def _load(self, causal: bool, dtype: str) -> nn.Module:
+        """Refuses a head with random weights."""
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
         try:
             model, info = kind.from_pretrained(
                 self.name, dtype=getattr(torch, dtype), output_loading_info=True, **self.kwargs
             )
-            load = transformers.AutoTokenizer.from_pretrained
-            mask_id = None if causal else load(self.name, **self.kwargs).mask_token_id
         except _LOAD_ERRORS as error:
             raise SpliceError(f"{self.name} cannot be loaded with a language-model head: {_one_line(error)}") from None
         missing = sorted(info.get("missing_keys", ())) or sorted(str(k) for k in info.get("mismatched_keys", ()))
@@ -134,11 +143,10 @@ class _Source:
                 f"{self.name} has no language-model head: {missing[0]} and {len(missing) - 1} more would be random; "
                 "kl, ce and --eval-downstream need the model with its head"
             )
-        if not causal and mask_id is None:
-            raise SpliceError(f"{self.name} has no [MASK] token: no masked-language-model loss through it")
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
-        return model.eval().requires_grad_(False), mask_id
+        frozen: nn.Module = model.eval().requires_grad_(False)
+        return frozen
 
 
 def weights_hash(folder: Path) -> str:

@@ -1,0 +1,166 @@
+"""Whole windows read back from the metadata: every token where the model saw it, seekable, split by document."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_cache
+
+import cache
+from cache.errors import SelectionError
+from cache.reader import Cache
+from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
+from cache.selection import Filters, Holdout, Selection
+from cache.windows import Windows, WindowsState, read_windows
+
+HALF = Holdout(0.5)
+
+
+@pytest.fixture
+def opened(make_cache):
+    return cache.open(make_cache())  # three shards
+
+
+def pass_over(opened, **options) -> list[Windows]:
+    return list(read_windows(opened, epochs=1, **({"batch_rows": 200} | options)))
+
+
+def rows_of(batches, field="real") -> np.ndarray:
+    return np.concatenate([b.row[getattr(b, field)] for b in batches])
+
+
+def test_every_row_once_in_its_window(opened) -> None:
+    batches = pass_over(opened, part="all")
+    assert len(opened.shards) > 1
+    assert rows_of(batches).tolist() == list(range(len(opened)))
+    windows = np.asarray(opened.column("window")[:])
+    assert sum(map(len, batches)) == len(np.unique(windows))
+    for batch in batches:
+        for i in range(len(batch)):
+            rows = batch.row[i][batch.real[i]]
+            assert len(set(windows[rows])) == 1
+            assert np.array_equal(opened.column("position")[rows], np.arange(len(rows)))
+            assert np.array_equal(batch.token_id[i][batch.real[i]], opened.column("token_id")[rows])
+            assert np.array_equal(batch.doc_id[i][batch.real[i]], opened.column("doc_id")[rows])
+            assert np.array_equal(batch.special[i][batch.real[i]], (opened.column("flags")[rows] & FLAG_SPECIAL) != 0)
+        assert not batch.keep[~batch.real].any()
+        assert batch.real.any(0).all()  # no wider than its longest window
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(special=True, max_position=9), Filters(max_norm=5.0)])
+def test_kept_rows_are_those_that_the_loader_delivers(opened, filters) -> None:
+    columns = {name: np.asarray(opened.column(name)[:]) for name in ("flags", "position", "doc_id")}
+    columns["norm:layer_3"] = np.asarray(opened.norms()[:])
+    parts = {}
+    for part in ("train", "heldout"):
+        selection = Selection(filters.resolve(opened), HALF, part)
+        used = {k: v for k, v in columns.items() if k.split(":")[0] in selection.columns}
+        parts[part] = rows_of(pass_over(opened, part=part, filters=filters, holdout=HALF), "keep")
+        assert parts[part].tolist() == np.flatnonzero(selection.mask(used)).tolist()
+        assert len(parts[part])
+    documents = [set(opened.column("doc_id")[parts[part]]) for part in parts]
+    assert not documents[0] & documents[1]
+
+
+def test_batches_are_whole_windows_up_to_the_size(opened) -> None:
+    sizes = [batch.n_rows for batch in pass_over(opened, part="all")]
+    assert max(sizes) <= 200
+    assert min(sizes[:-1]) > 200 - 40  # no window is longer
+    single = pass_over(opened, part="all", batch_rows=1)
+    assert {len(batch) for batch in single} == {1}
+
+
+def same(a: Windows, b: Windows) -> bool:
+    names = ("token_id", "real", "special", "doc_id", "keep", "row")
+    return a.state == b.state and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_a_state_continues_exactly(opened, part) -> None:
+    options = {"batch_rows": 90, "part": part, "holdout": HALF}
+    one_pass = len(pass_over(opened, **options))
+    whole = list(islice(read_windows(opened, **options), 2 * one_pass + 3))
+    assert {batch.state.epoch for batch in whole} == {0, 1, 2}
+    for i in range(len(whole) - 1):
+        rest = islice(read_windows(opened, **options, state=whole[i].state), 2)
+        assert all(same(a, b) for a, b in zip(rest, whole[i + 1 : i + 3], strict=False)), i
+
+
+def test_split_keeps_order_and_trims(opened) -> None:
+    batch = pass_over(opened, part="all")[0]
+    parts = list(batch.split(3))
+    assert len(parts) == 3
+    assert np.array_equal(rows_of(parts), rows_of([batch]))
+    assert all(part.real.any(0).all() for part in parts)
+    assert len(list(batch.split(10_000))) == len(batch)
+
+
+def toy_rows(tokens: list[list[tuple[int, int]]]) -> Rows:
+    """Windows of (doc_id, flags) per token."""
+    flat = [(w, p, *token) for w, window in enumerate(tokens) for p, token in enumerate(window)]
+    window, position, doc_id, flags = (np.array(column) for column in zip(*flat, strict=True))
+    n = len(flat)
+    return Rows(
+        {"layer_0": np.arange(1.0, 2 * n + 1, dtype=np.float32).reshape(n, 2)},
+        np.arange(10, 10 + n, dtype=np.int32),
+        doc_id.astype(np.int64),
+        window.astype(np.uint64),
+        position.astype(np.int32),
+        np.zeros(n, np.int32),
+        flags.astype(np.uint8),
+    )
+
+
+def write(path: Path, rows: Rows, unit: str = "token") -> Cache:
+    from cache.rows import DocumentRow
+    from cache.writer import CacheWriter
+
+    spec = CacheSpec(unit, (HookPoint("layer_0", "h.0", "output", 0, 2),), "float32", 64, {}, {"model": "toy"})
+    with CacheWriter.open(path, spec) as writer:
+        writer.begin_buffer({})
+        ids = sorted(set(rows.doc_id.tolist()))
+        writer.append(rows, [DocumentRow(i, "toy", i, f"document {i}") for i in ids])
+        writer.finish({})
+    return cache.open(path)
+
+
+def test_documents_packed_in_one_window_keep_their_part(tmp_path) -> None:
+    start = FLAG_WINDOW_START
+    opened = write(tmp_path / "c", toy_rows([[(0, start), (0, 0), (1, 0), (2, 0)], [(2, start), (2, 0), (3, 0)]]))
+    heldout = HALF.mask(np.arange(4))
+    assert set(heldout) == {True, False}
+    for part, wanted in (("train", ~heldout), ("heldout", heldout)):
+        for batch in pass_over(opened, part=part, holdout=HALF):
+            assert batch.keep[batch.real].tolist() == wanted[batch.doc_id[batch.real]].tolist()
+            assert batch.keep.any(1).all()  # a window without a kept row is stepped over
+            assert batch.real.sum(1).tolist() in ([4], [3], [4, 3])  # the others stay whole
+
+
+def test_refusals(tmp_path, opened) -> None:
+    texts = write(tmp_path / "texts", toy_rows([[(0, 0)], [(1, 0)]]), unit="text")
+    with pytest.raises(SelectionError, match="holds one row per text, no windows of tokens: harvest with --unit token"):
+        read_windows(texts, batch_rows=10)
+    rows = toy_rows([[(0, 0)] * 4])
+    rows.position[:] = [0, 1, 3, 4]
+    cut = write(tmp_path / "cut", rows)
+    with pytest.raises(SelectionError, match="shard 0 does not hold whole windows"):
+        next(iter(read_windows(cut, batch_rows=10)))
+    with pytest.raises(SelectionError, match="no window has a row of the heldout part left"):
+        next(iter(read_windows(opened, batch_rows=10, part="heldout", holdout=Holdout(0.0))))
+    with pytest.raises(SelectionError, match="0 rows, expected at least 1"):
+        read_windows(opened, batch_rows=0)
+    assert WindowsState() == WindowsState(0, 0)
+
+
+def test_windows_need_no_torch(tmp_path) -> None:
+    import subprocess
+    import sys
+
+    path = write_cache(tmp_path / "c", n_docs=3)
+    code = (
+        f"import sys, cache\nfrom cache.windows import read_windows\n"
+        f"print(len(next(read_windows(cache.open({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "False"

@@ -1,0 +1,405 @@
+"""Losses through the language model: on tiny models that were trained for a second (`lm_kit`)."""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lm_kit import harvest, trained_model
+from typer.testing import CliRunner
+
+import cache
+import sae_core
+from cache.rows import HookPoint
+from cache.windows import read_windows
+from sae_core import Progress
+from train import train_sae
+from train.cli import app
+from train.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
+from train.errors import SpliceError
+from train.patch import patched
+from train.splice import open_model, weights_hash
+
+SMALL = {
+    "type": "topk",
+    "k": 4,
+    "d_sae": 256,
+    "batch_size": 512,
+    "steps": 150,
+    "log_every": 10,
+    "eval_downstream": True,
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama/` and `modernbert/` know a little English; `gpt2/` and `bert/` know nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind, n_steps in (("llama", 100), ("modernbert", 100), ("gpt2", 0), ("bert", 0)):
+        trained_model(folder / kind, kind, n_steps)
+        harvest(folder / kind, folder / f"{kind}_l0")
+    return folder
+
+
+@pytest.fixture(params=["llama", "gpt2", "modernbert", "bert"])
+def any_cache(models: Path, request: pytest.FixtureRequest) -> Path:
+    return models / f"{request.param}_l0"
+
+
+def identity(d_in: int) -> sae_core.SAE:
+    """x_hat = ReLU(x) - ReLU(-x)."""
+    cls = sae_core.registry.get("vanilla")
+    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": 2 * d_in, "normalize": "none"}))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
+        sae.W_dec.copy_(sae.W_enc.t())
+    return sae
+
+
+def zeros(d_in: int) -> sae_core.SAE:
+    sae = identity(d_in)
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    return sae
+
+
+def windows_of(path: Path, n: int = 3, **options):
+    return islice(read_windows(cache.open(path), **({"batch_rows": 500, "part": "all"} | options)), n)
+
+
+def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
+    model = open_model(cache.open(any_cache))
+    numbers = downstream(identity(64), model, windows_of(any_cache))
+    assert numbers["ce_score"] == pytest.approx(1.0, abs=1e-6)
+    assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert numbers["ce_spliced"] == numbers["ce_clean"]
+    assert numbers["ce_ablated"] != numbers["ce_clean"]
+    ablated = downstream(zeros(64), model, windows_of(any_cache))
+    assert ablated["ce_score"] == pytest.approx(0.0, abs=1e-6)
+    assert ablated["ce_spliced"] == ablated["ce_ablated"] == numbers["ce_ablated"]
+    assert downstream(identity(64), model, []) == {}
+
+
+def test_clean_loss_is_the_models_own(models: Path) -> None:
+    """Against transformers' loss, window by window; a trained model is far below chance."""
+    import transformers
+
+    reference = transformers.LlamaForCausalLM.from_pretrained(models / "llama")
+    opened = cache.open(models / "llama_l0")
+    batches = list(windows_of(models / "llama_l0"))
+    numbers = downstream(identity(64), open_model(opened), batches)
+    total, n = 0.0, 0
+    for batch in batches:
+        for i in range(len(batch)):
+            ids = torch.from_numpy(batch.token_id[i][batch.real[i]])[None]
+            labels = ids.clone()
+            labels[0, :2] = -100  # BOS keeps its clean activation, and what it predicts does not count
+            total += float(reference(input_ids=ids, labels=labels).loss.detach()) * (ids.shape[1] - 2)
+            n += ids.shape[1] - 2
+    assert numbers["n_predicted"] == n
+    assert numbers["ce_clean"] == pytest.approx(total / n, rel=1e-5)
+    assert numbers["ce_clean"] < np.log(256) - 1 < numbers["ce_ablated"]
+
+
+def test_masked_tokens_are_predicted(models: Path) -> None:
+    path = models / "modernbert_l0"
+    model = open_model(cache.open(path))
+    batches = list(windows_of(path, 20))
+    n_kept = sum(batch.n_rows for batch in batches)
+    tokens = [model.tokens(batch) for batch in batches]
+    n_masked = sum(len(t.targets) for t in tokens)
+    assert abs(n_masked / n_kept - 0.15) < 4 * (0.15 * 0.85 / n_kept) ** 0.5
+    for batch, t in zip(batches, tokens, strict=True):
+        ids = torch.from_numpy(batch.token_id)
+        assert torch.equal(t.targets, ids[t.predicted])
+        assert (t.input_ids[t.predicted] == model.mask_id).all()
+        assert torch.equal(t.input_ids[~t.predicted], ids[~t.predicted])
+        assert not (t.predicted & ~t.keep).any()
+        part = next(iter(batch.split(2)))  # which tokens are masked does not depend on the batch
+        assert torch.equal(model.tokens(part).predicted, t.predicted[: len(part), : part.real.shape[1]])
+    assert not torch.equal(model.tokens(batches[0], mask_seed=1).predicted, tokens[0].predicted)
+    numbers = downstream(identity(64), model, batches)
+    assert numbers["n_predicted"] == n_masked
+    assert numbers["ce_clean"] < numbers["ce_ablated"] - 0.3
+
+
+def test_kl_and_ce_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    by_hand = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert float(kl_divergence(p.log(), q.log() + 3.0)) == pytest.approx(by_hand, rel=1e-5)  # logits have no zero
+    assert float(cross_entropy(p.log(), torch.tensor([1, 0]))) == pytest.approx(-np.log(0.5) - np.log(0.9), rel=1e-5)
+
+
+def spliced(models: Path, kind: str, name: str = "llama", balanced: bool = False) -> SplicedInput:
+    path = models / f"{name}_l0"
+    return SplicedInput(open_model(cache.open(path)), next(windows_of(path)), kind, balanced)
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
+    sae = identity(64).train()
+    with torch.no_grad():
+        sae.W_dec.mul_(0.5)
+    batch = spliced(models, kind)
+    terms = batch.terms(sae, Progress(0, 10))
+    assert set(terms.losses) == {kind, "l1"}
+    terms.losses[kind].backward()
+    assert all(bool(p.grad.abs().sum() > 0) for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    assert all(p.grad is None and not p.requires_grad for p in batch.model.model.parameters())
+    assert not batch.model.model.training
+    assert terms.out.codes.shape[0] == batch.n_rows
+    assert terms.details[kind] == pytest.approx(float(terms.losses[kind].detach()))
+
+
+def test_the_gradient_is_that_of_the_loss(models: Path) -> None:
+    sae = identity(64).train()
+    with torch.no_grad():
+        sae.W_dec.mul_(0.5)
+    batch = spliced(models, "kl")
+    losses = []
+    sae.b_dec.requires_grad_()
+    batch.terms(sae, Progress(0, 10)).losses["kl"].backward()
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for step in (1e-2, -1e-2):
+        with torch.no_grad():
+            sae.b_dec.copy_(step * direction)
+        losses.append(float(batch.terms(sae, Progress(0, 10)).losses["kl"].detach()))
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(sae.b_dec.grad @ direction), rel=2e-2)
+
+
+def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:
+    sae = identity(64).train()
+    with torch.no_grad():
+        sae.W_dec.mul_(0.5)
+    terms = spliced(models, "kl", balanced=True).terms(sae, Progress(0, 10)).losses
+    alone = sae.losses(sae(torch.randn(8, 64)), Progress(0, 10))
+    assert set(terms) == {"fvu", "kl", "l1"}
+    torch.testing.assert_close(terms["fvu"], terms["kl"])
+    assert "kl" not in alone
+    recon = spliced(models, "kl").terms(sae, Progress(0, 10)).out
+    torch.testing.assert_close(
+        terms["fvu"] + terms["kl"], sae.reconstruction_loss(recon.recon, recon.source.target).detach()
+    )
+
+
+def test_special_and_filtered_tokens_keep_their_activation(models: Path) -> None:
+    from cache.selection import Filters
+
+    path = models / "llama_l0"
+    model = open_model(cache.open(path))
+    batch = next(windows_of(path, filters=Filters(min_position=5)))
+    tokens = model.tokens(batch)
+    assert not tokens.keep[:, :5].any()
+    x = torch.randn(*batch.real.shape, 64)
+    edited = at_kept(tokens, torch.zeros_like)(x)
+    assert torch.equal(edited[~tokens.keep], x[~tokens.keep])
+    assert not edited[tokens.keep].any()
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_patched_takes_every_form_of_a_module(side: str) -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Forms(torch.nn.Module):
+        def __init__(self, form) -> None:
+            super().__init__()
+            self.form = form
+
+        def forward(self, hidden_states):
+            return self.form(hidden_states)
+
+    x = torch.ones(2, 3, 4)
+    forms = {
+        "tensor": (lambda h: h, lambda y: y),
+        "tuple": (lambda h: (h, "cache"), lambda y: y[0]),
+        "output": (lambda h: BaseModelOutput(last_hidden_state=h), lambda y: y.last_hidden_state),
+        "flat": (lambda h: h.reshape(6, 4), lambda y: y),
+    }
+    for name, (form, get) in forms.items():
+        point = HookPoint("p", "m", side, 0 if name == "tuple" else None, 4)
+        module = Forms(form)
+        for call in (lambda m: m(x), lambda m: m(hidden_states=x)):
+            with patched(module, point, (2, 3), lambda t: t * 2):
+                assert torch.equal(get(call(module)).reshape(2, 3, 4), x * 2), name
+                assert torch.equal(get(call(module)).reshape(2, 3, 4), x), "only the first call counts"
+            assert torch.equal(get(call(module)).reshape(2, 3, 4), x), "the hook is gone"
+    with pytest.raises(SpliceError, match="m did not run"), patched(module, point, (2, 3), lambda t: t):
+        pass
+    module = Forms(lambda h: h)
+    wrong = pytest.raises(SpliceError, match=r"gave a tensor of shape \(2, 3, 4\) for 2 x 5 tokens")
+    with wrong, patched(module, point, (2, 5), lambda t: t):
+        module(x)
+
+
+def run_eval(models: Path, tmp_path: Path, name: str, model: str = "llama", **settings) -> dict:
+    options = {**SMALL, "cache": str(models / f"{model}_l0"), "runs_dir": str(tmp_path / "runs"), "name": name}
+    return dict(train_sae(**options | settings).summary)
+
+
+@pytest.mark.parametrize("model", ["llama", "modernbert"])
+def test_kl_finetuning_lowers_the_kl(models: Path, tmp_path: Path, model: str) -> None:
+    plain = run_eval(models, tmp_path, "plain", model)["eval"]
+    tuned = run_eval(models, tmp_path, "tuned", model, finetune_kl=15_000)["eval"]
+    assert tuned["kl"] < 0.95 * plain["kl"]
+    assert tuned["ce_score"] > plain["ce_score"]
+    assert tuned["fvu"] < 1.3 * plain["fvu"]
+    lines = [json.loads(line) for line in (tmp_path / "runs/tuned/metrics.jsonl").read_text().splitlines()]
+    phases = ["losses/kl" in line for line in lines]
+    assert phases == sorted(phases)
+    assert sum(phases) == 3  # of the last 30 steps every 10th is measured
+    assert lines[-1]["details/kl"] > 0
+
+
+def test_whole_runs_through_the_model_from_the_command_line(models: Path, tmp_path: Path) -> None:
+    common = ["--cache", str(models / "llama_l0"), "--type", "batchtopk", "--k", "4", "--d-sae", "128", "-q"]
+    common += ["--steps", "30", "--batch-size", "512", "--runs-dir", str(tmp_path), "--set", "log_every=1"]
+    for loss in ("kl", "ce"):
+        result = CliRunner().invoke(app, ["run", *common, "--loss", loss])
+        assert result.exit_code == 0, result.output
+        folder = tmp_path / f"llama_l0_layer_0_batchtopk_d128_k4_{loss}_s0"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        first, last = (np.mean([line[f"losses/{loss}"] for line in part]) for part in (lines[:5], lines[-5:]))
+        assert last < first
+        numbers = json.loads((folder / "summary.json").read_text())["eval"]
+        assert {"ce_score", "kl", "ce_clean", "ce_spliced", "ce_ablated", "fvu"} <= set(numbers)
+        assert sae_core.load(folder).d_out == 64
+
+
+def test_micro_batches_of_windows(models: Path, tmp_path: Path) -> None:
+    one, four = (run_eval(models, tmp_path, f"g{n}", loss="kl", steps=6, grad_acc_steps=n) for n in (1, 4))
+    assert one["tokens"] == four["tokens"]
+    assert one["eval"]["kl"] == pytest.approx(four["eval"]["kl"], rel=0.02)
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["run", "--type", "topk", "--k", "4", "-q", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    return result.output
+
+
+@pytest.fixture
+def copied(models: Path, tmp_path: Path) -> Path:
+    """A cache whose model may be changed."""
+    shutil.copytree(models / "bert", tmp_path / "model")
+    return harvest(tmp_path / "model", tmp_path / "c", "--max-tokens", "2k")
+
+
+KL = ("--loss", "kl", "--batch-size", "256", "--steps", "5")
+
+
+def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) -> None:
+    runs = ("--cache", copied, "--runs-dir", tmp_path / "runs", *KL)
+    assert weights_hash(tmp_path / "model") == cache.open(copied).manifest.fingerprint["weights_xxh3"]
+    other = refusal(*runs, "--lm", models / "llama")
+    assert "has other weights" in other
+    (tmp_path / "model").rename(tmp_path / "moved")
+    missing = refusal(*runs)
+    assert "is not there: no such folder; name its hub id or folder with --lm" in missing
+    assert "cannot be found" in refusal(*runs, "--lm", "nobody/nothing")
+    assert not (tmp_path / "runs").exists()
+    result = CliRunner().invoke(
+        app, ["run", "--type", "topk", "--k", "4", *map(str, runs), "--lm", f"{tmp_path}/moved"]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_activations_tell_another_model_where_no_hash_does(models: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    opened = cache.open(models / "llama_l0")
+    record = {**opened.manifest.provenance["model"], "weights_xxh3": None}
+    opened.manifest = replace(opened.manifest, provenance={"model": record})
+    open_model(opened)
+    other = trained_model(tmp_path / "other", "llama", 20)
+    with pytest.raises(SpliceError, match=r"gives other activations at layers.0 than the cache holds \(they differ by"):
+        open_model(opened, lm=str(other))
+
+
+def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_cache) -> None:
+    import transformers
+
+    bare = transformers.AutoModel.from_pretrained(models / "bert", add_pooling_layer=False)
+    bare.save_pretrained(tmp_path / "bare")
+    transformers.AutoTokenizer.from_pretrained(models / "bert").save_pretrained(tmp_path / "bare")
+    harvest(tmp_path / "bare", tmp_path / "c", "--max-tokens", "2k")
+    assert "has no language-model head" in refusal("--cache", tmp_path / "c", *KL)
+    several = make_cache("several", hooks=("layer_1", "layer_3"))
+    route = refusal("--cache", several, "--type", "crosscoder", *KL)
+    assert "type crosscoder reads more than one row at a time: kl and ce need a type that reads one" in route
+    long = refusal("--cache", make_cache(), "--finetune-kl", "5k", "--batch-size", "64", "--steps", "5")
+    assert "finetune_kl=5,000 is longer than the run of 5 steps" in long
+    both = refusal("--cache", make_cache("two"), "--finetune-kl", "64", *KL)
+    assert "finetune_kl=64 with loss=kl" in both
+
+
+def test_what_has_no_language_model(tmp_path: Path) -> None:
+    from harvest.cli import app as harvest_app
+
+    out = tmp_path / "c"
+    demo = ["run", "--model", "demo", "--dataset", "demo", "--max-docs"]
+    for flags, message in (
+        (["8", "--unit", "text"], "holds one row per text, no windows of tokens"),
+        (["2", "--layer", "0"], "is a Sentence-Transformer: it has no language-model head"),
+    ):
+        shutil.rmtree(out, ignore_errors=True)
+        result = CliRunner().invoke(harvest_app, [*demo, *flags, "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        assert message in refusal("--cache", out, "--loss", "kl", "--batch-size", "4", "--steps", "5")
+
+
+FINETUNE, WHOLE = {"finetune_kl": 4096}, {"loss": "kl"}  # the last 8 of 20 steps, or all
+
+
+@pytest.mark.parametrize(("stop", "settings"), [(5, WHOLE), (12, FINETUNE), (14, FINETUNE)])
+def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Path, stop: int, settings) -> None:
+    from test_train_resume import StopAt, assert_same
+
+    from train import resume_training
+    from train.errors import InterruptedRunError
+
+    options = {**SMALL, "cache": str(models / "llama_l0"), "type": "batchtopk", "steps": 20, "log_every": 1, **settings}
+    options["name"] = "run"
+    whole = train_sae(**options, runs_dir=str(tmp_path / "a")).folder
+    sink = StopAt(stop)
+    with pytest.raises(InterruptedRunError):
+        train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
+    assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
+
+
+def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:
+    from test_train_resume import StopAt, assert_same
+
+    import train.stream
+    from cache.windows import WindowsState
+    from train import resume_training
+    from train.errors import InterruptedRunError
+
+    options = {**SMALL, "cache": str(models / "llama_l0"), "steps": 20, "log_every": 1, "loss": "kl", "name": "run"}
+    whole = train_sae(**options, runs_dir=str(tmp_path / "a")).folder
+    sink = StopAt(9)
+    with pytest.raises(InterruptedRunError):
+        train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
+    monkeypatch.setattr(train.stream, "WindowsState", lambda *_: WindowsState())
+    with pytest.raises(AssertionError):
+        assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
+
+
+def test_a_loss_through_the_model_keeps_the_scale_of_penalties() -> None:
+    x = torch.randn(64, 8)
+    for name in ("vanilla", "matryoshka"):
+        cls = sae_core.registry.get(name)
+        terms = []
+        for loss in ("fvu", "kl", "ce"):
+            sae = cls(
+                sae_core.make_config(
+                    cls, {"d_in": 8, "d_sae": 32, "loss": loss} | ({"k": 4} if name != "vanilla" else {})
+                )
+            )
+            sae.initialize(x, torch.Generator().manual_seed(0))
+            assert sae.reconstruction_name == "fvu"
+            terms.append({k: float(v.detach()) for k, v in sae.losses(sae(x), Progress(5, 10)).items()})
+        assert terms[0] == terms[1] == terms[2]

@@ -268,6 +268,14 @@ def test_whole_runs_through_the_model_from_the_command_line(models: Path, tmp_pa
         assert sae_core.load(folder).d_out == 64
 
 
+def test_the_example_trains(models: Path, tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[1] / "examples" / "finetune_kl.yaml"
+    arguments = ["run", "--config", example, "--cache", models / "llama_l0", "--runs-dir", tmp_path, "--k", 4, "-q"]
+    arguments += ["--batch-size", 256, "--tokens", "2k", "--finetune-kl", "1k", "--d-sae", 64]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+
+
 def test_micro_batches_of_windows(models: Path, tmp_path: Path) -> None:
     one, four = (run_eval(models, tmp_path, f"g{n}", loss="kl", steps=6, grad_acc_steps=n) for n in (1, 4))
     assert one["tokens"] == four["tokens"]

@@ -341,6 +341,12 @@ class SAE(nn.Module):
         if self.unit_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
+    @torch.no_grad()
+    def reset_latents(self, latents: Tensor) -> None:
+        """Return what latents (n,) have besides their encoder and decoder rows to where it starts."""
+        if self.has_encoder:
+            self.encoder_bias[latents] = 0.0
+
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set what only inference needs (a threshold) from batches of training rows."""
 

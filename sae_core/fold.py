@@ -1,5 +1,6 @@
-"""Fold the normalisation into the weights: raw rows in, raw rows out."""
+"""Fold the normalisation into the weights: raw rows in, raw rows out; and back."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,3 +34,24 @@ def folded_tensors(sae: "SAE") -> dict[str, Tensor]:
     for name, tensor in latents.items():
         tensors[name] = tensor if name in sae.unscaled_latent_tensors else tensor * norms
     return tensors
+
+
+@torch.no_grad()
+def unfold(sae: "SAE", tensors: Mapping[str, Tensor]) -> None:
+    """Set the weights of an SAE, whose normalisation is fitted, to compute what `folded_tensors` describes.
+
+    The decoder rows get a mean norm of 1. Extra tensors must be set before: they shift what b_dec means.
+    """
+    scale_in, mean_in = sae.input_scaling()
+    scale_out, mean_out = sae.output_scaling()
+    W_dec = tensors["W_dec"] * scale_out
+    norm = W_dec.norm(dim=1).mean().clamp_min(1e-12)
+    sae.W_dec.copy_(W_dec / norm)
+    sae.b_dec.copy_((tensors["b_dec"] - mean_out) * scale_out + sae.b_dec - sae.output_bias())
+    own = sae.latent_tensors()
+    latents = {name: tensors[name] * (1.0 if name in sae.unscaled_latent_tensors else norm) for name in own}
+    if sae.has_encoder:
+        sae.W_enc.copy_(tensors["W_enc"] / scale_in[:, None] * norm)
+        if not sae.subtracts_b_dec:
+            latents["b_enc"] = latents["b_enc"] + (mean_in * scale_in) @ sae.W_enc
+    sae.set_latent_tensors(latents)

@@ -23,7 +23,7 @@ class Evaluator:
         self._squared_error = 0.0
         self._cosine = 0.0
         self._l2_ratio = 0.0
-        self._fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.fired = torch.zeros(d_sae, dtype=torch.int64)  # rows on which each latent fired
 
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
@@ -38,7 +38,7 @@ class Evaluator:
         self._cosine += float(((x * x_hat).sum(1) / (norms * norms_hat.clamp_min(1e-30))).sum())
         self._l2_ratio += float((norms_hat / norms).sum())
         fired = codes.fired().cpu()
-        self._fired += fired
+        self.fired += fired
         self.n_active += int(fired.sum())
 
     def _update_scatter(self, x: Tensor) -> None:
@@ -53,7 +53,7 @@ class Evaluator:
 
     def densities(self) -> Tensor:
         """(F,) float64 firing rate of each latent."""
-        return self._fired.double() / max(self.n_rows, 1)
+        return self.fired.double() / max(self.n_rows, 1)
 
     def result(self) -> dict[str, float]:
         """Return the metrics by name.

@@ -12,7 +12,7 @@ from rich.console import Console
 from train import train_sae
 from train.console import ConsoleSink, duration, quantity
 from train.log import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
-from train.wandb_sink import NAMES
+from train.wandb_sink import charted
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 
@@ -105,9 +105,14 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
 
 def test_wandb_names_cover_what_is_logged(make_cache, tmp_path) -> None:
     result = train_sae(cache=str(make_cache()), runs_dir=str(tmp_path / "runs"), **SETTINGS)
-    logged = set(read_metrics(result.folder)[0]) - {"step", "cursor", "seconds"} - set(NAMES)
-    assert "losses/fvu" in logged
-    assert all(name.startswith(("losses/", "details/")) for name in logged)  # their names already
+    lines = read_metrics(result.folder)
+    charts = set(charted({name: value for line in lines for name, value in line.items()}))
+    assert {
+        "losses/overall_loss", "losses/mse_loss", "losses/fvu", "metrics/explained_variance", "metrics/l0",
+        "metrics/mean_log10_feature_sparsity", "sparsity/dead_features", "sparsity/mean_passes_since_fired",
+        "details/current_learning_rate", "details/n_training_samples", "details/grad_norm/W_enc",
+    } <= charts  # fmt: skip
+    assert all(name.startswith(("losses/", "details/", "metrics/", "sparsity/")) for name in charts), charts
 
 
 def test_a_broken_wandb_does_not_stop_a_run(make_cache, tmp_path, monkeypatch) -> None:

@@ -36,7 +36,7 @@ def check_capacity(config: TrainConfig) -> None:
 
 def needed_memory(config: TrainConfig) -> int:
     """Bytes of parameters, gradients, optimizer and one micro-batch's pre-activations."""
-    copies = OPTIMIZERS[config.optimizer].in_memory
+    copies = OPTIMIZERS[config.optimizer].in_memory + (config.ema_decay is not None)
     micro_batch = config.batch_size // config.grad_acc_steps
     pre_acts = micro_batch * config.options["d_sae"]
     return int(FLOAT_BYTES * (_n_parameters(config) * copies + pre_acts))
@@ -44,7 +44,7 @@ def needed_memory(config: TrainConfig) -> int:
 
 def needed_disk(config: TrainConfig) -> int:
     """Bytes of the checkpoints that are kept, the one being written, and the result."""
-    copies = OPTIMIZERS[config.optimizer].on_disk
+    copies = OPTIMIZERS[config.optimizer].on_disk + (config.ema_decay is not None)
     return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + 1) + 1)
 
 

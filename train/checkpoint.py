@@ -3,6 +3,8 @@
 checkpoints/step_00001000/
     sae/                     native weights and buffers (dead counters, thresholds)
     optimizer.safetensors    moments and counts by parameter
+    density.safetensors      how often each latent fired lately
+    ema.safetensors          averaged weights, if the run keeps them
     rng.safetensors          torch's generators
     state.json               step, counters, loader state, what the run belongs to, and a hash of every file above
 """
@@ -25,8 +27,10 @@ import sae_core
 from cache.loader import LoaderState
 from train import files
 from train.config import TrainConfig
+from train.density import Density
 from train.errors import CheckpointError
-from train.optim import load_state_tensors, make_optimizer, state_tensors
+from train.optim import load_state_tensors, state_tensors
+from train.patience import Patience
 from train.rng import Rng
 from train.state import Run
 
@@ -68,6 +72,9 @@ def save(
         sae_core.save_native(run.sae, temp / "sae")
         _write(temp / "optimizer.safetensors", state_tensors(run.optimizer, run.parameter_names))
         _write(temp / "rng.safetensors", run.rng.tensors)
+        _write(temp / "density.safetensors", {"fired": run.density.fired})
+        if run.ema is not None:
+            _write(temp / "ema.safetensors", run.ema.tensors)
         hashes = {str(p.relative_to(temp)): files.hash_file(p) for p in sorted(temp.rglob("*")) if p.is_file()}
         state = {
             "format_version": FORMAT_VERSION,
@@ -76,6 +83,9 @@ def save(
             "rejected": run.rejected,
             "rejected_in_row": run.rejected_in_row,
             "score": run.score,
+            "patience": asdict(run.patience),
+            "density_rows": run.density.n_rows,
+            "ema_updates": 0 if run.ema is None else run.ema.n_updates,
             "loader": asdict(loader_state),
             "identity": asdict(identity),
             "seconds": seconds,
@@ -96,11 +106,14 @@ def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> R
     sae = sae_core.load_native(path / "sae")
     if sae.type_name != config.type:
         raise CheckpointError(f"{path} holds a {sae.type_name}, the run's config says {config.type}")
-    sae = sae.to(config.device).train()
-    run = Run(config, sae, make_optimizer(sae.parameters(), config))
+    run = Run.create(config, sae)
     load_state_tensors(run.optimizer, run.parameter_names, _read(path / "optimizer.safetensors"))
     run.step, run.tokens = int(state["step"]), int(state["tokens"])
     run.rejected, run.rejected_in_row = int(state["rejected"]), int(state["rejected_in_row"])
+    run.patience = Patience(**state.get("patience", {}))
+    run.density = Density(_read(path / "density.safetensors")["fired"], int(state["density_rows"]))
+    if run.ema is not None:
+        run.ema.restore(int(state["ema_updates"]), _read(path / "ema.safetensors"))
     run.rng, run.score = Rng(_read(path / "rng.safetensors")), state.get("score")
     return Restored(run, LoaderState(**state["loader"]), float(state["seconds"]), state["extra"])
 

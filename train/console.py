@@ -46,6 +46,8 @@ class ConsoleSink(BaseSink):
     def metrics(self, metrics: Metrics) -> None:
         """Update the line, or print one now and then."""
         step = int(metrics["step"])
+        if "loss" not in metrics and "grad_norm" in metrics:
+            return  # a step that was not measured, with numbers of a callback
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers(metrics))
             return
@@ -89,9 +91,10 @@ def numbers(metrics: Metrics) -> str:
     """One line of the numbers that people watch."""
     if "loss" not in metrics:
         return "batch rejected"
+    held_out = f"held out {metrics['val/fvu']:.4f}  " if "val/fvu" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {metrics['fvu']:.4f}  dead {metrics['dead']:.1%}  "
-        f"{quantity(metrics['tokens_per_second'])} tok/s"
+        f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {metrics['fvu']:.4f}  {held_out}"
+        f"dead {metrics['dead']:.1%}  {quantity(metrics['tokens_per_second'])} tok/s"
     )
 
 

@@ -20,6 +20,7 @@ from cache.selection import Part, account
 from cache.windows import Windows, WindowsState, read_windows
 from train.checkpoint import Identity
 from train.config import TrainConfig
+from train.initial import check_initial
 from train.language_model import LanguageModel
 from train.phases import first_window_step, needs_language_model
 from train.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
@@ -52,7 +53,9 @@ class Data:
         known = {} if known is None else known
         if key not in known:
             known[key] = account(opened, filters, holdout, hooks)
-        return cls(opened, resolve(config, opened, hooks, known[key]), known[key])
+        resolved = resolve(config, opened, hooks, known[key])
+        check_initial(resolved)
+        return cls(opened, resolved, known[key])
 
     @classmethod
     def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> Data:
@@ -156,6 +159,17 @@ class Data:
             taken += batch.n_rows
             if taken >= self.config.downstream_rows:
                 return
+
+    @cached_property
+    def validation(self) -> list[Inputs]:
+        """Rows of the validations while training: the first of the final evaluation, kept in memory."""
+        return list(self._pass(self.eval_part, min(self.config.val_rows, self.config.eval_rows)))
+
+    def upcoming(self, state: LoaderState, n_rows: int) -> Iterator[Inputs]:
+        """Training rows from a state on, in batches; the stream that the run trains on does not move."""
+        with self.batches(state) as loader:
+            for batch in _take_rows(loader, n_rows):
+                yield finite_rows(self.inputs(batch.x))
 
     @property
     def input_kind(self) -> str:

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from sae_core import SAE
-from sae_core.metrics import Evaluator, decoder_max_cosine
+from sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_cosine
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, float]:
+def evaluate(
+    sae: SAE, batches: Iterable[Tensor | Mapping[str, Tensor]], dead_threshold: float = DEAD_THRESHOLD
+) -> dict[str, float]:
     """Stream rows through the SAE: l0, fvu, explained_variance, mse, cosine, l2_ratio, dead, never_fired, n_rows.
 
-    The SAE is left in the mode that it was in.
+    `dead` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
+    mode that it was in.
     """
     training = sae.training
     sae.eval()
-    evaluator = Evaluator(sae.d_out, sae.config.d_sae)
+    evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold)
     try:
         for x in batches:
             out = sae(x)

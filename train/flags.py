@@ -69,6 +69,10 @@ def given_settings(
     loss: Annotated[
         Text, _option(MODEL, "fvu, mse, nmse; kl, ce: through the language model. (default: fvu)", "--loss")
     ] = None,
+    init_from: Annotated[
+        Text,
+        _option(MODEL, "Start from the weights of an SAE: a run, a checkpoint, SAELens, sparsify.", "--init-from"),
+    ] = None,
     batch_size: Annotated[Text, _option(TRAINING, "Rows per step. (default: 4096)", "--batch-size", "-b")] = None,
     grad_acc_steps: Annotated[
         Text, _option(TRAINING, "Micro-batches that a batch is split into. (default: 1)", "--grad-acc-steps")
@@ -95,6 +99,13 @@ def given_settings(
     lm: Annotated[
         Text, _option(TRAINING, "Language model for kl and ce. (default: where the harvest found it)", "--lm")
     ] = None,
+    ema_decay: Annotated[Text, _option(TRAINING, "Average the weights: 0.999. (default: off)", "--ema-decay")] = None,
+    resample_every: Annotated[
+        Text, _option(TRAINING, "Steps between resamplings of dead latents. (default: 0, never)", "--resample-every")
+    ] = None,
+    early_stop: Annotated[
+        Text, _option(TRAINING, "End after this many validations without a better FVU. (default: off)", "--early-stop")
+    ] = None,
     compute_dtype: Annotated[
         Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
     ] = None,
@@ -120,6 +131,9 @@ def given_settings(
             "CE score and KL of the language model with the SAE in it. (default: if it is loaded)",
             "--eval-downstream/--no-eval-downstream",
         ),
+    ] = None,
+    eval_every: Annotated[
+        Text, _option(LOGGING, "Steps between validations on held-out rows. (default: 0, none)", "--eval-every")
     ] = None,
     log_every: Annotated[Text, _option(LOGGING, "Steps between metrics. (default: 10)", "--log-every")] = None,
     save_every: Annotated[

@@ -1,7 +1,9 @@
 """Where the numbers of a run go: jsonl always, a console, wandb when asked. A sink never stops a run.
 
-Metric names of a line: step, tokens, epoch, cursor, loss, losses/<name>, l0, fvu, explained_variance, dead, n_dead,
-grad_norm, lr, rejected, seconds, tokens_per_second. `TIMING` names those that differ between equal runs.
+Metric names of a line: step, tokens, epoch, cursor, loss, losses/<name>, l0, fvu, explained_variance, mse,
+details/<name>, dead, n_dead, mean_passes_since_fired, grad_norm, grad_norm/<parameter>, lr, rejected, seconds,
+tokens_per_second; now and then mean_log10_density, below_dead_threshold, never_fired, val/<name>, resampled, and what
+callbacks return. `TIMING` names those that differ between equal runs.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from train import files
 
 METRICS_FILE = "metrics.jsonl"
 TIMING = ("seconds", "tokens_per_second")
 
 Metrics = Mapping[str, float | int]
+Histograms = Mapping[str, Tensor]  # one-dimensional values by name
 
 
 class Sink(Protocol):
@@ -28,6 +33,9 @@ class Sink(Protocol):
 
     def metrics(self, metrics: Metrics) -> None:
         """One line of metrics."""
+
+    def histograms(self, step: int, values: Histograms) -> None:
+        """What is worth a histogram, every `density_every` steps."""
 
     def message(self, text: str) -> None:
         """Something a person should know."""
@@ -49,6 +57,9 @@ class BaseSink:
         """See `Sink`."""
 
     def metrics(self, metrics: Metrics) -> None:
+        """See `Sink`."""
+
+    def histograms(self, step: int, values: Histograms) -> None:
         """See `Sink`."""
 
     def message(self, text: str) -> None:
@@ -104,6 +115,10 @@ class Sinks(BaseSink):
     def metrics(self, metrics: Metrics) -> None:
         """See `Sink`."""
         self._each("metrics", metrics)
+
+    def histograms(self, step: int, values: Histograms) -> None:
+        """See `Sink`."""
+        self._each("histograms", step, values)
 
     def message(self, text: str) -> None:
         """See `Sink`."""

@@ -41,6 +41,9 @@ class StepResult:
     grad_norm: float = math.nan  # global, before clipping
     metrics: Mapping[str, float] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
     details: Mapping[str, float] = field(default_factory=dict)  # what the variant reports: threshold, routing ...
+    grad_norms: Mapping[str, float] = field(default_factory=dict)  # by parameter, before clipping
+    fired: Tensor | None = None  # (F,) on how many of `n_measured` rows each latent fired, on the CPU
+    n_measured: int = 0
 
     @property
     def loss(self) -> float:
@@ -58,6 +61,8 @@ def train_step(run: Run, x: Inputs | StepInput, *, measure: bool = False) -> Ste
     run.step += 1
     run.tokens += batch.n_rows
     run.rejected += not result.accepted
+    if result.accepted and run.ema is not None:
+        run.ema.update(run.sae)
     run.rejected_in_row = 0 if result.accepted else run.rejected_in_row + 1
     return result
 
@@ -76,6 +81,7 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
     if not bool(torch.isfinite(norm)):
         return _reject(sae, before)
+    grad_norms = _grad_norms(sae) if measured is not None else {}
     if config.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, norm)
     set_lr(run.optimizer, run.lr)
@@ -84,7 +90,14 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     if measured is None:
         return StepResult(True, grad_norm=float(norm))
     totals = {name: float(value) for name, value in losses.items()}
-    return StepResult(True, totals, float(norm), measured.evaluator.result(), measured.details)
+    evaluator = measured.evaluator
+    return StepResult(
+        True, totals, float(norm), evaluator.result(), measured.details, grad_norms, evaluator.fired, evaluator.n_rows
+    )
+
+
+def _grad_norms(sae: SAE) -> dict[str, float]:
+    return {name: float(p.grad.norm()) for name, p in sae.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
@@ -196,8 +209,10 @@ def _takes(trainee: T, batch: AnyBatch, waited: float, on_failure: Callable[[T, 
 
 
 def measures(run: Run) -> bool:
-    """Whether the step about to be taken is measured: the first, the last, and every `log_every`th."""
-    return run.step == 0 or run.step + 1 == run.n_steps or (run.step + 1) % run.config.log_every == 0
+    """Whether the step about to be taken is measured: the first, the last, and those of `log_every`, `eval_every`."""
+    step, config = run.step + 1, run.config
+    validated = config.eval_every > 0 and step % config.eval_every == 0
+    return step in (1, run.n_steps) or step % config.log_every == 0 or validated
 
 
 def check_progress(run: Run) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import sae_core
 from cache.loader import Batch, LoaderState
 from cache.windows import Windows
 from sae_core import SAE
-from train import checkpoint, files, loop
+from train import checkpoint, files, loop, resample, validate
+from train.callbacks import Callbacks, StepEvent
 from train.clock import Clock
 from train.config import to_sections, to_yaml
 from train.data import Data, Inputs, export_metadata
@@ -24,8 +26,10 @@ from train.downstream import downstream
 from train.errors import DivergedError
 from train.evaluate import evaluate
 from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
+from train.initial import start_from
 from train.log import Sinks
-from train.metrics import last_training_l0, metrics_of, summarize
+from train.metrics import finite, histograms_of, last_training_l0, metrics_of, summarize
+from train.phases import first_window_step
 from train.rng import Rng
 from train.signals import StopRequest
 from train.state import Run, build_sae
@@ -47,11 +51,19 @@ class Member:
     """A run, its data, folder and sinks: takes batches, writes metrics and checkpoints, and ends with a result."""
 
     def __init__(
-        self, data: Data, run: Run, folder: Path, sinks: Sinks, state: LoaderState, seconds: float = 0.0
+        self,
+        data: Data,
+        run: Run,
+        folder: Path,
+        sinks: Sinks,
+        state: LoaderState,
+        seconds: float = 0.0,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.data, self.run, self.folder, self.sinks = data, run, folder, sinks
         self.state = state  # of the stream, behind the last batch taken
         self.clock = Clock(seconds, run.tokens)
+        self.callbacks = Callbacks() if callbacks is None else callbacks
         self._saved_step = run.step
         self._saved_at = time.monotonic()
 
@@ -77,15 +89,49 @@ class Member:
         run = self.run
         self.clock.add(waited)
         with self.clock, run.rng:
-            result = loop.train_step(run, step_input(self.data, batch), measure=loop.measures(run))
+            x = step_input(self.data, batch)
+            result = loop.train_step(run, x, measure=loop.measures(run))
         self.state = state_after(self.data, batch)
-        run.score = result.metrics.get("fvu", run.score)
-        if result.metrics or not result.accepted:
-            self.sinks.metrics(metrics_of(run, self.state, result, self.clock))
-        if self._save_is_due():
-            self.save()
         run.optimizer.zero_grad(set_to_none=True)  # gradients of one member at a time
+        rows = x if isinstance(x, Tensor | Mapping) else None
+        event = StepEvent(self.folder.name, self.folder, run.step, run.n_steps, run.tokens, run.sae, rows, result)
+        self._log(event)
+        if self._save_is_due() or self.callbacks.want_checkpoint(event):
+            self.save()
         loop.check_progress(run)
+
+    def _log(self, event: StepEvent) -> None:
+        """Everything that follows a step but its checkpoint, and the line of metrics that it makes."""
+        run, result = self.run, event.result
+        if result.fired is not None:
+            run.density.update(result.fired, result.n_measured)
+        if "fvu" in result.metrics and not run.config.eval_every:
+            run.score = result.metrics["fvu"]
+        numbers = {**self._resample(), **self._validate(), **self._densities(), **self.callbacks.on_step(event)}
+        if result.metrics or not result.accepted or numbers:
+            self.sinks.metrics({**finite(numbers), **metrics_of(run, self.state, result, self.clock)})
+
+    def _resample(self) -> dict[str, float]:
+        if not resample.is_due(self.run):
+            return {}
+        with self.clock, self.run.rng:
+            windows_from = first_window_step(self.run.config)
+            reads_windows = windows_from is not None and self.step > windows_from  # then the state is not the loader's
+            state = LoaderState(self.data.order.seed) if reads_windows else self.state
+            rows = self.data.upcoming(state, self.run.config.resample_rows)
+            return {"resampled": resample.resample_dead(self.run, rows)}
+
+    def _densities(self) -> dict[str, float]:
+        density, every = self.run.density, self.run.config.density_every
+        if not density.n_rows or not (self.done or (every > 0 and self.step % every == 0)):
+            return {}
+        numbers = density.numbers(self.run.config.dead_threshold)
+        self.sinks.histograms(self.step, histograms_of(self.run))
+        density.clear()
+        return numbers
+
+    def _validate(self) -> dict[str, float]:
+        return validate.validate(self.run, self.data.validation) if validate.is_due(self.run) else {}
 
     def _save_is_due(self) -> bool:
         every = self.data.config.save_every
@@ -96,15 +142,21 @@ class Member:
         if self.step == self._saved_step:
             return
         self.sinks.flush()
-        checkpoint.save(self.folder, self.run, self.state, self.data.identity, seconds=self.clock.seconds)
+        extra = {"callbacks": self.callbacks.state()}
+        path = checkpoint.save(
+            self.folder, self.run, self.state, self.data.identity, seconds=self.clock.seconds, extra=extra
+        )
+        self.callbacks.on_checkpoint(path, self.step)
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def finish(self, stop: StopRequest) -> Result:
         """Calibrate, evaluate, write the result. Raises DivergedError, and InterruptedRunError when asked to stop."""
         run, data = self.run, self.data
         with run.rng:
+            if run.ema is not None:
+                run.ema.copy_to(run.sae)
             run.sae.calibrate(self._until(stop, data.calibration()))
-            numbers = evaluate(run.sae, self._until(stop, data.evaluation()))
+            numbers = evaluate(run.sae, self._until(stop, data.evaluation()), run.config.dead_threshold)
             if data.config.eval_downstream and data.language_model is not None:
                 numbers |= downstream(run.sae, data.language_model, self._until(stop, data.evaluation_windows()))
         self._check_numbers(numbers)
@@ -115,6 +167,7 @@ class Member:
         self.sinks.finish(summary)
         self.sinks.flush()
         files.write_json(self.folder / SUMMARY, summary)
+        self.callbacks.on_end(summary)
         return Result(run.sae.eval(), self.folder, summary)
 
     def _check_numbers(self, numbers: Mapping[str, float]) -> None:
@@ -136,6 +189,7 @@ def open_member(
     folder: Path,
     make_sinks: Callable[[str], Sinks],
     sample: Callable[[Data], Inputs] = Data.sample,
+    callbacks: Callbacks | None = None,
 ) -> Member:
     """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
 
@@ -148,8 +202,11 @@ def open_member(
     found = checkpoint.list_checkpoints(folder)
     if found:
         restored = checkpoint.load(found[-1], data.config, data.identity)
-        return Member(data, restored.run, folder, sinks, restored.loader_state, restored.seconds)
-    return Member(data, _fresh_run(data, sample), folder, sinks, LoaderState(data.order.seed))
+        if callbacks is not None:
+            callbacks.restore(restored.extra.get("callbacks", []))
+        return Member(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
+    state = LoaderState(data.order.seed)
+    return Member(data, _fresh_run(data, sample), folder, sinks, state, callbacks=callbacks)
 
 
 def _record(data: Data, folder: Path) -> Mapping[str, Any]:
@@ -172,6 +229,8 @@ def _fresh_run(data: Data, sample: Callable[[Data], Inputs]) -> Run:
     with Rng.seeded(seed) as rng:
         sae = build_sae(data.config)
         sae.initialize(sample(data), torch.Generator().manual_seed(seed))
+        if data.config.init_from is not None:
+            start_from(sae, data.config.init_from)
         run = Run.create(data.config, sae)
     run.rng = rng
     return run

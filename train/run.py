@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from train.callbacks import AnyCallback, Callbacks
 from train.capacity import check_capacity
 from train.config import TrainConfig, make_config
 from train.data import Data
@@ -25,13 +26,15 @@ def train_sae(
     config: TrainConfig | None = None,
     *,
     sinks: Sequence[Sink] = (),
+    callbacks: Sequence[AnyCallback] = (),
     overwrite: bool = False,
     stop: StopRequest | None = None,
     **settings: Any,
 ) -> Result:
     """Train an SAE from a cache: `train_sae(cache="cache/bert_l6", type="topk", k=32)`.
 
-    Settings are those of `TrainConfig` and of the variant; together with a `config` they replace its values.
+    Settings are those of `TrainConfig` and of the variant; together with a `config` they replace its values. `sinks`
+    receive the metrics, `callbacks` follow the steps (`train.callbacks`).
     Everything that can be wrong is told before anything is written (ConfigError, CacheError, SAEError).
     """
     config = make_config([settings]) if config is None else _replace(config, settings)
@@ -39,10 +42,16 @@ def train_sae(
     data.language_model  # noqa: B018 (a model that is missing is told before anything is spent)
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
-    return _train(data, folder, sinks, stop)
+    return _train(data, folder, sinks, Callbacks(callbacks), stop)
 
 
-def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: StopRequest | None = None) -> Result:
+def resume_training(
+    folder: str | Path,
+    *,
+    sinks: Sequence[Sink] = (),
+    callbacks: Sequence[AnyCallback] = (),
+    stop: StopRequest | None = None,
+) -> Result:
     """Continue a run from its newest checkpoint, bit for bit as if it had never stopped (on the same machine).
 
     Raises NotARunError, CheckpointError (damaged, or another cache), RunExistsError (already complete).
@@ -51,10 +60,10 @@ def resume_training(folder: str | Path, *, sinks: Sequence[Sink] = (), stop: Sto
     config, record = read_run(folder)
     if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    return _train(Data.reopen(config, record), folder, sinks, stop)
+    return _train(Data.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
 
 
-def _train(data: Data, folder: Path, extra: Sequence[Sink], stop: StopRequest | None) -> Result:
+def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None) -> Result:
     """A session of one member."""
     with ExitStack() as stack:
         stack.enter_context(exclusive(folder))
@@ -64,7 +73,7 @@ def _train(data: Data, folder: Path, extra: Sequence[Sink], stop: StopRequest | 
             stack.callback(sinks.close)
             return sinks
 
-        member = open_member(data, folder, make_sinks)
+        member = open_member(data, folder, make_sinks, callbacks=callbacks)
         return train_members([member], StopRequest() if stop is None else stop)[member]
 
 

@@ -43,6 +43,10 @@ class TrainConfig:
 
     expansion_factor: float | None = setting(None, "model", "d_sae / d_in when d_sae is not given (default: 8)", gt=0)
 
+    init_from: str | None = setting(
+        None, "model", "weights to start from: folder of a run, a checkpoint, or a SAELens or sparsify SAE"
+    )
+
     batch_size: int = setting(4096, "training", "rows per optimizer step", gt=0)
     grad_acc_steps: int = setting(1, "training", "micro-batches that a batch is split into, to save memory", gt=0)
     tokens: int | None = setting(None, "training", "length of the run in rows", gt=0)
@@ -65,6 +69,19 @@ class TrainConfig:
     warmup_steps: int | None = setting(None, "training", "steps of linear warm-up (default: 5 %, at most 1000)", ge=0)
     decay_fraction: float = setting(0.2, "training", "share of the steps over which the rate decays", ge=0, le=1)
     lr_final: float = setting(0.0, "training", "the decay ends at this factor of the peak rate", ge=0, le=1)
+    ema_decay: float | None = setting(
+        None,
+        "training",
+        "decay per step of averaged weights, which become the result (default: the last weights)",
+        gt=0,
+        lt=1,
+    )
+    resample_every: int = setting(0, "training", "steps between resamplings of dead latents (0: never)", ge=0)
+    resample_until: float = setting(0.5, "training", "share of the run after which none is resampled", gt=0, le=1)
+    resample_rows: int = setting(2**15, "training", "rows whose losses a resampling draws from", gt=0)
+    early_stop: int | None = setting(
+        None, "training", "end after this many validations in a row without a better FVU", gt=0
+    )
 
     finetune_kl: int | None = setting(
         None, "training", "rows at the end that minimise KL through the language model and fvu alike", gt=0
@@ -96,6 +113,12 @@ class TrainConfig:
         None, "logging", "report CE score and KL of the language model with the SAE in it (default: if it is loaded)"
     )
     downstream_rows: int = setting(2**14, "logging", "most held-out rows in that evaluation", gt=0)
+    eval_every: int = setting(0, "logging", "steps between validations on held-out rows (0: none)", ge=0)
+    val_rows: int = setting(2**14, "logging", "most held-out rows in a validation", gt=0)
+    density_every: int = setting(1000, "logging", "steps between firing rates and histograms (0: at the end)", ge=0)
+    dead_threshold: float = setting(
+        0.0005, "logging", "firing rate under which a latent is reported as dead", ge=0, le=1
+    )
     wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")
 
@@ -114,3 +137,5 @@ class TrainConfig:
         if len(lengths) > 1:
             given = ", ".join(f"{name}={value}" for name, value in lengths.items())
             raise ConfigError(f"a run has one length, got {given}; give one of tokens, steps, epochs")
+        if self.early_stop is not None and not self.eval_every:
+            raise ConfigError(f"early_stop={self.early_stop} needs validations: set eval_every, the steps between them")

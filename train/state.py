@@ -11,7 +11,10 @@ from torch import nn
 import sae_core
 from sae_core import SAE
 from train.config import TrainConfig
+from train.density import Density
+from train.ema import Ema
 from train.optim import make_optimizer
+from train.patience import Patience
 from train.rng import Rng
 from train.schedule import Schedule
 
@@ -29,12 +32,18 @@ class Run:
     rejected_in_row: int = 0
     rng: Rng = field(default_factory=Rng)
     score: float | None = None  # of the newest measurement, lower is better: what `keep_best` compares
+    ema: Ema | None = None  # the averaged weights, when asked for
+    patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram
 
     @classmethod
     def create(cls, config: TrainConfig, sae: SAE) -> Run:
         """A run at its start, its SAE on the config's device."""
         sae = sae.to(config.device)
-        return cls(config, sae.train(), make_optimizer(sae.parameters(), config))
+        ema = None if config.ema_decay is None else Ema(sae, config.ema_decay)
+        return cls(config, sae.train(), make_optimizer(sae.parameters(), config), ema=ema)
 
     @cached_property
     def n_steps(self) -> int:
@@ -58,8 +67,8 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether every step was taken."""
-        return self.step >= self.n_steps
+        """Whether every step was taken, or validations stopped paying."""
+        return self.step >= self.n_steps or self.patience.is_over(self.config.early_stop)
 
     @property
     def parameter_names(self) -> dict[nn.Parameter, str]:

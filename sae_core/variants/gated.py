@@ -70,6 +70,12 @@ class GatedSAE(SAE):
             "aux": self.reconstruction_loss(frozen, out.source.target),
         }
 
+    @torch.no_grad()
+    def reset_latents(self, latents: Tensor) -> None:
+        """No biases, and magnitudes as the gate sees them."""
+        for parameter in (self.b_gate, self.b_mag, self.r_mag):
+            parameter[latents] = 0.0
+
     def latent_tensors(self) -> dict[str, Tensor]:
         """SAELens' names, which are the paper's."""
         return {"b_gate": self.b_gate.detach(), "b_mag": self.b_mag.detach(), "r_mag": self.r_mag.detach()}

@@ -53,10 +53,10 @@ class JumpReLUSAE(SAE):
         super().build_latent_parameters()
         small = 0.001 * math.sqrt(self.config.d_in)  # the paper's 0.001 is for E|x|^2 = 1
         tanh = self.config.recipe == "tanh"
-        start = self.config.threshold_init or (0.1 if tanh else small)
+        self.threshold_start = self.config.threshold_init or (0.1 if tanh else small)
         self.bandwidth = self.config.bandwidth or (2.0 if tanh else small)
         self.l0_coef = self.config.l0_coef if self.config.l0_coef is not None else (10.0 if tanh else 1.0)
-        self.threshold = nn.Parameter(torch.full((self.config.d_sae,), start))
+        self.threshold = nn.Parameter(torch.full((self.config.d_sae,), self.threshold_start))
 
     def activate(self, h: Tensor) -> Activation:
         """JumpReLU on the entries that are active or, while training, within half a bandwidth of the threshold."""
@@ -100,6 +100,12 @@ class JumpReLUSAE(SAE):
         """Keep thresholds at or above 0: the dead term pulls them down for ever, and under 0 codes turn negative."""
         super().after_step()
         self.threshold.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def reset_latents(self, latents: Tensor) -> None:
+        """No bias, and the threshold of the start."""
+        super().reset_latents(latents)
+        self.threshold[latents] = self.threshold_start
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """b_enc and the thresholds."""

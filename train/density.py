@@ -1,0 +1,47 @@
+"""How often each latent fired on the measured batches of a window of steps, and what that says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_FLOOR = 1e-10  # a latent that never fired stands at 10^-10, as SAELens draws it
+
+
+@dataclass(eq=False)
+class Density:
+    """Counts over the measured batches since the window began; part of a checkpoint."""
+
+    fired: Tensor  # (F,) int64, on the CPU
+    n_rows: int = 0
+
+    @classmethod
+    def of(cls, d_sae: int) -> Density:
+        """An empty window."""
+        return cls(torch.zeros(d_sae, dtype=torch.int64))
+
+    def update(self, fired: Tensor, n_rows: int) -> None:
+        """Take in the counts of a batch."""
+        self.fired += fired
+        self.n_rows += n_rows
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self.fired.zero_()
+        self.n_rows = 0
+
+    @property
+    def log10(self) -> Tensor:
+        """(F,) log10 of the firing rates."""
+        return (self.fired.double() / max(self.n_rows, 1) + LOG_FLOOR).log10()
+
+    def numbers(self, dead_threshold: float) -> dict[str, float]:
+        """Mean log10 rate, share of latents under the threshold, and share that never fired."""
+        rates = self.fired.double() / max(self.n_rows, 1)
+        return {
+            "mean_log10_density": float(self.log10.mean()),
+            "below_dead_threshold": float((rates < dead_threshold).double().mean()),
+            "never_fired": float((self.fired == 0).double().mean()),
+        }

@@ -1,0 +1,66 @@
+"""`init_from`: start from the weights of another SAE instead of random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import sae_core
+from sae_core import SAE
+from sae_core.fold import folded_tensors, unfold
+from sae_core.io import NATIVE, OURS
+from train.config import TrainConfig
+from train.errors import ConfigError
+
+
+def load_initial(path: str) -> SAE:
+    """The SAE of a run's folder (its newest checkpoint if it is not complete), a checkpoint, SAELens or sparsify.
+
+    Raises ConfigError for a folder that holds none.
+    """
+    folder = Path(path)
+    checkpoints = sorted(folder.glob("checkpoints/step_*/sae")) if not (folder / OURS).is_file() else []
+    try:
+        for native in (folder, folder / "sae", *checkpoints[-1:]):
+            if (native / NATIVE).is_file():
+                return sae_core.load_native(native)
+        return sae_core.load(folder)
+    except sae_core.SAEError as error:
+        raise ConfigError(f"init_from={path}: {error}") from None
+
+
+def check_initial(config: TrainConfig) -> None:
+    """Refuse weights that a resolved config cannot start from. Raises ConfigError."""
+    if config.init_from is None:
+        return
+    found, cls = load_initial(config.init_from), sae_core.registry.get(config.type)
+    wanted = sae_core.make_config(cls, config.options)
+    where = f"init_from={config.init_from} holds"
+    if found.type_name != config.type:
+        raise ConfigError(f"{where} a {found.type_name}: expected a {config.type}, or train with --type")
+    for name in ("d_in", "d_sae", "d_out", "n_hooks"):
+        ours, theirs = (getattr(options, name, None) for options in (wanted, found.config))
+        if ours != theirs:
+            raise ConfigError(f"{where} an SAE with {name}={theirs}, this run has {name}={ours}: they must be equal")
+    per_row = wanted.normalize == "unit_norm"
+    if found.normalizer.per_row != per_row:
+        needed = "unit_norm" if found.normalizer.per_row else "one that is not unit_norm"
+        raise ConfigError(f"{where} an SAE that expects normalize={needed}, this run has normalize={wanted.normalize}")
+
+
+@torch.no_grad()
+def start_from(sae: SAE, path: str) -> None:
+    """Give an initialised SAE the weights of another, in the units of its own normalisation. Its buffers stay."""
+    source = load_initial(path)
+    buffers = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    extra = source.extra_tensors()
+    if extra:
+        # What is stored is the parameter times a scale: ones show the scale.
+        sae.set_extra_tensors({name: torch.ones_like(tensor) for name, tensor in extra.items()})
+        scales = {name: tensor.clone() for name, tensor in sae.extra_tensors().items()}
+        sae.set_extra_tensors({name: tensor / scales[name] for name, tensor in extra.items()})
+    unfold(sae.core, folded_tensors(source.core))
+    sae.after_step()
+    for name, buffer in sae.named_buffers():
+        buffer.copy_(buffers[name])

@@ -276,6 +276,25 @@ def test_the_example_trains(models: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_a_sweep_through_the_model_is_what_each_run_is_alone(models: Path, tmp_path: Path) -> None:
+    from test_train_resume import assert_same
+
+    from train import train_sweep
+
+    common = {**SMALL, "cache": str(models / "llama_l0"), "steps": 12, "finetune_kl": 3000}
+    common = {key: value for key, value in common.items() if key != "k"}
+    sweep = train_sweep({"k": [2, 4]}, common, runs_dir=str(tmp_path / "sweep"))
+    assert [row["status"] for row in sweep.rows] == ["finished", "finished"]
+    for row in sweep.rows:
+        alone = train_sae(**common, k=row["k"], name=row["name"], runs_dir=str(tmp_path / "alone")).folder
+        assert_same(alone, sweep.folder / row["name"])
+        assert 0 < row["ce_score"] < 1
+    assert "ce_score" in (sweep.folder / "results.md").read_text()
+    with pytest.raises(SpliceError, match="no such folder"):
+        train_sweep({"k": [2, 4]}, common, runs_dir=str(tmp_path / "none"), lm="./nowhere")
+    assert not (tmp_path / "none").exists()
+
+
 def test_micro_batches_of_windows(models: Path, tmp_path: Path) -> None:
     one, four = (run_eval(models, tmp_path, f"g{n}", loss="kl", steps=6, grad_acc_steps=n) for n in (1, 4))
     assert one["tokens"] == four["tokens"]

@@ -18,6 +18,8 @@ import sae_core
 from train.coerce import describe
 from train.console import quantity
 
+_LAST_COLUMNS = ("dead", "tokens", "tok/s", "time")
+DOWNSTREAM = {"ce_score": "CE score", "kl": "KL"}  # columns of runs that measured them
 _HARVEST_TIME = re.compile(r"finished: .* rows in ([\d.]+) s")
 
 
@@ -53,14 +55,15 @@ def result_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=None)
     table.add_column("run", overflow="fold")
     table.add_column("type")
-    for column in ("d_sae", "k", "L0 train", "L0", "FVU", "dead", "tokens", "tok/s", "time"):
+    downstream = [name for name in DOWNSTREAM if any(name in summary["eval"] for summary in summaries)]
+    for column in ("d_sae", "k", "L0 train", "L0", "FVU", *(DOWNSTREAM[n] for n in downstream), *_LAST_COLUMNS):
         table.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
-        table.add_row(*_result_cells(summary))
+        table.add_row(*_result_cells(summary, downstream))
     return table
 
 
-def _result_cells(summary: Mapping[str, Any]) -> list[str]:
+def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list[str]:
     numbers = summary["eval"]
     l0_train = summary["l0_train"]
     return [
@@ -71,6 +74,7 @@ def _result_cells(summary: Mapping[str, Any]) -> list[str]:
         "" if l0_train is None else f"{l0_train:.1f}",
         f"{numbers['l0']:.1f}" if "l0" in numbers else "",
         f"{numbers['fvu']:.4f}" if "fvu" in numbers else "",
+        *(f"{numbers[name]:.4f}" if name in numbers else "" for name in downstream),
         f"{summary['dead']:.1%}",
         quantity(summary["tokens"]),
         quantity(summary["tokens_per_second"]),

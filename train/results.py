@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 
 CSV_FILE, MARKDOWN_FILE, JSON_FILE, PLOT_FILE = "results.csv", "results.md", "results.json", "pareto.png"
 MARKDOWN_COLUMNS = ("name", "type", "hook", "d_sae", "k", "init_seed", "l0", "fvu", "dead", "tokens", "seconds")
+DOWNSTREAM_COLUMNS = ("ce_score", "kl")  # shown where a run measured them
 
 
 def sweep_rows(plan: Plan, folder: Path) -> list[Row]:
@@ -77,8 +78,9 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The columns that people read."""
-    lines = ["| " + " | ".join(MARKDOWN_COLUMNS) + " |", "|---" * len(MARKDOWN_COLUMNS) + "|"]
-    lines += ["| " + " | ".join(_cell(row, column) for column in MARKDOWN_COLUMNS) + " |" for row in rows]
+    columns = [*MARKDOWN_COLUMNS, *(name for name in DOWNSTREAM_COLUMNS if any(name in row for row in rows))]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row, column) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +90,15 @@ def _cell(row: Row, column: str) -> str:
         return str(row["error"]).replace("|", "\\|")
     if value is None:
         return ""
-    formats = {"l0": "{:.1f}", "fvu": "{:.4f}", "dead": "{:.1%}", "seconds": "{:.0f}", "tokens": "{:,}"}
+    formats = {
+        "ce_score": "{:.4f}",
+        "kl": "{:.4f}",
+        "l0": "{:.1f}",
+        "fvu": "{:.4f}",
+        "dead": "{:.1%}",
+        "seconds": "{:.0f}",
+        "tokens": "{:,}",
+    }
     return formats.get(column, "{}").format(value)
 
 

@@ -25,6 +25,7 @@ from train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is
 from train.grid import Point, check_grid, expand
 from train.log import Sink, Sinks
 from train.member import Member, open_member
+from train.phases import needs_language_model
 from train.plan import Entry, Group, Plan, load_plan, save_plan
 from train.planning import default_sweep_name, make_plan, request_of
 from train.results import Row, read_failure, sweep_rows, write_results
@@ -116,6 +117,7 @@ def train_sweep(
             )
         return resume_sweep(folder, reporter=reporter, stop=stop)
     plan = request.plan()
+    _check_language_models(plan)
     claim_sweep_folder(folder, overwrite=overwrite)
     return _Sweep(plan, folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute(fresh=True)
 
@@ -208,6 +210,14 @@ class _Sweep:
         failure = {"error": text, "type": type(error).__name__, "step": step}
         files.write_json(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
         self.reporter.ended(folder.name, f"failed: {text}")
+
+
+def _check_language_models(plan: Plan) -> None:
+    """Load what the SAEs go through, so that a model that is missing is told before anything is spent."""
+    for group in plan.groups:
+        wanted = {e.config.hook: e.config for e in group.entries if needs_language_model(e.config)}
+        held = [Data.reopen(config, group.record).language_model for config in wanted.values()]  # loaded once for all
+        del held
 
 
 class _OneSample:

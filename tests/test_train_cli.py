@@ -191,7 +191,8 @@ def test_flags_are_settings() -> None:
 
     run = get_command(app).commands["run"]
     variant = {"k", "d_sae", "normalize", "loss"}
-    commands_only = {"layer", "config", "assignments", "overwrite", "quiet", "debug", "layers", "layer_stride"}
+    commands_only = {"layer", "config", "assignments", "overwrite", "quiet", "debug"}
+    commands_only |= {"layers", "layer_stride", "resume"}
     names = {p.name for p in run.params}
     assert names - commands_only - variant <= set(TRAINER_KEYS)
     assert sorted(names - commands_only) == FROZEN_FLAGS
@@ -201,10 +202,10 @@ def test_flags_are_settings() -> None:
 FROZEN_FLAGS = sorted(
     """
     batch_size cache compute_dtype d_sae device early_stop ema_decay epochs eval_downstream eval_every eval_rows
-    expansion_factor finetune_kl grad_acc_steps holdout hook init_from init_seed k keep keep_first_position keep_special
-    lm log_every loss lr lr_schedule name normalize optimizer resample_every runs_dir save_every seed shuffle_seed steps
-    tokens type wandb wandb_project warmup_steps weight_decay
-    """.split()  # noqa: SIM905 (a list of 42 lines reads worse)
+    expansion_factor finetune_kl grad_acc_steps holdout hook init_from init_seed k keep keep_best keep_first_position
+    keep_special lm log_every loss lr lr_schedule name normalize optimizer resample_every runs_dir save_every
+    save_minutes seed shuffle_seed steps tokens type wandb wandb_project warmup_steps weight_decay
+    """.split()  # noqa: SIM905 (a list of 44 lines reads worse)
 )
 
 
@@ -276,3 +277,73 @@ def test_config_prints_what_a_run_would_use_and_where_it_comes_from(make_cache) 
     assert "  # d_sae: the cache decides" in undecided.splitlines()
     assert "  auxk_coef: 0.03125  # default" in undecided.splitlines()
     assert "unknown setting 'kk'" in call("config", "--type", "topk", "--set", "kk=3", code=2).stderr
+
+
+def test_resume_auto_starts_continues_and_finds_complete(make_cache) -> None:
+    make_cache()
+    args = ["run", "--cache", "toy", "--type", "topk", "--name", "a", "-b", "128", "--steps", "20", "-q"]
+    call(*args, "--resume", "auto")
+    weights = Path("runs/a/sae_weights.safetensors")
+    before = (weights.read_bytes(), weights.stat().st_mtime_ns)
+    assert "topk" in call(*args, "--resume", "auto").stdout
+    assert (weights.read_bytes(), weights.stat().st_mtime_ns) == before
+    error = call(*args, "--k", "3", "--resume", "auto", code=2).stderr
+    assert "runs/a was started with other settings (k=32, now 3): choose another --name" in error
+    error = call(*args, "--overwrite", "--resume", "auto", code=2).stderr
+    assert "--overwrite starts it anew every time: give one of them" in error
+    assert "expected auto or never, did you mean 'auto'?" in call(*args, "--resume", "auot", code=2).stderr
+
+
+def test_sweeps_as_people_type_them(make_cache) -> None:
+    make_cache(hooks=("layer_2", "layer_4", "layer_10", "pooled"), d_in=8)
+    quick = ["--batch-size", "128", "--steps", "6", "--eval-rows", "200", "--d-sae", "16", "-q"]
+    Path("grid.yaml").write_text("type: topk\nk: 4\nlr: 0.001\ngrid:\n  k: [1, 2]\n  seed: [0, 1]\n")
+    args = ["sweep", "--cache", "toy", "--config", "grid.yaml", "--layer", "4", "--name", "s", *quick]
+    plan = call(*args, "--grid", "k=2,3", "--dry-run").stdout
+    assert "4 SAEs in 1 group, up to" in plan
+    assert not Path("runs").exists()
+    output = call(*args, "--grid", "k=2,3").stdout
+    assert "toy_layer_4_topk_d16_k3_s1-o0" in output
+    call(*args, "--grid", "k=2,3")  # complete
+    call("resume", "runs/s")
+    assert "holds a sweep with other settings" in call(*args, code=2).stderr
+    Path("runs/empty").mkdir()
+    compared = call("compare", "runs/s", "runs/empty")
+    assert compared.stdout.count("topk_d16") == 4
+    assert "skipped: runs/empty holds no finished run" in compared.stderr
+    one = ["run", "--cache", "toy", "--type", "topk", "--k", "2", *quick]
+    output = call(*one, "--layers", "all", "--layer-stride", "2", "--name", "layers").stdout
+    assert "toy_layer_2_" in output
+    assert "toy_layer_10_" in output
+    assert "layer_4" not in output
+    call(*one, "--layers", "4", "--init-seed", "3,4", "--name", "seeds")
+    names = {p.name for p in Path("runs/seeds").iterdir() if p.is_dir()}
+    assert names == {"toy_layer_4_topk_d16_k2_s3-o0", "toy_layer_4_topk_d16_k2_s4-o0"}
+    assert call("export", f"runs/seeds/{min(names)}", "--to", "saelens").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--layers", "3,9"], r"--layers: the cache has no hook point 'layer_9'"),
+        (["--layers", "3,3"], r"--layers names layer_3 twice"),
+        (["--layers", "3", "--layer", "3"], r"--layers and --layer \(or --hook\) both choose hook points"),
+        (["--grid", "k=2,2"], r"the grid repeats itself: k holds 2 twice"),
+        (["--grid", "k=2,300"], r"k=300: expected k <= d_sae"),
+        ([], r"the grid is empty"),
+        (["--grid", "d_sae=64,1B"], r"1 of these 2 SAEs would fit: .* needs .* GiB of memory, cpu has .* to give"),
+    ],
+)
+def test_bad_sweeps_are_one_line(make_cache, args, message) -> None:
+    make_cache()
+    result = call("sweep", "--cache", "toy", "--type", "topk", "-b", "128", *args, code=2)
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_a_grid_in_a_file_is_no_run(make_cache) -> None:
+    make_cache()
+    Path("grid.yaml").write_text("type: topk\ngrid:\n  k: [1, 2]\n")
+    error = call("run", "--cache", "toy", "--config", "grid.yaml", code=2).stderr
+    assert "the file has a grid: train it with sae-train sweep" in error

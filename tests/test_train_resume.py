@@ -8,11 +8,14 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_cache
 from safetensors.torch import load_file
 
+import sae_core
 import train.checkpoint
 import train.data
 from cache.loader import LoaderState
@@ -56,6 +59,10 @@ def assert_same(a: Path, b: Path) -> None:
     native = [train.checkpoint.list_checkpoints(f)[-1] for f in (a, b)]
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (native[0] / file).read_bytes() == (native[1] / file).read_bytes(), file
+    states = [{c.name: train.checkpoint.read_state(c) for c in train.checkpoint.list_checkpoints(f)} for f in (a, b)]
+    for name in states[0].keys() & states[1].keys():
+        for key in ("score", "tokens", "loader", "rejected", "rejected_in_row"):
+            assert states[0][name][key] == states[1][name][key], key
     summaries = [json.loads((f / "summary.json").read_text()) for f in (a, b)]
     for name in ("steps", "tokens", "l0_train", "dead", "eval", "rows"):
         assert summaries[0][name] == summaries[1][name], name
@@ -77,52 +84,64 @@ def test_a_stopped_run_continues_bitwise(make_cache, tmp_path, type, optimizer) 
     assert_same(whole, folder)
 
 
-def test_parts_that_a_resume_restores_all_matter(make_cache, tmp_path, monkeypatch) -> None:
-    settings = {**SETTINGS, "cache": str(make_cache()), "type": "batchtopk", "dead_after_tokens": 130, "k": 2}
-    whole = train_sae(**settings, runs_dir=str(tmp_path / "a")).folder
-    stopped = interrupted(23, **settings, runs_dir=str(tmp_path / "b"))
+PARTS = ["weights", "optimizer", "schedule", "tokens", "rng", "dead", "threshold", "loader", "score", "nothing"]
 
-    def without(name: str, disable) -> Path:
-        copy = tmp_path / name
-        shutil.copytree(stopped, copy)
-        with monkeypatch.context() as patch:
-            disable(patch)
-            return resume_training(copy).folder
 
-    original = train.checkpoint.load
+@pytest.fixture(scope="module")
+def whole_and_stopped(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("parts")
+    settings = {**SETTINGS, "cache": str(write_cache(folder / "toy")), "type": "batchtopk", "k": 2, "steps": 30}
+    settings |= {"dead_after_tokens": 130, "log_every": 3, "save_every": 16, "keep": 9}  # step 16 is not measured
+    whole = train_sae(**settings, runs_dir=str(folder / "a")).folder
+    return whole, interrupted(15, **settings, runs_dir=str(folder / "b"))
 
-    def patched(change):
-        def load(*args):
-            restored = original(*args)
-            change(restored)
-            return restored
 
-        return load
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, monkeypatch, part) -> None:
+    """With the restore of one part switched off, the run ends differently; with none, equally."""
+    whole, stopped = whole_and_stopped
+    restore = train.checkpoint.load
 
-    def forget_state(patch):
-        patch.setattr(
-            train.checkpoint,
-            "load",
-            lambda *a: replace(original(*a), loader_state=LoaderState(0)),
-        )
+    def load(*args):
+        restored = restore(*args)
+        run = restored.run
+        if part == "schedule":
+            run.step -= 1
+        elif part == "tokens":
+            run.tokens = 0
+        elif part == "rng":
+            run.rng = Rng.seeded(123)
+        elif part == "dead":
+            run.sae.num_tokens_since_fired.zero_()
+        elif part == "threshold":
+            run.sae.threshold.ema.zero_()
+        elif part == "score":
+            run.score = None
+        return replace(restored, loader_state=LoaderState(0)) if part == "loader" else restored
 
-    changes = {
-        "optimizer": lambda p: p.setattr(train.checkpoint, "load_state_tensors", lambda *a: None),
-        "loader": forget_state,
-        "dead": lambda p: p.setattr(
-            train.checkpoint, "load", patched(lambda r: r.run.sae.num_tokens_since_fired.zero_())
-        ),
-        "threshold": lambda p: p.setattr(train.checkpoint, "load", patched(lambda r: r.run.sae.threshold.ema.zero_())),
-        "step": lambda p: p.setattr(train.checkpoint, "load", patched(lambda r: setattr(r.run, "step", 20))),
-        "rng": lambda p: p.setattr(train.checkpoint, "load", patched(lambda r: setattr(r.run, "rng", Rng.seeded(123)))),
-    }
-    for name, disable in changes.items():
-        try:
-            assert_same(whole, without(name, disable))
-        except AssertionError:
-            continue
-        pytest.fail(f"nothing changes without {name}")
-    assert_same(whole, without("nothing", lambda p: None))
+    def fresh_weights(path):
+        sae = sae_core.load_native(path)
+        sae.reset_weights(torch.Generator().manual_seed(0))
+        return sae
+
+    monkeypatch.setattr(train.checkpoint, "load", load)
+    if part == "optimizer":
+        monkeypatch.setattr(train.checkpoint, "load_state_tensors", lambda *a: None)
+    if part == "weights":
+        fake = SimpleNamespace(load_native=fresh_weights, save_native=sae_core.save_native)
+        monkeypatch.setattr(train.checkpoint, "sae_core", fake)
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    resume_training(folder)
+    try:
+        assert_same(whole, folder)
+    except AssertionError:
+        assert part != "nothing"
+    else:
+        assert part == "nothing"
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    assert (a / "sae_weights.safetensors").read_bytes() == (b / "sae_weights.safetensors").read_bytes()
 
 
 def start(target, **kwargs):
@@ -174,6 +193,38 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(make_cache, tmp_pa
     (folder / "checkpoints" / ".tmp-step_00000003").mkdir(parents=True)  # half-written
     resume_training(folder)
     assert_same(whole, folder)
+
+
+def test_the_best_checkpoint_is_kept_by_fvu(make_cache, tmp_path) -> None:
+    # The rate grows until nothing is left of what was learned: the best checkpoint is an early one.
+    settings = {**SETTINGS, "lr": 0.5, "warmup_steps": 59, "lr_schedule": "constant", "save_every": 5}
+    result = train_sae(cache=str(make_cache()), type="topk", runs_dir=str(tmp_path), keep=1, keep_best=True, **settings)
+    kept = {p.name: train.checkpoint.read_state(p)["score"] for p in train.checkpoint.list_checkpoints(result.folder)}
+    saved = [(line["fvu"], line["step"]) for line in read_metrics(result.folder) if line["step"] % 5 == 0]
+    fvu, step = min(saved)
+    assert step < 60
+    assert kept == {f"step_{step:08d}": fvu, "step_00000060": saved[-1][0]}
+    assert result.summary["best_checkpoint"] == f"step_{step:08d}"
+
+
+def test_checkpoints_by_the_clock(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "save_every": 0, "steps": 4, "keep": 10, "cache": str(make_cache()), "type": "topk"}
+    always = train_sae(**settings, save_minutes=1e-9, runs_dir=str(tmp_path), name="always").folder
+    never = train_sae(**settings, save_minutes=0, runs_dir=str(tmp_path), name="never").folder
+    n_saved = [len(train.checkpoint.list_checkpoints(folder)) for folder in (always, never)]
+    assert n_saved == [4, 1]
+    assert_same_weights(always, never)
+
+
+def test_resume_auto_continues_bitwise(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "resume": "auto"}
+    whole = train_sae(**settings, runs_dir=str(tmp_path / "a")).folder
+    stopped = interrupted(23, **settings, runs_dir=str(tmp_path / "b"))
+    again = train_sae(**settings, runs_dir=str(tmp_path / "b"))
+    assert again.folder == stopped
+    assert_same(whole, stopped)
+    (stopped / "checkpoints").rename(stopped / "gone")  # a complete run needs none
+    assert train_sae(**settings, runs_dir=str(tmp_path / "b")).summary == again.summary
 
 
 def test_keep_and_names_of_checkpoints(make_cache, tmp_path) -> None:

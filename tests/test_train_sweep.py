@@ -203,7 +203,7 @@ def test_groups_that_fit_the_memory(make_cache, tmp_path, monkeypatch) -> None:
     whole = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "a"))
     monkeypatch.setattr(train.grouping, "available_memory", lambda device: int(1000 / train.grouping.MARGIN) + 1)
     monkeypatch.setattr(train.grouping, "measure", lambda data: Footprint(300, 300))
-    monkeypatch.setattr(train.grouping, "estimate", lambda config: Footprint(1000, 1000))
+    monkeypatch.setattr(train.grouping, "estimate", lambda config: Footprint(200, 200))
     parts = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "b"))
     assert [len(group.entries) for group in load_plan(parts.folder).groups] == [2, 2]
     assert "2 fit at once, 2 groups train one after another" in load_plan(parts.folder).notes[-1]

@@ -45,7 +45,7 @@ def needed_memory(config: TrainConfig) -> int:
 def needed_disk(config: TrainConfig) -> int:
     """Bytes of the checkpoints that are kept, the one being written, and the result."""
     copies = OPTIMIZERS[config.optimizer].on_disk + (config.ema_decay is not None)
-    return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + 1) + 1)
+    return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + config.keep_best + 1) + 1)
 
 
 def available_memory(device: str) -> int | None:

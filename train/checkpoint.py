@@ -66,7 +66,7 @@ def save(
     seconds: float = 0.0,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write checkpoints/step_N of a run's folder, then drop all but the newest `keep`."""
+    """Write checkpoints/step_N of a run's folder, then drop all but the newest `keep` and the best, if that is kept."""
     path = folder / FOLDER / f"step_{run.step:08d}"
     with files.new_folder(path) as temp:
         sae_core.save_native(run.sae, temp / "sae")
@@ -93,9 +93,29 @@ def save(
             "files": hashes,
         }
         (temp / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for old in list_checkpoints(folder)[: -run.config.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = list_checkpoints(folder)[-run.config.keep :]
+    if run.config.keep_best:
+        kept.append(best_checkpoint(folder) or path)
+    for old in list_checkpoints(folder):
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The one of the lowest score, the oldest of equals; None where nothing was measured yet."""
+    scores = {path: _score(path) for path in list_checkpoints(folder)}
+    measured = {path: score for path, score in scores.items() if score is not None}
+    return min(measured, key=lambda path: measured[path]) if measured else None
+
+
+def _score(path: Path) -> float | None:
+    """The score in a checkpoint's state; None for one that cannot be read."""
+    try:
+        score = json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if score is None else float(score)
 
 
 def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:

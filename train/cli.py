@@ -30,6 +30,9 @@ def run(
     layers: Layers = None,
     layer_stride: LayerStride = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        str, typer.Option("--resume", help="auto: the same command starts, continues, or finds it complete.")
+    ] = "never",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +47,9 @@ def run(
         settings = _settings(read_flags)
         if not settings.cache:
             fail(NO_CACHE, 2)
-        _train(lambda **options: _run_module().train_sae(settings, overwrite=overwrite, **options), quiet)
+        _train(
+            lambda **options: _run_module().train_sae(settings, overwrite=overwrite, resume=resume, **options), quiet
+        )
 
 
 @app.command()
@@ -170,8 +175,12 @@ def _finished(folders: list[Path]) -> list[Path]:
 def _settings(read_flags: ReadFlags) -> Any:
     """The TrainConfig of a command's flags, not resolved."""
     from train.config import make_config
+    from train.errors import ConfigError
 
-    return make_config([values for _, values in read_flags().layers()])
+    layers = read_flags().layers()
+    if any("grid" in values for _, values in layers):
+        raise ConfigError("the file has a grid: train it with sae-train sweep")
+    return make_config([values for _, values in layers])
 
 
 def _run_module() -> Any:

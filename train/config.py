@@ -140,6 +140,16 @@ def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
     return make_config([dict(_flatten(content, source))])
 
 
+def differing(saved: TrainConfig, now: TrainConfig) -> list[str]:
+    """The settings in which two configs differ: `k=32, now 64`."""
+    before, after = (
+        {key: value for values in to_sections(config).values() for key, value in values.items()}
+        for config in (saved, now)
+    )
+    keys = list(dict.fromkeys([*before, *after]))
+    return [f"{k}={before.get(k)}, now {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The config as YAML text."""
     text: str = yaml.safe_dump(to_sections(config), sort_keys=False, allow_unicode=True)

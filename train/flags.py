@@ -139,7 +139,13 @@ def given_settings(
     save_every: Annotated[
         Text, _option(LOGGING, "Steps between checkpoints; 0: at the end. (default: 1000)", "--save-every")
     ] = None,
-    keep: Annotated[Text, _option(LOGGING, "Checkpoints to keep. (default: 2)", "--keep")] = None,
+    save_minutes: Annotated[
+        Text, _option(LOGGING, "Minutes between checkpoints; 0: by steps alone. (default: 10)", "--save-minutes")
+    ] = None,
+    keep: Annotated[Text, _option(LOGGING, "Newest checkpoints to keep. (default: 2)", "--keep")] = None,
+    keep_best: Annotated[
+        Flag, _option(LOGGING, "Keep the one of the lowest FVU too. (default: no)", "--keep-best/--no-keep-best")
+    ] = None,
     wandb: Annotated[Text, _option(LOGGING, "online, offline, off. (default: off)", "--wandb")] = None,
     wandb_project: Annotated[Text, _option(LOGGING, "(default: granary)", "--wandb-project")] = None,
 ) -> Given:

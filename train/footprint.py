@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from train import loop
-from train.capacity import FLOAT_BYTES, needed_memory, parameter_bytes
+from train.capacity import FLOAT_BYTES, available_memory, needed_memory, parameter_bytes
 from train.config import TrainConfig
 from train.data import Data
 from train.rng import Rng
@@ -55,8 +55,11 @@ def measure(data: Data) -> Footprint | None:
         rows = {
             name: torch.randn(config.batch_size, data.width(name), device=config.device) for name in data.input_names
         }
-        for _ in range(PROBE_STEPS):
-            loop.train_step(run, data.inputs(rows))
+        try:
+            for _ in range(PROBE_STEPS):
+                loop.train_step(run, data.inputs(rows))
+        except torch.OutOfMemoryError:
+            return Footprint(estimate(config).resident, available_memory(config.device) or 0)
         run.optimizer.zero_grad(set_to_none=True)
         after = _memory(config.device)
     assert after is not None

@@ -37,8 +37,12 @@ def _fit(stream: list[tuple[Data, Entry]]) -> tuple[list[list[tuple[Data, Entry]
         return [stream], []
     usable = int(MARGIN * there) - _stream_bytes([data for data, _ in stream])
     sizes = [estimate(data.config) for data, _ in stream]
+    known: dict[str, Footprint] = {}
     if 2 * (sum(s.resident for s in sizes) + max(s.step for s in sizes)) > usable:
-        sizes = _measured([data for data, _ in stream])
+        sizes = [
+            size if size.total > usable else _measured(data, known)
+            for (data, _), size in zip(stream, sizes, strict=True)
+        ]
     alone = [size.total <= usable for size in sizes]
     if not all(alone):
         entry, size = next((e, s) for (_, e), s, fits in zip(stream, sizes, alone, strict=True) if not fits)
@@ -57,20 +61,15 @@ def _fit(stream: list[tuple[Data, Entry]]) -> tuple[list[list[tuple[Data, Entry]
     return groups, [note]
 
 
-def _measured(runs: Sequence[Data]) -> list[Footprint]:
-    """Measured footprints; runs of equal sizes are measured once."""
-    known: dict[str, Footprint] = {}
-    out = []
-    for data in runs:
-        config = data.config
-        sizes = {**config.options, "lr": None, "dead_after_tokens": None}
-        key = repr(
-            (config.type, config.batch_size, config.grad_acc_steps, config.optimizer, config.compute_dtype, sizes)
-        )
-        if key not in known:
-            known[key] = measure(data) or estimate(config)
-        out.append(known[key])
-    return out
+def _measured(data: Data, known: dict[str, Footprint]) -> Footprint:
+    """A measured footprint; runs of equal sizes are measured once."""
+    config = data.config
+    sizes = {**config.options, "lr": None, "dead_after_tokens": None}
+    step = (config.batch_size, config.grad_acc_steps, config.optimizer, config.compute_dtype)
+    key = repr((config.type, step, sizes))
+    if key not in known:
+        known[key] = measure(data) or estimate(config)
+    return known[key]
 
 
 def _stream_bytes(runs: Sequence[Data]) -> int:

@@ -134,8 +134,10 @@ class Member:
         return validate.validate(self.run, self.data.validation) if validate.is_due(self.run) else {}
 
     def _save_is_due(self) -> bool:
-        every = self.data.config.save_every
-        return self.done or (every > 0 and self.step % every == 0)
+        config = self.data.config
+        by_step = config.save_every > 0 and self.step % config.save_every == 0
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return self.done or by_step or (config.save_minutes > 0 and minutes >= config.save_minutes)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -162,6 +164,8 @@ class Member:
         self._check_numbers(numbers)
         self.sinks.flush()
         summary = summarize(run, data, numbers, last_training_l0(self.folder), self.clock.seconds)
+        if data.config.keep_best and (best := checkpoint.best_checkpoint(self.folder)):
+            summary["best_checkpoint"] = best.name
         for path in sae_core.save(run.sae, self.folder, export_metadata(data, self.folder)):
             files.sync_file(path)
         self.sinks.finish(summary)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import sae_core
 from train.callbacks import AnyCallback, Callbacks
 from train.capacity import check_capacity
-from train.config import TrainConfig, make_config
+from train.checkpoint import check_identity
+from train.config import TrainConfig, differing, make_config
 from train.data import Data
-from train.errors import RunExistsError
-from train.folders import SUMMARY, claim_folder, exclusive, is_complete, read_run
+from train.errors import ConfigError, RunExistsError, nearest
+from train.folders import (
+    RECORD,
+    SUMMARY,
+    check_name,
+    claim_folder,
+    exclusive,
+    is_complete,
+    read_run,
+    read_summary,
+)
 from train.log import JsonlSink, Sink, Sinks
 from train.member import Result, open_member
 from train.session import train_members
@@ -28,6 +39,7 @@ def train_sae(
     sinks: Sequence[Sink] = (),
     callbacks: Sequence[AnyCallback] = (),
     overwrite: bool = False,
+    resume: Literal["never", "auto"] = "never",
     stop: StopRequest | None = None,
     **settings: Any,
 ) -> Result:
@@ -36,13 +48,46 @@ def train_sae(
     Settings are those of `TrainConfig` and of the variant; together with a `config` they replace its values. `sinks`
     receive the metrics, `callbacks` follow the steps (`train.callbacks`).
     Everything that can be wrong is told before anything is written (ConfigError, CacheError, SAEError).
+    With resume="auto" the same call starts a run, continues it from its newest checkpoint, or returns its result.
     """
+    _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
     data = Data.open(config)
+    if resume == "auto" and (begun := _begun(config, data.config)) is not None:
+        return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
     data.language_model  # noqa: B018 (a model that is missing is told before anything is spent)
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
     return _train(data, folder, sinks, Callbacks(callbacks), stop)
+
+
+def _check_resume(resume: str, overwrite: bool) -> None:
+    if resume not in ("never", "auto"):
+        raise ConfigError(f"resume={resume!r}: expected auto or never{nearest(resume, ('auto', 'never'))}")
+    if resume == "auto" and overwrite:
+        raise ConfigError("--resume auto continues a run, --overwrite starts it anew every time: give one of them")
+
+
+def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[Data, Path] | Result | None:
+    """A run of the same config: what continues it, or its result; None if there is none.
+
+    Raises RunExistsError for a run of another config, CheckpointError for one of another cache.
+    """
+    folder = Path(resolved.runs_dir) / check_name(str(resolved.name))
+    if not (folder / RECORD).is_file():
+        return None
+    saved, record = read_run(folder)
+    data = Data.reopen(saved, record)
+    check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
+    now = replace(Data.open(config, data.cache).config, runs_dir=saved.runs_dir)  # on the shards that it started with
+    if differences := differing(saved, now):
+        raise RunExistsError(
+            f"{folder} was started with other settings ({', '.join(differences[:4])}): choose another --name, "
+            "or give its own"
+        )
+    if is_complete(folder):
+        return Result(sae_core.load(folder), folder, read_summary(folder))
+    return data, folder
 
 
 def resume_training(

@@ -107,7 +107,9 @@ class TrainConfig:
 
     log_every: int = setting(10, "logging", "steps between two lines of metrics", gt=0)
     save_every: int = setting(1000, "logging", "steps between checkpoints (0: only when stopped and at the end)", ge=0)
-    keep: int = setting(2, "logging", "checkpoints to keep", gt=0)
+    save_minutes: float = setting(10.0, "logging", "minutes between checkpoints (0: by steps alone)", ge=0)
+    keep: int = setting(2, "logging", "newest checkpoints to keep", gt=0)
+    keep_best: bool = setting(False, "logging", "keep the checkpoint of the lowest FVU too")
     eval_rows: int = setting(2**17, "logging", "most held-out rows in the final evaluation", gt=0)
     eval_downstream: bool | None = setting(
         None, "logging", "report CE score and KL of the language model with the SAE in it (default: if it is loaded)"

@@ -21,7 +21,8 @@ from train.cli import app
 from train.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
 from train.errors import SpliceError
 from train.patch import patched
-from train.splice import open_model, weights_hash
+from train.splice import open_embedder, open_model
+from train.weights import weights_hash
 
 SMALL = {
     "type": "topk",
@@ -361,6 +362,36 @@ def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_ca
     assert "finetune_kl=5,000 is longer than the run of 5 steps" in long
     both = refusal("--cache", make_cache("two"), "--finetune-kl", "64", *KL)
     assert "finetune_kl=64 with loss=kl" in both
+
+
+def test_sentence_transformers_are_measured_by_their_embedding(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from harvest.cli import app as harvest_app
+    from harvest.demo import demo_model_path
+
+    arguments = ["run", "--model", "demo", "--dataset", "demo", "--max-docs", "2", "--layer", "3", "--ctx-len", "64"]
+    result = CliRunner().invoke(harvest_app, [*arguments, "--out", str(tmp_path / "c")])
+    assert result.exit_code == 0, result.output
+    opened = cache.open(tmp_path / "c")
+    model = open_embedder(opened, lm=str(demo_model_path()))
+    batch = next(windows_of(tmp_path / "c", batch_rows=150))
+    library = SentenceTransformer(str(demo_model_path()))
+    features = {"input_ids": torch.from_numpy(batch.token_id), "attention_mask": torch.from_numpy(batch.real).long()}
+    with torch.no_grad():
+        expected = library(features)["sentence_embedding"]
+    found = torch.nn.functional.normalize(model.embeddings(model.plain(batch)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    numbers = downstream(identity(384), model, [batch])
+    assert numbers["embedding_cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert numbers["embedding_cosine_ablated"] < 0.99
+    ablated = downstream(zeros(384), model, [batch])
+    assert ablated["embedding_cosine"] == ablated["embedding_cosine_ablated"] == numbers["embedding_cosine_ablated"]
+    flags = ["--cache", tmp_path / "c", "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
+    flags += ["--eval-downstream", "--lm", demo_model_path(), "--runs-dir", tmp_path, "--name", "a"]
+    result = CliRunner().invoke(app, ["run", *map(str, flags)])
+    assert result.exit_code == 0, result.output
+    assert 0 < json.loads((tmp_path / "a" / "summary.json").read_text())["eval"]["embedding_cosine"] < 1
 
 
 def test_what_has_no_language_model(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cache.windows import Windows, WindowsState, read_windows
 from train.checkpoint import Identity
 from train.config import TrainConfig
 from train.initial import check_initial
-from train.language_model import LanguageModel
+from train.language_model import EmbeddingModel, LanguageModel
 from train.phases import first_window_step, needs_language_model
 from train.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
 
@@ -135,17 +135,18 @@ class Data:
         yield from self._pass(self.eval_part, self.config.eval_rows)
 
     @cached_property
-    def language_model(self) -> LanguageModel | None:
+    def language_model(self) -> LanguageModel | EmbeddingModel | None:
         """The model of the cache with the hook point of this run, if the run goes through it.
 
         Raises SpliceError or SelectionError; asked for before anything is written.
         """
         if not needs_language_model(self.config):
             return None
-        from train.splice import open_model
+        from train.splice import open_any, open_model
 
         config = self.config
-        return open_model(self.cache, config.hook[0], lm=config.lm, device=config.device, dtype=config.compute_dtype)
+        opens = open_any if first_window_step(config) is None else open_model
+        return opens(self.cache, config.hook[0], lm=config.lm, device=config.device, dtype=config.compute_dtype)
 
     def windows(self, state: WindowsState | None = None) -> Iterator[Windows]:
         """Endless batches of whole windows to train on, in harvest order, each of at most `batch_size` rows."""

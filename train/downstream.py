@@ -9,7 +9,6 @@ Shapes: N kept tokens, D = d_in, P predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from cache.windows import Windows
 from sae_core import SAE, Progress, SAEOutput
-from train.language_model import LanguageModel, Tokens
+from train.language_model import EmbeddingModel, LanguageModel, Tokens
 from train.patch import Edit
 from train.step_input import Terms
 
@@ -46,35 +45,58 @@ def at_kept(tokens: Tokens, rows: Rows) -> Edit:
 
 
 @torch.no_grad()
-def downstream(sae: SAE, model: LanguageModel, windows: Iterable[Windows]) -> dict[str, float]:
-    """ce_score, kl, ce_clean, ce_spliced, ce_ablated and n_predicted of an SAE in inference.
+def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterable[Windows]) -> dict[str, float]:
+    """What an SAE in inference costs the model: `prediction_cost`, or `embedding_cost` of a Sentence-Transformer.
 
-    ce_score = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when no more is kept than
-    by zeros in the place of the activations (zero ablation). Empty when nothing was predicted.
-    The SAE is left in the mode that it was in.
+    The SAE is left in the mode that it was in. Empty when there was nothing to measure.
     """
     training = sae.training
     sae.eval()
-    sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated", "kl"), 0.0)
-    n_predicted = 0
     try:
-        for batch in windows:
-            tokens = model.tokens(batch)
-            clean = model.logits(tokens)
-            spliced = model.logits(tokens, at_kept(tokens, lambda rows: sae(rows).x_hat))
-            ablated = model.logits(tokens, at_kept(tokens, torch.zeros_like))
-            for name, logits in (("ce_clean", clean), ("ce_spliced", spliced), ("ce_ablated", ablated)):
-                sums[name] += float(cross_entropy(logits, tokens.targets))
-            sums["kl"] += float(kl_divergence(clean, spliced))
-            n_predicted += len(tokens.targets)
+        if isinstance(model, EmbeddingModel):
+            return embedding_cost(lambda rows: sae(rows).x_hat, model, windows)
+        return prediction_cost(lambda rows: sae(rows).x_hat, model, windows)
     finally:
         sae.train(training)
+
+
+def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[Windows]) -> dict[str, float]:
+    """ce_score, kl, ce_clean, ce_spliced, ce_ablated and n_predicted.
+
+    ce_score = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when no more is kept than
+    by zeros in the place of the activations (zero ablation).
+    """
+    sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated", "kl"), 0.0)
+    n_predicted = 0
+    for batch in windows:
+        tokens = model.tokens(batch)
+        clean = model.logits(tokens)
+        spliced = model.logits(tokens, at_kept(tokens, reconstruct))
+        ablated = model.logits(tokens, at_kept(tokens, torch.zeros_like))
+        for name, logits in (("ce_clean", clean), ("ce_spliced", spliced), ("ce_ablated", ablated)):
+            sums[name] += float(cross_entropy(logits, tokens.targets))
+        sums["kl"] += float(kl_divergence(clean, spliced))
+        n_predicted += len(tokens.targets)
     if not n_predicted:
         return {}
     means = {name: value / n_predicted for name, value in sums.items()}
     gap = means["ce_ablated"] - means["ce_clean"]
-    score = (means["ce_ablated"] - means["ce_spliced"]) / gap if gap else math.nan
-    return {"ce_score": score, **means, "n_predicted": n_predicted}
+    score = {"ce_score": (means["ce_ablated"] - means["ce_spliced"]) / gap} if gap else {}
+    return {**score, **means, "n_predicted": n_predicted}
+
+
+def embedding_cost(reconstruct: Rows, model: EmbeddingModel, windows: Iterable[Windows]) -> dict[str, float]:
+    """embedding_cosine: of each window's embedding with the clean one, on average; embedding_cosine_ablated beside."""
+    spliced, ablated, n_windows = 0.0, 0.0, 0
+    for batch in windows:
+        tokens = model.plain(batch)
+        clean = model.embeddings(tokens)
+        spliced += float(F.cosine_similarity(clean, model.embeddings(tokens, at_kept(tokens, reconstruct))).sum())
+        ablated += float(F.cosine_similarity(clean, model.embeddings(tokens, at_kept(tokens, torch.zeros_like))).sum())
+        n_windows += len(batch)
+    if not n_windows:
+        return {}
+    return {"embedding_cosine": spliced / n_windows, "embedding_cosine_ablated": ablated / n_windows}
 
 
 @dataclass(frozen=True, eq=False)

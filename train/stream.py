@@ -8,6 +8,7 @@ from cache.loader import Batch, LoaderState
 from cache.windows import Windows, WindowsState
 from train.data import Data, open_stream
 from train.downstream import SplicedInput
+from train.language_model import LanguageModel
 from train.phases import first_window_step
 from train.step_input import Inputs
 
@@ -53,7 +54,7 @@ def step_input(data: Data, batch: Batch | Windows) -> Inputs | SplicedInput:
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
         return data.inputs(batch.x)
-    assert data.language_model is not None
+    assert isinstance(data.language_model, LanguageModel)
     finetunes = data.config.finetune_kl is not None
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)
 

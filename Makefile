@@ -25,10 +25,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check bench interop bench-peers clean
+.PHONY: help setup demo harvest train test test-all check docs bench interop bench-peers clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | bench | interop | bench-peers | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | docs | bench | interop | bench-peers | clean"
 
 setup: $(STAMP)
 
@@ -60,6 +60,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -91,12 +91,25 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
     monkeypatch.setattr(socket.socket, "connect", local_only)
     path = make_cache()
     recorder = Recorder()
-    result = train_sae(cache=str(path), runs_dir=str(tmp_path / "runs"), wandb="offline", sinks=[recorder], **SETTINGS)
+    result = train_sae(
+        cache=str(path),
+        runs_dir=str(tmp_path / "runs"),
+        wandb="offline",
+        wandb_project="of-mine",
+        sinks=[recorder],
+        **SETTINGS,
+    )
     assert not recorder.messages
     run_id = json.loads((result.folder / "run.json").read_text())["wandb_id"]
     [file] = (result.folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert file.name == f"run-{run_id}.wandb"
-    wanted = [b"metrics/l0", b"metrics/explained_variance", b"sparsity/dead_features", b"losses/overall_loss"]
+    wanted = [
+        b"metrics/l0",
+        b"metrics/explained_variance",
+        b"sparsity/dead_features",
+        b"losses/overall_loss",
+        b"of-mine",
+    ]
     deadline = time.monotonic() + 30  # wandb's own process writes a moment later
     while missing := [name for name in wanted if name not in file.read_bytes()]:
         assert time.monotonic() < deadline, missing

@@ -18,6 +18,8 @@ from cache.windows import read_windows
 from sae_core import Progress
 from train import train_sae
 from train.cli import app
+from train.config import make_config
+from train.data import Data
 from train.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
 from train.errors import SpliceError
 from train.patch import patched
@@ -267,6 +269,16 @@ def test_whole_runs_through_the_model_from_the_command_line(models: Path, tmp_pa
         numbers = json.loads((folder / "summary.json").read_text())["eval"]
         assert {"ce_score", "kl", "ce_clean", "ce_spliced", "ce_ablated", "fvu"} <= set(numbers)
         assert sae_core.load(folder).d_out == 64
+
+
+def test_the_evaluation_reads_as_many_rows_as_asked(models: Path) -> None:
+    settings = {**SMALL, "cache": str(models / "llama_l0"), "batch_size": 64}
+    counts = []
+    for rows in (1, 150):
+        data = Data.open(make_config([{**settings, "downstream_rows": rows}]))
+        counts.append([batch.n_rows for batch in data.evaluation_windows()])
+    assert len(counts[0]) == 1
+    assert sum(counts[1]) >= 150 > sum(counts[1][:-1])
 
 
 def test_the_example_trains(models: Path, tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ EFFECTS = {
     "log_every": Effect(2, "log"),
     "save_every": Effect(3, "files"),
     "keep": Effect(1, "files", {"save_every": 3}),
+    "save_minutes": Effect(1e-9, "files"),
+    "keep_best": Effect(True, "files", {"save_every": 1, "keep": 1, "eval_every": 1, "lr": 3.0}),
     "eval_rows": Effect(30, "summary"),
     "eval_every": Effect(4, "log"),
     "val_rows": Effect(64, "log", {"eval_every": 4}),

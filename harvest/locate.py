@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from harvest.hub import OFFLINE_HINT, one_line, online
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 SENTENCE_TRANSFORMER = "sentence-transformer"
 TRANSFORMER = "transformer"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def locate(config: ModelConfig) -> Located:
     """Find the model and read its config, or say in one line why not."""
     located = _find(config)
     located = _sentence_transformer(located)
-    return replace(located, config=_load_config(located))
+    located = replace(located, config=_load_config(located))
+    return replace(located, revision=_commit(located) or located.revision)
 
 
 def check_weights(located: Located) -> None:
@@ -197,6 +200,12 @@ def _file(located: Located, name: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise ModelError(_why_no_config(located, error)) from error
     return Path(found) if found else None
+
+
+def _commit(located: Located) -> str | None:
+    """The commit that a hub model's files come from: the folder of its snapshot in the local cache."""
+    found = None if located.is_local else _file(located, f"{located.subfolder}/config.json".lstrip("/"))
+    return next((part for part in found.parts if _COMMIT.fullmatch(part)), None) if found is not None else None
 
 
 def _read_json(path: Path, located: Located) -> Any:

@@ -188,7 +188,7 @@ def model_record(located: Located, model_class: str | None, layers: int | None) 
     config = located.text_config if located.config is not None else None
     return {
         "id": located.model_id,
-        "revision": located.revision or getattr(located.config, "_commit_hash", None),
+        "revision": located.revision,
         "kind": located.kind,
         "model_type": getattr(config, "model_type", None),
         "class": model_class,

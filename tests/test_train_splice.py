@@ -359,6 +359,25 @@ def test_activations_tell_another_model_where_no_hash_does(models: Path, tmp_pat
         open_model(opened, lm=str(other))
 
 
+def test_a_hub_model_is_taken_in_the_revision_that_was_harvested(models: Path, tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    hub, first, second = tmp_path / "hub", "1" * 40, "2" * 40
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    repository = hub / "models--org--tiny"
+    shutil.copytree(models / "gpt2", repository / "snapshots" / first)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(first)
+    monkeypatch.chdir(tmp_path)
+    opened = cache.open(harvest("org/tiny", tmp_path / "c", "--max-tokens", "2k"))
+    assert opened.manifest.provenance["model"]["revision"] == first
+    assert open_model(opened).mask_id is None
+    shutil.move(repository / "snapshots" / first, repository / "snapshots" / second)
+    (repository / "refs" / "main").write_text(second)
+    with pytest.raises(SpliceError, match=r"'org/tiny' that the cache was harvested from cannot be found \(.*--lm"):
+        open_model(opened)
+
+
 def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_cache) -> None:
     import transformers
 
@@ -404,6 +423,15 @@ def test_sentence_transformers_are_measured_by_their_embedding(tmp_path: Path) -
     result = CliRunner().invoke(app, ["run", *map(str, flags)])
     assert result.exit_code == 0, result.output
     assert 0 < json.loads((tmp_path / "a" / "summary.json").read_text())["eval"]["embedding_cosine"] < 1
+
+
+def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:
+    import train.capacity
+
+    monkeypatch.setattr(train.capacity, "available_memory", lambda device: 2**20)
+    message = refusal("--cache", models / "llama_l0", *KL, "--d-sae", 64, "--runs-dir", tmp_path / "runs")
+    assert "batch_size=256 through a model of 256 tokens needs about 0.00 GiB" in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_has_no_language_model(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from train.errors import ConfigError
 from train.optim import OPTIMIZERS
 
 FLOAT_BYTES = 4
+LOGIT_COPIES = 6  # clean and spliced, their log-probabilities, gradients
 
 
 def check_capacity(config: TrainConfig) -> None:
@@ -31,6 +32,17 @@ def check_capacity(config: TrainConfig) -> None:
         raise ConfigError(
             f"{config.runs_dir} has {gib(free)} free, the run's checkpoints need about {gib(disk)}: free space, "
             "lower --keep, or choose another --runs-dir"
+        )
+
+
+def check_logits(config: TrainConfig, vocab_size: int) -> None:
+    """Refuse steps through a language model whose predictions do not fit the memory. Raises ConfigError."""
+    needed = FLOAT_BYTES * LOGIT_COPIES * (config.batch_size // config.grad_acc_steps) * vocab_size
+    there = available_memory(config.device)
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"batch_size={config.batch_size:,} through a model of {vocab_size:,} tokens needs about {gib(needed)} of "
+            f"memory for its predictions, {config.device} has {gib(there)}: raise --grad-acc-steps"
         )
 
 

@@ -18,6 +18,7 @@ from cache.order import Order
 from cache.reader import Cache
 from cache.selection import Part, account
 from cache.windows import Windows, WindowsState, read_windows
+from train.capacity import check_logits
 from train.checkpoint import Identity
 from train.config import TrainConfig
 from train.initial import check_initial
@@ -28,6 +29,7 @@ from train.resolve import filters_of, holdout_of, resolve, resolve_device, resol
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
 CALIBRATION_ROWS = 2**17
+EVALUATION_ROWS = 2**10  # in one pass through a language model: each predicts its whole vocabulary
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -148,6 +150,14 @@ class Data:
         opens = open_any if first_window_step(config) is None else open_model
         return opens(self.cache, config.hook[0], lm=config.lm, device=config.device, dtype=config.compute_dtype)
 
+    def check_language_model(self) -> None:
+        """Load the model if the run goes through it, so that what is wrong with it is told before anything is spent.
+
+        Raises SpliceError, SelectionError, or ConfigError where its predictions do not fit the memory.
+        """
+        if isinstance(self.language_model, LanguageModel) and first_window_step(self.config) is not None:
+            check_logits(self.config, self.language_model.vocab_size)
+
     def windows(self, state: WindowsState | None = None) -> Iterator[Windows]:
         """Endless batches of whole windows to train on, in harvest order, each of at most `batch_size` rows."""
         return self._windows("train", self.config.batch_size, state=state)
@@ -155,7 +165,8 @@ class Data:
     def evaluation_windows(self) -> Iterator[Windows]:
         """The first windows of the part that is evaluated, in micro-batches, with about `downstream_rows` rows."""
         taken = 0
-        for batch in self._windows(self.eval_part, self.config.batch_size // self.config.grad_acc_steps, epochs=1):
+        size = min(self.config.batch_size // self.config.grad_acc_steps, EVALUATION_ROWS)
+        for batch in self._windows(self.eval_part, size, epochs=1):
             yield batch
             taken += batch.n_rows
             if taken >= self.config.downstream_rows:

@@ -93,6 +93,12 @@ class LanguageModel(HookedModel):
         ids[predicted] = self.mask_id
         return self._tokens(windows, ids, predicted, targets)
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
     def logits(self, tokens: Tokens, edit: Edit = lambda x: x) -> Tensor:
         """(P, V) float32 predictions."""
         logits: Tensor = self.run(tokens, edit).logits[tokens.predicted]

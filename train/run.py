@@ -55,7 +55,7 @@ def train_sae(
     data = Data.open(config)
     if resume == "auto" and (begun := _begun(config, data.config)) is not None:
         return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
-    data.language_model  # noqa: B018 (a model that is missing is told before anything is spent)
+    data.check_language_model()
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
     return _train(data, folder, sinks, Callbacks(callbacks), stop)

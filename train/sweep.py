@@ -216,8 +216,9 @@ def _check_language_models(plan: Plan) -> None:
     """Load what the SAEs go through, so that a model that is missing is told before anything is spent."""
     for group in plan.groups:
         wanted = {e.config.hook: e.config for e in group.entries if needs_language_model(e.config)}
-        held = [Data.reopen(config, group.record).language_model for config in wanted.values()]  # loaded once for all
-        del held
+        opened = [Data.reopen(config, group.record) for config in wanted.values()]  # held together: loaded once for all
+        for data in opened:
+            data.check_language_model()
 
 
 class _OneSample:

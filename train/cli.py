@@ -1,14 +1,16 @@
-"""`sae-train run | sweep | config | resume | compare | export | push | types`. Heavy imports stand inside."""
+"""`sae-train run | quick | sweep | config | resume | compare | export | push | types`. Heavy imports stand inside."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from train import cli_sweep
-from train.cli_common import NO_CACHE, Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors, fail
+from train.cli_common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
+from train.cli_quick import quick
+from train.cli_train import show_training, train_given
 from train.flags import takes_settings
 
 app = typer.Typer(
@@ -21,6 +23,7 @@ app = typer.Typer(
 )
 
 app.command()(cli_sweep.sweep)
+app.command()(quick)
 
 
 @app.command()
@@ -41,15 +44,7 @@ def run(
     Several --layers, or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep` does.
     """
     with errors(debug):
-        if grid := cli_sweep.several(read_flags(), layers, layer_stride):
-            cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet)
-            return
-        settings = _settings(read_flags)
-        if not settings.cache:
-            fail(NO_CACHE, 2)
-        _train(
-            lambda **options: _run_module().train_sae(settings, overwrite=overwrite, resume=resume, **options), quiet
-        )
+        train_given(read_flags(), layers, layer_stride, overwrite=overwrite, resume=resume, quiet=quiet)
 
 
 @app.command()
@@ -83,7 +78,9 @@ def resume(
         if not quiet and not is_complete(folder):
             found = list_checkpoints(folder)
             typer.echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
-        _train(lambda **options: _run_module().resume_training(folder, **options), quiet)
+        from train.run import resume_training
+
+        show_training(lambda **options: resume_training(folder, **options), quiet)
 
 
 @app.command()
@@ -170,35 +167,6 @@ def _finished(folders: list[Path]) -> list[Path]:
     for reason in skipped:
         typer.echo(f"skipped: {reason}", err=True)
     return found
-
-
-def _settings(read_flags: ReadFlags) -> Any:
-    """The TrainConfig of a command's flags, not resolved."""
-    from train.config import make_config
-    from train.errors import ConfigError
-
-    layers = read_flags().layers()
-    if any("grid" in values for _, values in layers):
-        raise ConfigError("the file has a grid: train it with sae-train sweep")
-    return make_config([values for _, values in layers])
-
-
-def _run_module() -> Any:
-    import train.run
-
-    return train.run
-
-
-def _train(start: Any, quiet: bool) -> None:
-    """Run with a console and signal handlers, then print the result."""
-    from train.console import ConsoleSink
-    from train.render import result_table, show
-    from train.signals import stop_on_signals
-
-    with stop_on_signals() as stop:
-        result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
-    show(result_table([result.summary]))
-    typer.echo(f"{result.folder}")
 
 
 def main() -> None:

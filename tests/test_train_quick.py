@@ -1,0 +1,82 @@
+"""`sae-train quick`: text to SAE in one command, through the real commands."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harvest_kit import build_model, texts
+from typer.testing import CliRunner
+
+import sae_core
+from train.cli import app
+from train.harvesting import cache_folder
+
+REPO = Path(__file__).resolve().parents[1]
+TRAIN = ["--steps", "5", "--batch-size", "32", "--eval-rows", "64", "--d-sae", "64", "--k", "4"]
+
+
+@pytest.fixture
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    build_model(tmp_path / "models" / "bert", "bert")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(30)))
+
+
+@pytest.mark.usefixtures("_here")
+def test_quick_harvests_once_and_trains() -> None:
+    command = ["quick", "models/bert", "text.jsonl", "--layer", "1", "--max-tokens", "500", "--device", "cpu", *TRAIN]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    folder = Path("cache/bert_text.jsonl_l1_500")
+    run = Path("runs/bert_text.jsonl_l1_500_layer_1_batchtopk_d64_k4_s0")
+    assert sae_core.load(run).type_name == "batchtopk"
+    log = (folder / "harvest.log").read_text()
+    again = CliRunner().invoke(app, [*command, "--type", "topk"])
+    assert again.exit_code == 0, again.output
+    assert (folder / "harvest.log").read_text() == log  # nothing was harvested again
+    assert sorted(p.name for p in Path("cache").iterdir() if p.is_dir()) == [folder.name]
+    assert len(list(Path("runs").glob("*/summary.json"))) == 2
+
+
+@pytest.mark.usefixtures("_here")
+def test_what_cannot_be_trained_is_told_before_the_harvest() -> None:
+    for flags, message in (
+        (["--set", "kk=3", "--layer", "1"], "unknown setting 'kk'"),
+        ([], "quick needs the layers by number, got none: give --layer 6"),
+        (["--hook", "attention"], "got attention"),
+    ):
+        result = CliRunner().invoke(app, ["quick", "models/bert", "text.jsonl", *flags])
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+        assert not Path("cache").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
+def test_a_signal_reaches_the_harvest() -> None:
+    (Path("text.jsonl")).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(20_000)))
+    command = [sys.executable, "-m", "train.cli", "quick", "models/bert", "text.jsonl", "--layer", "1"]
+    process = subprocess.Popen([*command, "--harvest", "--rows-per-shard 512"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(Path("cache").glob("*/commits/*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert "run the same command again" in error
+    assert not Path("runs").exists()
+
+
+def test_a_harvest_of_other_settings_has_another_folder() -> None:
+    plain = cache_folder("org/bert-base", "./data/text.jsonl", "2,4", "5M", [])
+    assert plain == Path("cache/bert-base_text.jsonl_l2-4_5m")
+    others = {
+        cache_folder("org/bert-base", "x", "2", "5M", others).name for others in (["--ctx-len", "64"], ["--pack"], [])
+    }
+    assert len(others) == 3

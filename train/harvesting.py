@@ -1,0 +1,39 @@
+"""Harvest a cache by the other stage's command: `sae-train quick` starts it as a process and imports nothing of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+COMMAND = (sys.executable, "-m", "harvest.cli", "run")
+
+
+def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others: Sequence[str]) -> Path:
+    """cache/<model>_<data set>_l<layers>_<tokens>; further flags add a hash, so that each harvest has a folder."""
+    last = [re.split(r"[\\/]", text.rstrip("/"))[-1] for text in (model, dataset)]
+    parts = [*last, "l" + layers.replace(",", "-"), max_tokens.lower()]
+    if others:
+        parts.append(hashlib.sha256("\0".join(others).encode()).hexdigest()[:6])
+    return Path("cache") / re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
+
+
+def harvest(arguments: Sequence[str]) -> int:
+    """Run `sae-harvest run` and return its exit code. Signals are the child's to answer; this waits for it."""
+    with subprocess.Popen([*COMMAND, *arguments]) as process:
+
+        def forward(signum: int, frame: FrameType | None) -> None:
+            if signum != signal.SIGINT:  # a terminal sends that one to both
+                process.send_signal(signum)
+
+        before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return process.wait()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

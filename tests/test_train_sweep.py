@@ -2,9 +2,12 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -305,3 +308,74 @@ def test_another_sweep_under_the_same_name_is_refused(make_cache, tmp_path) -> N
         train_sweep({"k": [3]}, {**settings, "name": "../s"})
     with pytest.raises(NotARunError, match="holds no sweep"):
         resume_sweep(tmp_path)
+
+
+def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "wandb": "offline", "steps": 8}
+    result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
+    for row in result.rows:
+        folder = result.folder / row["name"]
+        run_id = json.loads((folder / "run.json").read_text())["wandb_id"]
+        [file] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        assert file.name == f"run-{run_id}.wandb"
+        deadline = time.monotonic() + 30  # wandb's own process writes a moment later
+        while b"metrics/l0" not in file.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def start(target, **kwargs):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.sweep", "train.plots", "sae_core.variants.topk"])
+    process = context.Process(target=target, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def assert_same_sweep(whole: Path, other: Path) -> None:
+    assert table(whole) == table(other)
+    assert len(table(whole)) == len(load_plan(whole).entries)
+    for entry in load_plan(whole).entries:
+        assert_same_run(whole / entry.name, other / entry.name)
+
+
+def test_a_killed_sweep_continues(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "steps": 40, "log_every": 1}
+    whole = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path / "a"), name="s").folder
+    killed = tmp_path / "b" / "s"
+    arguments = {"grid": {"k": [2, 3]}, "settings": settings, "name": "s", "runs_dir": str(tmp_path / "b")}
+    process = start(train_sweep, **arguments)
+    metrics = killed / "toy_layer_3_topk_d32_k3_s0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
+        assert process.exitcode is None
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert not (killed / "results.csv").exists()
+    assert len(read_metrics(metrics.parent)) < 40
+    train_sweep(**arguments)
+    assert_same_sweep(whole, killed)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_instants_ends_with_the_same_table(make_cache, tmp_path) -> None:
+    """kill -9 five times; the same call again continues; the table is that of an uninterrupted sweep."""
+    settings = {**SETTINGS, "cache": str(make_cache()), "steps": 160, "save_every": 7, "log_every": 1}
+    grid = {"type": ["topk", "batchtopk", "matryoshka"], "k": [2, 3], "seed": [0, 1]}
+    call = {"grid": grid, "settings": settings, "name": "s"}
+    whole = train_sweep(**call, runs_dir=str(tmp_path / "a")).folder
+    rng, folder = random.Random(), tmp_path / "b" / "s"
+    for step in sorted(rng.sample(range(150), 5)):
+        process = start(train_sweep, **call, runs_dir=str(folder.parent))
+        some = folder / rng.choice(load_plan(whole).entries).name
+        while len(read_metrics(some)) < step:
+            assert process.exitcode is None
+            time.sleep(0.005)
+        process.join(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (folder / "results.csv").exists()
+    train_sweep(**call, runs_dir=str(folder.parent))
+    assert len(table(folder)) == 12
+    assert_same_sweep(whole, folder)

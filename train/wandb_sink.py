@@ -86,6 +86,7 @@ class WandbSink(BaseSink):
             resume="allow" if self.mode == "online" else None,
             dir=str(self.folder),
             mode=self.mode,
+            reinit="create_new",  # a sweep has several open at a time
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, x_save_requirements=False),
         )

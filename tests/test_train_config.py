@@ -21,6 +21,7 @@ from train.config import (
 from train.data import Data
 from train.errors import ConfigError
 from train.resolve import MAX_EPOCHS, default_name, n_steps_of
+from train.sweep import plan_sweep
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,8 @@ def test_text_rows_keep_position_0(make_cache) -> None:
 
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))
-EXAMPLES = [path for path in EXAMPLES if path.stem != "finetune_kl"]  # needs a model: test_train_splice
+SWEEP = next(path for path in EXAMPLES if path.stem == "sweep")
+EXAMPLES = [path for path in EXAMPLES if path.stem not in ("sweep", "finetune_kl")]  # that needs a model
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
@@ -243,3 +245,11 @@ def test_examples_train(make_cache, tmp_path, path) -> None:
 
 def test_every_common_type_has_an_example() -> None:
     assert {"vanilla", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"} <= {p.stem for p in EXAMPLES}
+
+
+def test_the_example_of_a_sweep_is_planned(make_cache) -> None:
+    settings = read_yaml(SWEEP) | {"cache": str(make_cache()), "batch_size": 128, "d_sae": 80}
+    settings.pop("expansion_factor")
+    plan = plan_sweep(settings.pop("grid"), settings)
+    assert len(plan.entries) == 12
+    assert len(plan.groups) == 1

@@ -48,8 +48,12 @@ def write_cache(
     rows_per_shard: int = 1000,
     decoder: bool = False,
     seed: int = 0,
+    on_document: Callable[[int], None] = lambda doc: None,
 ) -> Path:
-    """Each row is a sparse combination of 4 * d_in directions; each document has 1 to 3 windows of 5 to 40 tokens."""
+    """Each row is a sparse combination of 4 * d_in directions; each document has 1 to 3 windows of 5 to 40 tokens.
+
+    `on_document` is called after each document, while the cache is being written.
+    """
     import numpy as np
 
     from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
@@ -84,5 +88,6 @@ def write_cache(
             )
             n_windows += len(lengths)
             writer.append(rows, [DocumentRow(doc, "toy", doc, f"document {doc}")])
+            on_document(doc)
         writer.finish({"documents": n_docs})
     return path

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_cache
 from safetensors.torch import load_file
 
+import cache
 import sae_core
 import train.checkpoint
+from cache.errors import IncompleteCacheError
 from sae_core import resample as latents_of
 from train import resume_training, train_sae
 from train.callbacks import Callback
@@ -320,3 +323,28 @@ def test_callbacks_see_log_save_and_resume(start) -> None:
     again = resume_training(caught.value.folder, callbacks=[Own(), Callback()])
     assert lines(again.folder) == lines(run.folder)
     assert json.loads((again.folder / "summary.json").read_text())["steps"] == 30
+
+
+# -- a cache that still grows -----------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(tmp_path / "growing"), "runs_dir": str(tmp_path / "runs"), "save_every": 4}
+    stopper = StopAt(13)
+
+    def train_meanwhile(doc: int) -> None:
+        if doc != 80:
+            return
+        with pytest.raises(IncompleteCacheError, match=r"is incomplete: .* or open it with allow_incomplete"):
+            train_sae(**settings, name="refused")
+        train_sae(**settings, name="whole", allow_incomplete=True)
+        with pytest.raises(InterruptedRunError):
+            train_sae(**settings, name="stopped", allow_incomplete=True, callbacks=[stopper], stop=stopper.stop)
+
+    write_cache(tmp_path / "growing", rows_per_shard=500, on_document=train_meanwhile)
+    whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
+    resume_training(stopped)
+    assert lines(whole) == lines(stopped)
+    assert equal(weights(whole), weights(stopped))
+    rows = json.loads((stopped / "summary.json").read_text())["rows"]["total"]
+    assert 1000 <= rows < cache.open(tmp_path / "growing").n_rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cache.loader import Batch, LoaderState
-from sae_core import Progress
+from sae_core import Progress, registry
 from train.config import make_config
 from train.errors import DivergedError
 from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
@@ -26,7 +26,7 @@ def make_run(type="topk", **settings) -> Run:
         "warmup_steps": 0,
         "d_sae": D_SAE,
     }
-    if type in ("topk", "batchtopk", "matryoshka"):
+    if "k" in registry.get(type).Config.__dataclass_fields__:
         defaults["k"] = 3
     config = make_config([defaults, settings])
     config = replace(config, device="cpu", compute_dtype=settings.get("compute_dtype", "float32"))
@@ -108,7 +108,7 @@ def test_a_gradient_that_overflows_changes_no_weight() -> None:
     assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
 
 
-@pytest.mark.parametrize("type", ["vanilla", "topk", "jumprelu"])
+@pytest.mark.parametrize("type", ["vanilla", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"])
 def test_accumulation_equals_one_batch(type) -> None:
     # Clipping included; Adam would turn rounding of tiny gradients into full steps, so sgd.
     whole = make_run(type, optimizer="sgd", lr=0.1)

@@ -75,7 +75,9 @@ def grid_of(
 
         if "hook" in common or {"hook", "layer"} & set(axes):
             raise ConfigError("--layers and --layer (or --hook) both choose hook points: keep one of them")
-        axes["hook"] = layer_hooks(tuple(cache.open(str(common["cache"])).hook_points), layers, stride)
+        axes["hook"] = layer_hooks(
+            tuple(cache.open(str(common["cache"]), allow_incomplete=True).hook_points), layers, stride
+        )
     return axes, common
 
 

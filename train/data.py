@@ -48,7 +48,7 @@ class Data:
 
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
         """
-        opened = cache.open(config.cache) if opened is None else opened
+        opened = cache.open(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
         hooks = resolve_hooks(config, tuple(opened.hook_points))
         filters, holdout = filters_of(config), holdout_of(config)
         key = (filters, holdout, hooks if filters.reads_norms else ())
@@ -63,7 +63,8 @@ class Data:
     def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> Data:
         """Open the cache of a resolved config with the shards that were pinned when the run started."""
         resolve_device(config.device)
-        opened = cache.open(config.cache, shards=[index for index, _ in record["order"]["shards"]])
+        shards = [index for index, _ in record["order"]["shards"]]
+        opened = cache.open(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts(**record["counts"]))
 
     def batches(self, state: LoaderState | None = None) -> Loader:

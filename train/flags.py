@@ -109,6 +109,12 @@ def given_settings(
     compute_dtype: Annotated[
         Text, _option(TRAINING, "float32, bfloat16. (default: float32)", "--compute-dtype")
     ] = None,
+    allow_incomplete: Annotated[
+        Flag,
+        _option(
+            DATA, "Train on what a harvest that goes on has written so far.", "--allow-incomplete/--no-allow-incomplete"
+        ),
+    ] = None,
     keep_special: Annotated[
         Flag, _option(DATA, "Train on special tokens too.", "--keep-special/--no-keep-special")
     ] = None,

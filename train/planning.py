@@ -47,7 +47,8 @@ def default_sweep_name(points: Sequence[Point], request: str) -> str:
 
 def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
     """Resolve every point against the cache and group them. Raises what `Data.open` raises, and for what cannot fit."""
-    opened, known = cache.open(str(points[0].settings["cache"])), dict[Any, Counts]()
+    first = make_config([{**points[0].settings, "name": None}])
+    opened, known = cache.open(first.cache, allow_incomplete=first.allow_incomplete), dict[Any, Counts]()
     members: dict[str, tuple[Data, Entry]] = {}
     equal = 0
     for point in points:

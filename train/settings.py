@@ -90,6 +90,9 @@ class TrainConfig:
         None, "training", "hub id or folder of the language model (default: where the harvest found it)"
     )
 
+    allow_incomplete: bool = setting(
+        False, "data", "train on what a harvest has committed so far; it may go on, the run keeps its shards"
+    )
     keep_special: bool = setting(False, "data", "train on special tokens")
     keep_first_position: bool | None = setting(
         None, "data", "train on position 0 of each window (default: unless the model is a decoder)"

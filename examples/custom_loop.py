@@ -1,0 +1,32 @@
+"""A training loop of one's own on the cache, the loader and the models: python examples/custom_loop.py CACHE"""
+
+import sys
+
+import torch
+
+import cache
+import sae_core
+from cache.loader import Loader
+
+N_STEPS = 50
+rows = cache.open(sys.argv[1])
+sae_class = sae_core.registry.get("topk")
+with Loader(rows, batch_size=1024, seed=0) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
+    first = next(batches).x
+    sae = sae_class(sae_class.Config(d_in=first.shape[1], d_sae=8 * first.shape[1], k=8))
+    sae.initialize(first, torch.Generator().manual_seed(0))  # normalisation, b_dec, weights
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    for step in range(N_STEPS):
+        progress = sae_core.Progress(step, N_STEPS)
+        sae.begin_step(progress)  # annealed options
+        out = sae(next(batches).x)
+        losses = sae.losses(out, progress)  # by name: fvu, auxk ...
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        sae.track(out)  # dead latents, thresholds
+        sae.project_gradients()
+        optimizer.step()
+        sae.after_step()  # unit decoder rows
+
+print({name: round(float(loss.detach()), 4) for name, loss in losses.items()})
+sae_core.save(sae.eval(), "custom_loop_sae")  # sae_core.load and SAELens read it

@@ -1,0 +1,36 @@
+"""A type of SAE of one's own, trained like any other: python examples/own_variant.py CACHE
+
+In a file in sae_core/variants/ the commands know it too (`--type soft_topk`).
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from sae_core import Codes, option, register
+from sae_core.variants.topk import TopKSAE
+from train import train_sae
+
+
+@register("soft_topk")
+class SoftTopKSAE(TopKSAE):
+    """TopK whose values shrink towards 0 by a fixed amount, so that weak latents matter less."""
+
+    @dataclass(frozen=True)
+    class Config(TopKSAE.Config):
+        """Options of soft_topk."""
+
+        shrink: float = option(0.05, help="subtracted from every kept pre-activation", ge=0)
+
+    config: Config
+
+    def _codes(self, h: torch.Tensor, pre_acts: torch.Tensor, k: int) -> Codes:
+        pattern = self.select(pre_acts, k)
+        return Codes(torch.relu(self.encode_at(h, pre_acts, pattern) - self.config.shrink), pattern)
+
+
+result = train_sae(
+    cache=sys.argv[1], type="soft_topk", k=8, shrink=0.1, steps=50, batch_size=1024, name="own_variant", overwrite=True
+)
+print(f"{result.summary['type']}: FVU {result.summary['eval']['fvu']:.4f}, L0 {result.summary['eval']['l0']:.2f}")

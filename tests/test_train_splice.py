@@ -1,6 +1,7 @@
 """Losses through the language model: on tiny models that were trained for a second (`lm_kit`)."""
 
 import json
+import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,14 @@ SMALL = {
     "log_every": 10,
     "eval_downstream": True,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_sync():
+    """Nothing here is about a machine that loses power: syncing would only make them wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -395,18 +404,27 @@ def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_ca
     assert "finetune_kl=64 with loss=kl" in both
 
 
-def test_sentence_transformers_are_measured_by_their_embedding(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def demo_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tokens/` and `texts/` of the demo model, a Sentence-Transformer."""
+    from harvest.cli import app as harvest_app
+
+    folder = tmp_path_factory.mktemp("demo")
+    demo = ["run", "--model", "demo", "--dataset", "demo", "--max-docs", "2"]
+    for name, flags in (("tokens", ["--layer", "3", "--ctx-len", "64"]), ("texts", ["--unit", "text"])):
+        result = CliRunner().invoke(harvest_app, [*demo, *flags, "--out", str(folder / name)])
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    from harvest.cli import app as harvest_app
     from harvest.demo import demo_model_path
 
-    arguments = ["run", "--model", "demo", "--dataset", "demo", "--max-docs", "2", "--layer", "3", "--ctx-len", "64"]
-    result = CliRunner().invoke(harvest_app, [*arguments, "--out", str(tmp_path / "c")])
-    assert result.exit_code == 0, result.output
-    opened = cache.open(tmp_path / "c")
+    opened = cache.open(demo_caches / "tokens")
     model = open_embedder(opened, lm=str(demo_model_path()))
-    batch = next(windows_of(tmp_path / "c", batch_rows=150))
+    batch = next(windows_of(opened.path, batch_rows=150))
     library = SentenceTransformer(str(demo_model_path()))
     features = {"input_ids": torch.from_numpy(batch.token_id), "attention_mask": torch.from_numpy(batch.real).long()}
     with torch.no_grad():
@@ -418,7 +436,7 @@ def test_sentence_transformers_are_measured_by_their_embedding(tmp_path: Path) -
     assert numbers["embedding_cosine_ablated"] < 0.99
     ablated = downstream(zeros(384), model, [batch])
     assert ablated["embedding_cosine"] == ablated["embedding_cosine_ablated"] == numbers["embedding_cosine_ablated"]
-    flags = ["--cache", tmp_path / "c", "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
+    flags = ["--cache", opened.path, "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
     flags += ["--eval-downstream", "--lm", demo_model_path(), "--runs-dir", tmp_path, "--name", "a"]
     result = CliRunner().invoke(app, ["run", *map(str, flags)])
     assert result.exit_code == 0, result.output
@@ -434,25 +452,18 @@ def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_has_no_language_model(tmp_path: Path) -> None:
-    from harvest.cli import app as harvest_app
-
-    out = tmp_path / "c"
-    demo = ["run", "--model", "demo", "--dataset", "demo", "--max-docs"]
-    for flags, message in (
-        (["8", "--unit", "text"], "holds one row per text, no windows of tokens"),
-        (["2", "--layer", "0"], "is a Sentence-Transformer: it has no language-model head"),
-    ):
-        shutil.rmtree(out, ignore_errors=True)
-        result = CliRunner().invoke(harvest_app, [*demo, *flags, "--out", str(out)])
-        assert result.exit_code == 0, result.output
-        assert message in refusal("--cache", out, "--loss", "kl", "--batch-size", "4", "--steps", "5")
+def test_what_has_no_language_model(demo_caches: Path) -> None:
+    small = ("--loss", "kl", "--batch-size", "1", "--steps", "5")
+    texts = refusal("--cache", demo_caches / "texts", *small)
+    assert "holds one row per text, no windows of tokens" in texts
+    tokens = refusal("--cache", demo_caches / "tokens", *small)
+    assert "is a Sentence-Transformer: it has no language-model head" in tokens
 
 
 FINETUNE, WHOLE = {"finetune_kl": 4096}, {"loss": "kl"}  # the last 8 of 20 steps, or all
 
 
-@pytest.mark.parametrize(("stop", "settings"), [(5, WHOLE), (12, FINETUNE), (14, FINETUNE)])
+@pytest.mark.parametrize(("stop", "settings"), [(5, WHOLE), (12, FINETUNE)])
 def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Path, stop: int, settings) -> None:
     from test_train_resume import StopAt, assert_same
 
@@ -466,6 +477,38 @@ def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Pat
     with pytest.raises(InterruptedRunError):
         train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
     assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
+
+
+@pytest.mark.parametrize("n_lost", [0, 1, 2])
+def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, finetuned: Path) -> None:
+    """From the newest checkpoint, from the one at the first step of windows, and from one of shuffled rows."""
+    from test_train_resume import assert_same
+
+    from train import resume_training
+    from train.checkpoint import list_checkpoints
+
+    folder = shutil.copytree(finetuned / "killed", tmp_path / "run")
+    assert not (folder / "summary.json").exists()
+    for _ in range(n_lost):
+        shutil.rmtree(list_checkpoints(folder)[-1])
+    assert list_checkpoints(folder)[-1].name == f"step_{16 - 4 * n_lost:08d}"
+    assert_same(finetuned / "whole", resume_training(folder).folder)
+
+
+@pytest.fixture(scope="module")
+def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, and what a kill at step 17 would have left of it; the last 8 of 20 steps finetune."""
+    from train.log import BaseSink
+
+    class CopyAt17(BaseSink):
+        def metrics(self, metrics) -> None:
+            if metrics["step"] == 17:
+                shutil.copytree(folder / "whole", folder / "killed")
+
+    folder = tmp_path_factory.mktemp("finetuned")
+    options = {**SMALL, "cache": str(models / "llama_l0"), "type": "batchtopk", "steps": 20, "log_every": 1, **FINETUNE}
+    train_sae(**options, name="whole", runs_dir=str(folder), save_every=4, keep=3, sinks=[CopyAt17()])
+    return folder
 
 
 def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:

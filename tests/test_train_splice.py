@@ -16,7 +16,7 @@ import cache
 import sae_core
 from cache.rows import HookPoint
 from cache.windows import read_windows
-from sae_core import Progress
+from sae_core import Progress, registry
 from train import train_sae
 from train.cli import app
 from train.config import make_config
@@ -164,6 +164,27 @@ def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
     assert not batch.model.model.training
     assert terms.out.codes.shape[0] == batch.n_rows
     assert terms.details[kind] == pytest.approx(float(terms.losses[kind].detach()))
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n).input_kind == "one"])
+@pytest.mark.parametrize("normalize", ["dataset", "unit_norm"])
+def test_every_type_trains_through_the_model(models: Path, name: str, normalize: str) -> None:
+    cls, batch = registry.get(name), spliced(models, "kl")
+    sae = cls(sae_core.make_config(cls, {"d_in": 64, "d_sae": 128, "loss": "kl", "normalize": normalize}))
+    rows = torch.from_numpy(cache.open(models / "llama_l0").hook()[:2000].copy())
+    sae.initialize(rows, torch.Generator().manual_seed(0))
+    optimizer, kl = torch.optim.Adam(sae.parameters(), lr=3e-3), []
+    for step in range(8):
+        sae.begin_step(Progress(step, 8))
+        terms = batch.terms(sae, Progress(step, 8))
+        kl.append(float(terms.losses["kl"].detach()))
+        optimizer.zero_grad()
+        torch.stack(list(terms.losses.values())).sum().backward()
+        sae.track(terms.out)
+        sae.project_gradients()
+        optimizer.step()
+        sae.after_step()
+    assert kl[-1] < kl[0]
 
 
 def test_the_gradient_is_that_of_the_loss(models: Path) -> None:

@@ -121,6 +121,7 @@ EFFECTS = {
     "eval_every": Effect(4, "log"),
     "val_rows": Effect(64, "log", {"eval_every": 4}),
     "density_every": Effect(4, "log"),
+    "tensorboard": Effect(True, "files"),
     "dead_threshold": Effect(0.2, "summary"),
 }
 # Slow to see (a language model, wandb's process): these tests see them.
@@ -130,6 +131,7 @@ ELSEWHERE = {
     "eval_downstream": "test_train_splice.py::test_whole_runs_through_the_model_from_the_command_line",
     "downstream_rows": "test_train_splice.py::test_the_evaluation_reads_as_many_rows_as_asked",
     "allow_incomplete": "test_train_knobs.py::test_a_run_on_a_growing_cache_keeps_its_shards",
+    "wandb_artifacts": "test_train_log.py::test_wandb_offline_writes_the_history_and_touches_no_network",
     "wandb": "test_train_log.py::test_wandb_offline_writes_the_history_and_touches_no_network",
     "wandb_project": "test_train_log.py::test_wandb_offline_writes_the_history_and_touches_no_network",
 }

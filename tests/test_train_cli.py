@@ -45,6 +45,7 @@ def test_run_leaves_a_result_that_loads(make_cache) -> None:
     folder = Path("runs/toy_layer_3_batchtopk_d128_k4_s0")
     assert str(folder) in result.stdout
     assert "batchtopk" in result.stdout
+    assert re.search(r"^decoder_max_cosine 0\.\d+ \(also called feature absorption", result.stdout, re.MULTILINE)
     files = {p.name for p in folder.iterdir()}
     assert files == {
         "cfg.json", "sae_weights.safetensors", "granary.json", "config.yaml", "run.json", "metrics.jsonl",
@@ -204,9 +205,9 @@ FROZEN_FLAGS = sorted(
     allow_incomplete batch_size cache compute_dtype d_sae device early_stop ema_decay epochs eval_downstream
     eval_every eval_rows expansion_factor finetune_kl grad_acc_steps holdout hook init_from init_seed k keep
     keep_best keep_first_position keep_special lm log_every loss lr lr_schedule name normalize optimizer
-    resample_every runs_dir save_every save_minutes seed shuffle_seed steps tokens type wandb wandb_project
-    warmup_steps weight_decay
-    """.split()  # noqa: SIM905 (a list of 45 lines reads worse)
+    resample_every runs_dir save_every save_minutes seed shuffle_seed steps tensorboard tokens type wandb
+    wandb_artifacts wandb_project warmup_steps weight_decay
+    """.split()  # noqa: SIM905 (a list of 47 lines reads worse)
 )
 
 

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from train import train_sae
+from train.charts import charted
 from train.console import ConsoleSink, duration, quantity
 from train.log import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
-from train.wandb_sink import charted
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 
@@ -96,6 +96,7 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
         runs_dir=str(tmp_path / "runs"),
         wandb="offline",
         wandb_project="of-mine",
+        wandb_artifacts=True,
         sinks=[recorder],
         **SETTINGS,
     )
@@ -109,6 +110,7 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
         b"sparsity/dead_features",
         b"losses/overall_loss",
         b"of-mine",
+        b"sae_weights.safetensors",
     ]
     deadline = time.monotonic() + 30  # wandb's own process writes a moment later
     while missing := [name for name in wanted if name not in file.read_bytes()]:
@@ -142,6 +144,17 @@ def test_a_broken_wandb_does_not_stop_a_run(make_cache, tmp_path, monkeypatch) -
     )
     assert result.summary["steps"] == 20
     assert "WandbSink failed and is left out from here on" in out.getvalue()
+
+
+def test_tensorboard_files_hold_the_history(make_cache, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {**SETTINGS, "tensorboard": True}
+    folder = train_sae(cache=str(make_cache()), runs_dir=str(tmp_path / "runs"), **settings).folder
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    fvu = [(event.step, event.value) for event in events.Scalars("metrics/fvu")]
+    assert fvu == [(line["step"], pytest.approx(line["fvu"])) for line in read_metrics(folder)]
+    assert [event.step for event in events.Histograms("plots/feature_density_line_chart")] == [20]
 
 
 def test_console_prints_plain_lines_off_a_terminal() -> None:

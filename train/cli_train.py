@@ -41,10 +41,12 @@ def config_of(given: Given) -> Any:
 def show_training(start: Callable[..., Any], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result."""
     from train.console import ConsoleSink
-    from train.render import result_table, show
+    from train.render import result_table, show, similarity_line
     from train.signals import stop_on_signals
 
     with stop_on_signals() as stop:
         result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
     show(result_table([result.summary]))
+    if line := similarity_line(result.summary):
+        typer.echo(line)
     typer.echo(f"{result.folder}")

@@ -154,6 +154,12 @@ def given_settings(
     ] = None,
     wandb: Annotated[Text, _option(LOGGING, "online, offline, off. (default: off)", "--wandb")] = None,
     wandb_project: Annotated[Text, _option(LOGGING, "(default: granary)", "--wandb-project")] = None,
+    wandb_artifacts: Annotated[
+        Flag, _option(LOGGING, "Upload the finished SAE too.", "--wandb-artifacts/--no-wandb-artifacts")
+    ] = None,
+    tensorboard: Annotated[
+        Flag, _option(LOGGING, "Write TensorBoard files into the run's folder.", "--tensorboard/--no-tensorboard")
+    ] = None,
 ) -> Given:
     """The flags of every command that takes settings."""
     flags = {key: value for key, value in locals().items() if value is not None}

@@ -137,7 +137,8 @@ class Member:
         config = self.data.config
         by_step = config.save_every > 0 and self.step % config.save_every == 0
         minutes = (time.monotonic() - self._saved_at) / 60
-        return self.done or by_step or (config.save_minutes > 0 and minutes >= config.save_minutes)
+        best = config.keep_best and validate.is_due(self.run) and self.run.patience.since == 0
+        return self.done or by_step or best or (config.save_minutes > 0 and minutes >= config.save_minutes)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""

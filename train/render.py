@@ -82,6 +82,14 @@ def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list
     ]
 
 
+def similarity_line(summary: Mapping[str, Any]) -> str | None:
+    """How alike the latents are, with the other name that tools of the field give it."""
+    value = summary["eval"].get("decoder_max_cosine")
+    if value is None:
+        return None
+    return f"decoder_max_cosine {value:.3f} (also called feature absorption: likeness of latents, lower is better)"
+
+
 def reuse_line(summaries: Sequence[Mapping[str, Any]]) -> str | None:
     """What training several SAEs from one harvest saved; None where that is not known."""
     caches = [str(s["cache"]) for s in summaries]

@@ -123,12 +123,17 @@ def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks
 
 
 def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:
-    """The sinks of a run: metrics.jsonl, wandb when asked, and those given."""
+    """The sinks of a run: metrics.jsonl, wandb and TensorBoard when asked, and those given."""
     sinks: list[Sink] = [JsonlSink(folder)]
     if config.wandb != "off":
         from train.wandb_sink import WandbSink
 
-        sinks.append(WandbSink(folder, config.wandb_project, config.wandb, wandb_id))
+        artifacts = config.wandb_artifacts
+        sinks.append(WandbSink(folder, config.wandb_project, config.wandb, wandb_id, artifacts=artifacts))
+    if config.tensorboard:
+        from train.tensorboard_sink import TensorboardSink
+
+        sinks.append(TensorboardSink(folder))
     return Sinks([*sinks, *extra])
 
 

@@ -126,6 +126,8 @@ class TrainConfig:
     )
     wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")
+    wandb_artifacts: bool = setting(False, "logging", "upload the finished SAE to Weights & Biases")
+    tensorboard: bool = setting(False, "logging", "write TensorBoard files (needs the extra `tensorboard`)")
 
     options: Mapping[str, Any] = setting({}, "model", "the variant's own settings")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,53 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from train.charts import chart_name, charted
 from train.log import BaseSink, Histograms, Metrics
-
-# Ours -> theirs; other names stay as they are.
-NAMES = {
-    "loss": "losses/overall_loss",
-    "l0": "metrics/l0",
-    "fvu": "metrics/fvu",
-    "explained_variance": "metrics/explained_variance",
-    "dead": "sparsity/dead_fraction",
-    "n_dead": "sparsity/dead_features",
-    "mean_passes_since_fired": "sparsity/mean_passes_since_fired",
-    "below_dead_threshold": "sparsity/below_dead_threshold",
-    "never_fired": "sparsity/never_fired",
-    "resampled": "sparsity/resampled",
-    "mean_log10_density": "metrics/mean_log10_feature_sparsity",
-    "log10_density": "plots/feature_density_line_chart",
-    "tokens_since_fired": "sparsity/tokens_since_fired",
-    "mse": "metrics/mse",
-    "losses/mse": "losses/mse_loss",
-    "losses/l1": "losses/l1_loss",
-    "losses/l0": "losses/l0_loss",
-    "losses/auxk": "losses/auxiliary_reconstruction_loss",
-    "losses/dead": "losses/pre_act_loss",
-    "grad_norm": "details/grad_norm",
-    "lr": "details/current_learning_rate",
-    "tokens": "details/n_training_samples",
-    "tokens_per_second": "details/tokens_per_second",
-    "epoch": "details/epoch",
-    "rejected": "details/rejected_batches",
-    "seconds": "details/seconds",
-}
-
-
-NOT_CHARTED = ("step", "cursor")
-
-
-def chart_name(name: str) -> str:
-    """The name under which a metric of ours is charted."""
-    return f"details/{name}" if name.startswith("grad_norm/") else NAMES.get(name, name)
-
-
-def charted(metrics: Metrics) -> dict[str, float | int]:
-    """One line of metrics under the names of the charts; `losses/mse_loss` is there whatever loss is minimised."""
-    named = {chart_name(name): value for name, value in metrics.items() if name not in NOT_CHARTED}
-    if "mse" in metrics:
-        named.setdefault("losses/mse_loss", metrics["mse"])
-    return named
 
 
 def _histogram(values: Tensor) -> tuple[Any, Any]:
@@ -68,11 +24,16 @@ def _histogram(values: Tensor) -> tuple[Any, Any]:
     return counts, edges
 
 
+RESULT_FILES = ("cfg.json", "sae_weights.safetensors", "granary.json", "granary.safetensors", "config.yaml")
+
+
 class WandbSink(BaseSink):
     """One wandb run; `run_id` continues an earlier one. wandb's own failures are the caller's to ignore (`Sinks`)."""
 
-    def __init__(self, folder: Path, project: str, mode: Literal["offline", "online"], run_id: str) -> None:
-        self.folder, self.project, self.mode, self.run_id = folder, project, mode, run_id
+    def __init__(
+        self, folder: Path, project: str, mode: Literal["offline", "online"], run_id: str, *, artifacts: bool = False
+    ) -> None:
+        self.folder, self.project, self.mode, self.run_id, self.artifacts = folder, project, mode, run_id, artifacts
         self._run: Any = None
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
@@ -103,10 +64,21 @@ class WandbSink(BaseSink):
         self._run.log(drawn, step=step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Store the final evaluation."""
-        for name, value in summary.items():
+        """Store the final evaluation and, if asked for, the SAE's files as an artifact."""
+        numbers = {**summary, **{f"eval/{name}": value for name, value in summary["eval"].items()}}
+        for name, value in numbers.items():
             if isinstance(value, int | float | str):
                 self._run.summary[f"final/{name}"] = value
+        if self.artifacts:
+            self._log_artifact()
+
+    def _log_artifact(self) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]", "-", self.folder.name)[:128], type="model")
+        for path in sorted(p for p in self.folder.iterdir() if p.name in RESULT_FILES):
+            artifact.add_file(str(path))
+        self._run.log_artifact(artifact)
 
     def close(self) -> None:
         """Close the run."""

@@ -48,19 +48,21 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_a_step_is_forward_backward_clip_step() -> None:
-    run, x = make_run("vanilla", optimizer="sgd", beta1=0, grad_clip=0.5, lr=0.1), rows()
+    run, x = make_run("vanilla", optimizer="sgd", beta1=0, grad_clip=0.5, lr=0.1, matrix_lr_scale=2), rows()
+    unit = run.sae.loss_variance  # the clip is for the loss before it is divided by V
     before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
     out = run.sae(x)
     loss = torch.stack(list(run.sae.losses(out, Progress(0, 50)).values())).sum()
     gradients = torch.autograd.grad(loss, list(run.sae.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm()
-    assert norm > 0.5
+    assert norm * unit > 0.5
     result = train_step(run, x, measure=True)
     assert result.accepted
     assert result.grad_norm == pytest.approx(float(norm))
     assert result.loss == pytest.approx(loss.item())
     for (name, p), g in zip(run.sae.named_parameters(), gradients, strict=True):
-        assert torch.allclose(p, before[name] - 0.1 * g * 0.5 / norm, atol=1e-6), name
+        rate = 0.2 if p.ndim == 2 else 0.1
+        assert torch.allclose(p, before[name] - rate * g * 0.5 / (norm * unit), atol=1e-6), name
 
 
 def test_training_lowers_the_loss_and_keeps_unit_rows() -> None:
@@ -76,7 +78,8 @@ def test_learning_rate_follows_the_schedule() -> None:
     rates = []
     for seed in range(20):
         train_step(run, rows(32, seed))
-        rates.append(run.optimizer.param_groups[0]["lr"])
+        assert {g["lr"] for g in run.optimizer.param_groups} == {run.last_lr, 3 * run.last_lr}  # vectors, matrices
+        rates.append(run.last_lr)
     assert rates[:5] == pytest.approx([0.004, 0.008, 0.012, 0.016, 0.02])
     assert rates[15] == 0.02
     assert rates[16:] == pytest.approx([0.02, 0.015, 0.01, 0.005])
@@ -140,7 +143,7 @@ def test_optimizers_train(optimizer) -> None:
 
 
 def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
-    run, adam = (make_run("vanilla", optimizer=o, grad_clip=None) for o in ("muon", "adam"))
+    run, adam = (make_run("vanilla", optimizer=o, grad_clip=None, matrix_lr_scale=1) for o in ("muon", "adam"))
     before = run.sae.W_dec.detach().clone()
     for r in (run, adam):
         train_step(r, rows())

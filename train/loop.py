@@ -83,7 +83,8 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
         return _reject(sae, before)
     grad_norms = _grad_norms(sae) if measured is not None else {}
     if config.grad_clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, norm)
+        # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
+        torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, norm * sae.core.loss_unit)
     set_lr(run.optimizer, run.lr)
     run.optimizer.step()
     sae.after_step()

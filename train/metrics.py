@@ -38,7 +38,7 @@ def metrics_of(run: Run, state: LoaderState, result: StepResult, clock: Clock) -
         "mean_passes_since_fired": mean_passes_since_fired(run),
         "grad_norm": result.grad_norm,
         **{f"grad_norm/{name}": value for name, value in result.grad_norms.items()},
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": run.last_lr,
         "rejected": run.rejected,
         "seconds": round(clock.seconds, 3),
         "tokens_per_second": round(clock.rate(run.tokens), 1),

@@ -15,43 +15,56 @@ from train.errors import CheckpointError
 from train.signum import Signum
 
 Parameters = list[nn.Parameter]
+Groups = list[dict[str, Any]]  # each with "params" and "lr_scale", its rate over the run's
 
 
 @dataclass(frozen=True)
 class Kind:
     """How an optimizer is made, and what it costs in copies of the parameters."""
 
-    make: Callable[[Parameters, TrainConfig, float], torch.optim.Optimizer]
+    make: Callable[[Groups, TrainConfig, float], torch.optim.Optimizer]
     in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
     on_disk: int  # parameter and state
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of a resolved config. The rate is set before every step."""
+    """Build the optimizer of a resolved config. The rate is set before every step.
+
+    Matrices step at `matrix_lr_scale` times the rate: Adam's step has the size of the rate whatever the weights' size, so
+    that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start from.
+    """
     assert config.lr is not None
-    return OPTIMIZERS[config.optimizer].make(list(parameters), config, config.lr)
+    matrices, vectors = _by_shape(parameters)
+    groups = [{"params": matrices, "lr_scale": config.matrix_lr_scale}, {"params": vectors, "lr_scale": 1.0}]
+    return OPTIMIZERS[config.optimizer].make([g for g in groups if g["params"]], config, config.lr)
 
 
-def _adam(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+def _by_shape(parameters: Iterable[nn.Parameter]) -> tuple[Parameters, Parameters]:
+    """Matrices, then what has one number per latent or per input."""
+    given = list(parameters)
+    return [p for p in given if p.ndim == 2], [p for p in given if p.ndim != 2]
+
+
+def _adam(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     betas = (config.beta1, config.beta2)
-    return kind(parameters, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    return kind(groups, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
-def _sgd(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=lr, momentum=config.beta1, weight_decay=config.weight_decay, fused=True)
+def _sgd(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, weight_decay=config.weight_decay, fused=True)
 
 
-def _signum(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return Signum(parameters, lr, config.beta1, config.weight_decay)
+def _signum(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return Signum(groups, lr, config.beta1, config.weight_decay)
 
 
-def _adafactor(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(parameters, lr=lr, weight_decay=config.weight_decay)
+def _adafactor(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=lr, weight_decay=config.weight_decay)
 
 
-def _muon(parameters: Parameters, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return MuonAndAdam(parameters, config, lr)
+def _muon(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return MuonAndAdam(groups, config, lr)
 
 
 class MuonAndAdam(torch.optim.Optimizer):
@@ -60,10 +73,10 @@ class MuonAndAdam(torch.optim.Optimizer):
     Muon's steps are scaled to the size of Adam's (`match_rms_adamw`), so that one rate suits both.
     """
 
-    def __init__(self, parameters: Parameters, config: TrainConfig, lr: float) -> None:
-        super().__init__(parameters, {})
-        matrices = [p for p in parameters if p.ndim == 2]
-        rest = [p for p in parameters if p.ndim != 2]
+    def __init__(self, groups: Groups, config: TrainConfig, lr: float) -> None:
+        super().__init__(groups, {})
+        matrices = [group for group in groups if group["params"][0].ndim == 2]
+        rest = [group for group in groups if group["params"][0].ndim != 2]
         momentum, decay = config.beta1, config.weight_decay
         muon = torch.optim.Muon(matrices, lr, decay, momentum, adjust_lr_fn="match_rms_adamw")
         betas = (config.beta1, config.beta2)
@@ -94,7 +107,7 @@ OPTIMIZERS = {
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:

@@ -60,11 +60,16 @@ class TrainConfig:
     lr: float | None = setting(
         None, "training", "peak rate (default: 2e-4 * sqrt(2^14 / d_sae), more under 1000 steps, <= 1e-3)", gt=0
     )
+    matrix_lr_scale: float = setting(
+        3.0, "training", "rate of the matrices over lr: rows of unit norm turn slower than small ones", gt=0
+    )
     weight_decay: float = setting(0.0, "training", "weight decay; decoupled but for adam and sgd", ge=0)
     beta1: float = setting(0.9, "training", "Adam's first decay; momentum of sgd, muon and signum", ge=0, lt=1)
     beta2: float = setting(0.999, "training", "Adam's second decay", ge=0, lt=1)
     eps: float = setting(1e-8, "training", "Adam's epsilon", ge=0)
-    grad_clip: float | None = setting(1.0, "training", "largest global gradient norm (none: no clipping)", gt=0)
+    grad_clip: float | None = setting(
+        1.0, "training", "largest global gradient norm, of the loss before it is divided by V (none: no clipping)", gt=0
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = setting("linear", "training", "decay at the end")
     warmup_steps: int | None = setting(None, "training", "steps of linear warm-up (default: 5 %, at most 1000)", ge=0)
     decay_fraction: float = setting(0.2, "training", "share of the steps over which the rate decays", ge=0, le=1)

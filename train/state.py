@@ -66,6 +66,12 @@ class Run:
         return self.config.lr * self.schedule.factor(self.step)
 
     @property
+    def last_lr(self) -> float:
+        """Learning rate of the step taken last."""
+        assert self.config.lr is not None
+        return self.config.lr * self.schedule.factor(self.step - 1)
+
+    @property
     def done(self) -> bool:
         """Whether every step was taken, or validations stopped paying."""
         return self.step >= self.n_steps or self.patience.is_over(self.config.early_stop)

@@ -236,8 +236,8 @@ def lens_options(recipe: Recipe, config: TrainConfig, coef: float | None) -> dic
 
 def rows_for_theirs(data: Data) -> Iterator[Tensor]:
     """The first batches for the scale, then every batch of the run from its start."""
-    estimate = (batch.x for batch in islice(data.batches(), ESTIMATE_BATCHES))
-    return chain(estimate, (batch.x for batch in data.batches()))
+    estimate = (data.inputs(batch.x) for batch in islice(data.batches(), ESTIMATE_BATCHES))
+    return chain(estimate, (data.inputs(batch.x) for batch in data.batches()))
 
 
 @torch.no_grad()

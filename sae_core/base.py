@@ -6,7 +6,7 @@ Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -153,6 +153,11 @@ class SAE(nn.Module):
     def recommended(cls) -> dict[str, Any]:
         """Trainer settings that suit the variant better than the trainer's defaults."""
         return {}
+
+    @classmethod
+    def default_hooks(cls, names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
+        """Which hook points of a cache a type that reads several takes when none are named; n_layers of the model."""
+        return tuple(names)
 
     # -- start -------------------------------------------------------------------------------------------------
 

@@ -210,6 +210,16 @@ def test_a_target_that_moves_with_the_router_is_shrunk_by_it_and_a_detached_one_
     assert moving < 0.4  # 1/L = 0.33
 
 
+def test_route_takes_the_middle_half_of_the_layers() -> None:
+    names = [f"layer_{i}" for i in range(12)] + ["pooled"]
+    route = registry.get("route")
+    assert route.default_hooks(names, 12) == ("layer_3", "layer_4", "layer_5", "layer_6", "layer_7", "layer_8")
+    assert route.default_hooks(names[2:5], 6) == ("layer_2", "layer_3", "layer_4")
+    assert route.default_hooks(["layer_0", "layer_5"], 6) == ("layer_0", "layer_5")  # too few are in the middle
+    assert route.default_hooks(["layer_0", "layer_1"], None) == ("layer_0", "layer_1")
+    assert registry.get("crosscoder").default_hooks(names, 12) == tuple(names)
+
+
 def test_route_reports_where_rows_went() -> None:
     sae = build("route", n_hooks=3)
     metrics = sae.monitor(sae(routed_layers()))

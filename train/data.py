@@ -49,7 +49,8 @@ class Data:
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
         """
         opened = cache.open(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
-        hooks = resolve_hooks(config, tuple(opened.hook_points))
+        n_layers = opened.manifest.provenance.get("model", {}).get("n_layers")
+        hooks = resolve_hooks(config, tuple(opened.hook_points), n_layers)
         filters, holdout = filters_of(config), holdout_of(config)
         key = (filters, holdout, hooks if filters.reads_norms else ())
         known = {} if known is None else known

@@ -30,8 +30,8 @@ class Kind:
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Build the optimizer of a resolved config. The rate is set before every step.
 
-    Matrices step at `matrix_lr_scale` times the rate: Adam's step has the size of the rate whatever the weights' size, so
-    that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start from.
+    Matrices step at `matrix_lr_scale` times the rate: Adam's step has the size of the rate whatever the size of the
+    weights, so that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start from.
     """
     assert config.lr is not None
     matrices, vectors = _by_shape(parameters)

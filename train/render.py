@@ -43,7 +43,7 @@ def _type_table(name: str) -> RenderableType:
         default = {"d_sae": "8 * d_in", "dead_after_tokens": "5 % of the run"}.get(spec.name, default)
         table.add_row(spec.name, escape(default), escape(kind), escape(str(spec.metadata.get("help", ""))))
     recommended = cls.recommended()
-    about = (cls.__doc__ or "").strip().splitlines()[0]
+    about = (cls.__doc__ or "").strip().partition("\n")[0]
     lines: list[RenderableType] = [Text.assemble((name, "bold"), f"  {about}"), table]
     if recommended:
         lines.append(Text("recommended: " + ", ".join(f"{k}={v}" for k, v in recommended.items()), style="dim"))

@@ -50,15 +50,18 @@ def holdout_of(config: TrainConfig) -> Holdout:
     return Holdout(config.holdout, config.holdout_seed)
 
 
-def resolve_hooks(config: TrainConfig, available: Sequence[str]) -> tuple[str, ...]:
-    """The hook points to train on: those named, or the only one there is, or all for a type that reads several."""
-    several = sae_core.registry.get(config.type).input_kind == "several"
+def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int | None = None) -> tuple[str, ...]:
+    """The hook points to train on: those named, or the only one there is, or what a type that reads several prefers."""
+    cls = sae_core.registry.get(config.type)
+    several = cls.input_kind == "several"
     for name in config.hook:
         if name not in available:
             raise ConfigError(
                 f"the cache has no hook point {name!r}{nearest(name, available)} It has: {', '.join(available)}"
             )
-    hooks = config.hook or (tuple(available) if several or len(available) == 1 else ())
+    known = n_layers if isinstance(n_layers, int) else None
+    preferred = cls.default_hooks(available, known) if several else tuple(available) if len(available) == 1 else ()
+    hooks = config.hook or preferred
     if not hooks:
         raise ConfigError(f"the cache has {len(available)} hook points, choose one with --hook: {', '.join(available)}")
     if several and len(hooks) < 2:

@@ -12,7 +12,9 @@ from torch import nn
 class Signum(torch.optim.Optimizer):
     """m <- momentum * m + (1 - momentum) * g; p <- p * (1 - lr * weight_decay) - lr * sign(m)."""
 
-    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Route: a router picks or mixes several layers per row, one shared SAE encodes the result (arXiv 2503.08200)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -65,6 +65,14 @@ class RouteSAE(SAE):
             return cls.Config(**values)
 
     config: Config
+
+    @classmethod
+    def default_hooks(cls, names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
+        """The middle half of the model's layers, as in the paper; all hook points if fewer than two lie there."""
+        layers = {name: name.removeprefix("layer_") for name in names}
+        n = n_layers or 0
+        middle = tuple(name for name, i in layers.items() if i.isdigit() and n <= 4 * int(i) < 3 * n)
+        return middle if len(middle) > 1 else tuple(names)
 
     def build(self) -> None:
         """The router and the base."""

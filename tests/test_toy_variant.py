@@ -1,0 +1,100 @@
+"""A new variant is one file: with it in the folder of variants, every command knows it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import sae_core.variants
+from sae_core import registry
+from train.cli import app
+from train.config import read_yaml
+from train.folders import read_summary
+
+TOY = '''
+"""Soft threshold: what exceeds a fixed threshold, shrunk by it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sae_core.base import SAE, Activation
+from sae_core.codes import Codes
+from sae_core.functional import support_pattern
+from sae_core.options import option
+from sae_core.registry import register
+
+
+@register("soft_threshold")
+class SoftThresholdSAE(SAE):
+    unit_decoder = True
+
+    @dataclass(frozen=True)
+    class Config(SAE.Config):
+        shrink: float = option(0.5, help="what is taken off each pre-activation", ge=0)
+
+    def activate(self, h):
+        pre_acts = self.pre_acts(h)
+        pattern = support_pattern(pre_acts > self.config.shrink)
+        values = torch.relu(self.encode_at(h, pre_acts, pattern) - self.config.shrink)
+        return Activation(Codes(values, pattern), pre_acts)
+
+    def penalties(self, out, progress):
+        return {"l1": out.codes.values.sum() / out.codes.shape[0] / self.loss_unit}
+'''
+
+
+@pytest.fixture
+def _toy(tmp_path, monkeypatch):
+    folder = tmp_path / "variants"
+    folder.mkdir()
+    (folder / "soft_threshold.py").write_text(TOY)
+    monkeypatch.setattr(sae_core.variants, "__path__", [*sae_core.variants.__path__, str(folder)])
+    monkeypatch.chdir(tmp_path)
+    yield
+    registry._VARIANTS.pop("soft_threshold", None)
+    sys.modules.pop("sae_core.variants.soft_threshold", None)
+
+
+def call(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.usefixtures("_toy")
+def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_file(make_cache) -> None:
+    make_cache()
+    assert "soft_threshold" in call("types")
+    assert "shrink" in call("types", "soft_threshold")
+    flags = ["--cache", "toy", "--type", "soft_threshold", "--batch-size", "128", "--set", "shrink=0.2"]
+    call("run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
+    folder = Path("runs/toy")
+    assert read_yaml(folder / "config.yaml")["shrink"] == 0.2
+
+    # evaluated: the summary's numbers are those of the SAE that was saved
+    sae = sae_core.load(folder)
+    assert type(sae).type_name == "soft_threshold"
+    assert sae.config.shrink == 0.2
+    summary = read_summary(folder)
+    assert 0 < summary["eval"]["fvu"] < 1
+    assert 0 < summary["eval"]["l0"] < summary["d_sae"]
+    assert "soft_threshold" in call("compare", "runs/toy")
+
+    # resumed: what a checkpoint holds is the whole state
+    whole = load_file(folder / "sae_weights.safetensors")
+    (folder / "summary.json").unlink()
+    [middle, end] = sorted((folder / "checkpoints").iterdir())
+    assert (middle.name, end.name) == ("step_00000100", "step_00000200")
+    shutil.rmtree(end)
+    call("resume", "runs/toy", "--quiet")
+    again = load_file(folder / "sae_weights.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    # trained: longer is better
+    call("run", *flags, "--steps", "3", "--name", "short")
+    assert summary["eval"]["fvu"] < read_summary(Path("runs/short"))["eval"]["fvu"]

@@ -53,7 +53,7 @@ from train.config import TrainConfig, make_config
 from train.data import Data
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
-MAX_RUNS = 5  # coefficients tried per type and trainer
+MAX_RUNS = 8  # coefficients tried per type and trainer
 MAX_GAP = 1.5  # ratio of the two L0 that FVU is interpolated between
 
 

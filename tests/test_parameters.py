@@ -88,6 +88,7 @@ EFFECTS = {
     **{f"optimizer:{name}": Effect(name) for name in ("adamw", "sgd", "muon", "adafactor", "signum")},
     "optimizer:adamw": Effect("adamw", base={"weight_decay": 0.5}),
     "lr": Effect(0.02),
+    "matrix_lr_scale": Effect(1.0),
     "weight_decay": Effect(0.5),
     "beta1": Effect(0.5),
     "beta2": Effect(0.5),

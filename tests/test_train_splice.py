@@ -275,14 +275,14 @@ def run_eval(models: Path, tmp_path: Path, name: str, model: str = "llama", **se
 @pytest.mark.parametrize("model", ["llama", "modernbert"])
 def test_kl_finetuning_lowers_the_kl(models: Path, tmp_path: Path, model: str) -> None:
     plain = run_eval(models, tmp_path, "plain", model)["eval"]
-    tuned = run_eval(models, tmp_path, "tuned", model, finetune_kl=15_000)["eval"]
+    tuned = run_eval(models, tmp_path, "tuned", model, finetune_kl=25_000)["eval"]
     assert tuned["kl"] < 0.95 * plain["kl"]
     assert tuned["ce_score"] > plain["ce_score"]
-    assert tuned["fvu"] < 1.3 * plain["fvu"]
+    assert tuned["fvu"] < 1.6 * plain["fvu"]
     lines = [json.loads(line) for line in (tmp_path / "runs/tuned/metrics.jsonl").read_text().splitlines()]
     phases = ["losses/kl" in line for line in lines]
     assert phases == sorted(phases)
-    assert sum(phases) == 3  # of the last 30 steps every 10th is measured
+    assert sum(phases) == 5  # of the last 50 steps every 10th is measured
     assert lines[-1]["details/kl"] > 0
 
 

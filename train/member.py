@@ -17,7 +17,7 @@ import sae_core
 from cache.loader import Batch, LoaderState
 from cache.windows import Windows
 from sae_core import SAE
-from train import checkpoint, files, loop, resample, validate
+from train import checkpoint, files, loop, validate
 from train.callbacks import Callbacks, StepEvent
 from train.clock import Clock
 from train.config import to_sections, to_yaml
@@ -26,10 +26,10 @@ from train.downstream import downstream
 from train.errors import DivergedError
 from train.evaluate import evaluate
 from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
+from train.follow import Follower
 from train.initial import start_from
 from train.log import Sinks
-from train.metrics import finite, histograms_of, last_training_l0, metrics_of, summarize
-from train.phases import first_window_step
+from train.metrics import last_training_l0, summarize
 from train.rng import Rng
 from train.signals import StopRequest
 from train.state import Run, build_sae
@@ -64,6 +64,7 @@ class Member:
         self.state = state  # of the stream, behind the last batch taken
         self.clock = Clock(seconds, run.tokens)
         self.callbacks = Callbacks() if callbacks is None else callbacks
+        self._follower = Follower(data, run, sinks, self.clock, self.callbacks)
         self._saved_step = run.step
         self._saved_at = time.monotonic()
 
@@ -95,43 +96,10 @@ class Member:
         run.optimizer.zero_grad(set_to_none=True)  # gradients of one member at a time
         rows = x if isinstance(x, Tensor | Mapping) else None
         event = StepEvent(self.folder.name, self.folder, run.step, run.n_steps, run.tokens, run.sae, rows, result)
-        self._log(event)
+        self._follower.step(event, self.state)
         if self._save_is_due() or self.callbacks.want_checkpoint(event):
             self.save()
         loop.check_progress(run)
-
-    def _log(self, event: StepEvent) -> None:
-        """Everything that follows a step but its checkpoint, and the line of metrics that it makes."""
-        run, result = self.run, event.result
-        if result.fired is not None:
-            run.density.update(result.fired, result.n_measured)
-        if "fvu" in result.metrics and not run.config.eval_every:
-            run.score = result.metrics["fvu"]
-        numbers = {**self._resample(), **self._validate(), **self._densities(), **self.callbacks.on_step(event)}
-        if result.metrics or not result.accepted or numbers:
-            self.sinks.metrics({**finite(numbers), **metrics_of(run, self.state, result, self.clock)})
-
-    def _resample(self) -> dict[str, float]:
-        if not resample.is_due(self.run):
-            return {}
-        with self.clock, self.run.rng:
-            windows_from = first_window_step(self.run.config)
-            reads_windows = windows_from is not None and self.step > windows_from  # then the state is not the loader's
-            state = LoaderState(self.data.order.seed) if reads_windows else self.state
-            rows = self.data.upcoming(state, self.run.config.resample_rows)
-            return {"resampled": resample.resample_dead(self.run, rows)}
-
-    def _densities(self) -> dict[str, float]:
-        density, every = self.run.density, self.run.config.density_every
-        if not density.n_rows or not (self.done or (every > 0 and self.step % every == 0)):
-            return {}
-        numbers = density.numbers(self.run.config.dead_threshold)
-        self.sinks.histograms(self.step, histograms_of(self.run))
-        density.clear()
-        return numbers
-
-    def _validate(self) -> dict[str, float]:
-        return validate.validate(self.run, self.data.validation) if validate.is_due(self.run) else {}
 
     def _save_is_due(self) -> bool:
         config = self.data.config

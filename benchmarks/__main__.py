@@ -1,13 +1,13 @@
-"""`python -m benchmarks [harvest] [loader] [step] [--full]`: print the tables."""
+"""`python -m benchmarks [harvest] [loader] [step] [sweep] [--full]`: print the tables."""
 
 import argparse
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import harvest_speed, loader_speed, machine, step_speed
+from benchmarks import harvest_speed, loader_speed, machine, step_speed, sweep
 
-STAGES = {"harvest": harvest_speed.run, "loader": loader_speed.run, "step": step_speed.run}
+STAGES = {"harvest": harvest_speed.run, "loader": loader_speed.run, "step": step_speed.run, "sweep": sweep.run}
 
 
 def main() -> None:

@@ -348,10 +348,3 @@ def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
     assert equal(weights(whole), weights(stopped))
     rows = json.loads((stopped / "summary.json").read_text())["rows"]["total"]
     assert 1000 <= rows < cache.open(tmp_path / "growing").n_rows
-
-
-def test_tokens_may_pass_the_cache_several_times(start) -> None:
-    run = start(steps=None, tokens=12_000)
-    rows = run.summary["rows"]["train"]
-    assert run.summary["tokens"] == 12_000 // 128 * 128 > 2 * rows
-    assert {line["epoch"] for line in lines(run.folder)} == {0, 1, 2}

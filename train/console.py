@@ -91,7 +91,7 @@ def numbers(metrics: Metrics) -> str:
     """One line of the numbers that people watch."""
     if "loss" not in metrics:
         return "batch rejected"
-    held_out = f"val {metrics['val/fvu']:.4f}  " if "val/fvu" in metrics else ""
+    held_out = f"held out {metrics['val/fvu']:.4f}  " if "val/fvu" in metrics else ""
     return (
         f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {metrics['fvu']:.4f}  {held_out}"
         f"dead {metrics['dead']:.1%}  {quantity(metrics['tokens_per_second'])} tok/s"

@@ -28,8 +28,7 @@ class Follower:
             run.score = result.metrics["fvu"]
         numbers = {**self._resample(state), **self._validate(), **self._densities(), **self._callbacks.on_step(event)}
         if result.metrics or not result.accepted or numbers:
-            line = metrics_of(run, state, result, self._clock)
-            self._sinks.metrics(line | {name: value for name, value in finite(numbers).items() if name not in line})
+            self._sinks.metrics({**finite(numbers), **metrics_of(run, state, result, self._clock)})
 
     def _resample(self, state: LoaderState) -> dict[str, float]:
         run, first_window = self._run, first_window_step(self._run.config)

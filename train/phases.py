@@ -34,10 +34,6 @@ def check_phases(config: TrainConfig) -> None:
             f"finetune_kl={config.finetune_kl:,} is longer than the run of {config.steps} steps of "
             f"{config.batch_size:,} rows: give fewer tokens, or --loss kl for a whole run"
         )
-    if config.finetune_kl is not None and config.early_stop is not None:
-        raise ConfigError(
-            f"early_stop={config.early_stop} could end the run before the rows of finetune_kl: give one of them"
-        )
     if start is not None and kind != "one":
         raise ConfigError(f"type {config.type} reads more than one row at a time: kl and ce need a type that reads one")
     if config.eval_downstream and kind == "several":

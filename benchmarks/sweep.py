@@ -1,0 +1,177 @@
+"""Eight SAEs in one sweep beside their steps alone, and beside eight runs that each harvest for themselves.
+
+    python -m benchmarks.sweep [--quick]
+
+Steps alone: `train.loop.train_step` on a batch that is at hand, nothing measured, nothing logged. A sweep's step: wall
+time between two lines of metrics of its first SAE, so loading, logging and measuring every tenth step count. A live
+run is computed: every token that it trains on passes the model once, then comes the step; SAELens' steps are those of
+PEERS.md.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from benchmarks.table import markdown
+from cache.loader import Loader
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from harvest.run import harvest
+from train import train_sweep
+from train.data import Data
+from train.log import BaseSink, Metrics
+from train.loop import train_step
+from train.plan import Entry
+from train.render import harvest_seconds
+from train.state import Run, build_sae
+from train.sweep import Reporter, plan_sweep
+
+D_IN, D_SAE, BATCH, LAYER = 384, 12_288, 2048, 3
+GRID = {"type": ["topk", "batchtopk"], "k": [16, 32], "seed": [0, 1]}
+STEPS, EVERY = 50, 10  # of the sweep; between two lines of metrics
+SAELENS_PRODUCTS = {"topk": 10.11, "batchtopk": 15.23}  # encoder products per step: PEERS.md
+NEVER = 10**9  # rows after which a latent is dead: AuxK stays off, as in the steps alone
+
+
+def run(quick: bool) -> str:
+    """Return the tables."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return _tables(folder, _harvest(folder / "cache", 20_000 if quick else 40_000), D_SAE // 4 if quick else D_SAE)
+
+
+def _harvest(path: Path, n_tokens: int) -> float:
+    """Harvest the demo text; rows per second, the start included."""
+    where, text = WhereConfig(layers=(LAYER,)), TextConfig("demo")
+    harvest(HarvestConfig(ModelConfig("demo"), where, text, out=path, max_tokens=n_tokens), quiet=True)
+    seconds = harvest_seconds(path)
+    assert seconds is not None
+    return n_tokens / seconds
+
+
+def _tables(folder: Path, rows_per_second: float, d_sae: int) -> str:
+    settings = {"cache": str(folder / "cache"), "d_sae": d_sae, "batch_size": BATCH, "steps": STEPS, "save_every": 0}
+    settings |= {"dead_after_tokens": NEVER, "log_every": EVERY, "eval_rows": BATCH, "warmup_steps": 0}
+    plan = plan_sweep(GRID, settings, runs_dir=str(folder), name="sweep")
+    runs = [Data.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
+    with Loader(runs[0].cache, batch_size=BATCH, device=runs[0].config.device) as loader:
+        batches = (batch.x for batch in loader if isinstance(batch.x, Tensor))
+        clock = _Clock(_alone(runs, next(batches)), batches)
+        result = train_sweep(GRID, settings, runs_dir=str(folder), name="sweep", reporter=clock)
+    assert not result.failures, result.failures
+    product, n = clock.alone("product"), len(plan.entries)
+    total = sum(clock.alone(entry.name) for entry in plan.entries)
+    title = f"Sweep: {n} SAEs of d_in {D_IN}, d_sae {d_sae}, batch {BATCH}, fp32, {STEPS} steps."
+    rows = [[f"{n} steps alone (limit)", f"{total * 1e3:.0f}", "1.00"]]
+    rows.append(["one step of the sweep: loading, logging, measuring", f"{clock.per_step * 1e3:.0f}"])
+    rows[-1].append(f"{clock.per_step / total:.2f}")
+    theirs = sum(SAELENS_PRODUCTS[entry.config.type] for entry in plan.entries) * product
+    steps = markdown(["", "ms", "of the limit"], rows)
+    return f"{title}\n\n{steps}\n\n{_costs(rows_per_second, clock.per_step, total, theirs, n)}"
+
+
+def _costs(rows_per_second: float, sweep: float, total: float, theirs: float, n: int) -> str:
+    """Seconds for a million tokens per SAE."""
+    n_steps = math.ceil(1e6 / BATCH)
+    harvest = 1e6 / rows_per_second
+    lines = [
+        ("one harvest, one sweep", harvest, sweep * n_steps),
+        (f"{n} live runs with our steps (computed)", n * harvest, total * n_steps),
+        (f"{n} live runs with SAELens' steps (computed)", n * harvest, theirs * n_steps),
+    ]
+    first = lines[0][1] + lines[0][2]
+    rows = [[name, f"{h:,.0f}", f"{t:,.0f}", f"{h + t:,.0f}", f"{(h + t) / first:.2f}"] for name, h, t in lines]
+    title = (
+        f"Seconds for {n} SAEs of a million tokens each; the harvest makes {rows_per_second:,.0f} tokens per second."
+    )
+    return f"{title}\n\n{markdown(['', 'harvest', 'training', 'sum', 'times ours'], rows)}"
+
+
+Step = Callable[[Tensor], object]
+
+
+def _alone(runs: Sequence[Data], x: Tensor) -> dict[str, Step]:
+    """One step of each, and the encoder product, by name."""
+    steps: dict[str, Step] = {}
+    for data in runs:
+        sae = build_sae(data.config)
+        sae.initialize(x.cpu(), torch.Generator().manual_seed(0))
+        steps[str(data.config.name)] = partial(train_step, Run.create(data.config, sae))
+    W_enc, bias = torch.randn(D_IN, sae.config.d_sae, device=x.device), torch.zeros(sae.config.d_sae, device=x.device)
+    return {"product": lambda x: torch.addmm(bias, x, W_enc), **steps}
+
+
+class _Clock(Reporter):
+    """At every line of metrics of the sweep's first SAE: the wall time since the last one, then the steps alone.
+
+    So both are taken in turn, and what else the machine does hits them alike.
+    """
+
+    def __init__(self, steps: Mapping[str, Step], batches: Iterator[Tensor]) -> None:
+        self._steps, self._batches = steps, batches
+        self._alone: dict[str, list[float]] = {name: [] for name in steps}
+        self._sweep: list[float] = []
+        self._first: str | None = None
+
+    def sinks(self, entry: Entry) -> Sequence[BaseSink]:
+        """The clock ticks with the first SAE."""
+        self._first = self._first or entry.name
+        return [_Ticks(self)] if entry.name == self._first else []
+
+    def tick(self, n_steps: int) -> None:
+        """n_steps of the sweep have passed since the last tick; 0 at its start."""
+        _wait()
+        if n_steps:
+            self._sweep.append((time.perf_counter() - self._since) / n_steps)
+        x = next(self._batches)
+        for name, step in self._steps.items():
+            start = time.perf_counter()
+            step(x)
+            _wait()
+            if n_steps:
+                self._alone[name].append(time.perf_counter() - start)
+        self._since = time.perf_counter()
+
+    @property
+    def per_step(self) -> float:
+        """Median seconds of a step of the sweep."""
+        return statistics.median(self._sweep)
+
+    def alone(self, name: str) -> float:
+        """Median seconds of a step alone."""
+        return statistics.median(self._alone[name])
+
+
+class _Ticks(BaseSink):
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def metrics(self, metrics: Metrics) -> None:
+        """Lines come at step 1 and at every tenth."""
+        step = int(metrics["step"])
+        self._clock.tick(EVERY if step > EVERY else step - 1)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="benchmarks.sweep", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the latents")
+    quick = parser.parse_args().quick
+    print(f"{machine.describe()}\n\n{run(quick)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,7 @@ def test_the_page_names_everything() -> None:
 BASE = {"type": "batchtopk", "k": 3, "d_sae": 24, "batch_size": 64, "steps": 8, "log_every": 4, "eval_rows": 150}
 BASE |= {"lr": 0.01, "keep_special": True, "warmup_steps": 0, "hook": "layer_1"}
 SGD = {"optimizer": "sgd", "lr": 0.1}
-FEW = {"type": "topk", "k": 1, "d_sae": 200, "dead_after_tokens": 65}  # most latents are dead
+FEW = {"type": "topk", "k": 1, "d_sae": 200, "dead_after_tokens": 65, "resample_rows": 256}  # most latents are dead
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,14 @@ def test_averaged_weights_are_the_result_and_the_training_is_as_without(start) -
     "settings",
     [
         {"ema_decay": 0.9, "eval_every": 4},
-        {"resample_every": 10, "resample_until": 1.0, "dead_after_tokens": 130, "d_sae": 512, "density_every": 8},
+        {
+            "resample_every": 10,
+            "resample_until": 1.0,
+            "dead_after_tokens": 130,
+            "d_sae": 512,
+            "density_every": 8,
+            "resample_rows": 1000,
+        },
         {"early_stop": 2, "eval_every": 2, "lr": 3e-8, "warmup_steps": 0},
     ],
     ids=["ema", "resample", "early_stop"],
@@ -208,7 +215,15 @@ def test_resampled_latents_point_at_their_rows(type) -> None:
 
 
 def test_dead_latents_come_back_with_fresh_moments(start) -> None:
-    settings = {"type": "topk", "k": 1, "d_sae": 256, "dead_after_tokens": 130, "auxk_coef": 0.0, "steps": 20}
+    settings = {
+        "type": "topk",
+        "k": 1,
+        "d_sae": 256,
+        "dead_after_tokens": 130,
+        "auxk_coef": 0.0,
+        "steps": 20,
+        "resample_rows": 500,
+    }
     dead = lines(start(**settings).folder)[-1]["n_dead"]
     run = start(**settings, resample_every=10, resample_until=1.0)
     resampled = [line["resampled"] for line in lines(run.folder) if "resampled" in line]

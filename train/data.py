@@ -185,7 +185,7 @@ class Data:
             for batch in _take_rows(loader, n_rows):
                 yield finite_rows(self.inputs(batch.x))
 
-    @property
+    @cached_property
     def input_kind(self) -> str:
         """What the type reads of each row: see `SAE.input_kind`."""
         return sae_core.registry.get(self.config.type).input_kind

@@ -63,8 +63,9 @@ def measure(data: Data) -> Footprint | None:
         run.optimizer.zero_grad(set_to_none=True)
         after = _memory(config.device)
     assert after is not None
-    resident = max(after.now - before.now, estimate(config).resident)  # what was freed may still be held for reuse
-    return Footprint(resident, max(after.peak - before.now - resident, 0))
+    least = estimate(config)  # what was freed before may still be held for reuse, and is then not counted as growth
+    resident = max(after.now - before.now, least.resident)
+    return Footprint(resident, max(after.peak - before.now - resident, least.step))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Sweeps: one stream, ordinary runs, bitwise what training alone gives; kills, failures, refusals."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import sae_core
 import train.checkpoint
@@ -25,6 +28,7 @@ from train.log import TIMING, BaseSink, read_metrics
 from train.plan import load_plan
 from train.signals import StopRequest
 from train.sweep import Reporter, plan_sweep
+from train.sweep_console import SweepConsole
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
 
@@ -379,3 +383,19 @@ def test_a_sweep_killed_at_random_instants_ends_with_the_same_table(make_cache, 
     train_sweep(**call, runs_dir=str(folder.parent))
     assert len(table(folder)) == 12
     assert_same_sweep(whole, folder)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_console_shows_every_member(make_cache, tmp_path, terminal) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "grad_clip": "none", "holdout": 0}
+    out = io.StringIO()
+    console = SweepConsole(
+        Console(file=out, force_terminal=terminal, width=150, height=40, no_color=True, highlight=False)
+    )
+    train_sweep({"lr": ["1e-3", "1e30"]}, settings, runs_dir=str(tmp_path), name="s", reporter=console)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "s: 2 SAEs from one stream" in text
+    assert text.count("no document is held out") == 1
+    assert re.search(r"lr1e30\S*: failed: ", text)
+    assert ("20/20" in text) == terminal
+    assert ("lr1e-3: complete" in text) != terminal

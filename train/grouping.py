@@ -9,6 +9,7 @@ from train.capacity import available_memory, gib
 from train.data import Data
 from train.errors import ConfigError
 from train.footprint import MARGIN, Footprint, estimate, fit_groups, measure
+from train.phases import needs_language_model
 from train.plan import Entry, Group
 
 
@@ -68,7 +69,8 @@ def _measured(data: Data, known: dict[str, Footprint]) -> Footprint:
     step = (config.batch_size, config.grad_acc_steps, config.optimizer, config.compute_dtype)
     key = repr((config.type, step, sizes))
     if key not in known:
-        known[key] = measure(data) or estimate(config)
+        # A step through the language model wants windows of text: `capacity` counts what it needs.
+        known[key] = (None if needs_language_model(config) else measure(data)) or estimate(config)
     return known[key]
 
 

@@ -54,6 +54,7 @@ from train.data import Data
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
 MAX_RUNS = 8  # coefficients tried per type and trainer
+NEAR = 0.01  # |log ratio| of L0 at which FVU is taken as it is
 MAX_GAP = 1.5  # ratio of the two L0 that FVU is interpolated between
 
 
@@ -152,6 +153,8 @@ def measure_at(recipe: Recipe, trainer: str, args: argparse.Namespace) -> Measur
         ratio = tried[-1].l0 / args.k
         coef *= min(max(ratio * (1.3 if ratio > 1 else 1 / 1.3), 0.1), 10.0)
     nearest = min(tried, key=lambda m: abs(math.log(max(m.l0, 1e-3) / args.k)))
+    if abs(math.log(max(nearest.l0, 1e-3) / args.k)) < NEAR:
+        return replace(nearest, fvu_at=nearest.fvu)
     if not (low and high):
         return replace(nearest, fvu_at=math.nan)
     a, b = max(low, key=lambda m: m.l0), min(high, key=lambda m: m.l0)

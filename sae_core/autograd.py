@@ -66,6 +66,8 @@ class _EncodeAt(Function):
             grad_x = grad @ W_enc.t() if needs_x else None
             grad_W = (grad.t() @ x).t() if needs_W else None
             return grad_x, grad_W, grad_b, None, None
+        kept, pattern = _without_zeros(grad, pattern)
+        grad = grad[kept]
         indices, indptr = pattern.entries
         if needs_x:
             grad_x = bag_sum(indices, W_enc.t().contiguous(), indptr, grad)
@@ -80,8 +82,9 @@ class _Decode(Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.pattern = pattern
-        indices, indptr = pattern.entries
-        return bag_sum(indices, W_dec, indptr, values)
+        ctx.live = kept, live_pattern = _without_zeros(values, pattern)
+        indices, indptr = live_pattern.entries
+        return bag_sum(indices, W_dec, indptr, values[kept])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -92,8 +95,9 @@ class _Decode(Function):
         if ctx.needs_input_grad[0]:
             grad_values = sampled_dot(grad.contiguous(), W_dec, indptr, indices)
         if ctx.needs_input_grad[1]:
-            order, rows, offsets = pattern.transposed
-            grad_W = bag_sum(rows, grad.contiguous(), offsets, values[order])
+            kept, live_pattern = ctx.live
+            order, rows, offsets = live_pattern.transposed
+            grad_W = bag_sum(rows, grad.contiguous(), offsets, values[kept][order])
         return grad_values, grad_W, None
 
 
@@ -106,6 +110,19 @@ class _PerEntry(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return sum_by_latent(grad, ctx.pattern), None
+
+
+def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pattern]:
+    """Which entries are not zero, and their pattern; all of them if more than half are. Zeros add nothing to a sum.
+
+    jumprelu stores many entries at zero, whose thresholds learn.
+    """
+    live = values != 0
+    if 2 * int(live.count_nonzero()) >= values.numel():
+        return slice(None), pattern
+    kept = live.nonzero().squeeze(1)
+    indices, _ = pattern.entries
+    return kept, Pattern.of_rows(pattern.row_of[kept], indices[kept], pattern.n_rows, pattern.d_sae)
 
 
 def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sae_core.codes import Pattern
-from sae_core.kernels import true_entries
+from sae_core.kernels import entries_above, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
@@ -18,7 +18,7 @@ MAX_SPARSE_DENSITY = 0.08
 
 def topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
     """Keep the k largest pre-activations of each row of (N, F); (arXiv 2406.04093)."""
-    return Pattern.fixed_k(pre_acts.topk(k, dim=-1, sorted=False).indices, pre_acts.shape[1])
+    return Pattern.fixed_k(row_topk(pre_acts, k), pre_acts.shape[1])
 
 
 def batch_topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
@@ -33,7 +33,7 @@ def batch_topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
     share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
     while True:
         bound = _upper_quantile(pre_acts, share)
-        entries = true_entries(pre_acts > bound)
+        entries = entries_above(pre_acts, bound)
         if bound == 0.0 or entries.numel() >= n_keep:
             break
         share *= 4
@@ -64,7 +64,7 @@ def _largest(values: Tensor, n_keep: int) -> Tensor:
 def support_pattern(support: Tensor) -> Pattern:
     """Pattern of a (N, F) mask; the full pattern when the mask is too dense for sparse products to pay."""
     n_rows, d_sae = support.shape
-    if int(support.sum()) > MAX_SPARSE_DENSITY * support.numel():
+    if int(support.count_nonzero()) > MAX_SPARSE_DENSITY * support.numel():
         return Pattern(n_rows, d_sae)
     return Pattern.of_mask(support)
 

@@ -1,5 +1,6 @@
 """Sparse products on a fixed pattern of active latents; `reference` holds the same products with dense matrices."""
 
+from sae_core.kernels.select import entries_above, row_topk
 from sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries
 
-__all__ = ["bag_sum", "sampled_dot", "true_entries"]
+__all__ = ["bag_sum", "entries_above", "row_topk", "sampled_dot", "true_entries"]

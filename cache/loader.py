@@ -28,7 +28,7 @@ from cache.order import Order, PoolPlan, plan_order
 from cache.prefetch import Prefetcher
 from cache.readahead import ReadAhead
 from cache.selection import Counts, Filters, Holdout, Part, Selection, account, shard_columns
-from cache.staging import CudaBuffer, HostRows, PoolRows, as_integers, n_copy_threads
+from cache.staging import CudaBuffer, HostRows, PoolRows, as_integers, as_tensor, n_copy_threads
 
 if TYPE_CHECKING:
     from cache.reader import Cache
@@ -231,6 +231,7 @@ class _Source:
         if previous:
             self.shards |= {hook + PREVIOUS: [rows[:-1] for rows in shards[hook]] for hook in hooks}
         self.hooks = tuple(self.shards)
+        self.maps = {hook: [as_tensor(rows) for rows in views] for hook, views in self.shards.items()}
         columns = shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
@@ -273,7 +274,7 @@ class _Source:
             buffer.fill(fetched, self.shards, executor)
             rows = buffer
         else:
-            rows = HostRows(fetched, self.shards, self.dtype, executor, self.n_threads)
+            rows = HostRows(fetched, self.maps, self.dtype, executor, self.n_threads)
         row_ids = None if self.first_row_ids is None else plan.row_ids(self.first_row_ids)
         order, ranks = permutation[kept], np.flatnonzero(kept)
         return _Pool(rows, epoch, start, plan.n_rows, order, ranks, positions, row_ids)

@@ -10,6 +10,7 @@ import numpy as np
 
 from cache.order import PoolPlan
 
+MERGED_GAP = 128 * 2**10  # bytes between two blocks that are read rather than told apart: a disk reads so much at once
 COLD_FAULTS = 64  # page faults that waited for the disk since the last pool: the cache is not in memory
 
 
@@ -33,10 +34,10 @@ class ReadAhead:
         for shards in self._files:
             for part in plan.parts:
                 path, row_bytes = shards[part.shard]
-                ends = np.flatnonzero(np.diff(part.blocks) != 1)
+                block_bytes = part.block_rows * row_bytes
+                ends = np.flatnonzero(np.diff(part.blocks) > 1 + MERGED_GAP // block_bytes)
                 firsts = part.blocks[np.concatenate([[0], ends + 1])]
                 lasts = part.blocks[np.concatenate([ends, [len(part.blocks) - 1]])]
-                block_bytes = part.block_rows * row_bytes
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):

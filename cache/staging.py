@@ -6,6 +6,7 @@ With `loader.py` the only file of this package that imports torch. Shapes: P row
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from cache.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
-MIN_ROWS_PER_TASK = 512
+FEW_PARTS = 4  # index_select shares few large parts among its own threads; many small ones are shared out here
 
 Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard, as integers of the same size
 
@@ -29,6 +30,13 @@ _INTEGERS = {4: np.int32, 2: np.int16}
 def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
     """The same bytes as integers: numpy copies them plainly, and torch cannot wrap a bfloat16 of ml_dtypes."""
     return np.asarray(rows).view(_INTEGERS[rows.dtype.itemsize])
+
+
+def as_tensor(rows: NDArray[Any]) -> Tensor:
+    """Integers of a read-only map as a tensor over the same bytes, which nothing here writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(rows)
 
 
 class PoolRows(Protocol):
@@ -44,7 +52,9 @@ class PoolRows(Protocol):
 class HostRows:
     """Rows are copied straight from the memory maps into a batch: each byte moves once."""
 
-    def __init__(self, plan: PoolPlan, shards: Shards, dtype: str, executor: Executor, n_threads: int) -> None:
+    def __init__(
+        self, plan: PoolPlan, shards: Mapping[str, Sequence[Tensor]], dtype: str, executor: Executor, n_threads: int
+    ) -> None:
         self._shards, self._dtype, self._executor, self._n_threads = shards, _TORCH_DTYPES[dtype], executor, n_threads
         self._parts = [part.shard for part in plan.parts]
         self._starts = np.cumsum([0, *(part.n_rows for part in plan.parts)])
@@ -54,16 +64,18 @@ class HostRows:
         """See `PoolRows`."""
         shards = self._shards[hook]
         out = torch.empty(len(index), shards[0].shape[1], dtype=self._dtype)
-        target, offsets = _as_numpy(out), self._offsets[index]
-        bounds = np.searchsorted(index, self._starts)
-        step = max(-(-len(index) // self._n_threads), MIN_ROWS_PER_TASK)
+        target, offsets = out.view(shards[0].dtype), torch.from_numpy(self._offsets[index])
+        bounds = np.searchsorted(index, self._starts).tolist()
         tasks = [
-            (shards[shard], offsets[i : min(i + step, hi)], target[i : min(i + step, hi)])
+            (shards[shard], offsets[lo:hi], target[lo:hi])
             for shard, lo, hi in zip(self._parts, bounds[:-1], bounds[1:], strict=True)
-            for i in range(lo, hi, step)
+            if lo < hi
         ]
-        for _ in self._executor.map(_take, tasks):
-            pass
+        if len(tasks) <= FEW_PARTS:
+            _take(tasks)
+        else:
+            for _ in self._executor.map(_take, (tasks[i :: self._n_threads] for i in range(self._n_threads))):
+                pass
         return out
 
     def release(self) -> None:
@@ -126,9 +138,10 @@ def n_copy_threads(device: torch.device) -> int:
     return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 2))
 
 
-def _take(task: tuple[NDArray[Any], NDArray[np.int64], NDArray[Any]]) -> None:
-    source, index, out = task
-    np.take(source, index, axis=0, out=out, mode="clip")  # the other modes copy once more
+def _take(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Copy rows by index. numpy's take holds the interpreter's lock: two threads were no faster than one."""
+    for source, index, out in tasks:
+        torch.index_select(source, 0, index, out=out)
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

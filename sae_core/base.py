@@ -212,7 +212,8 @@ class SAE(nn.Module):
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
         with torch.no_grad():
             # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
-            return torch.addmm(self.encoder_bias, h, self.W_enc).to(h.dtype)
+            # addmm would first spread the bias over the result.
+            return (h @ self.W_enc).to(h.dtype).add_(self.encoder_bias)
 
     def encode_at(self, h: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
         """The same pre-activations at the entries of a pattern, with gradients."""

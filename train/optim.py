@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ def _by_shape(parameters: Iterable[nn.Parameter]) -> tuple[Parameters, Parameter
 
 
 def _adam(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    kind = _AdamW if config.optimizer == "adamw" else _Adam
     betas = (config.beta1, config.beta2)
     return kind(groups, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
@@ -65,6 +66,44 @@ def _adafactor(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Op
 
 def _muon(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
     return MuonAndAdam(groups, config, lr)
+
+
+@contextmanager
+def _in_memory_order(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Show matrices that are stored by columns, as W_enc is, as their transposes.
+
+    A fused step copies what is not contiguous to and fro: of parameter, gradient and both moments.
+    """
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.ndim == 2]
+    turned = [p for p in given if not p.is_contiguous() and p.t().is_contiguous()]
+    for p in turned:
+        _transpose(p, optimizer.state.get(p, {}))
+    try:
+        yield
+    finally:
+        for p in turned:
+            _transpose(p, optimizer.state.get(p, {}))
+
+
+def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
+    grad, p.grad = p.grad, None
+    p.data = p.data.t()
+    p.grad = None if grad is None else grad.t()
+    state.update({name: value.t() for name, value in state.items() if torch.is_tensor(value) and value.ndim == 2})
+
+
+class _Adam(torch.optim.Adam):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        with _in_memory_order(self):
+            return super().step(closure)
+
+
+class _AdamW(torch.optim.AdamW):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        with _in_memory_order(self):
+            return super().step(closure)
 
 
 class MuonAndAdam(torch.optim.Optimizer):

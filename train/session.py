@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from train import loop
 from train.errors import InterruptedRunError
+from train.heap import keep_freed_memory
 from train.member import Member, Result
 from train.signals import StopRequest
 from train.stream import RunStream
@@ -43,6 +44,8 @@ def train_members(
                 fail(member, error)
         stop.check(unfinished[0].step, unfinished[0].folder)
 
+    if all(member.data.config.device == "cpu" for member in members):
+        keep_freed_memory()
     for member in members:
         member.begin()
     if unfinished := [m for m in members if not m.done]:

@@ -52,6 +52,21 @@ def test_encode_and_decode_equal_the_dense_products_in_values_and_gradients(mask
     torch.testing.assert_close(gradients(x_hat, ours), gradients(expected, dense))
 
 
+@pytest.mark.parametrize("threshold", [-9.0, 0.5, 2.0, 9.0])
+def test_entries_that_are_stored_at_zero_change_nothing(threshold: float) -> None:
+    def outcome(x_hat: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return x_hat, *torch.autograd.grad((x_hat - 1).square().sum(), leaves)
+
+    dense = params()
+    x, W_enc, b_enc, W_dec = dense
+    expected = outcome(torch.relu(x @ W_enc + b_enc - threshold) @ W_dec, dense)
+    ours = params()
+    x, W_enc, b_enc, W_dec = ours
+    pattern = Pattern.of_mask(PATTERNS["everything"])
+    p = encode_at(x, W_enc, b_enc, (x @ W_enc + b_enc).detach(), pattern)
+    torch.testing.assert_close(outcome(decode(Codes(torch.relu(p - threshold), pattern), W_dec), ours), expected)
+
+
 @pytest.mark.parametrize("mask", PATTERNS.values(), ids=PATTERNS.keys())
 def test_sparse_products_equal_their_dense_references(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)

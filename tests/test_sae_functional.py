@@ -14,6 +14,7 @@ from sae_core.functional import (
     support_pattern,
     topk_pattern,
 )
+from sae_core.kernels import entries_above, row_topk
 from sae_core.options import Progress
 from sae_core.threshold import EMA_DECAY, BatchThreshold
 
@@ -29,6 +30,26 @@ def mask_of(pattern) -> torch.Tensor:
     mask = torch.zeros(pattern.n_rows, pattern.d_sae, dtype=torch.bool)
     mask[pattern.row_of, pattern.entries[0]] = True
     return mask
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 12), st.booleans(), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_of_each_row_are_found_through_groups(n_rows, n_groups, k, ties, seed) -> None:
+    matrix = torch.randn(n_rows, 16 * n_groups, generator=torch.Generator().manual_seed(seed))
+    matrix = matrix.mul(2).round() if ties else matrix
+    k = min(k, matrix.shape[1])
+    columns = row_topk(matrix, k)
+    assert all(len(set(row)) == k for row in columns.tolist())
+    found = matrix.gather(1, columns).sort(descending=True).values
+    assert torch.equal(found, matrix.topk(k).values)
+
+
+@given(st.integers(1, 5), st.integers(1, 60), st.floats(-4, 4), st.booleans(), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_entries_above_a_bound_are_those_of_a_scan(n_rows, n_columns, bound, grouped, seed) -> None:
+    n_columns *= 8 if grouped else 1
+    matrix = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(entries_above(matrix, bound), (matrix.reshape(-1) > bound).nonzero().squeeze(1))
 
 
 def test_topk_keeps_the_k_largest_of_each_row() -> None:

@@ -10,7 +10,7 @@ from sae_core import Progress, registry
 from train.config import make_config
 from train.errors import DivergedError
 from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
-from train.optim import OPTIMIZERS, state_tensors
+from train.optim import OPTIMIZERS, make_optimizer, set_lr, state_tensors
 from train.state import Run, build_sae
 
 D_IN, D_SAE = 8, 24
@@ -286,3 +286,21 @@ def test_a_rejected_batch_leaves_counters_and_thresholds_as_they_were() -> None:
     assert not train_step(run, bad).accepted
     for name, buffer in run.sae.named_buffers():
         assert torch.equal(buffer.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_matrix_stored_by_columns_steps_as_one_stored_by_rows(optimizer) -> None:
+    config = make_config([{"type": "topk", "optimizer": optimizer, "lr": 0.01, "weight_decay": 0.1}])
+    by_columns = torch.nn.Parameter(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)).t())
+    by_rows = torch.nn.Parameter(by_columns.detach().clone(memory_format=torch.contiguous_format))
+    optimizers = [(p, make_optimizer([p], config)) for p in (by_columns, by_rows)]
+    for seed in range(3):
+        for p, optimizer in optimizers:
+            (p @ torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+            set_lr(optimizer, 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.allclose(by_columns, by_rows, atol=1e-7)
+    assert by_columns.shape == (24, 64)
+    moment = optimizers[0][1].state[by_columns]["exp_avg"]
+    assert (moment.shape, moment.stride()) == (by_columns.shape, by_columns.stride())

@@ -24,4 +24,5 @@ def keep_freed_memory() -> bool:
         return False
     # One arena: those of threads give their blocks back whatever the threshold.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1))
-    return all([mallopt(name, value) for name, value in settings])
+    applied = [mallopt(name, value) for name, value in settings]
+    return all(applied)

@@ -35,6 +35,7 @@ from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_core import make_config, registry
 from train.config import TrainConfig
+from train.heap import keep_freed_memory
 from train.loop import train_step
 from train.state import Run
 
@@ -75,6 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 def table(args: argparse.Namespace) -> str:
     """Measure everything and return the table."""
+    keep_freed_memory()  # as our trainer does; the peers gain by it here too
     x = rows(args)
     d_in, F = x.shape[1], args.d_sae
     W_enc, b_enc = torch.randn(F, d_in, device=x.device).t(), torch.zeros(F, device=x.device)

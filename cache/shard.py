@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,19 @@ from cache.parquet import DocumentFile
 from cache.rows import DocumentRow, Rows
 from cache.stats import Moments, block_moments
 
+SYNC_BYTES = 32 * 2**20  # what is written is sent to the disk after so many bytes, while the next rows are checked
+
 
 class ArrayStream:
     """One array of the open shard: rows collect in an inner chunk, full ones go to the file."""
 
-    def __init__(self, layout: ArrayLayout, path: Path, on_chunk: Callable[[Array], None] | None = None) -> None:
+    def __init__(
+        self, layout: ArrayLayout, path: Path, syncer: Executor, on_chunk: Callable[[Array], None] | None = None
+    ) -> None:
         self.layout, self.path = layout, path
         self.n_rows = 0
+        self._syncer, self._syncing, self._unsynced = syncer, Future[None](), 0
+        self._syncing.set_result(None)
         self._on_chunk = on_chunk  # sees the stored rows of every chunk once
         self._chunk, self._filled = layout.block(), 0
         self._hasher = xxhash.xxh3_128()
@@ -58,6 +65,7 @@ class ArrayStream:
             self._chunk[self._filled :] = self.layout.fill
             self._flush()
         self._write(self.layout.index(self.n_rows))
+        self._syncing.result()  # raises what the disk refused
         os.fsync(self._fd)
         self.close()
         return FileEntry(self._n_bytes, self._hasher.hexdigest())
@@ -65,6 +73,7 @@ class ArrayStream:
     def close(self) -> None:
         """Close the file; finish() has done so already."""
         if self._fd >= 0:
+            wait([self._syncing])
             os.close(self._fd)
             self._fd = -1
 
@@ -78,16 +87,22 @@ class ArrayStream:
         files.write_all(self._fd, data)
         self._hasher.update(data)
         self._n_bytes += len(data)
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES and self._syncing.done():
+            self._syncing.result()
+            self._syncing, self._unsynced = self._syncer.submit(os.fsync, self._fd), 0
 
 
 class HookStream:
     """Activations of one hook point with their norms and moments."""
 
-    def __init__(self, hook: str, dtype: str, values: ArrayLayout, norms: ArrayLayout, folder: Path) -> None:
+    def __init__(
+        self, hook: str, dtype: str, values: ArrayLayout, norms: ArrayLayout, folder: Path, syncer: Executor
+    ) -> None:
         self.hook, self.dtype = hook, dtype
         self.moments: Moments | None = None
-        self.norms = ArrayStream(norms, folder / f"norms.{hook}")
-        self.values = ArrayStream(values, folder / f"activations.{hook}", on_chunk=self._measure)
+        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer)
+        self.values = ArrayStream(values, folder / f"activations.{hook}", syncer, on_chunk=self._measure)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
@@ -117,10 +132,14 @@ class OpenShard:
         self.n_rows = 0
         self.first_window = self.last_window = -1
         folder.mkdir()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
         self._hooks = [
-            HookStream(name, dtype, values, layout.norms[name], folder) for name, values in layout.activations.items()
+            HookStream(name, dtype, values, layout.norms[name], folder, self._syncer)
+            for name, values in layout.activations.items()
         ]
-        self._columns = {name: ArrayStream(array, folder / f"rows.{name}") for name, array in layout.columns.items()}
+        self._columns = {
+            name: ArrayStream(array, folder / f"rows.{name}", self._syncer) for name, array in layout.columns.items()
+        }
         self.documents = DocumentFile(folder / "documents")
         self._rows_per_shard = layout.columns["flags"].rows_per_shard
 
@@ -160,5 +179,6 @@ class OpenShard:
         """Close and remove the temporary files."""
         for stream in (*(h.values for h in self._hooks), *(h.norms for h in self._hooks), *self._columns.values()):
             stream.close()
+        self._syncer.shutdown()
         self.documents.close()
         shutil.rmtree(self.folder, ignore_errors=True)

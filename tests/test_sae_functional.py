@@ -44,6 +44,12 @@ def test_the_largest_of_each_row_are_found_through_groups(n_rows, n_groups, k, t
     assert torch.equal(found, matrix.topk(k).values)
 
 
+def test_no_rows_have_no_largest_entries() -> None:
+    """An evaluation leaves out rows that are not finite: all of a batch may be."""
+    assert row_topk(torch.empty(0, 16 * 16), 2).shape == (0, 2)
+    assert entries_above(torch.empty(0, 16 * 16), 0.0).shape == (0,)
+
+
 @given(st.integers(1, 5), st.integers(1, 60), st.floats(-4, 4), st.booleans(), st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_entries_above_a_bound_are_those_of_a_scan(n_rows, n_columns, bound, grouped, seed) -> None:

@@ -122,6 +122,9 @@ def test_settings_that_cannot_be(settings, message) -> None:
         ("type: topk\nmodel: {k: 3}\nk: 4", r"'k' is set twice"),
         ("type: topk\nk: 3\nk: 4", r"'k' is set twice, the second time in line 3"),
         ("type: topk\nmodel: {k: 3, k: 4}", r"'k' is set twice, the second time in line 2"),
+        ("type: topk\nk: 2020-13-45", r"is not plain YAML: month must be in 1..12"),
+        ("type: topk\nk: !!int three", r"is not plain YAML: invalid literal"),
+        ("type: topk\nk: " + "[" * 5000, r"is not plain YAML: it is nested too deeply"),
         ("type: !!python/object/apply:os.system ['touch canary']", r"is not plain YAML"),
     ],
 )

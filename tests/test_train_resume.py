@@ -20,7 +20,8 @@ import train.checkpoint
 import train.data
 from cache.loader import LoaderState
 from train import resume_training, train_sae
-from train.errors import CheckpointError, InterruptedRunError, NotARunError, RunExistsError
+from train.errors import CheckpointError, ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from train.folders import exclusive
 from train.log import TIMING, BaseSink, read_metrics
 from train.optim import OPTIMIZERS
 from train.rng import Rng
@@ -315,6 +316,41 @@ def test_runs_are_not_overwritten_silently(stopped, make_cache, tmp_path) -> Non
     with pytest.raises(RunExistsError, match=r"exists: choose another --name$"):
         train_sae(**settings, name="mine", overwrite=True)
     assert (foreign / "thesis.txt").exists()
+
+
+def test_a_run_in_training_is_not_overwritten(stopped, tmp_path) -> None:
+    """The other process would go on and leave its checkpoints among those of the new run."""
+    settings = {**SETTINGS, "cache": str(tmp_path / "toy"), "type": "topk", "runs_dir": str(tmp_path / "runs")}
+    before = sorted(stopped.rglob("*"))
+    with exclusive(stopped), pytest.raises(RunExistsError, match=r"is being trained by process \d+"):
+        train_sae(**settings, overwrite=True)
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_a_run_that_starts_from_itself_is_not_overwritten(stopped, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(tmp_path / "toy"), "type": "topk", "runs_dir": str(tmp_path / "runs")}
+    before = sorted(stopped.rglob("*"))
+    for start in (stopped, train.checkpoint.list_checkpoints(stopped)[-1]):
+        with pytest.raises(ConfigError, match=r"init_from=.* lies in .*, which --overwrite removes: choose another"):
+            train_sae(**settings, overwrite=True, init_from=str(start))
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_resume_auto_refuses_another_cache(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "steps": 8, "type": "topk", "runs_dir": str(tmp_path / "runs"), "name": "a"}
+    train_sae(**settings, cache=str(make_cache()))
+    (tmp_path / "link").symlink_to(tmp_path / "toy")
+    assert train_sae(**settings, cache=str(tmp_path / "link"), resume="auto").summary["steps"] == 8
+    with pytest.raises(RunExistsError, match=r"was started with other settings \(cache=.*toy, now .*other\)"):
+        train_sae(**settings, cache=str(make_cache("other", seed=1)), resume="auto")
+
+
+def test_damaged_lines_of_metrics_are_dropped(stopped) -> None:
+    path = stopped / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:9] + "\0}", '{"loss": 1.0}', *lines[3:]]) + "\n")
+    resume_training(stopped)
+    assert [line["step"] for line in read_metrics(stopped)] == [1, *range(4, SETTINGS["steps"] + 1)]
 
 
 def test_moved_run_continues(stopped, tmp_path) -> None:

@@ -22,9 +22,11 @@ import train.sweep
 from cache.loader import Loader
 from train import resume_sweep, resume_training, train_sae, train_sweep
 from train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from train.folders import exclusive
 from train.footprint import Footprint, fit_groups
 from train.grid import check_grid, expand, parse_grid
 from train.log import TIMING, BaseSink, read_metrics
+from train.member import Member
 from train.plan import load_plan
 from train.signals import StopRequest
 from train.sweep import Reporter, plan_sweep
@@ -312,6 +314,57 @@ def test_another_sweep_under_the_same_name_is_refused(make_cache, tmp_path) -> N
         train_sweep({"k": [3]}, {**settings, "name": "../s"})
     with pytest.raises(NotARunError, match="holds no sweep"):
         resume_sweep(tmp_path)
+
+
+def test_a_sweep_in_training_is_not_overwritten(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "runs_dir": str(tmp_path), "name": "s"}
+    folder = train_sweep({"k": [2]}, settings).folder
+    for held in (folder, folder / "toy_layer_3_topk_d32_k2_s0"):
+        with exclusive(held), pytest.raises(RunExistsError, match=r"is being trained by process \d+"):
+            train_sweep({"k": [3]}, settings, overwrite=True)
+    with pytest.raises(ConfigError, match="which --overwrite removes"):
+        train_sweep({"k": [3]}, settings, overwrite=True, init_from=str(folder / "toy_layer_3_topk_d32_k2_s0"))
+    assert [row["k"] for row in resume_sweep(folder).rows] == [2]
+
+
+DAMAGE = {
+    "no groups": lambda plan: plan.pop("groups"),
+    "no plan": lambda plan: plan.update(groups=7),
+    "no members": lambda plan: plan["groups"][0].pop("members"),
+    "no order": lambda plan: plan["groups"][0].update(order={}),
+    "other counts": lambda plan: plan["groups"][0].update(counts={"nope": 3}),
+    "no config": lambda plan: plan["groups"][0]["members"][0].update(config=None),
+    "a bad setting": lambda plan: plan["groups"][0]["members"][0]["config"]["model"].update(k=-1, nope=3),
+    "outside": lambda plan: plan["groups"][0]["members"][0]["config"]["run"].update(name="../outside"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_plan_is_refused(make_cache, tmp_path, damage) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "steps": 2, "runs_dir": str(tmp_path / "runs")}
+    folder = train_sweep({"k": [2]}, settings).folder
+    plan = json.loads((folder / "sweep.json").read_text())
+    DAMAGE[damage](plan)
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(NotARunError, match=r"sweep.json is damaged"):
+        resume_sweep(folder)
+    assert not (tmp_path / "runs" / "outside").exists()
+
+
+def test_a_member_that_cannot_begin_does_not_stop_the_others(make_cache, tmp_path, monkeypatch) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "steps": 4, "runs_dir": str(tmp_path)}
+    begin = Member.begin
+
+    def fail_once(member) -> None:
+        if member.folder.name.endswith("k2_s0"):
+            raise OSError("no such device")
+        begin(member)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "begin", fail_once)
+        result = train_sweep({"k": [2, 3]}, settings)
+    assert result.failures == {"toy_layer_3_topk_d32_k2_s0": "no such device"}
+    assert not resume_sweep(result.folder).failures
 
 
 def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:

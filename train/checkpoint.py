@@ -121,6 +121,17 @@ def _score(path: Path) -> float | None:
 def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:
     """Read a checkpoint back into a run. Raises CheckpointError if it is damaged or belongs to something else."""
     state = read_state(path)
+    try:
+        return _restore(path, state, config, identity)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # no hash covers state.json itself
+        raise CheckpointError(
+            f"{path}/state.json is damaged ({error!r}); remove {path} to resume from an older checkpoint"
+        ) from None
+
+
+def _restore(path: Path, state: Mapping[str, Any], config: TrainConfig, identity: Identity | None) -> Restored:
     if identity is not None:
         check_identity(state["identity"], asdict(identity), path)
     sae = sae_core.load_native(path / "sae")

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +65,36 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
             )
             replaced = ", or replace it with --overwrite" if ours else ""
             raise RunExistsError(f"{folder} exists: {continued}choose another --name{replaced}")
-        shutil.rmtree(folder)
+        _remove(folder, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def claim_sweep_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make a sweep's folder. Raises RunExistsError if it holds anything else, ConfigError if it cannot be made."""
+def _remove(folder: Path, *starts: str | None) -> None:
+    """Remove a run or a sweep that nobody trains and that nothing starts from (`init_from`)."""
+    for start in starts:
+        if start is not None and Path(start).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"init_from={start} lies in {folder}, which --overwrite removes: choose another --name")
+    with ExitStack() as held:
+        for lock in [folder / LOCK, *folder.glob(f"*/{LOCK}")]:
+            held.enter_context(exclusive(lock.parent))
+        shutil.rmtree(folder)
+
+
+def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | None] = ()) -> None:
+    """Make a sweep's folder; `starts` are what its SAEs start from.
+
+    Raises RunExistsError if it holds anything else or is being trained, ConfigError if it cannot be made.
+    """
     used = folder.exists() and not _is_unused(folder)
     if used and not (overwrite and is_sweep(folder)):
         raise RunExistsError(f"{folder} exists and is no sweep: choose another --name")
     try:
         if used:
-            shutil.rmtree(folder)
+            _remove(folder, *starts)
         folder.mkdir(parents=True, exist_ok=True)
+    except RunExistsError:
+        raise
     except OSError as error:
         raise ConfigError(f"the sweep's folder {folder} cannot be made: {error.strerror}; change --runs-dir") from None
 
@@ -131,6 +147,8 @@ def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise NotARunError(f"{folder}: the run's files cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
         raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {RECORD_VERSION})")
+    if missing := [key for key in ("counts", "cache", "order", "wandb_id") if key not in record]:
+        raise NotARunError(f"{folder / RECORD} is damaged: {missing[0]} is missing")
     return from_sections(content, str(folder / CONFIG)), record
 
 

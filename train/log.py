@@ -83,7 +83,7 @@ class JsonlSink(BaseSink):
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
         """Keep the lines up to the step that the run continues behind."""
-        kept = [line for line in read_lines(self.path) if int(json.loads(line)["step"]) <= step]
+        kept = [line for line in read_lines(self.path) if json.loads(line)["step"] <= step]
         files.write_text(self.path, "".join(f"{line}\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
@@ -148,11 +148,19 @@ class Sinks(BaseSink):
 
 
 def read_lines(path: Path) -> list[str]:
-    """Complete lines of a jsonl file; a last line that a kill cut off is dropped."""
+    """Lines of a metrics file that hold a step; one that a kill cut off or that is damaged is dropped."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [line for line in lines if line.endswith("}")]
+    return [line for line in lines if _holds_a_step(line)]
+
+
+def _holds_a_step(line: str) -> bool:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("step"), int)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.selection import Counts
+from sae_core.errors import SAEError
 from train import files
 from train.config import TrainConfig, from_sections, to_sections
 from train.errors import NotARunError
-from train.folders import PLAN
+from train.folders import PLAN, check_name
 
 PLAN_VERSION = 1
 
@@ -78,11 +80,18 @@ def load_plan(folder: Path) -> Plan:
         raise NotARunError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if version != PLAN_VERSION:
         raise NotARunError(f"{path} has version {version!r}, this one reads {PLAN_VERSION}")
-    groups = [
-        Group(
-            tuple(Entry(from_sections(m["config"], str(path)), m["varied"]) for m in group["members"]),
-            {"counts": group["counts"], "order": group["order"]},
-        )
-        for group in content["groups"]
-    ]
-    return Plan(content["name"], content["request"], tuple(groups), tuple(content["notes"]))
+    try:
+        groups = tuple(_group(group, str(path)) for group in content["groups"])
+        return Plan(str(content["name"]), str(content["request"]), groups, tuple(map(str, content["notes"])))
+    except (KeyError, TypeError, ValueError, AttributeError, SAEError) as error:
+        raise NotARunError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _group(content: Mapping[str, Any], source: str) -> Group:
+    """A group as it was saved. The names of its members stay inside the sweep's folder."""
+    entries = tuple(Entry(from_sections(m["config"], source), dict(m["varied"])) for m in content["members"])
+    for entry in entries:
+        check_name(str(entry.config.name))
+    order, counts = content["order"], Counts(**content["counts"])
+    shards = [[int(index), int(n_rows)] for index, n_rows in order["shards"]]
+    return Group(entries, {"counts": counts.to_json(), "order": {**order, "shards": shards}})

@@ -80,6 +80,8 @@ def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[Data, Path] | Re
     data = Data.reopen(saved, record)
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
     now = replace(Data.open(config, data.cache).config, runs_dir=saved.runs_dir)  # on the shards that it started with
+    if Path(saved.cache).resolve() != Path(resolved.cache).resolve():
+        now = replace(now, cache=resolved.cache)
     if differences := differing(saved, now):
         raise RunExistsError(
             f"{folder} was started with other settings ({', '.join(differences[:4])}): choose another --name, "

@@ -47,7 +47,11 @@ def train_members(
     if all(member.data.config.device == "cpu" for member in members):
         keep_freed_memory()
     for member in members:
-        member.begin()
+        try:
+            member.begin()
+        except Exception as error:
+            fail(member, error)
+    members = [m for m in members if m not in failed]
     if unfinished := [m for m in members if not m.done]:
         stop.check(unfinished[0].step, unfinished[0].folder)
     loop.train(members, stream_from, after_batch=stop_if_asked, on_failure=fail if on_failure else None)

@@ -118,7 +118,7 @@ def train_sweep(
         return resume_sweep(folder, reporter=reporter, stop=stop)
     plan = request.plan()
     _check_language_models(plan)
-    claim_sweep_folder(folder, overwrite=overwrite)
+    claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
     return _Sweep(plan, folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute(fresh=True)
 
 

@@ -29,4 +29,9 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError, also for a key that stands twice in one mapping."""
-    return yaml.load(text, Loader=_StrictLoader)
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ValueError as error:  # a date or a tagged number that is none
+        raise yaml.YAMLError(str(error)) from None
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None

@@ -45,4 +45,5 @@ def entries_above(matrix: Tensor, bound: float) -> Tensor:
 
 
 def _pays(matrix: Tensor, group: int) -> bool:
-    return matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.shape[1] % group == 0
+    n_rows, n_columns = matrix.shape
+    return matrix.device.type == "cpu" and matrix.is_contiguous() and n_rows > 0 and n_columns % group == 0

@@ -452,3 +452,8 @@ def test_the_console_shows_every_member(make_cache, tmp_path, terminal) -> None:
     assert re.search(r"lr1e30\S*: failed: ", text)
     assert ("20/20" in text) == terminal
     assert ("lr1e-3: complete" in text) != terminal
+
+
+def test_a_misspelt_type_in_a_grid_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no type was given.*; 'tpye' is unknown, did you mean 'type'\?"):
+        expand(check_grid({"tpye": ["topk", "batchtopk"]}), {})

@@ -79,7 +79,10 @@ def expand(grid: Mapping[str, tuple[Any, ...]], common: Mapping[str, Any]) -> li
         raise ConfigError(f"{both[0]} is set both in the grid and for all SAEs: keep one of them")
     types = [str(t) for t in grid.get("type", (common.get("type") or "",)) if t]
     if not types:
-        raise ConfigError(f"no type was given; add --type or --grid type=: {', '.join(sae_core.registry.names())}")
+        names = sae_core.registry.names()
+        anywhere = {"type", *TRAINER_KEYS, *ALIASES, *SECTIONS}.union(*(variant_keys(name) for name in names))
+        hints = [f"; {key!r} is unknown{nearest(key, anywhere)}" for key in grid if key not in anywhere]
+        raise ConfigError(f"no type was given; add --type or --grid type=: {', '.join(names)}{''.join(hints)}")
     known = {name: {*variant_keys(name), *TRAINER_KEYS} for name in types}
     for key in [*grid, *common]:
         if not any(key in keys for keys in known.values()):

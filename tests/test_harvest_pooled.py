@@ -52,7 +52,8 @@ def test_pooled_rows_equal_encode(minilm: Any, corpus: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: bool) -> None:
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as models
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library, about its own older names

@@ -54,8 +54,8 @@ def test_jsonl_is_cut_back_to_the_step_of_a_resume(tmp_path) -> None:
 
 
 def test_lines_that_a_kill_cut_off_are_dropped(tmp_path) -> None:
-    (tmp_path / "m").write_text('{"a": 1}\n{"b": 2')
-    assert read_lines(tmp_path / "m") == ['{"a": 1}']
+    (tmp_path / "m").write_text('{"step": 1}\n{"loss": 2}\n{"step": 3}}\n{"step": 2')
+    assert read_lines(tmp_path / "m") == ['{"step": 1}']
     assert read_lines(tmp_path / "none") == []
 
 

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import xxhash
 
 from cache.errors import DiskFullError
 
@@ -85,3 +87,13 @@ def no_space_is_clear(path: Path, needed_bytes: int | None = None) -> Iterator[N
         if error.errno not in _NO_SPACE:
             raise
         raise DiskFullError(path, needed_bytes, free_bytes(path)) from error
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """xxh3-128 of the bytes of files, one after the other, as hex."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

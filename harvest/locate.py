@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cache.files import hash_files
 from harvest.config import ModelConfig
 from harvest.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
 from harvest.errors import ModelError
@@ -105,18 +106,11 @@ def weight_files(located: Located) -> list[Path]:
 
 def weights_hash(located: Located) -> str:
     """A hash over all weights of a local model, of any module of a Sentence-Transformer."""
-    import xxhash
-
     files = weight_files(located)
     for module in located.modules[1:]:
         for pattern in WEIGHT_PATTERNS:
             files += sorted((Path(located.source) / str(module["path"])).glob(pattern)) if module["path"] else []
-    digest = xxhash.xxh3_128()
-    for path in files:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return hash_files(files)
 
 
 def _find(config: ModelConfig) -> Located:

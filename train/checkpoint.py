@@ -24,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 import sae_core
+from cache.files import hash_files
 from cache.loader import LoaderState
 from train import files
 from train.config import TrainConfig
@@ -75,7 +76,7 @@ def save(
         _write(temp / "density.safetensors", {"fired": run.density.fired})
         if run.ema is not None:
             _write(temp / "ema.safetensors", run.ema.tensors)
-        hashes = {str(p.relative_to(temp)): files.hash_file(p) for p in sorted(temp.rglob("*")) if p.is_file()}
+        hashes = {str(p.relative_to(temp)): hash_files([p]) for p in sorted(temp.rglob("*")) if p.is_file()}
         state = {
             "format_version": FORMAT_VERSION,
             "step": run.step,
@@ -169,7 +170,7 @@ def read_state(path: Path) -> dict[str, Any]:
     for name, expected in hashes.items():
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{path}/state.json names a file outside of the checkpoint: {name!r}; {remedy}")
-        if not (path / name).is_file() or files.hash_file(path / name) != expected:
+        if not (path / name).is_file() or hash_files([path / name]) != expected:
             raise CheckpointError(f"{path / name} is missing or damaged; {remedy}")
     assert isinstance(state, dict)
     return state

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 TEMP_PREFIX = ".tmp-"
 
 
@@ -56,15 +54,6 @@ def remove_temporary(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, as hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:

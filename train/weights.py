@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import xxhash
+from cache.files import hash_files
 
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # of the transformer the first that is there, of others both
 
@@ -16,12 +16,7 @@ def weights_hash(folder: Path) -> str:
     found = [sorted(first.glob(pattern)) for pattern in _PATTERNS]
     paths = next((files for files in found if files), [])
     paths += [path for module in rest for pattern in _PATTERNS for path in sorted(module.glob(pattern))]
-    digest = xxhash.xxh3_128()
-    for path in paths:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return hash_files(paths)
 
 
 def module_folders(folder: Path) -> list[Path]:

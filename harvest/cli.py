@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
-import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from cache.shared_flags import takes_flags_of
 
 app = typer.Typer(
     name="sae-harvest",
@@ -162,28 +161,7 @@ def harvest_config(
     )
 
 
-def takes_harvest_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the flags of `harvest_config` before its own; it gets a function that makes the config."""
-    shared, own = inspect.signature(harvest_config), inspect.signature(command)
-    names = set(shared.parameters)
-
-    @functools.wraps(command)
-    def run_command(**flags: Any) -> None:
-        shared_flags = {name: value for name, value in flags.items() if name in names}
-        own_flags = {name: value for name, value in flags.items() if name not in names}
-        command(lambda: harvest_config(**shared_flags), **own_flags)
-
-    hints = {name: hint for part in (harvest_config, command) for name, hint in _hints(part).items()}
-    parameters = [*shared.parameters.values(), *list(own.parameters.values())[1:]]
-    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
-    )
-    run_command.__annotations__ = {part.name: hints[part.name] for part in parameters}
-    return run_command
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(function, include_extras=True)
+takes_harvest_flags = takes_flags_of(harvest_config)
 
 
 @app.command()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from cache.shared_flags import takes_flags_of
 
 WHAT, MODEL, TRAINING, DATA, LOGGING = "What", "SAE", "Training", "Data", "Logging"
 
@@ -172,25 +171,4 @@ def given_settings(
     return Given(config, {**flags, **({"hook": hooks} if hooks else {}), **parse_assignments(assignments or [])})
 
 
-def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the flags of `given_settings` before its own; it gets a function that reads them."""
-    shared, own = inspect.signature(given_settings), inspect.signature(command)
-    names = set(shared.parameters)
-
-    @functools.wraps(command)
-    def run_command(**flags: Any) -> None:
-        settings = {name: value for name, value in flags.items() if name in names}
-        rest = {name: value for name, value in flags.items() if name not in names}
-        command(lambda: given_settings(**settings), **rest)
-
-    hints = {name: hint for part in (given_settings, command) for name, hint in _hints(part).items()}
-    parameters = [*shared.parameters.values(), *list(own.parameters.values())[1:]]
-    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
-    )
-    run_command.__annotations__ = {part.name: hints[part.name] for part in parameters}
-    return run_command
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(function, include_extras=True)
+takes_settings = takes_flags_of(given_settings)

@@ -49,7 +49,8 @@ from benchmarks.table import markdown
 from sae_core.codes import Codes
 from sae_core.metrics import Evaluator
 from train import train_sae
-from train.config import TrainConfig, make_config
+from train.config.merge import make_config
+from train.config.settings import TrainConfig
 from train.data import Data
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains

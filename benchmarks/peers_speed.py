@@ -34,7 +34,7 @@ from benchmarks import machine
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_core import make_config, registry
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.heap import keep_freed_memory
 from train.loop import train_step
 from train.state import Run

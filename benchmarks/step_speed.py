@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_core import SAE, Progress, make_config, registry
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.heap import keep_freed_memory
-from train.optim import make_optimizer
+from train.optim.optimizers import make_optimizer
 
 D_IN, D_SAE, K, BATCH = 384, 12_288, 32, 2048
 TRAINED_L0 = 64

@@ -26,13 +26,13 @@ from cache.loader import Loader
 from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from harvest.run import harvest
 from train import train_sweep
+from train.commands.render import harvest_seconds
 from train.data import Data
-from train.log import BaseSink, Metrics
 from train.loop import train_step
-from train.plan import Entry
-from train.render import harvest_seconds
+from train.sinks.log import BaseSink, Metrics
 from train.state import Run, build_sae
-from train.sweep import Reporter, plan_sweep
+from train.sweeps.plan import Entry
+from train.sweeps.sweep import Reporter, plan_sweep
 
 D_IN, D_SAE, BATCH, LAYER = 384, 12_288, 2048, 3
 GRID = {"type": ["topk", "batchtopk"], "k": [16, 32], "seed": [0, 1]}

@@ -14,10 +14,10 @@ from typing import Any
 
 import sae_core
 from harvest.cli import harvest_config
-from train.coerce import describe
-from train.flags import given_settings
-from train.resolve import DERIVED_OPTIONS
-from train.settings import SECTIONS, TrainConfig
+from train.config.coerce import describe
+from train.config.flags import given_settings
+from train.config.resolve import DERIVED_OPTIONS
+from train.config.settings import SECTIONS, TrainConfig
 
 PAGE = Path(__file__).with_name("parameters.md")
 

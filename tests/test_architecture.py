@@ -27,10 +27,10 @@ ALSO = {
     "cache/loader.py": {"torch"},
     "cache/staging.py": {"torch"},
     "cache/hub.py": {"huggingface_hub"},
-    "train/wandb_sink.py": {"wandb"},
+    "train/sinks/wandb_sink.py": {"wandb"},
     "train/hub.py": {"huggingface_hub"},
-    "train/plots.py": {"matplotlib"},
-    "train/splice.py": {"transformers"},
+    "train/sweeps/plots.py": {"matplotlib"},
+    "train/language/splice.py": {"transformers"},
 }
 # They map the words of other libraries' files, which also have a "topk".
 FOREIGN_WORDS = {"sae_core/saelens.py", "sae_core/sparsify.py"}

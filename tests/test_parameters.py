@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import sae_core
 from sae_core.base import LM_LOSSES
 from train import train_sae
-from train.config import TRAINER_KEYS, make_config
+from train.config.merge import TRAINER_KEYS, make_config
+from train.config.resolve import DERIVED_OPTIONS
 from train.errors import ConfigError
-from train.log import TIMING, read_metrics
 from train.loop import train_step
-from train.resolve import DERIVED_OPTIONS
+from train.sinks.log import TIMING, read_metrics
 from train.state import Run, build_sae
 
 ROOT = Path(__file__).resolve().parents[1]

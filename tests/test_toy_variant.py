@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import sae_core.variants
 from sae_core import registry
 from train.cli import app
-from train.config import read_yaml
+from train.config.merge import read_yaml
 from train.folders import read_summary
 
 TOY = '''

@@ -19,8 +19,8 @@ import sae_core
 from cache.rows import CacheSpec, DocumentRow, HookPoint, Rows
 from cache.writer import CacheWriter
 from train.cli import app
-from train.config import TRAINER_KEYS
-from train.log import read_metrics
+from train.config.merge import TRAINER_KEYS
+from train.sinks.log import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
 QUICK = ["--batch-size", "128", "--steps", "20", "--eval-rows", "300"]

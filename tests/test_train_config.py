@@ -7,10 +7,9 @@ import pytest
 
 import cache
 from train import train_sae
-from train.coerce import coerce
-from train.config import (
+from train.config.coerce import coerce
+from train.config.merge import (
     TRAINER_KEYS,
-    TrainConfig,
     from_sections,
     make_config,
     parse_assignments,
@@ -18,10 +17,11 @@ from train.config import (
     to_sections,
     to_yaml,
 )
+from train.config.resolve import MAX_EPOCHS, default_name, n_steps_of
+from train.config.settings import TrainConfig
 from train.data import Data
 from train.errors import ConfigError
-from train.resolve import MAX_EPOCHS, default_name, n_steps_of
-from train.sweep import plan_sweep
+from train.sweeps.sweep import plan_sweep
 
 
 @pytest.mark.parametrize(

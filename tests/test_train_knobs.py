@@ -17,11 +17,11 @@ from cache.errors import IncompleteCacheError
 from sae_core import resample as latents_of
 from train import resume_training, train_sae
 from train.callbacks import Callback
-from train.ema import Ema, averaged
 from train.errors import CheckpointError, ConfigError, InterruptedRunError
-from train.log import TIMING, read_metrics
+from train.optim.ema import Ema, averaged
 from train.patience import Patience
 from train.signals import StopRequest
+from train.sinks.log import TIMING, read_metrics
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 30, "d_sae": 32, "eval_rows": 500, "log_every": 5}
 

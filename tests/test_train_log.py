@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from train import train_sae
-from train.charts import charted
-from train.console import ConsoleSink, duration, quantity
-from train.log import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
+from train.sinks.charts import charted
+from train.sinks.console import ConsoleSink, duration, quantity
+from train.sinks.log import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 

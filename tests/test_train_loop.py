@@ -7,10 +7,10 @@ import torch
 
 from cache.loader import Batch, LoaderState
 from sae_core import Progress, registry
-from train.config import make_config
+from train.config.merge import make_config
 from train.errors import DivergedError
 from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
-from train.optim import OPTIMIZERS, make_optimizer, set_lr, state_tensors
+from train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
 from train.state import Run, build_sae
 
 D_IN, D_SAE = 8, 24
@@ -155,7 +155,7 @@ def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
 
 
 def test_signum_steps_by_the_sign_of_the_momentum() -> None:
-    from train.signum import Signum
+    from train.optim.signum import Signum
 
     p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = Signum([p], lr=0.1, momentum=0.9, weight_decay=0.5)

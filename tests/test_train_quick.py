@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import sae_core
 from train.cli import app
-from train.harvesting import cache_folder
+from train.commands.harvesting import cache_folder
 
 REPO = Path(__file__).resolve().parents[1]
 TRAIN = ["--steps", "5", "--batch-size", "32", "--eval-rows", "64", "--d-sae", "64", "--k", "4"]

@@ -22,10 +22,10 @@ from cache.loader import LoaderState
 from train import resume_training, train_sae
 from train.errors import CheckpointError, ConfigError, InterruptedRunError, NotARunError, RunExistsError
 from train.folders import exclusive
-from train.log import TIMING, BaseSink, read_metrics
-from train.optim import OPTIMIZERS
+from train.optim.optimizers import OPTIMIZERS
 from train.rng import Rng
 from train.signals import StopRequest
+from train.sinks.log import TIMING, BaseSink, read_metrics
 
 SETTINGS = {"k": 4, "batch_size": 128, "steps": 60, "save_every": 7, "log_every": 1, "eval_rows": 500}
 

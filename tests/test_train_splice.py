@@ -19,13 +19,13 @@ from cache.windows import read_windows
 from sae_core import Progress, registry
 from train import train_sae
 from train.cli import app
-from train.config import make_config
+from train.config.merge import make_config
 from train.data import Data
-from train.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
 from train.errors import SpliceError
-from train.patch import patched
-from train.splice import open_embedder, open_model
-from train.weights import weights_hash
+from train.language.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
+from train.language.patch import patched
+from train.language.splice import open_embedder, open_model
+from train.language.weights import weights_hash
 
 SMALL = {
     "type": "topk",
@@ -519,7 +519,7 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
 @pytest.fixture(scope="module")
 def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, and what a kill at step 17 would have left of it; the last 8 of 20 steps finetune."""
-    from train.log import BaseSink
+    from train.sinks.log import BaseSink
 
     class CopyAt17(BaseSink):
         def metrics(self, metrics) -> None:

@@ -17,20 +17,20 @@ from rich.console import Console
 
 import sae_core
 import train.checkpoint
-import train.grouping
-import train.sweep
+import train.sweeps.sweep
 from cache.loader import Loader
 from train import resume_sweep, resume_training, train_sae, train_sweep
 from train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
 from train.folders import exclusive
 from train.footprint import Footprint, fit_groups
-from train.grid import check_grid, expand, parse_grid
-from train.log import TIMING, BaseSink, read_metrics
 from train.member import Member
-from train.plan import load_plan
 from train.signals import StopRequest
-from train.sweep import Reporter, plan_sweep
-from train.sweep_console import SweepConsole
+from train.sinks.log import TIMING, BaseSink, read_metrics
+from train.sweeps import grouping
+from train.sweeps.console import SweepConsole
+from train.sweeps.grid import check_grid, expand, parse_grid
+from train.sweeps.plan import load_plan
+from train.sweeps.sweep import Reporter, plan_sweep
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
 
@@ -159,7 +159,7 @@ def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, 
     shutil.rmtree(stopped / names[1] / "checkpoints")  # from the start
     shutil.rmtree(stopped / names[2])  # never begun
     resume_training(stopped / names[3])  # a member is an ordinary run
-    monkeypatch.setattr(train.grouping, "available_memory", lambda device: pytest.fail("the plan is measured again"))
+    monkeypatch.setattr(grouping, "available_memory", lambda device: pytest.fail("the plan is measured again"))
     resume_sweep(stopped)
     assert table(whole.folder) == table(stopped)
     for name in names:
@@ -191,7 +191,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
 
 def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
-    original = train.sweep.open_member
+    original = train.sweeps.sweep.open_member
 
     def broken(data, *args):
         if data.config.options["k"] == 3:
@@ -199,7 +199,7 @@ def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> No
         return original(data, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.sweep, "open_member", broken)
+        patch.setattr(train.sweeps.sweep, "open_member", broken)
         result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
     assert list(result.failures.values()) == ["out of memory"]
     again = resume_sweep(result.folder)
@@ -210,14 +210,14 @@ def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> No
 def test_groups_that_fit_the_memory(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
     whole = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "a"))
-    monkeypatch.setattr(train.grouping, "available_memory", lambda device: int(1000 / train.grouping.MARGIN) + 1)
-    monkeypatch.setattr(train.grouping, "measure", lambda data: Footprint(300, 300))
-    monkeypatch.setattr(train.grouping, "estimate", lambda config: Footprint(200, 200))
+    monkeypatch.setattr(grouping, "available_memory", lambda device: int(1000 / grouping.MARGIN) + 1)
+    monkeypatch.setattr(grouping, "measure", lambda data: Footprint(300, 300))
+    monkeypatch.setattr(grouping, "estimate", lambda config: Footprint(200, 200))
     parts = train_sweep({"k": [1, 2, 3, 4]}, settings, runs_dir=str(tmp_path / "b"))
     assert [len(group.entries) for group in load_plan(parts.folder).groups] == [2, 2]
     assert "2 fit at once, 2 groups train one after another" in load_plan(parts.folder).notes[-1]
     assert table(whole.folder) == table(parts.folder)
-    monkeypatch.setattr(train.grouping, "measure", lambda data: Footprint(data.config.options["k"] * 300, 300))
+    monkeypatch.setattr(grouping, "measure", lambda data: Footprint(data.config.options["k"] * 300, 300))
     with pytest.raises(ConfigError, match=r"2 of these 4 SAEs would fit: .*_k3_s0 needs .*GiB of memory, cpu has"):
         plan_sweep({"k": [1, 2, 3, 4]}, settings)
 
@@ -229,7 +229,7 @@ def test_first_fit() -> None:
 
 
 def test_a_measured_footprint_holds_the_weights(make_cache) -> None:
-    from train.config import make_config
+    from train.config.merge import make_config
     from train.data import Data
     from train.footprint import estimate, measure
 
@@ -383,7 +383,7 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
 
 def start(target, **kwargs):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.sweep", "train.plots", "sae_core.variants.topk"])
+    context.set_forkserver_preload(["train.sweeps.sweep", "train.sweeps.plots", "sae_core.variants.topk"])
     process = context.Process(target=target, kwargs=kwargs)
     process.start()
     return process

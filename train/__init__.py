@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.config import TrainConfig
+    from train.config.settings import TrainConfig
     from train.run import Result, resume_training, train_sae
-    from train.sweep import SweepResult, resume_sweep, train_sweep
+    from train.sweeps.sweep import SweepResult, resume_sweep, train_sweep
 
 _SWEEPS = ("SweepResult", "resume_sweep", "train_sweep")
 
@@ -25,11 +25,11 @@ __all__ = ["Result", "SweepResult", "TrainConfig", "resume_sweep", "resume_train
 def __getattr__(name: str) -> Any:
     # Lazily: `sae-train --help` answers without importing torch.
     if name == "TrainConfig":
-        from train.config import TrainConfig
+        from train.config.settings import TrainConfig
 
         return TrainConfig
     if name in _SWEEPS:
-        from train import sweep
+        from train.sweeps import sweep
 
         return getattr(sweep, name)
     if name in __all__:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from cache.files import free_bytes
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.errors import ConfigError
-from train.optim import OPTIMIZERS
+from train.optim.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 6  # clean and spliced, their log-probabilities, gradients

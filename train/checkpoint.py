@@ -27,10 +27,10 @@ import sae_core
 from cache.files import hash_files
 from cache.loader import LoaderState
 from train import files
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.density import Density
 from train.errors import CheckpointError
-from train.optim import load_state_tensors, state_tensors
+from train.optim.optimizers import load_state_tensors, state_tensors
 from train.patience import Patience
 from train.rng import Rng
 from train.state import Run

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from train import cli_sweep
-from train.cli_common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
-from train.cli_quick import quick
-from train.cli_train import show_training, train_given
-from train.flags import takes_settings
+from train.commands import sweep as cli_sweep
+from train.commands.common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
+from train.commands.quick import quick
+from train.commands.train import show_training, train_given
+from train.config.flags import takes_settings
 
 app = typer.Typer(
     name="sae-train",
@@ -55,7 +55,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
     With --cache what follows from the cache is decided too. The output is a YAML file for --config.
     """
     with errors(debug):
-        from train.origin import annotated_yaml
+        from train.config.origin import annotated_yaml
 
         typer.echo(annotated_yaml(read_flags().layers()), nl=False)
 
@@ -90,8 +90,8 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
+        from train.commands.render import result_table, reuse_line, show
         from train.folders import read_summary
-        from train.render import result_table, reuse_line, show
 
         summaries = [read_summary(folder) for folder in _finished(folders)]
         show(result_table(summaries))
@@ -143,7 +143,7 @@ def types(
     """List the variants with their options and defaults."""
     with errors(debug):
         import sae_core
-        from train.render import show, types_tables
+        from train.commands.render import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
 
@@ -152,7 +152,7 @@ def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among folders and in sweeps; what is not one is skipped with a word, unless none is left."""
     from train.errors import NotARunError
     from train.folders import is_sweep, read_summary
-    from train.plan import load_plan
+    from train.sweeps.plan import load_plan
 
     found, skipped = [], []
     for folder in folders:

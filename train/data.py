@@ -20,11 +20,11 @@ from cache.selection import Part, account
 from cache.windows import Windows, WindowsState, read_windows
 from train.capacity import check_logits
 from train.checkpoint import Identity
-from train.config import TrainConfig
+from train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
+from train.config.settings import TrainConfig
 from train.initial import check_initial
-from train.language_model import EmbeddingModel, LanguageModel
-from train.phases import first_window_step, needs_language_model
-from train.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
+from train.language.language_model import EmbeddingModel, LanguageModel
+from train.language.phases import first_window_step, needs_language_model
 
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
@@ -146,7 +146,7 @@ class Data:
         """
         if not needs_language_model(self.config):
             return None
-        from train.splice import open_any, open_model
+        from train.language.splice import open_any, open_model
 
         config = self.config
         opens = open_any if first_window_step(config) is None else open_model

@@ -23,9 +23,10 @@ import yaml
 from cache.errors import CacheLockedError
 from cache.lock import CacheLock
 from train import files
-from train.config import TrainConfig, from_sections
+from train.config.merge import from_sections
+from train.config.settings import TrainConfig
+from train.config.yaml_text import load_yaml
 from train.errors import ConfigError, NotARunError, RunExistsError
-from train.yaml_text import load_yaml
 
 CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
 PLAN = "sweep.json"  # of a sweep, which holds the folders of its runs

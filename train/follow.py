@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from cache.loader import LoaderState
-from train import resample, validate
+from train import validate
 from train.callbacks import Callbacks, StepEvent
 from train.clock import Clock
 from train.data import Data
-from train.log import Sinks
-from train.metrics import finite, histograms_of, metrics_of
-from train.phases import first_window_step
+from train.language.phases import first_window_step
+from train.optim import resample
+from train.sinks.log import Sinks
+from train.sinks.metrics import finite, histograms_of, metrics_of
 from train.state import Run
 
 

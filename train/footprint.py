@@ -12,7 +12,7 @@ import torch
 
 from train import loop
 from train.capacity import FLOAT_BYTES, available_memory, needed_memory, parameter_bytes
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.data import Data
 from train.rng import Rng
 from train.state import Run, build_sae

@@ -10,7 +10,7 @@ import sae_core
 from sae_core import SAE
 from sae_core.fold import folded_tensors, unfold
 from sae_core.io import NATIVE, OURS
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ from cache.windows import Windows
 from sae_core import SAE, Progress
 from sae_core.metrics import Evaluator
 from train.errors import DivergedError
-from train.optim import set_lr
+from train.optim.optimizers import set_lr
 from train.state import Run
 from train.step_input import Inputs, RowInput, StepInput, Terms
 

@@ -20,18 +20,18 @@ from sae_core import SAE
 from train import checkpoint, files, loop, validate
 from train.callbacks import Callbacks, StepEvent
 from train.clock import Clock
-from train.config import to_sections, to_yaml
+from train.config.merge import to_sections, to_yaml
 from train.data import Data, Inputs, export_metadata
-from train.downstream import downstream
 from train.errors import DivergedError
 from train.evaluate import evaluate
 from train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
 from train.follow import Follower
 from train.initial import start_from
-from train.log import Sinks
-from train.metrics import last_training_l0, summarize
+from train.language.downstream import downstream
 from train.rng import Rng
 from train.signals import StopRequest
+from train.sinks.log import Sinks
+from train.sinks.metrics import last_training_l0, summarize
 from train.state import Run, build_sae
 from train.stream import state_after, step_input
 

@@ -12,7 +12,8 @@ import sae_core
 from train.callbacks import AnyCallback, Callbacks
 from train.capacity import check_capacity
 from train.checkpoint import check_identity
-from train.config import TrainConfig, differing, make_config
+from train.config.merge import differing, make_config
+from train.config.settings import TrainConfig
 from train.data import Data
 from train.errors import ConfigError, RunExistsError, nearest
 from train.folders import (
@@ -25,10 +26,10 @@ from train.folders import (
     read_run,
     read_summary,
 )
-from train.log import JsonlSink, Sink, Sinks
 from train.member import Result, open_member
 from train.session import train_members
 from train.signals import StopRequest
+from train.sinks.log import JsonlSink, Sink, Sinks
 
 __all__ = ["Result", "resume_training", "train_sae"]
 
@@ -128,12 +129,12 @@ def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[
     """The sinks of a run: metrics.jsonl, wandb and TensorBoard when asked, and those given."""
     sinks: list[Sink] = [JsonlSink(folder)]
     if config.wandb != "off":
-        from train.wandb_sink import WandbSink
+        from train.sinks.wandb_sink import WandbSink
 
         artifacts = config.wandb_artifacts
         sinks.append(WandbSink(folder, config.wandb_project, config.wandb, wandb_id, artifacts=artifacts))
     if config.tensorboard:
-        from train.tensorboard_sink import TensorboardSink
+        from train.sinks.tensorboard_sink import TensorboardSink
 
         sinks.append(TensorboardSink(folder))
     return Sinks([*sinks, *extra])

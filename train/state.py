@@ -10,13 +10,13 @@ from torch import nn
 
 import sae_core
 from sae_core import SAE
-from train.config import TrainConfig
+from train.config.settings import TrainConfig
 from train.density import Density
-from train.ema import Ema
-from train.optim import make_optimizer
+from train.optim.ema import Ema
+from train.optim.optimizers import make_optimizer
+from train.optim.schedule import Schedule
 from train.patience import Patience
 from train.rng import Rng
-from train.schedule import Schedule
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""What a training step takes: rows of the cache, or windows through a language model (`train.downstream`).
+"""What a training step takes: rows of the cache, or windows through a language model (`train.language.downstream`).
 
 Shapes: N rows, D = d_in.
 """

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from cache.loader import Batch, LoaderState
 from cache.windows import Windows, WindowsState
 from train.data import Data, open_stream
-from train.downstream import SplicedInput
-from train.language_model import LanguageModel
-from train.phases import first_window_step
+from train.language.downstream import SplicedInput
+from train.language.language_model import LanguageModel
+from train.language.phases import first_window_step
 from train.step_input import Inputs
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from train.ema import averaged
 from train.evaluate import evaluate
+from train.optim.ema import averaged
 from train.state import Run
 
 NAMES = ("l0", "fvu", "explained_variance", "mse", "dead")

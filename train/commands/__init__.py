@@ -1,0 +1,1 @@
+"""What the commands of `sae-train` do with their flags; `train.cli` holds the commands."""

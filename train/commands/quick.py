@@ -1,0 +1,84 @@
+"""`sae-train quick`: from text to SAE in one command."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from train.commands.common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors, fail
+from train.commands.train import config_of, train_given
+from train.config.flags import Given, takes_settings
+
+HARVEST = "Harvest"
+
+
+def _harvest(text: str, *names: str) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(*names, help=text, rich_help_panel=HARVEST, show_default=False)
+    return option
+
+
+@takes_settings
+def quick(
+    read_flags: ReadFlags,
+    model: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, local folder, or demo.")],
+    dataset: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, file, folder, - or demo.")],
+    layers: Layers = None,
+    layer_stride: LayerStride = None,
+    max_tokens: Annotated[str, _harvest("Rows to harvest. (default: 5M)", "--max-tokens")] = "5M",
+    ctx_len: Annotated[str | None, _harvest("Tokens of a window.", "--ctx-len")] = None,
+    batch_tokens: Annotated[str | None, _harvest("Tokens of a batch of the model.", "--batch-tokens")] = None,
+    num_proc: Annotated[str | None, _harvest("Processes for a slow tokenizer.", "--num-proc")] = None,
+    dataset_config: Annotated[str | None, _harvest("Configuration of a hub data set.", "--dataset-config")] = None,
+    harvest: Annotated[str, _harvest("Any other flags of sae-harvest run, in quotes.", "--harvest")] = "",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Harvest and train in one command: `sae-train quick bert-base-uncased Salesforce/wikitext --layer 6`.
+
+    A harvest of the same settings is used again (--cache names its folder); the type is batchtopk unless --type says
+    otherwise. The same command again continues what was interrupted.
+    """
+    with errors(debug):
+        given = _with_type(read_flags())
+        config_of(given)  # what is wrong with the settings is told before the harvest
+        named = layers or _layers_of(given)
+        flags = {
+            "--ctx-len": ctx_len,
+            "--batch-tokens": batch_tokens,
+            "--num-proc": num_proc,
+            "--dataset-config": dataset_config,
+            "--layer-stride": layer_stride and str(layer_stride),
+        }
+        others = [part for flag, value in flags.items() if value for part in (flag, value)] + shlex.split(harvest)
+        from train.commands.harvesting import cache_folder
+        from train.commands.harvesting import harvest as run_harvest
+
+        folder = given.flags.get("cache") or str(cache_folder(model, dataset, named, max_tokens, others))
+        common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]
+        device = ["--device", str(given.flags["device"])] if "device" in given.flags else []
+        code = run_harvest([*common, *others, *device, "--out", folder, *(["--quiet"] if quiet else [])])
+        if code:
+            raise typer.Exit(code if code > 0 else 128 - code)
+        given = replace(given, flags={**given.flags, "cache": folder})
+        resume = "never" if overwrite else "auto"
+        train_given(given, layers, None, overwrite=overwrite, resume=resume, quiet=quiet)
+
+
+def _with_type(given: Given) -> Given:
+    if any(values.get("type") for _, values in given.layers()):
+        return given
+    return replace(given, flags={"type": "batchtopk", **given.flags})
+
+
+def _layers_of(given: Given) -> str:
+    """`--layer 2 --layer 4` as 2,4."""
+    hooks = [str(hook) for hook in given.flags.get("hook", [])]
+    numbers = [hook.removeprefix("layer_") for hook in hooks]
+    if not numbers or not all(number.isdigit() for number in numbers):
+        got = ", ".join(hooks) or "none"
+        fail(f"error: quick needs the layers by number, got {got}: give --layer 6, or --layers 2,4 for an SAE each", 2)
+    return ",".join(numbers)

@@ -1,0 +1,158 @@
+"""How layers of settings become one config.
+
+Precedence: defaults < the variant's recommended values < YAML < flags and `--set`. `None` means "decided from the cache
+and the run's length" (`train.config.resolve`); the resolved config holds no undecided value and is what a run saves.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import sae_core
+from train.config.coerce import coerce
+from train.config.settings import SECTIONS, TrainConfig
+from train.config.yaml_text import load_yaml
+from train.errors import ConfigError, nearest
+
+# Sections of a YAML file may also be called as other trainers call them.
+_SECTION_ALIASES = {"wandb": "logging"}
+
+_HINTS = typing.get_type_hints(TrainConfig)
+TRAINER_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name != "options")
+
+
+def variant_keys(type_name: str) -> dict[str, Any]:
+    """Options of a variant with their annotations. d_in follows from the cache; a saved config repeats it."""
+    cls = sae_core.registry.get(type_name)
+    hints = typing.get_type_hints(cls.Config)
+    return {f.name: hints[f.name] for f in fields(cls.Config)}
+
+
+def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
+    """Merge layers of flat settings, the last one wins; below them lie the variant's recommended values.
+
+    Raises ConfigError for an unknown key (with the nearest known one) or a value that does not fit.
+    """
+    given = merge_layers(layers)
+    type_name = given.get("type")
+    if not type_name:
+        known = ", ".join(sae_core.registry.names())
+        raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
+    options = variant_keys(str(type_name))
+    merged = {**sae_core.registry.get(str(type_name)).recommended(), **given}
+    settings: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    for key, value in merged.items():
+        if key in TRAINER_KEYS:
+            settings[key] = coerce(key, value, _HINTS[key])
+        elif key in options:
+            chosen[key] = coerce(key, value, options[key])
+        else:
+            hint = nearest(key, [*options, *TRAINER_KEYS, *SECTIONS])
+            listed = ", ".join(name for name in options if name != "d_in")
+            raise ConfigError(f"unknown setting {key!r} for type {type_name}{hint} (its options: {listed})")
+    if "d_sae" in chosen and settings.get("expansion_factor") is not None:
+        factor = settings["expansion_factor"]
+        raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={factor}: give one of them")
+    return TrainConfig(**settings, options=chosen)
+
+
+def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Flat settings of all layers, the last one wins. Nothing is checked."""
+    given: dict[str, Any] = {}
+    for layer in layers:
+        given.update(_one_length(given, layer))
+    return given
+
+
+def _one_length(given: dict[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A length or width in a higher layer replaces the other ways to say it in lower layers."""
+    for group in (("tokens", "steps", "epochs"), ("d_sae", "expansion_factor")):
+        if any(layer.get(key) is not None for key in group):
+            for key in group:
+                given.pop(key, None)
+    return layer
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Flat settings of a YAML file, with or without sections (run, model, training, data, logging)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    try:
+        content = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not plain YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path}: expected keys and values, got {type(content).__name__}")
+    return dict(_flatten(content, str(path)))
+
+
+def _flatten(content: Mapping[Any, Any], source: str) -> Iterator[tuple[str, Any]]:
+    seen: set[str] = set()
+    for key, value in content.items():
+        name = _SECTION_ALIASES.get(str(key), str(key))
+        is_section = name in SECTIONS and isinstance(value, Mapping | None)
+        for inner, inner_value in (value or {}).items() if is_section else [(key, value)]:
+            flat = str(inner).replace("-", "_")
+            if flat in seen:
+                raise ConfigError(f"{source}: {flat!r} is set twice")
+            seen.add(flat)
+            yield flat, inner_value
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts of `--set` as flat settings."""
+    out: dict[str, str] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text!r}: expected key=value")
+        out[key.strip().replace("-", "_")] = value.strip()
+    return out
+
+
+def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The config as plain values by section, for YAML and JSON; `from_sections` reads it back."""
+    out: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for spec in fields(TrainConfig):
+        if spec.name in TRAINER_KEYS:
+            out[spec.metadata["section"]][spec.name] = _plain(getattr(config, spec.name))
+    out["model"].update({key: _plain(value) for key, value in config.options.items()})
+    return out
+
+
+def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
+    """Read a saved config back."""
+    return make_config([dict(_flatten(content, source))])
+
+
+def differing(saved: TrainConfig, now: TrainConfig) -> list[str]:
+    """The settings in which two configs differ: `k=32, now 64`."""
+    before, after = (
+        {key: value for values in to_sections(config).values() for key, value in values.items()}
+        for config in (saved, now)
+    )
+    keys = list(dict.fromkeys([*before, *after]))
+    return [f"{k}={before.get(k)}, now {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The config as YAML text."""
+    text: str = yaml.safe_dump(to_sections(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value

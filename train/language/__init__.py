@@ -1,0 +1,1 @@
+"""The language model that an SAE stands in: found, checked, spliced, and asked what it lost."""

@@ -1,0 +1,182 @@
+"""Optimizers by name, and their state as plain tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config.settings import TrainConfig
+from train.errors import CheckpointError
+from train.optim.signum import Signum
+
+Parameters = list[nn.Parameter]
+Groups = list[dict[str, Any]]  # each with "params" and "lr_scale", its rate over the run's
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an optimizer is made, and what it costs in copies of the parameters."""
+
+    make: Callable[[Groups, TrainConfig, float], torch.optim.Optimizer]
+    in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
+    on_disk: int  # parameter and state
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of a resolved config. The rate is set before every step.
+
+    Matrices step at `matrix_lr_scale` times the rate: Adam's step has the size of the rate whatever the size of the
+    weights, so that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start from.
+    """
+    assert config.lr is not None
+    matrices, vectors = _by_shape(parameters)
+    groups = [{"params": matrices, "lr_scale": config.matrix_lr_scale}, {"params": vectors, "lr_scale": 1.0}]
+    return OPTIMIZERS[config.optimizer].make([g for g in groups if g["params"]], config, config.lr)
+
+
+def _by_shape(parameters: Iterable[nn.Parameter]) -> tuple[Parameters, Parameters]:
+    """Matrices, then what has one number per latent or per input."""
+    given = list(parameters)
+    return [p for p in given if p.ndim == 2], [p for p in given if p.ndim != 2]
+
+
+def _adam(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    kind = _AdamW if config.optimizer == "adamw" else _Adam
+    betas = (config.beta1, config.beta2)
+    return kind(groups, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+
+
+def _sgd(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, weight_decay=config.weight_decay, fused=True)
+
+
+def _signum(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return Signum(groups, lr, config.beta1, config.weight_decay)
+
+
+def _adafactor(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=lr, weight_decay=config.weight_decay)
+
+
+def _muon(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    return MuonAndAdam(groups, config, lr)
+
+
+@contextmanager
+def _in_memory_order(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Show matrices that are stored by columns, as W_enc is, as their transposes.
+
+    A fused step copies what is not contiguous to and fro: of parameter, gradient and both moments.
+    """
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.ndim == 2]
+    turned = [p for p in given if not p.is_contiguous() and p.t().is_contiguous()]
+    for p in turned:
+        _transpose(p, optimizer.state.get(p, {}))
+    try:
+        yield
+    finally:
+        for p in turned:
+            _transpose(p, optimizer.state.get(p, {}))
+
+
+def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
+    grad, p.grad = p.grad, None
+    p.data = p.data.t()
+    p.grad = None if grad is None else grad.t()
+    state.update({name: value.t() for name, value in state.items() if torch.is_tensor(value) and value.ndim == 2})
+
+
+class _Adam(torch.optim.Adam):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        with _in_memory_order(self):
+            return super().step(closure)
+
+
+class _AdamW(torch.optim.AdamW):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        with _in_memory_order(self):
+            return super().step(closure)
+
+
+class MuonAndAdam(torch.optim.Optimizer):
+    """Muon for the matrices, AdamW for the vectors, as one optimizer with one state.
+
+    Muon's steps are scaled to the size of Adam's (`match_rms_adamw`), so that one rate suits both.
+    """
+
+    def __init__(self, groups: Groups, config: TrainConfig, lr: float) -> None:
+        super().__init__(groups, {})
+        matrices = [group for group in groups if group["params"][0].ndim == 2]
+        rest = [group for group in groups if group["params"][0].ndim != 2]
+        momentum, decay = config.beta1, config.weight_decay
+        muon = torch.optim.Muon(matrices, lr, decay, momentum, adjust_lr_fn="match_rms_adamw")
+        betas = (config.beta1, config.beta2)
+        adam = torch.optim.AdamW(rest, lr, betas, config.eps, decay, fused=True) if rest else None
+        self._parts = [muon] if adam is None else [muon, adam]
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Take one step on the gradients that there are."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
+OPTIMIZERS = {
+    "adam": Kind(_adam, in_memory=4, on_disk=3),
+    "adamw": Kind(_adam, in_memory=4, on_disk=3),
+    "sgd": Kind(_sgd, in_memory=3, on_disk=2),
+    "muon": Kind(_muon, in_memory=4, on_disk=2),
+    "adafactor": Kind(_adafactor, in_memory=3, on_disk=1),
+    "signum": Kind(_signum, in_memory=4, on_disk=2),
+}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>/<quantity>` -> tensor."""
+    out: dict[str, Tensor] = {}
+    for parameter, name in names.items():
+        for quantity, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                out[f"{name}/{quantity}"] = torch.as_tensor(value)
+    return out
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Restore what `state_tensors` gave. A tensor shaped like its parameter also gets its strides.
+
+    W_enc is stored latent by latent: a fused step over tensors of unequal strides would pair the wrong elements.
+    """
+    by_name = {name: parameter for parameter, name in names.items()}
+    state: dict[Tensor, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        if name not in by_name:
+            raise CheckpointError(f"the optimizer's state holds {name!r}, which this SAE does not have")
+        parameter = by_name[name]
+        if tensor.shape == parameter.shape and quantity != "step":
+            value = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(tensor)
+        else:
+            value = tensor.to(parameter.device)
+        state.setdefault(parameter, {})[quantity] = value.detach()
+    optimizer.state.clear()
+    optimizer.state.update(state)

@@ -1,0 +1,83 @@
+"""Which SAEs of a sweep train together: those of one stream of batches, as many as the memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from train.capacity import available_memory, gib
+from train.data import Data
+from train.errors import ConfigError
+from train.footprint import MARGIN, Footprint, estimate, fit_groups, measure
+from train.language.phases import needs_language_model
+from train.sweeps.plan import Entry, Group
+
+
+def groups_of(members: Sequence[tuple[Data, Entry]]) -> tuple[list[Group], list[str]]:
+    """One group per stream, or several where the memory does not hold all of its SAEs."""
+    by_stream: dict[Any, list[tuple[Data, Entry]]] = {}
+    for data, entry in members:
+        by_stream.setdefault(data.stream_key, []).append((data, entry))
+    groups, notes = [], []
+    for stream in by_stream.values():
+        fitting, note = _fit(stream)
+        notes += note
+        for part in fitting:
+            first = part[0][0]
+            record = {"counts": first.counts.to_json(), "order": first.order.to_json()}
+            groups.append(Group(tuple(entry for _, entry in part), record))
+    if len(by_stream) > 1:
+        notes.append(f"{len(by_stream)} streams of batches: seeds of the order, filters or batch sizes differ")
+    return groups, notes
+
+
+def _fit(stream: list[tuple[Data, Entry]]) -> tuple[list[list[tuple[Data, Entry]]], list[str]]:
+    device = stream[0][0].config.device
+    there = available_memory(device)
+    if there is None:
+        return [stream], []
+    usable = int(MARGIN * there) - _stream_bytes([data for data, _ in stream])
+    sizes = [estimate(data.config) for data, _ in stream]
+    known: dict[str, Footprint] = {}
+    if 2 * (sum(s.resident for s in sizes) + max(s.step for s in sizes)) > usable:
+        sizes = [
+            size if size.total > usable else _measured(data, known)
+            for (data, _), size in zip(stream, sizes, strict=True)
+        ]
+    alone = [size.total <= usable for size in sizes]
+    if not all(alone):
+        entry, size = next((e, s) for (_, e), s, fits in zip(stream, sizes, alone, strict=True) if not fits)
+        raise ConfigError(
+            f"{sum(alone)} of these {len(stream)} SAEs would fit: {entry.name} needs {gib(size.total)} of memory, "
+            f"{device} has {gib(max(usable, 0))} to give; lower d_sae or batch_size, or raise --grad-acc-steps"
+        )
+    groups = fit_groups([(member, size) for member, size in zip(stream, sizes, strict=True)], usable)
+    if len(groups) == 1:
+        return groups, []
+    needed = sum(s.resident for s in sizes) + max(s.step for s in sizes)
+    note = (
+        f"{len(stream)} SAEs need {gib(needed)} of memory, {device} has {gib(usable)} to give: "
+        f"{max(map(len, groups))} fit at once, {len(groups)} groups train one after another"
+    )
+    return groups, [note]
+
+
+def _measured(data: Data, known: dict[str, Footprint]) -> Footprint:
+    """A measured footprint; runs of equal sizes are measured once."""
+    config = data.config
+    sizes = {**config.options, "lr": None, "dead_after_tokens": None}
+    step = (config.batch_size, config.grad_acc_steps, config.optimizer, config.compute_dtype)
+    key = repr((config.type, step, sizes))
+    if key not in known:
+        # A step through the language model wants windows of text: `capacity` counts what it needs.
+        known[key] = (None if needs_language_model(config) else measure(data)) or estimate(config)
+    return known[key]
+
+
+def _stream_bytes(runs: Sequence[Data]) -> int:
+    """What the loader holds: two pools on a GPU; on a CPU batches alone, which do not count beside the models."""
+    if not runs[0].config.device.startswith("cuda"):
+        return 0
+    names = {name: run for run in runs for name in run.input_names}
+    per_row = sum(run.width(name) for name, run in names.items()) * (4 if runs[0].cache.dtype == "float32" else 2)
+    return 2 * runs[0].order.max_pool_rows * per_row

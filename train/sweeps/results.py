@@ -1,0 +1,106 @@
+"""What a sweep came to: one row per SAE, as CSV, Markdown and JSON, and the Pareto plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train import files
+from train.folders import FAILURE, is_complete, read_summary
+from train.sweeps.plan import Entry, Plan
+
+Row = Mapping[str, Any]
+
+CSV_FILE, MARKDOWN_FILE, JSON_FILE, PLOT_FILE = "results.csv", "results.md", "results.json", "pareto.png"
+MARKDOWN_COLUMNS = ("name", "type", "hook", "d_sae", "k", "init_seed", "l0", "fvu", "dead", "tokens", "seconds")
+DOWNSTREAM_COLUMNS = ("ce_score", "kl")  # shown where a run measured them
+
+
+def sweep_rows(plan: Plan, folder: Path) -> list[Row]:
+    """One flat row per SAE, in the plan's order; one without a result says why."""
+    return [_row(entry, folder / entry.name) for entry in plan.entries]
+
+
+def _row(entry: Entry, folder: Path) -> Row:
+    config = entry.config
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "type": config.type,
+        "hook": ",".join(config.hook),
+        "d_sae": config.options["d_sae"],
+        "k": config.options.get("k"),
+        "init_seed": config.init_seed,
+        "shuffle_seed": config.shuffle_seed,
+        **{key: _plain(value) for key, value in entry.varied.items() if key not in ("type", "hook", "init_seed")},
+    }
+    if not is_complete(folder):
+        failure = read_failure(folder) or {"error": "not finished", "step": 0}
+        return {**row, "status": "failed", "error": failure["error"], "steps": failure["step"]}
+    summary = read_summary(folder)
+    measured = ("steps", "tokens", "rejected", "l0_train", "seconds", "tokens_per_second")
+    evaluation = {("eval_dead" if key == "dead" else key): value for key, value in summary["eval"].items()}
+    numbers = {key: summary.get(key) for key in measured} | evaluation | {"dead": summary["dead"]}
+    return {**row, "status": "finished", **numbers, "error": ""}
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """What stopped a member of a sweep; None if nothing did."""
+    try:
+        failure = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return failure if isinstance(failure, dict) and "error" in failure else None
+
+
+def write_results(rows: Sequence[Row], folder: Path) -> None:
+    """results.csv, results.md, results.json and pareto.png."""
+    files.write_text(folder / CSV_FILE, csv_table(rows))
+    files.write_text(folder / MARKDOWN_FILE, markdown_table(rows))
+    files.write_json(folder / JSON_FILE, {"rows": [dict(row) for row in rows]})
+    from train.sweeps.plots import pareto  # matplotlib
+
+    pareto(rows, folder / PLOT_FILE)
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """Every column that any row has."""
+    out = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dict(row) for row in rows)
+    return out.getvalue()
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The columns that people read."""
+    columns = [*MARKDOWN_COLUMNS, *(name for name in DOWNSTREAM_COLUMNS if any(name in row for row in rows))]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row, column) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    if row["status"] != "finished" and column == "l0":
+        return str(row["error"]).replace("|", "\\|")
+    if value is None:
+        return ""
+    formats = {
+        "ce_score": "{:.4f}",
+        "kl": "{:.4f}",
+        "l0": "{:.1f}",
+        "fvu": "{:.4f}",
+        "dead": "{:.1%}",
+        "seconds": "{:.0f}",
+        "tokens": "{:,}",
+    }
+    return formats.get(column, "{}").format(value)
+
+
+def _plain(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,235 @@
+"""Many SAEs from one stream of batches, in one process: each is a run like any other, in a folder of the sweep.
+
+runs/<sweep>/
+    sweep.json               the plan: members, groups, pinned shards
+    <member>/                an ordinary run; failure.json if something stopped it
+    results.csv .md .json    one row per SAE, written when all have ended
+    pareto.png               L0 against FVU
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import files
+from train.data import Data, Inputs
+from train.errors import DivergedError, InterruptedRunError, RunExistsError
+from train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
+from train.language.phases import needs_language_model
+from train.member import Member, open_member
+from train.run import all_sinks
+from train.session import train_members
+from train.signals import StopRequest
+from train.sinks.log import Sink, Sinks
+from train.sweeps.grid import Point, check_grid, expand
+from train.sweeps.plan import Entry, Group, Plan, load_plan, save_plan
+from train.sweeps.planning import default_sweep_name, make_plan, request_of
+from train.sweeps.results import Row, read_failure, sweep_rows, write_results
+
+
+class Reporter:
+    """What a sweep tells while it runs; this one says nothing."""
+
+    def start(self, plan: Plan, group: Group) -> None:
+        """A group starts."""
+
+    def sinks(self, entry: Entry) -> Sequence[Sink]:
+        """Sinks of one SAE, beside its own files."""
+        return ()
+
+    def ended(self, name: str, how: str) -> None:
+        """An SAE is complete, was so already, or failed."""
+
+    def message(self, text: str) -> None:
+        """Something a person should know."""
+
+    def close(self) -> None:
+        """Release what is held, also after an error."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The folder of a sweep and its table: one row per SAE."""
+
+    folder: Path
+    rows: Sequence[Row]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Name -> error of those that have no result."""
+        return {str(row["name"]): str(row["error"]) for row in self.rows if row.get("error")}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked as far as that goes without opening the cache."""
+
+    points: Sequence[Point]
+    hash: str
+    folder: Path
+
+    @classmethod
+    def of(cls, grid: Mapping[str, Any], settings: Mapping[str, Any]) -> _Request:
+        common = {key: value for key, value in settings.items() if key not in ("name", "runs_dir")}
+        points = expand(check_grid(grid), common)
+        request = request_of(points)
+        name = settings.get("name") or default_sweep_name(points, request)
+        return cls(points, request, Path(settings.get("runs_dir") or "runs") / check_name(str(name)))
+
+    def plan(self) -> Plan:
+        return make_plan(self.points, self.folder, self.hash)
+
+
+def plan_sweep(grid: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **more: Any) -> Plan:
+    """What `train_sweep` would do; writes nothing. Raises ConfigError, CacheError, SAEError."""
+    return _Request.of(grid, {**(settings or {}), **more}).plan()
+
+
+def train_sweep(
+    grid: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+    **more: Any,
+) -> SweepResult:
+    """Train an SAE per point of a grid: `train_sweep({"k": [16, 32]}, cache="cache/bert_l6", type="topk")`.
+
+    Settings are those of `train_sae`, for all points; `seed` in a grid is the initialisation's. Called again with the
+    same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
+    settings under the same name are refused.
+    """
+    request = _Request.of(grid, {**(settings or {}), **more})
+    folder = request.folder
+    if is_sweep(folder) and not overwrite:
+        if load_plan(folder).request != request.hash:
+            raise RunExistsError(
+                f"{folder} holds a sweep with other settings: choose another --name, continue that one with "
+                f"sae-train resume {folder}, or replace it with --overwrite"
+            )
+        return resume_sweep(folder, reporter=reporter, stop=stop)
+    plan = request.plan()
+    _check_language_models(plan)
+    claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
+    return _Sweep(plan, folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute(fresh=True)
+
+
+def resume_sweep(
+    folder: str | Path, *, reporter: Reporter | None = None, stop: StopRequest | None = None
+) -> SweepResult:
+    """Continue a sweep by its saved plan; every SAE ends bitwise as if nothing had stopped it.
+
+    One that diverged is not tried again (it would diverge again), any other failure is.
+    """
+    folder = Path(folder)
+    return _Sweep(load_plan(folder), folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute()
+
+
+class _Sweep:
+    def __init__(self, plan: Plan, folder: Path, reporter: Reporter, stop: StopRequest) -> None:
+        self.plan, self.folder, self.reporter, self.stop = plan, folder, reporter, stop
+
+    def execute(self, *, fresh: bool = False) -> SweepResult:
+        try:
+            with exclusive(self.folder):
+                if fresh:
+                    save_plan(self.plan, self.folder)
+                for note in self.plan.notes:
+                    self.reporter.message(note)
+                for group in self.plan.groups:
+                    self._train(group)
+                rows = sweep_rows(self.plan, self.folder)
+                write_results(rows, self.folder)
+        except InterruptedRunError as error:
+            raise InterruptedRunError(error.signum, error.step, self.folder) from None
+        finally:
+            self.reporter.close()
+        return SweepResult(self.folder, rows)
+
+    def _train(self, group: Group) -> None:
+        """Train what is left of a group."""
+        left = []
+        for entry in group.entries:
+            if is_complete(self.folder / entry.name):
+                self.reporter.ended(entry.name, "was complete")
+            elif (failure := read_failure(self.folder / entry.name)) and failure.get("final"):
+                self.reporter.ended(entry.name, f"failed: {failure['error']}")
+            else:
+                left.append(entry)
+        if not left:
+            return
+        self.reporter.start(self.plan, group)
+        with ExitStack() as stack:
+            members = self._open(left, group, stack)
+            for member in train_members(members, self.stop, self._fail):
+                self.reporter.ended(member.folder.name, "complete")
+        del members
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next group may need larger blocks
+
+    def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Member]:
+        """The runs of some entries, from their checkpoints or at their start."""
+        members = []
+        sample = _OneSample()
+        for entry in sorted(entries, key=lambda e: e.config.hook):  # those that start from one sample in a row
+            self.stop.check(0, self.folder)
+            folder = self.folder / entry.name
+            try:
+                folder.mkdir(exist_ok=True)
+                stack.enter_context(exclusive(folder))
+                (folder / FAILURE).unlink(missing_ok=True)
+                data = Data.reopen(entry.config, group.record)
+                members.append(open_member(data, folder, self._sinks(entry, folder, stack), sample))
+            except Exception as error:
+                self._report(folder, error, 0)
+        return members
+
+    def _sinks(self, entry: Entry, folder: Path, stack: ExitStack) -> Callable[[str], Sinks]:
+        def make(wandb_id: str) -> Sinks:
+            sinks = all_sinks(entry.config, folder, wandb_id, self.reporter.sinks(entry))
+            stack.callback(sinks.close)
+            return sinks
+
+        return make
+
+    def _fail(self, member: Member, error: Exception) -> None:
+        self._report(member.folder, error, member.step)
+
+    def _report(self, folder: Path, error: Exception, step: int) -> None:
+        """Leave a note of a failure that the others do not share."""
+        text = " ".join(str(error).split()) or repr(error)
+        failure = {"error": text, "type": type(error).__name__, "step": step}
+        files.write_json(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
+        self.reporter.ended(folder.name, f"failed: {text}")
+
+
+def _check_language_models(plan: Plan) -> None:
+    """Load what the SAEs go through, so that a model that is missing is told before anything is spent."""
+    for group in plan.groups:
+        wanted = {e.config.hook: e.config for e in group.entries if needs_language_model(e.config)}
+        opened = [Data.reopen(config, group.record) for config in wanted.values()]  # held together: loaded once for all
+        for data in opened:
+            data.check_language_model()
+
+
+class _OneSample:
+    """The newest sample of training rows, for SAEs that start from the same."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._rows: Inputs | None = None
+
+    def __call__(self, data: Data) -> Inputs:
+        key = (data.stream_key, data.config.hook, data.input_kind)
+        if self._rows is None or key != self._key:
+            self._key, self._rows = key, data.sample()
+        return self._rows

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,15 @@ from train.cli import app
 from train.config.merge import make_config
 from train.data import Data
 from train.errors import SpliceError
-from train.language.downstream import SplicedInput, at_kept, cross_entropy, downstream, kl_divergence
+from train.language.downstream import (
+    MIN_ABLATION_COST,
+    SplicedInput,
+    at_kept,
+    cross_entropy,
+    downstream,
+    kl_divergence,
+    notes_on,
+)
 from train.language.patch import patched
 from train.language.splice import open_embedder, open_model
 from train.language.weights import weights_hash
@@ -85,12 +94,14 @@ def windows_of(path: Path, n: int = 3, **options):
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
     model = open_model(cache.open(any_cache))
     numbers = downstream(identity(64), model, windows_of(any_cache))
-    assert numbers["ce_score"] == pytest.approx(1.0, abs=1e-6)
+    knows = any_cache.name in ("llama_l0", "modernbert_l0")  # nothing is lost where nothing was known
+    assert numbers["ce_score"] == (pytest.approx(1.0, abs=1e-6) if knows else None)
+    assert len(notes_on(numbers)) == (not knows)
     assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)
     assert numbers["ce_spliced"] == numbers["ce_clean"]
     assert numbers["ce_ablated"] != numbers["ce_clean"]
     ablated = downstream(zeros(64), model, windows_of(any_cache))
-    assert ablated["ce_score"] == pytest.approx(0.0, abs=1e-6)
+    assert ablated["ce_score"] == (pytest.approx(0.0, abs=1e-6) if knows else None)
     assert ablated["ce_spliced"] == ablated["ce_ablated"] == numbers["ce_ablated"]
     assert downstream(identity(64), model, []) == {}
 
@@ -299,6 +310,23 @@ def test_whole_runs_through_the_model_from_the_command_line(models: Path, tmp_pa
         numbers = json.loads((folder / "summary.json").read_text())["eval"]
         assert {"ce_score", "kl", "ce_clean", "ce_spliced", "ce_ablated", "fvu"} <= set(numbers)
         assert sae_core.load(folder).d_out == 64
+
+
+def test_no_score_where_ablation_costs_nothing(models: Path, tmp_path: Path) -> None:
+    flags = ["--cache", models / "gpt2_l0", "--type", "topk", "--d-sae", 64, "--batch-size", 512, "--eval-downstream"]
+    flags += ["--steps", 5, "--runs-dir", tmp_path, "--name", "a", "-q"]
+    grid = ["--grid", "k=2,4"]
+    for command in (["run", *flags, "--k", 4], ["sweep", *flags[:-2], "s", *grid, "-q"], ["compare", tmp_path / "a"]):
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+        assert re.search(r"│\s+n/a │", result.output)
+        assert "ce_score is not defined: zero ablation costs the model nothing (CE 5.5" in result.output
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["eval"]["ce_score"] is None
+    assert summary["eval"]["ce_ablated"] < summary["eval"]["ce_clean"] + MIN_ABLATION_COST
+    assert summary["notes"] == notes_on(summary["eval"])
+    assert (tmp_path / "s" / "results.md").read_text().count("| n/a |") == 2
+    assert "not defined" in (tmp_path / "s" / "results.csv").read_text()
 
 
 def test_the_evaluation_reads_as_many_rows_as_asked(models: Path) -> None:

@@ -90,13 +90,15 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
-        from train.commands.render import result_table, reuse_line, show
+        from train.commands.render import notes, result_table, reuse_line, show
         from train.folders import read_summary
 
         summaries = [read_summary(folder) for folder in _finished(folders)]
         show(result_table(summaries))
         if line := reuse_line(summaries):
             typer.echo(line)
+        for note in notes(summaries):
+            typer.echo(note)
 
 
 @app.command()

@@ -127,7 +127,8 @@ class Member:
             if run.ema is not None:
                 run.ema.copy_to(run.sae)
             run.sae.calibrate(self._until(stop, data.calibration()))
-            numbers = evaluate(run.sae, self._until(stop, data.evaluation()), run.config.dead_threshold)
+            numbers: dict[str, float | None] = {}
+            numbers |= evaluate(run.sae, self._until(stop, data.evaluation()), run.config.dead_threshold)
             if data.config.eval_downstream and data.language_model is not None:
                 numbers |= downstream(run.sae, data.language_model, self._until(stop, data.evaluation_windows()))
         self._check_numbers(numbers)
@@ -143,9 +144,9 @@ class Member:
         self.callbacks.on_end(summary)
         return Result(run.sae.eval(), self.folder, summary)
 
-    def _check_numbers(self, numbers: Mapping[str, float]) -> None:
+    def _check_numbers(self, numbers: Mapping[str, float | None]) -> None:
         """Raises DivergedError for an SAE whose evaluation is no number."""
-        if not all(math.isfinite(value) for value in numbers.values()):
+        if not all(value is None or math.isfinite(value) for value in numbers.values()):
             raise DivergedError(
                 f"the SAE gives NaN or Inf after {self.step} steps ({self.run.rejected} batches rejected): "
                 f"{self.folder} has no result; train again with a lower --lr"

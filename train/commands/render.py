@@ -74,12 +74,21 @@ def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list
         "" if l0_train is None else f"{l0_train:.1f}",
         f"{numbers['l0']:.1f}" if "l0" in numbers else "",
         f"{numbers['fvu']:.4f}" if "fvu" in numbers else "",
-        *(f"{numbers[name]:.4f}" if name in numbers else "" for name in downstream),
+        *(_share(numbers[name]) if name in numbers else "" for name in downstream),
         f"{summary['dead']:.1%}",
         quantity(summary["tokens"]),
         quantity(summary["tokens_per_second"]),
         f"{summary['seconds']:.0f} s",
     ]
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def notes(summaries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the reports say beside their numbers, each with its run."""
+    return [f"{summary['name']}: {note}" for summary in summaries for note in summary.get("notes", ())]
 
 
 def similarity_line(summary: Mapping[str, Any]) -> str | None:

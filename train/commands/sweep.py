@@ -107,7 +107,7 @@ def resume_grid(folder: Path, quiet: bool) -> None:
 
 def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
-    from train.commands.render import result_table, reuse_line, show
+    from train.commands.render import notes, result_table, reuse_line, show
     from train.folders import read_summary
     from train.signals import stop_on_signals
     from train.sweeps.console import SweepConsole
@@ -121,6 +121,8 @@ def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
         show(result_table(summaries))
         if line := reuse_line(summaries):
             typer.echo(line)
+        for note in notes(summaries):
+            typer.echo(note)
     typer.echo(f"{result.folder}")
     if result.failures:
         lines = [f"failed: {name}: {error}" for name, error in result.failures.items()]

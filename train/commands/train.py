@@ -40,7 +40,7 @@ def config_of(given: Given) -> Any:
 
 def show_training(start: Callable[..., Any], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result."""
-    from train.commands.render import result_table, show, similarity_line
+    from train.commands.render import notes, result_table, show, similarity_line
     from train.signals import stop_on_signals
     from train.sinks.console import ConsoleSink
 
@@ -49,4 +49,6 @@ def show_training(start: Callable[..., Any], quiet: bool) -> None:
     show(result_table([result.summary]))
     if line := similarity_line(result.summary):
         typer.echo(line)
+    for note in notes([result.summary]):
+        typer.echo(note)
     typer.echo(f"{result.folder}")

@@ -9,7 +9,7 @@ Shapes: N kept tokens, D = d_in, P predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,10 @@ from train.language.patch import Edit
 from train.step_input import Terms
 
 Rows = Callable[[Tensor], Tensor]  # (N, D) -> (N, D)
+Numbers = dict[str, float | None]  # None: not defined for this model and these windows
+
+# Nats that zero ablation must cost before a share of them means anything: 16k tokens do not tell less from nothing.
+MIN_ABLATION_COST = 1e-3
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def at_kept(tokens: Tokens, rows: Rows) -> Edit:
 
 
 @torch.no_grad()
-def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterable[Windows]) -> dict[str, float]:
+def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterable[Windows]) -> Numbers:
     """What an SAE in inference costs the model: `prediction_cost`, or `embedding_cost` of a Sentence-Transformer.
 
     The SAE is left in the mode that it was in. Empty when there was nothing to measure.
@@ -60,11 +64,11 @@ def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterabl
         sae.train(training)
 
 
-def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[Windows]) -> dict[str, float]:
+def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[Windows]) -> Numbers:
     """ce_score, kl, ce_clean, ce_spliced, ce_ablated and n_predicted.
 
     ce_score = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when no more is kept than
-    by zeros in the place of the activations (zero ablation).
+    by zeros in the place of the activations (zero ablation). None where ablation costs the model nothing.
     """
     sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated", "kl"), 0.0)
     n_predicted = 0
@@ -80,12 +84,22 @@ def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[W
     if not n_predicted:
         return {}
     means = {name: value / n_predicted for name, value in sums.items()}
-    gap = means["ce_ablated"] - means["ce_clean"]
-    score = {"ce_score": (means["ce_ablated"] - means["ce_spliced"]) / gap} if gap else {}
-    return {**score, **means, "n_predicted": n_predicted}
+    cost = means["ce_ablated"] - means["ce_clean"]
+    score = (means["ce_ablated"] - means["ce_spliced"]) / cost if not cost < MIN_ABLATION_COST else None
+    return {"ce_score": score, **means, "n_predicted": n_predicted}
 
 
-def embedding_cost(reconstruct: Rows, model: EmbeddingModel, windows: Iterable[Windows]) -> dict[str, float]:
+def notes_on(numbers: Mapping[str, float | None]) -> list[str]:
+    """What a reader of the numbers should know, in words."""
+    if "ce_score" not in numbers or numbers["ce_score"] is not None:
+        return []
+    return [
+        f"ce_score is not defined: zero ablation costs the model nothing (CE {numbers['ce_ablated']:.4f} ablated, "
+        f"{numbers['ce_clean']:.4f} clean); judge by kl and ce_spliced"
+    ]
+
+
+def embedding_cost(reconstruct: Rows, model: EmbeddingModel, windows: Iterable[Windows]) -> Numbers:
     """embedding_cosine: of each window's embedding with the clean one, on average; embedding_cosine_ablated beside."""
     spliced, ablated, n_windows = 0.0, 0.0, 0
     for batch in windows:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cache.loader import LoaderState
 from train.clock import Clock
 from train.data import Data
+from train.language.downstream import notes_on
 from train.loop import StepResult
 from train.sinks.log import read_metrics
 from train.state import Run
@@ -69,7 +70,7 @@ def histograms_of(run: Run) -> dict[str, Tensor]:
 
 
 def summarize(
-    run: Run, data: Data, numbers: Mapping[str, float], l0_train: float | None, seconds: float
+    run: Run, data: Data, numbers: Mapping[str, float | None], l0_train: float | None, seconds: float
 ) -> dict[str, Any]:
     """summary.json: what was trained, and how good it is."""
     config = data.config
@@ -90,6 +91,7 @@ def summarize(
         "dead_after_tokens": config.options.get("dead_after_tokens"),
         "eval_part": data.eval_part,
         "eval": dict(numbers),
+        "notes": notes_on(numbers),
         "rows": data.counts.to_json(),
         "device": config.device,
         "versions": {"torch": torch.__version__},

@@ -123,7 +123,7 @@ class _Source:
                     n_kept += window.n_kept
                     yield window
             if cursor == 0 and n_kept == 0:
-                raise SelectionError(f"{self.cache.path}: no window has a row of the {self.selection.part} part left")
+                raise SelectionError(f"{self.cache.path}: {_nothing_left(self.selection)}")
             epoch, cursor = epoch + 1, 0
 
     def _of_shard(self, shard: int, cursor: int, epoch: int) -> Iterator[_Window]:
@@ -157,6 +157,16 @@ class _Source:
                 "that count up from 0): losses through the model need every token that it saw"
             )
         return starts
+
+
+def _nothing_left(selection: Selection) -> str:
+    """Why no window is delivered, and what to do."""
+    part, holdout = selection.part, selection.holdout
+    remedy = "loosen the filters, or hold out fewer documents"
+    if part == "heldout":
+        remedy = "hold out more documents, holdout=Holdout(0.2), or read part='train'"
+    held_out = f"{holdout.fraction:.3g} of the documents are held out, by seed {holdout.seed}"
+    return f"no window has a row of the {part} part left ({held_out}); {remedy}"
 
 
 def _batches(windows: Iterator[_Window], batch_rows: int) -> Iterator[Windows]:

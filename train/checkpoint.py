@@ -12,6 +12,7 @@ checkpoints/step_00001000/
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -111,12 +112,12 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def _score(path: Path) -> float | None:
-    """The score in a checkpoint's state; None for one that cannot be read."""
+    """The score in a checkpoint's state; None for one that cannot be read, and for NaN or Inf."""
     try:
         score = json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
     except (OSError, ValueError, AttributeError):
         return None
-    return None if score is None else float(score)
+    return float(score) if score is not None and math.isfinite(score) else None
 
 
 def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,8 +14,8 @@ class Patience:
     since: int = 0
 
     def saw(self, score: float) -> None:
-        """Count a validation; lower is better."""
-        better = self.best is None or score < self.best
+        """Count a validation; lower is better, and anything finite is better than NaN."""
+        better = math.isfinite(score) and (self.best is None or not self.best <= score)
         self.best, self.since = (score, 0) if better else (self.best, self.since + 1)
 
     def is_over(self, limit: int | None) -> bool:

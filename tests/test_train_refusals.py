@@ -28,6 +28,10 @@ def run(*arguments: object) -> tuple[int, str]:
         (["--set", "k_start=2"], "k_start=2: expected k_start >= k=4"),
         (["--name", "n" * 300], "cannot be made: File name too long"),
         (["--name", "a\nb"], "expected one folder name"),
+        (
+            ["--wandb-artifacts"],
+            "wandb_artifacts=True uploads to Weights & Biases, but wandb=off: give --wandb online or",
+        ),
         (["--type", "route"], "type route reads at least 2 hook points, got 1: layer_3"),
         (["--type", "transcoder"], "type transcoder reads at least 2 hook points"),
     ],

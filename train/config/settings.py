@@ -151,3 +151,8 @@ class TrainConfig:
             raise ConfigError(f"a run has one length, got {given}; give one of tokens, steps, epochs")
         if self.early_stop is not None and not self.eval_every:
             raise ConfigError(f"early_stop={self.early_stop} needs validations: set eval_every, the steps between them")
+        if self.wandb_artifacts and self.wandb == "off":
+            raise ConfigError(
+                "wandb_artifacts=True uploads to Weights & Biases, but wandb=off: give --wandb online or offline, "
+                "or leave it out"
+            )

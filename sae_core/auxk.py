@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: Tensor, dead: Tensor, k_aux: int) -> Tensor:
     """Return |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
-    The k_aux dead latents with the largest ReLU'd pre-activations of each row reconstruct the detached error (N, D)
-    without a bias. h (N, D) are the centred rows without gradients; pre_acts (N, F); dead (F,) bool.
+    The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
+    magnitudes, and no ReLU) reconstruct the detached error (N, D) without a bias.
+    h (N, D) are the centred rows without gradients; pre_acts (N, F); dead (F,) bool.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
     dead_latents = dead.nonzero().squeeze(1)
     n_dead = int(dead_latents.numel())
     k = min(k_aux, n_dead)
-    chosen = dead_latents[pre_acts[:, dead_latents].topk(k, dim=-1, sorted=False).indices]
+    candidates = pre_acts[:, dead_latents]
+    strength = candidates.abs() if sae.signed_codes else candidates
+    chosen = dead_latents[strength.topk(k, dim=-1, sorted=False).indices]
     pattern = Pattern.fixed_k(chosen, pre_acts.shape[1])
-    codes = Codes(torch.relu(sae.encode_at(h, pre_acts, pattern)), pattern)
+    acts = sae.encode_at(h, pre_acts, pattern)
+    codes = Codes(acts if sae.signed_codes else torch.relu(acts), pattern)
     squared = (error - decode(codes, sae.W_dec)).square().sum(-1).mean()
     variance = (error - error.mean(0)).square().sum(-1).mean()
     # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.

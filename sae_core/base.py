@@ -69,6 +69,7 @@ class SAE(nn.Module):
     # "one" hook point; "several" as a mapping from hook name to rows; "neighbours": rows, then the row before each
     input_kind: ClassVar[str] = "one"
     unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
+    signed_codes: ClassVar[bool] = False  # latents stand for both directions: no ReLU, the largest magnitudes count
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
     needs_calibration: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from sae_core.variants.topk import TopKSAE
 class AbsTopKSAE(TopKSAE):
     """Keep the k largest |p| per row; a latent stands for both directions. L0 counts z != 0."""
 
+    signed_codes = True
     saelens_architecture = "abstopk"
     reads_saelens = "abstopk"
 

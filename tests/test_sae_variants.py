@@ -427,6 +427,39 @@ def test_auxk_by_hand_and_its_gradient_paths() -> None:
     assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
 
 
+def test_auxk_of_signed_codes_ranks_by_magnitude() -> None:
+    sae = identity("abstopk", k=1, auxk_coef=1.0, k_aux=1, dead_after_tokens=10)
+    with torch.no_grad():
+        sae.num_tokens_since_fired[1:] = 10  # two dead latents of which one reconstructs
+    x = torch.tensor([[3.0, 0.5, -1.0], [3.0, 0.5, 1.5]])
+    loss = sae.losses(sae(x), LAST)["auxk"]
+    # The error is (0, 0.5, -1) and (0, 0.5, 1.5); latent 2 gives -1 and 1.5 of it, its variance is 1.25^2.
+    assert float(loss.detach()) == pytest.approx(0.25 / 1.25**2)
+    loss.backward()
+    assert sae.W_dec.grad[2].any()
+    assert not sae.W_dec.grad[:2].any()
+
+
+def test_matching_pursuit_counts_a_latent_that_is_chosen_twice_once() -> None:
+    cls = registry.get("matching_pursuit")
+    sae = cls(sae_core.make_config(cls, {"d_in": 2, "d_sae": 2, "k": 2, "normalize": "none"}))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    # (1, 2): 2.2 of latent 1 leaves (-0.32, 0.24), of which no latent takes any: its score with both is negative or 0.
+    # (3, 1): 3 of latent 0 leaves (0, 1), 0.8 of latent 1.
+    codes = sae.encode(torch.tensor([[1.0, 2.0], [3.0, 1.0]]))
+    torch.testing.assert_close(codes.dense(), torch.tensor([[0.0, 2.2], [3.0, 0.8]]))
+    assert codes.l0() == 1.5
+    with torch.no_grad():
+        sae.W_dec.mul_(0.5)  # rows that are too short: half of a quarter is taken, and the rest is wanted again
+    out = sae(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(out.codes.dense(), torch.tensor([[3.5, 0.0], [0.0, 0.0]]))
+    assert out.codes.l0() == 0.5
+    assert out.codes.fired().tolist() == [1, 0]
+    out.x_hat.sum().backward()
+    assert sae.W_dec.grad[0].any()
+
+
 def test_auxk_of_a_perfect_reconstruction_is_zero_and_finite() -> None:
     sae = identity("topk", k=3, dead_after_tokens=1)
     with torch.no_grad():

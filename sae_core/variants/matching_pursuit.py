@@ -19,8 +19,8 @@ from sae_core.registry import register
 class MatchingPursuitSAE(SAE):
     """r_0 = x - b_dec; j_t = argmax W_dec r_t, z_t = ReLU(W_dec[j_t] . r_t), r_{t+1} = r_t - z_t W_dec[j_t].
 
-    The dictionary is its own encoder (unit rows). A step costs k encoder products. A latent that is chosen twice is
-    stored twice, and its values add up.
+    The dictionary is its own encoder (unit rows). A step costs k encoder products. The values of a latent that is
+    chosen twice add up: it is one active latent.
     """
 
     unit_decoder = True
@@ -68,8 +68,9 @@ class MatchingPursuitSAE(SAE):
             chosen.append(latents)
             values.append(value)
         assert first_scores is not None
-        pattern = Pattern.fixed_k(torch.stack(chosen, dim=1), self.config.d_sae)
-        return Activation(Codes(torch.stack(values, dim=1).reshape(-1), pattern), first_scores)
+        indices = torch.stack(chosen, dim=1)
+        merged = merge_repeats(indices, torch.stack(values, dim=1))
+        return Activation(Codes(merged.reshape(-1), Pattern.fixed_k(indices, self.config.d_sae)), first_scores)
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """None: a latent is its decoder row."""
@@ -81,3 +82,13 @@ class MatchingPursuitSAE(SAE):
     def saelens_fields(self) -> dict[str, Any]:
         """k steps whatever the residual: SAELens' own stopping rules are switched off."""
         return {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
+
+
+def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
+    """Values (N, k) with those of a latent that stands in a row twice added up at its first place, 0 at the others."""
+    ordered, order = latents.sort(dim=1, stable=True)
+    places = torch.arange(latents.shape[1], device=latents.device).expand_as(latents)
+    repeated = torch.zeros_like(latents, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    first = order.gather(1, places.masked_fill(repeated, 0).cummax(dim=1).values)
+    return torch.zeros_like(values).scatter_add(1, torch.zeros_like(order).scatter(1, order, first), values)

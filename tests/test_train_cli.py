@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import cache
@@ -314,6 +315,13 @@ def test_sweeps_as_people_type_them(make_cache) -> None:
     assert compared.stdout.count("topk_d16") == 4
     assert "skipped: runs/empty holds no finished run" in compared.stderr
     one = ["run", "--cache", "toy", "--type", "topk", "--k", "2", *quick]
+    planned = call(*one, "--layers", "2,4", "--name", "layers", "--dry-run").stdout
+    assert "2 SAEs in 1 group, up to" in planned
+    assert "toy_layer_4_topk_d16_k2_s0" in planned
+    settings = call(*one, "--layer", "4", "--name", "alone", "--dry-run").stdout
+    assert settings.removesuffix("train\n").endswith("# nothing was written: run without --dry-run to ")
+    assert yaml.safe_load(settings)["training"]["steps"] == 6
+    assert {p.name for p in Path("runs").iterdir()} == {"s", "empty"}
     output = call(*one, "--layers", "all", "--layer-stride", "2", "--name", "layers").stdout
     assert "toy_layer_2_" in output
     assert "toy_layer_10_" in output

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from train.commands import sweep as cli_sweep
-from train.commands.common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
+from train.commands.common import Debug, DryRun, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
 from train.commands.quick import quick
 from train.commands.train import show_training, train_given
 from train.config.flags import takes_settings
@@ -32,6 +32,7 @@ def run(
     read_flags: ReadFlags,
     layers: Layers = None,
     layer_stride: LayerStride = None,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Annotated[
         str, typer.Option("--resume", help="auto: the same command starts, continues, or finds it complete.")
@@ -44,7 +45,8 @@ def run(
     Several --layers, or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep` does.
     """
     with errors(debug):
-        train_given(read_flags(), layers, layer_stride, overwrite=overwrite, resume=resume, quiet=quiet)
+        given = read_flags()
+        train_given(given, layers, layer_stride, overwrite=overwrite, resume=resume, quiet=quiet, dry_run=dry_run)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from train.config.flags import Given
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what has that name.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="One SAE for each: all, or 2,4,6. One pass trains them all.")
 ]

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from train.commands.common import NO_CACHE, Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors, fail
+from train.commands.common import (
+    NO_CACHE,
+    Debug,
+    DryRun,
+    Layers,
+    LayerStride,
+    Overwrite,
+    Quiet,
+    ReadFlags,
+    errors,
+    fail,
+)
 from train.config.flags import takes_settings
 
 if TYPE_CHECKING:
@@ -26,7 +37,7 @@ def sweep(
     ] = None,
     layers: Layers = None,
     layer_stride: LayerStride = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -38,12 +49,7 @@ def sweep(
     """
     with errors(debug):
         axes, common = grid_of(read_flags(), grid or [], layers, layer_stride)
-        if dry_run:
-            from train.sweeps.sweep import plan_sweep
-
-            show_plan(plan_sweep(axes, common))
-            return
-        train_grid(axes, common, overwrite=overwrite, quiet=quiet)
+        train_grid(axes, common, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
 
 
 def grid_of(
@@ -91,10 +97,15 @@ def several(given: Given, layers: str | None, stride: int | None) -> tuple[dict[
     return grid_of(type(given)(given.file, rest), texts, layers, stride)
 
 
-def train_grid(axes: dict[str, Any], common: dict[str, Any], *, overwrite: bool, quiet: bool) -> None:
-    """Train a grid and print its table."""
-    from train.sweeps.sweep import train_sweep
+def train_grid(
+    axes: dict[str, Any], common: dict[str, Any], *, overwrite: bool, quiet: bool, dry_run: bool = False
+) -> None:
+    """Train a grid and print its table, or print its plan."""
+    from train.sweeps.sweep import plan_sweep, train_sweep
 
+    if dry_run:
+        show_plan(plan_sweep(axes, common))
+        return
     _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet)
 
 

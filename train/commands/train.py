@@ -13,15 +13,27 @@ from train.config.flags import Given
 
 
 def train_given(
-    given: Given, layers: str | None, stride: int | None, *, overwrite: bool, resume: Any, quiet: bool
+    given: Given,
+    layers: str | None,
+    stride: int | None,
+    *,
+    overwrite: bool,
+    resume: Any,
+    quiet: bool,
+    dry_run: bool = False,
 ) -> None:
-    """Train the SAE that flags ask for, or the several that layers or seeds make of it."""
+    """Train the SAE that flags ask for, or the several that layers or seeds make of it; or print what that would be."""
     if grid := cli_sweep.several(given, layers, stride):
-        cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet)
+        cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
         return
     config = config_of(given)
     if not config.cache:
         fail(NO_CACHE, 2)
+    if dry_run:
+        from train.config.origin import annotated_yaml
+
+        typer.echo(annotated_yaml(given.layers()) + "# nothing was written: run without --dry-run to train")
+        return
     from train.run import train_sae
 
     show_training(lambda **options: train_sae(config, overwrite=overwrite, resume=resume, **options), quiet)

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 import sae_core
 from sae_core.base import LM_LOSSES
 from train import train_sae
-from train.config.flags import FLAGS
-from train.config.merge import TRAINER_KEYS, make_config, variant_keys
+from train.config.merge import TRAINER_KEYS, make_config
 from train.config.resolve import DERIVED_OPTIONS
 from train.errors import ConfigError
 from train.loop import train_step
@@ -49,13 +48,6 @@ def test_the_page_names_everything() -> None:
     parts = {"model": ModelConfig, "where": WhereConfig, "text": TextConfig, "tokens": TokenConfig}
     n_fields = sum(len(fields(part)) for part in parts.values()) + len(fields(HarvestConfig)) - len(parts)
     assert len(re.findall(r"^\| `", page[page.index("## Harvest") :], re.MULTILINE)) == n_fields
-
-
-def test_every_flag_names_a_setting() -> None:
-    options = {key for name in sae_core.registry.names() for key in variant_keys(name)}
-    names = [flag.name for flags in FLAGS.values() for flag in flags]
-    assert set(names) - {"config", "assignments", "layer"} <= {*TRAINER_KEYS, *options}
-    assert len(set(names)) == len(names)
 
 
 # -- settings of a run ---------------------------------------------------------------------------------------------

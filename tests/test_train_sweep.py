@@ -20,6 +20,7 @@ import train.checkpoint
 import train.sweeps.sweep
 from cache.loader import Loader
 from train import resume_sweep, resume_training, train_sae, train_sweep
+from train.callbacks import Callback
 from train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
 from train.folders import exclusive
 from train.footprint import Footprint, fit_groups
@@ -165,6 +166,41 @@ def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, 
     for name in names:
         assert_same_run(whole.folder / name, stopped / name)
     assert sae_core.load(stopped / names[2]).type_name == "topk"
+
+
+class Steps(Callback):
+    def __init__(self, k: int, stop: StopRequest) -> None:
+        self.k, self.stop, self.n = k, stop, 0
+
+    def on_step(self, event):
+        self.n += 1
+        if self.n == 5 and self.k == 3:
+            self.stop.signum = signal.SIGTERM
+        return {"mine": 100 * self.k + self.n}
+
+    def state(self):
+        return {"n": self.n}
+
+    def restore(self, state) -> None:
+        self.n = state["n"]
+
+
+def test_each_member_has_callbacks_of_its_own(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "runs_dir": str(tmp_path), "name": "s"}
+    stop = StopRequest()
+
+    def make(config):
+        return [Steps(config.options["k"], stop)]
+
+    with pytest.raises(ConfigError, match=r"callbacks of a sweep are list, expected a function .*=lambda config: "):
+        train_sweep({"k": [2, 3]}, settings, callbacks=[print])
+    with pytest.raises(InterruptedRunError):
+        train_sweep({"k": [2, 3]}, settings, callbacks=make, stop=stop)
+    result = train_sweep({"k": [2, 3]}, settings, callbacks=lambda c: [Steps(c.options["k"], StopRequest())])
+    for row in result.rows:
+        seen = [line["mine"] for line in log(result.folder / row["name"])]
+        assert seen == [100 * row["k"] + step for step in range(1, len(seen) + 1)]
+        assert len(seen) == row["steps"] > 5
 
 
 def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -> None:

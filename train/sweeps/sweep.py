@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from train import files
+from train.callbacks import AnyCallback, Callbacks
+from train.config.settings import TrainConfig
 from train.data import Data, Inputs
-from train.errors import DivergedError, InterruptedRunError, RunExistsError
+from train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
 from train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
 from train.language.phases import needs_language_model
 from train.member import Member, open_member
@@ -32,6 +34,9 @@ from train.sweeps.grid import Point, check_grid, expand
 from train.sweeps.plan import Entry, Group, Plan, load_plan, save_plan
 from train.sweeps.planning import default_sweep_name, make_plan, request_of
 from train.sweeps.results import Row, read_failure, sweep_rows, write_results
+
+# Makes the callbacks of one SAE from its resolved settings: they hold a state, so that no two SAEs can share them.
+MakeCallbacks = Callable[[TrainConfig], Sequence[AnyCallback]]
 
 
 class Reporter:
@@ -96,6 +101,7 @@ def train_sweep(
     grid: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
     *,
+    callbacks: MakeCallbacks | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
@@ -105,8 +111,9 @@ def train_sweep(
 
     Settings are those of `train_sae`, for all points; `seed` in a grid is the initialisation's. Called again with the
     same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
-    settings under the same name are refused.
+    settings under the same name are refused. `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
     """
+    _check_callbacks(callbacks)
     request = _Request.of(grid, {**(settings or {}), **more})
     folder = request.folder
     if is_sweep(folder) and not overwrite:
@@ -115,27 +122,49 @@ def train_sweep(
                 f"{folder} holds a sweep with other settings: choose another --name, continue that one with "
                 f"sae-train resume {folder}, or replace it with --overwrite"
             )
-        return resume_sweep(folder, reporter=reporter, stop=stop)
+        return resume_sweep(folder, callbacks=callbacks, reporter=reporter, stop=stop)
     plan = request.plan()
     _check_language_models(plan)
     claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
-    return _Sweep(plan, folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute(fresh=True)
+    return _Sweep(plan, folder, callbacks, reporter, stop).execute(fresh=True)
 
 
 def resume_sweep(
-    folder: str | Path, *, reporter: Reporter | None = None, stop: StopRequest | None = None
+    folder: str | Path,
+    *,
+    callbacks: MakeCallbacks | None = None,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
 ) -> SweepResult:
     """Continue a sweep by its saved plan; every SAE ends bitwise as if nothing had stopped it.
 
-    One that diverged is not tried again (it would diverge again), any other failure is.
+    One that diverged is not tried again (it would diverge again), any other failure is. `callbacks`: as before.
     """
+    _check_callbacks(callbacks)
     folder = Path(folder)
-    return _Sweep(load_plan(folder), folder, reporter or Reporter(), StopRequest() if stop is None else stop).execute()
+    return _Sweep(load_plan(folder), folder, callbacks, reporter, stop).execute()
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    if callbacks is not None and not callable(callbacks):
+        raise ConfigError(
+            f"callbacks of a sweep are {type(callbacks).__name__}, expected a function that makes those of each SAE "
+            "from its settings: callbacks=lambda config: [...]"
+        )
 
 
 class _Sweep:
-    def __init__(self, plan: Plan, folder: Path, reporter: Reporter, stop: StopRequest) -> None:
-        self.plan, self.folder, self.reporter, self.stop = plan, folder, reporter, stop
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        callbacks: MakeCallbacks | None,
+        reporter: Reporter | None,
+        stop: StopRequest | None,
+    ) -> None:
+        self.plan, self.folder, self.callbacks = plan, folder, callbacks
+        self.reporter = Reporter() if reporter is None else reporter
+        self.stop = StopRequest() if stop is None else stop
 
     def execute(self, *, fresh: bool = False) -> SweepResult:
         try:
@@ -188,7 +217,8 @@ class _Sweep:
                 stack.enter_context(exclusive(folder))
                 (folder / FAILURE).unlink(missing_ok=True)
                 data = Data.reopen(entry.config, group.record)
-                members.append(open_member(data, folder, self._sinks(entry, folder, stack), sample))
+                sinks, callbacks = self._sinks(entry, folder, stack), self._callbacks(entry)
+                members.append(open_member(data, folder, sinks, sample, callbacks))
             except Exception as error:
                 self._report(folder, error, 0)
         return members
@@ -200,6 +230,9 @@ class _Sweep:
             return sinks
 
         return make
+
+    def _callbacks(self, entry: Entry) -> Callbacks:
+        return Callbacks() if self.callbacks is None else Callbacks(self.callbacks(entry.config))
 
     def _fail(self, member: Member, error: Exception) -> None:
         self._report(member.folder, error, member.step)

@@ -9,6 +9,7 @@ from typing import Any
 
 import sae_core
 from sae_core import SAE
+from sae_core.errors import OptionError
 from sae_core.io import OURS, save_sparsify
 from sae_core.saelens import own
 from train.errors import ConfigError, RunExistsError, nearest
@@ -55,7 +56,10 @@ def _delphi(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
     hook = str(metadata.get("hf_hook_name") or "hook")
     if "/" in hook or hook.startswith("."):
         raise ConfigError(f"hf_hook_name {hook!r} of the run is not a module path")
-    return _sparsify(sae, out / hook, metadata).parent
+    try:
+        return _sparsify(sae, out / hook, metadata).parent
+    except OptionError as error:
+        raise ConfigError(f"--to delphi: delphi reads the coders of sparsify, and {error}") from None
 
 
 WRITERS: dict[str, Callable[[SAE, Path, Mapping[str, Any]], Path]] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cache.app import make_app
 from cache.errors import CacheError
 
 if TYPE_CHECKING:
@@ -19,13 +20,7 @@ if TYPE_CHECKING:
 
     from cache.verify import Report
 
-app = typer.Typer(
-    name="sae-cache",
-    help="List, describe and verify activation caches.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = make_app("sae-cache", "List, describe and verify activation caches.")
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of a cache, e.g. cache/bert_l6.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

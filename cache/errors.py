@@ -25,6 +25,8 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
+from cache.units import duration
+
 
 class CacheError(Exception):
     """Base of everything that goes wrong with an activation cache."""
@@ -106,7 +108,7 @@ class CacheLockedError(CacheError):
     def __init__(self, path: Path, pid: int | None, age: float | None) -> None:
         self.path, self.pid, self.age = path, pid, age
         who = "another process" if pid is None else f"process {pid}"
-        since = "" if age is None else f", for {_duration(age)}"
+        since = "" if age is None else f", for {duration(age)}"
         super().__init__(f"{path} is being written by {who}{since}; wait for it, stop it, or use another --out")
 
 
@@ -135,11 +137,3 @@ class DiskFullError(CacheError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[1])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -8,16 +8,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from cache.app import make_app
 from cache.shared_flags import takes_flags_of
 
-app = typer.Typer(
-    name="sae-harvest",
-    help="Stream text through a transformer and keep its activations in a cache on disk.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
 MODEL, WHERE, TEXT, CUT, OUTPUT = "Model", "What is harvested", "Text", "Windows and batches", "Cache"
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from cache.units import duration
 from harvest.config import HarvestConfig
 from harvest.errors import NoRowsError, SpaceError
 from harvest.prepare import Prepared, Say, prepare
-from harvest.progress import duration, gib
+from harvest.progress import gib
 from harvest.text import documents, skipped_counts
 from harvest.windows import WindowStream, tokenize_stream
 

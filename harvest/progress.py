@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cache.units import duration
 from harvest.text import skipped_counts
 
 if TYPE_CHECKING:
@@ -136,12 +137,3 @@ def print_table(rows: Iterable[tuple[str, str]], title: str) -> None:
 def gib(n_bytes: int) -> str:
     """A size for people."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

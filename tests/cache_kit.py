@@ -75,6 +75,18 @@ def toy_rows(n_buffers: int = N_BUFFERS, **options) -> Rows:
     return Rows(values, *(join(lambda r, n=name: getattr(r, n)) for name in names))
 
 
+def interrupted(path: Path, spec: CacheSpec | None = None, after: int = 100) -> Path:
+    """A harvest that is stopped when more than so many rows were given to it."""
+
+    def stop(n_rows: int) -> None:
+        if n_rows > after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(path, spec, before_append=stop)
+    return path
+
+
 def harvest(
     path: Path,
     spec: CacheSpec | None = None,

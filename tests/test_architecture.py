@@ -22,6 +22,7 @@ ALLOWED = {
 }
 # file -> third parties that it alone may import beside those
 ALSO = {
+    "cache/app.py": {"typer"},
     "cache/cli.py": {"typer", "rich"},
     "cache/render.py": {"rich"},
     "cache/loader.py": {"torch"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cache_kit import (
     harvest,
+    interrupted,
     no_sync,  # noqa: F401
     toy_spec,
 )
@@ -77,12 +78,7 @@ def test_verify_says_ok_or_names_the_damage(root, tmp_path):
 
 
 def test_verify_of_an_unfinished_cache_says_so(tmp_path):
-    def stop(n_rows):
-        if n_rows > 100:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        harvest(tmp_path / "toy", before_append=stop)
+    interrupted(tmp_path / "toy")
     assert "incomplete" in run("verify", tmp_path / "toy").stdout
     assert "incomplete" in run("info", tmp_path / "toy").stdout
 

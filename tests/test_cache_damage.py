@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cache_kit import (
     harvest,
+    interrupted,
     no_sync,  # noqa: F401
     toy_spec,
 )
@@ -28,14 +29,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
-    def stop(n_rows):
-        if n_rows > 130:
-            raise KeyboardInterrupt
-
-    path = tmp_path_factory.mktemp("damage") / "unfinished"
-    with pytest.raises(KeyboardInterrupt):
-        harvest(path, toy_spec(hooks=("layer_1",)), before_append=stop)
-    return path
+    return interrupted(tmp_path_factory.mktemp("damage") / "unfinished", toy_spec(hooks=("layer_1",)), after=130)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from cache_kit import (
     WORDS,
     harvest,
+    interrupted,
     no_sync,  # noqa: F401
     run_python,
     toy_rows,
@@ -198,12 +199,7 @@ def test_what_is_no_cache_says_so(tmp_path):
 
 
 def test_an_incomplete_cache_says_what_is_there_and_how_to_finish_it(tmp_path):
-    def stop(n_rows):
-        if n_rows > 130:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        harvest(tmp_path / "toy", before_append=stop)
+    interrupted(tmp_path / "toy", after=130)
     n_rows = len(cache.open(tmp_path / "toy", allow_incomplete=True))
     message = rf"is incomplete: {n_rows} rows in 2 committed shards; run the same `sae-harvest run \.\.\. --out .*toy`"
     with pytest.raises(IncompleteCacheError, match=message):

@@ -1,7 +1,6 @@
 """Losses through the language model: on tiny models that were trained for a second (`lm_kit`)."""
 
 import json
-import os
 import re
 import shutil
 from itertools import islice
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cache_kit import no_sync  # noqa: F401
 from lm_kit import harvest, trained_model
 from typer.testing import CliRunner
 
@@ -46,14 +46,6 @@ SMALL = {
     "log_every": 10,
     "eval_downstream": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_sync():
-    """Nothing here is about a machine that loses power: syncing would only make them wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cache_kit import no_sync  # noqa: F401
 from rich.console import Console
 
 import sae_core
@@ -34,14 +34,6 @@ from train.sweeps.plan import load_plan
 from train.sweeps.sweep import Reporter, plan_sweep
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_sync():
-    """Tests kill processes, not machines: syncing would only make them wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
 
 
 def log(folder: Path) -> list[dict]:

@@ -7,20 +7,14 @@ from typing import Annotated
 
 import typer
 
+from cache.app import make_app
 from train.commands import sweep as cli_sweep
 from train.commands.common import Debug, DryRun, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
 from train.commands.quick import quick
 from train.commands.train import show_training, train_given
 from train.config.flags import takes_settings
 
-app = typer.Typer(
-    name="sae-train",
-    help="Train sparse autoencoders from an activation cache.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = make_app("sae-train", "Train sparse autoencoders from an activation cache.")
 
 app.command()(cli_sweep.sweep)
 app.command()(quick)
@@ -92,15 +86,10 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
-        from train.commands.render import notes, result_table, reuse_line, show
+        from train.commands.render import show_results
         from train.folders import read_summary
 
-        summaries = [read_summary(folder) for folder in _finished(folders)]
-        show(result_table(summaries))
-        if line := reuse_line(summaries):
-            typer.echo(line)
-        for note in notes(summaries):
-            typer.echo(note)
+        show_results([read_summary(folder) for folder in _finished(folders)])
 
 
 @app.command()

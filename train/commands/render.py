@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -89,6 +90,13 @@ def _share(value: float | None) -> str:
 def notes(summaries: Iterable[Mapping[str, Any]]) -> list[str]:
     """What the reports say beside their numbers, each with its run."""
     return [f"{summary['name']}: {note}" for summary in summaries for note in summary.get("notes", ())]
+
+
+def show_results(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of some runs, what reusing the harvest saved, and the notes."""
+    show(result_table(summaries))
+    for line in [*filter(None, [reuse_line(summaries)]), *notes(summaries)]:
+        typer.echo(line)
 
 
 def similarity_line(summary: Mapping[str, Any]) -> str | None:

@@ -118,7 +118,7 @@ def resume_grid(folder: Path, quiet: bool) -> None:
 
 def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
-    from train.commands.render import notes, result_table, reuse_line, show
+    from train.commands.render import show_results
     from train.folders import read_summary
     from train.signals import stop_on_signals
     from train.sweeps.console import SweepConsole
@@ -127,13 +127,8 @@ def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
     with stop_on_signals() as stop:
         result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
     finished = [row for row in result.rows if row["status"] == "finished"]
-    summaries = [read_summary(result.folder / str(row["name"])) for row in finished]
-    if summaries:
-        show(result_table(summaries))
-        if line := reuse_line(summaries):
-            typer.echo(line)
-        for note in notes(summaries):
-            typer.echo(note)
+    if finished:
+        show_results([read_summary(result.folder / str(row["name"])) for row in finished])
     typer.echo(f"{result.folder}")
     if result.failures:
         lines = [f"failed: {name}: {error}" for name, error in result.failures.items()]

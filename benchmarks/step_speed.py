@@ -1,9 +1,18 @@
-"""One optimizer step of every variant against one encoder product, the floor of any exact step.
+"""One training step of every type against one encoder product, the floor of a step that computes all pre-activations.
 
-Sizes: d_in 384, d_sae 12288, k 32, batch 2048, fp32. L1 and JumpReLU variants are measured at trained density: their
-biases are set so that about 64 latents per row are active.
+    python -m benchmarks step [--full]
+
+A step is `train.loop.train_step`, as a run takes it, on one batch that is at hand. Sizes: d_in 384, d_sae 12288, k 32,
+batch 2048, fp32. L1 and JumpReLU types are measured at trained density: their biases are set so that about 64 latents
+per row are active. Routed types choose between two hook points. Left out: crosscoder (its encoder is as wide as all
+hook points together) and matching_pursuit (k products by definition).
 """
 
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -11,13 +20,20 @@ from torch import Tensor
 
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from sae_core import SAE, Progress, make_config, registry
+from sae_core import SAE, make_config, registry
 from train.config.settings import TrainConfig
+from train.footprint import used_memory
 from train.heap import keep_freed_memory
-from train.optim.optimizers import make_optimizer
+from train.loop import train_step
+from train.state import Run
 
 D_IN, D_SAE, K, BATCH = 384, 12_288, 32, 2048
 TRAINED_L0 = 64
+DEAD_SHARE = 1 / 32  # of the latents, where AuxK is on
+MEMORY_STEPS = 5
+COPIES = 4  # of the parameters: themselves, gradients, Adam's two moments
+
+Inputs = Tensor | dict[str, Tensor]
 
 
 def run(quick: bool) -> str:
@@ -25,56 +41,124 @@ def run(quick: bool) -> str:
     keep_freed_memory()
     d_sae = D_SAE // 4 if quick else D_SAE
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = _rows(device)
-    names = [name for name in registry.names() if registry.get(name).input_kind == "one"]
-    saes = {name: _sae(name, d_sae, x) for name in names if name != "matching_pursuit"}
-    steps = {name: _step(sae, x) for name, sae in saes.items()}
-    W_enc, b_enc = torch.randn(d_sae, D_IN, device=device).t(), torch.zeros(d_sae, device=device)
-    seconds = interleaved({"product": lambda: torch.addmm(b_enc, x, W_enc), **steps}, 5 if quick else 9)
-    product = seconds.pop("product")
-    rows = [["encoder product (limit)", f"{product * 1e3:.0f}", "1.00", ""]]
-    for name, time in sorted(seconds.items(), key=lambda item: item[1]):
-        l0 = saes[name](x).codes.l0()
-        rows.append([name, f"{time * 1e3:.0f}", f"{time / product:.2f}", f"{l0:.0f}"])
-    title = f"Training step: d_in {D_IN}, d_sae {d_sae}, k {K}, batch {BATCH}, fp32 on {device}; no dead latents."
-    return f"{title}\n\n{markdown(['', 'ms', 'encoder products', 'L0'], rows)}"
+    alive = {name: make_run(name, d_sae, device) for name in compared()}
+    dead = {name: run for name in alive if has_auxk(run := make_run(name, d_sae, device, dead=True))}
+    x, W_enc, b_enc = rows(device), torch.randn(d_sae, D_IN, device=device).t(), torch.zeros(d_sae, device=device)
+    steps: dict[str, Callable[[], object]] = {"product": lambda: torch.addmm(b_enc, x, W_enc)}
+    steps |= {name: stepper(run) for name, run in alive.items()}
+    steps |= {f"{name} dead": stepper(run) for name, run in dead.items()}
+    seconds = interleaved(steps, 5 if quick else 9)
+    product = seconds["product"]
+    lines = [["encoder product (limit)", f"{product * 1e3:.0f}", "1.00", "", "", "", ""]]
+    for name in sorted(alive, key=lambda name: seconds[name]):
+        parameters = sum(p.numel() * 4 for p in alive[name].sae.parameters())
+        bound = COPIES * parameters + BATCH * d_sae * 4
+        auxk = f"{seconds[f'{name} dead'] / product:.2f}" if name in dead else ""
+        memory = "" if device == "cuda" else f"{peak_of(name, d_sae) / 2**20:.0f}"
+        cost = [f"{seconds[name] * 1e3:.0f}", f"{seconds[name] / product:.2f}", auxk]
+        lines.append([name, *cost, f"{l0(alive[name]):.0f}", memory, f"{bound / 2**20:.0f}"])
+    title = (
+        f"Training step: d_in {D_IN}, d_sae {d_sae}, k {K}, batch {BATCH}, fp32 on {device}. With AuxK: one latent in "
+        "32 is dead. Peak: what the run and its steps add to the process; sum: pre-activations, parameters, "
+        "gradients, Adam."
+    )
+    header = ["", "ms", "encoder products", "with AuxK", "L0", "peak MiB", "sum MiB"]
+    return f"{title}\n\n{markdown(header, lines)}"
 
 
-def _rows(device: str) -> Tensor:
+def compared() -> list[str]:
+    """Types whose encoder is one product of the sizes above."""
+    return [name for name in registry.names() if registry.get(name).has_encoder and name != "crosscoder"]
+
+
+def rows(device: str, seed: int = 0) -> Tensor:
     """Sparse mixtures: rows whose pre-activations have the heavy tail of real ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(2048, D_IN, generator=generator)
     weights = torch.rand(BATCH, 2048, generator=generator) * (torch.rand(BATCH, 2048, generator=generator) < 0.02)
     return (weights @ directions + 0.1 * torch.randn(BATCH, D_IN, generator=generator)).to(device)
 
 
-def _sae(name: str, d_sae: int, x: Tensor) -> SAE:
+def inputs(name: str, device: str) -> Inputs:
+    """A batch as a type reads it."""
+    if registry.get(name).input_kind == "one":
+        return rows(device)
+    return {"first": rows(device), "second": rows(device, seed=1)}
+
+
+def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
+    """A run half-way through its steps."""
     cls = registry.get(name)
     known = {spec.name for spec in fields(cls.Config)}
     options = {"d_in": D_IN, "d_sae": d_sae} | ({"k": K} if "k" in known else {})
-    sae = cls(make_config(cls, options)).to(x.device)
-    sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
+    options |= {"n_hooks": 2} if "n_hooks" in known else {}
+    sae = cls(make_config(cls, options)).to(device)
+    x = inputs(name, device)
+    sae.initialize(x, torch.Generator(device=device).manual_seed(0))
     if "k" not in known:
         _set_density(sae, x)
-    return sae.train()
+    if dead:
+        _kill(sae.core)
+    run = Run.create(TrainConfig(lr=1e-30, steps=10**6, device=device, type=name), sae)
+    run.step = 500_000
+    return run
 
 
 @torch.no_grad()
-def _set_density(sae: SAE, x: Tensor) -> None:
-    pre_acts = sae.pre_acts(sae.centre(sae.prepare(x).input))
+def _set_density(sae: SAE, x: Inputs) -> None:
+    pre_acts = sae.pre_acts(sae.centre(sae.prepare(x).input[:256])).dense
     sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / sae.config.d_sae))
 
 
-def _step(sae: SAE, x: Tensor):  # type: ignore[no-untyped-def]
-    optimizer = make_optimizer(sae.parameters(), TrainConfig(lr=1e-30))
+@torch.no_grad()
+def _kill(sae: SAE) -> None:
+    """Silent for long enough, and too weak to be selected again."""
+    n_dead = int(DEAD_SHARE * sae.config.d_sae)
+    sae.num_tokens_since_fired[-n_dead:] = 2 * sae.config.dead_after_tokens
+    sae.W_enc[:, -n_dead:] *= 0.1
 
-    def step() -> None:
-        losses = sae.losses(sae(x), Progress(500, 1000))
-        torch.stack(list(losses.values())).sum().backward()
-        sae.project_gradients()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
-        sae.after_step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+def has_auxk(run: Run) -> bool:
+    """Whether the type has a term for dead latents."""
+    return getattr(run.sae.core.config, "auxk_coef", 0) > 0
+
+
+def stepper(run: Run) -> Callable[[], object]:
+    """What takes a step."""
+    x = inputs(run.config.type, run.config.device)
+    return lambda: train_step(run, x)
+
+
+@torch.no_grad()
+def l0(run: Run) -> float:
+    """Active latents per row."""
+    return run.sae(inputs(run.config.type, run.config.device)).codes.l0()
+
+
+def peak_of(name: str, d_sae: int) -> int:
+    """Bytes by which a run and its steps raise the peak of a process of their own."""
+    command = [sys.executable, "-m", "benchmarks.step_speed", name, str(d_sae)]
+    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    return int(statistics.median(found))
+
+
+def main() -> None:
+    """Print the peak memory of one type's steps in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("type", choices=registry.names())
+    parser.add_argument("d_sae", type=int)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    train_step(make_run(arguments.type, 256, "cpu"), inputs(arguments.type, "cpu"))  # libraries load what they need
+    before = used_memory("cpu", restart_peak=True)
+    step = stepper(make_run(arguments.type, arguments.d_sae, "cpu"))
+    for _ in range(MEMORY_STEPS):
+        step()
+    after = used_memory("cpu")
+    assert before is not None
+    assert after is not None
+    print(after.peak - before.now)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_core import Codes, option, register
+from sae_core import Codes, PreActs, option, register
 from sae_core.variants.topk import TopKSAE
 from train import train_sae
 
@@ -25,9 +25,9 @@ class SoftTopKSAE(TopKSAE):
 
     config: Config
 
-    def _codes(self, h: torch.Tensor, pre_acts: torch.Tensor, k: int) -> Codes:
-        pattern = self.select(pre_acts, k)
-        return Codes(torch.relu(self.encode_at(h, pre_acts, pattern) - self.config.shrink), pattern)
+    def _codes(self, h: torch.Tensor, pre_acts: PreActs, k: int) -> Codes:
+        kept = self.select(pre_acts, k)
+        return Codes(torch.relu(self.encode_at(h, kept) - self.config.shrink), kept.pattern)
 
 
 result = train_sae(

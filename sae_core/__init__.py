@@ -11,6 +11,7 @@ from sae_core.codes import Codes, Pattern
 from sae_core.errors import SAEError
 from sae_core.io import load, load_native, make_config, save, save_native, save_sparsify
 from sae_core.options import Progress, option
+from sae_core.pre_acts import PreActs
 from sae_core.registry import register
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Activation",
     "Codes",
     "Pattern",
+    "PreActs",
     "Progress",
     "SAEError",
     "SAEOutput",

@@ -15,13 +15,13 @@ from sae_core.codes import Codes, Pattern
 from sae_core.kernels import bag_sum, sampled_dot
 
 
-def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
+def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
     """Return the pre-activations x @ W_enc + b_enc at the entries of a pattern, differentiable in x, W_enc, b_enc.
 
-    x (N, D), W_enc (D, F), b_enc (F,); pre_acts (N, F) is that product, already computed without gradients.
+    x (N, D), W_enc (D, F), b_enc (F,); `kept` holds the values there, already computed without gradients.
     Returns (nnz,), or (N, F) for a full pattern.
     """
-    return _EncodeAt.apply(x, W_enc, b_enc, pre_acts, pattern)  # type: ignore[no-any-return, no-untyped-call]
+    return _EncodeAt.apply(x, W_enc, b_enc, kept.values, kept.pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
@@ -49,11 +49,10 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
 
 class _EncodeAt(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.pattern = pattern
-        taken = pattern.take(pre_acts)
-        return taken.view_as(taken) if pattern.is_full else taken
+        return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -3,19 +3,21 @@
 Shapes: N rows, D = d_out, F = d_sae, A dead latents.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_core.autograd import decode
+from sae_core.autograd import decode, encode_at
 from sae_core.codes import Codes, Pattern
+from sae_core.functional import MAX_SPARSE_DENSITY
+from sae_core.pre_acts import PreActs
 
 if TYPE_CHECKING:
     from sae_core.base import SAE
 
 
-def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: PreActs, dead: Tensor, k_aux: int) -> Tensor:
     """Return |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
@@ -23,17 +25,33 @@ def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: Tensor, dead: Tens
     h (N, D) are the centred rows without gradients; pre_acts (N, F); dead (F,) bool.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
-    dead_latents = dead.nonzero().squeeze(1)
-    n_dead = int(dead_latents.numel())
-    k = min(k_aux, n_dead)
-    candidates = pre_acts[:, dead_latents]
-    strength = candidates.abs() if sae.signed_codes else candidates
-    chosen = dead_latents[strength.topk(k, dim=-1, sorted=False).indices]
-    pattern = Pattern.fixed_k(chosen, pre_acts.shape[1])
-    acts = sae.encode_at(h, pre_acts, pattern)
-    codes = Codes(acts if sae.signed_codes else torch.relu(acts), pattern)
-    squared = (error - decode(codes, sae.W_dec)).square().sum(-1).mean()
+    latents = dead.nonzero().squeeze(1)
+    n_dead = int(latents.numel())
+    # The dead latents as a dictionary of their own.
+    W_enc, b_enc = sae.W_enc.t().index_select(0, latents).t(), sae.encoder_bias[latents]
+    chosen = _choose(pre_acts.columns(latents), min(k_aux, n_dead), signed=sae.signed_codes)
+    acts = encode_at(h, W_enc, b_enc, chosen.kept)
+    acts = acts if sae.signed_codes else torch.relu(acts)
+    codes = Codes(acts if chosen.mask is None else acts * chosen.mask, chosen.kept.pattern)
+    squared = (error - decode(codes, sae.W_dec.index_select(0, latents))).square().sum(-1).mean()
     variance = (error - error.mean(0)).square().sum(-1).mean()
     # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.
     per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)
     return squared * per_variance * min(n_dead / k_aux, 1.0)
+
+
+class _Chosen(NamedTuple):
+    kept: Codes  # pre-activations without gradients
+    mask: Tensor | None  # (N, A) which of a full pattern's are meant; None: all that are kept
+
+
+def _choose(pre_acts: Tensor, k: int, *, signed: bool) -> _Chosen:
+    """The k strongest of each row of (N, A); on a full pattern where k of A are too many for sparse products to pay."""
+    n_rows, n_dead = pre_acts.shape
+    everything = Codes(pre_acts, Pattern(n_rows, n_dead))
+    if k == n_dead:
+        return _Chosen(everything, None)
+    indices = (pre_acts.abs() if signed else pre_acts).topk(k, dim=-1, sorted=False).indices
+    if k > MAX_SPARSE_DENSITY * n_dead:
+        return _Chosen(everything, torch.zeros_like(pre_acts).scatter_(1, indices, 1.0))
+    return _Chosen(Codes(pre_acts.gather(1, indices).view(-1), Pattern.fixed_k(indices, n_dead)), None)

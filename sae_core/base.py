@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_core.autograd import decode, empty_encoder, encode_at
 from sae_core.auxk import auxk_loss
-from sae_core.codes import Codes, Pattern
+from sae_core.codes import Codes
 from sae_core.errors import NonFiniteError, OptionError
 from sae_core.functional import geometric_median
 from sae_core.normalize import MODES, Normalized, Normalizer
 from sae_core.options import Progress, check, option
+from sae_core.pre_acts import PreActs
 
 MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
@@ -45,7 +47,7 @@ class Activation:
     """What a variant's `activate` returns."""
 
     codes: Codes
-    pre_acts: Tensor  # (N, F), without gradients
+    pre_acts: PreActs  # (N, F), without gradients
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # what the variant's own losses need
 
 
@@ -58,7 +60,7 @@ class SAEOutput:
     codes: Codes
     recon: Tensor  # (N, D_out) reconstruction in the normalised space
     source: Source
-    pre_acts: Tensor  # (N, F), without gradients
+    pre_acts: PreActs  # (N, F), without gradients
     extras: Mapping[str, Tensor]
 
 
@@ -209,16 +211,13 @@ class SAE(nn.Module):
         """Subtract the decoder bias from normalised rows before they are encoded."""
         return h - self.b_dec if self.subtracts_b_dec else h
 
-    def pre_acts(self, h: Tensor) -> Tensor:
+    def pre_acts(self, h: Tensor) -> PreActs:
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
-        with torch.no_grad():
-            # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
-            # addmm would first spread the bias over the result.
-            return (h @ self.W_enc).to(h.dtype).add_(self.encoder_bias)
+        return PreActs(h, self.W_enc, self.encoder_bias)
 
-    def encode_at(self, h: Tensor, pre_acts: Tensor, pattern: Pattern) -> Tensor:
-        """The same pre-activations at the entries of a pattern, with gradients."""
-        return encode_at(h, self.W_enc, self.encoder_bias, pre_acts, pattern)
+    def encode_at(self, h: Tensor, kept: Codes) -> Tensor:
+        """The pre-activations that were kept, with gradients: (nnz,), or (N, F) for a full pattern."""
+        return encode_at(h, self.W_enc, self.encoder_bias, kept)
 
     def activate(self, h: Tensor) -> Activation:
         """Turn centred, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
@@ -238,7 +237,10 @@ class SAE(nn.Module):
 
     def forward(self, x: Inputs) -> SAEOutput:
         """Encode and decode raw rows."""
-        source = self.prepare(x)
+        return self.forward_source(self.prepare(x))
+
+    def forward_source(self, source: Source) -> SAEOutput:
+        """Encode and decode prepared rows."""
         activation = self.activate(self.centre(source.input))
         recon, extras = self.reconstruct_for_losses(activation.codes)
         recon = self.complete(recon, source)
@@ -299,10 +301,10 @@ class SAE(nn.Module):
 
     def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
         """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
-        squared = (target - recon).square().sum(-1)
         if self.reconstruction_name == "nmse":
+            squared = (target - recon).square().sum(-1)
             return (squared / target.square().sum(-1).clamp_min(1e-12)).mean()
-        return squared.mean() / self.loss_unit
+        return F.mse_loss(recon, target, reduction="sum") / (self.loss_unit * recon.shape[0])
 
     def auxk_term(self, out: SAEOutput, k_aux: int, coef: float) -> Tensor | None:
         """AuxK on the dead latents, on the loss's scale; None while no latent is dead or the term is off."""
@@ -340,7 +342,7 @@ class SAE(nn.Module):
         """Remove the gradient component parallel to each decoder row, which renormalising would undo."""
         if self.unit_decoder and self.W_dec.grad is not None:
             grad = self.W_dec.grad
-            grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+            grad.addcmul_(torch.linalg.vecdot(grad, self.W_dec)[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
     def after_step(self) -> None:

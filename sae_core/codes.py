@@ -77,14 +77,16 @@ class Pattern:
     def transposed(self) -> Transposed:
         """The entries grouped by latent; rows ascend within a latent, so sums over rows have one order."""
         indices = self.entries[0]
-        order = torch.sort(indices, stable=True).indices
+        # Narrower numbers sort two to four times faster.
+        narrow = torch.int16 if self.d_sae <= 2**15 else torch.int32
+        order = torch.sort(indices.to(narrow), stable=True).indices
         offsets = torch.zeros(self.d_sae + 1, dtype=torch.int64, device=indices.device)
         offsets[1:] = torch.bincount(indices, minlength=self.d_sae).cumsum(0)
         return Transposed(order, self.row_of[order], offsets)
 
     def take(self, matrix: Tensor) -> Tensor:
         """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
-        return matrix if self.is_full else matrix[self.row_of, self.entries[0]]
+        return matrix if self.is_full else matrix.reshape(-1)[self.row_of * self.d_sae + self.entries[0]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +139,14 @@ class Codes:
         if self.pattern.is_full:
             return active.sum(0)
         return torch.bincount(self.pattern.entries[0][active], minlength=self.shape[1])
+
+    def keep(self, mask: Tensor) -> "Codes":
+        """Only the entries of a mask (nnz,); not for a full pattern."""
+        kept = true_entries(mask)
+        if kept.numel() == mask.numel():
+            return self
+        pattern = Pattern.of_rows(self.pattern.row_of[kept], self.indices[kept], *self.shape)
+        return Codes(self.values[kept], pattern)
 
     def rows(self, start: int, stop: int) -> "Codes":
         """The codes of rows start..stop."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_core.codes import Pattern
-from sae_core.kernels import entries_above, row_topk
+from sae_core.codes import Codes, Pattern
+from sae_core.kernels import row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
@@ -21,43 +21,35 @@ def topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
     return Pattern.fixed_k(row_topk(pre_acts, k), pre_acts.shape[1])
 
 
-def batch_topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
-    """Keep the N*k largest positive pre-activations of the whole (N, F) batch; (arXiv 2412.06410).
-
-    Exactly min(N*k, positives) entries stay; among equal values the lowest (row, latent) wins. Instead of a
-    selection over all N*F numbers, a bound guessed from a sample of rows leaves few candidates; a guess that leaves
-    too few is lowered, so the answer is exact whatever the rows.
-    """
-    n_rows, d_sae = pre_acts.shape
-    n_keep = n_rows * k
-    share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
-    while True:
-        bound = _upper_quantile(pre_acts, share)
-        entries = entries_above(pre_acts, bound)
-        if bound == 0.0 or entries.numel() >= n_keep:
-            break
-        share *= 4
-    values = pre_acts.reshape(-1)[entries]
-    if entries.numel() > n_keep:
-        entries = entries[_largest(values, n_keep)]
-    return Pattern.of_rows(entries // d_sae, entries % d_sae, n_rows, d_sae)
+def topk_entries(values: Tensor, pattern: Pattern, k: int) -> Tensor:
+    """Positions (N, k) of the k largest entries of each row, whose every row has k entries or more."""
+    _, indptr = pattern.entries
+    width = int(indptr.diff().max())
+    slots = torch.arange(values.numel(), device=values.device) + pattern.row_of * width - indptr[pattern.row_of]
+    padded = values.new_full((pattern.n_rows, width), -torch.inf)
+    padded.view(-1)[slots] = values
+    return indptr[:-1, None] + padded.topk(k, dim=1, sorted=False).indices
 
 
-def _upper_quantile(pre_acts: Tensor, share: float, n_sampled: int = 64) -> float:
-    """A number that about `share` of the sampled rows' entries exceed; 0 once that leaves no positive bound."""
-    sample = pre_acts[:: max(1, pre_acts.shape[0] // n_sampled)].reshape(-1)
-    n_above = int(share * sample.numel()) + 1
-    if n_above >= sample.numel():
+def sampled_bound(sample: Tensor, share: float) -> float:
+    """A number that about `share` of sampled entries (n, F) exceed; 0 once that leaves no positive bound."""
+    flat = sample.reshape(-1)
+    n_above = int(share * flat.numel()) + 1
+    if n_above >= flat.numel():
         return 0.0
-    return max(0.0, float(sample.topk(n_above, sorted=False).values.min()))
+    return max(0.0, float(flat.topk(n_above, sorted=False).values.min()))
 
 
-def _largest(values: Tensor, n_keep: int) -> Tensor:
-    """Mask of the n_keep largest of values (C,); among equal ones the first."""
+def largest(codes: Codes, n_keep: int) -> Tensor:
+    """Mask (nnz,) of the n_keep largest values; among equal ones the lowest (row, latent) wins."""
+    values = codes.values
+    if values.numel() <= n_keep:
+        return torch.ones_like(values, dtype=torch.bool)
     smallest = values.kthvalue(values.numel() - n_keep + 1).values
     keep = values > smallest
     tied = (values == smallest).nonzero().squeeze(1)
-    keep[tied[: n_keep - int(keep.sum())]] = True
+    position = codes.pattern.row_of[tied] * codes.shape[1] + codes.indices[tied]
+    keep[tied[position.argsort()][: n_keep - int(keep.sum())]] = True
     return keep
 
 

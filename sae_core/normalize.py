@@ -3,6 +3,7 @@
 Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed in the normalised space.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class Normalizer(nn.Module):
         if self.per_row:
             shift = x.mean(-1, keepdim=True)
             centred = x - shift
-            std = centred.std(-1, keepdim=True)
+            std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
             return Normalized(centred / (std + UNIT_NORM_EPS), std, shift)
         return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
 

@@ -218,7 +218,7 @@ def test_jumprelu_agrees_but_for_the_step_on_the_result() -> None:
     for name in ("W_enc", "b_enc", "W_dec"):
         assert difference(grads[name], peer_grads[name]) < TOLERANCE, name
 
-    below = (out.pre_acts <= threshold) & (out.pre_acts > threshold - bandwidth / 2)
+    below = (out.pre_acts.dense <= threshold) & (out.pre_acts.dense > threshold - bandwidth / 2)
     d_loss_d_l0 = 2 * (out.codes.l0() / target - 1) / target
     lost = -d_loss_d_l0 / bandwidth * below.sum(0) / len(x)
     assert lost.any()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sae_core.autograd import decode, empty_encoder, encode_at, per_entry, sum_by_latent
 from sae_core.codes import Codes, Pattern
 from sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
+from sae_core.pre_acts import PreActs
 
 # (N, F) masks of stored entries
 PATTERNS = {
@@ -44,7 +45,7 @@ def test_encode_and_decode_equal_the_dense_products_in_values_and_gradients(mask
     ours = params()
     x, W_enc, b_enc, W_dec = ours
     pattern = Pattern(3, 5) if full else Pattern.of_mask(mask)
-    p = encode_at(x, W_enc, b_enc, (x @ W_enc + b_enc).detach(), pattern)
+    p = encode_at(x, W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
     codes = Codes(p * mask if full else p, pattern)
     x_hat = decode(codes, W_dec)
 
@@ -63,7 +64,7 @@ def test_entries_that_are_stored_at_zero_change_nothing(threshold: float) -> Non
     ours = params()
     x, W_enc, b_enc, W_dec = ours
     pattern = Pattern.of_mask(PATTERNS["everything"])
-    p = encode_at(x, W_enc, b_enc, (x @ W_enc + b_enc).detach(), pattern)
+    p = encode_at(x, W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
     torch.testing.assert_close(outcome(decode(Codes(torch.relu(p - threshold), pattern), W_dec), ours), expected)
 
 
@@ -108,7 +109,7 @@ def test_the_encoder_gradient_has_the_strides_of_the_parameter() -> None:
     W_enc = torch.nn.Parameter(torch.nn.init.normal_(empty_encoder(4, 5)))
     x = torch.randn(3, 4)
     pattern = Pattern.of_mask(PATTERNS["some"])
-    encode_at(x, W_enc, torch.zeros(5), (x @ W_enc).detach(), pattern).sum().backward()
+    encode_at(x, W_enc, torch.zeros(5), PreActs(x, W_enc, torch.zeros(5)).at(pattern)).sum().backward()
     assert W_enc.grad is not None
     assert W_enc.grad.stride() == W_enc.stride() == (1, 4)
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from sae_core.functional import (
     annealed_sparsity,
-    batch_topk_pattern,
     geometric_median,
     jumprelu,
     step,
@@ -16,6 +15,7 @@ from sae_core.functional import (
 )
 from sae_core.kernels import entries_above, row_topk
 from sae_core.options import Progress
+from sae_core.pre_acts import PreActs
 from sae_core.threshold import EMA_DECAY, BatchThreshold
 
 
@@ -24,6 +24,11 @@ def naive_batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
     mask = torch.zeros(pre_acts.numel(), dtype=torch.bool)
     mask[order[: pre_acts.shape[0] * k]] = True
     return mask.view_as(pre_acts) & (pre_acts > 0)
+
+
+def given_pre_acts(values: torch.Tensor) -> PreActs:
+    """Pre-activations that are these values: rows times the identity."""
+    return PreActs(values, torch.eye(values.shape[1]), torch.zeros(values.shape[1]))
 
 
 def mask_of(pattern) -> torch.Tensor:
@@ -79,7 +84,7 @@ def test_batch_topk_is_the_sorted_selection(n: int, m: int, k: int, seed: int, k
     if kind == "ragged":  # a few rows hold nearly all large values, and the sampled rows may miss them
         pre_acts *= torch.where(torch.rand(n, 1, generator=generator) < 0.1, 100.0, 1.0)
     k = min(k, m)
-    pattern = batch_topk_pattern(pre_acts, k)
+    pattern = given_pre_acts(pre_acts).batch_topk(k).pattern
     assert pattern.entries[0].numel() == min(n * k, int((pre_acts > 0).sum()))
     assert torch.equal(mask_of(pattern), naive_batch_topk(pre_acts, k))
 

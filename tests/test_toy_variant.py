@@ -24,7 +24,6 @@ import torch
 
 from sae_core.base import SAE, Activation
 from sae_core.codes import Codes
-from sae_core.functional import support_pattern
 from sae_core.options import option
 from sae_core.registry import register
 
@@ -39,9 +38,9 @@ class SoftThresholdSAE(SAE):
 
     def activate(self, h):
         pre_acts = self.pre_acts(h)
-        pattern = support_pattern(pre_acts > self.config.shrink)
-        values = torch.relu(self.encode_at(h, pre_acts, pattern) - self.config.shrink)
-        return Activation(Codes(values, pattern), pre_acts)
+        kept = pre_acts.support(self.config.shrink)
+        values = torch.relu(self.encode_at(h, kept) - self.config.shrink)
+        return Activation(Codes(values, kept.pattern), pre_acts)
 
     def penalties(self, out, progress):
         return {"l1": out.codes.values.sum() / out.codes.shape[0] / self.loss_unit}

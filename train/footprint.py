@@ -47,7 +47,7 @@ def estimate(config: TrainConfig) -> Footprint:
 
 def measure(data: Data) -> Footprint | None:
     """By taking steps of a throw-away run on random rows; None where the system does not tell."""
-    before, config = _memory(data.config.device, restart_peak=True), data.config
+    before, config = used_memory(data.config.device, restart_peak=True), data.config
     if before is None:
         return None
     with Rng():
@@ -61,7 +61,7 @@ def measure(data: Data) -> Footprint | None:
         except torch.OutOfMemoryError:
             return Footprint(estimate(config).resident, available_memory(config.device) or 0)
         run.optimizer.zero_grad(set_to_none=True)
-        after = _memory(config.device)
+        after = used_memory(config.device)
     assert after is not None
     least = estimate(config)  # what was freed before may still be held for reuse, and is then not counted as growth
     resident = max(after.now - before.now, least.resident)
@@ -69,16 +69,19 @@ def measure(data: Data) -> Footprint | None:
 
 
 @dataclass(frozen=True)
-class _Memory:
+class Memory:
+    """What a device holds of this process."""
+
     now: int  # bytes in use
     peak: int  # most bytes in use since the last restart
 
 
-def _memory(device: str, *, restart_peak: bool = False) -> _Memory | None:
+def used_memory(device: str, *, restart_peak: bool = False) -> Memory | None:
+    """Memory in use on a device; None where the system does not tell. `restart_peak` forgets earlier peaks."""
     if device.startswith("cuda"):
         if restart_peak:
             torch.cuda.reset_peak_memory_stats(device)
-        return _Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+        return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
     try:
         if restart_peak:
             _PEAK.write_text("5", encoding="ascii")  # see proc(5): resets VmHWM
@@ -86,7 +89,7 @@ def _memory(device: str, *, restart_peak: bool = False) -> _Memory | None:
     except OSError:
         return None
     kib = {name: int(value) for name, value in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.MULTILINE)}
-    return _Memory(kib["VmRSS"] * 1024, kib["VmHWM"] * 1024) if len(kib) == 2 else None
+    return Memory(kib["VmRSS"] * 1024, kib["VmHWM"] * 1024) if len(kib) == 2 else None
 
 
 def fit_groups(footprints: Sequence[tuple[T, Footprint]], available: int) -> list[list[T]]:

@@ -1,4 +1,7 @@
-"""Sparse products on a fixed pattern of active latents; `reference` holds the same products with dense matrices."""
+"""Sparse products on a fixed pattern of active latents, and the selections that such patterns come from.
+
+`reference` holds the products with dense matrices.
+"""
 
 from sae_core.kernels.select import entries_above, row_topk
 from sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries

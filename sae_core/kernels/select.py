@@ -1,7 +1,8 @@
 """Selecting large entries of a matrix through the maxima of groups of columns: one fast pass instead of a slow one.
 
-Shapes: N rows, F columns, G columns per group. Group i holds the columns i, i + F/G, i + 2F/G, ..., so that the maxima
-of neighbouring groups are vector operations.
+Shapes: N rows, F columns, groups of GROUP columns. The columns of a group lie LANES apart, so that the maxima of
+neighbouring groups are vector operations; where F allows it, groups stay inside blocks of GROUP * LANES columns, which
+keeps a group's entries close in memory.
 """
 
 import torch
@@ -9,7 +10,33 @@ from torch import Tensor
 
 from sae_core.kernels.sparse import true_entries
 
-TOPK_GROUP, BOUND_GROUP = 16, 8  # fastest of 8, 16, 32, 64 at F 12288 on 2 cores
+GROUP, LANES = 16, 128  # fastest at F 12288 on 2 cores: 8, 16, 32 and 32, 64, 128, F / GROUP were tried
+
+
+def group_maxima(matrix: Tensor) -> Tensor:
+    """Maxima (N, F / GROUP) of the groups of (N, F); F must be a multiple of GROUP."""
+    return _grouped(matrix).amax(2).flatten(1)
+
+
+def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None = None) -> Tensor | None:
+    """Flat positions (nnz,) int64 of the entries of (N, F) that are their row's bound (N,) or more.
+
+    Rows ascend, columns within a row stand group by group. `maxima` are the matrix's `group_maxima`. None if
+    there are more than `n_most`.
+    """
+    n_columns, n_groups = matrix.shape[1], maxima.shape[1]
+    lanes = _lanes(n_columns)
+    hot = true_entries(maxima >= bounds[:, None])  # (H,) row * n_groups + group
+    if n_most is not None and hot.numel() > n_most:
+        return None
+    row = hot // n_groups
+    group = hot - row * n_groups
+    block = group // lanes
+    first = row * n_columns + block * (GROUP * lanes) + (group - block * lanes)
+    members = (first[:, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)).view(-1)
+    large = matrix.view(-1)[members].view(-1, GROUP) >= bounds[row][:, None]
+    found = true_entries(large)
+    return None if n_most is not None and found.numel() > n_most else members[found]
 
 
 def row_topk(matrix: Tensor, k: int) -> Tensor:
@@ -18,32 +45,37 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     The k largest entries lie in the k groups with the largest maxima, so only those groups are searched.
     """
     n_rows, n_columns = matrix.shape
-    n_groups = n_columns // TOPK_GROUP
-    if not _pays(matrix, TOPK_GROUP) or n_groups < 4 * k:
+    if not _pays(matrix) or n_columns // GROUP < 4 * k:
         return matrix.topk(k, dim=-1, sorted=False).indices
-    grouped = matrix.view(n_rows, TOPK_GROUP, n_groups)
-    groups = grouped.amax(1).topk(k, dim=-1, sorted=False).indices  # (N, k)
-    candidates = grouped.gather(2, groups[:, None, :].expand(-1, TOPK_GROUP, -1)).view(n_rows, -1)
-    chosen = candidates.topk(k, dim=-1, sorted=False).indices  # (N, k), row of the group * k + which group
-    return chosen // k * n_groups + groups.gather(1, chosen % k)
+    lanes = _lanes(n_columns)
+    groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
+    block = groups // lanes
+    first = block * (GROUP * lanes) + (groups - block * lanes)
+    members = first[:, :, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)  # (N, k, GROUP)
+    members = members.view(n_rows, -1)
+    return members.gather(1, matrix.gather(1, members).topk(k, dim=-1, sorted=False).indices)
 
 
 def entries_above(matrix: Tensor, bound: float) -> Tensor:
     """Flat positions (nnz,) int64 of the entries of (N, F) that exceed a bound, ascending."""
-    if not _pays(matrix, BOUND_GROUP):
+    if not _pays(matrix):
         return true_entries(matrix > bound)
-    n_rows, n_columns = matrix.shape
-    n_groups = n_columns // BOUND_GROUP
-    grouped = matrix.view(n_rows, BOUND_GROUP, n_groups)
-    hot = true_entries(grouped.amax(1) > bound)  # (H,) row * n_groups + group
-    if hot.numel() * BOUND_GROUP > matrix.numel() // 4:
-        return true_entries(matrix > bound)
-    first = hot // n_groups * n_columns + hot % n_groups
-    candidates = (first[:, None] + torch.arange(0, n_columns, n_groups, device=matrix.device)).reshape(-1)
-    above = candidates[matrix.view(-1)[candidates] > bound]
-    return above.sort().values
+    above = torch.nextafter(torch.tensor(bound, dtype=matrix.dtype), torch.tensor(torch.inf, dtype=matrix.dtype))
+    bounds = above.expand(len(matrix)).to(matrix.device)
+    found = at_least(matrix, group_maxima(matrix), bounds, matrix.numel() // 32)
+    return true_entries(matrix > bound) if found is None else found.sort().values
 
 
-def _pays(matrix: Tensor, group: int) -> bool:
+def _grouped(matrix: Tensor) -> Tensor:
+    """View (N, F) as (N, blocks, GROUP, lanes)."""
+    lanes = _lanes(matrix.shape[1])
+    return matrix.view(len(matrix), -1, GROUP, lanes)
+
+
+def _lanes(n_columns: int) -> int:
+    return LANES if n_columns % (GROUP * LANES) == 0 else n_columns // GROUP
+
+
+def _pays(matrix: Tensor) -> bool:
     n_rows, n_columns = matrix.shape
-    return matrix.device.type == "cpu" and matrix.is_contiguous() and n_rows > 0 and n_columns % group == 0
+    return matrix.device.type == "cpu" and matrix.is_contiguous() and n_rows > 0 and n_columns % GROUP == 0

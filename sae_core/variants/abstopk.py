@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_core.codes import Codes, Pattern
-from sae_core.functional import topk_pattern
+from sae_core.codes import Codes
+from sae_core.pre_acts import PreActs
 from sae_core.registry import register
 from sae_core.variants.topk import TopKSAE
 
@@ -24,10 +24,10 @@ class AbsTopKSAE(TopKSAE):
 
     config: Config
 
-    def select(self, pre_acts: Tensor, k: int) -> Pattern:
+    def select(self, pre_acts: PreActs, k: int) -> Codes:
         """The k largest magnitudes per row."""
-        return topk_pattern(pre_acts.abs(), k)
+        return pre_acts.topk(k, by_magnitude=True)
 
-    def _codes(self, h: Tensor, pre_acts: Tensor, k: int) -> Codes:
-        pattern = self.select(pre_acts, k)
-        return Codes(self.encode_at(h, pre_acts, pattern), pattern)
+    def _codes(self, h: Tensor, pre_acts: PreActs, k: int) -> Codes:
+        kept = self.select(pre_acts, k)
+        return Codes(self.encode_at(h, kept), kept.pattern)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_core.base import Inputs, SAEOutput
-from sae_core.codes import Pattern
-from sae_core.functional import batch_topk_pattern
+from sae_core.codes import Codes
+from sae_core.pre_acts import PreActs
 from sae_core.registry import register
 from sae_core.threshold import BatchThreshold
 from sae_core.variants.topk import TopKSAE
@@ -34,11 +34,9 @@ class BatchTopKSAE(TopKSAE):
         super().build()
         self.threshold = BatchThreshold()
 
-    def select(self, pre_acts: Tensor, k: int) -> Pattern:
+    def select(self, pre_acts: PreActs, k: int) -> Codes:
         """The batch's largest while training; what exceeds the threshold in inference."""
-        if self.training:
-            return batch_topk_pattern(pre_acts, k)
-        return Pattern.of_mask(pre_acts > self.threshold.value.to(pre_acts.dtype))
+        return pre_acts.batch_topk(k) if self.training else pre_acts.above(float(self.threshold.value))
 
     def track(self, out: SAEOutput) -> None:
         """Dead counters and the threshold's EMA."""
@@ -53,7 +51,9 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold at which the mean L0 over the batches is k."""
-        self.threshold.calibrate((self.pre_acts(self.centre(self.prepare(x).input)) for x in batches), self.config.k)
+        self.threshold.calibrate(
+            (self.pre_acts(self.centre(self.prepare(x).input)).dense for x in batches), self.config.k
+        )
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """JumpReLU's tensors with a constant threshold."""

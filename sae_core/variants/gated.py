@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sae_core.autograd import decode, encode_at, per_entry
 from sae_core.base import SAE, Activation, SAEOutput
 from sae_core.codes import Codes
-from sae_core.functional import annealed_sparsity, support_pattern
+from sae_core.functional import annealed_sparsity
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -52,8 +52,10 @@ class GatedSAE(SAE):
     def activate(self, h: Tensor) -> Activation:
         """Magnitudes where the gate is open."""
         pre_acts = self.pre_acts(h)
-        pattern = support_pattern(pre_acts > 0)
-        q = encode_at(h, self.W_enc, torch.zeros_like(self.b_gate), pre_acts - self.b_gate.detach(), pattern)
+        gate = pre_acts.support(0.0)
+        pattern, b_gate = gate.pattern, self.b_gate.detach()
+        kept = Codes(gate.values - per_entry(b_gate, pattern), pattern)
+        q = encode_at(h, self.W_enc, torch.zeros_like(b_gate), kept)
         p_gate = q + per_entry(self.b_gate, pattern)
         p_mag = q * per_entry(self.r_mag.exp(), pattern) + per_entry(self.b_mag, pattern)
         z = torch.relu(p_mag) * (p_gate.detach() > 0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sae_core.autograd import per_entry
 from sae_core.base import SAE, Activation, SAEOutput
 from sae_core.codes import Codes
-from sae_core.functional import jumprelu, step, support_pattern
+from sae_core.functional import jumprelu, step
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -62,10 +62,10 @@ class JumpReLUSAE(SAE):
         """JumpReLU on the entries that are active or, while training, within half a bandwidth of the threshold."""
         pre_acts = self.pre_acts(h)
         reach = self.bandwidth / 2 if self.training else 0.0
-        pattern = support_pattern(pre_acts > self.threshold.detach() - reach)
-        p = self.encode_at(h, pre_acts, pattern)
-        z = jumprelu(p, per_entry(self.threshold, pattern), self.bandwidth)
-        return Activation(Codes(z, pattern), pre_acts, {"p": p})
+        kept = pre_acts.support(self.threshold.detach() - reach)
+        p = self.encode_at(h, kept)
+        z = jumprelu(p, per_entry(self.threshold, kept.pattern), self.bandwidth)
+        return Activation(Codes(z, kept.pattern), pre_acts, {"p": p})
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The recipe's sparsity term and, for tanh, the loss that brings dead latents back."""

@@ -12,6 +12,7 @@ from sae_core.codes import Codes, Pattern
 from sae_core.errors import OptionError
 from sae_core.normalize import Normalizer
 from sae_core.options import option
+from sae_core.pre_acts import PreActs
 from sae_core.registry import register
 
 
@@ -53,24 +54,26 @@ class MatchingPursuitSAE(SAE):
         rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
 
+    def pre_acts(self, h: Tensor) -> PreActs:
+        """The scores of the first step."""
+        return PreActs(h, self.W_dec.t(), self.W_dec.new_zeros(self.config.d_sae))
+
     def activate(self, h: Tensor) -> Activation:
         """Pursue each row for k steps."""
         residual, chosen, values = h, [], []
-        first_scores = None
         for _ in range(self.config.k):
             with torch.no_grad():
                 scores = residual @ self.W_dec.t()
-                first_scores = scores if first_scores is None else first_scores
                 latents = scores.argmax(1)
             atoms = self.W_dec[latents]
             value = torch.relu((residual * atoms).sum(1))
             residual = residual - value[:, None] * atoms
             chosen.append(latents)
             values.append(value)
-        assert first_scores is not None
         indices = torch.stack(chosen, dim=1)
         merged = merge_repeats(indices, torch.stack(values, dim=1))
-        return Activation(Codes(merged.reshape(-1), Pattern.fixed_k(indices, self.config.d_sae)), first_scores)
+        codes = Codes(merged.reshape(-1), Pattern.fixed_k(indices, self.config.d_sae))
+        return Activation(codes, self.pre_acts(h))
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """None: a latent is its decoder row."""

@@ -1,6 +1,7 @@
 """Matryoshka: nested prefixes of the dictionary each reconstruct the input (Bussmann et al., arXiv 2503.17547)."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -63,11 +64,13 @@ class MatryoshkaSAE(BatchTopKSAE):
         if not self.training:
             return super().reconstruct_for_losses(codes)
         groups = decode_blocks(codes, self.W_dec, self.group_of, len(self.config.prefixes))
-        prefixes = groups.cumsum(0) + self.b_dec
-        return prefixes[-1], {"prefixes": prefixes}
+        # Added one by one: the gradient of a cumulative sum would be flipped, summed and flipped again.
+        *inner, whole = list(accumulate(groups.unbind(), initial=self.b_dec))[1:]
+        return whole, {f"prefix_{i}": recon for i, recon in enumerate(inner)}
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The losses of the proper prefixes (the whole dictionary's is the reconstruction loss), and AuxK."""
         terms = super().penalties(out, progress)
-        inner = [self.reconstruction_loss(recon, out.source.target) for recon in out.extras["prefixes"][:-1]]
+        names = [name for name in out.extras if name.startswith("prefix_")]
+        inner = [self.reconstruction_loss(out.extras[name], out.source.target) for name in names]
         return {"prefixes": torch.stack(inner).sum(), **terms} if inner else terms

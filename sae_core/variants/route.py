@@ -102,6 +102,10 @@ class RouteSAE(SAE):
 
     def prepare(self, x: Inputs) -> Source:
         """Normalise each hook's rows and route them."""
+        return self._prepare(x)[0]
+
+    def _prepare(self, x: Inputs) -> tuple[Source, Tensor]:
+        """The routed rows, and the routing probabilities (N, L)."""
         layers = self._layers(x)
         probabilities = self.route(layers)
         if self.config.routing == "soft":
@@ -110,7 +114,7 @@ class RouteSAE(SAE):
             p_max, chosen = probabilities.max(1)
             routed = p_max[:, None] * layers[torch.arange(len(chosen), device=chosen.device), chosen]
         target = routed.detach() if self.config.detach_target else routed
-        return Source(routed, target, lambda recon: recon, routed.detach())
+        return Source(routed, target, lambda recon: recon, routed.detach()), probabilities.detach()
 
     def route(self, layers: Tensor) -> Tensor:
         """Routing probabilities (N, L) of normalised layers (N, L, D)."""
@@ -135,9 +139,8 @@ class RouteSAE(SAE):
 
     def forward(self, x: Inputs) -> SAEOutput:
         """Route, encode and decode."""
-        out = super().forward(x)
-        with torch.no_grad():
-            probabilities = self.route(self._layers(x))
+        source, probabilities = self._prepare(x)
+        out = self.forward_source(source)
         return replace(out, extras={**out.extras, "probabilities": probabilities})
 
     # -- the base does the rest ------------------------------------------------------------------------------------

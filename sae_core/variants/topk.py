@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes, Pattern
+from sae_core.codes import Codes
 from sae_core.errors import OptionError
-from sae_core.functional import topk_pattern
 from sae_core.options import Progress, option
+from sae_core.pre_acts import PreActs
 from sae_core.registry import register
 
 
@@ -61,18 +61,18 @@ class TopKSAE(SAE):
         """Active latents per row: annealed while training, the configured k in inference."""
         return self._k_now if self.training else self.config.k
 
-    def select(self, pre_acts: Tensor, k: int) -> Pattern:
-        """Which entries of pre_acts (N, F) stay."""
-        return topk_pattern(pre_acts, k)
+    def select(self, pre_acts: PreActs, k: int) -> Codes:
+        """The pre-activations that stay, of all (N, F)."""
+        return pre_acts.topk(k)
 
     def activate(self, h: Tensor) -> Activation:
         """ReLU of the selected pre-activations."""
         pre_acts = self.pre_acts(h)
         return Activation(self._codes(h, pre_acts, self.k), pre_acts)
 
-    def _codes(self, h: Tensor, pre_acts: Tensor, k: int) -> Codes:
-        pattern = self.select(pre_acts, k)
-        return Codes(torch.relu(self.encode_at(h, pre_acts, pattern)), pattern)
+    def _codes(self, h: Tensor, pre_acts: PreActs, k: int) -> Codes:
+        kept = self.select(pre_acts, k)
+        return Codes(torch.relu(self.encode_at(h, kept)), kept.pattern)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_core.autograd import per_entry
 from sae_core.base import SAE, Activation, SAEOutput
 from sae_core.codes import Codes
-from sae_core.functional import annealed_sparsity, support_pattern
+from sae_core.functional import annealed_sparsity
 from sae_core.options import Progress, option
 from sae_core.registry import register
 
@@ -34,8 +34,8 @@ class VanillaSAE(SAE):
     def activate(self, h: Tensor) -> Activation:
         """ReLU of the pre-activations."""
         pre_acts = self.pre_acts(h)
-        pattern = support_pattern(pre_acts > 0)
-        return Activation(Codes(torch.relu(self.encode_at(h, pre_acts, pattern)), pattern), pre_acts)
+        kept = pre_acts.support(0.0)
+        return Activation(Codes(torch.relu(self.encode_at(h, kept)), kept.pattern), pre_acts)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The L1 term, in the units of the loss."""

@@ -1,0 +1,139 @@
+"""Screening: a fast product in bfloat16 leaves few candidates, so that the exact product is taken at those alone.
+
+Shapes: N rows, D width, F latents. Exact is p = h @ W.T + b in float32; v is what the bfloat16 product sums up, a is v
+rounded to bfloat16. With rounded factors h', W' the Cauchy-Schwarz inequality bounds |p - v| for every latent j by
+|h| |W_j - W'_j| + |h - h'| |W'_j|, plus what summing in float32 loses: the slack s of a row takes the largest over j.
+Rounding is monotone, so p >= T implies a >= bfloat16(T - s): no entry that matters is ever missed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sae_core.kernels.select import at_least, group_maxima
+
+MIN_ENTRIES = 2**22  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
+MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole
+CHUNK_ENTRIES = 2**23  # of a product in bfloat16, 16 MiB, held at a time
+BIAS_TERMS = 3  # a float32 is the sum of three bfloat16
+ROWS_SAMPLED, LATENTS_SAMPLED = 64, 4096  # of which the entries tell roughly how large the others are
+PAD = 32  # columns that carry the bias: matrix units work on tiles of 32
+BFLOAT16_ROUNDING, FLOAT32_ROUNDING = 2.0**-8, 2.0**-23
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Factors in bfloat16, the bias as further columns, and how far their product may lie from the exact one."""
+
+    rows: Tensor  # (N, D + PAD) bfloat16
+    latents: Tensor  # (F, D + PAD) bfloat16
+    slack: Tensor  # (N,)
+
+    def sample(self) -> Tensor:
+        """Approximate pre-activations of some rows and latents."""
+        rows = self.rows[:: max(1, len(self.rows) // ROWS_SAMPLED)]
+        latents = self.latents[:: max(1, len(self.latents) // LATENTS_SAMPLED)]
+        return (rows @ latents.t()).float()
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """First row and approximate pre-activations (n, F) of some rows at a time; each overwrites the one before."""
+        n_rows, d_sae = len(self.rows), len(self.latents)
+        size = max(128, CHUNK_ENTRIES // d_sae)
+        buffer = self.rows.new_empty(min(size, n_rows), d_sae)
+        for start in range(0, n_rows, size):
+            rows = self.rows[start : start + size]
+            yield start, torch.mm(rows, self.latents.t(), out=buffer[: len(rows)])
+
+
+def pays(h: Tensor, d_sae: int) -> bool:
+    """Whether rows h (N, D) are better screened: where the processor multiplies bfloat16 faster than float32."""
+    large = h.shape[0] * d_sae >= MIN_ENTRIES and d_sae % 16 == 0
+    return large and h.device.type == "cpu" and h.dtype == torch.float32 and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # older than 2.13
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    return bool(fast) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
+    """Round rows h (N, D), latents W (F, D) and bias (F,) to bfloat16, and bound what that loses."""
+    rows, row_loss, row_norm = _round(h)
+    latents, latent_loss, latent_norm = _round(W)
+    rows[:, h.shape[1] : h.shape[1] + BIAS_TERMS] = 1.0
+    left = bias
+    for i in range(BIAS_TERMS):
+        latents[:, h.shape[1] + i] = left
+        left = left - latents[:, h.shape[1] + i].float()
+    largest = latent_norm.max()
+    summing = (h.shape[1] + PAD) * FLOAT32_ROUNDING * (row_norm * largest + bias.abs().max())
+    slack = h.norm(dim=1) * latent_loss.max() + row_loss * largest + summing
+    return Screen(rows, latents, slack * (1 + 1e-4))  # norms are themselves rounded
+
+
+def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix (M, D) in bfloat16 with PAD columns of zeros, per row the norm of what is lost, and of what is kept."""
+    n_rows, d = matrix.shape
+    rounded = torch.empty(n_rows, d + PAD, dtype=torch.bfloat16, device=matrix.device)
+    rounded[:, d:] = 0
+    lost, kept = matrix.new_empty(n_rows), matrix.new_empty(n_rows)
+    for i in range(0, n_rows, block):  # blocks that stay in the processor's cache
+        rounded[i : i + block, :d] = matrix[i : i + block]
+        back = rounded[i : i + block, :d].float()
+        torch.linalg.vector_norm(back, dim=1, out=kept[i : i + block])
+        torch.linalg.vector_norm(back.sub_(matrix[i : i + block]), dim=1, out=lost[i : i + block])
+    return rounded, lost, kept
+
+
+def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> Tensor | None:
+    """Flat positions (C,) in (N, F), ascending by row, among which are the k largest entries of each row.
+
+    None where they are too many for the screen to pay, or the rows are not finite.
+    """
+    n_rows, d_sae = len(screened.rows), len(screened.latents)
+    found = []
+    for start, approximate in screened.chunks():
+        entries = approximate.abs_() if by_magnitude else approximate
+        slack = screened.slack[start : start + len(entries)]
+        maxima = group_maxima(entries)  # (n, G)
+        # The k-th largest of any disjoint groups' maxima is at most the k-th largest entry; fewer are sorted faster.
+        joined = maxima.shape[1] % 4 == 0 and maxima.shape[1] >= 16 * k
+        coarse = maxima.view(len(maxima), 4, -1).amax(1) if joined else maxima
+        if coarse.shape[1] < k:
+            return None
+        kth = coarse.topk(k, dim=1, sorted=False).values.amin(1).float()
+        least = kth - kth.abs() * BFLOAT16_ROUNDING - slack
+        positions = _candidates(entries, maxima, least, slack)
+        if positions is None:
+            return None
+        found.append(positions + start * d_sae)
+    positions = torch.cat(found)
+    complete = torch.bincount(positions // d_sae, minlength=n_rows).min() >= k  # false for rows with NaN
+    return positions if bool(complete) else None
+
+
+def candidates_above(screened: Screen, bound: float) -> Tensor | None:
+    """Flat positions (C,) in (N, F), ascending by row, among which are all entries > bound. None if they are many."""
+    if (screened.sample() > bound).float().mean() > MAX_CANDIDATES:
+        return None
+    found = []
+    for start, entries in screened.chunks():
+        slack = screened.slack[start : start + len(entries)]
+        positions = _candidates(entries, group_maxima(entries), torch.full_like(slack, bound), slack)
+        if positions is None:
+            return None
+        found.append(positions + start * len(screened.latents))
+    return torch.cat(found)
+
+
+def _candidates(entries: Tensor, maxima: Tensor, least: Tensor, slack: Tensor) -> Tensor | None:
+    """Flat positions in (n, F) of all entries whose exact value may be `least` (n,) or more; None if they are many."""
+    bounds = (least - slack - least.abs() * FLOAT32_ROUNDING).bfloat16()
+    return at_least(entries, maxima, bounds, int(MAX_CANDIDATES * entries.numel()))

@@ -1,0 +1,124 @@
+"""Pre-activations: which of them are large is asked first, and as few as possible are computed exactly.
+
+Shapes: N rows, D width of what is encoded, F = d_sae latents, A some of the latents, nnz entries of a pattern.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sae_core.codes import Codes, Pattern
+from sae_core.functional import largest, sampled_bound, support_pattern, topk_entries, topk_pattern
+from sae_core.kernels import entries_above, sampled_dot, screen, true_entries
+
+
+class PreActs:
+    """p = h @ W_enc + b of N rows, without gradients. What is selected comes as codes: values of p on a pattern.
+
+    Where a screen pays (`kernels/screen.py`) the (N, F) matrix is never built; what is selected is the same.
+    """
+
+    def __init__(self, h: Tensor, W_enc: Tensor, bias: Tensor) -> None:
+        """Centred rows h (N, D), W_enc (D, F), bias (F,)."""
+        self._h, self._W_enc, self._bias = h.detach(), W_enc.detach(), bias.detach()
+        self.shape = (h.shape[0], W_enc.shape[1])
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """All of them: (N, F)."""
+        return self._product(self._h, self._W_enc, self._bias)
+
+    def at(self, pattern: Pattern) -> Codes:
+        """Those of a pattern."""
+        if pattern.is_full or self._is_dense:
+            return Codes(pattern.take(self.dense), pattern)
+        indices, indptr = pattern.entries
+        values = sampled_dot(self._h.contiguous(), self._W_enc.t().contiguous(), indptr, indices)
+        return Codes(values.add_(self._bias[indices]), pattern)
+
+    def columns(self, latents: Tensor) -> Tensor:
+        """Those of some latents (A,): (N, A)."""
+        if self._is_dense:
+            return self.dense[:, latents]
+        return self._product(self._h, self._W_enc.t().index_select(0, latents).t(), self._bias[latents])
+
+    def topk(self, k: int, *, by_magnitude: bool = False) -> Codes:
+        """The k largest of each row, or those of largest magnitude."""
+        if self._screens:
+            found = screen.topk_candidates(self._screen, k, by_magnitude=by_magnitude)
+            if found is not None:
+                codes = self._at_positions(found)
+                chosen = topk_entries(codes.values.abs() if by_magnitude else codes.values, codes.pattern, k)
+                pattern = Pattern.fixed_k(codes.indices[chosen], self.shape[1])
+                return Codes(codes.values[chosen].view(-1), pattern)
+        return self.at(topk_pattern(self.dense.abs() if by_magnitude else self.dense, k))
+
+    def batch_topk(self, k: int) -> Codes:
+        """The N*k largest positive ones of the whole batch (arXiv 2412.06410).
+
+        Exactly min(N*k, positives) stay; among equal values the lowest (row, latent) wins. Instead of a selection
+        over all N*F numbers, a bound guessed from a sample of rows leaves few candidates; a guess that leaves too few
+        is lowered, so the answer is exact whatever the rows.
+        """
+        n_rows, d_sae = self.shape
+        sample = self._screen.sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
+        share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
+        while True:
+            bound = sampled_bound(sample, share)
+            codes = self.above(bound)
+            if bound == 0.0 or codes.values.numel() >= n_rows * k:
+                return codes.keep(largest(codes, n_rows * k))
+            share *= 4
+
+    def above(self, bound: Tensor | float) -> Codes:
+        """Those that exceed a bound, or each latent's own bound (F,)."""
+        codes = self._screened_above(bound)
+        if codes is not None:
+            return codes
+        if isinstance(bound, float):
+            return self._at_positions(entries_above(self.dense, bound))
+        return self._at_positions(true_entries(self.dense > bound))
+
+    def support(self, bound: Tensor | float) -> Codes:
+        """`above`, or all of them on a full pattern where those above are too many for sparse products to pay."""
+        codes = self._screened_above(bound)
+        return self.at(support_pattern(self.dense > bound)) if codes is None else codes
+
+    @property
+    def _is_dense(self) -> bool:
+        return "dense" in self.__dict__
+
+    @property
+    def _screens(self) -> bool:
+        return not self._is_dense and screen.pays(self._h, self.shape[1])
+
+    @cached_property
+    def _screen(self) -> screen.Screen:
+        return screen.screen(self._h, self._W_enc.t(), self._bias)
+
+    def _screened_above(self, bound: Tensor | float) -> Codes | None:
+        if not self._screens:
+            return None
+        if isinstance(bound, float):
+            found = screen.candidates_above(self._screen, bound)
+        else:  # one bound per latent moves into the bias: p > bound where p - bound > 0
+            shifted = screen.screen(self._h, self._W_enc.t(), self._bias - bound)
+            found = screen.candidates_above(shifted, 0.0)
+        if found is None:
+            return None
+        codes = self._at_positions(found)
+        return codes.keep(codes.values > (bound if isinstance(bound, float) else bound[codes.indices]))
+
+    def _at_positions(self, positions: Tensor) -> Codes:
+        """Those at flat positions (nnz,) in (N, F), rows ascending."""
+        n_rows, d_sae = self.shape
+        rows = positions // d_sae
+        return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))
+
+    @staticmethod
+    @torch.no_grad()
+    def _product(h: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
+        # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
+        # addmm would first spread the bias over the result.
+        return (h @ W_enc).to(h.dtype).add_(bias)

@@ -9,6 +9,12 @@ INTEROP_VENV  ?= .venv-interop
 INTEROP_BIN   := $(INTEROP_VENV)/bin
 INTEROP_STAMP := $(INTEROP_VENV)/.granary
 
+# make kernels: Triton (180 MB), in the version that torch of constraints.txt asks for where it is built for CUDA
+TRITON        ?= 3.7.1
+KERNELS_VENV  ?= .venv-kernels
+KERNELS_BIN   := $(KERNELS_VENV)/bin
+KERNELS_STAMP := $(KERNELS_VENV)/.granary
+
 # make harvest
 MODEL   ?= demo
 LAYER   ?= 3
@@ -25,10 +31,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check docs bench interop bench-peers clean
+.PHONY: help setup demo harvest train test test-all check docs bench interop bench-peers kernels clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | docs | bench | interop | bench-peers | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | docs | bench | interop | bench-peers | kernels | clean"
 
 setup: $(STAMP)
 
@@ -79,6 +85,16 @@ interop: $(INTEROP_STAMP)
 
 bench-peers: $(INTEROP_STAMP)
 	$(INTEROP_BIN)/python -m benchmarks.peers_speed $(ARGS)
+
+$(KERNELS_STAMP): Makefile constraints.txt
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy safetensors pytest
+	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$(TRITON)
+	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+kernels: $(KERNELS_STAMP)
+	$(KERNELS_BIN)/python -m pytest -q tests/test_kernels_*.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

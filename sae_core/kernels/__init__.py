@@ -3,7 +3,8 @@
 `reference` holds the products with dense matrices.
 """
 
+from sae_core.kernels.choice import choose, takes_triton
 from sae_core.kernels.select import entries_above, row_topk
 from sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries
 
-__all__ = ["bag_sum", "entries_above", "row_topk", "sampled_dot", "true_entries"]
+__all__ = ["bag_sum", "choose", "entries_above", "row_topk", "sampled_dot", "takes_triton", "true_entries"]

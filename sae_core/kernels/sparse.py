@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_core.kernels.choice import takes_triton
+
 # Entries whose factors are gathered at once where no sampled product exists: 2**16 x 768 fp32 is 200 MB.
 GATHER_CHUNK = 2**16
 
@@ -26,6 +28,10 @@ def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) ->
     """
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    if takes_triton(table):
+        from sae_core.kernels import triton_bag
+
+        return triton_bag.bag_sum(indices, table, offsets, weights)
     return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
@@ -36,6 +42,10 @@ def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) 
     """
     if indices.numel() == 0:
         return rows.new_zeros(0)
+    if takes_triton(rows):
+        from sae_core.kernels import triton_dot
+
+        return triton_dot.sampled_dot(rows, columns, indptr, indices)
     if _has_sampled_product(rows):
         shape = (rows.shape[0], columns.shape[0])
         zeros = torch.sparse_csr_tensor(indptr, indices, rows.new_zeros(indices.numel()), shape, check_invariants=False)

@@ -1,0 +1,45 @@
+"""Which implementation the sparse products use: Triton kernels, or torch's own operations ("eager")."""
+
+import importlib.util
+import os
+from functools import cache
+
+from torch import Tensor
+
+VARIABLE = "GRANARY_KERNELS"
+CHOICES = ("auto", "eager", "triton")
+
+_forced: dict[str, str] = {}  # what `choose` was called with, under VARIABLE
+
+
+def choose(kernels: str | None) -> None:
+    """Use these kernels from now on: "auto", "eager" or "triton"; None asks the environment again.
+
+    "auto" takes Triton for tensors on CUDA where it is installed. "triton" takes it for all tensors: on the CPU that
+    works in Triton's interpreter only (TRITON_INTERPRET=1).
+    """
+    _forced.clear()
+    if kernels is not None:
+        _forced[VARIABLE] = _known(kernels)
+    chosen.cache_clear()
+
+
+@cache
+def chosen() -> str:
+    """The choice in force, with "auto" resolved to "eager" where Triton is not installed. Made once, at first use."""
+    kernels = _forced.get(VARIABLE) or _known(os.environ.get(VARIABLE) or "auto")
+    if kernels == "auto" and importlib.util.find_spec("triton") is None:
+        return "eager"
+    return kernels
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether products of this tensor run as Triton kernels."""
+    kernels = chosen()
+    return kernels == "triton" or (kernels == "auto" and tensor.is_cuda)
+
+
+def _known(kernels: str) -> str:
+    if kernels not in CHOICES:
+        raise ValueError(f"{VARIABLE}={kernels!r}: expected one of {', '.join(CHOICES)}")
+    return kernels

@@ -1,0 +1,65 @@
+"""Which kernels are taken, and that nothing changes where Triton is not wanted."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sae_core.kernels import choice, choose
+
+
+@pytest.fixture(autouse=True)
+def _asks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choose(None)
+    yield
+    choose(None)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object() if triton else None)
+
+
+class OnCuda:
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("variable", "triton", "on_cpu", "on_cuda"), [
+    (None, True, False, True),
+    (None, False, False, False),
+    ("", True, False, True),
+    ("auto", True, False, True),
+    ("eager", True, False, False),
+    ("triton", True, True, True),
+])  # fmt: skip
+def test_the_environment_chooses(monkeypatch, variable, triton, on_cpu, on_cuda) -> None:
+    installed(monkeypatch, triton)
+    if variable is not None:
+        monkeypatch.setenv(choice.VARIABLE, variable)
+    assert choice.takes_triton(torch.zeros(1)) is on_cpu
+    assert choice.takes_triton(OnCuda()) is on_cuda
+
+
+def test_the_choice_is_made_once_until_it_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, True)
+    assert choice.takes_triton(OnCuda())
+    monkeypatch.setenv(choice.VARIABLE, "eager")
+    assert choice.takes_triton(OnCuda())
+    choose("eager")
+    assert not choice.takes_triton(OnCuda())
+
+
+def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="GRANARY_KERNELS='fast': expected one of auto, eager, triton"):
+        choose("fast")
+    monkeypatch.setenv(choice.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="GRANARY_KERNELS='fast'"):
+        choice.takes_triton(torch.zeros(1))
+
+
+def test_importing_the_models_does_not_import_triton() -> None:
+    code = "import sys, sae_core.kernels; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

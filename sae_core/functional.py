@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sae_core.codes import Codes, Pattern
-from sae_core.kernels import row_topk
+from sae_core.kernels import kth_largest, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
@@ -45,7 +45,7 @@ def largest(codes: Codes, n_keep: int) -> Tensor:
     values = codes.values
     if values.numel() <= n_keep:
         return torch.ones_like(values, dtype=torch.bool)
-    smallest = values.kthvalue(values.numel() - n_keep + 1).values
+    smallest = kth_largest(values, n_keep)
     keep = values > smallest
     tied = (values == smallest).nonzero().squeeze(1)
     position = codes.pattern.row_of[tied] * codes.shape[1] + codes.indices[tied]

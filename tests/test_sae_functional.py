@@ -13,7 +13,7 @@ from sae_core.functional import (
     support_pattern,
     topk_pattern,
 )
-from sae_core.kernels import entries_above, row_topk
+from sae_core.kernels import entries_above, kth_largest, row_topk
 from sae_core.options import Progress
 from sae_core.pre_acts import PreActs
 from sae_core.threshold import EMA_DECAY, BatchThreshold
@@ -61,6 +61,11 @@ def test_entries_above_a_bound_are_those_of_a_scan(n_rows, n_columns, bound, gro
     n_columns *= 8 if grouped else 1
     matrix = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(entries_above(matrix, bound), (matrix.reshape(-1) > bound).nonzero().squeeze(1))
+
+
+def test_the_kth_largest_counts_ties() -> None:
+    values = torch.tensor([2.0, 5.0, 5.0, -1.0])
+    assert [float(kth_largest(values, k)) for k in (1, 2, 3, 4)] == [5.0, 5.0, 2.0, -1.0]
 
 
 def test_topk_keeps_the_k_largest_of_each_row() -> None:

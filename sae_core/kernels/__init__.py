@@ -4,7 +4,16 @@
 """
 
 from sae_core.kernels.choice import choose, takes_triton
-from sae_core.kernels.select import entries_above, row_topk
+from sae_core.kernels.select import entries_above, kth_largest, row_topk
 from sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries
 
-__all__ = ["bag_sum", "choose", "entries_above", "row_topk", "sampled_dot", "takes_triton", "true_entries"]
+__all__ = [
+    "bag_sum",
+    "choose",
+    "entries_above",
+    "kth_largest",
+    "row_topk",
+    "sampled_dot",
+    "takes_triton",
+    "true_entries",
+]

@@ -45,7 +45,7 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     The k largest entries lie in the k groups with the largest maxima, so only those groups are searched.
     """
     n_rows, n_columns = matrix.shape
-    if not _pays(matrix) or n_columns // GROUP < 4 * k:
+    if not _pays(matrix, ("cpu", "cuda")) or n_columns // GROUP < 4 * k:
         return matrix.topk(k, dim=-1, sorted=False).indices
     lanes = _lanes(n_columns)
     groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
@@ -66,6 +66,14 @@ def entries_above(matrix: Tensor, bound: float) -> Tensor:
     return true_entries(matrix > bound) if found is None else found.sort().values
 
 
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of values (C,), a scalar."""
+    if values.is_cuda:
+        # There kthvalue searches a vector with one block of threads, topk with many.
+        return values.topk(k, sorted=False).values.min()
+    return values.kthvalue(values.numel() - k + 1).values
+
+
 def _grouped(matrix: Tensor) -> Tensor:
     """View (N, F) as (N, blocks, GROUP, lanes)."""
     lanes = _lanes(matrix.shape[1])
@@ -76,6 +84,7 @@ def _lanes(n_columns: int) -> int:
     return LANES if n_columns % (GROUP * LANES) == 0 else n_columns // GROUP
 
 
-def _pays(matrix: Tensor) -> bool:
+def _pays(matrix: Tensor, devices: tuple[str, ...] = ("cpu",)) -> bool:
+    # On CUDA `entries_above` reads the matrix once either way, and the way through groups waits for the device twice.
     n_rows, n_columns = matrix.shape
-    return matrix.device.type == "cpu" and matrix.is_contiguous() and n_rows > 0 and n_columns % GROUP == 0
+    return matrix.device.type in devices and matrix.is_contiguous() and n_rows > 0 and n_columns % GROUP == 0

@@ -1,8 +1,11 @@
 """Which kernels are taken, and that nothing changes where Triton is not wanted."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def _asks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(choice, "triton_installed", lambda: triton)
 
 
 class OnCuda:
@@ -57,6 +60,14 @@ def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "fast")
     with pytest.raises(ValueError, match="GRANARY_KERNELS='fast'"):
         choice.takes_triton(torch.zeros(1))
+
+
+def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    code = "from sae_core.kernels import choice; print(choice.triton_installed())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(importlib.util.find_spec("triton") is not None)
 
 
 def test_importing_the_models_does_not_import_triton() -> None:

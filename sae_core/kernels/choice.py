@@ -24,13 +24,17 @@ def choose(kernels: str | None) -> None:
     chosen.cache_clear()
 
 
+def triton_installed() -> bool:
+    """Whether Triton can be imported, without importing it; a folder of that name is not it."""
+    spec = importlib.util.find_spec("triton")
+    return spec is not None and spec.origin is not None
+
+
 @cache
 def chosen() -> str:
     """The choice in force, with "auto" resolved to "eager" where Triton is not installed. Made once, at first use."""
     kernels = _forced.get(VARIABLE) or _known(os.environ.get(VARIABLE) or "auto")
-    if kernels == "auto" and importlib.util.find_spec("triton") is None:
-        return "eager"
-    return kernels
+    return "eager" if kernels == "auto" and not triton_installed() else kernels
 
 
 def takes_triton(tensor: Tensor) -> bool:

@@ -1,0 +1,56 @@
+"""Rows, SAEs and settings that the checks and the times share."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from sae_core import SAE, make_config, registry
+from sae_core.kernels import choose
+from train.config.settings import TrainConfig
+
+TRAINED_L0 = 64  # active latents per row of the types without k
+
+
+def use(kernels: str, device: str) -> None:
+    """Take these kernels on a device. Beside a GPU, tensors on the CPU keep the eager ones."""
+    choose("auto" if kernels == "triton" and device != "cpu" else kernels)
+
+
+def one_hook_types() -> list[str]:
+    """Types that read one hook point."""
+    return [name for name in registry.names() if registry.get(name).input_kind == "one"]
+
+
+def has_k(name: str) -> bool:
+    """Whether a type has a fixed number of active latents per row."""
+    return "k" in {spec.name for spec in fields(registry.get(name).Config)}
+
+
+def mixtures(n_rows: int, d_in: int, device: str) -> Tensor:
+    """Sparse mixtures of directions: rows whose pre-activations have the heavy tail of real ones."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2048, d_in, generator=generator).to(device)
+    draw = torch.rand(n_rows, 2048, generator=generator)
+    weights = torch.where(draw < 0.02, 50 * draw, 0.0).to(device)
+    return weights @ directions + 0.1 * torch.randn(n_rows, d_in, generator=generator).to(device)
+
+
+def start(name: str, d_in: int, d_sae: int, k: int, x: Tensor) -> SAE:
+    """An SAE fitted to rows x on their device; without k, about TRAINED_L0 latents per row are active."""
+    cls = registry.get(name)
+    sae = cls(make_config(cls, {"d_in": d_in, "d_sae": d_sae} | ({"k": k} if has_k(name) else {}))).to(x.device)
+    sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
+    if not has_k(name):
+        with torch.no_grad():
+            pre_acts = sae.pre_acts(sae.centre(sae.prepare(x[:64]).input))
+            above = pre_acts.flatten().topk(max(1, pre_acts.numel() * min(TRAINED_L0, d_sae // 16) // d_sae)).values
+            sae.encoder_bias.sub_(above.min())
+    return sae
+
+
+def settings(name: str, device: str, lr: float, compute_dtype: str = "float32") -> TrainConfig:
+    """A long run at a constant rate."""
+    return TrainConfig(
+        type=name, device=device, lr=lr, steps=10**6, lr_schedule="constant", compute_dtype=compute_dtype
+    )

@@ -1,0 +1,128 @@
+"""Parts of a step and whole steps beside the roofline, products in bfloat16."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.cuda_visit import roofline
+from benchmarks.cuda_visit.clock import median_ms
+from benchmarks.cuda_visit.roofline import Limits, Size
+from benchmarks.cuda_visit.saes import has_k, mixtures, one_hook_types, settings, start, use
+from benchmarks.table import markdown
+from sae_core import Pattern
+from sae_core.functional import batch_topk_pattern
+from sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
+from train.loop import autocast, train_step
+from train.state import Run
+
+SIZES = [
+    Size(768, 24_576, 32, 8192),
+    Size(768, 24_576, 64, 8192),
+    Size(2048, 65_536, 32, 8192),
+    Size(2048, 65_536, 64, 8192),
+]
+SLOW = {"matching_pursuit"}  # k encoder products per step by definition
+NO_CHANGE = 1e-30  # a learning rate that leaves the weights as they are
+
+
+def measure(size: Size, device: str, kernels: Sequence[str]) -> str:
+    """The tables of one size."""
+    limits = roofline.measure(size, device)
+    x = mixtures(size.batch, size.d_in, device)
+    title = (
+        f"d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}, batch {size.batch}, bfloat16 products; medians. Measured: "
+        f"encoder product {limits.product_ms:.3f} ms, copy {limits.bytes_per_ms / 1e9:.2f} TB/s; "
+        f"roofline of a step {limits.step_ms(size):.3f} ms."
+    )
+    return f"{title}\n\n{_parts(size, limits, x, device, kernels)}\n\n{_steps(size, limits, x, device, kernels)}"
+
+
+def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
+    run = Run.create(settings("topk", device, NO_CHANGE, "bfloat16"), start("topk", size.d_in, size.d_sae, size.k, x))
+    train_step(run, x)  # gradients and moments
+    sae = run.sae
+    with torch.no_grad():
+        h = sae.centre(sae.prepare(x).input)
+        with autocast(x.device, "bfloat16"):
+            pre_acts = sae.pre_acts(h)
+        columns = row_topk(pre_acts, size.k)
+        pattern = Pattern.fixed_k(columns, size.d_sae)
+        indices, indptr = pattern.entries
+        order, rows, offsets = pattern.transposed
+        values = pattern.take(pre_acts)
+        sorted_values = values[order]
+        W_dec = sae.W_dec.detach()
+
+    def encode() -> Tensor:
+        with autocast(x.device, "bfloat16"):
+            return sae.pre_acts(h)
+
+    pre_bytes = 4 * size.batch * size.d_sae
+    moved = size.gather_bytes
+    once: dict[str, tuple[Callable[[], object], float]] = {
+        "encoder product, cast, bias": (encode, limits.product_ms),
+        "row_topk": (lambda: row_topk(pre_acts, size.k), limits.ms(pre_bytes)),
+        "torch.topk": (lambda: pre_acts.topk(size.k, sorted=False), limits.ms(pre_bytes)),
+        "batch top-k": (lambda: batch_topk_pattern(pre_acts, size.k), limits.ms(pre_bytes)),
+        "entries by latent": (lambda: Pattern.fixed_k(columns, size.d_sae).transposed, 0.0),
+        "projection, norm": (lambda: _project(run), limits.ms(4 * size.matrix_bytes)),
+        "Adam": (run.optimizer.step, limits.ms(14 * size.matrix_bytes)),
+        "unit decoder rows": (sae.after_step, limits.ms(2 * size.matrix_bytes)),
+    }
+    both: dict[str, tuple[Callable[[], object], float]] = {
+        "decode": (lambda: bag_sum(indices, W_dec, indptr, values), limits.ms(moved)),
+        "gradient of the codes": (lambda: sampled_dot(h, W_dec, indptr, indices), limits.ms(moved)),
+        "gradient of W": (lambda: bag_sum(rows, h, offsets, sorted_values), limits.ms(moved + size.matrix_bytes)),
+    }
+    table = []
+    with torch.no_grad():
+        for name, (function, limit) in once.items():
+            ms = f"{median_ms(function, device):.3f}"
+            table.append([name, *([ms] + [""] * (len(kernels) - 1)), f"{limit:.3f}"])
+        for name, (function, limit) in both.items():
+            table.append([name, *(_under(which, function, device) for which in kernels), f"{limit:.3f}"])
+    return markdown(["part, ms", *kernels, "limit"], table)
+
+
+def _project(run: Run) -> Tensor:
+    run.sae.project_gradients()
+    return torch.nn.utils.get_total_norm([p.grad for p in run.sae.parameters() if p.grad is not None])
+
+
+def _under(kernels: str, function: Callable[[], object], device: str) -> str:
+    use(kernels, device)
+    ms = median_ms(function, device)
+    choose(None)
+    return f"{ms:.3f}"
+
+
+def _steps(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
+    """Types without k at the first size only: they are not k-sparse, and their pre-activations fill the memory."""
+    names = [name for name in one_hook_types() if name not in SLOW and (has_k(name) or size == SIZES[0])]
+    table = []
+    for name in names:
+        for which in kernels:
+            use(which, device)
+            ms, gigabytes, l0 = _step(name, size, x, device)
+            share = f"{limits.step_ms(size) / ms:.0%}" if has_k(name) else ""
+            table.append(
+                [name, which, f"{ms:.3f}", share, f"{size.batch / ms / 1e3:.2f}", f"{gigabytes:.1f}", f"{l0:.0f}"]
+            )
+    choose(None)
+    return markdown(["step", "kernels", "ms", "of the roofline", "M rows/s", "peak GB", "L0"], table)
+
+
+def _step(name: str, size: Size, x: Tensor, device: str) -> tuple[float, float, float]:
+    """Milliseconds of a step, peak memory in GB, and the mean number of active latents."""
+    on_cuda = device != "cpu"
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    config = settings(name, device, NO_CHANGE, "bfloat16")
+    run = Run.create(config, start(name, size.d_in, size.d_sae, size.k, x))
+    ms = median_ms(lambda: train_step(run, x), device)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else 0.0
+    with torch.no_grad():
+        l0 = run.sae(x[:256]).codes.l0()
+    return ms, peak, l0

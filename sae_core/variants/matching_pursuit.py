@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_core.base import SAE, Activation
@@ -65,7 +66,8 @@ class MatchingPursuitSAE(SAE):
             with torch.no_grad():
                 scores = residual @ self.W_dec.t()
                 latents = scores.argmax(1)
-            atoms = self.W_dec[latents]
+            # The gradient of an index adds in the order of the threads on the CPU; an embedding's has one order.
+            atoms = F.embedding(latents, self.W_dec)
             value = torch.relu((residual * atoms).sum(1))
             residual = residual - value[:, None] * atoms
             chosen.append(latents)

@@ -11,7 +11,6 @@ from benchmarks.cuda_visit.roofline import Limits, Size
 from benchmarks.cuda_visit.saes import has_k, mixtures, one_hook_types, settings, start, use
 from benchmarks.table import markdown
 from sae_core import Pattern
-from sae_core.functional import batch_topk_pattern
 from sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
 from train.loop import autocast, train_step
 from train.state import Run
@@ -45,7 +44,8 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
     with torch.no_grad():
         h = sae.centre(sae.prepare(x).input)
         with autocast(x.device, "bfloat16"):
-            pre_acts = sae.pre_acts(h)
+            known = sae.pre_acts(h)
+            pre_acts = known.dense
         columns = row_topk(pre_acts, size.k)
         pattern = Pattern.fixed_k(columns, size.d_sae)
         indices, indptr = pattern.entries
@@ -56,7 +56,7 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
 
     def encode() -> Tensor:
         with autocast(x.device, "bfloat16"):
-            return sae.pre_acts(h)
+            return sae.pre_acts(h).dense
 
     pre_bytes = 4 * size.batch * size.d_sae
     moved = size.gather_bytes
@@ -64,7 +64,7 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
         "encoder product, cast, bias": (encode, limits.product_ms),
         "row_topk": (lambda: row_topk(pre_acts, size.k), limits.ms(pre_bytes)),
         "torch.topk": (lambda: pre_acts.topk(size.k, sorted=False), limits.ms(pre_bytes)),
-        "batch top-k": (lambda: batch_topk_pattern(pre_acts, size.k), limits.ms(pre_bytes)),
+        "batch top-k": (lambda: known.batch_topk(size.k), limits.ms(pre_bytes)),
         "entries by latent": (lambda: Pattern.fixed_k(columns, size.d_sae).transposed, 0.0),
         "projection, norm": (lambda: _project(run), limits.ms(4 * size.matrix_bytes)),
         "Adam": (run.optimizer.step, limits.ms(14 * size.matrix_bytes)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,16 @@ class ReadAhead:
         self._files = files  # of each hook point: (path, bytes per row) of each pinned shard
         self._faults: int | None = None
 
-    def advise(self, plan: PoolPlan) -> None:
-        """Announce the rows of a pool."""
+    def advise(self, plan: Callable[[], PoolPlan]) -> None:
+        """Announce the rows of a pool, whose plan is asked for when there is need to."""
         faults = _major_faults()
         cold = self._faults is None or faults - self._faults > COLD_FAULTS
         self._faults = faults
         if not cold or not hasattr(os, "posix_fadvise"):
             return
+        parts = plan().parts
         for shards in self._files:
-            for part in plan.parts:
+            for part in parts:
                 path, row_bytes = shards[part.shard]
                 block_bytes = part.block_rows * row_bytes
                 ends = np.flatnonzero(np.diff(part.blocks) > 1 + MERGED_GAP // block_bytes)

@@ -24,6 +24,7 @@ _GOLDEN = 0x9E37_79B9_7F4A_7C15  # odd, so that i -> key + i * _GOLDEN is inject
 _M1 = 0xBF58_476D_1CE4_E5B9
 _M2 = 0x94D0_49BB_1331_11EB
 _N_ROUNDS = 8
+_IN_CACHE = 8192  # numbers that are hashed at a time, so that the passes over them stay in the processor's cache
 _BLOCKS_DOMAIN = 0x626C_6F63_6B73  # "blocks"
 _ROWS_DOMAIN = 0x726F_7773  # "rows"
 
@@ -32,9 +33,13 @@ U64 = NDArray[np.uint64]
 
 def mix64(x: U64) -> U64:
     """Finaliser of splitmix64: a bijection of 64-bit integers in which every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_M1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_M2)
-    return x ^ (x >> np.uint64(31))
+    out = x >> np.uint64(30)
+    out ^= x
+    out *= np.uint64(_M1)
+    out ^= out >> np.uint64(27)
+    out *= np.uint64(_M2)
+    out ^= out >> np.uint64(31)
+    return out
 
 
 def derive_key(*parts: int) -> int:
@@ -48,14 +53,22 @@ def derive_key(*parts: int) -> int:
 def hash64(values: NDArray[Any], key: int) -> U64:
     """Keyed 64-bit hash of integers; distinct values never collide."""
     with np.errstate(over="ignore"):
-        return mix64(np.uint64(key) + values.astype(np.uint64) * np.uint64(_GOLDEN))
+        spread = values.astype(np.uint64)
+        spread *= np.uint64(_GOLDEN)
+        spread += np.uint64(key)
+        return mix64(spread)
 
 
 def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
     """Blocks at places [start, stop) of the epoch's order: a slice of a permutation of range(n_blocks)."""
     stop = n_blocks if stop is None else min(stop, n_blocks)
-    places = np.arange(start, max(stop, start), dtype=np.uint64)
-    return _walk(places, n_blocks, _round_keys(seed, epoch)).astype(np.int64)
+    keys = _round_keys(seed, epoch)
+    out = np.empty(max(stop - start, 0), dtype=np.uint64)
+    for done in range(0, len(out), _IN_CACHE):
+        part = out[done : done + _IN_CACHE]
+        part[:] = np.arange(start + done, start + done + len(part), dtype=np.uint64)
+        part[:] = _walk(part, n_blocks, keys)
+    return out.view(np.int64)
 
 
 def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -71,9 +84,16 @@ def pool_permutation(n_rows: int, seed: int, epoch: int, pool: int) -> NDArray[n
     """
     n_bits = np.uint64(max((n_rows - 1).bit_length(), 1))
     low = (np.uint64(1) << n_bits) - np.uint64(1)
-    numbers = np.arange(n_rows, dtype=np.uint64)
     key = derive_key(_ROWS_DOMAIN, seed, epoch, pool)
-    return (np.sort((hash64(numbers, key) & ~low) | numbers) & low).astype(np.int64)
+    out = np.empty(n_rows, dtype=np.uint64)
+    for start in range(0, n_rows, _IN_CACHE):
+        numbers = np.arange(start, min(start + _IN_CACHE, n_rows), dtype=np.uint64)
+        hashed = hash64(numbers, key)
+        hashed &= ~low
+        np.bitwise_or(hashed, numbers, out=out[start : start + _IN_CACHE])
+    out.sort()
+    out &= low
+    return out.view(np.int64)
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:

@@ -1,12 +1,11 @@
 """Where the rows of a pool are taken from: the memory maps themselves, or a copy of the pool on a GPU.
 
-With `loader.py` the only file of this package that imports torch. Shapes: P rows of a pool, B of a batch, D = d_in.
+Shapes: P rows of a pool, B of a batch, D = d_in.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ from torch import Tensor
 from cache.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
-FEW_PARTS = 4  # index_select shares few large parts among its own threads; many small ones are shared out here
 
 Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard, as integers of the same size
 
@@ -32,18 +30,11 @@ def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(rows).view(_INTEGERS[rows.dtype.itemsize])
 
 
-def as_tensor(rows: NDArray[Any]) -> Tensor:
-    """Integers of a read-only map as a tensor over the same bytes, which nothing here writes to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(rows)
-
-
 class PoolRows(Protocol):
     """The rows of one pool."""
 
     def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
-        """Rows (B, D) of a hook point in the storage dtype; the index is ascending and counts in disk order."""
+        """Rows (B, D) of a hook point in the storage dtype, by ascending addresses (see `cache.pools`)."""
 
     def release(self) -> None:
         """The pool is used up."""
@@ -52,30 +43,25 @@ class PoolRows(Protocol):
 class HostRows:
     """Rows are copied straight from the memory maps into a batch: each byte moves once."""
 
-    def __init__(
-        self, plan: PoolPlan, shards: Mapping[str, Sequence[Tensor]], dtype: str, executor: Executor, n_threads: int
-    ) -> None:
-        self._shards, self._dtype, self._executor, self._n_threads = shards, _TORCH_DTYPES[dtype], executor, n_threads
-        self._parts = [part.shard for part in plan.parts]
-        self._starts = np.cumsum([0, *(part.n_rows for part in plan.parts)])
-        self._offsets = plan.row_ids([0] * (max(self._parts, default=0) + 1))  # in their shards
+    def __init__(self, shards: Shards, lengths: Sequence[int], dtype: str) -> None:
+        self._shards, self._dtype = shards, _TORCH_DTYPES[dtype]
+        self._ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
+        self.starts: NDArray[np.int64] = self._ends - np.array(lengths, dtype=np.int64)  # addresses of the first rows
+
+    def shard_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shard in which each address lies."""
+        return np.searchsorted(self._ends, index, side="right")
 
     def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
-        """See `PoolRows`."""
+        """See `PoolRows`. Without the interpreter's lock, so that other threads take other batches meanwhile."""
         shards = self._shards[hook]
         out = torch.empty(len(index), shards[0].shape[1], dtype=self._dtype)
-        target, offsets = out.view(shards[0].dtype), torch.from_numpy(self._offsets[index])
-        bounds = np.searchsorted(index, self._starts).tolist()
-        tasks = [
-            (shards[shard], offsets[lo:hi], target[lo:hi])
-            for shard, lo, hi in zip(self._parts, bounds[:-1], bounds[1:], strict=True)
-            if lo < hi
-        ]
-        if len(tasks) <= FEW_PARTS:
-            _take(tasks)
-        else:
-            for _ in self._executor.map(_take, (tasks[i :: self._n_threads] for i in range(self._n_threads))):
-                pass
+        target, lo = _as_numpy(out), 0
+        for shard, hi in enumerate(np.searchsorted(index, self._ends).tolist()):
+            if lo < hi:
+                offsets = index[lo:hi] - self.starts[shard] if shard else index[lo:hi]
+                np.take(shards[shard], offsets, axis=0, out=target[lo:hi], mode="clip")  # other modes copy twice
+            lo = hi
         return out
 
     def release(self) -> None:
@@ -136,12 +122,6 @@ def n_copy_threads(device: torch.device) -> int:
     """Threads that copy rows: few beside a training that computes on the CPU, several to feed a GPU."""
     n_cores = os.cpu_count() or 1
     return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 2))
-
-
-def _take(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Copy rows by index. numpy's take holds the interpreter's lock: two threads were no faster than one."""
-    for source, index, out in tasks:
-        torch.index_select(source, 0, index, out=out)
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

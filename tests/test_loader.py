@@ -243,9 +243,11 @@ def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) ->
         return original(*args)
 
     monkeypatch.setattr(cache.staging.HostRows, "take", fail)
+    delivered = []
     with pytest.raises(OSError, match="disk is gone"):
-        take(loader, 1000)
-    assert len(calls) == 21
+        delivered.extend(loader)
+    assert 10 <= len(delivered) <= 20  # the batches before it arrive first
+    assert len(calls) < 40  # those under way end, no more begin
     loader.close()
 
 

@@ -9,7 +9,6 @@ hook points together) and matching_pursuit (k products by definition).
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,8 +137,7 @@ def l0(run: Run) -> float:
 def peak_of(name: str, d_sae: int) -> int:
     """Bytes by which a run and its steps raise the peak of a process of their own."""
     command = [sys.executable, "-m", "benchmarks.step_speed", name, str(d_sae)]
-    found = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
-    return int(statistics.median(found))
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:

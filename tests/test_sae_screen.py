@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sae_core import Progress, make_config, registry
 from sae_core.kernels import screen
-from sae_core.kernels.select import at_least, group_maxima
+from sae_core.kernels.select import at_least, group_maxima, positive_group_maxima
 from sae_core.pre_acts import PreActs
 
 D, F = 24, 512
@@ -41,6 +41,11 @@ def factors(kind: str, n_rows: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     if kind == "large_bias":
         bias = 100 * torch.randn(F, generator=generator)
     return h, W.t(), bias
+
+
+def group_of(n_columns: int) -> torch.Tensor:
+    """(F,) the group of each column, found by marking one column at a time."""
+    return group_maxima(torch.eye(n_columns)).argmax(1)
 
 
 def check_same_selection(found, values: torch.Tensor, expected: torch.Tensor) -> None:
@@ -105,9 +110,10 @@ def test_the_slack_covers_what_rounding_moves(seed: int, kind: str, n_rows: int)
     screened = screen.screen(h, W_enc.t(), bias)
     exact = h.double() @ W_enc.double() + bias.double()
     summed = screened.rows.double() @ screened.latents.double().t()  # of rounded factors, but not rounded itself
-    assert bool(((exact - summed).abs() <= screened.slack.double()[:, None]).all())
-    ((_, approximate),) = screened.chunks()
-    room = screened.slack[:, None] + approximate.float().abs() * screen.BFLOAT16_ROUNDING
+    slack = screened.slack(0, n_rows)[:, group_of(F)]
+    assert bool(((exact - summed).abs() <= slack.double()).all())
+    ((approximate, _, _),) = screened.chunks()
+    room = slack + approximate.float().abs() * screen.BFLOAT16_ROUNDING
     assert bool(((exact - approximate.double()).abs() <= room.double() * (1 + 1e-6)).all())
 
 
@@ -133,11 +139,21 @@ def test_small_batches_other_types_and_odd_widths_are_not_screened() -> None:
 def test_entries_that_reach_their_rows_bound(n_rows: int, n_columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(n_rows, n_columns, generator=generator).bfloat16()
-    bounds = (2 * torch.rand(n_rows, generator=generator)).bfloat16()
+    maxima = group_maxima(matrix)
+    bounds = (2 * torch.rand(maxima.shape, generator=generator)).bfloat16()
     bounds[0] = matrix[0].max()  # a bound that is met exactly
-    found = at_least(matrix, group_maxima(matrix), bounds)
-    assert torch.equal(found.sort().values, (matrix >= bounds[:, None]).flatten().nonzero().squeeze(1))
-    assert at_least(matrix, group_maxima(matrix), torch.full_like(bounds, -100.0), n_most=0) is None
+    expected = (matrix >= bounds[:, group_of(n_columns)]).flatten().nonzero().squeeze(1)
+    for found in (at_least(matrix, maxima, bounds), at_least(matrix, positive_group_maxima(matrix), bounds)):
+        assert torch.equal(found.sort().values, expected)
+    assert at_least(matrix, maxima, torch.full_like(bounds, -100.0), n_most=0) is None
+
+
+def test_integers_give_the_maxima_of_groups_that_hold_a_positive_entry() -> None:
+    matrix = torch.randn(50, 512, generator=torch.Generator().manual_seed(0)).sub_(1.5).bfloat16()
+    expected, found = group_maxima(matrix), positive_group_maxima(matrix)
+    assert bool((expected < 0).any())
+    assert torch.equal(found[expected > 0], expected[expected > 0])
+    assert bool((found <= expected).all())
 
 
 @pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "matryoshka", "vanilla", "jumprelu", "gated"])

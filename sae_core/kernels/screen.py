@@ -2,8 +2,9 @@
 
 Shapes: N rows, D width, F latents. Exact is p = h @ W.T + b in float32; v is what the bfloat16 product sums up, a is v
 rounded to bfloat16. With rounded factors h', W' the Cauchy-Schwarz inequality bounds |p - v| for every latent j by
-|h| |W_j - W'_j| + |h - h'| |W'_j|, plus what summing in float32 loses: the slack s of a row takes the largest over j.
-Rounding is monotone, so p >= T implies a >= bfloat16(T - s): no entry that matters is ever missed.
+|h| |W_j - W'_j| + |h - h'| |W'_j|, plus what summing in float32 loses. The slack s takes the largest of these over the
+latents of a group (`select.py`): a few latents with large weights do not loosen the bound of all others. Rounding is
+monotone, so p >= T implies a >= bfloat16(T - s): no entry that matters is ever missed.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sae_core.kernels.select import at_least, group_maxima
+from sae_core.kernels.select import at_least, group_maxima, positive_group_maxima
 
 MIN_ENTRIES = 2**22  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
 MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole
 CHUNK_ENTRIES = 2**23  # of a product in bfloat16, 16 MiB, held at a time
 BIAS_TERMS = 3  # a float32 is the sum of three bfloat16
 ROWS_SAMPLED, LATENTS_SAMPLED = 64, 4096  # of which the entries tell roughly how large the others are
+ROW_TILE = 32  # rows that matrix units take at a time
 PAD = 32  # columns that carry the bias: matrix units work on tiles of 32
 BFLOAT16_ROUNDING, FLOAT32_ROUNDING = 2.0**-8, 2.0**-23
+TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,13 @@ class Screen:
 
     rows: Tensor  # (N, D + PAD) bfloat16
     latents: Tensor  # (F, D + PAD) bfloat16
-    slack: Tensor  # (N,)
+    row_slack: Tensor  # (N,) of the latent whose slack is the largest
+    group_share: Tensor  # (G,) in [0, 1], of that slack
+    bias_slack: Tensor  # () further slack of every entry
+
+    def slack(self, start: int, stop: int) -> Tensor:
+        """Slack (n, G) of the entries of each group, in some rows."""
+        return torch.addcmul(self.bias_slack, self.row_slack[start:stop, None], self.group_share)
 
     def sample(self) -> Tensor:
         """Approximate pre-activations of some rows and latents."""
@@ -38,14 +47,19 @@ class Screen:
         latents = self.latents[:: max(1, len(self.latents) // LATENTS_SAMPLED)]
         return (rows @ latents.t()).float()
 
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and approximate pre-activations (n, F) of some rows at a time; each overwrites the one before."""
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Approximate pre-activations (n, F) of some rows at a time, slack (n, G), and the first of these rows.
+
+        Each chunk overwrites the one before.
+        """
         n_rows, d_sae = len(self.rows), len(self.latents)
-        size = max(128, CHUNK_ENTRIES // d_sae)
+        n_chunks = max(1, round(n_rows * d_sae / CHUNK_ENTRIES))
+        size = -(-n_rows // (n_chunks * ROW_TILE)) * ROW_TILE
         buffer = self.rows.new_empty(min(size, n_rows), d_sae)
         for start in range(0, n_rows, size):
             rows = self.rows[start : start + size]
-            yield start, torch.mm(rows, self.latents.t(), out=buffer[: len(rows)])
+            entries = torch.mm(rows, self.latents.t(), out=buffer[: len(rows)])
+            yield entries, self.slack(start, start + len(rows)), start
 
 
 def pays(h: Tensor, d_sae: int) -> bool:
@@ -72,10 +86,14 @@ def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
     for i in range(BIAS_TERMS):
         latents[:, h.shape[1] + i] = left
         left = left - latents[:, h.shape[1] + i].float()
-    largest = latent_norm.max()
-    summing = (h.shape[1] + PAD) * FLOAT32_ROUNDING * (row_norm * largest + bias.abs().max())
-    slack = h.norm(dim=1) * latent_loss.max() + row_loss * largest + summing
-    return Screen(rows, latents, slack * (1 + 1e-4))  # norms are themselves rounded
+    # Bound of entry (n, j) without the bias: |h_n| loss_j + loss_n |W'_j| + summing |h_n| |W'_j|.
+    summing = (h.shape[1] + PAD) * FLOAT32_ROUNDING
+    largest_loss, largest_norm = latent_loss.max(), latent_norm.max()
+    row_slack = h.norm(dim=1) * (largest_loss + summing * largest_norm) + row_loss * largest_norm
+    shares = torch.maximum(latent_loss / largest_loss.clamp_min(TINY), latent_norm / largest_norm.clamp_min(TINY))
+    bias_slack = summing * bias.abs().max()
+    roomy = 1 + 1e-4  # norms and shares are themselves rounded
+    return Screen(rows, latents, row_slack * roomy, group_maxima(shares[None])[0] * roomy, bias_slack)
 
 
 def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,17 +117,16 @@ def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> 
     """
     n_rows, d_sae = len(screened.rows), len(screened.latents)
     found = []
-    for start, approximate in screened.chunks():
+    for approximate, slack, start in screened.chunks():
         entries = approximate.abs_() if by_magnitude else approximate
-        slack = screened.slack[start : start + len(entries)]
-        maxima = group_maxima(entries)  # (n, G)
-        # The k-th largest of any disjoint groups' maxima is at most the k-th largest entry; fewer are sorted faster.
-        joined = maxima.shape[1] % 4 == 0 and maxima.shape[1] >= 16 * k
-        coarse = maxima.view(len(maxima), 4, -1).amax(1) if joined else maxima
-        if coarse.shape[1] < k:
+        maxima = positive_group_maxima(entries)
+        least = _kth_at_least(maxima, slack, k)
+        if least is None:
             return None
-        kth = coarse.topk(k, dim=1, sorted=False).values.amin(1).float()
-        least = kth - kth.abs() * BFLOAT16_ROUNDING - slack
+        if not bool((least > slack.amax(1)).all()):
+            maxima = group_maxima(entries)
+            least = _kth_at_least(maxima, slack, k)
+            assert least is not None
         positions = _candidates(entries, maxima, least, slack)
         if positions is None:
             return None
@@ -124,16 +141,29 @@ def candidates_above(screened: Screen, bound: float) -> Tensor | None:
     if (screened.sample() > bound).float().mean() > MAX_CANDIDATES:
         return None
     found = []
-    for start, entries in screened.chunks():
-        slack = screened.slack[start : start + len(entries)]
-        positions = _candidates(entries, group_maxima(entries), torch.full_like(slack, bound), slack)
+    for entries, slack, start in screened.chunks():
+        maxima = positive_group_maxima(entries) if bound > float(slack.max()) else group_maxima(entries)
+        positions = _candidates(entries, maxima, slack.new_full((len(slack),), bound), slack)
         if positions is None:
             return None
         found.append(positions + start * len(screened.latents))
     return torch.cat(found)
 
 
+def _kth_at_least(maxima: Tensor, slack: Tensor, k: int) -> Tensor | None:
+    """What the k-th largest exact entry of each row is at least (n,), from groups' maxima (n, G) of rounded ones.
+
+    None for fewer than k groups.
+    """
+    approximate = maxima.float()
+    least = torch.addcmul(approximate, approximate.abs(), approximate.new_tensor(-BFLOAT16_ROUNDING)).sub_(slack)
+    # The k-th largest of any disjoint groups' maxima is at most the k-th largest entry; fewer are sorted faster.
+    joined = least.shape[1] % 4 == 0 and least.shape[1] >= 16 * k
+    coarse = least.view(len(least), 4, -1).amax(1) if joined else least
+    return coarse.topk(k, dim=1, sorted=False).values.amin(1) if coarse.shape[1] >= k else None
+
+
 def _candidates(entries: Tensor, maxima: Tensor, least: Tensor, slack: Tensor) -> Tensor | None:
     """Flat positions in (n, F) of all entries whose exact value may be `least` (n,) or more; None if they are many."""
-    bounds = (least - slack - least.abs() * FLOAT32_ROUNDING).bfloat16()
+    bounds = ((least - least.abs() * FLOAT32_ROUNDING)[:, None] - slack).bfloat16()
     return at_least(entries, maxima, bounds, int(MAX_CANDIDATES * entries.numel()))

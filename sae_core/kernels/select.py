@@ -18,25 +18,36 @@ def group_maxima(matrix: Tensor) -> Tensor:
     return _grouped(matrix).amax(2).flatten(1)
 
 
+def positive_group_maxima(matrix: Tensor) -> Tensor:
+    """`group_maxima` of a bfloat16 matrix where they are positive; elsewhere something that is not above them.
+
+    Positive floats are ordered as the integers of the same bits, whose maxima take a third of the time.
+    """
+    return _grouped(matrix.view(torch.int16)).amax(2).flatten(1).view(torch.bfloat16)
+
+
 def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None = None) -> Tensor | None:
-    """Flat positions (nnz,) int64 of the entries of (N, F) that are their row's bound (N,) or more.
+    """Flat positions (nnz,) int64 of the entries of (N, F) that are their row's and group's bound (N, G) or more.
 
     Rows ascend, columns within a row stand group by group. `maxima` are the matrix's `group_maxima`. None if
     there are more than `n_most`.
     """
     n_columns, n_groups = matrix.shape[1], maxima.shape[1]
     lanes = _lanes(n_columns)
-    hot = true_entries(maxima >= bounds[:, None])  # (H,) row * n_groups + group
+    hot = true_entries(maxima >= bounds)  # (H,) row * n_groups + group
     if n_most is not None and hot.numel() > n_most:
         return None
     row = hot // n_groups
     group = hot - row * n_groups
     block = group // lanes
-    first = row * n_columns + block * (GROUP * lanes) + (group - block * lanes)
-    members = (first[:, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)).view(-1)
-    large = matrix.view(-1)[members].view(-1, GROUP) >= bounds[row][:, None]
+    lane = group - block * lanes
+    large = _grouped(matrix)[row, block, :, lane] >= bounds.flatten()[hot][:, None]  # (H, GROUP)
     found = true_entries(large)
-    return None if n_most is not None and found.numel() > n_most else members[found]
+    if n_most is not None and found.numel() > n_most:
+        return None
+    of_hot = found // GROUP
+    first = row * n_columns + block * (GROUP * lanes) + lane
+    return first[of_hot] + (found - of_hot * GROUP) * lanes
 
 
 def row_topk(matrix: Tensor, k: int) -> Tensor:
@@ -61,8 +72,8 @@ def entries_above(matrix: Tensor, bound: float) -> Tensor:
     if not _pays(matrix):
         return true_entries(matrix > bound)
     above = torch.nextafter(torch.tensor(bound, dtype=matrix.dtype), torch.tensor(torch.inf, dtype=matrix.dtype))
-    bounds = above.expand(len(matrix)).to(matrix.device)
-    found = at_least(matrix, group_maxima(matrix), bounds, matrix.numel() // 32)
+    maxima = group_maxima(matrix)
+    found = at_least(matrix, maxima, above.to(matrix.device).expand_as(maxima), matrix.numel() // 32)
     return true_entries(matrix > bound) if found is None else found.sort().values
 
 

@@ -22,6 +22,7 @@ from benchmarks.timing import interleaved
 from sae_core import SAE, make_config, registry
 from train.config.settings import TrainConfig
 from train.footprint import used_memory
+from train.denormals import flush_denormals
 from train.heap import keep_freed_memory
 from train.loop import train_step
 from train.state import Run
@@ -37,7 +38,7 @@ Inputs = Tensor | dict[str, Tensor]
 
 def run(quick: bool) -> str:
     """Return the table of steps."""
-    keep_freed_memory()
+    prepare()
     d_sae = D_SAE // 4 if quick else D_SAE
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alive = {name: make_run(name, d_sae, device) for name in compared()}
@@ -63,6 +64,12 @@ def run(quick: bool) -> str:
     )
     header = ["", "ms", "encoder products", "with AuxK", "L0", "peak MiB", "sum MiB"]
     return f"{title}\n\n{markdown(header, lines)}"
+
+
+def prepare() -> None:
+    """Set the process as a training on a CPU sets it."""
+    flush_denormals()
+    keep_freed_memory()
 
 
 def compared() -> list[str]:
@@ -98,7 +105,7 @@ def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
         _set_density(sae, x)
     if dead:
         _kill(sae.core)
-    run = Run.create(TrainConfig(lr=1e-30, steps=10**6, device=device, type=name), sae)
+    run = Run.create(TrainConfig(lr=1e-12, steps=10**6, device=device, type=name), sae)
     run.step = 500_000
     return run
 
@@ -146,7 +153,7 @@ def main() -> None:
     parser.add_argument("type", choices=registry.names())
     parser.add_argument("d_sae", type=int)
     arguments = parser.parse_args()
-    keep_freed_memory()
+    prepare()
     train_step(make_run(arguments.type, 256, "cpu"), inputs(arguments.type, "cpu"))  # libraries load what they need
     before = used_memory("cpu", restart_peak=True)
     step = stepper(make_run(arguments.type, arguments.d_sae, "cpu"))

@@ -22,6 +22,7 @@ from sae_core.functional import geometric_median
 from sae_core.normalize import MODES, Normalized, Normalizer
 from sae_core.options import Progress, check, option
 from sae_core.pre_acts import PreActs
+from sae_core.unit_rows import remove_parallel, to_unit_norm
 
 MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
@@ -341,14 +342,13 @@ class SAE(nn.Module):
     def project_gradients(self) -> None:
         """Remove the gradient component parallel to each decoder row, which renormalising would undo."""
         if self.unit_decoder and self.W_dec.grad is not None:
-            grad = self.W_dec.grad
-            grad.addcmul_(torch.linalg.vecdot(grad, self.W_dec)[:, None], self.W_dec, value=-1)
+            remove_parallel(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Return the decoder rows to unit norm."""
         if self.unit_decoder:
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            to_unit_norm(self.W_dec)
 
     @torch.no_grad()
     def reset_latents(self, latents: Tensor) -> None:

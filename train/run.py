@@ -15,6 +15,7 @@ from train.checkpoint import check_identity
 from train.config.merge import differing, make_config
 from train.config.settings import TrainConfig
 from train.data import Data
+from train.denormals import flush_denormals
 from train.errors import ConfigError, RunExistsError, nearest
 from train.folders import (
     RECORD,
@@ -113,6 +114,7 @@ def resume_training(
 
 def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None) -> Result:
     """A session of one member."""
+    flush_denormals()
     with ExitStack() as stack:
         stack.enter_context(exclusive(folder))
 

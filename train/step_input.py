@@ -81,9 +81,14 @@ class RowInput:
 
     def is_finite(self) -> bool:
         """Whether every value is."""
-        return all(bool(torch.isfinite(t).all()) for t in self.tensors)
+        return all(_is_finite(t) for t in self.tensors)
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""
         out = sae(self.x)
         return Terms(out, sae.losses(out, progress))
+
+
+def _is_finite(values: Tensor) -> bool:
+    extremes = torch.stack(torch.aminmax(values))  # NaN where one is; no mask as large as the values
+    return bool(torch.isfinite(extremes).all())

@@ -84,7 +84,7 @@ interop: $(INTEROP_STAMP)
 	$(INTEROP_BIN)/python -m pytest -q -W default tests/interop_*.py $(ARGS)
 
 bench-peers: $(INTEROP_STAMP)
-	$(INTEROP_BIN)/python -m benchmarks.peers_speed $(ARGS)
+	$(INTEROP_BIN)/python -m benchmarks.peers $(ARGS)
 
 $(KERNELS_STAMP): Makefile constraints.txt
 	$(PYTHON) -m venv $(KERNELS_VENV)

@@ -84,7 +84,7 @@ def _bare(capture: Capture, work: list[Work]) -> None:
 
 def _write_table(folder: Path, quick: bool) -> str:
     n_rows, width = (65_536 if quick else 262_144), 768
-    rows = _random_rows(n_rows, width)
+    rows = random_rows(n_rows, width)
     data = rows.activations["layer_6"]
     counter = iter(range(1000))
 
@@ -119,7 +119,8 @@ def _write_table(folder: Path, quick: bool) -> str:
     return f"Writing {gb:.2f} GB of float32 rows.\n\n{markdown(['', 'GB/s', 'of the limit'], table)}"
 
 
-def _random_rows(n_rows: int, width: int) -> Rows:
+def random_rows(n_rows: int, width: int) -> Rows:
+    """Standard normal rows in windows of 128 and documents of 512."""
     generator = np.random.default_rng(0)
     index = np.arange(n_rows)
     return Rows(

@@ -5,23 +5,27 @@ as a training on a CPU sets it (`train.heap`), and the start of the loader is co
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import cache
-from benchmarks.harvest_speed import _random_rows
+from benchmarks.harvest_speed import random_rows
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from cache.loader import Filters, Holdout, Loader
 from cache.order import MAX_PARTNERS
 from cache.reader import Cache
-from cache.rows import CacheSpec, HookPoint
+from cache.rows import CacheSpec, HookPoint, Rows
 from cache.writer import CacheWriter
 from train.heap import keep_freed_memory
 
 BATCH, D_IN = 4096, 384
+HOOK = "layer_6"
+ALL_ROWS: dict[str, Any] = {"filters": Filters(special=True, first_position=True), "holdout": Holdout(fraction=0.0)}
 
 
 def run(quick: bool) -> str:
@@ -29,40 +33,42 @@ def run(quick: bool) -> str:
     n_rows = 262_144 if quick else 1_048_576
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
-        _write(path, n_rows)
+        write(path, random_rows(n_rows, D_IN))
         opened = cache.open(path)
         return f"{_speed_table(opened, quick)}\n\n{_mixing_table(opened)}"
 
 
-def _write(path: Path, n_rows: int) -> None:
-    hook = HookPoint("layer_6", "encoder.layer.6", "output", 0, D_IN)
+def write(path: Path, rows: Rows) -> None:
+    """Write a cache of two shards."""
+    n_rows, d_in = rows.activations[HOOK].shape
+    hook = HookPoint(HOOK, "encoder.layer.6", "output", 0, d_in)
     spec = CacheSpec("token", (hook,), "float32", n_rows // 2, provenance={}, fingerprint={})
     with CacheWriter.open(path, spec) as writer:
         writer.begin_buffer({})
-        writer.append(_random_rows(n_rows, D_IN))
+        writer.append(rows)
         writer.finish({})
 
 
-def _loader(opened: Cache, batch: int = BATCH, **options: object) -> Loader:
-    return Loader(
-        opened,
-        "layer_6",
-        batch_size=batch,
-        filters=Filters(special=True, first_position=True),
-        holdout=Holdout(fraction=0.0),
-        **options,
-    )
-
-
-def _speed_table(opened: Cache, quick: bool) -> str:
-    keep_freed_memory()
-    shards = [opened.hook("layer_6").shard(i) for i in range(len(opened.shards))]
+def copier(opened: Cache) -> Callable[[], None]:
+    """The limit: np.copyto of the memory-mapped shards, one after the other, into one buffer."""
+    shards = [opened.hook(HOOK).shard(i) for i in range(len(opened.shards))]
     buffer = np.empty_like(shards[0])
-    gb = sum(shard.nbytes for shard in shards) / 1e9
 
     def copy() -> None:
         for shard in shards:
             np.copyto(buffer[: len(shard)], shard)
+
+    return copy
+
+
+def _loader(opened: Cache, **options: Any) -> Loader:
+    return Loader(opened, HOOK, batch_size=BATCH, **ALL_ROWS, **options)
+
+
+def _speed_table(opened: Cache, quick: bool) -> str:
+    keep_freed_memory()
+    shards = [opened.hook(HOOK).shard(i) for i in range(len(opened.shards))]
+    gb = sum(shard.nbytes for shard in shards) / 1e9
 
     def epoch() -> None:
         with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8) as loader:
@@ -70,7 +76,7 @@ def _speed_table(opened: Cache, quick: bool) -> str:
                 pass
 
     def heldout_epoch() -> None:
-        with Loader(opened, "layer_6", batch_size=BATCH, epochs=1, pool_rows=opened.n_rows // 8) as loader:
+        with Loader(opened, HOOK, batch_size=BATCH, epochs=1, pool_rows=opened.n_rows // 8) as loader:
             for _ in loader:
                 pass
 
@@ -80,9 +86,9 @@ def _speed_table(opened: Cache, quick: bool) -> str:
         for start in range(0, len(order), BATCH):
             torch.from_numpy(shards[0][order[start : start + BATCH]])
 
-    runs = {"copy": copy, "epoch": epoch, "heldout": heldout_epoch, "random": random_rows}
+    runs = {"copy": copier(opened), "epoch": epoch, "heldout": heldout_epoch, "random": random_rows}
     seconds = interleaved(runs, 3 if quick else 5)
-    share = Loader(opened, "layer_6", batch_size=BATCH).n_rows / opened.n_rows
+    share = Loader(opened, HOOK, batch_size=BATCH).n_rows / opened.n_rows
     rows = [
         ["plain copy from the map (limit)", f"{gb / seconds['copy']:.2f}", "1.00"],
         ["shuffled batches, one epoch", f"{gb / seconds['epoch']:.2f}", f"{seconds['copy'] / seconds['epoch']:.2f}"],
@@ -106,10 +112,10 @@ def _speed_table(opened: Cache, quick: bool) -> str:
 def _mixing_table(opened: Cache) -> str:
     with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8, with_rows=True) as loader:
         block, order = loader.order.block_rows, loader.order
-        measured = np.mean([_partners(batch.row_ids.numpy() // block) for batch in loader if batch.row_ids is not None])
+        measured = np.mean([partners(batch.row_ids.numpy() // block) for batch in loader if batch.row_ids is not None])
     uniform_ids = np.random.default_rng(0).permutation(opened.n_rows)
     uniform = np.mean(
-        [_partners(uniform_ids[i : i + BATCH] // block) for i in range(0, opened.n_rows - BATCH + 1, BATCH)]
+        [partners(uniform_ids[i : i + BATCH] // block) for i in range(0, opened.n_rows - BATCH + 1, BATCH)]
     )
     rows = [
         ["uniform permutation of the cache", f"{uniform:.3f}"],
@@ -119,6 +125,7 @@ def _mixing_table(opened: Cache) -> str:
     return f"Mixing.\n\n{markdown(['', 'partners of a row from its own block in its batch'], rows)}"
 
 
-def _partners(blocks: np.ndarray) -> float:
+def partners(blocks: np.ndarray) -> float:
+    """Rows of its own block that a row of a batch meets there, on average, from the (B,) blocks of the rows."""
     counts = np.unique(blocks, return_counts=True)[1]
     return float((counts * (counts - 1)).sum() / len(blocks))

@@ -1,0 +1,1 @@
+"""Ours beside SAELens, dictionary_learning and sparsify, in the interop environment: see `__main__`."""

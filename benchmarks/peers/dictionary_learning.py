@@ -1,0 +1,39 @@
+"""dictionary_learning's step: trainer.update."""
+
+import argparse
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.peers.contest import SHARES, Step
+
+PAST_WARM_UP = 3000  # the step given: thresholds are updated from 1000 on
+
+
+def dictionary_learning_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
+    """One step of dictionary_learning's trainer, the penalised ones with the paper's recipe that ours follow."""
+    from dictionary_learning import trainers
+    from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
+
+    assert trainers
+    cls: Any = {
+        "topk": top_k.TopKTrainer,
+        "batchtopk": batch_top_k.BatchTopKTrainer,
+        "matryoshka": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
+        "vanilla": standard.StandardTrainerAprilUpdate,
+        "gated": gdm.GatedSAETrainer,
+        "jumprelu": jumprelu.JumpReluTrainer,
+    }[kind]
+    options: dict[str, Any] = {"k": args.k} if "topk" in kind or kind == "matryoshka" else {}
+    if kind == "matryoshka":
+        options["group_fractions"] = list(SHARES)
+    trainer = cls(
+        steps=10**6,
+        activation_dim=x.shape[1],
+        dict_size=args.d_sae,
+        layer=0,
+        lm_name="rows",
+        device=args.device,
+        **options,
+    )
+    return lambda: trainer.update(PAST_WARM_UP, x)

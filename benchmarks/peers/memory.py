@@ -1,0 +1,51 @@
+"""Peak memory of a contestant: a fresh process over two steps, above what it held before (on a GPU: allocated)."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.contestants import contestants
+from benchmarks.peers.rows import rows
+
+
+def memory_of(name: str, args: argparse.Namespace) -> int:
+    """Peak bytes of one contestant, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.peers", "--memory-of", name]
+    for flag in ("d_in", "d_sae", "k", "batch_size", "device", "cache"):
+        if getattr(args, flag) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def peak_bytes(name: str, args: argparse.Namespace) -> int:
+    """Two steps of one contestant: the highest memory above what was held before it was built."""
+    args.types = [name.split(" ", 1)[0]]
+    x = rows(args)
+    maker = contestants(args)[name]
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        import sae_lens  # noqa: F401  # so that imports do not count
+        import sparsify  # noqa: F401
+        from dictionary_learning import trainers  # noqa: F401
+
+        x @ x.t()  # the math library's own buffers
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+        before = high_water()
+    step = maker(x, args)
+    step()
+    step()
+    return (torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else high_water()) - before
+
+
+def high_water() -> int:
+    """VmHWM of this process in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory needs Linux, pass --no-memory")

@@ -1,0 +1,40 @@
+"""Our step: train.loop.train_step, with its checks and its clipping.
+
+Types with a penalty start at trained density (biases set so that about 64 latents fire, and a learning rate that keeps
+them there): their cost depends on it, a dense peer's does not.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.contest import Step
+from sae_core import make_config, registry
+from train.config.settings import TrainConfig
+from train.loop import train_step
+from train.state import Run
+
+TRAINED_L0 = 64
+
+
+def our_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
+    """One step of our loop."""
+    cls = registry.get(kind)
+    options: dict[str, Any] = {"d_in": x.shape[1], "d_sae": args.d_sae}
+    sparse = hasattr(cls.Config, "k")
+    if sparse:
+        options["k"] = args.k
+    sae = cls(make_config(cls, options)).to(x.device)
+    sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
+    if not sparse:
+        with torch.no_grad():
+            pre_acts = sae.pre_acts(sae.centre(sae.prepare(x).input)).dense
+            sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / args.d_sae))
+    lr = 2e-4 if sparse else 1e-12
+    config = TrainConfig(
+        type=kind, device=args.device, compute_dtype="float32", steps=10**6, lr=lr, warmup_steps=0, options=options
+    )
+    run = Run.create(config, sae)
+    return lambda: train_step(run, x)

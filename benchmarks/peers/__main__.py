@@ -54,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     loaders = parser.add_argument_group("loader")
     loaders.add_argument("--rows", type=int, default=524_288, help="of the cache, in contexts of 128")
     loaders.add_argument("--whole", action="store_true", help="SAELens also with a buffer of the whole cache (slow)")
+    loaders.add_argument("--keep-freed", action="store_true", help="malloc keeps freed blocks, as our trainer sets it")
     return parser.parse_args()
 
 

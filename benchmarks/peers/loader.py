@@ -1,8 +1,8 @@
 """Our loader and SAELens' cached activations on the same rows, beside a plain copy of them from a warm page cache.
 
-Ours runs over one epoch with its start counted; SAELens' store is warm and goes on. malloc keeps freed memory for both,
-as our trainer sets it. dictionary_learning and sparsify have no cached form: they train on what a language model has
-just computed.
+Ours runs over one epoch with its start counted; SAELens' store is warm and goes on. With --keep-freed malloc keeps
+freed blocks for both, as our trainer sets it and SAELens' does not. dictionary_learning and sparsify have no cached
+form: they train on what a language model has just computed.
 
 Column 0 of a row is its number, so that the rows of one context can be counted in a batch.
 """
@@ -42,7 +42,8 @@ class Contestant(NamedTuple):
 
 def table(args: argparse.Namespace) -> str:
     """Write both caches, measure and return the table."""
-    keep_freed_memory()
+    if args.keep_freed:
+        keep_freed_memory()
     rows = numbered_rows(args.rows, args.d_in)
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = Path(folder) / "saelens", Path(folder) / "ours"
@@ -101,8 +102,9 @@ def measure(opened: Cache, contestants: dict[str, Contestant], args: argparse.Na
         against = f"{speed['ours, pool 1/8'] / rate:.1f}" if name.startswith("SAELens") else ""
         met = f"{context_partners(contestants[name].batches()):.2f}" if name in contestants else ""
         lines.append([name, f"{rate:,.0f}", f"{rate * args.d_in * 4 / 1e9:.2f}", f"{rate / limit:.3f}", against, met])
-    header = ["", "rows/s", "GB/s", "of the limit", "ours is faster", "partners from its context"]
-    title = f"Loader: {opened.n_rows:,} rows of {args.d_in} float32, batches of {BATCH} on {args.device}, pool 1/8."
+    header = ["", "rows/s", "GB/s", "of the limit", "times ours", "partners from its context"]
+    title = f"Loader: {opened.n_rows:,} rows of {args.d_in} float32, batches of {BATCH} on {args.device}, pool 1/8"
+    title += f"; malloc {'keeps freed blocks' if args.keep_freed else 'as it is'}."
     return f"{title}\n\n{markdown(header, lines)}"
 
 

@@ -18,9 +18,10 @@ SHARD_CONTEXTS = 256
 
 def write(rows: np.ndarray, folder: Path) -> None:
     """Write (N, D) float32 rows, N a multiple of CONTEXT, as contexts with their token ids."""
-    from datasets import Array2D, Dataset, Features, Sequence, Value
+    from datasets import Array2D, Dataset, Features, Sequence, Value, disable_progress_bars
     from sae_lens import CacheActivationsRunner
 
+    disable_progress_bars()
     contexts = torch.from_numpy(rows).reshape(-1, CONTEXT, rows.shape[1])
     features = Features(
         {

@@ -89,10 +89,9 @@ class _Decode(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, W_dec = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        indices, indptr = pattern.entries
         grad_values = grad_W = None
         if ctx.needs_input_grad[0]:
-            grad_values = sampled_dot(grad.contiguous(), W_dec, indptr, indices)
+            grad_values = _dots(grad.contiguous(), W_dec, pattern)
         if ctx.needs_input_grad[1]:
             kept, live_pattern = ctx.live
             order, rows, offsets = live_pattern.transposed
@@ -109,6 +108,16 @@ class _PerEntry(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return sum_by_latent(grad, ctx.pattern), None
+
+
+def _dots(rows: Tensor, latents: Tensor, pattern: Pattern) -> Tensor:
+    """rows (N, D) . latents (F, D) at the entries: (nnz,)."""
+    if rows.device.type != "cpu":
+        return sampled_dot(rows, latents, pattern.entries[1], pattern.entries[0])
+    # Latent by latent, the rows that are read again and again are few enough for the processor's cache.
+    order, row_of, offsets = pattern.transposed
+    by_latent = sampled_dot(latents, rows, offsets, row_of)
+    return torch.empty_like(by_latent).index_copy_(0, order, by_latent)
 
 
 def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pattern]:

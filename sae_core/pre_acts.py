@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from sae_core.codes import Codes, Pattern
-from sae_core.functional import largest, sampled_bound, support_pattern, topk_entries, topk_pattern
-from sae_core.kernels import entries_above, sampled_dot, screen, true_entries
+from sae_core.functional import (
+    MAX_SPARSE_DENSITY,
+    largest,
+    sampled_bound,
+    support_pattern,
+    topk_entries,
+    topk_pattern,
+)
+from sae_core.kernels import entries_above, sampled_dot, screen, streamed, true_entries
 
 
 class PreActs:
     """p = h @ W_enc + b of N rows, without gradients. What is selected comes as codes: values of p on a pattern.
 
-    Where a screen pays (`kernels/screen.py`) the (N, F) matrix is never built; what is selected is the same.
+    Where a screen (`kernels/screen.py`) or a stream (`kernels/streamed.py`) pays, the (N, F) matrix is never built; what
+    is selected is the same.
     """
 
     def __init__(self, h: Tensor, W_enc: Tensor, bias: Tensor) -> None:
@@ -62,7 +70,7 @@ class PreActs:
         is lowered, so the answer is exact whatever the rows.
         """
         n_rows, d_sae = self.shape
-        sample = self._screen.sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
+        sample = self._sample if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
         while True:
             bound = sampled_bound(sample, share)
@@ -83,6 +91,9 @@ class PreActs:
     def support(self, bound: Tensor | float) -> Codes:
         """`above`, or all of them on a full pattern where those above are too many for sparse products to pay."""
         codes = self._screened_above(bound)
+        if codes is None and self._streams:
+            found = streamed.product_above(self._h, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
+            codes = None if found is None else Codes(found.values, self._pattern(found.positions))
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
 
     @property
@@ -93,12 +104,24 @@ class PreActs:
     def _screens(self) -> bool:
         return not self._is_dense and screen.pays(self._h, self.shape[1])
 
+    @property
+    def _streams(self) -> bool:
+        lower = torch.is_autocast_enabled(self._h.device.type)  # the product is wanted in bfloat16
+        return not self._is_dense and not lower and streamed.pays(self._h, self.shape[1])
+
     @cached_property
     def _screen(self) -> screen.Screen:
         return screen.screen(self._h, self._W_enc.t(), self._bias)
 
+    @cached_property
+    def _sample(self) -> Tensor:
+        return screen.sample(self._h, self._W_enc.t(), self._bias)
+
     def _screened_above(self, bound: Tensor | float) -> Codes | None:
         if not self._screens:
+            return None
+        sampled = bound if isinstance(bound, float) else bound[screen.sampled_latents(self.shape[1])]
+        if (self._sample > sampled).float().mean() > screen.MAX_CANDIDATES:
             return None
         if isinstance(bound, float):
             found = screen.candidates_above(self._screen, bound)
@@ -112,9 +135,12 @@ class PreActs:
 
     def _at_positions(self, positions: Tensor) -> Codes:
         """Those at flat positions (nnz,) in (N, F), rows ascending."""
+        return self.at(self._pattern(positions))
+
+    def _pattern(self, positions: Tensor) -> Pattern:
         n_rows, d_sae = self.shape
         rows = positions // d_sae
-        return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))
+        return Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae)
 
     @staticmethod
     @torch.no_grad()

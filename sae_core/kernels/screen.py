@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sae_core.kernels.select import at_least, group_maxima, positive_group_maxima
+from sae_core.kernels.select import GROUP, at_least, group_maxima
 
 MIN_ENTRIES = 2**22  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
 MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole
@@ -40,12 +40,6 @@ class Screen:
     def slack(self, start: int, stop: int) -> Tensor:
         """Slack (n, G) of the entries of each group, in some rows."""
         return torch.addcmul(self.bias_slack, self.row_slack[start:stop, None], self.group_share)
-
-    def sample(self) -> Tensor:
-        """Approximate pre-activations of some rows and latents."""
-        rows = self.rows[:: max(1, len(self.rows) // ROWS_SAMPLED)]
-        latents = self.latents[:: max(1, len(self.latents) // LATENTS_SAMPLED)]
-        return (rows @ latents.t()).float()
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Approximate pre-activations (n, F) of some rows at a time, slack (n, G), and the first of these rows.
@@ -75,6 +69,18 @@ def _multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     fast = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
     return bool(fast) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def sampled_latents(d_sae: int) -> slice:
+    """Which latents `sample` takes."""
+    return slice(None, None, max(1, d_sae // LATENTS_SAMPLED))
+
+
+def sample(h: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """Approximate pre-activations of some of the rows h (N, D) and latents W (F, D), bias (F,)."""
+    latents = sampled_latents(len(W))
+    rows = h[:: max(1, len(h) // ROWS_SAMPLED)].bfloat16()
+    return (rows @ W[latents].bfloat16().t()).float() + bias[latents]
 
 
 def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
@@ -116,18 +122,12 @@ def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> 
     None where they are too many for the screen to pay, or the rows are not finite.
     """
     n_rows, d_sae = len(screened.rows), len(screened.latents)
+    if d_sae < GROUP * k:
+        return None
     found = []
     for approximate, slack, start in screened.chunks():
         entries = approximate.abs_() if by_magnitude else approximate
-        maxima = positive_group_maxima(entries)
-        least = _kth_at_least(maxima, slack, k)
-        if least is None:
-            return None
-        if not bool((least > slack.amax(1)).all()):
-            maxima = group_maxima(entries)
-            least = _kth_at_least(maxima, slack, k)
-            assert least is not None
-        positions = _candidates(entries, maxima, least, slack)
+        positions = _largest(entries, slack, k)
         if positions is None:
             return None
         found.append(positions + start * d_sae)
@@ -138,32 +138,50 @@ def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> 
 
 def candidates_above(screened: Screen, bound: float) -> Tensor | None:
     """Flat positions (C,) in (N, F), ascending by row, among which are all entries > bound. None if they are many."""
-    if (screened.sample() > bound).float().mean() > MAX_CANDIDATES:
-        return None
     found = []
     for entries, slack, start in screened.chunks():
-        maxima = positive_group_maxima(entries) if bound > float(slack.max()) else group_maxima(entries)
-        positions = _candidates(entries, maxima, slack.new_full((len(slack),), bound), slack)
+        least = slack.new_full((len(slack),), bound)
+        view = _as_integers(entries) if bound > float(slack.max()) else entries
+        positions = _candidates(view, group_maxima(view), least, slack)
         if positions is None:
             return None
         found.append(positions + start * len(screened.latents))
     return torch.cat(found)
 
 
-def _kth_at_least(maxima: Tensor, slack: Tensor, k: int) -> Tensor | None:
-    """What the k-th largest exact entry of each row is at least (n,), from groups' maxima (n, G) of rounded ones.
+def _largest(entries: Tensor, slack: Tensor, k: int) -> Tensor | None:
+    """Flat positions in (n, F) among which are the k exactly largest of each row; None if they are many."""
+    view = _as_integers(entries)
+    maxima = group_maxima(view)
+    least = _kth_at_least(maxima, slack, k)
+    if not bool((least > slack.amax(1)).all()):
+        view, maxima = entries, group_maxima(entries)
+        least = _kth_at_least(maxima, slack, k)
+    return _candidates(view, maxima, least, slack)
 
-    None for fewer than k groups.
+
+def _as_integers(entries: Tensor) -> Tensor:
+    """The bits of bfloat16 entries, which compare like the entries where one is positive, three times faster.
+
+    Among negative ones the order is reversed: their maximum as integers is at most their maximum.
     """
-    approximate = maxima.float()
+    return entries.view(torch.int16)
+
+
+def _kth_at_least(maxima: Tensor, slack: Tensor, k: int) -> Tensor:
+    """What the k-th largest exact entry of each row is at least (n,), from groups' maxima (n, G), G >= k."""
+    approximate = maxima.view(torch.bfloat16).float()
     least = torch.addcmul(approximate, approximate.abs(), approximate.new_tensor(-BFLOAT16_ROUNDING)).sub_(slack)
     # The k-th largest of any disjoint groups' maxima is at most the k-th largest entry; fewer are sorted faster.
     joined = least.shape[1] % 4 == 0 and least.shape[1] >= 16 * k
     coarse = least.view(len(least), 4, -1).amax(1) if joined else least
-    return coarse.topk(k, dim=1, sorted=False).values.amin(1) if coarse.shape[1] >= k else None
+    return coarse.topk(k, dim=1, sorted=False).values.amin(1)
 
 
 def _candidates(entries: Tensor, maxima: Tensor, least: Tensor, slack: Tensor) -> Tensor | None:
-    """Flat positions in (n, F) of all entries whose exact value may be `least` (n,) or more; None if they are many."""
-    bounds = ((least - least.abs() * FLOAT32_ROUNDING)[:, None] - slack).bfloat16()
+    """Flat positions in (n, F) of all entries whose exact value may be `least` (n,) or more; None if they are many.
+
+    Entries as bfloat16, or as integers where every bound is positive.
+    """
+    bounds = ((least - least.abs() * FLOAT32_ROUNDING)[:, None] - slack).bfloat16().view(entries.dtype)
     return at_least(entries, maxima, bounds, int(MAX_CANDIDATES * entries.numel()))

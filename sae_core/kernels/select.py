@@ -18,14 +18,6 @@ def group_maxima(matrix: Tensor) -> Tensor:
     return _grouped(matrix).amax(2).flatten(1)
 
 
-def positive_group_maxima(matrix: Tensor) -> Tensor:
-    """`group_maxima` of a bfloat16 matrix where they are positive; elsewhere something that is not above them.
-
-    Positive floats are ordered as the integers of the same bits, whose maxima take a third of the time.
-    """
-    return _grouped(matrix.view(torch.int16)).amax(2).flatten(1).view(torch.bfloat16)
-
-
 def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None = None) -> Tensor | None:
     """Flat positions (nnz,) int64 of the entries of (N, F) that are their row's and group's bound (N, G) or more.
 

@@ -1,0 +1,50 @@
+"""The entries of a product that exceed a bound, found while each part of it is still in the processor's cache.
+
+Shapes: N rows, D width, F latents, nnz entries found.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MIN_ENTRIES = 2**22  # of (N, F): below, the product is small enough to be kept
+CHUNK_ENTRIES = 2**22  # 16 MiB of float32
+
+
+class Entries(NamedTuple):
+    """Entries of a (N, F) matrix."""
+
+    positions: Tensor  # (nnz,) int64, flat, ascending
+    values: Tensor  # (nnz,)
+
+
+def pays(h: Tensor, d_sae: int) -> bool:
+    """Whether to go through rows h (N, D) in parts. A GPU would wait for each part's number of entries."""
+    return h.device.type == "cpu" and h.dtype == torch.float32 and h.shape[0] * d_sae >= MIN_ENTRIES
+
+
+@torch.no_grad()
+def product_above(h: Tensor, W: Tensor, bias: Tensor, bound: Tensor | float, max_share: float) -> Entries | None:
+    """Entries of h @ W + bias > bound for h (N, D), W (D, F), bias (F,), bound () or (F,).
+
+    None as soon as they are more than `max_share` of those looked at.
+    """
+    n_rows, d_sae = h.shape[0], W.shape[1]
+    n_chunks = max(1, round(n_rows * d_sae / CHUNK_ENTRIES))
+    size = -(-n_rows // n_chunks)
+    buffer, mask = h.new_empty(size, d_sae), torch.empty(size, d_sae, dtype=torch.bool)
+    limit = bound.numpy() if isinstance(bound, Tensor) else np.float32(bound)
+    positions, values, n_found = [], [], 0
+    for start in range(0, n_rows, size):
+        rows = h[start : start + size]
+        part = torch.mm(rows, W, out=buffer[: len(rows)]).add_(bias)
+        np.greater(part.numpy(), limit, out=mask[: len(rows)].numpy())  # torch takes four times as long
+        found = mask[: len(rows)].view(-1).nonzero().squeeze(1)
+        n_found += found.numel()
+        if n_found > max_share * (start + len(rows)) * d_sae:
+            return None
+        values.append(part.view(-1)[found])
+        positions.append(found + start * d_sae)
+    return Entries(torch.cat(positions), torch.cat(values))

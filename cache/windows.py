@@ -1,4 +1,4 @@
-"""Whole windows in harvest order: what a model saw, token by token, for losses through it.
+"""Whole windows, as harvested or shuffled: what a model saw, token by token, for losses through it.
 
 The shuffled loader gives rows; a language model needs the sequences that they stood in. A window is read back from the
 rows' metadata alone: no activation is touched. Rows that the filters or the split leave out stay in their window, since
@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 
 from cache.errors import SelectionError
 from cache.rows import FLAG_SPECIAL
-from cache.selection import Filters, Holdout, Part, Selection, shard_columns
+from cache.selection import Filters, Holdout, Part, Selection
+from cache.window_order import WindowOrder
 
 if TYPE_CHECKING:
     from cache.reader import Cache
 
-_COLUMNS = ("token_id", "doc_id", "position", "flags")
-
 
 @dataclass(frozen=True)
 class WindowsState:
-    """Where a reader stands. The cursor is the ordinal of the next window's first row among the opened rows."""
+    """Where a reader stands; what the cursor counts is told in `cache.window_order`."""
 
     epoch: int = 0
     cursor: int = 0
@@ -36,7 +35,7 @@ class WindowsState:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """S windows in harvest order, padded at the end to T tokens; column t is position t of its window."""
+    """S windows, padded at the end to T tokens; column t is position t of its window."""
 
     token_id: NDArray[np.int64]  # (S, T) 0 behind the end of a window
     real: NDArray[np.bool_]  # (S, T) False behind the end of a window
@@ -76,12 +75,14 @@ def read_windows(
     holdout: Holdout | None = None,
     state: WindowsState | None = None,
     epochs: int | None = None,
+    seed: int | None = None,
 ) -> Iterator[Windows]:
     """Batches of whole windows with at most `batch_rows` kept rows (a window that holds more is a batch of its own).
 
     Windows without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
-    `epochs` passes. The same arguments and the state of an earlier batch continue exactly behind it; seeking costs
-    O(rows of a shard). The norms that `filters` may look at are those of `hook`.
+    `epochs` passes. Windows come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
+    arguments and the state of an earlier batch continue exactly behind it; seeking and memory cost O(262,144 rows).
+    The norms that `filters` may look at are those of `hook`.
     Raises SelectionError for a cache without windows (`unit text`), or where nothing is kept.
     """
     if cache.unit != "token":
@@ -91,7 +92,7 @@ def read_windows(
     if batch_rows < 1:
         raise SelectionError(f"a batch of windows is {batch_rows} rows, expected at least 1")
     selection = Selection((filters or Filters()).resolve(cache), holdout or Holdout(), part)
-    source = _Source(cache, cache.hook_name(hook), selection)
+    source = _Source(cache, cache.hook_name(hook), selection, seed)
     return _batches(source.windows(state or WindowsState(), epochs), batch_rows)
 
 
@@ -105,58 +106,37 @@ class _Window:
 
 
 class _Source:
-    """Windows one by one; a shard's metadata is looked at when its turn comes."""
+    """Windows one by one."""
 
-    def __init__(self, cache: Cache, hook: str, selection: Selection) -> None:
-        self.cache, self.hook, self.selection = cache, hook, selection
+    def __init__(self, cache: Cache, hook: str, selection: Selection, seed: int | None) -> None:
+        self.cache, self.selection = cache, selection
         self.starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in cache.shards], dtype=np.int64)])
-        self.wanted = shard_columns(cache, selection, (hook,))
+        self.order = WindowOrder(cache, (hook,), selection, seed)
 
     def windows(self, state: WindowsState, epochs: int | None) -> Iterator[_Window]:
         """Windows with kept rows from a state on."""
         epoch, cursor = state.epoch, state.cursor
         while epochs is None or epoch < epochs:
-            n_kept = 0
-            first = int(np.searchsorted(self.starts, cursor, side="right")) - 1
-            for shard in range(first, len(self.cache.shards)):
-                for window in self._of_shard(shard, cursor, epoch):
-                    n_kept += window.n_kept
-                    yield window
-            if cursor == 0 and n_kept == 0:
+            nothing = True
+            for shard, start, end, behind in self.order.windows(epoch, cursor):
+                nothing = False
+                yield self._window(shard, start, end, WindowsState(*behind))
+            if cursor == 0 and nothing:
                 raise SelectionError(f"{self.cache.path}: {_nothing_left(self.selection)}")
             epoch, cursor = epoch + 1, 0
 
-    def _of_shard(self, shard: int, cursor: int, epoch: int) -> Iterator[_Window]:
-        columns = {name: np.asarray(self.cache.column(name).shard(shard)) for name in _COLUMNS}
-        offset, n_rows = int(self.starts[shard]), len(columns["position"])
-        starts = self._window_starts(columns["position"], shard)
-        keep = self.selection.mask(self.wanted[shard])
-        kept = np.add.reduceat(keep.astype(np.int64), starts)
-        for i in np.flatnonzero((kept > 0) & (starts >= cursor - offset)):
-            start, end = int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else n_rows
-            last = offset + end == self.starts[-1]
-            arrays: dict[str, NDArray[Any]] = {
-                "token_id": columns["token_id"][start:end].astype(np.int64),
-                "real": np.ones(end - start, np.bool_),
-                "special": (columns["flags"][start:end] & FLAG_SPECIAL) != 0,
-                "doc_id": columns["doc_id"][start:end],
-                "keep": keep[start:end],
-                "row": np.arange(offset + start, offset + end),
-            }
-            after = WindowsState(epoch + 1, 0) if last else WindowsState(epoch, offset + end)
-            yield _Window(arrays, int(kept[i]), after)
-
-    def _window_starts(self, position: NDArray[np.int32], shard: int) -> NDArray[np.int64]:
-        """Where windows start; positions must count up from 0 in each, or tokens of it are missing."""
-        starts = np.flatnonzero(position == 0)
-        lengths = np.diff(np.append(starts, len(position)))
-        whole = len(starts) > 0 and starts[0] == 0
-        if not whole or (position != np.arange(len(position)) - np.repeat(starts, lengths)).any():
-            raise SelectionError(
-                f"{self.cache.path}: shard {self.cache.shards[shard].index} does not hold whole windows (positions "
-                "that count up from 0): losses through the model need every token that it saw"
-            )
-        return starts
+    def _window(self, shard: int, start: int, end: int, behind: WindowsState) -> _Window:
+        columns = {name: self.cache.column(name).shard(shard)[start:end] for name in ("token_id", "doc_id", "flags")}
+        offset, keep = int(self.starts[shard]), self.order.keep(shard, start, end)
+        arrays: dict[str, NDArray[Any]] = {
+            "token_id": columns["token_id"].astype(np.int64),
+            "real": np.ones(end - start, np.bool_),
+            "special": (columns["flags"] & FLAG_SPECIAL) != 0,
+            "doc_id": np.asarray(columns["doc_id"]),
+            "keep": keep,
+            "row": np.arange(offset + start, offset + end),
+        }
+        return _Window(arrays, int(np.count_nonzero(keep)), behind)
 
 
 def _nothing_left(selection: Selection) -> str:

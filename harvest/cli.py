@@ -29,6 +29,12 @@ ComputeDtype = Annotated[
     str, _option(MODEL, "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.", "--compute-dtype")
 ]
 Device = Annotated[str, _option(MODEL, "auto, cpu, cuda, cuda:1.", "--device")]
+Compile = Annotated[
+    bool,
+    _option(
+        MODEL, "Compile the blocks first (torch.compile; a minute). Pays on long harvests in float32.", "--compile"
+    ),
+]
 Unit = Annotated[str, _option(WHERE, "token: a row per token. text: a pooled embedding per text.", "--unit")]
 Layers = Annotated[
     list[str] | None,
@@ -100,6 +106,7 @@ def harvest_config(
     trust_remote_code: TrustCode = False,
     compute_dtype: ComputeDtype = "auto",
     device: Device = "auto",
+    compile: Compile = False,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
     split: Split = None,
@@ -134,7 +141,7 @@ def harvest_config(
     )
 
     return HarvestConfig(
-        model=ModelConfig(model, revision, trust_remote_code, compute_dtype, device),
+        model=ModelConfig(model, revision, trust_remote_code, compute_dtype, device, compile),
         where=WhereConfig(unit, parse_layers(layer or []), layer_stride, tuple(hook or ())),
         text=TextConfig(
             DEFAULT_DATASET if dataset is None else dataset,

@@ -23,13 +23,14 @@ _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and in which number format it computes."""
+    """Which model, in which number format it computes, and whether torch.compile compiles it."""
 
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
     compute_dtype: str = "auto"
     device: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         one_of("--compute-dtype", self.compute_dtype, DTYPES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harvest.compiled import compile_blocks, no_recompiling
 from harvest.errors import HookError, MemoryLimitError
 from harvest.hooks import Capture, Hook, tensor_of
 from harvest.tokens import TokenBatch, collate, plan_batches
@@ -51,12 +53,18 @@ class TokenModel:
 
         self.device = torch.device(device)
         self._hooks = tuple(hooks)
-        self._capture = Capture(base, hooks)
+        self._base, self._capture = base, Capture(base, hooks)
+        self._running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._dtype = next(base.parameters()).dtype
         self._limit = batch_tokens  # halved when memory runs out
         self._batch_tokens = batch_tokens
         self._pad_id = pad_id
         self._say = say
+
+    def compile(self, blocks: Sequence[str], ctx_len: int) -> None:
+        """Compile these blocks for all batches, now and never later. Raises ModelError."""
+        compile_blocks(self._base, blocks, self._capture, str(self.device), ctx_len)
+        self._running = no_recompiling
 
     def prepare(self, buffer: Buffer) -> Work:
         """Batches of a buffer; runs in the background."""
@@ -73,7 +81,7 @@ class TokenModel:
         out = {
             hook.name: torch.empty((n_rows, hook.d_in), dtype=self._dtype, device=self.device) for hook in self._hooks
         }
-        with torch.inference_mode():
+        with torch.inference_mode(), self._running():
             for batch in work.batches:
                 self._run(work.buffer, batch, out)
                 tick(len(batch.rows))

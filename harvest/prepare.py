@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cache.layout import cache_layout, default_rows_per_shard
 from cache.rows import CacheSpec, Dtype, Unit
+from harvest.compiled import check_compile
 from harvest.config import HarvestConfig
 from harvest.errors import ConfigError
 from harvest.hooks import Hook, choose_hooks
@@ -150,6 +151,9 @@ class Prepared:
             "batch_tokens": self.batch_tokens,
             "buffer_tokens": self.buffer_tokens,
             "rows_per_shard": self.rows_per_shard,
+            **(
+                {"compile": True} if self.config.model.compile else {}
+            ),  # it rounds differently; absent from older caches
             **self.source.identity,
         }
 
@@ -178,6 +182,7 @@ class Prepared:
                 "device": self.device.split(":")[0],
                 "batch_tokens": self.batch_tokens,
                 "buffer_tokens": self.buffer_tokens,
+                **({"compile": True} if self.config.model.compile else {}),
             },
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         }
@@ -197,11 +202,15 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
     compute_dtype = choose_compute_dtype(config.model.compute_dtype, device)
     batch_tokens = config.tokens.batch_tokens or BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"]
     if config.where.unit == "text":
+        if config.model.compile:
+            check_compile(config.where, None, None, (), device)
         return _prepare_text(config, located, device, compute_dtype, batch_tokens, say)
     inner_transformer(located)
     base = skeleton(located)
     layers = n_layers(located, base)
     hooks = choose_hooks(base, layers, config.where)
+    if config.model.compile:
+        check_compile(config.where, base, layers, hooks, device)
     probed = probe_skeleton(base, hooks)
     tokenizer = load_tokenizer(located)
     rules = _rules(config, located, base, tokenizer)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cache.writer import CacheWriter
+from harvest.compiled import compiled_blocks
 from harvest.config import HarvestConfig
 from harvest.errors import ConfigError, HarvestError
 from harvest.forward import TokenModel
@@ -63,6 +64,10 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
         hooks = probe(base, prepared.hooks, device)
         pad_id = int(prepared.tokenizer.pad_token_id or 0)
         model = TokenModel(base, hooks, device, batch_tokens=prepared.batch_tokens, pad_id=pad_id, say=say)
+        if prepared.config.model.compile:
+            blocks = compiled_blocks(base, prepared.n_layers, hooks)
+            say(f"compiling {len(blocks)} blocks, about a minute")
+            model.compile(blocks, prepared.rules.ctx_len)
     if prepared.widths_known and hooks != prepared.hooks:
         raise HarvestError(f"the loaded model has hook points {hooks}, its config promised {prepared.hooks}")
     return replace(prepared, hooks=hooks, widths_known=True), model

@@ -12,6 +12,7 @@ from cache.errors import SelectionError
 from cache.reader import Cache
 from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
 from cache.selection import Filters, Holdout, Selection
+from cache.window_order import WindowOrder
 from cache.windows import Windows, WindowsState, read_windows
 
 HALF = Holdout(0.5)
@@ -76,15 +77,44 @@ def same(a: Windows, b: Windows) -> bool:
     return a.state == b.state and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
 
 
+@pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("part", ["train", "heldout"])
-def test_a_state_continues_exactly(opened, part) -> None:
-    options = {"batch_rows": 90, "part": part, "holdout": HALF}
+def test_a_state_continues_exactly(opened, part, seed) -> None:
+    options = {"batch_rows": 90, "part": part, "holdout": HALF, "seed": seed}
     one_pass = len(pass_over(opened, **options))
     whole = list(islice(read_windows(opened, **options), 2 * one_pass + 3))
     assert {batch.state.epoch for batch in whole} == {0, 1, 2}
     for i in range(len(whole) - 1):
         rest = islice(read_windows(opened, **options, state=whole[i].state), 2)
         assert all(same(a, b) for a, b in zip(rest, whole[i + 1 : i + 3], strict=False)), i
+
+
+def test_a_seed_shuffles_whole_windows_in_each_epoch_anew(opened) -> None:
+    plain = rows_of(pass_over(opened, part="all"))
+    orders = [rows_of(list(read_windows(opened, batch_rows=200, part="all", seed=seed, epochs=2))) for seed in (0, 1)]
+    epochs = [part for order in orders for part in np.split(order, 2)]
+    starts = np.asarray(opened.column("position")[:]) == 0
+    n_windows = int(starts.sum())
+    number = np.cumsum(starts)
+    for i, rows in enumerate(epochs):
+        assert np.array_equal(np.sort(rows), plain)  # every row of every window once
+        assert np.count_nonzero(np.diff(number[rows])) == n_windows - 1  # no window is torn
+        assert np.mean(np.diff(rows) == 1) < 1 - 0.9 * n_windows / len(rows)  # and few follow as harvested
+        assert not any(np.array_equal(rows, other) for other in epochs[:i])
+
+
+@pytest.mark.parametrize(("block_rows", "pool_blocks"), [(1, 7), (8, 3), (64, 1), (10_000, 1)])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_small_pools_deliver_every_window_once_from_any_cursor(opened, block_rows, pool_blocks, seed) -> None:
+    selection = Selection(Filters().resolve(opened), HALF, "train")
+    order = WindowOrder(opened, ("layer_3",), selection, seed, block_rows=block_rows, pool_blocks=pool_blocks)
+    passes = [list(order.windows(epoch, 0)) for epoch in (0, 1)]
+    wanted = sorted(window[:3] for window in WindowOrder(opened, ("layer_3",), selection, None).windows(0, 0))
+    assert [sorted(window[:3] for window in one) for one in passes] == [wanted, wanted]
+    assert (passes[0] == passes[1]) is False
+    assert ([w[:3] for w in passes[0]] == [w[:3] for w in passes[1]]) is (seed is None)
+    for i in range(0, len(passes[0]) - 1, 9):
+        assert list(order.windows(*passes[0][i][-1])) == passes[0][i + 1 :]
 
 
 def test_split_keeps_order_and_trims(opened) -> None:

@@ -594,6 +594,15 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
         assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
 
 
+def test_windows_to_train_on_are_shuffled_by_the_seed(models: Path) -> None:
+    def first_rows(seed: int) -> list[int]:
+        config = make_config([{**SMALL, "cache": str(models / "llama_l0"), "loss": "kl", "shuffle_seed": seed}])
+        return next(Data.open(config).windows()).row[:, 0].tolist()
+
+    assert first_rows(0) == first_rows(0) != first_rows(1)
+    assert first_rows(0) != sorted(first_rows(0))
+
+
 def test_a_loss_through_the_model_keeps_the_scale_of_penalties() -> None:
     x = torch.randn(64, 8)
     for name in ("vanilla", "matryoshka"):

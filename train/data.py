@@ -161,8 +161,8 @@ class Data:
             check_logits(self.config, self.language_model.vocab_size)
 
     def windows(self, state: WindowsState | None = None) -> Iterator[Windows]:
-        """Endless batches of whole windows to train on, in harvest order, each of at most `batch_size` rows."""
-        return self._windows("train", self.config.batch_size, state=state)
+        """Endless batches of whole windows to train on, shuffled in each epoch, of at most `batch_size` rows each."""
+        return self._windows("train", self.config.batch_size, state=state, seed=self.order.seed)
 
     def evaluation_windows(self) -> Iterator[Windows]:
         """The first windows of the part that is evaluated, in micro-batches, with about `downstream_rows` rows."""

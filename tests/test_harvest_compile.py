@@ -1,0 +1,170 @@
+"""`--compile`: the same rows to rounding, hooks and truncation as ever, refused in one line where it cannot be."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harvest_kit import build_model, row_errors, texts
+
+import cache
+from harvest import pipeline
+from harvest.compiled import compiled_blocks
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from harvest.errors import ConfigError, HookError, ModelError
+from harvest.hooks import choose_hooks
+from harvest.locate import locate
+from harvest.model import skeleton
+from harvest.prepare import prepare
+from harvest.run import harvest
+
+Config = Callable[..., HarvestConfig]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """(architecture, layers, hooks) -> a harvest of ragged lines with `--compile`."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(texts(80)))
+
+    def make(architecture: str, layers: tuple[int, ...] = (1,), hooks: tuple[str, ...] = ()) -> HarvestConfig:
+        model = tmp_path / architecture
+        if not model.exists():
+            build_model(model, architecture)
+        return HarvestConfig(
+            ModelConfig(str(model), device="cpu", compile=True),
+            WhereConfig(layers=layers, hooks=hooks),
+            TextConfig(str(corpus), documents="line"),
+            TokenConfig(ctx_len=32, batch_tokens=32),
+            tmp_path / "out",
+            rows_per_shard=512,
+        )
+
+    return make
+
+
+def eager(config: HarvestConfig) -> HarvestConfig:
+    return replace(config, model=replace(config.model, compile=False), out=config.out_path.with_name("eager"))
+
+
+def test_which_blocks_are_compiled(config: Config) -> None:
+    made = config("bert")
+    base = skeleton(locate(made.model))
+
+    def blocks(*hooks: str) -> list[str]:
+        found = compiled_blocks(base, 3, choose_hooks(base, 3, WhereConfig(hooks=hooks)))
+        return [path.removeprefix("encoder.layer.") for path in found]
+
+    assert blocks("encoder.layer.1") == ["0", "1"]
+    assert blocks("encoder.layer.1:in") == ["0"]
+    assert blocks("encoder.layer.1.attention") == ["0"]  # a hook inside: this block runs as it is
+    assert blocks("encoder.layer.0.attention", "encoder.layer.2") == ["1", "2"]
+    assert blocks("encoder") == ["0", "1", "2"]
+    assert blocks("encoder:in") == blocks("embeddings") == blocks("encoder.layer.*.output") == []
+
+
+def no_compiler(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("CXX", "no-such-compiler")
+
+
+def refusal(config: HarvestConfig) -> str:
+    with pytest.raises((ConfigError, HookError)) as caught:
+        harvest(config, quiet=True)
+    assert not config.out_path.exists()
+    return str(caught.value)
+
+
+def test_refusals_before_anything_is_written(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config("bert")
+    assert refusal(replace(made, where=WhereConfig("text"))) == (
+        "--compile is for --unit token; --unit text runs the Sentence-Transformer's own code: leave --compile away"
+    )
+    monkeypatch.setenv("CXX", "true")  # a compiler by name, before the hooks are looked at
+    assert refusal(config("bert", (), ("encoder.layer.*.output",))) == (
+        "--compile compiles blocks without a hook point inside, and none runs before encoder.layer.0.output, "
+        "encoder.layer.1.output, encoder.layer.2.output: harvest the output of a block (--layer), or leave --compile "
+        "away"
+    )
+    no_compiler(monkeypatch)
+    assert refusal(made) == (
+        "--compile on cpu needs a compiler, and there is no 'no-such-compiler': install one, name it in CXX, or leave "
+        "--compile away"
+    )
+
+
+def test_a_failing_compiler_leaves_nothing_behind(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    from torch._inductor import config as inductor
+
+    made = config("bert")
+    failing = inductor.patch({"cpp.cxx": (None, "false")})
+    with (
+        failing,
+        pytest.raises(ModelError, match=r"^--compile: this model cannot be compiled \(.*\): leave --compile away$"),
+    ):
+        harvest(made, quiet=True)
+    assert not made.out_path.exists()
+
+
+def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")
+    made = config("bert")
+    assert prepare(made, print).fingerprint()["compile"] is True
+    assert "compile" not in prepare(eager(made), print).fingerprint()  # as in caches of before this setting
+    harvest(eager(made), quiet=True)
+    with pytest.raises(cache.CacheError, match=r"compile.*\n.*--out"):
+        harvest(replace(made, out=eager(made).out_path), quiet=True)
+
+
+class CutOff(Exception):
+    """Stands for kill -9."""
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2", "llama", "t5"])
+def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(
+    architecture: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from torch._dynamo.utils import counters
+
+    hooks = ("encoder.layer.2.attention",) if architecture == "bert" else ()
+    made = config(architecture, hooks=hooks)
+    graphs = counters["stats"]["unique_graphs"]
+    harvest(made, quiet=True)
+    assert counters["stats"]["unique_graphs"] >= graphs + 2
+    harvest(eager(made), quiet=True)
+    got, want = cache.open(made.out_path), cache.open(eager(made).out_path)
+    for name in want.hook_points:
+        found, expected = np.asarray(got.hook(name)[:]), np.asarray(want.hook(name)[:])
+        errors = row_errors(found, expected)
+        assert np.quantile(errors, 0.99) < 1e-5 > errors.max() / 3  # T5 has a row of 1.2e-5
+        assert (found != expected).any(1).mean() > 0.5  # compiled code rounds otherwise: it did run
+    assert got.manifest.provenance["compute"]["compile"] is True
+
+    left, tick = 75, pipeline.Pipeline._tick
+
+    def cut(self: pipeline.Pipeline, n_rows: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise CutOff
+        tick(self, n_rows)
+
+    torch._dynamo.reset()
+    again = replace(made, out=made.out_path.with_name("cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Pipeline, "_tick", cut)
+        with pytest.raises(CutOff):
+            harvest(again, quiet=True)
+    torch._dynamo.reset()
+    result = harvest(again, quiet=True)
+    assert result.resumed_rows > 0
+    assert np.array_equal(cache.open(result.path).hook()[:], got.hook()[:])

@@ -31,6 +31,14 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     return _Decode.apply(codes.values, W_dec, codes.pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def add_silent(recon: Tensor, z: Tensor, W_dec: Tensor, silent: Pattern) -> Tensor:
+    """Add to recon (N, D) what entries decode to whose value z (F,) is 0 and the same in all rows of a latent.
+
+    Nothing is added; the gradient reaches z through W_dec (F, D), at the cost of one sum over the entries.
+    """
+    return _AddSilent.apply(recon, z, W_dec, silent)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def per_entry(per_latent: Tensor, pattern: Pattern) -> Tensor:
     """Spread one number per latent (F,) over the entries: (nnz,), or (F,) to broadcast for a full pattern."""
     if pattern.is_full:
@@ -108,6 +116,21 @@ class _PerEntry(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return sum_by_latent(grad, ctx.pattern), None
+
+
+class _AddSilent(Function):
+    @staticmethod
+    def forward(ctx: Any, recon: Tensor, z: Tensor, W_dec: Tensor, silent: Pattern) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        ctx.silent = silent
+        return recon.view_as(recon)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (W_dec,) = ctx.saved_tensors
+        _, rows, offsets = ctx.silent.transposed
+        sums = bag_sum(rows, grad.contiguous(), offsets)
+        return grad, torch.linalg.vecdot(sums, W_dec), None, None
 
 
 def _dots(rows: Tensor, latents: Tensor, pattern: Pattern) -> Tensor:

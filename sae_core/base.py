@@ -228,9 +228,9 @@ class SAE(nn.Module):
         """Decode in the normalised space: (N, D_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
-    def reconstruct_for_losses(self, codes: Codes) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction, and beside it what a variant's losses need of the decoder."""
-        return self.reconstruct(codes), {}
+        return self.reconstruct(activation.codes), {}
 
     def complete(self, recon: Tensor, source: Source) -> Tensor:
         """Add to a reconstruction (N, D_out) what does not pass through the codes."""
@@ -243,7 +243,7 @@ class SAE(nn.Module):
     def forward_source(self, source: Source) -> SAEOutput:
         """Encode and decode prepared rows."""
         activation = self.activate(self.centre(source.input))
-        recon, extras = self.reconstruct_for_losses(activation.codes)
+        recon, extras = self.reconstruct_for_losses(activation)
         recon = self.complete(recon, source)
         return SAEOutput(
             x_hat=source.undo(recon),

@@ -51,7 +51,9 @@ class Pattern:
     @classmethod
     def of_rows(cls, rows: Tensor, indices: Tensor, n_rows: int, d_sae: int) -> "Pattern":
         """Pattern of entries (rows, indices), both (nnz,), rows ascending."""
-        return cls(n_rows, d_sae, indices, _offsets(rows, n_rows))
+        pattern = cls(n_rows, d_sae, indices, _offsets(rows, n_rows))
+        pattern.__dict__["row_of"] = rows  # what the cached property would find out
+        return pattern
 
     @property
     def is_full(self) -> bool:
@@ -78,8 +80,8 @@ class Pattern:
         indices = self.entries[0]
         # Narrower numbers sort two to four times faster.
         narrow = torch.int16 if self.d_sae <= 2**15 else torch.int32
-        order = torch.sort(indices.to(narrow), stable=True).indices
-        return Transposed(order, self.row_of[order], _offsets(indices, self.d_sae))
+        latents, order = torch.sort(indices.to(narrow), stable=True)
+        return Transposed(order, self.row_of.take(order), _offsets(latents, self.d_sae))
 
     def take(self, matrix: Tensor) -> Tensor:
         """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
@@ -87,11 +89,10 @@ class Pattern:
 
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
-    """(n_groups + 1,) where each group's entries start once they are sorted by group; groups (nnz,) int64."""
-    offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
-    # bincount would make the host wait for CUDA: the length of its result is a number of the data.
-    offsets[1:].scatter_add_(0, groups, torch.ones_like(groups))
-    return offsets.cumsum(0)
+    """(n_groups + 1,) int64 where each group's entries start; groups (nnz,) ascending."""
+    ends = torch.arange(n_groups, dtype=groups.dtype, device=groups.device)
+    # Found without a count whose length depends on the data: that would make the host wait for CUDA.
+    return torch.nn.functional.pad(torch.searchsorted(groups, ends, right=True), (1, 0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from sae_core.kernels import entries_above, sampled_dot, screen, streamed, true_
 class PreActs:
     """p = h @ W_enc + b of N rows, without gradients. What is selected comes as codes: values of p on a pattern.
 
-    Where a screen (`kernels/screen.py`) or a stream (`kernels/streamed.py`) pays, the (N, F) matrix is never built; what
+    Where a screen (`kernels/screen.py`) or a stream (`kernels/streamed.py`) pays, the (N, F) matrix is not built; what
     is selected is the same.
     """
 
@@ -93,7 +93,8 @@ class PreActs:
         codes = self._screened_above(bound)
         if codes is None and self._streams:
             found = streamed.product_above(self._h, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
-            codes = None if found is None else Codes(found.values, self._pattern(found.positions))
+            if found is not None:
+                codes = Codes(found.values, Pattern.of_rows(found.rows, found.latents, *self.shape))
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
 
     @property
@@ -135,12 +136,9 @@ class PreActs:
 
     def _at_positions(self, positions: Tensor) -> Codes:
         """Those at flat positions (nnz,) in (N, F), rows ascending."""
-        return self.at(self._pattern(positions))
-
-    def _pattern(self, positions: Tensor) -> Pattern:
         n_rows, d_sae = self.shape
         rows = positions // d_sae
-        return Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae)
+        return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))
 
     @staticmethod
     @torch.no_grad()

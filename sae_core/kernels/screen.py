@@ -85,7 +85,7 @@ def sample(h: Tensor, W: Tensor, bias: Tensor) -> Tensor:
 
 def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
     """Round rows h (N, D), latents W (F, D) and bias (F,) to bfloat16, and bound what that loses."""
-    rows, row_loss, row_norm = _round(h)
+    rows, row_loss, _ = _round(h)
     latents, latent_loss, latent_norm = _round(W)
     rows[:, h.shape[1] : h.shape[1] + BIAS_TERMS] = 1.0
     left = bias

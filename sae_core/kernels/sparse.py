@@ -20,10 +20,11 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
-def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return out[r] = sum over entries j of bag r of weights[j] * table[indices[j]].
 
-    indices (nnz,) int64, table (M, D), offsets (N + 1,) int64, weights (nnz,) -> (N, D). An empty bag gives zeros.
+    indices (nnz,) int64, table (M, D), offsets (N + 1,) int64, weights (nnz,) or None for 1 -> (N, D). An empty bag
+    gives zeros.
     The entries of a bag are added in their order, so equal inputs give equal bits.
     """
     if indices.numel() == 0:
@@ -31,7 +32,9 @@ def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) ->
     if takes_triton(table):
         from sae_core.kernels import triton_bag
 
-        return triton_bag.bag_sum(indices, table, offsets, weights)
+        return triton_bag.bag_sum(
+            indices, table, offsets, table.new_ones(indices.shape) if weights is None else weights
+        )
     return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 

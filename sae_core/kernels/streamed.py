@@ -14,9 +14,10 @@ CHUNK_ENTRIES = 2**22  # 16 MiB of float32
 
 
 class Entries(NamedTuple):
-    """Entries of a (N, F) matrix."""
+    """Entries of a (N, F) matrix, row by row."""
 
-    positions: Tensor  # (nnz,) int64, flat, ascending
+    rows: Tensor  # (nnz,) int64, ascending
+    latents: Tensor  # (nnz,) int64
     values: Tensor  # (nnz,)
 
 
@@ -36,15 +37,15 @@ def product_above(h: Tensor, W: Tensor, bias: Tensor, bound: Tensor | float, max
     size = -(-n_rows // n_chunks)
     buffer, mask = h.new_empty(size, d_sae), torch.empty(size, d_sae, dtype=torch.bool)
     limit = bound.numpy() if isinstance(bound, Tensor) else np.float32(bound)
-    positions, values, n_found = [], [], 0
+    found: list[Entries] = []
+    n_found = 0
     for start in range(0, n_rows, size):
         rows = h[start : start + size]
         part = torch.mm(rows, W, out=buffer[: len(rows)]).add_(bias)
         np.greater(part.numpy(), limit, out=mask[: len(rows)].numpy())  # torch takes four times as long
-        found = mask[: len(rows)].view(-1).nonzero().squeeze(1)
-        n_found += found.numel()
+        row, latent = mask[: len(rows)].nonzero(as_tuple=True)
+        n_found += row.numel()
         if n_found > max_share * (start + len(rows)) * d_sae:
             return None
-        values.append(part.view(-1)[found])
-        positions.append(found + start * d_sae)
-    return Entries(torch.cat(positions), torch.cat(values))
+        found.append(Entries(row + start, latent.contiguous(), part[row, latent]))
+    return Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_core.autograd import per_entry
+from sae_core.autograd import add_silent, per_entry
 from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes
+from sae_core.codes import Codes, Pattern
 from sae_core.functional import jumprelu, step
 from sae_core.options import Progress, option
 from sae_core.registry import register
@@ -20,9 +20,16 @@ from sae_core.registry import register
 RECIPES = ("tanh", "l0", "l0_target")
 
 
+@dataclass(frozen=True, eq=False)
+class JumpReLUActivation(Activation):
+    """Codes of the active entries."""
+
+    silent: Pattern | None = None  # entries at most half a bandwidth under the threshold; None: stored in the codes
+
+
 @register("jumprelu")
 class JumpReLUSAE(SAE):
-    """z = p * H(p - theta). The stored entries also hold p within half a bandwidth of theta: they move theta."""
+    """z = p * H(p - theta). Entries up to half a bandwidth under theta are silent, but they move theta."""
 
     saelens_architecture = "jumprelu"
     reads_saelens = "jumprelu"
@@ -59,13 +66,31 @@ class JumpReLUSAE(SAE):
         self.threshold = nn.Parameter(torch.full((self.config.d_sae,), self.threshold_start))
 
     def activate(self, h: Tensor) -> Activation:
-        """JumpReLU on the entries that are active or, while training, within half a bandwidth of the threshold."""
+        """JumpReLU on the active entries; while training, also which are silent within half a bandwidth of theta."""
         pre_acts = self.pre_acts(h)
+        threshold = self.threshold.detach()
         reach = self.bandwidth / 2 if self.training else 0.0
-        kept = pre_acts.support(self.threshold.detach() - reach)
+        kept, silent = pre_acts.support(threshold - reach), None
+        if reach and not kept.pattern.is_full:
+            active = kept.values > threshold[kept.indices]
+            kept, silent = kept.keep(active), kept.keep(~active).pattern
         p = self.encode_at(h, kept)
         z = jumprelu(p, per_entry(self.threshold, kept.pattern), self.bandwidth)
-        return Activation(Codes(z, kept.pattern), pre_acts, {"p": p})
+        return JumpReLUActivation(Codes(z, kept.pattern), pre_acts, {"p": p}, silent)
+
+    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction, with gradients of the thresholds from silent entries, and how many these are."""
+        recon, extras = super().reconstruct_for_losses(activation)
+        if not isinstance(activation, JumpReLUActivation) or activation.silent is None:
+            return recon, extras
+        z = self._silent(-self.threshold / self.bandwidth)
+        n_silent = activation.silent.transposed.offsets.diff()
+        return add_silent(recon, z, self.W_dec, activation.silent), {**extras, "n_silent": n_silent}
+
+    def _silent(self, slope: Tensor | float) -> Tensor:
+        """Zeros (F,) whose derivative in the threshold is `slope`."""
+        moved = self.threshold - self.threshold.detach()
+        return moved * (slope.detach() if isinstance(slope, Tensor) else slope)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The recipe's sparsity term and, for tanh, the loss that brings dead latents back."""
@@ -74,7 +99,11 @@ class JumpReLUSAE(SAE):
             return {"l0": coef * self._l0_penalty(out)}
         norms = self.W_dec.norm(dim=1)
         scaled = out.codes.values * per_entry(norms, out.codes.pattern)
-        terms = {"l0": coef * torch.tanh(self.config.tanh_scale * scaled).sum() / out.codes.shape[0]}
+        total = torch.tanh(self.config.tanh_scale * scaled).sum()
+        if "n_silent" in out.extras:  # tanh has slope 1 at 0
+            z = self._silent(-self.threshold / self.bandwidth)
+            total = total + (out.extras["n_silent"] * self.config.tanh_scale * z * norms.detach()).sum()
+        terms = {"l0": coef * total / out.codes.shape[0]}
         dead = self.dead_mask
         if self.config.dead_coef > 0 and bool(dead.any()):
             terms["dead"] = self.config.dead_coef * self._dead_penalty(out, dead, norms) / self.loss_unit
@@ -84,7 +113,10 @@ class JumpReLUSAE(SAE):
         """L0, or (L0/target - 1)^2, with gradients to the thresholds."""
         pattern = out.codes.pattern
         steps = step(out.extras["p"], per_entry(self.threshold, pattern), self.bandwidth)
-        l0 = steps.sum() / out.codes.shape[0]
+        total = steps.sum()
+        if "n_silent" in out.extras:
+            total = total + (out.extras["n_silent"] * self._silent(-1.0 / self.bandwidth)).sum()
+        l0 = total / out.codes.shape[0]
         return (l0 / self.config.l0_target - 1).square() if self.config.recipe == "l0_target" else l0
 
     def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:

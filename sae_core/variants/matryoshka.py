@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_core.autograd import decode_blocks
-from sae_core.base import SAEOutput
-from sae_core.codes import Codes
+from sae_core.base import Activation, SAEOutput
 from sae_core.errors import OptionError
 from sae_core.options import Progress, option
 from sae_core.registry import register
@@ -59,11 +58,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         latents = torch.arange(self.config.d_sae)
         self.register_buffer("group_of", torch.bucketize(latents, ends, right=True), persistent=False)
 
-    def reconstruct_for_losses(self, codes: Codes) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
         """All prefixes for the price of one decode: each group is decoded once and the groups are summed up."""
         if not self.training:
-            return super().reconstruct_for_losses(codes)
-        groups = decode_blocks(codes, self.W_dec, self.group_of, len(self.config.prefixes))
+            return super().reconstruct_for_losses(activation)
+        groups = decode_blocks(activation.codes, self.W_dec, self.group_of, len(self.config.prefixes))
         # Added one by one: the gradient of a cumulative sum would be flipped, summed and flipped again.
         *inner, whole = list(accumulate(groups.unbind(), initial=self.b_dec))[1:]
         return whole, {f"prefix_{i}": recon for i, recon in enumerate(inner)}

@@ -157,9 +157,9 @@ class RouteSAE(SAE):
         """Decode as the base does."""
         return self.base_sae.reconstruct(codes)
 
-    def reconstruct_for_losses(self, codes: Codes) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
         """Decode as the base does."""
-        return self.base_sae.reconstruct_for_losses(codes)
+        return self.base_sae.reconstruct_for_losses(activation)
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction in the space of x_r."""

@@ -5,7 +5,6 @@ Shapes: N rows, D width, F latents, nnz entries found.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,15 +34,13 @@ def product_above(h: Tensor, W: Tensor, bias: Tensor, bound: Tensor | float, max
     n_rows, d_sae = h.shape[0], W.shape[1]
     n_chunks = max(1, round(n_rows * d_sae / CHUNK_ENTRIES))
     size = -(-n_rows // n_chunks)
-    buffer, mask = h.new_empty(size, d_sae), torch.empty(size, d_sae, dtype=torch.bool)
-    limit = bound.numpy() if isinstance(bound, Tensor) else np.float32(bound)
+    buffer = h.new_empty(size, d_sae)
     found: list[Entries] = []
     n_found = 0
     for start in range(0, n_rows, size):
         rows = h[start : start + size]
         part = torch.mm(rows, W, out=buffer[: len(rows)]).add_(bias)
-        np.greater(part.numpy(), limit, out=mask[: len(rows)].numpy())  # torch takes four times as long
-        row, latent = mask[: len(rows)].nonzero(as_tuple=True)
+        row, latent = (part > bound).nonzero(as_tuple=True)
         n_found += row.numel()
         if n_found > max_share * (start + len(rows)) * d_sae:
             return None

@@ -301,11 +301,15 @@ class SAE(nn.Module):
         return self.loss_variance if self.config.loss == "mse" else torch.ones_like(self.loss_variance)
 
     def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
-        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
+        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse).
+
+        target (N, D_out), recon (N, D_out) or several of them, (P, N, D_out).
+        """
         if self.reconstruction_name == "nmse":
             squared = (target - recon).square().sum(-1)
             return (squared / target.square().sum(-1).clamp_min(1e-12)).mean()
-        return F.mse_loss(recon, target, reduction="sum") / (self.loss_unit * recon.shape[0])
+        squared = F.mse_loss(recon, target.expand_as(recon), reduction="sum")
+        return squared / (self.loss_unit * recon[..., 0].numel())
 
     def auxk_term(self, out: SAEOutput, k_aux: int, coef: float) -> Tensor | None:
         """AuxK on the dead latents, on the loss's scale; None while no latent is dead or the term is off."""

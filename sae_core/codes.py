@@ -78,14 +78,17 @@ class Pattern:
     def transposed(self) -> Transposed:
         """The entries grouped by latent; rows ascend within a latent, so sums over rows have one order."""
         indices = self.entries[0]
-        # Narrower numbers sort two to four times faster.
-        narrow = torch.int16 if self.d_sae <= 2**15 else torch.int32
-        latents, order = torch.sort(indices.to(narrow), stable=True)
+        latents, order = sort_narrow(indices, self.d_sae)
         return Transposed(order, self.row_of.take(order), _offsets(latents, self.d_sae))
 
     def take(self, matrix: Tensor) -> Tensor:
         """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
         return matrix if self.is_full else matrix.reshape(-1)[self.row_of * self.d_sae + self.entries[0]]
+
+
+def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":
+    """Sort integers of [0, stop), stably, as the narrowest type that holds them: two to four times faster."""
+    return torch.sort(numbers.to(torch.int16 if stop <= 2**15 else torch.int32), stable=True)
 
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:

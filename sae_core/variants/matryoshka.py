@@ -1,12 +1,11 @@
 """Matryoshka: nested prefixes of the dictionary each reconstruct the input (Bussmann et al., arXiv 2503.17547)."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from sae_core.autograd import decode_blocks
+from sae_core.autograd import decode_blocks, prefix_sums
 from sae_core.base import Activation, SAEOutput
 from sae_core.errors import OptionError
 from sae_core.options import Progress, option
@@ -63,13 +62,13 @@ class MatryoshkaSAE(BatchTopKSAE):
         if not self.training:
             return super().reconstruct_for_losses(activation)
         groups = decode_blocks(activation.codes, self.W_dec, self.group_of, len(self.config.prefixes))
-        # Added one by one: the gradient of a cumulative sum would be flipped, summed and flipped again.
-        *inner, whole = list(accumulate(groups.unbind(), initial=self.b_dec))[1:]
-        return whole, {f"prefix_{i}": recon for i, recon in enumerate(inner)}
+        inner, whole = prefix_sums(groups, self.b_dec)
+        return whole, {"prefixes": inner}
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The losses of the proper prefixes (the whole dictionary's is the reconstruction loss), and AuxK."""
         terms = super().penalties(out, progress)
-        names = [name for name in out.extras if name.startswith("prefix_")]
-        inner = [self.reconstruction_loss(out.extras[name], out.source.target) for name in names]
-        return {"prefixes": torch.stack(inner).sum(), **terms} if inner else terms
+        inner = out.extras.get("prefixes")
+        if inner is None or len(inner) == 0:
+            return terms
+        return {"prefixes": len(inner) * self.reconstruction_loss(inner, out.source.target), **terms}

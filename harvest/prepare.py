@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
-BATCHES_PER_BUFFER = 32  # enough to find windows of like length
+BATCHES_PER_BUFFER = 16  # enough to find windows of like length; the last buffer is written while no model runs
 BUFFER_BYTES = 512 << 20  # of activations; up to three buffers are alive at once
 SHARD_BYTES = 512 << 20  # of activations at the widest hook point
 DEFAULT_CTX_LEN = 512

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,13 @@ class WindowRules:
     def room(self) -> int:
         """Tokens of a document that fit in a window."""
         return self.ctx_len - len(self.prefix) - len(self.suffix)
+
+    @cached_property
+    def special_table(self) -> npt.NDArray[np.bool_]:
+        """Whether an id is special; the last entry stands for all larger ids."""
+        table = np.zeros(max(self.special_ids, default=-1) + 2, np.bool_)
+        table[list(self.special_ids)] = True
+        return table
 
 
 @dataclass(frozen=True)
@@ -265,21 +273,18 @@ def make_window(
     rules: WindowRules,
 ) -> Window:
     """Special tokens around a piece; they belong to the first and last document in it."""
-    n_before, n_after = len(rules.prefix), len(rules.suffix)
-    n = n_before + len(ids) + n_after
+    start, stop = len(rules.prefix), len(rules.prefix) + len(ids)
+    n = stop + len(rules.suffix)
     out = Window(
-        number,
-        np.concatenate([rules.prefix, ids, rules.suffix]).astype(np.int32),
-        np.concatenate([np.full(n_before, doc_id[0]), doc_id, np.full(n_after, doc_id[-1])]).astype(np.int64),
-        np.full(n, -1, np.int32),
-        np.zeros(n, np.uint8),
-        documents,
+        number, np.empty(n, np.int32), np.empty(n, np.int64), np.full(n, -1, np.int32), np.zeros(n, np.uint8), documents
     )
-    out.doc_position[n_before : n - n_after] = doc_position
+    out.ids[:start], out.ids[start:stop], out.ids[stop:] = rules.prefix, ids, rules.suffix
+    out.doc_id[:start], out.doc_id[start:stop], out.doc_id[stop:] = doc_id[0], doc_id, doc_id[-1]
+    out.doc_position[start:stop] = doc_position
     special = out.doc_position < 0
     if rules.special_ids:
-        special |= np.isin(out.ids, list(rules.special_ids))
-    out.flags[special] |= FLAG_SPECIAL
+        special |= rules.special_table.take(out.ids, mode="clip")
+    out.flags[special] = FLAG_SPECIAL
     out.flags[0] |= FLAG_WINDOW_START
     return out
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_core.kernels.select import GROUP, at_least, group_maxima
 
-MIN_ENTRIES = 2**22  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
+MIN_ENTRIES = 3 * 2**21  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
 MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole
 CHUNK_ENTRIES = 2**23  # of a product in bfloat16, 16 MiB, held at a time
 BIAS_TERMS = 3  # a float32 is the sum of three bfloat16

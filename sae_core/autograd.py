@@ -146,7 +146,7 @@ def _dots(rows: Tensor, latents: Tensor, pattern: Pattern) -> Tensor:
 def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pattern]:
     """Which entries are not zero, and their pattern; all of them if more than half are. Zeros add nothing to a sum.
 
-    jumprelu stores many entries at zero, whose thresholds learn.
+    gated stores latents whose gate is open and whose magnitude is zero, topk those under zero among the k largest.
     """
     if takes_triton(values):
         return slice(None), pattern  # those kernels do not read the rows of zeros; to count them the host would wait

@@ -89,9 +89,7 @@ class SAE(nn.Module):
         d_sae: int = option(help="number of latents", gt=0)
         normalize: str = option("dataset", help="input normalisation", choices=MODES)
         loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
-        b_dec_init: str = option(
-            "geometric_median", help="start of b_dec", choices=("geometric_median", "mean", "zero")
-        )
+        b_dec_init: str = option("geometric_median", help="start of b_dec", choices=B_DEC_INITS)
         dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
 
         def __post_init__(self) -> None:

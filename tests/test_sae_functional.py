@@ -63,6 +63,16 @@ def test_entries_above_a_bound_are_those_of_a_scan(n_rows, n_columns, bound, gro
     assert torch.equal(entries_above(matrix, bound), (matrix.reshape(-1) > bound).nonzero().squeeze(1))
 
 
+def test_zeros_are_not_above_zero_where_tiny_numbers_are_taken_as_zero() -> None:
+    matrix = torch.full((3, 64), -1.0)
+    matrix[0, 3], matrix[1, 5] = 0.0, 1.0
+    torch.set_flush_denormal(True)
+    try:
+        assert entries_above(matrix, 0.0).tolist() == [64 + 5]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_kth_largest_counts_ties() -> None:
     values = torch.tensor([2.0, 5.0, 5.0, -1.0])
     assert [float(kth_largest(values, k)) for k in (1, 2, 3, 4)] == [5.0, 5.0, 2.0, -1.0]

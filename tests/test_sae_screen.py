@@ -117,6 +117,20 @@ def test_the_slack_covers_what_rounding_moves(seed: int, kind: str, n_rows: int)
     assert bool(((exact - approximate.double()).abs() <= room.double() * (1 + 1e-6)).all())
 
 
+@pytest.mark.usefixtures("always_screen")
+@pytest.mark.parametrize("scale", [1e-24, 1e25])
+def test_rows_whose_squares_leave_float32(scale: float) -> None:
+    h, W_enc, bias = factors("uneven_latents", 300, seed=5)
+    W_enc = W_enc.masked_fill(group_of(F) == 3, 0.0)  # here the bias alone decides
+    bias = bias + 5.0 * (group_of(F) == 3)
+    values = (h.double() @ W_enc.double() + bias.double()).float()
+    tied = (values.abs() - 3.0).abs() < 1e-4
+    found = PreActs(h * scale, W_enc, bias * scale).above(3.0 * scale).dense()
+    assert torch.equal((found > 0)[~tied], (values > 3.0)[~tied])
+    largest = PreActs(h * scale, W_enc, bias * scale).topk(5).values.view(300, 5).sort(descending=True).values
+    torch.testing.assert_close(largest / scale, values.topk(5, dim=1).values, rtol=1e-5, atol=1e-5)
+
+
 def test_too_many_candidates_or_rows_that_are_not_finite_take_the_whole_product(monkeypatch) -> None:
     monkeypatch.setattr(screen, "pays", lambda h, d_sae: True)
     h, W_enc, bias = factors("near_ties", 300, seed=0)

@@ -2,11 +2,12 @@
 
 Shapes: N rows, D width, F latents. Exact is p = h @ W.T + b in float32; v is what the bfloat16 product sums up, a is v
 rounded to bfloat16. With rounded factors h', W' the Cauchy-Schwarz inequality bounds |p - v| for every latent j by
-|h| |W_j - W'_j| + |h - h'| |W'_j|, plus what summing in float32 loses. The slack s takes the largest of these over the
-latents of a group (`select.py`): a few latents with large weights do not loosen the bound of all others. Rounding is
-monotone, so p >= T implies a >= bfloat16(T - s): no entry that matters is ever missed.
+|h| |W_j - W'_j| + |h - h'| |W'_j|, plus what summing in float32 loses and what is too small for float32. The slack s
+takes the largest of these over the latents of a group (`select.py`): a few latents with large weights do not loosen the
+bound of all others. Rounding is monotone, so p >= T implies a >= bfloat16(T - s): no entry that matters is ever missed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ ROWS_SAMPLED, LATENTS_SAMPLED = 64, 4096  # of which the entries tell roughly ho
 ROW_TILE = 32  # rows that matrix units take at a time
 PAD = 32  # columns that carry the bias: matrix units work on tiles of 32
 BFLOAT16_ROUNDING, FLOAT32_ROUNDING = 2.0**-8, 2.0**-23
-TINY = 1e-30
+SMALLEST = 2.0**-126  # in magnitude: the processor may take smaller numbers as 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,10 @@ class Screen:
     row_slack: Tensor  # (N,) of the latent whose slack is the largest
     group_share: Tensor  # (G,) in [0, 1], of that slack
     bias_slack: Tensor  # () further slack of every entry
+
+    def is_bounded(self) -> bool:
+        """Whether the slack is a number: not for factors with NaN, or whose squares exceed float32."""
+        return bool(torch.isfinite(self.row_slack.max() + self.bias_slack))
 
     def slack(self, start: int, stop: int) -> Tensor:
         """Slack (n, G) of the entries of each group, in some rows."""
@@ -95,15 +100,19 @@ def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
     # Bound of entry (n, j) without the bias: |h_n| loss_j + loss_n |W'_j| + summing |h_n| |W'_j|.
     summing = (h.shape[1] + PAD) * FLOAT32_ROUNDING
     largest_loss, largest_norm = latent_loss.max(), latent_norm.max()
-    row_slack = h.norm(dim=1) * (largest_loss + summing * largest_norm) + row_loss * largest_norm
-    shares = torch.maximum(latent_loss / largest_loss.clamp_min(TINY), latent_norm / largest_norm.clamp_min(TINY))
-    bias_slack = summing * bias.abs().max()
+    row_norm = h.norm(dim=1) + _lost_in_norms(h)
+    row_slack = row_norm * (largest_loss + summing * largest_norm) + row_loss * largest_norm
+    shares = torch.maximum(latent_loss / largest_loss, latent_norm / largest_norm)
+    bias_slack = summing * bias.abs().max() + 4 * (h.shape[1] + PAD) * SMALLEST
     roomy = 1 + 1e-4  # norms and shares are themselves rounded
     return Screen(rows, latents, row_slack * roomy, group_maxima(shares[None])[0] * roomy, bias_slack)
 
 
 def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix (M, D) in bfloat16 with PAD columns of zeros, per row the norm of what is lost, and of what is kept."""
+    """A matrix (M, D) in bfloat16 with PAD columns of zeros, and for each row bounds of two norms.
+
+    Of what is lost, and of what is kept.
+    """
     n_rows, d = matrix.shape
     rounded = torch.empty(n_rows, d + PAD, dtype=torch.bfloat16, device=matrix.device)
     rounded[:, d:] = 0
@@ -113,16 +122,21 @@ def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
         back = rounded[i : i + block, :d].float()
         torch.linalg.vector_norm(back, dim=1, out=kept[i : i + block])
         torch.linalg.vector_norm(back.sub_(matrix[i : i + block]), dim=1, out=lost[i : i + block])
-    return rounded, lost, kept
+    return rounded, lost.add_(_lost_in_norms(matrix)), kept.add_(_lost_in_norms(matrix))
+
+
+def _lost_in_norms(matrix: Tensor) -> float:
+    """How much too small the norm of a row of (M, D) may be because squares are taken as 0."""
+    return math.sqrt(matrix.shape[1] * SMALLEST)
 
 
 def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> Tensor | None:
     """Flat positions (C,) in (N, F), ascending by row, among which are the k largest entries of each row.
 
-    None where they are too many for the screen to pay, or the rows are not finite.
+    None where they are too many for the screen to pay, or nothing bounds them.
     """
     n_rows, d_sae = len(screened.rows), len(screened.latents)
-    if d_sae < GROUP * k:
+    if d_sae < GROUP * k or not screened.is_bounded():
         return None
     found = []
     for approximate, slack, start in screened.chunks():
@@ -132,12 +146,17 @@ def topk_candidates(screened: Screen, k: int, *, by_magnitude: bool = False) -> 
             return None
         found.append(positions + start * d_sae)
     positions = torch.cat(found)
-    complete = torch.bincount(positions // d_sae, minlength=n_rows).min() >= k  # false for rows with NaN
+    complete = torch.bincount(positions // d_sae, minlength=n_rows).min() >= k  # false where a product overflows
     return positions if bool(complete) else None
 
 
 def candidates_above(screened: Screen, bound: float) -> Tensor | None:
-    """Flat positions (C,) in (N, F), ascending by row, among which are all entries > bound. None if they are many."""
+    """Flat positions (C,) in (N, F), ascending by row, among which are all entries > bound.
+
+    None where they are too many for the screen to pay, or nothing bounds them.
+    """
+    if not screened.is_bounded():
+        return None
     found = []
     for entries, slack, start in screened.chunks():
         least = slack.new_full((len(slack),), bound)

@@ -63,10 +63,12 @@ def entries_above(matrix: Tensor, bound: float) -> Tensor:
     """Flat positions (nnz,) int64 of the entries of (N, F) that exceed a bound, ascending."""
     if not _pays(matrix):
         return true_entries(matrix > bound)
-    above = torch.nextafter(torch.tensor(bound, dtype=matrix.dtype), torch.tensor(torch.inf, dtype=matrix.dtype))
     maxima = group_maxima(matrix)
-    found = at_least(matrix, maxima, above.to(matrix.device).expand_as(maxima), matrix.numel() // 32)
-    return true_entries(matrix > bound) if found is None else found.sort().values
+    found = at_least(matrix, maxima, maxima.new_full((), bound).expand_as(maxima), matrix.numel() // 32)
+    if found is None:
+        return true_entries(matrix > bound)
+    # Not by the next larger number as the bound: above 0 that is one which the processor may take as 0.
+    return found[matrix.view(-1)[found] > bound].sort().values
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:

@@ -27,7 +27,7 @@ def _add_entries(
         here = entries < stop
         weight = tl.load(weights + entries, mask=here, other=0.0).to(total.dtype)
         row = tl.load(indices + entries, mask=here, other=0).to(tl.int64)
-        # A weight of zero adds nothing and its row is not read: jumprelu stores many.
+        # A weight of zero adds nothing and its row is not read: see `_without_zeros`.
         taken = (weight != 0.0) & (columns < width)[None, :]
         at = table + row * stride_row + columns[None, :] * stride_column
         tile = tl.load(at, mask=taken, other=0.0).to(total.dtype)

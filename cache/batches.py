@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.pools import Pool, PoolSource
-from cache.prefetch import Prefetcher
+from cache.prefetch import THREADS, Prefetcher, in_background
 
 BATCHES_AHEAD = 4
 
@@ -66,7 +66,7 @@ def deliver(
     source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None
 ) -> Generator[Batch, None, None]:
     """Batches from a state on, in the storage dtype, by hook point."""
-    executor = ThreadPoolExecutor(source.n_threads, thread_name_prefix="cache-copy")
+    executor = ThreadPoolExecutor(source.n_threads, thread_name_prefix=THREADS + "copy")
     pools = Prefetcher(source.pools(state.epoch, state.cursor, epochs, batch_size, executor), depth=1)
     on_host = source.device.type != "cuda"
 
@@ -80,7 +80,7 @@ def deliver(
         yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
     finally:
         pools.close()
-        executor.shutdown(cancel_futures=True)
+        executor.shutdown(wait=not in_background(), cancel_futures=True)
 
 
 def _cut(

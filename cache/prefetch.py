@@ -8,6 +8,12 @@ from collections.abc import Generator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+THREADS = "cache-"  # how the names of all background threads of loaders begin
+
+
+def in_background() -> bool:
+    """Whether this is a thread of some loader."""
+    return threading.current_thread().name.startswith(THREADS)
 
 
 class Prefetcher(Generic[T]):
@@ -20,14 +26,19 @@ class Prefetcher(Generic[T]):
     def __init__(self, items: Generator[T, None, None], depth: int) -> None:
         self._items = items
         self._queue: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
-        self._permits = threading.Semaphore(depth)
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._permits.put(None)
         self._stopped = self._ended = False
-        self._thread = threading.Thread(target=self._work, name="cache-prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=THREADS + "prefetch", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         try:
-            while self._permits.acquire() and not self._stopped:
+            while True:
+                self._permits.get()
+                if self._stopped:
+                    break
                 self._queue.put((next(self._items),))
         except StopIteration:
             pass
@@ -43,7 +54,7 @@ class Prefetcher(Generic[T]):
     def __next__(self) -> T:
         got = None if self._ended else self._queue.get()
         if isinstance(got, tuple):
-            self._permits.release()
+            self._permits.put(None)
             return got[0]
         self._ended = True
         self._thread.join()
@@ -52,7 +63,12 @@ class Prefetcher(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread and wait for it; items made and not taken are dropped."""
+        """Stop the thread and wait for it; items made and not taken are dropped.
+
+        The garbage collector may call this anywhere: a SimpleQueue can be put to amid a `put` or `get` of the same
+        thread, and a background thread only says that all is over, since it may be the one to be waited for.
+        """
         self._ended = self._stopped = True
-        self._permits.release()
-        self._thread.join()
+        self._permits.put(None)
+        if not in_background():
+            self._thread.join()

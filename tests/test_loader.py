@@ -1,8 +1,11 @@
 """The loader: every surviving row exactly once per epoch, exact seeking, exact accounting."""
 
 import gc
+import itertools
+import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -271,6 +274,38 @@ def test_threads_end_with_their_loader(make_cache) -> None:
     del loader  # never closed
     gc.collect()
     assert n_threads() == before
+
+
+@pytest.mark.parametrize(("owner", "name"), [(cache.order.Order, "pool"), (cache.staging.HostRows, "take")])
+def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, owner, name) -> None:
+    """The garbage collector runs in any thread, and a thread cannot wait for itself."""
+    go, calls, original = threading.Event(), itertools.count(), getattr(owner, name)
+
+    def collecting(*args):
+        if next(calls) >= 2:  # the batch taken needs none of these
+            go.wait()
+            gc.collect()
+        return original(*args)
+
+    def own_threads():
+        return [t for t in threading.enumerate() if t.name.startswith("cache-") and t not in before]
+
+    before, errors = set(threading.enumerate()), []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    monkeypatch.setattr(owner, name, collecting)
+    knot = SimpleNamespace(loader=Loader(cache.open(make_cache()), batch_size=30, pool_rows=100))
+    knot.self = knot  # only the collector finds it
+    next(knot.loader)
+    threads = own_threads()
+    assert len(threads) >= 2
+    gc.disable()
+    del knot
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    gc.enable()
+    assert not own_threads()
+    assert not errors
 
 
 def test_known_counts_are_not_counted_again(make_cache, monkeypatch) -> None:

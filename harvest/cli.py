@@ -233,7 +233,7 @@ class _errors:
             _fail(f"error: {_os_problem(error)}; mend it and run the command again, --debug shows where it happened", 2)
         if isinstance(error, KeyboardInterrupt):
             code = error.exit_code if isinstance(error, InterruptedHarvest) else 130
-            _fail("interrupted: committed shards stay; run the same command again to continue", code)
+            _fail("interrupted: run the same command again to continue behind the last committed shard, if any", code)
 
 
 def _os_problem(error: OSError) -> str:

@@ -7,7 +7,7 @@ import os
 
 OFFLINE_HINT = (
     "there is no network (or HF_HUB_OFFLINE is set) and it is not in the local cache; "
-    "{kind} also takes a local path, and demo names a pair that is installed with the package"
+    "{kind} also takes a local path, and the model and the text that come with the package are both named demo"
 )
 _TIMEOUT_SECONDS = 10.0
 _SHOWN_CHARACTERS = 300

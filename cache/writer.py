@@ -12,11 +12,7 @@ synced; then its record is synced and linked into commits/, and that folder sync
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from cache import files
-from cache.errors import BadRowsError, CacheError, CacheLockedError, ConcurrentWriteError, SpecError
-from cache.layout import GROUPS, LOCK, MANIFEST, TEMPORARY, VOCABULARY, commit_path, zarr_files
+from cache.errors import BadRowsError, CacheError, ConcurrentWriteError
+from cache.layout import GROUPS, LOCK, MANIFEST, VOCABULARY, commit_path, zarr_files
 from cache.lock import CacheLock
 from cache.manifest import FileEntry, Manifest, ShardRecord, manifest_of
 from cache.records import (
@@ -37,12 +33,12 @@ from cache.records import (
     remove_contents,
 )
 from cache.rows import CacheSpec, Cursor, DocumentRow, Rows
+from cache.session import ZARR_ATTRIBUTES, Session, remove_leftovers
 from cache.shard import OpenShard
-from cache.signed import FORMAT, VERSION, dump_signed
+from cache.signed import dump_signed
+from cache.spec_json import plain_json, plain_spec, vocabulary_bytes
 from cache.split import check_rows, documents_by_row, split_windows, window_lengths
 from cache.stats import merge_all
-
-ZARR_ATTRIBUTES = {"format": FORMAT, "version": VERSION}
 
 
 class CacheWriter:
@@ -64,7 +60,7 @@ class CacheWriter:
         self._shard: OpenShard | None = None
         self._broken = False
         self._lock: CacheLock | None = None
-        self._session = path / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._session = Session(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], spec: CacheSpec) -> CacheWriter:
@@ -74,13 +70,13 @@ class CacheWriter:
         holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
         path = Path(path)
-        vocabulary = _vocabulary_bytes(spec)
-        want = manifest_of(_plain(spec), None if vocabulary is None else FileEntry.of(vocabulary))
+        vocabulary = vocabulary_bytes(spec)
+        want = manifest_of(plain_spec(spec), None if vocabulary is None else FileEntry.of(vocabulary))
         have = existing_manifest(path)
         if have is not None:
             refuse_mismatch(path, have, want)
             if have.complete:
-                _remove_leftovers(path)
+                remove_leftovers(path)
                 return cls(path, have, have.shards)
         with files.no_space_is_clear(path):
             return cls._open_locked(path, want, vocabulary)
@@ -111,16 +107,15 @@ class CacheWriter:
             raise
 
     def _prepare(self, vocabulary: bytes | None, *, new: bool) -> None:
-        shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
-        self._session.mkdir(parents=True)
+        self._session.begin()
         if new:
-            self._put(MANIFEST, dump_signed(self.manifest.to_json()))
+            self._session.put(MANIFEST, dump_signed(self.manifest.to_json()))
         for folder in (*GROUPS, "commits", "documents", *(array.path for array in self.layout.arrays)):
             (self.path / folder).mkdir(exist_ok=True)
         if vocabulary is not None and not (self.path / VOCABULARY).exists():
-            self._put(VOCABULARY, vocabulary)
+            self._session.put(VOCABULARY, vocabulary)
         clear_uncommitted(self.path, self.layout, self.n_shards)
-        self._write_zarr()
+        self._session.write_zarr(self.layout, self.n_shards)
         files.sync_folder(self.path)
 
     @property
@@ -174,7 +169,7 @@ class CacheWriter:
 
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
-            folder = self._session / f"{self.n_shards:08d}"
+            folder = self._session.folder / f"{self.n_shards:08d}"
             self._shard = OpenShard(self.layout, self.manifest.dtype, self.n_shards, folder)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
@@ -191,7 +186,7 @@ class CacheWriter:
         with self._breaking():
             if self._shard is None and self.n_shards == 0:
                 raise CacheError(f"{self.path}: no rows were harvested, and a cache of none is not written")
-            plain_summary = _plain_json(summary, "summary")
+            plain_summary = plain_json(summary, "summary")
             self._commit()
             records = load_records(self.path, self.manifest)
             statistics = {
@@ -207,7 +202,7 @@ class CacheWriter:
                 zarr_files={path: FileEntry.of(data) for path, data in zarr.items()},
                 summary=plain_summary,
             )
-            self._replace(MANIFEST, dump_signed(self.manifest.to_json()))
+            self._session.replace(MANIFEST, dump_signed(self.manifest.to_json()))
             self.complete = True
 
     def _commit(self) -> None:
@@ -225,7 +220,7 @@ class CacheWriter:
             files=entries,
             statistics=moments,
         )
-        self._place(temporary, commit_path(index), dump_signed(record.to_json()))
+        self._session.place(temporary, commit_path(index), dump_signed(record.to_json()))
         shard.discard()
         self._shard = None
         self.n_shards += 1
@@ -233,52 +228,7 @@ class CacheWriter:
         self._committed_rows += record.n_rows
         self._committed_bytes += record.n_bytes
         self._last_window = record.last_window
-        self._write_zarr()
-
-    def _place(self, temporary: Mapping[str, Path], record_path: str, record: bytes) -> None:
-        """Link the synced files of a shard into place, then its record; undo it all where the record is not reached."""
-        placed: dict[str, os.stat_result] = {}
-        try:
-            for path, source in temporary.items():
-                before = source.stat()
-                files.link_into_place(source, self.path / path)
-                placed[path] = before
-            for folder in {(self.path / path).parent for path in temporary}:
-                files.sync_folder(folder)
-            for path, before in placed.items():
-                if not os.path.samestat(before, os.stat(self.path / path)):
-                    raise FileExistsError(errno.EEXIST, "replaced by another process", str(self.path / path))
-            self._put(record_path, record)
-        except BaseException:
-            self._take_back(placed, record_path)
-            raise
-
-    def _take_back(self, placed: Mapping[str, os.stat_result], record_path: str) -> None:
-        if (self.path / record_path).exists():
-            return  # the shard is committed, by us or by another
-        for path, ours in placed.items():
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(ours, os.stat(self.path / path)):
-                    (self.path / path).unlink()
-
-    def _write_zarr(self) -> None:
-        """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
-        for path, data in zarr_files(self.layout, self.n_shards, ZARR_ATTRIBUTES).items():
-            target = self.path / path
-            if not target.exists() or target.read_bytes() != data:
-                self._replace(path, data)
-
-    def _put(self, path: str, data: bytes) -> None:
-        temporary = self._session / "new"
-        temporary.unlink(missing_ok=True)
-        files.write_new(temporary, data)
-        files.link_into_place(temporary, self.path / path)
-        files.sync_folder((self.path / path).parent)
-
-    def _replace(self, path: str, data: bytes) -> None:
-        temporary = self._session / "new"
-        temporary.unlink(missing_ok=True)
-        files.replace_file(self.path / path, data, temporary)
+        self._session.write_zarr(self.layout, self.n_shards)
 
     def _usable(self) -> None:
         if self.complete:
@@ -311,9 +261,7 @@ class CacheWriter:
         if self._shard is not None:
             self._shard.discard()
             self._shard = None
-        shutil.rmtree(self._session, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another session's files, only where locks do nothing
-            (self.path / TEMPORARY).rmdir()
+        self._session.end()
         empty = not self.complete and not has_records(self.path)
         if empty:
             remove_contents(self.path)  # nothing was committed: leave nothing behind
@@ -330,40 +278,3 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _plain(spec: CacheSpec) -> CacheSpec:
-    """The spec with its JSON as a reader will see it: tuples become lists, keys strings."""
-    return replace(
-        spec,
-        provenance=_plain_json(spec.provenance, "provenance"),
-        fingerprint=_plain_json(spec.fingerprint, "fingerprint"),
-    )
-
-
-def _plain_json(part: Mapping[str, Any], name: str) -> dict[str, Any]:
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(part), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{name} must be JSON: {error}") from None
-    return plain
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what a writer left that was killed between its last write and its end."""
-    if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
-        return
-    lock = CacheLock(path / LOCK)
-    with contextlib.suppress(OSError, CacheLockedError):  # a read-only cache, or its writer is just about to end
-        lock.acquire()
-        shutil.rmtree(path / TEMPORARY, ignore_errors=True)
-        lock.release()
-
-
-def _vocabulary_bytes(spec: CacheSpec) -> bytes | None:
-    """The token strings as a JSON list, one per line."""
-    if spec.vocabulary is None:
-        return None
-    if not all(isinstance(word, str) for word in spec.vocabulary):
-        raise SpecError("vocabulary must hold a string for every token id (an empty one for an id that is not used)")
-    return json.dumps(list(spec.vocabulary), indent=0).encode() + b"\n"

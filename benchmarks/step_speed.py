@@ -21,7 +21,6 @@ from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_core import SAE, make_config, registry
 from train.config.settings import TrainConfig
-from train.denormals import flush_denormals
 from train.footprint import used_memory
 from train.heap import keep_freed_memory
 from train.loop import train_step
@@ -68,7 +67,7 @@ def run(quick: bool) -> str:
 
 def prepare() -> None:
     """Set the process as a training on a CPU sets it."""
-    flush_denormals()
+    torch.set_flush_denormal(True)
     keep_freed_memory()
 
 

@@ -15,7 +15,7 @@ from train.checkpoint import check_identity
 from train.config.merge import differing, make_config
 from train.config.settings import TrainConfig
 from train.data import Data
-from train.denormals import flush_denormals
+from train.denormals import flushed_denormals
 from train.errors import ConfigError, RunExistsError, nearest
 from train.folders import (
     RECORD,
@@ -114,8 +114,8 @@ def resume_training(
 
 def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None) -> Result:
     """A session of one member."""
-    flush_denormals()
     with ExitStack() as stack:
+        stack.enter_context(flushed_denormals())
         stack.enter_context(exclusive(folder))
 
         def make_sinks(wandb_id: str) -> Sinks:

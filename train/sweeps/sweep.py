@@ -22,7 +22,7 @@ from train import files
 from train.callbacks import AnyCallback, Callbacks
 from train.config.settings import TrainConfig
 from train.data import Data, Inputs
-from train.denormals import flush_denormals
+from train.denormals import flushed_denormals
 from train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
 from train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
 from train.language.phases import needs_language_model
@@ -168,9 +168,8 @@ class _Sweep:
         self.stop = StopRequest() if stop is None else stop
 
     def execute(self, *, fresh: bool = False) -> SweepResult:
-        flush_denormals()
         try:
-            with exclusive(self.folder):
+            with flushed_denormals(), exclusive(self.folder):
                 if fresh:
                     save_plan(self.plan, self.folder)
                 for note in self.plan.notes:

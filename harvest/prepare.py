@@ -130,6 +130,11 @@ class Prepared:
             vocabulary=vocabulary(self.tokenizer) if self.unit == "token" else None,
         )
 
+    @property
+    def _compiled(self) -> dict[str, bool]:
+        """An entry only where it was asked for: without it a cache says what it said before there was `--compile`."""
+        return {"compile": True} if self.config.model.compile else {}
+
     def fingerprint(self) -> dict[str, str | int | bool | None]:
         """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
         model = self.model_record()
@@ -151,9 +156,7 @@ class Prepared:
             "batch_tokens": self.batch_tokens,
             "buffer_tokens": self.buffer_tokens,
             "rows_per_shard": self.rows_per_shard,
-            **(
-                {"compile": True} if self.config.model.compile else {}
-            ),  # it rounds differently; absent from older caches
+            **self._compiled,  # it rounds differently
             **self.source.identity,
         }
 
@@ -182,7 +185,7 @@ class Prepared:
                 "device": self.device.split(":")[0],
                 "batch_tokens": self.batch_tokens,
                 "buffer_tokens": self.buffer_tokens,
-                **({"compile": True} if self.config.model.compile else {}),
+                **self._compiled,
             },
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         }

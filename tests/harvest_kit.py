@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from harvest.pipeline import Pipeline
 
 TEXT = (
     "the quick brown fox jumps over a lazy dog while rain falls on old stone walls and seven small birds sing "
@@ -20,6 +24,28 @@ WIDTH = 32
 
 BERT_LIKE = ("bert", "distilbert", "modernbert")
 ARCHITECTURES = (*BERT_LIKE, "gpt2", "llama", "qwen2", "qwen3", "t5")
+
+
+class CutOff(Exception):
+    """Stands for a crash."""
+
+
+@contextmanager
+def cut_off_after(n_batches: int) -> Iterator[None]:
+    """Inside, the harvest raises CutOff at its n-th batch."""
+    left = n_batches
+
+    def cut(self: Pipeline, n_rows: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise CutOff
+        tick(self, n_rows)
+
+    tick = Pipeline._tick
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pipeline, "_tick", cut)
+        yield
 
 
 def texts(n: int, seed: int = 0, longest: int = 60) -> list[str]:

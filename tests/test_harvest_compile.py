@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import build_model, row_errors, texts
+from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
 
 import cache
-from harvest import pipeline
 from harvest.compiled import compiled_blocks
 from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 from harvest.errors import ConfigError, HookError, ModelError
@@ -122,16 +121,10 @@ def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.Monke
         harvest(replace(made, out=eager(made).out_path), quiet=True)
 
 
-class CutOff(Exception):
-    """Stands for kill -9."""
-
-
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2", "llama", "t5"])
-def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(
-    architecture: str, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(architecture: str, config: Config) -> None:
     import torch
     from torch._dynamo.utils import counters
 
@@ -149,21 +142,10 @@ def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(
         assert (found != expected).any(1).mean() > 0.5  # compiled code rounds otherwise: it did run
     assert got.manifest.provenance["compute"]["compile"] is True
 
-    left, tick = 75, pipeline.Pipeline._tick
-
-    def cut(self: pipeline.Pipeline, n_rows: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise CutOff
-        tick(self, n_rows)
-
     torch._dynamo.reset()
     again = replace(made, out=made.out_path.with_name("cut"))
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Pipeline, "_tick", cut)
-        with pytest.raises(CutOff):
-            harvest(again, quiet=True)
+    with pytest.raises(CutOff), cut_off_after(75):
+        harvest(again, quiet=True)
     torch._dynamo.reset()
     result = harvest(again, quiet=True)
     assert result.resumed_rows > 0

@@ -16,12 +16,12 @@ import cache
 from benchmarks.harvest_speed import random_rows
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
+from cache.heap import keep_freed_memory
 from cache.loader import Filters, Holdout, Loader
 from cache.order import MAX_PARTNERS
 from cache.reader import Cache
 from cache.rows import CacheSpec, HookPoint, Rows
 from cache.writer import CacheWriter
-from train.heap import keep_freed_memory
 
 BATCH, D_IN = 4096, 384
 HOOK = "layer_6"

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
+from cache.heap import keep_freed_memory
 from sae_core import SAE, make_config, registry
 from train.config.settings import TrainConfig
 from train.footprint import used_memory
-from train.heap import keep_freed_memory
 from train.loop import train_step
 from train.state import Run
 

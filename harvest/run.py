@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from cache.heap import keep_freed_memory
 from cache.writer import CacheWriter
 from harvest.compiled import compiled_blocks
 from harvest.config import HarvestConfig
@@ -40,6 +41,8 @@ def harvest(config: HarvestConfig, *, quiet: bool = False) -> HarvestResult:
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 model = model or load(prepared, say)[1]
+                if prepared.device == "cpu":
+                    keep_freed_memory()
                 signals.defer()
                 return Pipeline(prepared, model, writer, progress, log, signals.check).run()
             except BaseException as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from cache.heap import keep_freed_memory
 from train import loop
 from train.errors import InterruptedRunError
-from train.heap import keep_freed_memory
 from train.member import Member, Result
 from train.signals import StopRequest
 from train.stream import RunStream

@@ -8,10 +8,8 @@ make bench-peers ARGS="step --cache cache/demo_l3"    on a cache's rows instead 
 
 import argparse
 import os
-import sys
-import warnings
 
-os.environ["TQDM_DISABLE"] = "1"
+os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for the contestants' processes too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -25,7 +23,6 @@ STAGES = {"step": step.table, "loader": loader.table}
 def main() -> None:
     """Print the tables, or with --memory-of the peak memory of one contestant."""
     args = parse_args()
-    warnings.simplefilter("ignore")
     if args.memory_of:
         print(memory.peak_bytes(args.memory_of, args))
         return
@@ -60,5 +57,3 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # sparsify's threads wait at their gates

@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-Step = Callable[[], object]
-Maker = Callable[[Tensor, argparse.Namespace], Step]  # from a (B, D) batch and the command line
+from benchmarks.apart import Turn
+
+Trainer = Callable[[Tensor, argparse.Namespace, Turn], object]  # trains for ever on a (B, D) batch, step by step
 
 SHARES = (1 / 32, 2 / 32, 4 / 32, 8 / 32, 17 / 32)  # of the latents, in each group of a matryoshka
+
+
+def repeat(step: Callable[[], object], turn: Turn) -> None:
+    """Take a step at every turn."""
+    while True:
+        turn()
+        step()

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.peers.contest import SHARES, Step
+from benchmarks.apart import Turn
+from benchmarks.peers.contest import SHARES, repeat
 
 PAST_WARM_UP = 3000  # the step given: thresholds are updated from 1000 on
 
 
-def dictionary_learning_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
-    """One step of dictionary_learning's trainer, the penalised ones with the paper's recipe that ours follow."""
+def dictionary_learning_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
+    """Steps of dictionary_learning's trainer, the penalised ones with the paper's recipe that ours follow."""
     from dictionary_learning import trainers
     from dictionary_learning.trainers import batch_top_k, gdm, jumprelu, matryoshka_batch_top_k, standard, top_k
 
@@ -36,4 +37,4 @@ def dictionary_learning_step(kind: str, x: Tensor, args: argparse.Namespace) -> 
         device=args.device,
         **options,
     )
-    return lambda: trainer.update(PAST_WARM_UP, x)
+    repeat(lambda: trainer.update(PAST_WARM_UP, x), turn)

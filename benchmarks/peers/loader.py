@@ -25,10 +25,10 @@ from benchmarks.peers import saelens_cache
 from benchmarks.peers.saelens_cache import CONTEXT
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
+from cache.heap import keep_freed_memory
 from cache.loader import Loader
 from cache.reader import Cache
 from cache.rows import Rows
-from train.heap import keep_freed_memory
 
 MIN_BATCHES = 32  # of SAELens per turn
 

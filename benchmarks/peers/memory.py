@@ -1,14 +1,19 @@
 """Peak memory of a contestant: a fresh process over two steps, above what it held before (on a GPU: allocated)."""
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.peers.contest import Trainer
 from benchmarks.peers.contestants import contestants
 from benchmarks.peers.rows import rows
+
+MEASURED_STEPS = 2
 
 
 def memory_of(name: str, args: argparse.Namespace) -> int:
@@ -25,7 +30,7 @@ def peak_bytes(name: str, args: argparse.Namespace) -> int:
     """Two steps of one contestant: the highest memory above what was held before it was built."""
     args.types = [name.split(" ", 1)[0]]
     x = rows(args)
-    maker = contestants(args)[name]
+    trainer = contestants(args)[name]
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -37,10 +42,24 @@ def peak_bytes(name: str, args: argparse.Namespace) -> int:
         x @ x.t()  # the math library's own buffers
         Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         before = high_water()
-    step = maker(x, args)
-    step()
-    step()
+    take_steps(trainer, x, args, MEASURED_STEPS)
     return (torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else high_water()) - before
+
+
+def take_steps(trainer: Trainer, x: Tensor, args: argparse.Namespace, n: int) -> None:
+    """Let a contestant take n steps and no more."""
+    turns = iter(range(n))
+
+    def turn() -> None:
+        if next(turns, None) is None:
+            raise EnoughError
+
+    with contextlib.suppress(EnoughError):
+        trainer(x, args, turn)
+
+
+class EnoughError(Exception):
+    """Ends a training that would go on."""
 
 
 def high_water() -> int:

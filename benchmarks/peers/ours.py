@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.contest import Step
+from benchmarks.apart import Turn
+from benchmarks.peers.contest import repeat
+from cache.heap import keep_freed_memory
 from sae_core import make_config, registry
 from train.config.settings import TrainConfig
 from train.loop import train_step
@@ -19,8 +21,11 @@ from train.state import Run
 TRAINED_L0 = 64
 
 
-def our_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
-    """One step of our loop."""
+def our_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
+    """Steps of our loop."""
+    torch.set_flush_denormal(True)  # the process as a training sets it
+    if args.device == "cpu":
+        keep_freed_memory()
     cls = registry.get(kind)
     options: dict[str, Any] = {"d_in": x.shape[1], "d_sae": args.d_sae}
     sparse = hasattr(cls.Config, "k")
@@ -37,4 +42,4 @@ def our_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
         type=kind, device=args.device, compute_dtype="float32", steps=10**6, lr=lr, warmup_steps=0, options=options
     )
     run = Run.create(config, sae)
-    return lambda: train_step(run, x)
+    repeat(lambda: train_step(run, x), turn)

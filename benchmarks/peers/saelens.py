@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.peers.contest import SHARES, Step
+from benchmarks.apart import Turn
+from benchmarks.peers.contest import SHARES, repeat
 
 
-def saelens_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
-    """One step of SAELens' trainer."""
+def saelens_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
+    """Steps of SAELens' trainer."""
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -27,4 +28,4 @@ def saelens_step(kind: str, x: Tensor, args: argparse.Namespace) -> Step:
     )
     settings = SAETrainerConfig(10**9, args.batch_size, lr_end=3e-5, device=args.device)
     trainer = SAETrainer(settings, sae, iter(()))
-    return lambda: trainer.step(x)
+    repeat(lambda: trainer.step(x), turn)

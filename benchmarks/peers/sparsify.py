@@ -4,29 +4,27 @@ import argparse
 import contextlib
 import io
 import tempfile
-import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import Embedding
 
-from benchmarks.peers.contest import Step
+from benchmarks.apart import Turn
+
+N_STEPS = 10_000  # more than are ever taken
 
 
-def sparsify_step(optimizer: str, x: Tensor, args: argparse.Namespace) -> Step:
-    """One step of sparsify's Trainer.fit, which runs in a thread and is let through one forward pass at a time."""
+def sparsify_steps(optimizer: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
+    """Steps of sparsify's Trainer.fit, which come to the model's forward pass one after the other."""
     from datasets import Dataset
     from sparsify import SaeConfig, Trainer
     from sparsify import TrainConfig as SparsifyConfig
 
-    gate = Gate()
-    model = rows_model(x, gate)
-    n_steps = 10_000
+    before_step: list[Turn] = []  # none while the constructor finds the widths by a forward pass
+    model = rows_model(x, lambda: [wait() for wait in before_step])
     dataset = Dataset.from_dict({"input_ids": [list(range(len(x)))] * 8}).with_format("torch")
-    dataset = dataset.select([0] * n_steps)
-    quiet = io.StringIO()  # its progress bar keeps the stream that it was made with
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         config = SparsifyConfig(
             SaeConfig(num_latents=args.d_sae, k=args.k),
             batch_size=1,
@@ -36,14 +34,12 @@ def sparsify_step(optimizer: str, x: Tensor, args: argparse.Namespace) -> Step:
             log_to_wandb=False,
             save_dir=tempfile.gettempdir(),
         )
-        gate.open = True  # the constructor's own forward pass, which finds the widths
-        trainer = Trainer(config, dataset, model)
-        gate.open = False
-        gate.start(trainer.fit)
-    return gate.step
+        trainer = Trainer(config, dataset.select([0] * N_STEPS), model)
+        before_step.append(turn)
+        trainer.fit()
 
 
-def rows_model(x: Tensor, gate: "Gate") -> Any:
+def rows_model(x: Tensor, before: Callable[[], object]) -> Any:
     """A model of one embedding whose weights are the rows."""
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -52,38 +48,14 @@ def rows_model(x: Tensor, gate: "Gate") -> Any:
 
         def __init__(self) -> None:
             super().__init__(PretrainedConfig())
-            self.rows = torch.nn.Embedding.from_pretrained(x)
+            self.rows = Embedding.from_pretrained(x)
 
         @property
         def dummy_inputs(self) -> dict[str, Tensor]:
-            return {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+            return {"input_ids": x.new_zeros(1, 1).long()}
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            gate.wait()
+            before()
             return self.rows(input_ids)
 
     return Rows().to(x.device)
-
-
-class Gate:
-    """Lets a training loop that runs in a thread take one step when told to, and no more."""
-
-    def __init__(self) -> None:
-        self.open = False
-        self._go, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
-
-    def start(self, fit: Callable[[], object]) -> None:
-        """Run `fit` up to its first forward pass."""
-        threading.Thread(target=fit, daemon=True).start()
-        self._arrived.acquire()
-
-    def wait(self) -> None:
-        """Called by the model: report arrival, wait to be let through."""
-        if not self.open:
-            self._arrived.release()
-            self._go.acquire()
-
-    def step(self) -> None:
-        """Let one step through and wait for the next forward pass."""
-        self._go.release()
-        self._arrived.acquire()

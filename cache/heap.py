@@ -1,4 +1,4 @@
-"""Large temporaries of a training on a CPU: kept by the C library between steps instead of given back to the kernel."""
+"""Large temporaries of models on a CPU: kept by the C library between batches instead of given back to the kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Have malloc reuse large blocks for the rest of the process; whether the C library could (glibc only).
 
-    A step allocates and frees its (batch, d_sae) pre-activations. Blocks of that size come from the kernel by default,
-    zeroed page by page on first touch, which costs as much as half of the encoder product that fills them.
+    A training step allocates and frees its (batch, d_sae) pre-activations, a forward pass those of its layers. Blocks
+    of that size come from the kernel by default, zeroed page by page on first touch, which costs as much as half of the
+    encoder product that fills them and a tenth of a forward pass.
     """
     if not sys.platform.startswith("linux"):
         return False

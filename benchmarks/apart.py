@@ -1,0 +1,86 @@
+"""Medians of contestants that each have a process of their own, and take their steps in turn.
+
+In one process they would share more than the machine: the threads of one make OpenMP's threads of another sleep where
+they wait, and the C library's settings hold for all of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+
+import torch
+
+Turn = Callable[[], None]  # called before every step; returns when the step may begin
+Contestant = Callable[[Turn], object]  # takes steps for ever; can be pickled
+
+
+def apart(contestants: Mapping[str, Contestant], repeats: int) -> dict[str, float]:
+    """Return the median seconds of a step of each; drift hits them alike.
+
+    In a turn each takes two steps, and the second one counts: the first brings back to the caches what the others
+    drove out, as it would be in a training. Raises RuntimeError for a contestant that fails.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    with ExitStack() as stack:
+        players = {name: stack.enter_context(_Player(name, contestant)) for name, contestant in contestants.items()}
+        for turn in range(repeats + 1):
+            for name, player in players.items():
+                player.step()
+                took = player.step()
+                if turn:
+                    seconds[name].append(took)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+class _Player:
+    """A process that takes a step when told."""
+
+    def __init__(self, name: str, contestant: Contestant) -> None:
+        self._name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_play, args=(contestant, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> _Player:
+        self._receive()  # ready for its first step
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        self._pipe.send(None)
+        return self._receive()
+
+    def _receive(self) -> float:
+        try:
+            return float(self._pipe.recv())
+        except EOFError:
+            raise RuntimeError(f"{self._name} stopped with an error") from None
+
+
+def _play(contestant: Contestant, pipe: Connection) -> None:
+    start = time.perf_counter()
+
+    def turn() -> None:
+        nonlocal start
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+        try:
+            pipe.recv()
+        except EOFError:  # the race is over; a trainer's threads may wait for ever
+            os._exit(0)
+        start = time.perf_counter()
+
+    contestant(turn)

@@ -1,0 +1,34 @@
+"""Large blocks of memory that malloc keeps."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Pages that are touched for the first time by a block of 64 MiB, when many were allocated and freed before it.
+FAULTS = """
+import resource
+import torch
+{prepare}
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.set_num_threads(1)
+counts = []
+for _ in range(20):
+    before = faults()
+    torch.ones(2**24)
+    counts.append(faults() - before)
+print(sum(counts[10:]) / 10)
+"""
+
+
+def page_faults(prepare: str) -> float:
+    code = FAULTS.format(prepare=prepare)
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+def test_a_freed_block_is_used_again_without_touching_new_pages() -> None:
+    kept = page_faults("from cache.heap import keep_freed_memory; assert keep_freed_memory()")
+    given_back = page_faults("")
+    assert kept * 10 < given_back

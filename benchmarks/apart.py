@@ -59,14 +59,15 @@ class _Player:
 
     def step(self) -> float:
         """Seconds of one step."""
-        self._pipe.send(None)
-        return self._receive()
+        return self._receive(send=True)
 
-    def _receive(self) -> float:
+    def _receive(self, *, send: bool = False) -> float:
         try:
+            if send:
+                self._pipe.send(None)
             return float(self._pipe.recv())
-        except EOFError:
-            raise RuntimeError(f"{self._name} stopped with an error") from None
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"{self._name} stopped: an error above, or too little memory") from None
 
 
 def _play(contestant: Contestant, pipe: Connection) -> None:

@@ -31,8 +31,8 @@ def test_saelens_store_gives_the_rows_written(tmp_path: Path) -> None:
     assert not torch.equal(mixed, epoch[:1024])
 
 
-@pytest.mark.parametrize("name", contestants(ARGS))
-def test_every_contestant_takes_its_steps(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in TYPES for name in contestants(kind)])
+def test_every_contestant_takes_its_steps(kind: str, name: str) -> None:
     taken = []
 
     def turn() -> None:
@@ -41,4 +41,4 @@ def test_every_contestant_takes_its_steps(name: str) -> None:
         taken.append(name)
 
     with pytest.raises(EnoughError):
-        contestants(ARGS)[name](rows(ARGS), ARGS, turn)
+        contestants(kind)[name](rows(ARGS), ARGS, turn)

@@ -24,7 +24,7 @@ def main() -> None:
     """Print the tables, or with --memory-of the peak memory of one contestant."""
     args = parse_args()
     if args.memory_of:
-        print(memory.peak_bytes(args.memory_of, args))
+        print(memory.peak_bytes(*args.memory_of, args))
         return
     print(machine.describe())
     for name in args.stages or STAGES:
@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=384, help="ignored by step with --cache")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep-freed", action="store_true", help="lend the peers our trainer's setting of malloc")
     steps = parser.add_argument_group("step")
     steps.add_argument("--d-sae", type=int, default=12_288)
     steps.add_argument("--k", type=int, default=32)
@@ -47,11 +48,10 @@ def parse_args() -> argparse.Namespace:
     steps.add_argument("--cache", help="take the rows of a cache with one hook point")
     steps.add_argument("--types", nargs="+", default=list(step.TYPES), choices=step.TYPES)
     steps.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
-    steps.add_argument("--memory-of", help=argparse.SUPPRESS)
+    steps.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     loaders = parser.add_argument_group("loader")
     loaders.add_argument("--rows", type=int, default=524_288, help="of the cache, in contexts of 128")
     loaders.add_argument("--whole", action="store_true", help="SAELens also with a buffer of the whole cache (slow)")
-    loaders.add_argument("--keep-freed", action="store_true", help="malloc keeps freed blocks, as our trainer sets it")
     return parser.parse_args()
 
 

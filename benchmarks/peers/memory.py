@@ -16,9 +16,9 @@ from benchmarks.peers.rows import rows
 MEASURED_STEPS = 2
 
 
-def memory_of(name: str, args: argparse.Namespace) -> int:
+def memory_of(kind: str, name: str, args: argparse.Namespace) -> int:
     """Peak bytes of one contestant, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.peers", "--memory-of", name]
+    command = [sys.executable, "-m", "benchmarks.peers", "--memory-of", kind, name]
     for flag in ("d_in", "d_sae", "k", "batch_size", "device", "cache"):
         if getattr(args, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
@@ -26,11 +26,10 @@ def memory_of(name: str, args: argparse.Namespace) -> int:
     return int(done.stdout.split()[-1])
 
 
-def peak_bytes(name: str, args: argparse.Namespace) -> int:
+def peak_bytes(kind: str, name: str, args: argparse.Namespace) -> int:
     """Two steps of one contestant: the highest memory above what was held before it was built."""
-    args.types = [name.split(" ", 1)[0]]
     x = rows(args)
-    trainer = contestants(args)[name]
+    trainer = contestants(kind)[name]
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -15,23 +15,14 @@ from benchmarks.peers.contestants import contestants
 from benchmarks.peers.memory import memory_of
 from benchmarks.peers.rows import rows
 from benchmarks.table import markdown
+from cache.heap import keep_freed_memory
 
 TYPES = ("topk", "batchtopk", "matryoshka", "vanilla", "gated", "jumprelu")
 
 
 def table(args: argparse.Namespace) -> str:
-    """Measure everything and return the table."""
-    runs: dict[str, Contestant] = {"product": partial(product, args)}
-    runs |= {name: partial(train, trainer, args) for name, trainer in contestants(args).items()}
-    seconds = apart(runs, args.repeats)
-    product_seconds = seconds.pop("product")
-    lines = [["", "encoder product", f"{product_seconds * 1e3:.0f}", "1.00", "", ""]]
-    for name, time in seconds.items():
-        kind, trainer = name.split(" ", 1)
-        faster = time / seconds[f"{kind} ours"]
-        memory = "" if args.no_memory else f"{memory_of(name, args) / 2**20:.0f}"
-        against = "" if trainer == "ours" else f"{faster:.1f}"
-        lines.append([kind, trainer, f"{time * 1e3:.0f}", f"{time / product_seconds:.2f}", against, memory])
+    """Measure type by type and return the table."""
+    lines = [line for kind in args.types for line in lines_of(kind, args)]
     d_in, source = rows(args).shape[1], args.cache or "synthetic mixtures"
     title = (
         f"d_in {d_in}, d_sae {args.d_sae}, k {args.k}, batch {args.batch_size}, fp32 on {args.device}; rows: {source}."
@@ -40,8 +31,28 @@ def table(args: argparse.Namespace) -> str:
     return f"{title}\n\n{markdown(header, lines)}"
 
 
+def lines_of(kind: str, args: argparse.Namespace) -> list[list[str]]:
+    """A line for the product, ours and each peer; the processes of all types at once would not fit the memory."""
+    trainers = contestants(kind)
+    runs: dict[str, Contestant] = {"product": partial(product, args)}
+    seconds = apart(runs | {name: partial(train, each, args) for name, each in trainers.items()}, args.repeats)
+    lines = [[kind, "(encoder product)", f"{seconds['product'] * 1e3:.0f}", "1.00", "", ""]]
+    for name in trainers:
+        memory = "" if args.no_memory else f"{memory_of(kind, name, args) / 2**20:.0f}"
+        against = "" if name == "ours" else f"{seconds[name] / seconds['ours']:.1f}"
+        cost = [f"{seconds[name] * 1e3:.0f}", f"{seconds[name] / seconds['product']:.2f}"]
+        lines.append([kind, name, *cost, against, memory])
+    return lines
+
+
+def malloc(args: argparse.Namespace) -> str:
+    """How the peers' memory is handled."""
+    return "keeps freed blocks for all" if args.keep_freed else "as it is for the peers"
+
+
 def product(args: argparse.Namespace, turn: Turn) -> None:
-    """The encoder product, over and over."""
+    """The encoder product, over and over, at its best."""
+    keep_freed_memory()
     x = rows(args)
     W_enc, b_enc = torch.randn(args.d_sae, x.shape[1], device=x.device).t(), torch.zeros(args.d_sae, device=x.device)
     repeat(lambda: torch.addmm(b_enc, x, W_enc), turn)
@@ -49,4 +60,6 @@ def product(args: argparse.Namespace, turn: Turn) -> None:
 
 def train(trainer: Trainer, args: argparse.Namespace, turn: Turn) -> None:
     """A contestant on the rows."""
+    if args.keep_freed:
+        keep_freed_memory()
     trainer(rows(args), args, turn)

@@ -19,9 +19,25 @@ def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
     """Return the pre-activations x @ W_enc + b_enc at the entries of a pattern, differentiable in x, W_enc, b_enc.
 
     x (N, D), W_enc (D, F), b_enc (F,); `kept` holds the values there, already computed without gradients.
-    Returns (nnz,), or (N, F) for a full pattern.
+    Returns (nnz,), or (N, F) for a full pattern. For data that was centred (`centre`) no gradient of the rows is built:
+    that of the centre is the gradient of b_enc passed through -W_enc.
     """
-    return _EncodeAt.apply(x, W_enc, b_enc, kept.values, kept.pattern)  # type: ignore[no-any-return, no-untyped-call]
+    bias = _centre_of_data(x)
+    rows = x if bias is None else x.detach()
+    return _EncodeAt.apply(  # type: ignore[no-any-return, no-untyped-call]
+        rows, W_enc, b_enc, kept.values, kept.pattern, bias
+    )
+
+
+def centre(rows: Tensor, bias: Tensor) -> Tensor:
+    """Return rows (N, D) - bias (D,), differentiable in both."""
+    return _Centre.apply(rows, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _centre_of_data(x: Tensor) -> Tensor | None:
+    """The bias that `centre` took off rows which need no gradient, if that is how x came about."""
+    made_by: Any = x.grad_fn
+    return made_by.bias if isinstance(made_by, _Centre._backward_cls) else None  # type: ignore[attr-defined]
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
@@ -55,9 +71,22 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
     return bag_sum(rows, ones, offsets, values[order]).squeeze(1)
 
 
+class _Centre(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, bias: Tensor) -> Tensor:
+        ctx.bias = None if ctx.needs_input_grad[0] else bias
+        return rows - bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, -grad.sum(0) if ctx.needs_input_grad[1] else None
+
+
 class _EncodeAt(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern, centre: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.pattern = pattern
         return values.view_as(values)
@@ -66,13 +95,14 @@ class _EncodeAt(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, W_enc = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        needs_x, needs_W, needs_b, _, _, needs_centre = ctx.needs_input_grad
         grad_x = grad_W = None
-        grad_b = sum_by_latent(grad, pattern) if needs_b else None
+        grad_b = sum_by_latent(grad, pattern) if needs_b or needs_centre else None
+        grad_centre = -(W_enc @ grad_b) if needs_centre else None
         if pattern.is_full:
             grad_x = grad @ W_enc.t() if needs_x else None
             grad_W = (grad.t() @ x).t() if needs_W else None
-            return grad_x, grad_W, grad_b, None, None
+            return grad_x, grad_W, grad_b, None, None, grad_centre
         kept, pattern = _without_zeros(grad, pattern)
         grad = grad[kept]
         indices, indptr = pattern.entries
@@ -81,7 +111,7 @@ class _EncodeAt(Function):
         if needs_W:
             order, rows, offsets = pattern.transposed
             grad_W = bag_sum(rows, x, offsets, grad[order]).t()
-        return grad_x, grad_W, grad_b, None, None
+        return grad_x, grad_W, grad_b, None, None, grad_centre
 
 
 class _Decode(Function):

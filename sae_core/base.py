@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_core.autograd import decode, empty_encoder, encode_at
+from sae_core.autograd import centre, decode, empty_encoder, encode_at
 from sae_core.auxk import auxk_loss
 from sae_core.codes import Codes
 from sae_core.errors import NonFiniteError, OptionError
@@ -208,7 +208,7 @@ class SAE(nn.Module):
 
     def centre(self, h: Tensor) -> Tensor:
         """Subtract the decoder bias from normalised rows before they are encoded."""
-        return h - self.b_dec if self.subtracts_b_dec else h
+        return centre(h, self.b_dec) if self.subtracts_b_dec else h
 
     def pre_acts(self, h: Tensor) -> PreActs:
         """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""

@@ -60,9 +60,10 @@ def test_silent_entries_move_thresholds_as_stored_zeros_do(recipe: str, routed: 
         monkeypatch.setattr(pre_acts, "MAX_SPARSE_DENSITY", most)
         cls = registry.get("route" if routed else "jumprelu")
         options = {"recipe": recipe, "threshold_init": 0.8, "bandwidth": 1.0, "dead_coef": 0.0}
-        options = {"base": "jumprelu", "base_options": options} if routed else options
+        options = {"base": "jumprelu", "base_options": options, "n_hooks": 2} if routed else options
         sae = cls(make_config(cls, {"d_in": D, "d_sae": F, **options}))
-        x = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
+        first, second = torch.randn(2, N, D, generator=torch.Generator().manual_seed(1))
+        x = {"first": first, "second": second} if routed else first
         sae.initialize(x, torch.Generator().manual_seed(2))
         with torch.no_grad():  # rows of other norms than 1, thresholds that differ
             sae.core.W_dec.mul_(torch.linspace(0.5, 2, F)[:, None])

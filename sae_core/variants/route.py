@@ -107,6 +107,9 @@ class RouteSAE(SAE):
     def _prepare(self, x: Inputs) -> tuple[Source, Tensor]:
         """The routed rows, and the routing probabilities (N, L)."""
         layers = self._layers(x)
+        if layers.shape[1] == 1:  # nothing to choose: no gradient of the rows is built for the router
+            rows = layers[:, 0]
+            return Source(rows, rows, lambda recon: recon, rows), rows.new_ones(len(rows), 1)
         probabilities = self.route(layers)
         if self.config.routing == "soft":
             routed = (probabilities[:, :, None] * layers).sum(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_core.codes import Codes, Pattern, sort_narrow
+from sae_core.codes import Codes, Pattern
 from sae_core.kernels import bag_sum, sampled_dot, takes_triton
 
 
@@ -191,43 +191,3 @@ def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pa
 def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:
     """An uninitialised W_enc (d_in, d_sae) with latent-contiguous strides."""
     return torch.empty(d_sae, d_in, device=device).t()
-
-
-class _PrefixSums(Function):
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        inner = torch.empty_like(blocks[:-1])
-        last = start
-        for block, total in zip(blocks, inner, strict=False):
-            last = torch.add(last, block, out=total)
-        return inner, last + blocks[-1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_inner: Tensor, grad_whole: Tensor) -> Any:
-        grad = grad_inner.new_empty(len(grad_inner) + 1, *grad_whole.shape)
-        grad[-1] = last = grad_whole
-        for i in reversed(range(len(grad_inner))):
-            last = torch.add(last, grad_inner[i], out=grad[i])
-        return grad, last.sum(0)
-
-
-def prefix_sums(blocks: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """start + blocks[0] + ... + blocks[i] for each i but the last (P - 1, N, D), and for the last (N, D).
-
-    blocks (P, N, D), start (D,). One pass each way: the gradient of a cumulative sum would be flipped, summed, flipped.
-    """
-    return _PrefixSums.apply(blocks, start)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def decode_blocks(codes: Codes, W_dec: Tensor, block_of: Tensor, n_blocks: int) -> Tensor:
-    """Decode each block of latents on its own: (n_blocks, N, D), whose sum over blocks is `decode`.
-
-    block_of (F,) int64 gives each latent's block. Blocks become rows of one larger pattern, so the price is one decode.
-    """
-    pattern = codes.pattern
-    indices = pattern.entries[0]
-    block_row = block_of[indices] * pattern.n_rows + pattern.row_of
-    order = sort_narrow(block_row, n_blocks * pattern.n_rows).indices
-    by_block = Pattern.of_rows(block_row[order], indices[order], n_blocks * pattern.n_rows, pattern.d_sae)
-    decoded = decode(Codes(codes.values[order], by_block), W_dec)
-    return decoded.view(n_blocks, pattern.n_rows, -1)

@@ -226,8 +226,8 @@ class SAE(nn.Module):
         """Decode in the normalised space: (N, D_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
-    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstruction, and beside it what a variant's losses need of the decoder."""
+    def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction, and beside it what a variant's losses need of the decoder; target (N, D_out)."""
         return self.reconstruct(activation.codes), {}
 
     def complete(self, recon: Tensor, source: Source) -> Tensor:
@@ -241,7 +241,7 @@ class SAE(nn.Module):
     def forward_source(self, source: Source) -> SAEOutput:
         """Encode and decode prepared rows."""
         activation = self.activate(self.centre(source.input))
-        recon, extras = self.reconstruct_for_losses(activation)
+        recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon = self.complete(recon, source)
         return SAEOutput(
             x_hat=source.undo(recon),
@@ -299,15 +299,16 @@ class SAE(nn.Module):
         return self.loss_variance if self.config.loss == "mse" else torch.ones_like(self.loss_variance)
 
     def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
-        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse).
-
-        target (N, D_out), recon (N, D_out) or several of them, (P, N, D_out).
-        """
+        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
         if self.reconstruction_name == "nmse":
-            squared = (target - recon).square().sum(-1)
-            return (squared / target.square().sum(-1).clamp_min(1e-12)).mean()
-        squared = F.mse_loss(recon, target.expand_as(recon), reduction="sum")
-        return squared / (self.loss_unit * recon[..., 0].numel())
+            return self.mean_error((target - recon).square().sum(-1), target)
+        return F.mse_loss(recon, target, reduction="sum") / (self.loss_unit * len(target))
+
+    def mean_error(self, errors: Tensor, target: Tensor) -> Tensor:
+        """Mean over rows of squared errors (N,), divided as `reconstruction_loss` does; target (N, D_out)."""
+        if self.reconstruction_name == "nmse":
+            return (errors / target.square().sum(-1).clamp_min(1e-12)).mean()
+        return errors.mean() / self.loss_unit
 
     def auxk_term(self, out: SAEOutput, k_aux: int, coef: float) -> Tensor | None:
         """AuxK on the dead latents, on the loss's scale; None while no latent is dead or the term is off."""

@@ -70,7 +70,7 @@ class PreActs:
         is lowered, so the answer is exact whatever the rows.
         """
         n_rows, d_sae = self.shape
-        sample = self._sample if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
+        sample = self._screen.sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
         while True:
             bound = sampled_bound(sample, share)
@@ -114,15 +114,16 @@ class PreActs:
     def _screen(self) -> screen.Screen:
         return screen.screen(self._h, self._W_enc.t(), self._bias)
 
-    @cached_property
-    def _sample(self) -> Tensor:
-        return screen.sample(self._h, self._W_enc.t(), self._bias)
+    def _share_above(self, bound: Tensor | float) -> float:
+        """Roughly, before anything is rounded for a screen that would not pay."""
+        sample = screen.sample(self._h, self._W_enc.t(), self._bias)
+        sampled = bound if isinstance(bound, float) else bound[screen.sampled_latents(self.shape[1])]
+        return float((sample > sampled).float().mean())
 
     def _screened_above(self, bound: Tensor | float) -> Codes | None:
         if not self._screens:
             return None
-        sampled = bound if isinstance(bound, float) else bound[screen.sampled_latents(self.shape[1])]
-        if (self._sample > sampled).float().mean() > screen.MAX_CANDIDATES:
+        if "_screen" not in self.__dict__ and self._share_above(bound) > screen.MAX_CANDIDATES:
             return None
         if isinstance(bound, float):
             found = screen.candidates_above(self._screen, bound)

@@ -90,7 +90,7 @@ def test_matryoshka_by_hand() -> None:
         sae.b_dec.zero_()
     out = sae.train()(torch.tensor([[3.0, 1.0, 2.0], [5.0, 0.5, -1.0]]))
     assert out.codes.dense().tolist() == [[3.0, 1.0, 2.0], [5.0, 0.0, 0.0]]
-    assert out.extras["prefixes"].tolist() == [[[3.0, 0.0, 0.0], [5.0, 0.0, 0.0]]]
+    assert out.extras["prefix_errors"].tolist() == [5.0, 1.25]
     assert out.recon.tolist() == [[3.0, 1.0, 2.0], [5.0, 0.0, 0.0]]
     losses = sae.losses(out, LAST)
     assert float(losses["mse"].detach()) == pytest.approx((0.25 + 1) / 2)

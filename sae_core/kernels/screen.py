@@ -21,7 +21,7 @@ MIN_ENTRIES = 3 * 2**21  # of a (N, F) matrix: below, one product and one pass c
 MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole
 CHUNK_ENTRIES = 2**23  # of a product in bfloat16, 16 MiB, held at a time
 BIAS_TERMS = 3  # a float32 is the sum of three bfloat16
-ROWS_SAMPLED, LATENTS_SAMPLED = 64, 4096  # of which the entries tell roughly how large the others are
+ROWS_SAMPLED, LATENTS_SAMPLED = 64, 2048  # of which the entries tell roughly how large the others are
 ROW_TILE = 32  # rows that matrix units take at a time
 PAD = 32  # columns that carry the bias: matrix units work on tiles of 32
 BFLOAT16_ROUNDING, FLOAT32_ROUNDING = 2.0**-8, 2.0**-23
@@ -45,6 +45,11 @@ class Screen:
     def slack(self, start: int, stop: int) -> Tensor:
         """Slack (n, G) of the entries of each group, in some rows."""
         return torch.addcmul(self.bias_slack, self.row_slack[start:stop, None], self.group_share)
+
+    def sample(self) -> Tensor:
+        """Approximate pre-activations of some of the rows and latents, as the function `sample` gives."""
+        rows, latents = self.rows[_sampled_rows(self.rows)], self.latents[sampled_latents(len(self.latents))]
+        return (rows @ latents.t()).float()
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Approximate pre-activations (n, F) of some rows at a time, slack (n, G), and the first of these rows.
@@ -84,8 +89,11 @@ def sampled_latents(d_sae: int) -> slice:
 def sample(h: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     """Approximate pre-activations of some of the rows h (N, D) and latents W (F, D), bias (F,)."""
     latents = sampled_latents(len(W))
-    rows = h[:: max(1, len(h) // ROWS_SAMPLED)].bfloat16()
-    return (rows @ W[latents].bfloat16().t()).float() + bias[latents]
+    return (h[_sampled_rows(h)].bfloat16() @ W[latents].bfloat16().t()).float() + bias[latents]
+
+
+def _sampled_rows(h: Tensor) -> slice:
+    return slice(None, None, max(1, len(h) // ROWS_SAMPLED))
 
 
 def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:

@@ -78,9 +78,9 @@ class JumpReLUSAE(SAE):
         z = jumprelu(p, per_entry(self.threshold, kept.pattern), self.bandwidth)
         return JumpReLUActivation(Codes(z, kept.pattern), pre_acts, {"p": p}, silent)
 
-    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction, with gradients of the thresholds from silent entries, and how many these are."""
-        recon, extras = super().reconstruct_for_losses(activation)
+        recon, extras = super().reconstruct_for_losses(activation, target)
         if not isinstance(activation, JumpReLUActivation) or activation.silent is None:
             return recon, extras
         z = self._silent(-self.threshold / self.bandwidth)

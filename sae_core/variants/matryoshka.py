@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_core.autograd import decode_blocks, prefix_sums
 from sae_core.base import Activation, SAEOutput
 from sae_core.errors import OptionError
 from sae_core.options import Progress, option
+from sae_core.prefixes import decode_groups, prefix_errors
 from sae_core.registry import register
 from sae_core.variants.batchtopk import BatchTopKSAE
 
@@ -57,18 +57,19 @@ class MatryoshkaSAE(BatchTopKSAE):
         latents = torch.arange(self.config.d_sae)
         self.register_buffer("group_of", torch.bucketize(latents, ends, right=True), persistent=False)
 
-    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """All prefixes for the price of one decode: each group is decoded once and the groups are summed up."""
-        if not self.training:
-            return super().reconstruct_for_losses(activation)
-        groups = decode_blocks(activation.codes, self.W_dec, self.group_of, len(self.config.prefixes))
-        inner, whole = prefix_sums(groups, self.b_dec)
-        return whole, {"prefixes": inner}
+        n_groups = len(self.config.prefixes)
+        if not self.training or n_groups == 1:
+            return super().reconstruct_for_losses(activation, target)
+        groups = decode_groups(activation.codes, self.W_dec, self.group_of, n_groups)
+        errors, whole = prefix_errors(groups, self.b_dec, target)
+        return whole, {"prefix_errors": errors}
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The losses of the proper prefixes (the whole dictionary's is the reconstruction loss), and AuxK."""
         terms = super().penalties(out, progress)
-        inner = out.extras.get("prefixes")
-        if inner is None or len(inner) == 0:
+        errors = out.extras.get("prefix_errors")
+        if errors is None:
             return terms
-        return {"prefixes": len(inner) * self.reconstruction_loss(inner, out.source.target), **terms}
+        return {"prefixes": self.mean_error(errors, out.source.target), **terms}

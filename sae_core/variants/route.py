@@ -160,9 +160,9 @@ class RouteSAE(SAE):
         """Decode as the base does."""
         return self.base_sae.reconstruct(codes)
 
-    def reconstruct_for_losses(self, activation: Activation) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Decode as the base does."""
-        return self.base_sae.reconstruct_for_losses(activation)
+        return self.base_sae.reconstruct_for_losses(activation, target)
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction in the space of x_r."""

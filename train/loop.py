@@ -22,6 +22,7 @@ from cache.windows import Windows
 from sae_core import SAE, Progress
 from sae_core.metrics import Evaluator
 from train.errors import DivergedError
+from train.optim.gradients import global_norm
 from train.optim.optimizers import set_lr
 from train.state import Run
 from train.step_input import Inputs, RowInput, StepInput, Terms
@@ -78,7 +79,7 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     if losses is None:
         return _reject(sae, before)
     sae.project_gradients()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    norm = global_norm(p.grad for p in sae.parameters() if p.grad is not None)
     if not bool(torch.isfinite(norm)):
         return _reject(sae, before)
     grad_norms = _grad_norms(sae) if measured is not None else {}

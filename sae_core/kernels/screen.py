@@ -116,7 +116,7 @@ def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
     return Screen(rows, latents, row_slack * roomy, group_maxima(shares[None])[0] * roomy, bias_slack)
 
 
-def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+def _round(matrix: Tensor, block: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix (M, D) in bfloat16 with PAD columns of zeros, and for each row bounds of two norms.
 
     Of what is lost, and of what is kept.
@@ -125,11 +125,12 @@ def _round(matrix: Tensor, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
     rounded = torch.empty(n_rows, d + PAD, dtype=torch.bfloat16, device=matrix.device)
     rounded[:, d:] = 0
     lost, kept = matrix.new_empty(n_rows), matrix.new_empty(n_rows)
-    for i in range(0, n_rows, block):  # blocks that stay in the processor's cache
-        rounded[i : i + block, :d] = matrix[i : i + block]
-        back = rounded[i : i + block, :d].float()
+    buffer = matrix.new_empty(min(block, n_rows), d)  # one for all blocks: it stays in the processor's cache
+    for i in range(0, n_rows, block):
+        exact, low = matrix[i : i + block], rounded[i : i + block, :d]
+        back = buffer[: len(exact)].copy_(low.copy_(exact))
         torch.linalg.vector_norm(back, dim=1, out=kept[i : i + block])
-        torch.linalg.vector_norm(back.sub_(matrix[i : i + block]), dim=1, out=lost[i : i + block])
+        torch.linalg.vector_norm(back.sub_(exact), dim=1, out=lost[i : i + block])
     return rounded, lost.add_(_lost_in_norms(matrix)), kept.add_(_lost_in_norms(matrix))
 
 

@@ -13,11 +13,18 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 import torch
 
-Turn = Callable[[], None]  # called before every step; returns when the step may begin
-Contestant = Callable[[Turn], object]  # takes steps for ever; can be pickled
+Contestant = Callable[["Turn"], object]  # takes steps for ever; can be pickled
+
+
+class Turn(Protocol):
+    """Called before every step; returns when the step may begin."""
+
+    def __call__(self, took: float | None = None) -> None:
+        """`took` are the seconds of the step before, where not all of it counts."""
 
 
 def apart(contestants: Mapping[str, Contestant], repeats: int) -> dict[str, float]:
@@ -73,11 +80,11 @@ class _Player:
 def _play(contestant: Contestant, pipe: Connection) -> None:
     start = time.perf_counter()
 
-    def turn() -> None:
+    def turn(took: float | None = None) -> None:
         nonlocal start
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start)
+        pipe.send(time.perf_counter() - start if took is None else took)
         try:
             pipe.recv()
         except EOFError:  # the race is over; a trainer's threads may wait for ever

@@ -5,9 +5,7 @@ Limit 1: the same model, the same batches, nothing captured, nothing written. Li
 
 import os
 import shutil
-import statistics
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.apart import Contestant, Turn, apart
 from benchmarks.ragged import write_jsonl
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
+from cache.heap import keep_freed_memory
 from cache.rows import CacheSpec, HookPoint, Rows
 from cache.writer import CacheWriter
 from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
@@ -30,6 +30,7 @@ from harvest.text import documents
 from harvest.windows import StreamState, WindowStream, buffers, tokenize_stream
 
 LAYER = 3
+BARE = "bare truncated forward, malloc keeps freed blocks (limit)"
 
 
 def run(quick: bool) -> str:
@@ -41,36 +42,54 @@ def run(quick: bool) -> str:
 def _forward_table(folder: Path, quick: bool) -> str:
     texts = write_jsonl(folder / "ragged.jsonl", 400 if quick else 1500)
     config = HarvestConfig(ModelConfig("demo"), WhereConfig(layers=(LAYER,)), TextConfig(str(texts)))
+    prepared, model, work = _work(config)
+    n_rows, n_places = sum(w.buffer.n_rows for w in work), sum(w.n_places for w in work)
+    runs: dict[str, Contestant] = {
+        BARE: partial(_bare, config, keep=True),
+        "the same, malloc as it is": partial(_bare, config, keep=False),
+        "harvest, checks and writing included": partial(_ours, config, folder / "cache"),
+    }
+    if not quick and (compiled := _compiled(config)) is not None:
+        runs["harvest --compile"] = partial(_ours, compiled, folder / "compiled")
+    seconds = apart(runs, 3 if quick else 5)
+    lines = [[name, f"{n_rows / spent:,.0f}", f"{seconds[BARE] / spent:.2f}"] for name, spent in seconds.items()]
+    title = (
+        f"Harvest: MiniLM, layer {LAYER} of 6, {n_rows:,} tokens in texts of {n_rows / len(_texts(work)):.0f}, "
+        f"{prepared.compute_dtype} on {model.device}, padding {1 - n_rows / n_places:.1%}. "
+        "From the first text to the last commit; checks, hashes, loading and compiling come before."
+    )
+    return f"{title}\n\n{markdown(['', 'real tokens/s', 'of the limit'], lines)}"
+
+
+def _work(config: HarvestConfig) -> tuple[Prepared, TokenModel, list[Work]]:
+    """All batches of a harvest, ready for the model."""
     prepared = prepare(config, lambda message: None)
     _, model = load(prepared, lambda message: None)
     assert isinstance(model, TokenModel)
-    work = [model.prepare(buffer) for buffer in buffers(_stream(prepared), prepared.buffer_tokens)]
-    n_rows, n_places = sum(w.buffer.n_rows for w in work), sum(w.n_places for w in work)
+    return prepared, model, [model.prepare(each) for each in buffers(_stream(prepared), prepared.buffer_tokens)]
+
+
+def _bare(config: HarvestConfig, turn: Turn, *, keep: bool) -> None:
+    """The forward pass of the truncated model alone, over and over."""
+    prepared, model, work = _work(config)
+    if keep:
+        keep_freed_memory()
     capture = Capture(model._capture._base, prepared.hooks)
     model._capture.close()
-    kinds = {"harvest": config}
-    if not quick and (compiled := _compiled(config)) is not None:
-        kinds["harvest --compile"] = compiled
-    inside: dict[str, list[float]] = {name: [] for name in kinds}  # seconds from the first batch to the last commit
+    while True:
+        turn()
+        with torch.inference_mode():
+            for batch in (batch for w in work for batch in w.batches):
+                capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
 
-    def ours(name: str) -> None:
-        out = folder / "cache"
-        inside[name].append(harvest(replace(kinds[name], out=out), quiet=True).seconds)
+
+def _ours(config: HarvestConfig, out: Path, turn: Turn) -> None:
+    """The whole harvest, over and over."""
+    took = None
+    while True:
+        turn(took)
+        took = harvest(replace(config, out=out), quiet=True).seconds
         shutil.rmtree(out)
-
-    functions = {"bare": lambda: _bare(capture, work)}
-    seconds = interleaved(functions | {name: partial(ours, name) for name in kinds}, 3 if quick else 5)
-    rows = [["bare truncated forward (limit)", f"{n_rows / seconds['bare']:,.0f}", "1.00", ""]]
-    for name in kinds:
-        spent = statistics.median(inside[name][1:])
-        ratio, before = seconds["bare"] / spent, seconds[name] - spent
-        rows.append([f"{name}, checks and writing included", f"{n_rows / spent:,.0f}", f"{ratio:.2f}", f"{before:.1f}"])
-    title = (
-        f"Harvest: MiniLM, layer {LAYER} of 6, {n_rows:,} tokens in texts of {n_rows / len(_texts(work)):.0f}, "
-        f"{prepared.compute_dtype} on {prepared.device}, padding {1 - n_rows / n_places:.1%}. "
-        "From the first text to the last commit; checks, hashes, loading and compiling before it stand apart."
-    )
-    return f"{title}\n\n{markdown(['', 'real tokens/s', 'of the limit', 'seconds before'], rows)}"
 
 
 def _compiled(config: HarvestConfig) -> HarvestConfig | None:
@@ -90,12 +109,6 @@ def _stream(prepared: Prepared) -> WindowStream:
 
 def _texts(work: list[Work]) -> set[int]:
     return {int(window.doc_id.max()) for w in work for window in w.buffer.windows}
-
-
-def _bare(capture: Capture, work: list[Work]) -> None:
-    with torch.inference_mode():
-        for batch in (batch for w in work for batch in w.batches):
-            capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
 
 
 def _write_table(folder: Path, quick: bool) -> str:
@@ -148,9 +161,3 @@ def random_rows(n_rows: int, width: int) -> Rows:
         doc_position=(index % 512).astype(np.int32),
         flags=np.zeros(n_rows, dtype=np.uint8),
     )
-
-
-if __name__ == "__main__":
-    start = time.perf_counter()
-    print(run(quick=True))
-    print(f"{time.perf_counter() - start:.0f} s")

@@ -35,7 +35,7 @@ def test_saelens_store_gives_the_rows_written(tmp_path: Path) -> None:
 def test_every_contestant_takes_its_steps(kind: str, name: str) -> None:
     taken = []
 
-    def turn() -> None:
+    def turn(took: float | None = None) -> None:
         if len(taken) == 2:
             raise EnoughError
         taken.append(name)

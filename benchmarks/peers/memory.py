@@ -49,7 +49,7 @@ def take_steps(trainer: Trainer, x: Tensor, args: argparse.Namespace, n: int) ->
     """Let a contestant take n steps and no more."""
     turns = iter(range(n))
 
-    def turn() -> None:
+    def turn(took: float | None = None) -> None:
         if next(turns, None) is None:
             raise EnoughError
 

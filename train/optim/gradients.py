@@ -12,8 +12,9 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
     Of a matrix the norms of its rows (or columns, where these are contiguous) come first: one number from each takes
     two thirds of the time of one number from all.
     """
-    norms = [torch.linalg.vector_norm(grad, dim=_contiguous(grad)).reshape(-1) for grad in grads]
-    return torch.linalg.vector_norm(torch.cat(norms))
+    norms: list[Tensor] = [torch.linalg.vector_norm(grad, dim=_contiguous(grad)).reshape(-1) for grad in grads]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
+    return total
 
 
 def _contiguous(grad: Tensor) -> int | None:

@@ -1,7 +1,7 @@
 """The loader against a plain copy of the same bytes, and how well it mixes with a pool of 1/8 of the cache.
 
 Limit: np.copyto of the memory-mapped shard into a buffer, in order, from a warm page cache. malloc keeps freed blocks,
-as a training on a CPU sets it (`train.heap`), and the start of the loader is counted.
+as a training on a CPU sets it (`cache.heap`), and the start of the loader is counted.
 """
 
 import tempfile

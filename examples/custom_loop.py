@@ -1,4 +1,4 @@
-"""A training loop of one's own on the cache, the loader and the models: python examples/custom_loop.py CACHE"""
+"""A training loop of one's own on the cache, the loader and the models: python examples/custom_loop.py [CACHE]"""
 
 import sys
 
@@ -8,8 +8,10 @@ import cache
 import sae_core
 from cache.loader import Loader
 
+CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
+
 N_STEPS = 50
-rows = cache.open(sys.argv[1])
+rows = cache.open(CACHE)
 sae_class = sae_core.registry.get("topk")
 with Loader(rows, batch_size=1024, seed=0) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
     first = next(batches).x

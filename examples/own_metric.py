@@ -1,4 +1,4 @@
-"""A metric of one's own in the log, and a file of one's own in checkpoints: python examples/own_metric.py CACHE"""
+"""A metric of one's own in the log, and a file of one's own in checkpoints: python examples/own_metric.py [CACHE]"""
 
 import json
 import sys
@@ -8,6 +8,8 @@ import torch
 
 from train import train_sae
 from train.callbacks import Callback, StepEvent
+
+CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 
 
 class Drift(Callback):
@@ -31,7 +33,7 @@ class Drift(Callback):
 
 
 result = train_sae(
-    cache=sys.argv[1],
+    cache=CACHE,
     type="topk",
     k=8,
     steps=50,

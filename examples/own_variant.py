@@ -1,4 +1,4 @@
-"""A type of SAE of one's own, trained like any other: python examples/own_variant.py CACHE
+"""A type of SAE of one's own, trained like any other: python examples/own_variant.py [CACHE]
 
 In a file in sae_core/variants/ the commands know it too (`--type soft_topk`).
 """
@@ -11,6 +11,8 @@ import torch
 from sae_core import Codes, PreActs, option, register
 from sae_core.variants.topk import TopKSAE
 from train import train_sae
+
+CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 
 
 @register("soft_topk")
@@ -31,6 +33,13 @@ class SoftTopKSAE(TopKSAE):
 
 
 result = train_sae(
-    cache=sys.argv[1], type="soft_topk", k=8, shrink=0.1, steps=50, batch_size=1024, name="own_variant", overwrite=True
+    cache=CACHE,
+    type="soft_topk",
+    k=8,
+    shrink=0.1,
+    steps=50,
+    batch_size=1024,
+    name="own_variant",
+    overwrite=True,
 )
 print(f"{result.summary['type']}: FVU {result.summary['eval']['fvu']:.4f}, L0 {result.summary['eval']['l0']:.2f}")

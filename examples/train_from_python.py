@@ -1,4 +1,4 @@
-"""Train from Python, look at the result, go on with the same settings: python examples/train_from_python.py CACHE"""
+"""Train from Python, look at the result, go on with the same settings: python examples/train_from_python.py [CACHE]"""
 
 import sys
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 import sae_core
 from train import TrainConfig, train_sae
 
-config = TrainConfig(cache=sys.argv[1], type="batchtopk", steps=50, batch_size=1024, options={"k": 8})
+CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
+
+config = TrainConfig(cache=CACHE, type="batchtopk", steps=50, batch_size=1024, options={"k": 8})
 first = train_sae(config, name="python_first", overwrite=True)
 print(first.folder, first.summary["eval"])
 

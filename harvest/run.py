@@ -24,7 +24,10 @@ from harvest.signals import StopSignals
 
 
 def harvest(config: HarvestConfig, *, quiet: bool = False) -> HarvestResult:
-    """Harvest a cache, or continue one. The function behind `sae-harvest run`."""
+    """Harvest a cache, or continue one. The function behind `sae-harvest run`.
+
+    On a CPU malloc keeps freed memory from then on, for the rest of the process (`cache.heap`).
+    """
     with StopSignals() as signals, Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)
         check_space(prepared)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sae_core.codes import Codes, Pattern
 from sae_core.kernels import bag_sum, sampled_dot, takes_triton
@@ -19,10 +20,10 @@ def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
     """Return the pre-activations x @ W_enc + b_enc at the entries of a pattern, differentiable in x, W_enc, b_enc.
 
     x (N, D), W_enc (D, F), b_enc (F,); `kept` holds the values there, already computed without gradients.
-    Returns (nnz,), or (N, F) for a full pattern. For data that was centred (`centre`) no gradient of the rows is built:
-    that of the centre is the gradient of b_enc passed through -W_enc.
+    Returns (nnz,), or (N, F) for a full pattern. For data as `centre` returns it no gradient of x itself is built: that
+    of the centre is the gradient of b_enc passed through -W_enc. Any operation between the two takes the usual way.
     """
-    bias = _centre_of_data(x)
+    bias = getattr(x.grad_fn, "centre_of_data", None)
     rows = x if bias is None else x.detach()
     return _EncodeAt.apply(  # type: ignore[no-any-return, no-untyped-call]
         rows, W_enc, b_enc, kept.values, kept.pattern, bias
@@ -32,12 +33,6 @@ def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
 def centre(rows: Tensor, bias: Tensor) -> Tensor:
     """Return rows (N, D) - bias (D,), differentiable in both."""
     return _Centre.apply(rows, bias)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _centre_of_data(x: Tensor) -> Tensor | None:
-    """The bias that `centre` took off rows which need no gradient, if that is how x came about."""
-    made_by: Any = x.grad_fn
-    return made_by.bias if isinstance(made_by, _Centre._backward_cls) else None  # type: ignore[attr-defined]
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
@@ -74,7 +69,7 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
 class _Centre(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor) -> Tensor:
-        ctx.bias = None if ctx.needs_input_grad[0] else bias
+        ctx.centre_of_data = None if ctx.needs_input_grad[0] else bias  # read by `encode_at`
         return rows - bias
 
     @staticmethod
@@ -92,6 +87,7 @@ class _EncodeAt(Function):
         return values.view_as(values)
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss the centre
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, W_enc = ctx.saved_tensors
         pattern: Pattern = ctx.pattern

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sae_core.autograd import decode
 from sae_core.codes import Codes, Pattern, sort_narrow
@@ -34,7 +35,8 @@ def prefix_errors(groups: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor
     """Squared errors (N,) of all proper prefixes together, and what the last prefix reconstructs, (N, D).
 
     Prefix i reconstructs start + groups[0] + ... + groups[i], and its error is the squared distance from target (N, D).
-    groups (P, N, D), start (D,). One pass over some rows at a time does for all prefixes and their gradients.
+    groups (P, N, D), P at least 2, start (D,). One pass over some rows at a time does for all prefixes and their
+    gradients.
     """
     return _PrefixErrors.apply(groups, start, target)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -58,6 +60,7 @@ class _PrefixErrors(Function):
         return errors, whole
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_errors: Tensor, grad_whole: Tensor) -> Any:
         (pulls,) = ctx.saved_tensors
         slopes = 2 * grad_errors[:, None]

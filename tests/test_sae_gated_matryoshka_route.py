@@ -187,6 +187,16 @@ def test_route_over_one_layer_is_its_base_with_unit_norm_and_nmse(base: str) -> 
         assert torch.equal(route.base_sae.get_parameter(name).grad, parameter.grad), name
 
 
+@pytest.mark.parametrize("detach_target", [True, False])
+def test_route_over_one_layer_takes_its_target_as_over_several(detach_target: bool) -> None:
+    for n_hooks in (1, 2):
+        sae = build("route", n_hooks=n_hooks, detach_target=detach_target)
+        source = sae.prepare({f"layer_{i}": rows(8, seed=i).requires_grad_() for i in range(n_hooks)})
+        assert source.input.requires_grad
+        assert source.target.requires_grad is not detach_target
+        assert not source.reference.requires_grad
+
+
 def mean_p_max(detach_target: bool) -> float:
     """Train a route under the fvu loss on three layers that carry the same signal; return the final mean p_max."""
     generator = torch.Generator().manual_seed(0)

@@ -196,7 +196,10 @@ def test_names_tell_seeds_apart() -> None:
         ({"batch_size": 10_000}, r"batch_size=10,000 is larger than the [\d,]+ rows to train on \([\d,]+ in the cache"),
         ({"batch_size": 64, "k": 500}, r"k=500: expected k <= d_sae=128"),
         ({"batch_size": 64, "steps": 5, "warmup_steps": 5}, r"warmup_steps=5 is not shorter than the run of 5 steps"),
-        ({"batch_size": 64, "hook": "layer_9"}, r"no hook point 'layer_9', did you mean 'layer_3'\? It has: layer_3"),
+        (
+            {"batch_size": 64, "hook": "layer_9"},
+            r"no hook point 'layer_9' \(it has: layer_3\), did you mean 'layer_3'\?",
+        ),
         ({"batch_size": 64, "device": "cuda:99"}, r"device='cuda:99': this machine has \d+ CUDA devices"),
         ({"batch_size": 64, "device": "gpu"}, r"device='gpu': expected auto, cpu, cuda"),
         ({"batch_size": 64, "min_norm": 1e9}, r"batch_size=64 is larger than the 0 rows to train on"),

@@ -22,7 +22,7 @@ def export(run: Path, to: str, out: Path) -> Path:
     cannot express.
     """
     if to not in WRITERS:
-        raise ConfigError(f"--to {to!r}{nearest(to, WRITERS)} Known: {', '.join(WRITERS)}")
+        raise ConfigError(f"--to {to!r} is unknown (known: {', '.join(WRITERS)}){nearest(to, WRITERS)}")
     sae, metadata = sae_core.load(run), read_metadata(run)
     if out.exists() and any(out.iterdir()):
         raise RunExistsError(f"{out} is not empty: choose another --out")

@@ -108,16 +108,18 @@ class RouteSAE(SAE):
         """The routed rows, and the routing probabilities (N, L)."""
         layers = self._layers(x)
         if layers.shape[1] == 1:  # nothing to choose: no gradient of the rows is built for the router
-            rows = layers[:, 0]
-            return Source(rows, rows, lambda recon: recon, rows), rows.new_ones(len(rows), 1)
+            return self._source(layers[:, 0]), layers.new_ones(len(layers), 1)
         probabilities = self.route(layers)
         if self.config.routing == "soft":
             routed = (probabilities[:, :, None] * layers).sum(1)
         else:
             p_max, chosen = probabilities.max(1)
             routed = p_max[:, None] * layers[torch.arange(len(chosen), device=chosen.device), chosen]
+        return self._source(routed), probabilities.detach()
+
+    def _source(self, routed: Tensor) -> Source:
         target = routed.detach() if self.config.detach_target else routed
-        return Source(routed, target, lambda recon: recon, routed.detach()), probabilities.detach()
+        return Source(routed, target, lambda recon: recon, routed.detach())
 
     def route(self, layers: Tensor) -> Tensor:
         """Routing probabilities (N, L) of normalised layers (N, L, D)."""

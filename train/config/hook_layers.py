@@ -23,8 +23,8 @@ def layer_hooks(available: Sequence[str], layers: str | None, stride: int | None
     for i, name in enumerate(chosen):
         if name not in available:
             raise ConfigError(
-                f"--layers: the cache has no hook point {name!r}{nearest(name, available)} It has: "
-                f"{', '.join(available)}"
+                f"--layers: the cache has no hook point {name!r} (it has: {', '.join(available)})"
+                f"{nearest(name, available)}"
             )
         if name in chosen[:i]:
             raise ConfigError(f"--layers names {name} twice; remove one")

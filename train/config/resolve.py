@@ -57,7 +57,7 @@ def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int |
     for name in config.hook:
         if name not in available:
             raise ConfigError(
-                f"the cache has no hook point {name!r}{nearest(name, available)} It has: {', '.join(available)}"
+                f"the cache has no hook point {name!r} (it has: {', '.join(available)}){nearest(name, available)}"
             )
     known = n_layers if isinstance(n_layers, int) else None
     preferred = cls.default_hooks(available, known) if several else tuple(available) if len(available) == 1 else ()

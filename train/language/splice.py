@@ -49,7 +49,8 @@ def open_model(
     record = _record(cache)
     if record.get("kind") == SENTENCE_TRANSFORMER:
         raise SpliceError(
-            f"{record.get('id')} is a Sentence-Transformer: it has no language-model head, so no kl or ce"
+            f"{record.get('id')} is a Sentence-Transformer: it has no language-model head, so no kl or ce; train with "
+            "--loss fvu, or on a cache harvested from a model with a head"
         )
     source = _Source.find(record, lm)
     kind = transformers.AutoModelForCausalLM if source.is_causal else transformers.AutoModelForMaskedLM

@@ -113,7 +113,7 @@ def test_types_lists_every_variant_with_its_options() -> None:
         (["--type", "topk", "--k", "300"], r"k=300: expected k <= d_sae=128"),
         (["--type", "topk", "--batch-size", "9k"], r"batch_size=9,000 is larger than the [\d,]+ rows to train on"),
         (["--type", "topk", "--lr", "fast"], r"lr='fast': expected a number"),
-        (["--type", "topk", "--layer", "4"], r"the cache has no hook point 'layer_4', did you mean 'layer_3'\?"),
+        (["--type", "topk", "--layer", "4"], r"no hook point 'layer_4' \(it has: layer_3\), did you mean 'layer_3'\?"),
         (["--type", "topk", "--cache", "nowhere"], r"nowhere does not exist"),
         (["--type", "topk", "--cache", "not_one"], r"not_one"),
         (["--type", "topk", "--cache", "unfinished"], r"unfinished is incomplete"),

@@ -41,7 +41,7 @@ def test_an_export_reads_back_as_the_same_function(tmp_path: Path, tool: str) ->
 @pytest.mark.parametrize(
     ("name", "tool", "message"),
     [
-        ("topk", "saelen", "'saelen', did you mean 'saelens'"),
+        ("topk", "saelen", "did you mean 'saelens'"),
         ("batchtopk", "sparsify", "cannot be written for sparsify"),
         ("batchtopk", "delphi", "--to delphi: delphi reads the coders of sparsify, and type='batchtopk' cannot be"),
         ("transcoder", "saelens", "cannot be written for SAELens"),

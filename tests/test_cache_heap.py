@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,15 @@ for _ in range(20):
 print(sum(counts[10:]) / 10)
 """
 
+KEEP = "from cache.heap import keep_freed_memory; assert keep_freed_memory()"
+HARVEST = """
+from pathlib import Path
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from harvest.run import harvest
+harvest(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"),
+                      max_tokens=500, out=Path({out!r})), quiet=True)
+"""
+
 
 def page_faults(prepare: str) -> float:
     code = FAULTS.format(prepare=prepare)
@@ -28,7 +38,8 @@ def page_faults(prepare: str) -> float:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
-def test_a_freed_block_is_used_again_without_touching_new_pages() -> None:
-    kept = page_faults("from cache.heap import keep_freed_memory; assert keep_freed_memory()")
+@pytest.mark.parametrize("prepare", [KEEP, HARVEST], ids=["asked", "by a harvest on a CPU"])
+def test_a_freed_block_is_used_again_without_touching_new_pages(prepare: str, tmp_path: Path) -> None:
+    kept = page_faults(prepare.format(out=str(tmp_path / "cache")))
     given_back = page_faults("")
     assert kept * 10 < given_back

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core.autograd import decode, empty_encoder, encode_at, per_entry, sum_by_latent
+from sae_core.autograd import centre, decode, empty_encoder, encode_at, per_entry, sum_by_latent
 from sae_core.codes import Codes, Pattern
 from sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
 from sae_core.pre_acts import PreActs
@@ -135,3 +135,21 @@ def test_true_entries_are_those_of_nonzero(n: int, m: int, share: float, seed: i
     mask = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < share
     assert torch.equal(true_entries(mask), mask.reshape(-1).nonzero().squeeze(1))
     assert torch.equal(true_entries(mask.t()), mask.t().reshape(-1).nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("rows_learn", [False, True])
+def test_gradients_of_centred_rows_and_their_centre(rows_learn: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, b, W, b_enc = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 3), (3,), (3, 8), (8,)))
+    pattern = Pattern.fixed_k(torch.tensor([[0, 5], [1, 2], [0, 7], [3, 4], [6, 7], [0, 1]]), 8)
+    slopes = torch.randn(12, generator=generator, dtype=torch.float64)
+    outcomes = []
+    for ours in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (b, W, b_enc)]
+        rows = x.clone().requires_grad_(rows_learn)
+        dense = (rows - leaves[0]) @ leaves[1] + leaves[2]
+        kept = Codes(pattern.take(dense.detach()), pattern)
+        p = encode_at(centre(rows, leaves[0]), leaves[1], leaves[2], kept) if ours else pattern.take(dense)
+        (p * slopes).sum().backward()
+        outcomes.append([leaf.grad for leaf in (*leaves, *([rows] if rows_learn else []))])
+    torch.testing.assert_close(*outcomes)

@@ -1,16 +1,16 @@
 """Batches from planned pools: cut, copied in the background, delivered in order with the state after each.
 
 On a CPU each batch is copied by one thread of a few, so that none of them waits for another within a batch; the
-consumer's thread hands out the batches ahead of the one that it takes. On a GPU taking a batch is a launch on the
-consumer's stream, with nothing to gain from a thread.
+consumer's thread hands out the batches ahead of the one that it takes, and copies too where it would wait. On a GPU
+taking a batch is a launch on the consumer's stream, with nothing to gain from a thread.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.pools import Pool, PoolSource
-from cache.prefetch import THREADS, Prefetcher, in_background
+from cache.prefetch import Prefetcher
+from cache.staging import n_copy_threads
+from cache.workers import Workers
 
 BATCHES_AHEAD = 4
 
@@ -66,13 +68,13 @@ def deliver(
     source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None
 ) -> Generator[Batch, None, None]:
     """Batches from a state on, in the storage dtype, by hook point."""
-    executor = ThreadPoolExecutor(source.n_threads, thread_name_prefix=THREADS + "copy")
-    pools = Prefetcher(source.pools(state.epoch, state.cursor, epochs, batch_size, executor), depth=1)
     on_host = source.device.type != "cuda"
+    workers = Workers(n_copy_threads(source.device) if on_host else 0)
+    pools = Prefetcher(source.pools(state.epoch, state.cursor, epochs, batch_size), depth=1)
 
     def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
         if on_host:
-            return executor.submit(source.take, pool, lo, hi).result
+            return workers.submit(partial(source.take, pool, lo, hi))
         taken = source.take(pool, lo, hi)
         return lambda: taken
 
@@ -80,7 +82,7 @@ def deliver(
         yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
     finally:
         pools.close()
-        executor.shutdown(wait=not in_background(), cancel_futures=True)
+        workers.close()
 
 
 def _cut(

@@ -126,9 +126,10 @@ class ShardPart:
         n_full = self.n_full
         return n_full * self.block_rows + (self.shard_rows % self.block_rows if n_full < len(self.blocks) else 0)
 
-    def offsets(self) -> I64:
-        """(n_rows,) offsets of these rows in their shard."""
-        return (self.blocks[:, None] * self.block_rows + np.arange(self.block_rows)).ravel()[: self.n_rows]
+    def offsets(self, start: int = 0) -> I64:
+        """(n_rows,) offsets of these rows in their shard, counted from `start` on."""
+        firsts = self.blocks * self.block_rows + start
+        return (firsts[:, None] + np.arange(self.block_rows)).ravel()[: self.n_rows]
 
     def copy(self, rows: NDArray[Any], out: NDArray[Any], executor: Executor | None = None) -> None:
         """Copy the rows of these blocks from a shard's array (shard_rows, ...) to out (n_rows, ...)."""
@@ -189,7 +190,7 @@ class PoolPlan:
 
     def row_ids(self, first_row_ids: Sequence[int]) -> I64:
         """(n_rows,) permanent ids, from the id of the first row of each pinned shard."""
-        ids = [part.offsets() + first_row_ids[part.shard] for part in self.parts]
+        ids = [part.offsets(first_row_ids[part.shard]) for part in self.parts]
         return np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
 
 

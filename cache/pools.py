@@ -7,7 +7,7 @@ place in the buffer of the pool. Both ascend in disk order. Shapes: S surviving 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.order import Order, PoolPlan
+from cache.prefetch import THREADS
 from cache.readahead import ReadAhead
 from cache.selection import Selection, shard_columns
 from cache.staging import CudaBuffer, HostRows, PoolRows, as_integers, n_copy_threads
@@ -70,7 +71,7 @@ class PoolSource:
         previous: bool,
     ) -> None:
         self.order, self.selection, self.device = order, selection, device
-        self.dtype, self.n_threads = cache.dtype, n_copy_threads(device)
+        self.dtype = cache.dtype
         skipped = int(previous)  # the first row of a shard has no row before it
         numbers = range(len(cache.shards))
         shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in numbers] for hook in hooks}
@@ -86,9 +87,7 @@ class PoolSource:
             [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(shards[hook])] for hook in hooks
         ]
 
-    def pools(
-        self, epoch: int, cursor: int, epochs: int | None, batch_size: int, executor: Executor
-    ) -> Generator[Pool, None, None]:
+    def pools(self, epoch: int, cursor: int, epochs: int | None, batch_size: int) -> Generator[Pool, None, None]:
         """Pools from a cursor on, at which a batch starts.
 
         The rows of a pool may be overwritten when the next but one is asked for.
@@ -99,14 +98,15 @@ class PoolSource:
         if self.device.type == "cuda":
             widths = {hook: shards[0].shape[1] for hook, shards in self.shards.items()}
             buffers = [CudaBuffer(self.order, widths, self.dtype, self.device) for _ in buffers]
-        while epochs is None or epoch < epochs:
-            starts = self.order.pool_starts(epoch)
-            for number in range(first, self.order.n_pools):
-                pool = self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
-                missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
-                yield pool
-                buffers.reverse()
-            epoch, first, cursor = epoch + 1, 0, 0
+        with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
+            while epochs is None or epoch < epochs:
+                starts = self.order.pool_starts(epoch)
+                for number in range(first, self.order.n_pools):
+                    pool = self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
+                    missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
+                    yield pool
+                    buffers.reverse()
+                epoch, first, cursor = epoch + 1, 0, 0
 
     def _assemble(
         self,

@@ -12,6 +12,7 @@ Two levels:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -117,19 +118,35 @@ def _walk(values: U64, n: int, keys: list[int], *, inverse: bool = False) -> U64
 def _feistel(values: U64, n_bits: int, keys: list[int], *, inverse: bool) -> U64:
     """Bijection of [0, 2**n_bits): even rounds change the high half by a hash of the low one, odd the reverse."""
     low_bits = n_bits // 2
-    low_mask, high_mask = (1 << low_bits) - 1, (1 << (n_bits - low_bits)) - 1
-    low, high = values & np.uint64(low_mask), values >> np.uint64(low_bits)
+    low, high = values & np.uint64((1 << low_bits) - 1), values >> np.uint64(low_bits)
     rounds = list(enumerate(keys))
     for i, key in reversed(rounds) if inverse else rounds:
         if i % 2 == 0:
-            high = high ^ (_round_hash(low, key) & np.uint64(high_mask))
+            high ^= _round_hash(low, key, low_bits, n_bits - low_bits)
         else:
-            low = low ^ (_round_hash(high, key) & np.uint64(low_mask))
-    return (high << np.uint64(low_bits)) | low
+            low ^= _round_hash(high, key, n_bits - low_bits, low_bits)
+    high <<= np.uint64(low_bits)
+    high |= low
+    return high
 
 
-def _round_hash(half: U64, key: int) -> U64:
-    return mix64(half + np.uint64(key)) >> np.uint64(32)  # half + key wraps modulo 2**64; halves have at most 32 bits
+def _round_hash(half: U64, key: int, in_bits: int, out_bits: int) -> U64:
+    """The lowest `out_bits` of a hash of numbers below 2**in_bits; looked up where there are few such numbers."""
+    if 1 << in_bits <= min(len(half), _IN_CACHE):
+        return _hash_table(key, in_bits, out_bits).take(half.view(np.int64))
+    return _hash_half(half, key, out_bits)
+
+
+@lru_cache(maxsize=4 * _N_ROUNDS)  # an epoch has one table per round; loaders side by side have epochs of their own
+def _hash_table(key: int, in_bits: int, out_bits: int) -> U64:
+    return _hash_half(np.arange(1 << in_bits, dtype=np.uint64), key, out_bits)
+
+
+def _hash_half(half: U64, key: int, out_bits: int) -> U64:
+    hashed = mix64(half + np.uint64(key))  # wraps modulo 2**64
+    hashed >>= np.uint64(32)  # halves have at most 32 bits
+    hashed &= np.uint64((1 << out_bits) - 1)
+    return hashed
 
 
 def _mix_int(x: int) -> int:

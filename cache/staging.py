@@ -121,7 +121,7 @@ class CudaBuffer:
 def n_copy_threads(device: torch.device) -> int:
     """Threads that copy rows: few beside a training that computes on the CPU, several to feed a GPU."""
     n_cores = os.cpu_count() or 1
-    return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 2))
+    return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 1))
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

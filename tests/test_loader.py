@@ -279,10 +279,12 @@ def test_threads_end_with_their_loader(make_cache) -> None:
 @pytest.mark.parametrize(("owner", "name"), [(cache.order.Order, "pool"), (cache.staging.HostRows, "take")])
 def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, owner, name) -> None:
     """The garbage collector runs in any thread, and a thread cannot wait for itself."""
-    go, calls, original = threading.Event(), itertools.count(), getattr(owner, name)
+    go, there, calls, original = threading.Event(), threading.Event(), itertools.count(), getattr(owner, name)
+    consumer = threading.current_thread()  # it copies too
 
     def collecting(*args):
-        if next(calls) >= 2:  # the batch taken needs none of these
+        if next(calls) >= 2 and threading.current_thread() is not consumer:  # the batch taken needs none of these
+            there.set()
             go.wait()
             gc.collect()
         return original(*args)
@@ -298,6 +300,7 @@ def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, o
     next(knot.loader)
     threads = own_threads()
     assert len(threads) >= 2
+    assert there.wait(30)
     gc.disable()
     del knot
     go.set()

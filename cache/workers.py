@@ -1,0 +1,72 @@
+"""Calls made ahead by background threads; who waits for one makes the next ones meanwhile."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from cache.prefetch import THREADS, in_background
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Threads that make calls in the order of `submit`; `result` helps them, so that no core idles beside a wait.
+
+    The threads are few and a call takes about as long as a hand-over between threads: without help, waiting for the
+    call that a thread has just begun costs more than making the one after it.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{THREADS}copy-{i}", daemon=True) for i in range(n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Have a call made; what is returned waits for its result, or raises what it raised."""
+        future: Future[T] = Future()
+
+        def make() -> None:
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._calls.put(make)
+        return lambda: self._result(future)
+
+    def _result(self, future: Future[T]) -> T:
+        while not future.done():
+            try:
+                make = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if make is not None:
+                make()
+        return future.result()
+
+    def _work(self) -> None:
+        while (make := self._calls.get()) is not None:
+            make()
+
+    def close(self) -> None:
+        """Drop the calls that no thread has begun, end the threads and wait for them.
+
+        The garbage collector may call this in a background thread: that one does not wait.
+        """
+        try:
+            while True:
+                self._calls.get_nowait()
+        except queue.Empty:
+            pass
+        for _ in self._threads:
+            self._calls.put(None)
+        if not in_background():
+            for thread in self._threads:
+                thread.join()

@@ -1,0 +1,83 @@
+"""Calls made ahead by threads, with the help of whoever waits for one."""
+
+import threading
+
+import pytest
+
+from cache.workers import Workers
+
+
+@pytest.fixture
+def workers():
+    made: list[Workers] = []
+
+    def make(n_threads: int) -> Workers:
+        made.append(Workers(n_threads))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("n_threads", [0, 1, 3])
+def test_each_call_is_made_once_and_gives_its_own_result(workers, n_threads) -> None:
+    made: list[int] = []
+
+    def call(i: int) -> int:
+        made.append(i)
+        return i * i
+
+    pool = workers(n_threads)
+    results = [pool.submit(lambda i=i: call(i)) for i in range(50)]
+    assert [result() for result in results] == [i * i for i in range(50)]
+    assert sorted(made) == list(range(50))
+
+
+def test_who_waits_makes_the_next_call(workers) -> None:
+    second_made = threading.Event()
+    pool = workers(1)
+    first = pool.submit(lambda: second_made.wait(30))  # ends only when another thread makes the second call
+    pool.submit(second_made.set)
+    assert first() is True
+
+
+def test_an_error_belongs_to_its_call_whoever_made_it(workers) -> None:
+    pool = workers(0)
+    bad, good = pool.submit(lambda: 1 // 0), pool.submit(lambda: 7)
+    assert good() == 7  # made after the bad call, by this thread
+    with pytest.raises(ZeroDivisionError):
+        bad()
+
+
+def test_an_interrupt_reaches_the_thread_that_it_meets(workers) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    pool = workers(0)
+    result = pool.submit(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        result()
+
+
+def test_closing_drops_what_has_not_begun(workers) -> None:
+    begun, go, made = threading.Event(), threading.Event(), []
+    pool = workers(1)
+
+    def first() -> None:
+        begun.set()
+        go.wait(30)
+        made.append("first")
+
+    pool.submit(first)
+    for _ in range(5):
+        pool.submit(lambda: made.append("later"))
+    assert begun.wait(30)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    while pool._calls.qsize() > 1:  # the end of the thread is all that is left in the queue
+        pass
+    go.set()
+    closing.join(30)
+    assert made == ["first"]
+    assert not any(thread.is_alive() for thread in pool._threads)

@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.pools import Pool, PoolSource
+from cache.pools import Pool, PoolSource, Taken
 from cache.prefetch import Prefetcher
 from cache.staging import n_copy_threads
 from cache.workers import Workers
 
 BATCHES_AHEAD = 4
-
-Taken = tuple[dict[str, Tensor], NDArray[np.int64] | None]  # rows by hook point, their ids if wanted
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,8 @@ def deliver(
     pools = Prefetcher(source.pools(state.epoch, state.cursor, epochs, batch_size), depth=1)
 
     def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
-        if on_host:
-            return workers.submit(partial(source.take, pool, lo, hi))
         taken = source.take(pool, lo, hi)
-        return lambda: taken
+        return workers.submit(taken) if on_host else taken
 
     try:
         yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 I64 = NDArray[np.int64]
 PREVIOUS = "@-1"  # after a hook point's name: the row before each row
 
+Taken = tuple[dict[str, Tensor], I64 | None]  # rows by hook point, their ids if wanted
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -138,11 +140,16 @@ class PoolSource:
         row_ids = None if self.first_row_ids is None else fetched.row_ids(self.first_row_ids).__getitem__
         return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)
 
-    def take(self, pool: Pool, lo: int, hi: int) -> tuple[dict[str, Tensor], I64 | None]:
-        """Survivors lo to hi of a pool, of one batch: rows by hook point, and their ids if wanted."""
+    def take(self, pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
+        """Survivors lo to hi of a pool, of one batch, once the call returned is over (see `PoolRows.take`)."""
         index = pool.order[lo:hi]
         rows = {hook: pool.rows.take(hook, index) for hook in self.hooks}
-        return rows, None if pool.row_ids is None else pool.row_ids(index)
+
+        def finish() -> Taken:
+            ids = None if pool.row_ids is None else pool.row_ids(index)
+            return {hook: copied() for hook, copied in rows.items()}, ids
+
+        return finish
 
     def _ids_of_addresses(self, index: I64) -> I64:
         assert self.first_row_ids is not None

@@ -6,7 +6,7 @@ Shapes: P rows of a pool, B of a batch, D = d_in.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol
 
@@ -33,8 +33,11 @@ def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
 class PoolRows(Protocol):
     """The rows of one pool."""
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
-        """Rows (B, D) of a hook point in the storage dtype, by ascending addresses (see `cache.pools`)."""
+    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
+        """Rows (B, D) of a hook point in the storage dtype, by ascending addresses (see `cache.pools`).
+
+        Their memory is taken now, in the consumer's thread; they are there when the call returned is over.
+        """
 
     def release(self) -> None:
         """The pool is used up."""
@@ -52,10 +55,14 @@ class HostRows:
         """The shard in which each address lies."""
         return np.searchsorted(self._ends, index, side="right")
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
-        """See `PoolRows`. Without the interpreter's lock, so that other threads take other batches meanwhile."""
+    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
+        """See `PoolRows`. malloc has an arena per thread, and blocks of several threads would be fresh too often."""
+        out = torch.empty(len(index), self._shards[hook][0].shape[1], dtype=self._dtype)
+        return lambda: self.copy(hook, index, out)
+
+    def copy(self, hook: str, index: NDArray[np.int64], out: Tensor) -> Tensor:
+        """Fill `out`, without the interpreter's lock: other threads copy other batches meanwhile."""
         shards = self._shards[hook]
-        out = torch.empty(len(index), shards[0].shape[1], dtype=self._dtype)
         target, lo = _as_numpy(out), 0
         for shard, hi in enumerate(np.searchsorted(index, self._ends).tolist()):
             if lo < hi:
@@ -107,10 +114,11 @@ class CudaBuffer:
             copied[i % 2].record(self._stream)
             done += piece.n_rows
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Tensor:
-        """See `PoolRows`; runs on the consumer's stream."""
+    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
+        """See `PoolRows`; launched now, on the consumer's stream."""
         torch.cuda.current_stream(self.device).wait_event(self._filled)
-        return torch.index_select(self.rows[hook], 0, torch.from_numpy(index).to(self.device))
+        rows = torch.index_select(self.rows[hook], 0, torch.from_numpy(index).to(self.device))
+        return lambda: rows
 
     def release(self) -> None:
         """See `PoolRows`."""

@@ -237,7 +237,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) ->
     loader = Loader(opened, batch_size=64, pool_rows=500)
     calls = []
 
-    original = cache.staging.HostRows.take
+    original = cache.staging.HostRows.copy
 
     def fail(*args):
         calls.append(1)
@@ -245,7 +245,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) ->
             raise OSError("disk is gone")
         return original(*args)
 
-    monkeypatch.setattr(cache.staging.HostRows, "take", fail)
+    monkeypatch.setattr(cache.staging.HostRows, "copy", fail)
     delivered = []
     with pytest.raises(OSError, match="disk is gone"):
         delivered.extend(loader)
@@ -276,7 +276,7 @@ def test_threads_end_with_their_loader(make_cache) -> None:
     assert n_threads() == before
 
 
-@pytest.mark.parametrize(("owner", "name"), [(cache.order.Order, "pool"), (cache.staging.HostRows, "take")])
+@pytest.mark.parametrize(("owner", "name"), [(cache.order.Order, "pool"), (cache.staging.HostRows, "copy")])
 def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, owner, name) -> None:
     """The garbage collector runs in any thread, and a thread cannot wait for itself."""
     go, there, calls, original = threading.Event(), threading.Event(), itertools.count(), getattr(owner, name)

@@ -285,3 +285,22 @@ assert not {"zarr", "torch", "transformers"} & set(sys.modules)
 """,
         path,
     )
+
+
+def test_documents_are_written_without_pandas_and_read_back(tmp_path):
+    run_python(
+        """
+import sys
+from pathlib import Path
+from cache.parquet import DocumentFile, read_document
+from cache.rows import DocumentRow
+path = Path(sys.argv[1])
+documents = [DocumentRow(7, "a.txt", 0, ""), DocumentRow(9, "ü", 2**40, "Größe 𝛼"), DocumentRow(2**40, "a", 1, "x" * 99)]
+file = DocumentFile(path)
+file.append(documents)
+file.finish()
+assert "pandas" not in sys.modules
+assert [read_document(path, document.doc_id) for document in documents] == documents
+""",
+        tmp_path / "documents",
+    )

@@ -6,6 +6,7 @@ Limit 1: the same model, the same batches, nothing captured, nothing written. Li
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ def _forward_table(folder: Path, quick: bool) -> str:
     runs: dict[str, Contestant] = {
         BARE: partial(_bare, config, keep=True),
         "the same, malloc as it is": partial(_bare, config, keep=False),
+        "the first, its rows written with write() and one fsync": partial(_written, config, folder / "rows"),
         "harvest, checks and writing included": partial(_ours, config, folder / "cache"),
     }
     if not quick and (compiled := _compiled(config)) is not None:
@@ -81,6 +83,25 @@ def _bare(config: HarvestConfig, turn: Turn, *, keep: bool) -> None:
         with torch.inference_mode():
             for batch in (batch for w in work for batch in w.batches):
                 capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
+
+
+def _written(config: HarvestConfig, path: Path, turn: Turn) -> None:
+    """The bare forward pass, and a thread that writes as many bytes as its rows have: what any harvest pays."""
+    prepared, model, work = _work(config)
+    keep_freed_memory()
+    capture = Capture(model._capture._base, prepared.hooks)
+    model._capture.close()
+    row = np.ones(sum(hook.d_in for hook in prepared.hooks), dtype=np.float32)
+    rows = [np.tile(row, (w.buffer.n_rows, 1)) for w in work]
+    while True:
+        turn()
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer, torch.inference_mode():
+            for w, data in zip(work, rows, strict=True):
+                for batch in w.batches:
+                    capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
+                writer.submit(file.write, data.data)
+            writer.submit(os.fsync, file.fileno()).result()
+        path.unlink()
 
 
 def _ours(config: HarvestConfig, out: Path, turn: Turn) -> None:

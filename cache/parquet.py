@@ -75,9 +75,7 @@ class DocumentFile:
         self._file.close()
 
     def _flush(self) -> None:
-        columns = [
-            _column(field.type, [getattr(document, field.name) for document in self._group]) for field in SCHEMA
-        ]
+        columns = [_column(field.type, [getattr(document, field.name) for document in self._group]) for field in SCHEMA]
         self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(self._group))
         self._group, self._group_bytes = [], 0
 

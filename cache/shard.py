@@ -6,16 +6,14 @@ rows come per call.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from cache import files
+from cache.chunk_file import ChunkFile, page_aligned
 from cache.dtypes import Array
 from cache.errors import BadActivationError
 from cache.layout import COLUMNS, ArrayLayout, CacheLayout, documents_path
@@ -24,24 +22,24 @@ from cache.parquet import DocumentFile
 from cache.rows import DocumentRow, Rows
 from cache.stats import Moments, block_moments
 
-SYNC_BYTES = 32 * 2**20  # what is written is sent to the disk after so many bytes, while the next rows are checked
-
 
 class ArrayStream:
     """One array of the open shard: rows collect in an inner chunk, full ones go to the file."""
 
     def __init__(
-        self, layout: ArrayLayout, path: Path, syncer: Executor, on_chunk: Callable[[Array], None] | None = None
+        self,
+        layout: ArrayLayout,
+        path: Path,
+        syncer: Executor,
+        *,
+        direct: bool,
+        on_chunk: Callable[[Array], None] | None = None,
     ) -> None:
         self.layout, self.path = layout, path
         self.n_rows = 0
-        self._syncer, self._syncing, self._unsynced = syncer, Future[None](), 0
-        self._syncing.set_result(None)
         self._on_chunk = on_chunk  # sees the stored rows of every chunk once
-        self._chunk, self._filled = layout.block(), 0
-        self._hasher = xxhash.xxh3_128()
-        self._n_bytes = 0
-        self._fd = files.create(path)
+        self._chunk, self._filled = page_aligned(layout.block()) if direct else layout.block(), 0
+        self._file = ChunkFile(path, syncer, direct=direct)
 
     def append(self, values: Array, check: Callable[[int], None] | None = None) -> None:
         """Add rows, cast to the stored type; `check(i)` is called when row i came out as NaN or Inf."""
@@ -64,45 +62,39 @@ class ArrayStream:
         if self._filled:
             self._chunk[self._filled :] = self.layout.fill
             self._flush()
-        self._write(self.layout.index(self.n_rows))
-        self._syncing.result()  # raises what the disk refused
-        os.fsync(self._fd)
-        self.close()
-        return FileEntry(self._n_bytes, self._hasher.hexdigest())
+        self._file.write(self.layout.index(self.n_rows))
+        return self._file.finish()
 
     def close(self) -> None:
         """Close the file; finish() has done so already."""
-        if self._fd >= 0:
-            wait([self._syncing])
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def _flush(self) -> None:
         if self._on_chunk is not None:
             self._on_chunk(self._chunk[: self._filled])
-        self._write(self._chunk.view(np.uint8).reshape(-1).data)
+        self._file.write(self._chunk.view(np.uint8).reshape(-1).data)
         self._filled = 0
-
-    def _write(self, data: bytes | memoryview) -> None:
-        files.write_all(self._fd, data)
-        self._hasher.update(data)
-        self._n_bytes += len(data)
-        self._unsynced += len(data)
-        if self._unsynced >= SYNC_BYTES and self._syncing.done():
-            self._syncing.result()
-            self._syncing, self._unsynced = self._syncer.submit(os.fsync, self._fd), 0
 
 
 class HookStream:
     """Activations of one hook point with their norms and moments."""
 
     def __init__(
-        self, hook: str, dtype: str, values: ArrayLayout, norms: ArrayLayout, folder: Path, syncer: Executor
+        self,
+        hook: str,
+        dtype: str,
+        values: ArrayLayout,
+        norms: ArrayLayout,
+        folder: Path,
+        syncer: Executor,
+        *,
+        direct: bool,
     ) -> None:
         self.hook, self.dtype = hook, dtype
         self.moments: Moments | None = None
-        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer)
-        self.values = ArrayStream(values, folder / f"activations.{hook}", syncer, on_chunk=self._measure)
+        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct)
+        path = folder / f"activations.{hook}"
+        self.values = ArrayStream(values, path, syncer, direct=direct, on_chunk=self._measure)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
@@ -127,18 +119,19 @@ class HookStream:
 class OpenShard:
     """A shard that is being written, in a folder of temporary files."""
 
-    def __init__(self, layout: CacheLayout, dtype: str, index: int, folder: Path) -> None:
+    def __init__(self, layout: CacheLayout, dtype: str, index: int, folder: Path, *, direct: bool = False) -> None:
         self.layout, self.index, self.folder = layout, index, folder
         self.n_rows = 0
         self.first_window = self.last_window = -1
         folder.mkdir()
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
         self._hooks = [
-            HookStream(name, dtype, values, layout.norms[name], folder, self._syncer)
+            HookStream(name, dtype, values, layout.norms[name], folder, self._syncer, direct=direct)
             for name, values in layout.activations.items()
         ]
         self._columns = {
-            name: ArrayStream(array, folder / f"rows.{name}", self._syncer) for name, array in layout.columns.items()
+            name: ArrayStream(array, folder / f"rows.{name}", self._syncer, direct=direct)
+            for name, array in layout.columns.items()
         }
         self.documents = DocumentFile(folder / "documents")
         self._rows_per_shard = layout.columns["flags"].rows_per_shard

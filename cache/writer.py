@@ -58,14 +58,15 @@ class CacheWriter:
         self._source: Mapping[str, int] | None = None
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
-        self._broken = False
+        self._broken = self._direct = False
         self._lock: CacheLock | None = None
         self._session = Session(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], spec: CacheSpec) -> CacheWriter:
+    def open(cls, path: str | os.PathLike[str], spec: CacheSpec, *, direct: bool = False) -> CacheWriter:
         """Create a cache, or continue an unfinished one of the same spec.
 
+        With `direct` rows go past the page cache (see `cache.chunk_file`); the bytes are the same.
         Of a finished one, `complete` is true and nothing is locked or written. Raises CacheExistsError where the folder
         holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
@@ -79,10 +80,10 @@ class CacheWriter:
                 remove_leftovers(path)
                 return cls(path, have, have.shards)
         with files.no_space_is_clear(path):
-            return cls._open_locked(path, want, vocabulary)
+            return cls._open_locked(path, want, vocabulary, direct=direct)
 
     @classmethod
-    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None) -> CacheWriter:
+    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, *, direct: bool) -> CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         lock = CacheLock(path / LOCK)
         lock.acquire()
@@ -94,7 +95,7 @@ class CacheWriter:
                 have = None
             records = [] if have is None else have.shards or load_records(path, have)
             writer = cls(path, have or want, records)
-            writer._lock = lock
+            writer._lock, writer._direct = lock, direct
             if not writer.complete:
                 writer._prepare(vocabulary, new=have is None)
             return writer
@@ -170,7 +171,7 @@ class CacheWriter:
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
             folder = self._session.folder / f"{self.n_shards:08d}"
-            self._shard = OpenShard(self.layout, self.manifest.dtype, self.n_shards, folder)
+            self._shard = OpenShard(self.layout, self.manifest.dtype, self.n_shards, folder, direct=self._direct)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
         if documents:

@@ -34,7 +34,8 @@ def harvest(config: HarvestConfig, *, quiet: bool = False) -> HarvestResult:
         model: Model | None = None
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)
-        with CacheWriter.open(config.out_path, prepared.spec()) as writer:
+        # On a CPU the model needs the cores that would copy rows into the page cache.
+        with CacheWriter.open(config.out_path, prepared.spec(), direct=prepared.device == "cpu") as writer:
             if writer.complete:
                 return _finished(prepared, writer)
             log = RunLog(config.out_path)

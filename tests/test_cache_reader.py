@@ -295,7 +295,7 @@ from pathlib import Path
 from cache.parquet import DocumentFile, read_document
 from cache.rows import DocumentRow
 path = Path(sys.argv[1])
-documents = [DocumentRow(7, "a.txt", 0, ""), DocumentRow(9, "ü", 2**40, "Größe 𝛼"), DocumentRow(2**40, "a", 1, "x" * 99)]
+documents = [DocumentRow(7, "a.txt", 0, ""), DocumentRow(9, "ü", 2**40, "Größe ∞"), DocumentRow(2**40, "a", 1, "x")]
 file = DocumentFile(path)
 file.append(documents)
 file.finish()

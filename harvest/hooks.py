@@ -102,6 +102,8 @@ def _match(base: nn.Module, pattern: str) -> list[Hook]:
     names = hook_names(base)
     found = [name for name in names if _glob(path).fullmatch(name)]
     if not found:
+        if "*" in path:  # compared with paths of which each number is any number
+            names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
         near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
         shown = "did you mean " + " or ".join(near) if near else "there are " + ", ".join(names[:_LISTED]) + ", ..."
         raise HookError(f"--hook {pattern!r} is no module of {type(base).__name__}: {shown} (see sae-harvest names)")

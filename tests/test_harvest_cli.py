@@ -117,6 +117,10 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
             f"{BERT} --hook encoder.layer.1.atention {TEXT}",
             r"is no module of BertModel: did you mean encoder\.layer\.1",
         ),
+        (
+            f"{BERT} --hook encoder.layers.*.atention {TEXT}",
+            r"is no module of BertModel: did you mean encoder\.layer\.\*\.attention",
+        ),
         (f"{BERT} --hook embeddings:out {TEXT}", r"only ':in'"),
         (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
         (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),

@@ -93,7 +93,7 @@ def test_compare_prints_both(make_cache) -> None:
     assert "vanilla" in output
     assert "1 of 2 runs reused a harvest: 12 s of forward passes saved" in output
     error = call("compare", "runs/nowhere", code=2).stderr
-    assert "runs/nowhere holds no finished run" in error
+    assert "runs/nowhere holds no finished run; expected a folder with summary.json" in error
 
 
 def test_types_lists_every_variant_with_its_options() -> None:

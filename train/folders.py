@@ -158,8 +158,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = f"; continue it with: sae-train resume {folder}" if (folder / RECORD).is_file() else ""
-        raise NotARunError(f"{folder} holds no finished run{remedy}") from None
+        begun = (folder / RECORD).is_file()
+        remedy = f"continue it with: sae-train resume {folder}" if begun else f"expected a folder with {SUMMARY}"
+        raise NotARunError(f"{folder} holds no finished run; {remedy}") from None
     except (OSError, ValueError) as error:
         raise NotARunError(f"{folder / SUMMARY} cannot be read: {error}") from None
     if not isinstance(summary, dict) or not isinstance(summary.get("eval"), dict):

@@ -18,6 +18,8 @@ from benchmarks.apart import Contestant, Turn, apart
 from benchmarks.ragged import write_jsonl
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
+from cache.dtypes import STORAGE
+from cache.files import write_all
 from cache.heap import keep_freed_memory
 from cache.rows import CacheSpec, HookPoint, Rows
 from cache.writer import CacheWriter
@@ -86,21 +88,24 @@ def _bare(config: HarvestConfig, turn: Turn, *, keep: bool) -> None:
 
 
 def _written(config: HarvestConfig, path: Path, turn: Turn) -> None:
-    """The bare forward pass, and a thread that writes as many bytes as its rows have: what any harvest pays."""
+    """The bare forward pass, and a thread that writes its rows' bytes through the page cache."""
     prepared, model, work = _work(config)
     keep_freed_memory()
     capture = Capture(model._capture._base, prepared.hooks)
     model._capture.close()
-    row = np.ones(sum(hook.d_in for hook in prepared.hooks), dtype=np.float32)
-    rows = [np.tile(row, (w.buffer.n_rows, 1)) for w in work]
+    row_bytes = sum(hook.d_in for hook in prepared.hooks) * STORAGE[prepared.spec().dtype].item_bytes
+    rows = [np.ones((w.buffer.n_rows, row_bytes), np.uint8) for w in work]
     while True:
         turn()
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer, torch.inference_mode():
+            writes = []
             for w, data in zip(work, rows, strict=True):
                 for batch in w.batches:
                     capture.run(batch.input_ids, batch.attention_mask, lambda hook, value: None)
-                writer.submit(file.write, data.data)
-            writer.submit(os.fsync, file.fileno()).result()
+                writes.append(writer.submit(write_all, file.fileno(), data.data))
+            writes.append(writer.submit(os.fsync, file.fileno()))
+            for write in writes:
+                write.result()
         path.unlink()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,18 +66,14 @@ def deliver(
 ) -> Generator[Batch, None, None]:
     """Batches from a state on, in the storage dtype, by hook point."""
     on_host = source.device.type != "cuda"
-    workers = Workers(n_copy_threads(source.device) if on_host else 0)
-    pools = Prefetcher(source.pools(state.epoch, state.cursor, epochs, batch_size), depth=1)
+    planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
+    with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetcher(planned, depth=1)) as pools:
 
-    def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
-        taken = source.take(pool, lo, hi)
-        return workers.submit(taken) if on_host else taken
+        def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
+            taken = source.take(pool, lo, hi)
+            return workers.submit(taken) if on_host else taken
 
-    try:
         yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
-    finally:
-        pools.close()
-        workers.close()
 
 
 def _cut(

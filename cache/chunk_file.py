@@ -22,12 +22,14 @@ from cache.dtypes import Array
 from cache.manifest import FileEntry
 
 SYNC_BYTES = 32 * 2**20  # what is written is sent to the disk after so many bytes, while the next rows are checked
+_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # of direct writes; a fault of the disk comes again
 _SECTOR = 4096  # bytes; direct writes start and end at multiples of it, in the file and in memory
 
 
 def page_aligned(values: Array) -> Array:
     """A copy in memory that a disk can take directly."""
-    copy: Array = np.frombuffer(mmap.mmap(-1, max(values.nbytes, 1)), values.dtype, values.size).reshape(values.shape)
+    memory = mmap.mmap(-1, max(values.nbytes, 1), flags=mmap.MAP_PRIVATE)
+    copy: Array = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
     copy[...] = values
     return copy
 
@@ -47,14 +49,15 @@ class ChunkFile:
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes; once their number is no multiple of a sector, the file goes on in the page cache."""
         view = memoryview(data).cast("B")
-        if self._direct and len(view) % _SECTOR:
+        n_bytes = len(view)
+        if self._direct and n_bytes % _SECTOR:
             self._direct = not _set_direct(self._fd, False)
         if self._direct:
             view = self._write_directly(view)
         files.write_all(self._fd, view)
         self._hasher.update(data)
-        self._n_bytes += len(data)
-        self._unsynced += len(data) * (not self._direct)
+        self._n_bytes += n_bytes
+        self._unsynced += n_bytes * (not self._direct)
         if self._unsynced >= SYNC_BYTES and self._syncing.done():
             self._syncing.result()
             self._syncing, self._unsynced = self._syncer.submit(os.fsync, self._fd), 0
@@ -65,7 +68,7 @@ class ChunkFile:
             try:
                 view = view[os.write(self._fd, view) :]
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _REFUSED:
                     raise
                 self._direct = not _set_direct(self._fd, False)
                 break

@@ -72,7 +72,8 @@ class DocumentFile:
         """Close an unfinished file."""
         with contextlib.suppress(OSError, pa.ArrowException):  # the disk may be full: what is here is thrown away
             self._writer.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what its buffer held; the descriptor is closed all the same
+            self._file.close()
 
     def _flush(self) -> None:
         columns = [_column(field.type, [getattr(document, field.name) for document in self._group]) for field in SCHEMA]
@@ -83,7 +84,8 @@ class DocumentFile:
 def _column(kind: Any, values: list[Any]) -> Any:
     """An Arrow array from its buffers: pa.array() of a list imports pandas, half a second at the end of a harvest."""
     if kind == pa.int64():
-        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, dtype=np.int64))])
+        numbers = np.asarray(values).astype(np.int64, casting="safe")
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(numbers)])
     encoded = [value.encode() for value in values]
     ends = np.cumsum([0, *map(len, encoded)])
     if ends[-1] > np.iinfo(np.int32).max:  # one document of 2 GiB: Arrow cuts the column in chunks

@@ -127,7 +127,7 @@ class PoolSource:
             kept = keep[order]
             order, ranks = order[kept], np.flatnonzero(kept)
         if buffer is None:
-            ahead.advise(lambda: plan if keep is None else plan.restrict(keep)[0])
+            ahead.advise(plan, lambda: plan if keep is None else plan.restrict(keep)[0])
             order = plan.row_ids(self.host_rows.starts.tolist())[order]
             row_ids: Callable[[I64], I64] | None = None if self.first_row_ids is None else self._ids_of_addresses
             return Pool(self.host_rows, epoch, start, plan.n_rows, order, ranks, row_ids)
@@ -135,7 +135,7 @@ class PoolSource:
         if keep is not None:
             fetched, places = plan.restrict(keep)
             order = places[order]
-        ahead.advise(lambda: fetched)
+        ahead.advise(plan, lambda: fetched)
         buffer.fill(fetched, self.shards, executor)
         row_ids = None if self.first_row_ids is None else fetched.row_ids(self.first_row_ids).__getitem__
         return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)

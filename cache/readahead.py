@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,36 +13,33 @@ from cache.order import PoolPlan, ShardPart
 
 MERGED_GAP = 128 * 2**10  # bytes between two blocks that are read rather than told apart: a disk reads so much at once
 COLD_FAULTS = 64  # page faults that waited for the disk since the last pool: the cache is not in memory
-PROBES = 32  # bytes of the first pool that are looked for in memory, per file
+PROBES = 64  # bytes of a pool that are looked for in memory, per hook point
 
 
 class ReadAhead:
-    """Advice for each pool while reading still waits for the disk, and for a first pool that does not lie in memory.
+    """Advice for the pools that do not lie in memory: about a microsecond per block, which the others should not pay.
 
-    The advice costs about a microsecond per block, which a cache that lies in memory should not pay.
+    Where the system cannot tell, the first pool gets it, and later ones while reading still waits for the disk.
     """
 
     def __init__(self, files: Sequence[Sequence[tuple[Path, int]]]) -> None:
         self._files = files  # of each hook point: (path, bytes per row) of each pinned shard
         self._faults: int | None = None
 
-    def advise(self, plan: Callable[[], PoolPlan]) -> None:
-        """Announce the rows of a pool, whose plan is asked for when there is need to."""
+    def advise(self, plan: PoolPlan, wanted: Callable[[], PoolPlan]) -> None:
+        """Announce the rows of a pool that are wanted, if those of its whole plan are not in memory."""
         faults = _major_faults()
-        first, since = self._faults is None, faults - (self._faults or 0)
+        waited = self._faults is None or faults - self._faults > COLD_FAULTS
         self._faults = faults
-        if not hasattr(os, "posix_fadvise") or not (first or since > COLD_FAULTS):
+        in_memory = _in_memory(self._files, plan)
+        if not hasattr(os, "posix_fadvise") or in_memory or (in_memory is None and not waited):
             return
-        parts = plan().parts
+        parts = wanted().parts
         for shards in self._files:
             for part in parts:
                 path, row_bytes = shards[part.shard]
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    if not (first and _in_memory(descriptor, part, row_bytes)):
-                        _advise(descriptor, part, row_bytes)
-                finally:
-                    os.close(descriptor)
+                with _open(path) as descriptor:
+                    _advise(descriptor, part, row_bytes)
 
 
 def _advise(descriptor: int, part: ShardPart, row_bytes: int) -> None:
@@ -54,19 +52,33 @@ def _advise(descriptor: int, part: ShardPart, row_bytes: int) -> None:
         os.posix_fadvise(descriptor, first * block_bytes, n_bytes, os.POSIX_FADV_WILLNEED)
 
 
-def _in_memory(descriptor: int, part: ShardPart, row_bytes: int) -> bool:
-    """Whether a byte of each of some blocks can be read without waiting; False where the system cannot tell."""
+def _in_memory(files: Sequence[Sequence[tuple[Path, int]]], plan: PoolPlan) -> bool | None:
+    """Whether a byte of each of some blocks can be read without waiting; None where the system cannot tell."""
     if not hasattr(os, "RWF_NOWAIT"):
-        return False
-    probed = part.blocks[:: max(len(part.blocks) // PROBES, 1)]
+        return None
+    step = max(sum(len(part.blocks) for part in plan.parts) // PROBES, 1)
     byte = bytearray(1)
     try:
-        return all(
-            os.preadv(descriptor, [byte], block * part.block_rows * row_bytes, os.RWF_NOWAIT) == 1
-            for block in probed.tolist()
-        )
-    except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: the file system does not know
+        for shards in files:
+            for part in plan.parts:
+                path, row_bytes = shards[part.shard]
+                with _open(path) as descriptor:
+                    for block in part.blocks[step // 2 :: step].tolist():
+                        os.preadv(descriptor, [byte], block * part.block_rows * row_bytes, os.RWF_NOWAIT)
+    except BlockingIOError:
         return False
+    except OSError:  # the file system does not know
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _major_faults() -> int:

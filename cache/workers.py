@@ -21,22 +21,25 @@ class Workers:
     """
 
     def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._threads: list[threading.Thread] = []  # started by the first `submit`
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{THREADS}copy-{i}", daemon=True) for i in range(n_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
 
     def submit(self, call: Callable[[], T]) -> Callable[[], T]:
         """Have a call made; what is returned waits for its result, or raises what it raised."""
+        while len(self._threads) < self._n_threads:
+            name = f"{THREADS}copy-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
         future: Future[T] = Future()
 
         def make() -> None:
             try:
                 future.set_result(call())
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise  # an interrupt belongs to the thread that it met, too
 
         self._calls.put(make)
         return lambda: self._result(future)
@@ -47,13 +50,16 @@ class Workers:
                 make = self._calls.get_nowait()
             except queue.Empty:
                 break
-            if make is not None:
-                make()
+            if make is None:  # closed: the end of a thread
+                self._calls.put(None)
+                break
+            make()
         return future.result()
 
     def _work(self) -> None:
         while (make := self._calls.get()) is not None:
             make()
+            del make  # it holds the result, and this thread may wait long for the next call
 
     def close(self) -> None:
         """Drop the calls that no thread has begun, end the threads and wait for them.
@@ -69,4 +75,5 @@ class Workers:
             self._calls.put(None)
         if not in_background():
             for thread in self._threads:
-                thread.join()
+                if thread.is_alive():  # an interrupt may have come before its start
+                    thread.join()

@@ -259,15 +259,18 @@ class CacheWriter:
         """Drop the open shard and release the lock; committed shards stay."""
         if self._lock is None:
             return
-        if self._shard is not None:
-            self._shard.discard()
-            self._shard = None
-        self._session.end()
-        empty = not self.complete and not has_records(self.path)
-        if empty:
-            remove_contents(self.path)  # nothing was committed: leave nothing behind
-        self._lock.release()
-        self._lock = None
+        empty = False
+        try:
+            if self._shard is not None:
+                self._shard.discard()
+                self._shard = None
+            self._session.end()
+            empty = not self.complete and not has_records(self.path)
+            if empty:
+                remove_contents(self.path)  # nothing was committed: leave nothing behind
+        finally:
+            self._lock.release()
+            self._lock = None
         if empty:
             with contextlib.suppress(OSError):
                 self.path.rmdir()

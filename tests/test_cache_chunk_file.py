@@ -1,5 +1,6 @@
 """Files of chunks: the same bytes past the page cache and through it, whatever the file system takes."""
 
+import errno
 import fcntl
 import mmap
 import os
@@ -14,6 +15,8 @@ from benchmarks.harvest_speed import random_rows
 from cache.chunk_file import ChunkFile, page_aligned
 from cache.rows import CacheSpec, HookPoint
 from cache.writer import CacheWriter
+from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from harvest.run import harvest
 
 PAGE = mmap.PAGESIZE
 
@@ -24,6 +27,29 @@ def syncer():
         yield executor
 
 
+def assert_holds(file: ChunkFile, expected: bytes) -> None:
+    entry = file.finish()
+    assert file.path.read_bytes() == expected
+    assert (entry.n_bytes, entry.xxh3) == (len(expected), xxhash.xxh3_128(expected).hexdigest())
+
+
+def skip_unless_direct(folder) -> None:
+    """Skip on a file system that has no direct writing, or no disk below it."""
+    path = folder / "probe"
+    path.write_bytes(bytes(PAGE))
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:  # it is on the disk, and not in memory
+        return
+    except (OSError, AttributeError):
+        pass
+    pytest.skip("this file system has no direct writing")
+
+
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("sizes", [[4 * PAGE, 4 * PAGE, 100], [100, 4 * PAGE], [4 * PAGE], [1, 2, 3], []])
 def test_what_is_written_is_there_and_hashed(tmp_path, syncer, direct, sizes) -> None:
@@ -32,9 +58,7 @@ def test_what_is_written_is_there_and_hashed(tmp_path, syncer, direct, sizes) ->
     for size in sizes:
         file.write(data[:size].data)
         expected += data[:size].tobytes()
-    entry = file.finish()
-    assert (tmp_path / "chunks").read_bytes() == expected
-    assert (entry.n_bytes, entry.xxh3) == (len(expected), xxhash.xxh3_128(expected).hexdigest())
+    assert_holds(file, expected)
 
 
 def test_memory_that_the_disk_refuses_is_written_all_the_same(tmp_path, syncer) -> None:
@@ -44,9 +68,40 @@ def test_memory_that_the_disk_refuses_is_written_all_the_same(tmp_path, syncer) 
     file.write(data[: PAGE // 8].data)
     file.write(crooked.data)
     file.write(data.data)
-    file.finish()
-    expected = data[: PAGE // 8].tobytes() + crooked.tobytes() + data.tobytes()
-    assert (tmp_path / "chunks").read_bytes() == expected
+    assert_holds(file, data[: PAGE // 8].tobytes() + crooked.tobytes() + data.tobytes())
+
+
+@pytest.mark.parametrize("at_once", [PAGE, 512, 1])
+def test_a_disk_may_take_fewer_bytes_at_once(tmp_path, syncer, monkeypatch, at_once) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:at_once] if len(data) > 2 * PAGE else data))
+    data = page_aligned(np.random.default_rng(0).integers(0, 256, 8 * PAGE, dtype=np.uint8))
+    file = ChunkFile(tmp_path / "chunks", syncer, direct=True)
+    file.write(data.data)
+    file.write(data.data)
+    monkeypatch.undo()
+    assert_holds(file, data.tobytes() * 2)
+
+
+@pytest.mark.parametrize(("code", "fatal"), [(errno.EOPNOTSUPP, False), (errno.EINVAL, False), (errno.EIO, True)])
+def test_only_a_refusal_of_direct_writing_is_got_over(tmp_path, syncer, monkeypatch, code, fatal) -> None:
+    write, failures = os.write, iter([code])
+
+    def refuse_once(fd, data):
+        if failed := next(failures, None):
+            raise OSError(failed, os.strerror(failed))
+        return write(fd, data)
+
+    monkeypatch.setattr("cache.chunk_file._set_direct", lambda fd, direct: direct)  # any file system
+    monkeypatch.setattr(os, "write", refuse_once)
+    file, data = ChunkFile(tmp_path / "chunks", syncer, direct=True), bytes(PAGE)
+    if fatal:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            file.write(data)
+        file.close()
+    else:
+        file.write(data)
+        assert_holds(file, data)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -70,10 +125,7 @@ def test_a_cache_is_the_same_past_the_page_cache(tmp_path, dtype) -> None:
 
 
 def test_whole_pages_go_past_the_page_cache_where_the_file_system_can(tmp_path, syncer) -> None:
-    try:
-        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-    except (OSError, AttributeError):
-        pytest.skip("this file system writes through the page cache only")
+    skip_unless_direct(tmp_path)
     pages, end = page_aligned(np.zeros(4 * PAGE, np.uint8)), b"index"
     file = ChunkFile(tmp_path / "chunks", syncer, direct=True)
     file.write(pages.data)
@@ -81,3 +133,18 @@ def test_whole_pages_go_past_the_page_cache_where_the_file_system_can(tmp_path, 
     file.write(end)
     assert not fcntl.fcntl(file._fd, fcntl.F_GETFL) & os.O_DIRECT
     file.finish()
+
+
+def test_a_harvest_on_a_cpu_leaves_its_rows_out_of_the_page_cache(tmp_path) -> None:
+    skip_unless_direct(tmp_path)
+    out = tmp_path / "cache"
+    config = HarvestConfig(
+        ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"), max_tokens=2000, out=out
+    )
+    harvest(config, quiet=True)
+    path = next((out / "activations").glob("*/c.0.0"))
+    with path.open("rb") as file:
+        with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        os.pread(file.fileno(), 1, 0)
+        assert os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1

@@ -44,7 +44,8 @@ def test_a_pool_in_memory_gets_no_advice_and_a_cold_one_does(shard, advised) -> 
         except (OSError, AttributeError):
             pytest.skip("this file system does not say what lies in memory")
     pool = plan(range(0, 1024, 8))
-    ReadAhead([[(shard, ROW_BYTES)]]).advise(lambda: pool)
+    reader = ReadAhead([[(shard, ROW_BYTES)]])
+    reader.advise(pool, lambda: pytest.fail("nobody needs it"))
     assert advised == []
     with shard.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -54,14 +55,24 @@ def test_a_pool_in_memory_gets_no_advice_and_a_cold_one_does(shard, advised) -> 
             pytest.skip("this file system lies in memory")
         except OSError:
             pass
-    ReadAhead([[(shard, ROW_BYTES)]]).advise(lambda: pool)
+    reader.advise(pool, lambda: pool)  # though no read has waited yet
     assert advised == [(0, (1016 + 1) * BLOCK_ROWS * ROW_BYTES)]  # gaps of 28 kB are read too
 
 
-def test_blocks_far_apart_are_announced_one_by_one(shard, advised, monkeypatch) -> None:
+def test_only_the_rows_that_are_wanted_are_announced_one_by_one_where_far_apart(shard, advised, monkeypatch) -> None:
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)  # as on a system that cannot tell
-    reader = ReadAhead([[(shard, ROW_BYTES)]])
-    reader.advise(lambda: plan([1, 2, 500, 1000]))
+    ReadAhead([[(shard, ROW_BYTES)]]).advise(plan(range(1024)), lambda: plan([1, 2, 500, 1000]))
     block = BLOCK_ROWS * ROW_BYTES
     assert advised == [(block, 2 * block), (500 * block, block), (1000 * block, block)]
-    reader.advise(lambda: pytest.fail("nothing waited for the disk since the last pool"))
+
+
+def test_where_the_system_cannot_tell_pools_are_announced_while_reading_waits(shard, advised, monkeypatch) -> None:
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    faults = iter([0, 65, 200, 210])  # page faults that waited for the disk, as each pool begins
+    monkeypatch.setattr("cache.readahead._major_faults", lambda: next(faults))
+    reader, counts = ReadAhead([[(shard, ROW_BYTES)]]), []
+    for _ in range(4):
+        advised.clear()
+        reader.advise(plan([1, 500]), lambda: plan([1, 500]))
+        counts.append(len(advised))
+    assert counts == [2, 2, 2, 0]

@@ -29,7 +29,9 @@ from cache.errors import (
     DiskFullError,
 )
 from cache.lock import CacheLock
-from cache.rows import HookPoint
+from cache.parquet import DocumentFile
+from cache.rows import DocumentRow, HookPoint
+from cache.shard import OpenShard
 from cache.verify import verify
 from cache.writer import CacheWriter
 
@@ -437,3 +439,25 @@ def test_clear_uncommitted_spares_committed_shards(tmp_path):
     before = tree(path)
     records.clear_uncommitted(path, cache.open(path).layout, 0)
     assert tree(path) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+def test_an_unfinished_document_file_closes_on_a_full_disk(tmp_path):
+    file = DocumentFile(tmp_path / "documents")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, file._file.fileno())
+    os.close(full)
+    file.append([DocumentRow(0, "a", 0, "text")])
+    file.close()
+    assert file._file.closed
+
+
+def test_the_lock_goes_whatever_else_fails_at_the_end(tmp_path, monkeypatch):
+    path = tmp_path / "toy"
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenShard, "discard", lambda shard: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            interrupted(path)
+    harvest(path)  # the same process may go on
+    harvest(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")

@@ -1,6 +1,8 @@
 """Calls made ahead by threads, with the help of whoever waits for one."""
 
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -50,14 +52,32 @@ def test_an_error_belongs_to_its_call_whoever_made_it(workers) -> None:
         bad()
 
 
-def test_an_interrupt_reaches_the_thread_that_it_meets(workers) -> None:
+def test_an_interrupt_reaches_the_thread_that_it_meets_and_who_waits_for_that_call(workers) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
     pool = workers(0)
-    result = pool.submit(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        result()
+    bad, good = pool.submit(interrupted), pool.submit(lambda: 7)
+    with pytest.raises(KeyboardInterrupt):  # while it helps
+        good()
+    assert good() == 7
+    with pytest.raises(KeyboardInterrupt):  # instead of waiting for ever
+        bad()
+
+
+def test_no_thread_keeps_a_result_that_was_taken(workers) -> None:
+    class Rows:
+        pass
+
+    pool, kept = workers(3), []
+    for _ in range(20):
+        rows = pool.submit(Rows)()
+        kept.append(weakref.ref(rows))
+    del rows
+    deadline = time.monotonic() + 30
+    while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread lets go a moment after the result is there
+    assert [ref() for ref in kept] == [None] * 20
 
 
 def test_closing_drops_what_has_not_begun(workers) -> None:
@@ -75,8 +95,8 @@ def test_closing_drops_what_has_not_begun(workers) -> None:
     assert begun.wait(30)
     closing = threading.Thread(target=pool.close)
     closing.start()
-    while pool._calls.qsize() > 1:  # the end of the thread is all that is left in the queue
-        pass
+    while pool._calls.qsize() != 1:  # five calls are left, then none, then the end of the thread
+        time.sleep(0.001)
     go.set()
     closing.join(30)
     assert made == ["first"]

@@ -69,15 +69,20 @@ def test_no_thread_keeps_a_result_that_was_taken(workers) -> None:
     class Rows:
         pass
 
-    pool, kept = workers(3), []
-    for _ in range(20):
-        rows = pool.submit(Rows)()
-        kept.append(weakref.ref(rows))
-    del rows
+    pool, made = workers(1), threading.Event()
+
+    def make() -> Rows:
+        made.set()
+        return Rows()
+
+    result = pool.submit(make)
+    assert made.wait(30)  # by the thread, which now waits for another call
+    kept = weakref.ref(result())
+    del result
     deadline = time.monotonic() + 30
-    while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a thread lets go a moment after the result is there
-    assert [ref() for ref in kept] == [None] * 20
+    while kept() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)  # it lets go a moment after the result is there
+    assert kept() is None
 
 
 def test_closing_drops_what_has_not_begun(workers) -> None:

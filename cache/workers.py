@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Threads that make calls in the order of `submit`; `result` helps them, so that no core idles beside a wait.
+    """Threads that make calls in the order of `submit`; who asks for a result helps them, so that no core idles.
 
-    The threads are few and a call takes about as long as a hand-over between threads: without help, waiting for the
-    call that a thread has just begun costs more than making the one after it.
+    Waiting for a call that a thread has just begun takes as long as making the one after it, and a hand-over between
+    threads is then saved.
     """
 
     def __init__(self, n_threads: int) -> None:

@@ -18,19 +18,19 @@ from benchmarks.apart import Contestant, Turn, apart
 from benchmarks.ragged import write_jsonl
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from cache.dtypes import STORAGE
-from cache.files import write_all
-from cache.heap import keep_freed_memory
-from cache.rows import CacheSpec, HookPoint, Rows
-from cache.writer import CacheWriter
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from harvest.errors import ConfigError
-from harvest.forward import TokenModel, Work
-from harvest.hooks import Capture
-from harvest.prepare import Prepared, prepare
-from harvest.run import harvest, load
-from harvest.text import documents
-from harvest.windows import StreamState, WindowStream, buffers, tokenize_stream
+from sae_granary.cache.format.rows import CacheSpec, HookPoint, Rows
+from sae_granary.cache.format.storage import STORAGE
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.files import write_all
+from sae_granary.common.heap import keep_freed_memory
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.errors import ConfigError
+from sae_granary.harvest.prepare import Prepared, prepare
+from sae_granary.harvest.run import harvest, load
+from sae_granary.harvest.text.document import documents
+from sae_granary.models.contexts import StreamState, WindowStream, buffers, tokenize_stream
+from sae_granary.models.forward import TokenModel, Work
+from sae_granary.models.hooks import Capture
 
 LAYER = 3
 BARE = "bare truncated forward, malloc keeps freed blocks (limit)"

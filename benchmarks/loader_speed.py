@@ -1,7 +1,7 @@
 """The loader against a plain copy of the same bytes, and how well it mixes with a pool of 1/8 of the cache.
 
 Limit: np.copyto of the memory-mapped shard into a buffer, in order, from a warm page cache. malloc keeps freed blocks,
-as a training on a CPU sets it (`cache.heap`), and the start of the loader is counted.
+as a training on a CPU sets it (`common.heap`), and the start of the loader is counted.
 """
 
 import tempfile
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-import cache
 from benchmarks.harvest_speed import random_rows
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from cache.heap import keep_freed_memory
-from cache.loader import Filters, Holdout, Loader
-from cache.order import MAX_PARTNERS
-from cache.reader import Cache
-from cache.rows import CacheSpec, HookPoint, Rows
-from cache.writer import CacheWriter
+from sae_granary import open_cache
+from sae_granary.cache.format.rows import CacheSpec, HookPoint, Rows
+from sae_granary.cache.load.loader import Filters, Holdout, Loader
+from sae_granary.cache.load.order import MAX_PARTNERS
+from sae_granary.cache.read.reader import Cache
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.heap import keep_freed_memory
 
 BATCH, D_IN = 4096, 384
 HOOK = "layer_6"
@@ -34,7 +34,7 @@ def run(quick: bool) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
         write(path, random_rows(n_rows, D_IN))
-        opened = cache.open(path)
+        opened = open_cache(path)
         return f"{_speed_table(opened, quick)}\n\n{_mixing_table(opened)}"
 
 

@@ -46,12 +46,12 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.table import markdown
-from sae_core.codes import Codes
-from sae_core.metrics import Evaluator
-from train import train_sae
-from train.config.merge import make_config
-from train.config.settings import TrainConfig
-from train.data import Data
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.metrics import Evaluator
+from sae_granary.train import train_sae
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import Data
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
 MAX_RUNS = 8  # coefficients tried per type and trainer

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from cache.heap import keep_freed_memory
-from sae_core import SAE, make_config, registry
-from train.config.settings import TrainConfig
-from train.footprint import used_memory
-from train.loop import train_step
-from train.state import Run
+from sae_granary.common.heap import keep_freed_memory
+from sae_granary.sae_core import SAE, make_config, registry
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.loop import train_step
+from sae_granary.train.memory.footprint import used_memory
+from sae_granary.train.state.run_state import Run
 
 D_IN, D_SAE, K, BATCH = 384, 12_288, 32, 2048
 TRAINED_L0 = 64

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.table import markdown
-from cache.loader import Loader
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from harvest.run import harvest
-from train import train_sweep
-from train.commands.render import harvest_seconds
-from train.data import Data
-from train.loop import train_step
-from train.sinks.log import BaseSink, Metrics
-from train.state import Run, build_sae
-from train.sweeps.plan import Entry
-from train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary.cache.load.loader import Loader
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.run import harvest
+from sae_granary.train import train_sweep
+from sae_granary.train.commands.tables import harvest_seconds
+from sae_granary.train.data import Data
+from sae_granary.train.loop import train_step
+from sae_granary.train.sinks.base import BaseSink, Metrics
+from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary.train.sweeps.sweep_plan import Entry
 
 D_IN, D_SAE, BATCH, LAYER = 384, 12_288, 2048, 3
 GRID = {"type": ["topk", "batchtopk"], "k": [16, 32], "seed": [0, 1]}

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks import machine
 from benchmarks.table import markdown
-from sae_core import registry
+from sae_granary.sae_core import registry
 
 STEPS, BATCH, D_SAE, K = 200, 1024, 1536, 32
 LAYERS = (2, 3, 4)
@@ -35,7 +35,19 @@ def main() -> None:
 
 def _harvest(cache: Path) -> Path:
     layers = ",".join(str(layer) for layer in LAYERS)
-    _command("harvest.cli", "run", "--model", "demo", "--dataset", "demo", "--layers", layers, "--out", cache, "-q")
+    _command(
+        "sae_granary.harvest.cli",
+        "run",
+        "--model",
+        "demo",
+        "--dataset",
+        "demo",
+        "--layers",
+        layers,
+        "--out",
+        cache,
+        "-q",
+    )
     return cache
 
 
@@ -48,7 +60,7 @@ def _train(name: str, cache: Path, runs: Path) -> dict[str, float]:
     hooks = [flag for layer in layers for flag in ("--hook", f"layer_{layer}")]
     sizes = ["--d-sae", D_SAE, "--steps", STEPS, "--batch-size", BATCH, *(["--k", K] if has_k else [])]
     place = ["--runs-dir", runs, "--name", name, "--overwrite", "-q"]
-    _command("train.cli", "run", "--cache", cache, "--type", name, *hooks, *sizes, *place)
+    _command("sae_granary.train.cli", "run", "--cache", cache, "--type", name, *hooks, *sizes, *place)
     summary: dict[str, float] = json.loads((runs / name / "summary.json").read_text())
     return summary
 

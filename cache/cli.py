@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache.app import make_app
-from cache.errors import CacheError
+from sae_granary.cache.errors import CacheError
+from sae_granary.common.app import make_app
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from cache.verify import Report
+    from sae_granary.cache.read.verify import Report
 
 app = make_app("sae-cache", "List, describe and verify activation caches.")
 
@@ -35,7 +35,7 @@ def ls(
 ) -> None:
     """List the caches below a folder."""
     with _errors(debug):
-        from cache.listing import list_caches
+        from sae_granary.cache.read.listing import list_caches
 
         entries = list_caches(root)
         if as_json:
@@ -59,8 +59,8 @@ def ls(
 def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
     """Describe a cache: what it was harvested from, its rows, and the statistics of each hook point."""
     with _errors(debug):
-        from cache import render
-        from cache.reader import open_cache
+        from sae_granary.cache.read import render
+        from sae_granary.cache.read.reader import open_cache
 
         cache = open_cache(path, allow_incomplete=True)
         if as_json:
@@ -89,9 +89,9 @@ def verify(
 ) -> None:
     """Check every file of a cache: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
     with _errors(debug):
-        from cache import verify as checks
-        from cache.records import load_manifest
-        from cache.render import size
+        from sae_granary.cache.format.records import load_manifest
+        from sae_granary.cache.read import verify as checks
+        from sae_granary.cache.read.render import size
 
         load_manifest(path)  # no cache at all is an error, not a finding
         report = _with_progress(path, quick)
@@ -115,7 +115,7 @@ def verify(
 def _with_progress(path: Path, quick: bool) -> Report:
     from rich.progress import Progress
 
-    from cache import verify as checks
+    from sae_granary.cache.read import verify as checks
 
     console = _console(stderr=True)
     with Progress(console=console, transient=True, disable=quick or not console.is_terminal) as bar:

@@ -25,7 +25,7 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
-from cache.units import duration
+from sae_granary.common.quantities import duration
 
 
 class CacheError(Exception):

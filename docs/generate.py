@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import sae_core
-from harvest.cli import harvest_config
-from train.config.coerce import describe
-from train.config.flags import given_settings
-from train.config.resolve import DERIVED_OPTIONS
-from train.config.settings import SECTIONS, TrainConfig
+from sae_granary import sae_core
+from sae_granary.harvest.cli import harvest_config
+from sae_granary.train.config.coerce import describe
+from sae_granary.train.config.flags import given_settings
+from sae_granary.train.config.resolve import DERIVED_OPTIONS
+from sae_granary.train.config.settings import SECTIONS, TrainConfig
 
 PAGE = Path(__file__).with_name("parameters.md")
 

@@ -4,14 +4,13 @@ import sys
 
 import torch
 
-import cache
-import sae_core
-from cache.loader import Loader
+from sae_granary import open_cache, sae_core
+from sae_granary.cache.load.loader import Loader
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 
 N_STEPS = 50
-rows = cache.open(CACHE)
+rows = open_cache(CACHE)
 sae_class = sae_core.registry.get("topk")
 with Loader(rows, batch_size=1024, seed=0) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
     first = next(batches).x

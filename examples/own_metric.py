@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from train import train_sae
-from train.callbacks import Callback, StepEvent
+from sae_granary.train import train_sae
+from sae_granary.train.callbacks import Callback, StepEvent
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 

@@ -3,8 +3,8 @@
 import sys
 from dataclasses import replace
 
-import sae_core
-from train import TrainConfig, train_sae
+from sae_granary import sae_core
+from sae_granary.train import TrainConfig, train_sae
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cache.app import make_app
-from cache.shared_flags import takes_flags_of
+from sae_granary.common.app import make_app
+from sae_granary.common.flags import takes_flags_of
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
@@ -127,7 +127,7 @@ def harvest_config(
     rows_per_shard: RowsPerShard = None,
 ) -> Any:
     """The flags that `run` and `plan` share, as a config."""
-    from harvest.config import (
+    from sae_granary.harvest.config import (
         DEFAULT_DATASET,
         HarvestConfig,
         ModelConfig,
@@ -171,8 +171,8 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
     """Harvest a cache, or continue one that was interrupted."""
     with _errors(debug):
         config = make_config()
-        from harvest.progress import print_table, summary_rows
-        from harvest.run import harvest
+        from sae_granary.harvest.progress import print_table, summary_rows
+        from sae_granary.harvest.run import harvest
 
         if config.model.trust_remote_code:
             typer.secho(f"running the code that comes with {config.model.model}", fg="yellow", err=True)
@@ -187,8 +187,8 @@ def plan(make_config: MakeConfig, debug: Debug = False) -> None:
     """Say what `run` with the same flags will need; no weights are loaded, nothing is written."""
     with _errors(debug):
         config = make_config()
-        from harvest import plan as planning
-        from harvest.progress import print_table
+        from sae_granary.harvest import plan as planning
+        from sae_granary.harvest.progress import print_table
 
         result = planning.plan(config, lambda message: typer.echo(message, err=True))
         print_table(planning.plan_rows(result), "plan" if result.fits else "plan: it does NOT fit")
@@ -203,8 +203,8 @@ def names(
 ) -> None:
     """List what of a model can be harvested: layers, and module paths for --hook with their widths."""
     with _errors(debug):
-        from harvest.config import ModelConfig
-        from harvest.names import name_lines
+        from sae_granary.harvest.config import ModelConfig
+        from sae_granary.harvest.names import name_lines
 
         for line in name_lines(ModelConfig(model, revision, trust_remote_code)):
             typer.echo(line)
@@ -222,8 +222,8 @@ class _errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or self._debug:
             return
-        from cache.errors import CacheError
-        from harvest.errors import HarvestError, InterruptedHarvest
+        from sae_granary.cache.errors import CacheError
+        from sae_granary.harvest.errors import HarvestError, InterruptedHarvest
 
         if isinstance(error, HarvestError | CacheError):
             _fail(f"error: {error}", 2)
@@ -237,7 +237,7 @@ class _errors:
 
 
 def _os_problem(error: OSError) -> str:
-    from harvest.hub import one_line
+    from sae_granary.models.online import one_line
 
     if error.filename is None or not error.strerror:
         return one_line(error)

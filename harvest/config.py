@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from harvest.errors import ConfigError
+from sae_granary.harvest.errors import ConfigError
 
 UNITS = ("token", "text")
 DTYPES = ("auto", "float32", "float16", "bfloat16")

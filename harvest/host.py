@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache.rows import DocumentRow, Rows
-from harvest.windows import Window
+from sae_granary.cache.format.rows import DocumentRow, Rows
+from sae_granary.models.contexts import Window
 
 if TYPE_CHECKING:
     import torch

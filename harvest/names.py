@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harvest.config import ModelConfig
-from harvest.errors import HookError
-from harvest.hooks import Hook, find_blocks, hook_names
-from harvest.hub import quiet
-from harvest.locate import inner_transformer, locate
-from harvest.model import n_layers, probe_outputs, skeleton
+from sae_granary.harvest.config import ModelConfig
+from sae_granary.harvest.errors import HookError
+from sae_granary.models.hooks import Hook, find_blocks, hook_names
+from sae_granary.models.load import n_layers, probe_outputs, skeleton
+from sae_granary.models.locate import inner_transformer, locate
+from sae_granary.models.online import quiet
 
 
 def name_lines(config: ModelConfig) -> Iterator[str]:

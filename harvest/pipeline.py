@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cache.writer import CacheWriter
-from harvest.background import Background, Prefetch
-from harvest.errors import HarvestError, NoRowsError
-from harvest.forward import Tick, Work, first_rows
-from harvest.host import HostCopier, documents_from, to_rows
-from harvest.log import RunLog
-from harvest.prepare import Prepared
-from harvest.progress import Progress
-from harvest.result import HarvestResult, ending_warnings, result_of
-from harvest.text import documents, skipped_counts
-from harvest.windows import Buffer, StreamState, WindowStream, buffers, tokenize_stream
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.background import Background, Prefetch
+from sae_granary.harvest.errors import HarvestError, NoRowsError
+from sae_granary.harvest.host import HostCopier, documents_from, to_rows
+from sae_granary.harvest.prepare import Prepared
+from sae_granary.harvest.progress import Progress
+from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
+from sae_granary.harvest.run_log import RunLog
+from sae_granary.harvest.text.document import documents, skipped_counts
+from sae_granary.models.contexts import Buffer, StreamState, WindowStream, buffers, tokenize_stream
+from sae_granary.models.forward import Tick, Work, first_rows
 
 if TYPE_CHECKING:
     import torch

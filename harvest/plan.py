@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cache.units import duration
-from harvest.config import HarvestConfig
-from harvest.errors import NoRowsError, SpaceError
-from harvest.prepare import Prepared, Say, prepare
-from harvest.progress import gib
-from harvest.text import documents, skipped_counts
-from harvest.windows import WindowStream, tokenize_stream
+from sae_granary.common.quantities import duration
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.errors import NoRowsError, SpaceError
+from sae_granary.harvest.prepare import Prepared, Say, prepare
+from sae_granary.harvest.progress import gib
+from sae_granary.harvest.text.document import documents, skipped_counts
+from sae_granary.models.contexts import WindowStream, tokenize_stream
 
 SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
-from cache.layout import cache_layout, default_rows_per_shard
-from cache.rows import CacheSpec, Dtype, Unit
-from harvest.compiled import check_compile
-from harvest.config import HarvestConfig
-from harvest.errors import ConfigError
-from harvest.hooks import Hook, choose_hooks
-from harvest.hub import quiet
-from harvest.locate import SENTENCE_TRANSFORMER, Located, check_weights, inner_transformer, locate, weights_hash
-from harvest.model import (
+from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
+from sae_granary.cache.format.rows import CacheSpec, Dtype, Unit
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.errors import ConfigError
+from sae_granary.harvest.out import check_out
+from sae_granary.harvest.text.document import Render, TextSource, join_chat
+from sae_granary.harvest.text.sources import open_source
+from sae_granary.models.compiled import check_compile
+from sae_granary.models.contexts import Tokenize, WindowRules
+from sae_granary.models.hooks import Hook, choose_hooks
+from sae_granary.models.load import (
     choose_compute_dtype,
     choose_device,
     flops_per_token,
@@ -29,11 +31,17 @@ from harvest.model import (
     skeleton,
     storage_dtype,
 )
-from harvest.out import check_out
-from harvest.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
-from harvest.sources import open_source
-from harvest.text import Render, TextSource, join_chat
-from harvest.tokenizer import (
+from sae_granary.models.locate import (
+    SENTENCE_TRANSFORMER,
+    Located,
+    check_weights,
+    inner_transformer,
+    locate,
+    weights_hash,
+)
+from sae_granary.models.online import quiet
+from sae_granary.models.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
+from sae_granary.models.tokenizer import (
     chat_renderer,
     load_tokenizer,
     text_tokenizer,
@@ -41,7 +49,6 @@ from harvest.tokenizer import (
     vocabulary,
     window_rules,
 )
-from harvest.windows import Tokenize, WindowRules
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cache.units import duration
-from harvest.text import skipped_counts
+from sae_granary.common.quantities import duration
+from sae_granary.harvest.text.document import skipped_counts
 
 if TYPE_CHECKING:
-    from harvest.result import HarvestResult
+    from sae_granary.harvest.result import HarvestResult
 
 _LINE_SECONDS = 10.0  # between lines when there is no terminal
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.writer import CacheWriter
-from harvest.config import HarvestConfig
-from harvest.prepare import Prepared
-from harvest.text import SKIP_REASONS
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.prepare import Prepared
+from sae_granary.harvest.text.document import SKIP_REASONS
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from cache.heap import keep_freed_memory
-from cache.writer import CacheWriter
-from harvest.compiled import compiled_blocks
-from harvest.config import HarvestConfig
-from harvest.errors import ConfigError, HarvestError
-from harvest.forward import TokenModel
-from harvest.hooks import Hook, probe
-from harvest.log import RunLog
-from harvest.model import load_base
-from harvest.pipeline import Model, Pipeline
-from harvest.plan import check_space
-from harvest.pooled import TextModel, load_pooled, pooled_width
-from harvest.prepare import Prepared, prepare
-from harvest.progress import Progress
-from harvest.result import HarvestResult, result_of
-from harvest.signals import StopSignals
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.heap import keep_freed_memory
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.errors import ConfigError, HarvestError
+from sae_granary.harvest.pipeline import Model, Pipeline
+from sae_granary.harvest.plan import check_space
+from sae_granary.harvest.prepare import Prepared, prepare
+from sae_granary.harvest.progress import Progress
+from sae_granary.harvest.result import HarvestResult, result_of
+from sae_granary.harvest.run_log import RunLog
+from sae_granary.harvest.signals import StopSignals
+from sae_granary.models.compiled import compiled_blocks
+from sae_granary.models.forward import TokenModel
+from sae_granary.models.hooks import Hook, probe
+from sae_granary.models.load import load_base
+from sae_granary.models.pooled import TextModel, load_pooled, pooled_width
 
 
 def harvest(config: HarvestConfig, *, quiet: bool = False) -> HarvestResult:
     """Harvest a cache, or continue one. The function behind `sae-harvest run`.
 
-    On a CPU malloc keeps freed memory from then on, for the rest of the process (`cache.heap`).
+    On a CPU malloc keeps freed memory from then on, for the rest of the process (`common.heap`).
     """
     with StopSignals() as signals, Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)

@@ -9,7 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from harvest.errors import InterruptedHarvest
+from sae_granary.harvest.errors import InterruptedHarvest
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _SHOW_CURSOR = "\x1b[?25h"

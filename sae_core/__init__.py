@@ -5,14 +5,14 @@ codes = sae.encode(x)        # sparse: values, indices, indptr
 x_hat = sae(x).x_hat
 """
 
-from sae_core import registry
-from sae_core.base import SAE, Activation, SAEOutput, Source
-from sae_core.codes import Codes, Pattern
-from sae_core.errors import SAEError
-from sae_core.io import load, load_native, make_config, save, save_native, save_sparsify
-from sae_core.options import Progress, option
-from sae_core.pre_acts import PreActs
-from sae_core.registry import register
+from sae_granary.sae_core import registry
+from sae_granary.sae_core.base import SAE, Activation, SAEOutput, Source
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.errors import SAEError
+from sae_granary.sae_core.files.io import load, load_native, make_config, save, save_native, save_sparsify
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.registry import register
 
 __all__ = [
     "SAE",

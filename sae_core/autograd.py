@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sae_core.codes import Codes, Pattern
-from sae_core.kernels import bag_sum, sampled_dot, takes_triton
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
 
 
 def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:

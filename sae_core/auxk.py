@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_core.autograd import decode, encode_at
-from sae_core.codes import Codes, Pattern
-from sae_core.functional import MAX_SPARSE_DENSITY
-from sae_core.pre_acts import PreActs
+from sae_granary.sae_core.autograd import decode, encode_at
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
+from sae_granary.sae_core.pre_acts import PreActs
 
 if TYPE_CHECKING:
-    from sae_core.base import SAE
+    from sae_granary.sae_core.base import SAE
 
 
 def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: PreActs, dead: Tensor, k_aux: int) -> Tensor:

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_core.autograd import centre, decode, empty_encoder, encode_at
-from sae_core.auxk import auxk_loss
-from sae_core.codes import Codes
-from sae_core.errors import NonFiniteError, OptionError
-from sae_core.functional import geometric_median
-from sae_core.normalize import MODES, Normalized, Normalizer
-from sae_core.options import Progress, check, option
-from sae_core.pre_acts import PreActs
-from sae_core.unit_rows import remove_parallel, to_unit_norm
+from sae_granary.sae_core.autograd import centre, decode, empty_encoder, encode_at
+from sae_granary.sae_core.auxk import auxk_loss
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.errors import NonFiniteError, OptionError
+from sae_granary.sae_core.functional import geometric_median
+from sae_granary.sae_core.normalize import MODES, Normalized, Normalizer
+from sae_granary.sae_core.options import Progress, check, option
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.unit_rows import remove_parallel, to_unit_norm
 
 MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_core.kernels import true_entries
+from sae_granary.sae_core.kernels import true_entries
 
 
 class Transposed(NamedTuple):

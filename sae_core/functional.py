@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_core.codes import Codes, Pattern
-from sae_core.kernels import kth_largest, row_topk
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.kernels import kth_largest, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08

@@ -6,7 +6,7 @@ Shapes: N rows, D width, F = d_sae latents.
 import torch
 from torch import Tensor
 
-from sae_core.codes import Codes
+from sae_granary.sae_core.codes import Codes
 
 DEAD_THRESHOLD = 0.0005  # firing rate under which a latent is reported as dead
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from sae_core.errors import OptionError
+from sae_granary.sae_core.errors import OptionError
 
 
 def option(

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sae_core.codes import Codes, Pattern
-from sae_core.functional import (
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.functional import (
     MAX_SPARSE_DENSITY,
     largest,
     sampled_bound,
@@ -17,7 +17,7 @@ from sae_core.functional import (
     topk_entries,
     topk_pattern,
 )
-from sae_core.kernels import entries_above, sampled_dot, screen, streamed, true_entries
+from sae_granary.sae_core.kernels import entries_above, sampled_dot, screen, streamed, true_entries
 
 
 class PreActs:

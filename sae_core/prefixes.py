@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sae_core.autograd import decode
-from sae_core.codes import Codes, Pattern, sort_narrow
+from sae_granary.sae_core.autograd import decode
+from sae_granary.sae_core.codes import Codes, Pattern, sort_narrow
 
 CACHED_ENTRIES = 2**20  # of (P, N, D) at a time, 4 MiB of float32: what the caches of a processor hold
 

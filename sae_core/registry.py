@@ -5,10 +5,10 @@ import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from sae_core.errors import UnknownTypeError, nearest
+from sae_granary.sae_core.errors import UnknownTypeError, nearest
 
 if TYPE_CHECKING:
-    from sae_core.base import SAE
+    from sae_granary.sae_core.base import SAE
 
 T = TypeVar("T", bound="type[SAE]")
 
@@ -31,7 +31,7 @@ def register(name: str) -> Callable[[T], T]:
 
 def discover() -> None:
     """Import every module of `sae_core.variants`."""
-    package = importlib.import_module("sae_core.variants")
+    package = importlib.import_module("sae_granary.sae_core.variants")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 

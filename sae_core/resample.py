@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_core.base import SAE, Inputs
+from sae_granary.sae_core.base import SAE, Inputs
 
 ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new latent fires rarely at first
 

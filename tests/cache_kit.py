@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
-from cache.writer import CacheWriter
+from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.write.writer import CacheWriter
 
 N_BUFFERS = 6
 DOCS_PER_BUFFER = 4

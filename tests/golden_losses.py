@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-import sae_core
-from sae_core import Progress, registry
+from sae_granary import sae_core
+from sae_granary.sae_core import Progress, registry
 
 GOLDEN = Path(__file__).parent / "data" / "golden_losses.json"
 N_STEPS = 50

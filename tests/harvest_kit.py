@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harvest.pipeline import Pipeline
+from sae_granary.harvest.pipeline import Pipeline
 
 TEXT = (
     "the quick brown fox jumps over a lazy dog while rain falls on old stone walls and seven small birds sing "

@@ -20,8 +20,8 @@ from dictionary_learning.trainers.trainer import remove_gradient_parallel_to_dec
 from interop_kit import D_IN, D_SAE, K, difference, make, rows, step, total
 from torch import Tensor
 
-from sae_core import SAE, Progress
-from sae_core.functional import annealed_sparsity
+from sae_granary.sae_core import SAE, Progress
+from sae_granary.sae_core.functional import annealed_sparsity
 
 TOLERANCE = 1e-5
 STEP = 3000  # past every warm-up

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-import sae_core
-from sae_core import SAE, Progress, SAEOutput, registry
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE, Progress, SAEOutput, registry
 
 N, D_IN, D_SAE, K = 128, 24, 96, 6
 LAST = Progress(99, 100)  # every coefficient has reached its full value

@@ -34,9 +34,9 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-import sae_core
-from sae_core import SAE
-from sae_core.errors import NotAnSAEError
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.errors import NotAnSAEError
 
 TOLERANCE = 1e-5
 EXPORTED = ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "abstopk"]

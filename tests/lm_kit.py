@@ -51,7 +51,7 @@ def harvest(model: Path, out: Path, *flags: str) -> Path:
     """A cache of layer 0, by the command."""
     from typer.testing import CliRunner
 
-    from harvest.cli import app
+    from sae_granary.harvest.cli import app
 
     data = out.parent / "texts.jsonl"
     if not data.exists():

@@ -12,11 +12,11 @@ import xxhash
 from cache_kit import tree
 
 from benchmarks.harvest_speed import random_rows
-from cache.chunk_file import ChunkFile, page_aligned
-from cache.rows import CacheSpec, HookPoint
-from cache.writer import CacheWriter
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from harvest.run import harvest
+from sae_granary.cache.format.rows import CacheSpec, HookPoint
+from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.run import harvest
 
 PAGE = mmap.PAGESIZE
 
@@ -92,7 +92,7 @@ def test_only_a_refusal_of_direct_writing_is_got_over(tmp_path, syncer, monkeypa
             raise OSError(failed, os.strerror(failed))
         return write(fd, data)
 
-    monkeypatch.setattr("cache.chunk_file._set_direct", lambda fd, direct: direct)  # any file system
+    monkeypatch.setattr("sae_granary.cache.write.chunk_file._set_direct", lambda fd, direct: direct)  # any file system
     monkeypatch.setattr(os, "write", refuse_once)
     file, data = ChunkFile(tmp_path / "chunks", syncer, direct=True), bytes(PAGE)
     if fatal:

@@ -15,7 +15,7 @@ from cache_kit import (
 )
 from typer.testing import CliRunner
 
-from cache.cli import app
+from sae_granary.cache.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_verify_of_an_unfinished_cache_says_so(tmp_path):
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_an_error_is_one_line_and_exit_code_2(command, root):
     done = subprocess.run(
-        [sys.executable, "-m", "cache.cli", command, str(root / "notes")],
+        [sys.executable, "-m", "sae_granary.cache.cli", command, str(root / "notes")],
         capture_output=True,
         text=True,
         check=False,

@@ -14,10 +14,16 @@ from cache_kit import (
     toy_spec,
 )
 
-import cache
-from cache.errors import CacheError, CorruptCacheError, MissingFileError, NotACacheError, UnsupportedFormatError
-from cache.signed import dump_signed, load_signed
-from cache.verify import verify
+from sae_granary import open_cache
+from sae_granary.cache.errors import (
+    CacheError,
+    CorruptCacheError,
+    MissingFileError,
+    NotACacheError,
+    UnsupportedFormatError,
+)
+from sae_granary.cache.format.signed import dump_signed, load_signed
+from sae_granary.cache.read.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def damaged(whole, tmp_path):
 def _outcome(path):
     """What a user is told: the error at open or the problems that verify finds; None for neither."""
     try:
-        cache.open(path, allow_incomplete=True)
+        open_cache(path, allow_incomplete=True)
     except CacheError as error:
         return str(error)
     report = verify(path)
@@ -63,7 +69,7 @@ def test_truncated_at_every_byte_it_is_refused(whole, unfinished, tmp_path, name
         for n_bytes in range(0, len(data), 61):
             (path / name).write_bytes(data[:n_bytes])
             with pytest.raises(CorruptCacheError, match=r"not valid JSON|checksum|has [\d,]+ bytes, expected"):
-                cache.open(path, allow_incomplete=True)
+                open_cache(path, allow_incomplete=True)
         (path / name).write_bytes(data)
         assert _outcome(path) is None
 
@@ -153,7 +159,7 @@ VALID = [("provenance", {}), ("zarr", {}), ("complete", True)]
 def test_a_field_of_another_type_or_range_is_one_clear_error(damaged, field, value):
     _edit(damaged / "manifest.json", lambda body: body.update({field: value}))
     with pytest.raises(CorruptCacheError, match=rf"manifest.json.*{field}"):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 def _set(*keys, value):
@@ -185,7 +191,7 @@ def _set(*keys, value):
 def test_hostile_values_are_refused_even_when_signed(damaged, change, message):
     _edit(damaged / "manifest.json", change)
     with pytest.raises(CorruptCacheError, match=message):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 def test_a_wrong_record_that_is_signed_is_found_by_verify(damaged):
@@ -206,10 +212,10 @@ def test_another_format_and_another_version_are_refused_by_number(damaged):
     text = file.read_text()
     file.write_text(text.replace('"version": 1', '"version": 2'))
     with pytest.raises(UnsupportedFormatError, match="cache format 2; this version reads format 1: update"):
-        cache.open(damaged)
+        open_cache(damaged)
     file.write_text(text.replace("granary-activations", "granary-weights"))
     with pytest.raises(NotACacheError, match="format is 'granary-weights', expected 'granary-activations'"):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +225,7 @@ def test_another_format_and_another_version_are_refused_by_number(damaged):
 def test_what_is_not_our_json_is_no_traceback(damaged, text):
     (damaged / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CorruptCacheError, match=r"manifest.json"):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 def test_a_missing_and_a_short_shard_are_named_at_open(damaged):
@@ -227,14 +233,14 @@ def test_a_missing_and_a_short_shard_are_named_at_open(damaged):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
     with pytest.raises(CorruptCacheError, match=rf"c.1.0 has {len(data) - 1:,} bytes, expected {len(data):,}"):
-        cache.open(damaged)
-    cache.open(damaged, shards=[0])  # only what is opened is checked
+        open_cache(damaged)
+    open_cache(damaged, shards=[0])  # only what is opened is checked
     shard.unlink()
     with pytest.raises(MissingFileError, match=r"c.1.0 is missing; restore it"):
-        cache.open(damaged)
+        open_cache(damaged)
     shard.mkdir()
     with pytest.raises(CorruptCacheError, match="not a regular file"):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +254,11 @@ def test_links_are_not_followed(damaged, whole, name):
         target.unlink()
     target.symlink_to(whole / name)
     with pytest.raises(CorruptCacheError, match="link"):
-        cache.open(damaged)
+        open_cache(damaged)
 
 
 def test_a_shard_that_changes_after_open_is_an_error_and_not_a_crash(damaged):
-    opened = cache.open(damaged)
+    opened = open_cache(damaged)
     (damaged / "activations/layer_1/c.0.0").write_bytes(b"")
     with pytest.raises(CorruptCacheError, match="has changed its size"):
         opened.hook()[0:3]

@@ -14,10 +14,10 @@ from cache_kit import (
     no_sync,  # noqa: F401
 )
 
-import cache
-from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
-from cache.verify import verify
-from cache.writer import CacheWriter
+from sae_granary import open_cache
+from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write.writer import CacheWriter
 
 FROZEN = Path(__file__).parent / "data" / "format1_tiny"
 N_ROWS, WINDOW, D_IN = 25, 5, 4
@@ -67,7 +67,7 @@ def write(path, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_cache_of_format_1_opens_for_ever(dtype):
-    opened = cache.open(FROZEN / dtype)
+    opened = open_cache(FROZEN / dtype)
     assert opened.complete
     assert opened.dtype == dtype
     assert [(s.index, s.n_rows, s.first_row_id) for s in opened.shards] == [(0, 10, 0), (1, 10, 12), (2, 5, 24)]

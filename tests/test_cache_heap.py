@@ -22,11 +22,11 @@ for _ in range(20):
 print(sum(counts[10:]) / 10)
 """
 
-KEEP = "from cache.heap import keep_freed_memory; assert keep_freed_memory()"
+KEEP = "from sae_granary.common.heap import keep_freed_memory; assert keep_freed_memory()"
 HARVEST = """
 from pathlib import Path
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from harvest.run import harvest
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.run import harvest
 harvest(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"),
                       max_tokens=500, out=Path({out!r})), quiet=True)
 """

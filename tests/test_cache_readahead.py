@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from cache.order import PoolPlan, ShardPart
-from cache.readahead import ReadAhead
+from sae_granary.cache.load.order import PoolPlan, ShardPart
+from sae_granary.cache.load.readahead import ReadAhead
 
 N_ROWS, BLOCK_ROWS, ROW_BYTES = 4096, 4, 1024
 
@@ -69,7 +69,7 @@ def test_only_the_rows_that_are_wanted_are_announced_one_by_one_where_far_apart(
 def test_where_the_system_cannot_tell_pools_are_announced_while_reading_waits(shard, advised, monkeypatch) -> None:
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     faults = iter([0, 65, 200, 210])  # page faults that waited for the disk, as each pool begins
-    monkeypatch.setattr("cache.readahead._major_faults", lambda: next(faults))
+    monkeypatch.setattr("sae_granary.cache.load.readahead._major_faults", lambda: next(faults))
     reader, counts = ReadAhead([[(shard, ROW_BYTES)]]), []
     for _ in range(4):
         advised.clear()

@@ -19,11 +19,11 @@ from cache_kit import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cache
-from cache.context import join_tokens
-from cache.errors import IncompleteCacheError, NotACacheError, RowLookupError, UnknownNameError
-from cache.stats import QUANTILES, block_moments, merge_all, quantiles
-from cache.verify import verify
+from sae_granary import open_cache
+from sae_granary.cache.errors import IncompleteCacheError, NotACacheError, RowLookupError, UnknownNameError
+from sae_granary.cache.format.stats import QUANTILES, block_moments, merge_all, quantiles
+from sae_granary.cache.read.context import join_tokens
+from sae_granary.cache.read.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(path):
-    return cache.open(path)
+    return open_cache(path)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_row_ids_are_permanent(opened, path):
     ids = opened.row_ids(np.arange(len(opened)))
     assert len(np.unique(ids)) == len(opened)
     assert (np.diff(ids) >= 1).all()
-    part = cache.open(path, shards=[2, 1])
+    part = open_cache(path, shards=[2, 1])
     assert [shard.index for shard in part.shards] == [1, 2]
     assert part.shards[0].first_row_id == opened.manifest.rows_per_shard
     first = opened.shards[0].n_rows
@@ -117,14 +117,14 @@ def test_every_row_has_its_document_token_and_context(opened, rows):
 
 
 def test_a_document_that_starts_in_another_shard_is_found(path):
-    later = cache.open(path, shards=[1])
+    later = open_cache(path, shards=[1])
     first = later.document(0)
     assert first.doc_id == int(later.column("doc_id")[0])
 
 
 def test_without_a_vocabulary_tokens_are_ids(tmp_path):
     harvest(tmp_path / "toy", toy_spec(vocabulary=None))
-    opened = cache.open(tmp_path / "toy")
+    opened = open_cache(tmp_path / "toy")
     assert opened.token(0) == 1
     assert all(isinstance(token, int) for token in opened.context(3).tokens)
 
@@ -165,7 +165,7 @@ def test_moments_merge_to_those_of_all_rows(sizes, seed):
 
 
 def test_statistics_are_those_of_the_stored_rows(opened, path):
-    for view in (opened, cache.open(path, shards=[0, 2])):
+    for view in (opened, open_cache(path, shards=[0, 2])):
         exact = view.hook("layer_3")[:].astype(np.float64)
         stats = view.stats("layer_3")
         assert stats.n_rows == len(view)
@@ -177,7 +177,7 @@ def test_statistics_are_those_of_the_stored_rows(opened, path):
         assert stats.norm_quantiles[0.5] == norms[round(0.5 * (len(norms) - 1))]
         assert stats.norm_quantiles[1.0] == norms[-1]
     with pytest.raises(RowLookupError, match="no rows, so no statistics"):
-        cache.open(path, shards=[]).stats("layer_1")
+        open_cache(path, shards=[]).stats("layer_1")
 
 
 def test_names_that_are_not_there(opened, path):
@@ -188,23 +188,23 @@ def test_names_that_are_not_there(opened, path):
     with pytest.raises(UnknownNameError, match="no column 'doc': there are token_id, doc_id"):
         opened.column("doc")
     with pytest.raises(UnknownNameError, match="has no shard 99: there are"):
-        cache.open(path, shards=[99])
+        open_cache(path, shards=[99])
 
 
 def test_what_is_no_cache_says_so(tmp_path):
     with pytest.raises(NotACacheError, match="does not exist; `sae-harvest run --out"):
-        cache.open(tmp_path / "none")
+        open_cache(tmp_path / "none")
     with pytest.raises(NotACacheError, match=r"is no activation cache: it has no manifest.json"):
-        cache.open(tmp_path)
+        open_cache(tmp_path)
 
 
 def test_an_incomplete_cache_says_what_is_there_and_how_to_finish_it(tmp_path):
     interrupted(tmp_path / "toy", after=130)
-    n_rows = len(cache.open(tmp_path / "toy", allow_incomplete=True))
+    n_rows = len(open_cache(tmp_path / "toy", allow_incomplete=True))
     message = rf"is incomplete: {n_rows} rows in 2 committed shards; run the same `sae-harvest run \.\.\. --out .*toy`"
     with pytest.raises(IncompleteCacheError, match=message):
-        cache.open(tmp_path / "toy")
-    part = cache.open(tmp_path / "toy", allow_incomplete=True)
+        open_cache(tmp_path / "toy")
+    part = open_cache(tmp_path / "toy", allow_incomplete=True)
     assert "incomplete" in repr(part)
     assert part.stats("layer_1").n_rows == n_rows
 
@@ -212,7 +212,7 @@ def test_an_incomplete_cache_says_what_is_there_and_how_to_finish_it(tmp_path):
 def test_repr_and_html_show_the_facts_and_escape_them(tmp_path):
     hostile = "<script>alert(1)</script>"
     harvest(tmp_path / "toy", toy_spec(provenance={"model": {"id": hostile, "revision": "0123456789abcdef"}}))
-    opened = cache.open(tmp_path / "toy")
+    opened = open_cache(tmp_path / "toy")
     text = repr(opened)
     for shown in ("complete, format 1", f"{len(opened):,} (one per token)", "layer_1 (d_in 8)", "bfloat16"):
         assert shown in text
@@ -232,7 +232,7 @@ def test_a_moved_cache_opens(path, tmp_path):
 def test_reading_writes_nothing(path):
     before = tree(path)
     mtimes = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-    opened = cache.open(path)
+    opened = open_cache(path)
     opened.stats("layer_1")
     opened.context(5)
     verify(path)
@@ -250,11 +250,11 @@ def test_a_read_only_cache_of_another_user(tmp_path):
         """
 import os, sys
 from pathlib import Path
-import cache
-from cache.verify import verify
+from sae_granary import open_cache
+from sae_granary.cache.read.verify import verify
 from cache_kit import harvest
 os.chdir(sys.argv[1])
-cache.open(".").stats("layer_1"), verify(".")  # the other user may not be able to import
+open_cache(".").stats("layer_1"), verify(".")  # the other user may not be able to import
 os.setuid(65534)
 try:
     open("x", "w")
@@ -262,7 +262,7 @@ except PermissionError:
     pass
 else:
     raise SystemExit("not read-only")
-assert len(cache.open(".")) > 0 and cache.open(".").stats("layer_1").n_rows
+assert len(open_cache(".")) > 0 and open_cache(".").stats("layer_1").n_rows
 assert verify(".").ok
 harvest(Path("."))  # complete: does nothing, not even a lock
 """,
@@ -274,12 +274,12 @@ def test_reading_imports_neither_zarr_nor_torch_and_the_package_not_even_numpy(p
     run_python(
         """
 import sys
-import cache, cache.cli
+import sae_granary, sae_granary.cache.cli
 heavy = {"numpy", "zarr", "torch", "pyarrow", "rich.console", "transformers"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
-opened = cache.open(sys.argv[1])
+opened = sae_granary.open_cache(sys.argv[1])
 opened.hook("layer_1")[:3], opened.stats("layer_1"), opened.context(4), repr(opened)
-from cache.verify import verify
+from sae_granary.cache.read.verify import verify
 assert verify(sys.argv[1]).ok
 assert not {"zarr", "torch", "transformers"} & set(sys.modules)
 """,
@@ -292,8 +292,8 @@ def test_documents_are_written_without_pandas_and_read_back(tmp_path):
         """
 import sys
 from pathlib import Path
-from cache.parquet import DocumentFile, read_document
-from cache.rows import DocumentRow
+from sae_granary.cache.format.documents import DocumentFile, read_document
+from sae_granary.cache.format.rows import DocumentRow
 path = Path(sys.argv[1])
 documents = [DocumentRow(7, "a.txt", 0, ""), DocumentRow(9, "ü", 2**40, "Größe ∞"), DocumentRow(2**40, "a", 1, "x")]
 file = DocumentFile(path)

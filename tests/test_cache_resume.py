@@ -18,9 +18,8 @@ from cache_kit import (
     tree,
 )
 
-import cache
-from cache import files, records, writer
-from cache.errors import (
+from sae_granary import open_cache
+from sae_granary.cache.errors import (
     CacheExistsError,
     CacheLockedError,
     CacheMismatchError,
@@ -28,12 +27,15 @@ from cache.errors import (
     CorruptCacheError,
     DiskFullError,
 )
-from cache.lock import CacheLock
-from cache.parquet import DocumentFile
-from cache.rows import DocumentRow, HookPoint
-from cache.shard import OpenShard
-from cache.verify import verify
-from cache.writer import CacheWriter
+from sae_granary.cache.format import records
+from sae_granary.cache.format.documents import DocumentFile
+from sae_granary.cache.format.rows import DocumentRow, HookPoint
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write import writer
+from sae_granary.cache.write.shard import OpenShard
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common import files
+from sae_granary.common.lock import CacheLock
 
 # Each child stops dead at the n-th call that changes a name or syncs, for every n; a second child then continues.
 CRASH_POINTS = """
@@ -41,7 +43,7 @@ import os, sys
 from pathlib import Path
 from cache_kit import no_sync  # noqa: F401
 from cache_kit import harvest, toy_spec, tree
-from cache import files
+from sae_granary.common import files
 
 root, step, offset = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 spec = toy_spec(hooks=("layer_1",), rows_per_shard=96)
@@ -149,7 +151,7 @@ def test_an_exception_keeps_committed_shards_and_drops_the_open_one(tmp_path):
     path = interrupted(tmp_path / "toy")
     assert not (path / ".tmp").exists()
     assert not (path / ".lock").exists()
-    part = cache.open(path, allow_incomplete=True)
+    part = open_cache(path, allow_incomplete=True)
     assert len(part.shards) == 1
     assert verify(path).ok
     assert verify(path).foreign == ()
@@ -207,7 +209,7 @@ def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monke
     harvest(path)
     record = next(i for i, e in enumerate(events) if e[0] == "link" and e[2].endswith("commits/00000001.json"))
     linked = {e[2]: i for i, e in enumerate(events) if e[0] == "link"}
-    for name in cache.open(path).records[1].files:
+    for name in open_cache(path).records[1].files:
         i = linked[str(path / name)]
         synced = [k for k, e in enumerate(events[:i]) if e == ("sync", events[i][1])]
         assert synced, name
@@ -332,7 +334,7 @@ def test_provenance_may_change_on_resume_and_the_first_one_is_kept(tmp_path):
     with pytest.raises(RuntimeError):
         harvest(path, before_append=_stop_after(100))
     harvest(path, toy_spec(provenance={"model": {"id": "toy"}, "versions": {"torch": "9"}}))
-    assert cache.open(path).manifest.provenance == toy_spec().provenance
+    assert open_cache(path).manifest.provenance == toy_spec().provenance
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -360,7 +362,7 @@ def test_a_gap_in_the_records_is_damage(tmp_path):
         harvest(path, before_append=_stop_after(200))
     (path / "commits/00000001.json").unlink()
     with pytest.raises(CorruptCacheError, match=r"commits/00000001.json is missing, though later shards"):
-        cache.open(path, allow_incomplete=True)
+        open_cache(path, allow_incomplete=True)
     with pytest.raises(CorruptCacheError, match="is missing"):
         harvest(path)
 
@@ -382,7 +384,7 @@ def test_a_full_disk_names_the_bytes_and_committed_shards_stay(tmp_path, monkeyp
     assert full.value.free_bytes > 0
     monkeypatch.undo()
     assert not (path / ".tmp").exists()
-    assert len(cache.open(path, allow_incomplete=True).shards) >= 1
+    assert len(open_cache(path, allow_incomplete=True).shards) >= 1
     assert verify(path).ok
     harvest(path)
     harvest(tmp_path / "whole")
@@ -421,7 +423,7 @@ def test_a_reader_sees_whole_shards_while_a_harvest_runs(tmp_path):
     def look(n_rows):
         if not (path / "commits/00000000.json").exists():
             return
-        part = cache.open(path, allow_incomplete=True)
+        part = open_cache(path, allow_incomplete=True)
         seen.append(len(part))
         assert len(part) <= n_rows
         assert (part.column("token_id")[:] == expected[: len(part)]).all()
@@ -429,15 +431,15 @@ def test_a_reader_sees_whole_shards_while_a_harvest_runs(tmp_path):
 
     harvest(path, before_append=look)
     assert len(set(seen)) >= 3
-    early = cache.open(path, shards=[0, 1])
-    assert len(early) == sum(shard.n_rows for shard in early.shards) < len(cache.open(path))
+    early = open_cache(path, shards=[0, 1])
+    assert len(early) == sum(shard.n_rows for shard in early.shards) < len(open_cache(path))
 
 
 def test_clear_uncommitted_spares_committed_shards(tmp_path):
     path = tmp_path / "toy"
     harvest(path)
     before = tree(path)
-    records.clear_uncommitted(path, cache.open(path).layout, 0)
+    records.clear_uncommitted(path, open_cache(path).layout, 0)
     assert tree(path) == before
 
 

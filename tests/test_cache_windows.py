@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from conftest import write_cache
 
-import cache
-from cache.errors import SelectionError
-from cache.reader import Cache
-from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
-from cache.selection import Filters, Holdout, Selection
-from cache.window_order import WindowOrder
-from cache.windows import Windows, WindowsState, read_windows
+from sae_granary import open_cache
+from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
+from sae_granary.cache.load.context_order import WindowOrder
+from sae_granary.cache.load.selection import Filters, Holdout, Selection
+from sae_granary.cache.load.whole_contexts import Windows, WindowsState, read_windows
+from sae_granary.cache.read.reader import Cache
 
 HALF = Holdout(0.5)
 
 
 @pytest.fixture
 def opened(make_cache):
-    return cache.open(make_cache())  # three shards
+    return open_cache(make_cache())  # three shards
 
 
 def pass_over(opened, **options) -> list[Windows]:
@@ -143,8 +143,8 @@ def toy_rows(tokens: list[list[tuple[int, int]]]) -> Rows:
 
 
 def write(path: Path, rows: Rows, unit: str = "token") -> Cache:
-    from cache.rows import DocumentRow
-    from cache.writer import CacheWriter
+    from sae_granary.cache.format.rows import DocumentRow
+    from sae_granary.cache.write.writer import CacheWriter
 
     spec = CacheSpec(unit, (HookPoint("layer_0", "h.0", "output", 0, 2),), "float32", 64, {}, {"model": "toy"})
     with CacheWriter.open(path, spec) as writer:
@@ -152,7 +152,7 @@ def write(path: Path, rows: Rows, unit: str = "token") -> Cache:
         ids = sorted(set(rows.doc_id.tolist()))
         writer.append(rows, [DocumentRow(i, "toy", i, f"document {i}") for i in ids])
         writer.finish({})
-    return cache.open(path)
+    return open_cache(path)
 
 
 def test_documents_packed_in_one_window_keep_their_part(tmp_path) -> None:
@@ -194,8 +194,9 @@ def test_windows_need_no_torch(tmp_path) -> None:
 
     path = write_cache(tmp_path / "c", n_docs=3)
     code = (
-        f"import sys, cache\nfrom cache.windows import read_windows\n"
-        f"print(len(next(read_windows(cache.open({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
+        "import sys\nfrom sae_granary import open_cache\n"
+        "from sae_granary.cache.load.whole_contexts import read_windows\n"
+        f"print(len(next(read_windows(open_cache({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[1] == "False"

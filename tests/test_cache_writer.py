@@ -13,14 +13,14 @@ from cache_kit import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache
-from cache.errors import BadActivationError, BadRowsError, CacheError, SpecError
-from cache.layout import cache_layout, default_rows_per_shard, inner_rows
-from cache.rows import CacheSpec, DocumentRow, HookPoint, Rows
-from cache.split import split_windows, window_lengths
-from cache.stats import block_moments
-from cache.verify import verify
-from cache.writer import CacheWriter
+from sae_granary import open_cache
+from sae_granary.cache.errors import BadActivationError, BadRowsError, CacheError, SpecError
+from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard, inner_rows
+from sae_granary.cache.format.rows import CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.stats import block_moments
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write.split import split_windows, window_lengths
+from sae_granary.cache.write.writer import CacheWriter
 
 
 @given(
@@ -120,7 +120,7 @@ def test_a_value_that_cannot_be_stored_stops_with_hook_document_and_row(tmp_path
         writer.append(_one_window(np.ones((64, 8), np.float32)))  # fills a shard
         with pytest.raises(BadActivationError, match=message):
             writer.append(second)
-    assert [shard.n_rows for shard in cache.open(tmp_path / "toy", allow_incomplete=True).shards] == [64]
+    assert [shard.n_rows for shard in open_cache(tmp_path / "toy", allow_incomplete=True).shards] == [64]
     assert verify(tmp_path / "toy").ok
 
 
@@ -135,7 +135,7 @@ def test_the_largest_float16_is_stored(tmp_path):
         writer.begin_buffer({})
         writer.append(_one_window(values))
         writer.finish({})
-    assert (cache.open(tmp_path / "toy").hook()[:] == values).all()
+    assert (open_cache(tmp_path / "toy").hook()[:] == values).all()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_pooled_texts_have_a_row_each(tmp_path):
         writer.begin_buffer({})
         writer.append(rows, [DocumentRow(i, "x", i, f"text {i}") for i in range(n)])
         writer.finish({})
-    opened = cache.open(tmp_path / "toy")
+    opened = open_cache(tmp_path / "toy")
     assert [shard.n_rows for shard in opened.shards] == [64, 64, 22]
     assert opened.document(100).text == "text 100"
     assert opened.context(100).text == "text 100"
@@ -259,9 +259,9 @@ def test_pooled_texts_have_a_row_each(tmp_path):
 
 
 def test_many_documents_are_cut_into_row_groups_by_content(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache.parquet.GROUP_DOCUMENTS", 3)
+    monkeypatch.setattr("sae_granary.cache.format.documents.GROUP_DOCUMENTS", 3)
     harvest(tmp_path / "toy")
-    opened = cache.open(tmp_path / "toy")
+    opened = open_cache(tmp_path / "toy")
     for row in range(0, len(opened), 7):
         doc_id = int(opened.column("doc_id")[row])
         assert opened.document(row) == DocumentRow(doc_id, "toy.txt", doc_id, f"document {doc_id} says ünïcode")

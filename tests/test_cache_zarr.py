@@ -13,17 +13,17 @@ from cache_kit import (
     toy_spec,
 )
 
-import cache
-from cache.dtypes import register_bfloat16
-from cache.layout import COLUMNS
-from cache.rows import FLAG_ABSENT
+from sae_granary import open_cache
+from sae_granary.cache.format.layout import COLUMNS
+from sae_granary.cache.format.rows import FLAG_ABSENT
+from sae_granary.cache.format.storage import register_bfloat16
 
 
 @pytest.fixture(scope="module", params=sorted(DTYPES))
 def opened(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("zarr") / request.param
     harvest(path, toy_spec(request.param, rows_per_shard=72))
-    return cache.open(path)
+    return open_cache(path)
 
 
 def _absent(opened):
@@ -123,7 +123,7 @@ def test_zarr_writes_bfloat16_that_tensorstore_reads(tmp_path):
     run_python(
         """
 import sys, numpy as np, ml_dtypes, zarr, tensorstore
-from cache.dtypes import register_bfloat16
+from sae_granary.cache.format.storage import register_bfloat16
 register_bfloat16()
 values = np.arange(12).reshape(3, 4).astype(ml_dtypes.bfloat16)
 array = zarr.create_array(sys.argv[1], shape=(3, 4), dtype=values.dtype, chunks=(2, 4), compressors=None)

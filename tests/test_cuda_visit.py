@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cuda_visit import agreement, products, roofline, speed
 from benchmarks.cuda_visit.roofline import Limits, Size
-from sae_core import Pattern
+from sae_granary.sae_core import Pattern
 
 ROOT = Path(__file__).parent.parent
 TINY = products.Case("tiny", Pattern.fixed_k(torch.tensor([[0, 3], [3, 3], [1, 0]]), 4), 5)

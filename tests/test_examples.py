@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_core import registry
+from sae_granary.sae_core import registry
 
 SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 SAYS = {

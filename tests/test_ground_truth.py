@@ -115,7 +115,7 @@ def test_shrinkage_by_hand() -> None:
 
 def test_the_truth_itself_scores_perfectly_through_a_cache(tmp_path: Path) -> None:
     """An SAE set to the true dictionary; then one child takes over its parent's direction."""
-    from sae_core.variants.jumprelu import JumpReLUSAE
+    from sae_granary.sae_core.variants.jumprelu import JumpReLUSAE
 
     world, data = make("tree")
     experiment.write_cache(tmp_path / "cache", world, data, seed=0)

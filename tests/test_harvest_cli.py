@@ -13,10 +13,10 @@ import pytest
 from harvest_kit import build_model, texts
 from typer.testing import CliRunner
 
-import cache
-from harvest.cli import app
-from harvest.config import HarvestConfig, ModelConfig, WhereConfig, default_name, parse_count, parse_layers
-from harvest.errors import ConfigError
+from sae_granary import open_cache
+from sae_granary.harvest.cli import app
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, WhereConfig, default_name, parse_count, parse_layers
+from sae_granary.harvest.errors import ConfigError
 
 Run = Callable[..., tuple[int, str]]
 REPO = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
     assert code == 0, output
     assert "rows" in output
     assert "documents" in output
-    got = cache.open(tmp_path / "cache" / "bert_l2")
+    got = open_cache(tmp_path / "cache" / "bert_l2")
     assert got.complete
     assert got.n_rows >= 200
     code, output = run(f"{BERT} --layer 2 {TEXT} --max-tokens 200")
@@ -237,7 +237,7 @@ def test_plan_tells_sizes_and_writes_nothing(run: Run, tmp_path: Path) -> None:
         assert word in output
     assert not (tmp_path / "cache").exists()
     run(f"{BERT} --layers all {TEXT}")
-    assert f"{cache.open(tmp_path / 'cache' / 'bert_lall').n_rows:,} tokens (counted)" in output
+    assert f"{open_cache(tmp_path / 'cache' / 'bert_lall').n_rows:,} tokens (counted)" in output
 
 
 def test_names_lists_layers_and_modules_with_widths(run: Run) -> None:
@@ -253,7 +253,7 @@ def test_names_lists_layers_and_modules_with_widths(run: Run) -> None:
 def test_packed_windows_reach_the_cache(run: Run, tmp_path: Path) -> None:
     code, output = run(f"run --model llama --layer 1 {TEXT} --pack --ctx-len 32 --device cpu")
     assert code == 0, output
-    got = cache.open(tmp_path / "cache" / "llama_l1")
+    got = open_cache(tmp_path / "cache" / "llama_l1")
     ids = got.column("token_id")[0 : got.n_rows]
     n_words = sum(len(text.split()) for text in texts(20))
     n_windows = int(got.column("window")[got.n_rows - 1]) + 1
@@ -294,6 +294,6 @@ def test_counts_and_layers_are_parsed() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "numpy", "zarr", "pyarrow")
-    code = f"import sys, harvest.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, sae_granary.harvest.cli; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]", found.stderr

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
 
-import cache
-from harvest.compiled import compiled_blocks
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from harvest.errors import ConfigError, HookError, ModelError
-from harvest.hooks import choose_hooks
-from harvest.locate import locate
-from harvest.model import skeleton
-from harvest.prepare import prepare
-from harvest.run import harvest
+from sae_granary import open_cache
+from sae_granary.cache.errors import CacheError
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from sae_granary.harvest.errors import ConfigError, HookError, ModelError
+from sae_granary.harvest.prepare import prepare
+from sae_granary.harvest.run import harvest
+from sae_granary.models.compiled import compiled_blocks
+from sae_granary.models.hooks import choose_hooks
+from sae_granary.models.load import skeleton
+from sae_granary.models.locate import locate
 
 Config = Callable[..., HarvestConfig]
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
@@ -117,7 +118,7 @@ def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.Monke
     assert prepare(made, print).fingerprint()["compile"] is True
     assert "compile" not in prepare(eager(made), print).fingerprint()  # as in caches of before this setting
     harvest(eager(made), quiet=True)
-    with pytest.raises(cache.CacheError, match=r"compile.*\n.*--out"):
+    with pytest.raises(CacheError, match=r"compile.*\n.*--out"):
         harvest(replace(made, out=eager(made).out_path), quiet=True)
 
 
@@ -134,7 +135,7 @@ def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(architecture:
     harvest(made, quiet=True)
     assert counters["stats"]["unique_graphs"] >= graphs + 2
     harvest(eager(made), quiet=True)
-    got, want = cache.open(made.out_path), cache.open(eager(made).out_path)
+    got, want = open_cache(made.out_path), open_cache(eager(made).out_path)
     for name in want.hook_points:
         found, expected = np.asarray(got.hook(name)[:]), np.asarray(want.hook(name)[:])
         errors = row_errors(found, expected)
@@ -150,4 +151,4 @@ def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(architecture:
     result = harvest(again, quiet=True)
     assert result.resumed_rows > 0
     for name in got.hook_points:
-        assert np.array_equal(cache.open(result.path).hook(name)[:], got.hook(name)[:])
+        assert np.array_equal(open_cache(result.path).hook(name)[:], got.hook(name)[:])

@@ -9,14 +9,15 @@ import torch
 from harvest_kit import build_model, texts, tiny_tokenizer
 from torch import nn
 
-from cache.errors import BadActivationError
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from harvest.errors import HookError, MemoryLimitError
-from harvest.forward import TokenModel
-from harvest.hooks import Hook, choose_hooks, find_blocks, hook_names, probe
-from harvest.run import harvest
-from harvest.text import Document
-from harvest.tokenizer import (
+from sae_granary.cache.errors import BadActivationError
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from sae_granary.harvest.errors import HookError, MemoryLimitError
+from sae_granary.harvest.run import harvest
+from sae_granary.harvest.text.document import Document
+from sae_granary.models.contexts import StreamState, WindowRules, WindowStream, buffers
+from sae_granary.models.forward import TokenModel
+from sae_granary.models.hooks import Hook, choose_hooks, find_blocks, hook_names, probe
+from sae_granary.models.tokenizer import (
     PIECE_CHARS,
     chat_renderer,
     encode,
@@ -26,7 +27,6 @@ from harvest.tokenizer import (
     tokenizer_hash,
     window_rules,
 )
-from harvest.windows import StreamState, WindowRules, WindowStream, buffers
 
 
 class Blocks(nn.Module):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_errors, texts
 
-import cache
-from cache.rows import FLAG_SPECIAL, FLAG_WINDOW_START
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from harvest.run import harvest
+from sae_granary import open_cache
+from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from sae_granary.harvest.run import harvest
 
 LAYER = 1
 CTX_LEN = 16
@@ -39,7 +39,7 @@ def test_rows_equal_a_direct_forward_pass(architecture: str, corpus: Path, tmp_p
     model = build_model(tmp_path / architecture, architecture)
     result = harvest(config_of(model, corpus, tmp_path / "out"), quiet=True)
     want = list(naive_rows(model, texts(40), LAYER, CTX_LEN))
-    got = cache.open(tmp_path / "out")
+    got = open_cache(tmp_path / "out")
     rows = slice(0, got.n_rows)
 
     assert got.n_rows == result.n_rows == len(want)
@@ -67,7 +67,7 @@ def test_bfloat16_is_close_and_stored_without_loss(architecture: str, corpus: Pa
         ),
         quiet=True,
     )  # fmt: skip
-    got = cache.open(tmp_path / "out")
+    got = open_cache(tmp_path / "out")
     assert got.dtype == "bfloat16"
     want = np.stack([row.vector for row in naive_rows(model, texts(40), LAYER, CTX_LEN)])
     errors = row_errors(got.hook()[0 : got.n_rows], want)
@@ -80,7 +80,7 @@ def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> Non
     where = WhereConfig(layers=(0, 2), hooks=("encoder.layer.1.attention.output", "encoder.layer.*.output.dense:in"))
     base = config_of(model, corpus, tmp_path / "out")
     harvest(HarvestConfig(base.model, where, base.text, base.tokens, base.out), quiet=True)
-    got = cache.open(tmp_path / "out")
+    got = open_cache(tmp_path / "out")
     assert {name: point.d_in for name, point in got.hook_points.items()} == {
         "layer_0": 32, "encoder.layer.0.output.dense.in": 64, "encoder.layer.1.attention.output": 32,
         "encoder.layer.1.output.dense.in": 64, "layer_2": 32, "encoder.layer.2.output.dense.in": 64,
@@ -93,9 +93,9 @@ def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> Non
 def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
     import torch
 
-    from harvest.hooks import Capture, Hook
-    from harvest.locate import locate
-    from harvest.model import load_base
+    from sae_granary.models.hooks import Capture, Hook
+    from sae_granary.models.load import load_base
+    from sae_granary.models.locate import locate
 
     located = locate(ModelConfig(str(build_model(tmp_path / "bert", "bert"))))
     base = load_base(located, "float32", "cpu")
@@ -112,9 +112,9 @@ def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
 def test_random_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from harvest.errors import ModelError
-    from harvest.locate import locate
-    from harvest.model import load_base
+    from sae_granary.harvest.errors import ModelError
+    from sae_granary.models.load import load_base
+    from sae_granary.models.locate import locate
 
     folder = build_model(tmp_path / "bert", "bert")
     weights = load_file(folder / "model.safetensors")
@@ -128,9 +128,9 @@ def test_a_decoder_only_model_whose_stack_is_called_decoder_may_miss_no_weights(
     from safetensors.torch import load_file, save_file
     from transformers import OPTConfig, OPTModel
 
-    from harvest.errors import ModelError
-    from harvest.locate import locate
-    from harvest.model import load_base
+    from sae_granary.harvest.errors import ModelError
+    from sae_granary.models.load import load_base
+    from sae_granary.models.locate import locate
 
     config = OPTConfig(
         vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from harvest_kit import CutOff, build_model, cut_off_after, texts
 
-import cache
-from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from harvest.errors import ConfigError
-from harvest.run import harvest
+from sae_granary import open_cache
+from sae_granary.cache.errors import CacheError
+from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from sae_granary.harvest.errors import ConfigError
+from sae_granary.harvest.run import harvest
 
 REPO = Path(__file__).parents[1]
 FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "2048", "--device", "cpu")
@@ -89,9 +90,9 @@ def test_another_model_on_the_same_name_is_refused_with_the_difference(config: H
     harvest(replace(config, max_tokens=200), quiet=True)
     folder = Path(config.model.model)
     build_model(folder, "bert", seed=1)
-    with pytest.raises(cache.CacheError, match=r"weights_xxh3.*\n.*--out"):
+    with pytest.raises(CacheError, match=r"weights_xxh3.*\n.*--out"):
         harvest(replace(config, max_tokens=200), quiet=True)
-    with pytest.raises(cache.CacheError, match=r"hook_points.*layer_1.*layer_2"):
+    with pytest.raises(CacheError, match=r"hook_points.*layer_1.*layer_2"):
         harvest(replace(config, where=WhereConfig(layers=(2,))), quiet=True)
 
 
@@ -102,14 +103,15 @@ def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: Harvest
         f"the data set ended before --max-tokens 1,000,000: {result.n_rows:,} rows of {result.n_docs} documents; "
         "complete, but shorter",
     )
-    assert cache.open(config.out_path).complete
+    assert open_cache(config.out_path).complete
     assert dict(result.skipped)["empty"] == 22
     assert harvest(replace(config, max_tokens=10**6), quiet=True).already_complete
 
 
 def command(config: HarvestConfig, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "harvest.cli", "run", "--model", config.model.model, "--dataset", config.text.dataset,
+        sys.executable, "-m", "sae_granary.harvest.cli", "run",
+        "--model", config.model.model, "--dataset", config.text.dataset,
         "--documents", "line", *FLAGS, "--out", str(out),
     ]  # fmt: skip
 

@@ -10,14 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from harvest.columns import choose_columns, column_kinds, extractor
-from harvest.config import TextConfig
-from harvest.demo import DemoSource
-from harvest.errors import SourceError, SourceStoppedError
-from harvest.sources import open_source
-from harvest.text import NOT_JSON, Record, join_chat, replace_surrogates, to_document
-from harvest.text_files import FileSource, StdinSource, shuffled
-from harvest.text_hub import HubSource, retrying
+from sae_granary.harvest.config import TextConfig
+from sae_granary.harvest.errors import SourceError, SourceStoppedError
+from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.document import NOT_JSON, Record, join_chat, replace_surrogates, to_document
+from sae_granary.harvest.text.hub_source import HubSource, retrying
+from sae_granary.harvest.text.local_files import FileSource, StdinSource, shuffled
+from sae_granary.harvest.text.sources import open_source
+from sae_granary.models.demo import DemoSource
 
 
 def values(path: Path, **options: object) -> list[object]:

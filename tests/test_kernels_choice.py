@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_core.kernels import choice, choose
+from sae_granary.sae_core.kernels import choice, choose
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +64,13 @@ def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_called_triton_is_not_triton(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
-    code = "from sae_core.kernels import choice; print(choice.triton_installed())"
+    code = "from sae_granary.sae_core.kernels import choice; print(choice.triton_installed())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(importlib.util.find_spec("triton") is not None)
 
 
 def test_importing_the_models_does_not_import_triton() -> None:
-    code = "import sys, sae_core.kernels; print('triton' in sys.modules)"
+    code = "import sys, sae_granary.sae_core.kernels; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -20,10 +20,10 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
 
 # ruff: noqa: E402 - the kernels can be imported behind the checks only
-from sae_core import Progress, make_config, registry
-from sae_core.autograd import decode, encode_at, sum_by_latent
-from sae_core.codes import Codes, Pattern
-from sae_core.kernels import choose, reference, row_topk, triton_bag, triton_dot
+from sae_granary.sae_core import Progress, make_config, registry
+from sae_granary.sae_core.autograd import decode, encode_at, sum_by_latent
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.kernels import choose, reference, row_topk, triton_bag, triton_dot
 
 ROOT = Path(__file__).parent.parent
 N_LATENTS = 40
@@ -225,7 +225,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sae_core.kernels import triton_bag, triton_dot
+from sae_granary.sae_core.kernels import triton_bag, triton_dot
 
 CONSTANTS = dict(CHUNK=256, BLOCK=256, TILE=8, ENTRIES=8, SPLIT=4, ACCUMULATOR=triton.language.float32)
 for kernel in (triton_bag.sum_chunks, triton_bag.sum_bags, triton_dot.dot_at_entries):

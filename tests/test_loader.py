@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import cache
-from cache.errors import SelectionError, UnknownNameError
-from cache.loader import Counts, Filters, Holdout, Loader, LoaderState
-from cache.selection import account
+from sae_granary import open_cache
+from sae_granary.cache.errors import SelectionError, UnknownNameError
+from sae_granary.cache.load.loader import Counts, Filters, Holdout, Loader, LoaderState
+from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.selection import account
+from sae_granary.cache.load.staging import HostRows
 
 
 def take(loader, n):
@@ -44,7 +46,7 @@ def naive(opened, *, special=False, first=True, part="train", holdout=None):
 @pytest.mark.parametrize("part", ["train", "heldout", "all"])
 @pytest.mark.parametrize(("pool_rows", "block_rows"), [(None, None), (300, None), (300, 7), (4773, 1), (64, 64)])
 def test_each_row_exactly_once_per_epoch(make_cache, part, pool_rows, block_rows) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     loader = Loader(
         opened, batch_size=64, part=part, epochs=1, pool_rows=pool_rows, block_rows=block_rows, with_rows=True
     )
@@ -54,7 +56,7 @@ def test_each_row_exactly_once_per_epoch(make_cache, part, pool_rows, block_rows
 
 
 def test_rows_are_those_of_their_ids(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     values = {int(i): opened.hook()[k] for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
     with Loader(opened, batch_size=100, pool_rows=700, with_rows=True) as loader:
         for batch in take(loader, 60):  # into the second epoch
@@ -64,7 +66,7 @@ def test_rows_are_those_of_their_ids(make_cache) -> None:
 
 
 def test_batches_run_on_across_epochs_in_another_order(make_cache) -> None:
-    opened = cache.open(make_cache(n_docs=20))
+    opened = open_cache(make_cache(n_docs=20))
     with Loader(opened, batch_size=50, with_rows=True) as loader:
         n = loader.n_rows
         ids = np.concatenate([b.row_ids.numpy() for b in take(loader, 3 * n // 50 + 1)])
@@ -76,7 +78,7 @@ def test_batches_run_on_across_epochs_in_another_order(make_cache) -> None:
 
 @pytest.mark.parametrize("pool_rows", [None, 333])
 def test_seeking_continues_exactly(make_cache, pool_rows) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     with Loader(opened, batch_size=70, pool_rows=pool_rows, seed=5, with_rows=True) as loader:
         batches = take(loader, 130)  # two epochs
     for i in (0, 1, 7, 58, 59, 60, 61, 100, 128):
@@ -90,10 +92,10 @@ def test_seeking_continues_exactly(make_cache, pool_rows) -> None:
 
 
 def test_seeking_reads_one_pool_only(make_cache, monkeypatch) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     pools = []
-    original = cache.order.Order.pool
-    monkeypatch.setattr(cache.order.Order, "pool", lambda self, e, p: pools.append((e, p)) or original(self, e, p))
+    original = Order.pool
+    monkeypatch.setattr(Order, "pool", lambda self, e, p: pools.append((e, p)) or original(self, e, p))
     with Loader(opened, batch_size=64, pool_rows=500, state=LoaderState(0, 7, 2600)) as loader:
         next(loader)
         n_pools = loader.order.n_pools
@@ -103,7 +105,7 @@ def test_seeking_reads_one_pool_only(make_cache, monkeypatch) -> None:
 
 
 def test_closed_loader_continues_where_it_stood(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     with Loader(opened, batch_size=64, pool_rows=500, with_rows=True) as whole:
         expected = [b.row_ids for b in take(whole, 6)]
     loader = Loader(opened, batch_size=64, pool_rows=500, with_rows=True)
@@ -116,7 +118,7 @@ def test_closed_loader_continues_where_it_stood(make_cache) -> None:
 
 
 def test_same_seed_same_batches_other_seed_other_batches(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
 
     def ids(seed):
         with Loader(opened, batch_size=64, seed=seed, with_rows=True) as loader:
@@ -127,7 +129,7 @@ def test_same_seed_same_batches_other_seed_other_batches(make_cache) -> None:
 
 
 def test_last_batch_of_a_finite_pass_is_short(make_cache) -> None:
-    opened = cache.open(make_cache(n_docs=10))
+    opened = open_cache(make_cache(n_docs=10))
     sizes = [b.n_rows for b in Loader(opened, batch_size=50, epochs=2)]
     n = Loader(opened, batch_size=50).n_rows
     assert sum(sizes) == 2 * n
@@ -136,7 +138,7 @@ def test_last_batch_of_a_finite_pass_is_short(make_cache) -> None:
 
 
 def test_hook_points_stay_aligned(make_cache) -> None:
-    opened = cache.open(make_cache(hooks=("layer_1", "layer_2")))
+    opened = open_cache(make_cache(hooks=("layer_1", "layer_2")))
     with Loader(opened, batch_size=32, with_rows=True, pool_rows=400) as loader:
         batch = take(loader, 5)[-1]
     rows = {int(i): k for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
@@ -150,7 +152,7 @@ def test_hook_points_stay_aligned(make_cache) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_storage_dtypes_arrive_as_float32(make_cache, dtype) -> None:
-    opened = cache.open(make_cache(n_docs=10, dtype=dtype))
+    opened = open_cache(make_cache(n_docs=10, dtype=dtype))
     with Loader(opened, batch_size=16, with_rows=True) as loader:
         batch = next(loader)
     numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
@@ -162,7 +164,7 @@ def test_storage_dtypes_arrive_as_float32(make_cache, dtype) -> None:
 
 
 def test_accounting_adds_up_and_equals_delivery(make_cache) -> None:
-    opened = cache.open(make_cache(decoder=True))
+    opened = open_cache(make_cache(decoder=True))
     norms = opened.norms()[0 : len(opened)]
     high = float(np.quantile(norms, 0.9))
     filters = Filters(max_norm=high, max_position=30)
@@ -184,7 +186,7 @@ def test_accounting_adds_up_and_equals_delivery(make_cache) -> None:
 
 def test_position_0_goes_out_for_decoders_only(make_cache) -> None:
     keep = Filters(special=True)
-    encoder, decoder = cache.open(make_cache("a")), cache.open(make_cache("b", decoder=True))
+    encoder, decoder = open_cache(make_cache("a")), open_cache(make_cache("b", decoder=True))
     assert account(encoder, keep, Holdout(0), ["layer_3"]).first_position == 0
     first = int((decoder.column("position")[0 : len(decoder)] == 0).sum())
     assert account(decoder, keep, Holdout(0), ["layer_3"]).first_position == first > 0
@@ -193,7 +195,7 @@ def test_position_0_goes_out_for_decoders_only(make_cache) -> None:
 
 
 def test_no_document_is_in_both_parts(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     doc_id, ids = opened.column("doc_id")[0 : len(opened)], opened.row_ids(np.arange(len(opened)))
     parts = {}
     for part in ("train", "heldout"):
@@ -218,7 +220,7 @@ FROZEN_HOLDOUT = [29, 34, 41, 44, 56, 73, 77]
 
 
 def test_refusals(make_cache) -> None:
-    opened = cache.open(make_cache(n_docs=5))
+    opened = open_cache(make_cache(n_docs=5))
     with pytest.raises(SelectionError, match=r"a batch of 4,096 rows is larger than the \d+ train rows of the cache"):
         Loader(opened, batch_size=4096)
     with pytest.raises(SelectionError, match="batch size is 0"):
@@ -228,16 +230,16 @@ def test_refusals(make_cache) -> None:
 
 
 def test_nothing_to_deliver_ends_a_finite_pass(make_cache) -> None:
-    opened = cache.open(make_cache(n_docs=5))
+    opened = open_cache(make_cache(n_docs=5))
     assert list(Loader(opened, batch_size=8, filters=Filters(min_norm=1e9), epochs=1)) == []
 
 
 def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     loader = Loader(opened, batch_size=64, pool_rows=500)
     calls = []
 
-    original = cache.staging.HostRows.copy
+    original = HostRows.copy
 
     def fail(*args):
         calls.append(1)
@@ -245,7 +247,7 @@ def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) ->
             raise OSError("disk is gone")
         return original(*args)
 
-    monkeypatch.setattr(cache.staging.HostRows, "copy", fail)
+    monkeypatch.setattr(HostRows, "copy", fail)
     delivered = []
     with pytest.raises(OSError, match="disk is gone"):
         delivered.extend(loader)
@@ -255,14 +257,14 @@ def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) ->
 
 
 def test_an_error_of_the_planning_thread_reaches_the_consumer(make_cache, monkeypatch) -> None:
-    opened = cache.open(make_cache())
-    monkeypatch.setattr(cache.order.Order, "permutation", lambda *a: 1 / 0)
+    opened = open_cache(make_cache())
+    monkeypatch.setattr(Order, "permutation", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError), Loader(opened, batch_size=64) as loader:
         next(loader)
 
 
 def test_threads_end_with_their_loader(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
 
     def n_threads():
         return sum(t.name.startswith("cache-") for t in threading.enumerate())
@@ -276,7 +278,7 @@ def test_threads_end_with_their_loader(make_cache) -> None:
     assert n_threads() == before
 
 
-@pytest.mark.parametrize(("owner", "name"), [(cache.order.Order, "pool"), (cache.staging.HostRows, "copy")])
+@pytest.mark.parametrize(("owner", "name"), [(Order, "pool"), (HostRows, "copy")])
 def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, owner, name) -> None:
     """The garbage collector runs in any thread, and a thread cannot wait for itself."""
     go, there, calls, original = threading.Event(), threading.Event(), itertools.count(), getattr(owner, name)
@@ -297,7 +299,7 @@ def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, o
     before, errors = set(threading.enumerate()), []
     monkeypatch.setattr(sys, "unraisablehook", errors.append)
     monkeypatch.setattr(owner, name, collecting)
-    knot = SimpleNamespace(loader=Loader(cache.open(make_cache()), batch_size=30, pool_rows=100))
+    knot = SimpleNamespace(loader=Loader(open_cache(make_cache()), batch_size=30, pool_rows=100))
     knot.self = knot  # only the collector finds it
     next(knot.loader)
     threads = own_threads()
@@ -314,21 +316,21 @@ def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, o
 
 
 def test_known_counts_are_not_counted_again(make_cache, monkeypatch) -> None:
-    opened = cache.open(make_cache(n_docs=10))
-    monkeypatch.setattr("cache.loader.account", lambda *a: pytest.fail("counted again"))
+    opened = open_cache(make_cache(n_docs=10))
+    monkeypatch.setattr("sae_granary.cache.load.loader.account", lambda *a: pytest.fail("counted again"))
     with Loader(opened, batch_size=8, counts=Counts(total=500, train=400)) as loader:
         assert next(loader).n_rows == 8
 
 
 def test_pinned_shards_are_the_only_ones_read(make_cache) -> None:
     path = make_cache()
-    opened = cache.open(path, shards=[1, 3])
+    opened = open_cache(path, shards=[1, 3])
     ids = all_ids(Loader(opened, batch_size=64, epochs=1, with_rows=True))
     assert set(ids // opened.manifest.rows_per_shard) == {1, 3}
 
 
 def test_previous_rows_stand_just_before_theirs_in_the_same_window(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     rows = {int(i): k for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
     window, position = opened.column("window")[:], opened.column("position")[:]
     filters = Filters(min_position=2)

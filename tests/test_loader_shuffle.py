@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import shuffle
-from cache.order import Order, plan_order
+from sae_granary.cache.load import shuffle
+from sae_granary.cache.load.order import Order, plan_order
 
 sizes = st.integers(0, 3000)
 seeds = st.integers(0, 2**40)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from cache.workers import Workers
+from sae_granary.common.workers import Workers
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ import torch
 from conftest import write_cache
 from safetensors.torch import load_file
 
-import sae_core
-from sae_core.base import LM_LOSSES
-from train import train_sae
-from train.config.merge import TRAINER_KEYS, make_config
-from train.config.resolve import DERIVED_OPTIONS
-from train.errors import ConfigError
-from train.loop import train_step
-from train.sinks.log import TIMING, read_metrics
-from train.state import Run, build_sae
+from sae_granary import sae_core
+from sae_granary.sae_core.base import LM_LOSSES
+from sae_granary.train import train_sae
+from sae_granary.train.config.merge import TRAINER_KEYS, make_config
+from sae_granary.train.config.resolve import DERIVED_OPTIONS
+from sae_granary.train.errors import ConfigError
+from sae_granary.train.loop import train_step
+from sae_granary.train.sinks.base import TIMING, read_metrics
+from sae_granary.train.state.run_state import Run, build_sae
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ def test_the_page_is_current() -> None:
 
 
 def test_the_page_names_everything() -> None:
-    from harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+    from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 
     page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core.autograd import centre, decode, empty_encoder, encode_at, per_entry, sum_by_latent
-from sae_core.codes import Codes, Pattern
-from sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
-from sae_core.pre_acts import PreActs
+from sae_granary.sae_core.autograd import centre, decode, empty_encoder, encode_at, per_entry, sum_by_latent
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
+from sae_granary.sae_core.pre_acts import PreActs
 
 # (N, F) masks of stored entries
 PATTERNS = {

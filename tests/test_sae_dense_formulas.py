@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_core import SAE, Progress, SAEOutput, auxk, functional, make_config, pre_acts, registry
-from sae_core.kernels import screen, streamed
+from sae_granary.sae_core import SAE, Progress, SAEOutput, auxk, functional, make_config, pre_acts, registry
+from sae_granary.sae_core.kernels import screen, streamed
 
 D, F, N = 24, 256, 96
 NOW = Progress(50, 100)

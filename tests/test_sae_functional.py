@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core.functional import (
+from sae_granary.sae_core.functional import (
     annealed_sparsity,
     geometric_median,
     jumprelu,
@@ -13,10 +13,10 @@ from sae_core.functional import (
     support_pattern,
     topk_pattern,
 )
-from sae_core.kernels import entries_above, kth_largest, row_topk
-from sae_core.options import Progress
-from sae_core.pre_acts import PreActs
-from sae_core.threshold import EMA_DECAY, BatchThreshold
+from sae_granary.sae_core.kernels import entries_above, kth_largest, row_topk
+from sae_granary.sae_core.options import Progress
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.threshold import EMA_DECAY, BatchThreshold
 
 
 def naive_batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:

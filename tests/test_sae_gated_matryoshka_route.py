@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import sae_core
-from sae_core import SAE, Codes, Progress, registry
-from sae_core.errors import OptionError
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE, Codes, Progress, registry
+from sae_granary.sae_core.errors import OptionError
 
 LAST = Progress(99, 100)
 

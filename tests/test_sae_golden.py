@@ -5,7 +5,7 @@ import json
 import golden_losses
 import pytest
 
-from sae_core import registry
+from sae_granary.sae_core import registry
 
 
 def test_every_variant_has_a_curve() -> None:

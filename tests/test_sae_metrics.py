@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_core.codes import Codes
-from sae_core.metrics import Evaluator, decoder_max_cosine
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.metrics import Evaluator, decoder_max_cosine
 
 
 def test_metrics_do_not_depend_on_the_batches_and_equal_the_formulas() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_core import prefixes
-from sae_core.prefixes import prefix_errors
+from sae_granary.sae_core import prefixes
+from sae_granary.sae_core.prefixes import prefix_errors
 
 P, N, D = 4, 6, 3
 

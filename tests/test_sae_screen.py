@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core import Progress, make_config, registry
-from sae_core.kernels import screen
-from sae_core.kernels.select import at_least, group_maxima
-from sae_core.pre_acts import PreActs
+from sae_granary.sae_core import Progress, make_config, registry
+from sae_granary.sae_core.kernels import screen
+from sae_granary.sae_core.kernels.select import at_least, group_maxima
+from sae_granary.sae_core.pre_acts import PreActs
 
 D, F = 24, 512
 KINDS = ["normal", "heavy", "near_ties", "zero_rows", "uneven_latents", "large_bias"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sae_core
-from sae_core import registry
-from sae_core.errors import NotAnSAEError, OptionError
+from sae_granary import sae_core
+from sae_granary.sae_core import registry
+from sae_granary.sae_core.errors import NotAnSAEError, OptionError
 
 
 def topk(**options: object) -> sae_core.SAE:

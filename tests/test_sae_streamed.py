@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_core import PreActs, Progress, functional, make_config, pre_acts, registry
-from sae_core.kernels import screen, streamed
+from sae_granary.sae_core import PreActs, Progress, functional, make_config, pre_acts, registry
+from sae_granary.sae_core.kernels import screen, streamed
 
 D, F, N = 24, 512, 300
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import sae_core
-from sae_core import SAE, Progress, registry
-from sae_core.base import Inputs
-from sae_core.errors import NonFiniteError, NotAnSAEError, OptionError, UnknownTypeError
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE, Progress, registry
+from sae_granary.sae_core.base import Inputs
+from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError, OptionError, UnknownTypeError
 
 D_IN, D_SAE = 16, 64
 LAST = Progress(99, 100)

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import sae_core.variants
-from sae_core import registry
-from train.cli import app
-from train.config.merge import read_yaml
-from train.folders import read_summary
+from sae_granary import sae_core
+from sae_granary.sae_core import registry, variants
+from sae_granary.train.cli import app
+from sae_granary.train.config.merge import read_yaml
+from sae_granary.train.folders import read_summary
 
 TOY = '''
 """Soft threshold: what exceeds a fixed threshold, shrunk by it."""
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_core.base import SAE, Activation
-from sae_core.codes import Codes
-from sae_core.options import option
-from sae_core.registry import register
+from sae_granary.sae_core.base import SAE, Activation
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.options import option
+from sae_granary.sae_core.registry import register
 
 
 @register("soft_threshold")
@@ -52,11 +52,11 @@ def _toy(tmp_path, monkeypatch):
     folder = tmp_path / "variants"
     folder.mkdir()
     (folder / "soft_threshold.py").write_text(TOY)
-    monkeypatch.setattr(sae_core.variants, "__path__", [*sae_core.variants.__path__, str(folder)])
+    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(folder)])
     monkeypatch.chdir(tmp_path)
     yield
     registry._VARIANTS.pop("soft_threshold", None)
-    sys.modules.pop("sae_core.variants.soft_threshold", None)
+    sys.modules.pop("sae_granary.sae_core.variants.soft_threshold", None)
 
 
 def call(*args: str) -> str:

@@ -15,13 +15,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-import cache
-import sae_core
-from cache.rows import CacheSpec, DocumentRow, HookPoint, Rows
-from cache.writer import CacheWriter
-from train.cli import app
-from train.config.merge import TRAINER_KEYS
-from train.sinks.log import read_metrics
+from sae_granary import open_cache, sae_core
+from sae_granary.cache.format.rows import CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.train.cli import app
+from sae_granary.train.config.merge import TRAINER_KEYS
+from sae_granary.train.sinks.base import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
 QUICK = ["--batch-size", "128", "--steps", "20", "--eval-rows", "300"]
@@ -53,7 +52,7 @@ def test_run_leaves_a_result_that_loads(make_cache) -> None:
         "summary.json", "checkpoints",
     }  # fmt: skip
     sae = sae_core.load(folder)
-    opened = cache.open("toy")
+    opened = open_cache("toy")
     x = torch.from_numpy(np.array(opened.hook()[0:50]))
     out = sae(x)
     assert out.x_hat.shape == x.shape
@@ -169,7 +168,7 @@ def test_no_cache_and_existing_run(make_cache) -> None:
 
 
 def test_nan_in_the_cache_is_survived_or_told(make_cache) -> None:
-    opened = cache.open(make_cache())
+    opened = open_cache(make_cache())
     path = opened.shard_path(None, 0)
     data = np.memmap(path, np.float32, "r+", shape=(opened.shards[0].n_rows, 16))
     data[100] = np.nan
@@ -215,7 +214,11 @@ FROZEN_FLAGS = sorted(
 def command(*args: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "train.cli", *args], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sae_granary.train.cli", *args],
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -239,7 +242,7 @@ def test_signals_save_and_exit(make_cache, signum, code) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     check = (
-        "import sys; from typer.testing import CliRunner; from train.cli import app; "
+        "import sys; from typer.testing import CliRunner; from sae_granary.train.cli import app; "
         "r = CliRunner().invoke(app, ['run', '--help']); assert r.exit_code == 0, r.output; "
         "heavy = {'torch', 'numpy', 'zarr', 'wandb', 'yaml'} & set(sys.modules); assert not heavy, heavy"
     )
@@ -249,8 +252,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_python_names_are_lazy() -> None:
     check = (
-        "import sys, train; assert 'torch' not in sys.modules; "
-        "from train import TrainConfig, train_sae, resume_training, Result; assert 'wandb' not in sys.modules"
+        "import sys, sae_granary.train; assert 'torch' not in sys.modules; "
+        "from sae_granary.train import TrainConfig, train_sae, resume_training, Result; "
+        "assert 'wandb' not in sys.modules"
     )
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     subprocess.run([sys.executable, "-c", check], check=True, env=env)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import cache
-from train import train_sae
-from train.config.coerce import coerce
-from train.config.merge import (
+from sae_granary import open_cache
+from sae_granary.train import train_sae
+from sae_granary.train.config.coerce import coerce
+from sae_granary.train.config.merge import (
     TRAINER_KEYS,
     from_sections,
     make_config,
@@ -17,11 +17,11 @@ from train.config.merge import (
     to_sections,
     to_yaml,
 )
-from train.config.resolve import MAX_EPOCHS, default_name, n_steps_of
-from train.config.settings import TrainConfig
-from train.data import Data
-from train.errors import ConfigError
-from train.sweeps.sweep import plan_sweep
+from sae_granary.train.config.resolve import MAX_EPOCHS, default_name, n_steps_of
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import Data
+from sae_granary.train.errors import ConfigError
+from sae_granary.train.sweeps.sweep import plan_sweep
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_values_that_do_not_fit_are_refused(value, annotation, message) -> None:
 
 
 def test_flags_win_over_yaml_over_recommended_over_defaults(tmp_path, monkeypatch) -> None:
-    import sae_core
+    from sae_granary import sae_core
 
     monkeypatch.setattr(
         sae_core.registry.get("topk"), "recommended", classmethod(lambda cls: {"lr": 0.1, "k": 5, "beta1": 0.5})
@@ -206,7 +206,7 @@ def test_names_tell_seeds_apart() -> None:
     ],
 )
 def test_what_the_cache_cannot_serve(make_cache, settings, message) -> None:
-    import sae_core
+    from sae_granary import sae_core
 
     with pytest.raises((ConfigError, sae_core.SAEError), match=message):
         Data.open(make_config([{"type": "topk", "cache": str(make_cache()), **settings}]))
@@ -224,8 +224,8 @@ def test_several_hook_points_need_a_choice(make_cache) -> None:
 
 
 def test_text_rows_keep_position_0(make_cache) -> None:
-    opened = cache.open(make_cache(decoder=True))
-    from cache.loader import Filters
+    opened = open_cache(make_cache(decoder=True))
+    from sae_granary.cache.load.loader import Filters
 
     assert Filters().resolve(opened).first_position is False
     opened.unit = "text"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.denormals import DENORMAL, flushed_denormals, flushes_denormals
+from sae_granary.common.denormals import DENORMAL, flushed_denormals, flushes_denormals
 
 if not torch.set_flush_denormal(False):
     pytest.skip("this processor does not flush denormals", allow_module_level=True)

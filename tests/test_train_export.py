@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import sae_core
-from sae_core import registry
-from train.cli import app
+from sae_granary import sae_core
+from sae_granary.sae_core import registry
+from sae_granary.train.cli import app
 
 
 def saved(folder: Path, name: str = "topk", **options: object) -> Path:

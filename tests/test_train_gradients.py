@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.optim.gradients import global_norm
+from sae_granary.train.optim.gradients import global_norm
 
 
 def test_norm_by_hand_over_a_vector_a_matrix_and_a_transposed_one() -> None:

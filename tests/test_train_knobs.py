@@ -11,18 +11,17 @@ import torch
 from conftest import write_cache
 from safetensors.torch import load_file
 
-import cache
-import sae_core
-import train.checkpoint
-from cache.errors import IncompleteCacheError
-from sae_core import resample as latents_of
-from train import resume_training, train_sae
-from train.callbacks import Callback
-from train.errors import CheckpointError, ConfigError, InterruptedRunError
-from train.optim.ema import Ema, averaged
-from train.patience import Patience
-from train.signals import StopRequest
-from train.sinks.log import TIMING, read_metrics
+from sae_granary import open_cache, sae_core
+from sae_granary.cache.errors import IncompleteCacheError
+from sae_granary.sae_core import resample as latents_of
+from sae_granary.train import resume_training, train_sae
+from sae_granary.train.callbacks import Callback
+from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
+from sae_granary.train.optim.ema import Ema, averaged
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.sinks.base import TIMING, read_metrics
+from sae_granary.train.state.checkpoint import FOLDER, best_checkpoint, list_checkpoints
+from sae_granary.train.state.patience import Patience
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 30, "d_sae": 32, "eval_rows": 500, "log_every": 5}
 
@@ -49,7 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def checkpoint(folder: Path, file: str = "sae/sae.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(train.checkpoint.list_checkpoints(folder)[-1] / file)
+    return load_file(list_checkpoints(folder)[-1] / file)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -123,7 +122,7 @@ def test_resumes_are_bitwise(start, settings) -> None:
     again = stopped_and_resumed(start, 13 if "early_stop" not in settings else 3, **settings)
     assert lines(whole) == lines(again)
     assert equal(weights(whole), weights(again))
-    newest = [train.checkpoint.list_checkpoints(folder)[-1] for folder in (whole, again)]
+    newest = [list_checkpoints(folder)[-1] for folder in (whole, again)]
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "density.safetensors"):
         assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes(), file
     if "resample_every" in settings:
@@ -176,10 +175,10 @@ def test_a_validation_that_is_no_number_is_improved_on() -> None:
 
 def test_a_checkpoint_without_a_finite_score_is_not_the_best(tmp_path) -> None:
     for step, score in enumerate((math.nan, 0.5, math.inf, 0.4, math.nan), 1):
-        path = tmp_path / train.checkpoint.FOLDER / f"step_{step:08d}"
+        path = tmp_path / FOLDER / f"step_{step:08d}"
         path.mkdir(parents=True)
         (path / "state.json").write_text(json.dumps({"score": score}))
-    assert train.checkpoint.best_checkpoint(tmp_path).name == "step_00000004"
+    assert best_checkpoint(tmp_path).name == "step_00000004"
 
 
 def test_early_stop_ends_a_run_that_no_longer_gains(start) -> None:
@@ -280,7 +279,7 @@ def test_init_from_reads_checkpoints_and_other_formats(start, tmp_path) -> None:
     shutil.copytree(first.folder, tmp_path / "saelens")
     (tmp_path / "saelens" / "granary.json").unlink()
     shutil.rmtree(tmp_path / "saelens" / "checkpoints")
-    for source in (train.checkpoint.list_checkpoints(first.folder)[-1], tmp_path / "sparsify", tmp_path / "saelens"):
+    for source in (list_checkpoints(first.folder)[-1], tmp_path / "sparsify", tmp_path / "saelens"):
         found = weights(start(**still, init_from=str(source)).folder)
         for name, tensor in weights(first.folder).items():
             assert torch.allclose(found[name], tensor, atol=1e-4), (source, name)
@@ -381,4 +380,4 @@ def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
     assert lines(whole) == lines(stopped)
     assert equal(weights(whole), weights(stopped))
     rows = json.loads((stopped / "summary.json").read_text())["rows"]["total"]
-    assert 1000 <= rows < cache.open(tmp_path / "growing").n_rows
+    assert 1000 <= rows < open_cache(tmp_path / "growing").n_rows

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from train import train_sae
-from train.sinks.charts import charted
-from train.sinks.console import ConsoleSink, duration, quantity
-from train.sinks.log import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
+from sae_granary.train import train_sae
+from sae_granary.train.sinks.base import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
+from sae_granary.train.sinks.charts import charted
+from sae_granary.train.sinks.console_sink import ConsoleSink, duration, quantity
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cache.loader import Batch, LoaderState
-from sae_core import Progress, registry
-from train.config.merge import make_config
-from train.errors import DivergedError
-from train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
-from train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
-from train.state import Run, build_sae
+from sae_granary.cache.load.loader import Batch, LoaderState
+from sae_granary.sae_core import Progress, registry
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.errors import DivergedError
+from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
+from sae_granary.train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
+from sae_granary.train.state.run_state import Run, build_sae
 
 D_IN, D_SAE = 8, 24
 
@@ -155,7 +155,7 @@ def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
 
 
 def test_signum_steps_by_the_sign_of_the_momentum() -> None:
-    from train.optim.signum import Signum
+    from sae_granary.train.optim.signum import Signum
 
     p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = Signum([p], lr=0.1, momentum=0.9, weight_decay=0.5)

@@ -11,9 +11,9 @@ import pytest
 from harvest_kit import build_model, texts
 from typer.testing import CliRunner
 
-import sae_core
-from train.cli import app
-from train.commands.harvesting import cache_folder
+from sae_granary import sae_core
+from sae_granary.train.cli import app
+from sae_granary.train.commands.harvesting import cache_folder
 
 REPO = Path(__file__).resolve().parents[1]
 TRAIN = ["--steps", "5", "--batch-size", "32", "--eval-rows", "64", "--d-sae", "64", "--k", "4"]
@@ -59,7 +59,7 @@ def test_what_cannot_be_trained_is_told_before_the_harvest() -> None:
 @pytest.mark.usefixtures("_here")
 def test_a_signal_reaches_the_harvest() -> None:
     (Path("text.jsonl")).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(20_000)))
-    command = [sys.executable, "-m", "train.cli", "quick", "models/bert", "text.jsonl", "--layer", "1"]
+    command = [sys.executable, "-m", "sae_granary.train.cli", "quick", "models/bert", "text.jsonl", "--layer", "1"]
     process = subprocess.Popen([*command, "--harvest", "--rows-per-shard 512"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(Path("cache").glob("*/commits/*.json")):

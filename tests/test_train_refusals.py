@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from train import train_sae
-from train.cli import app
-from train.errors import DivergedError, RunExistsError
-from train.folders import exclusive
+from sae_granary.train import train_sae
+from sae_granary.train.cli import app
+from sae_granary.train.errors import DivergedError, RunExistsError
+from sae_granary.train.folders import exclusive
 
 
 def run(*arguments: object) -> tuple[int, str]:

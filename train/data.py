@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cache
-import sae_core
-from cache.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
-from cache.order import Order
-from cache.reader import Cache
-from cache.selection import Part, account
-from cache.windows import Windows, WindowsState, read_windows
-from train.capacity import check_logits
-from train.checkpoint import Identity
-from train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
-from train.config.settings import TrainConfig
-from train.initial import check_initial
-from train.language.language_model import EmbeddingModel, LanguageModel
-from train.language.phases import first_window_step, needs_language_model
+from sae_granary import sae_core
+from sae_granary.cache.load.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
+from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.selection import Part, account
+from sae_granary.cache.load.whole_contexts import Windows, WindowsState, read_windows
+from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
+from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.initial import check_initial
+from sae_granary.train.memory.capacity import check_logits
+from sae_granary.train.phases import first_window_step, needs_language_model
+from sae_granary.train.state.checkpoint import Identity
 
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
@@ -48,7 +47,7 @@ class Data:
 
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
         """
-        opened = cache.open(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
+        opened = open_cache(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
         n_layers = opened.manifest.provenance.get("model", {}).get("n_layers")
         hooks = resolve_hooks(config, tuple(opened.hook_points), n_layers)
         filters, holdout = filters_of(config), holdout_of(config)
@@ -65,7 +64,7 @@ class Data:
         """Open the cache of a resolved config with the shards that were pinned when the run started."""
         resolve_device(config.device)
         shards = [index for index, _ in record["order"]["shards"]]
-        opened = cache.open(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
+        opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts(**record["counts"]))
 
     def batches(self, state: LoaderState | None = None) -> Loader:
@@ -146,7 +145,7 @@ class Data:
         """
         if not needs_language_model(self.config):
             return None
-        from train.language.splice import open_any, open_model
+        from sae_granary.models.language.splice import open_any, open_model
 
         config = self.config
         opens = open_any if first_window_step(config) is None else open_model

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sae_core import SAE
-from sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_cosine
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_cosine
 
 
 @torch.no_grad()

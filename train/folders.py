@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 
-from cache.errors import CacheLockedError
-from cache.lock import CacheLock
-from train import files
-from train.config.merge import from_sections
-from train.config.settings import TrainConfig
-from train.config.yaml_text import load_yaml
-from train.errors import ConfigError, NotARunError, RunExistsError
+from sae_granary.cache.errors import CacheLockedError
+from sae_granary.common import run_files as files
+from sae_granary.common.lock import CacheLock
+from sae_granary.train.config.merge import from_sections
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.config.yaml_text import load_yaml
+from sae_granary.train.errors import ConfigError, NotARunError, RunExistsError
 
 CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
 PLAN = "sweep.json"  # of a sweep, which holds the folders of its runs

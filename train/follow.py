@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from cache.loader import LoaderState
-from train import validate
-from train.callbacks import Callbacks, StepEvent
-from train.clock import Clock
-from train.data import Data
-from train.language.phases import first_window_step
-from train.optim import resample
-from train.sinks.log import Sinks
-from train.sinks.metrics import finite, histograms_of, metrics_of
-from train.state import Run
+from sae_granary.cache.load.loader import LoaderState
+from sae_granary.train import validate
+from sae_granary.train.callbacks import Callbacks, StepEvent
+from sae_granary.train.data import Data
+from sae_granary.train.optim import resample
+from sae_granary.train.phases import first_window_step
+from sae_granary.train.sinks.base import Sinks
+from sae_granary.train.sinks.numbers import finite, histograms_of, metrics_of
+from sae_granary.train.state.clock import Clock
+from sae_granary.train.state.run_state import Run
 
 
 class Follower:

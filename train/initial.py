@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-import sae_core
-from sae_core import SAE
-from sae_core.fold import folded_tensors, unfold
-from sae_core.io import NATIVE, OURS
-from train.config.settings import TrainConfig
-from train.errors import ConfigError
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.files.fold import folded_tensors, unfold
+from sae_granary.sae_core.files.io import NATIVE, OURS
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.errors import ConfigError
 
 
 def load_initial(path: str) -> SAE:

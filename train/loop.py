@@ -17,15 +17,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from cache.loader import Batch
-from cache.windows import Windows
-from sae_core import SAE, Progress
-from sae_core.metrics import Evaluator
-from train.errors import DivergedError
-from train.optim.gradients import global_norm
-from train.optim.optimizers import set_lr
-from train.state import Run
-from train.step_input import Inputs, RowInput, StepInput, Terms
+from sae_granary.cache.load.loader import Batch
+from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.sae_core import SAE, Progress
+from sae_granary.sae_core.metrics import Evaluator
+from sae_granary.train.errors import DivergedError
+from sae_granary.train.optim.gradients import global_norm
+from sae_granary.train.optim.optimizers import set_lr
+from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import Inputs, RowInput, StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
 

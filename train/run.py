@@ -8,16 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import sae_core
-from train.callbacks import AnyCallback, Callbacks
-from train.capacity import check_capacity
-from train.checkpoint import check_identity
-from train.config.merge import differing, make_config
-from train.config.settings import TrainConfig
-from train.data import Data
-from train.denormals import flushed_denormals
-from train.errors import ConfigError, RunExistsError, nearest
-from train.folders import (
+from sae_granary import sae_core
+from sae_granary.common.denormals import flushed_denormals
+from sae_granary.train.callbacks import AnyCallback, Callbacks
+from sae_granary.train.config.merge import differing, make_config
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import Data
+from sae_granary.train.errors import ConfigError, RunExistsError, nearest
+from sae_granary.train.folders import (
     RECORD,
     SUMMARY,
     check_name,
@@ -27,10 +25,12 @@ from train.folders import (
     read_run,
     read_summary,
 )
-from train.member import Result, open_member
-from train.session import train_members
-from train.signals import StopRequest
-from train.sinks.log import JsonlSink, Sink, Sinks
+from sae_granary.train.memory.capacity import check_capacity
+from sae_granary.train.session import train_members
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.sinks.base import JsonlSink, Sink, Sinks
+from sae_granary.train.state.checkpoint import check_identity
+from sae_granary.train.trainer import Result, open_member
 
 __all__ = ["Result", "resume_training", "train_sae"]
 
@@ -131,12 +131,12 @@ def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[
     """The sinks of a run: metrics.jsonl, wandb and TensorBoard when asked, and those given."""
     sinks: list[Sink] = [JsonlSink(folder)]
     if config.wandb != "off":
-        from train.sinks.wandb_sink import WandbSink
+        from sae_granary.train.sinks.wandb_sink import WandbSink
 
         artifacts = config.wandb_artifacts
         sinks.append(WandbSink(folder, config.wandb_project, config.wandb, wandb_id, artifacts=artifacts))
     if config.tensorboard:
-        from train.sinks.tensorboard_sink import TensorboardSink
+        from sae_granary.train.sinks.tensorboard_sink import TensorboardSink
 
         sinks.append(TensorboardSink(folder))
     return Sinks([*sinks, *extra])

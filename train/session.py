@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cache.heap import keep_freed_memory
-from train import loop
-from train.errors import InterruptedRunError
-from train.member import Member, Result
-from train.signals import StopRequest
-from train.stream import RunStream
+from sae_granary.common.heap import keep_freed_memory
+from sae_granary.train import loop
+from sae_granary.train.errors import InterruptedRunError
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.stream import RunStream
+from sae_granary.train.trainer import Member, Result
 
 OnFailure = Callable[[Member, Exception], None]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from train.errors import InterruptedRunError
+from sae_granary.train.errors import InterruptedRunError
 
 
 class StopRequest:

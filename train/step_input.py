@@ -1,4 +1,4 @@
-"""What a training step takes: rows of the cache, or windows through a language model (`train.language.downstream`).
+"""What a training step takes: rows of the cache, or windows through a language model (`models.language.downstream`).
 
 Shapes: N rows, D = d_in.
 """
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sae_core import SAE, Progress, SAEOutput
+from sae_granary.sae_core import SAE, Progress, SAEOutput
 
 Inputs = Tensor | Mapping[str, Tensor]
 Self = TypeVar("Self")

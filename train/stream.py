@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cache.loader import Batch, LoaderState
-from cache.windows import Windows, WindowsState
-from train.data import Data, open_stream
-from train.language.downstream import SplicedInput
-from train.language.language_model import LanguageModel
-from train.language.phases import first_window_step
-from train.step_input import Inputs
+from sae_granary.cache.load.loader import Batch, LoaderState
+from sae_granary.cache.load.whole_contexts import Windows, WindowsState
+from sae_granary.models.language.downstream import SplicedInput
+from sae_granary.models.language.language_model import LanguageModel
+from sae_granary.train.data import Data, open_stream
+from sae_granary.train.phases import first_window_step
+from sae_granary.train.step_input import Inputs
 
 
 class RunStream:

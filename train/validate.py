@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from train.evaluate import evaluate
-from train.optim.ema import averaged
-from train.state import Run
+from sae_granary.train.evaluate import evaluate
+from sae_granary.train.optim.ema import averaged
+from sae_granary.train.state.run_state import Run
 
 NAMES = ("l0", "fvu", "explained_variance", "mse", "dead")
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.cuda_visit import agreement, products, speed
-from sae_core.kernels.choice import triton_installed
+from sae_granary.sae_core.kernels.choice import triton_installed
 
 
 def main() -> int:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from benchmarks.cuda_visit.saes import mixtures, one_hook_types, settings, start, use
 from benchmarks.table import markdown
-from sae_core import SAE
-from sae_core.kernels import choose
-from train.loop import train_step
-from train.state import Run
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.kernels import choose
+from sae_granary.train.loop import train_step
+from sae_granary.train.state.run_state import Run
 
 # float32, sums in another order. Adam's first step is lr * sign(g): the second loss is compared more loosely.
 BOUND, SECOND_BOUND = 1e-4, 1e-3

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.cuda_visit.saes import use
 from benchmarks.table import markdown
-from sae_core import Pattern
-from sae_core.kernels import bag_sum, choose, entries_above, kth_largest, reference, row_topk, sampled_dot
+from sae_granary.sae_core import Pattern
+from sae_granary.sae_core.kernels import bag_sum, choose, entries_above, kth_largest, reference, row_topk, sampled_dot
 
 N_REPEATS = 5
 # Largest error over the largest number of the reference; sums of bfloat16 products are rounded to it once.

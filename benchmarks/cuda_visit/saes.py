@@ -5,9 +5,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from sae_core import SAE, make_config, registry
-from sae_core.kernels import choose
-from train.config.settings import TrainConfig
+from sae_granary.sae_core import SAE, make_config, registry
+from sae_granary.sae_core.kernels import choose
+from sae_granary.train.config.settings import TrainConfig
 
 TRAINED_L0 = 64  # active latents per row of the types without k
 

@@ -10,10 +10,10 @@ from benchmarks.cuda_visit.clock import median_ms
 from benchmarks.cuda_visit.roofline import Limits, Size
 from benchmarks.cuda_visit.saes import has_k, mixtures, one_hook_types, settings, start, use
 from benchmarks.table import markdown
-from sae_core import Pattern
-from sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
-from train.loop import autocast, train_step
-from train.state import Run
+from sae_granary.sae_core import Pattern
+from sae_granary.sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
+from sae_granary.train.loop import autocast, train_step
+from sae_granary.train.state.run_state import Run
 
 SIZES = [
     Size(768, 24_576, 32, 8192),

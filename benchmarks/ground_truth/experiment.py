@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import cache
 from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.generators import Floats, Sample, World
-from cache.loader import Holdout, Loader
-from cache.rows import FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
-from cache.writer import CacheWriter
-from sae_core import SAE
-from sae_core.metrics import Evaluator
-from train import train_sae
+from sae_granary import open_cache
+from sae_granary.cache.format.rows import FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.load.loader import Holdout, Loader
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.metrics import Evaluator
+from sae_granary.train import train_sae
 
 HOOK = "layer_0"
 ROWS_PER_DOCUMENT = 50  # the hold-out goes by documents
@@ -48,7 +48,7 @@ def train(path: Path, runs: Path, world: World, settings: Mapping[str, Any], see
 @torch.no_grad()
 def measure(sae: SAE, path: Path, world: World, activations: Floats) -> dict[str, float]:
     """Every number of the table, on the held-out rows in inference."""
-    opened = cache.open(path)
+    opened = open_cache(path)
     held_out = {"part": "heldout", "holdout": Holdout(HOLDOUT), "epochs": 1, "with_rows": True}
     with Loader(opened, HOOK, batch_size=4096, **held_out) as loader:
         batches = [(batch.x, batch.row_ids) for batch in loader]

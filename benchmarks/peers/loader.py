@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-import cache
 from benchmarks.harvest_speed import random_rows
 from benchmarks.loader_speed import ALL_ROWS, BATCH, HOOK, copier, partners, write
 from benchmarks.peers import saelens_cache
 from benchmarks.peers.saelens_cache import CONTEXT
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from cache.heap import keep_freed_memory
-from cache.loader import Loader
-from cache.reader import Cache
-from cache.rows import Rows
+from sae_granary import open_cache
+from sae_granary.cache.format.rows import Rows
+from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.read.reader import Cache
+from sae_granary.common.heap import keep_freed_memory
 
 MIN_BATCHES = 32  # of SAELens per turn
 
@@ -49,7 +49,7 @@ def table(args: argparse.Namespace) -> str:
         theirs, ours = Path(folder) / "saelens", Path(folder) / "ours"
         saelens_cache.write(rows.activations[HOOK], theirs)
         write(ours, rows)
-        opened = cache.open(ours)
+        opened = open_cache(ours)
         return measure(opened, our_loaders(opened, args) | saelens_stores(theirs, args), args)
 
 

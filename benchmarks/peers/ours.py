@@ -1,4 +1,4 @@
-"""Our step: train.loop.train_step, with its checks and its clipping.
+"""Our step: sae_granary.train.loop.train_step, with its checks and its clipping.
 
 Types with a penalty start at trained density (biases set so that about 64 latents fire, and a learning rate that keeps
 them there): their cost depends on it, a dense peer's does not.
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks.apart import Turn
 from benchmarks.peers.contest import repeat
-from cache.heap import keep_freed_memory
-from sae_core import make_config, registry
-from train.config.settings import TrainConfig
-from train.loop import train_step
-from train.state import Run
+from sae_granary.common.heap import keep_freed_memory
+from sae_granary.sae_core import make_config, registry
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.loop import train_step
+from sae_granary.train.state.run_state import Run
 
 TRAINED_L0 = 64
 

@@ -9,10 +9,10 @@ from torch import Tensor
 def rows(args: argparse.Namespace) -> Tensor:
     """One batch: a cache's rows, or sparse mixtures, whose pre-activations have the heavy tail of real ones."""
     if args.cache:
-        import cache
-        from cache.loader import Loader
+        from sae_granary import open_cache
+        from sae_granary.cache.load.loader import Loader
 
-        with Loader(cache.open(args.cache), batch_size=args.batch_size, device=args.device) as loader:
+        with Loader(open_cache(args.cache), batch_size=args.batch_size, device=args.device) as loader:
             x = next(loader).x
             assert isinstance(x, Tensor)
             return x

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sae_core.kernels.select import GROUP, at_least, group_maxima
+from sae_granary.sae_core.kernels.select import GROUP, at_least, group_maxima
 
 MIN_ENTRIES = 3 * 2**21  # of a (N, F) matrix: below, one product and one pass cost less than the bookkeeping
 MAX_CANDIDATES = 0.02  # share of (N, F) above which the exact product at the candidates costs more than the whole

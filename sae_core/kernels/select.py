@@ -8,7 +8,7 @@ keeps a group's entries close in memory.
 import torch
 from torch import Tensor
 
-from sae_core.kernels.sparse import true_entries
+from sae_granary.sae_core.kernels.sparse import true_entries
 
 GROUP, LANES = 16, 128  # fastest at F 12288 on 2 cores: 8, 16, 32 and 32, 64, 128, F / GROUP were tried
 

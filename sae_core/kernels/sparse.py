@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_core.kernels.choice import takes_triton
+from sae_granary.sae_core.kernels.choice import takes_triton
 
 # Entries whose factors are gathered at once where no sampled product exists: 2**16 x 768 fp32 is 200 MB.
 GATHER_CHUNK = 2**16
@@ -30,7 +30,7 @@ def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | N
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     if takes_triton(table):
-        from sae_core.kernels import triton_bag
+        from sae_granary.sae_core.kernels import triton_bag
 
         return triton_bag.bag_sum(
             indices, table, offsets, table.new_ones(indices.shape) if weights is None else weights
@@ -46,7 +46,7 @@ def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) 
     if indices.numel() == 0:
         return rows.new_zeros(0)
     if takes_triton(rows):
-        from sae_core.kernels import triton_dot
+        from sae_granary.sae_core.kernels import triton_dot
 
         return triton_dot.sampled_dot(rows, columns, indptr, indices)
     if _has_sampled_product(rows):

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_core.codes import Codes
-from sae_core.pre_acts import PreActs
-from sae_core.registry import register
-from sae_core.variants.topk import TopKSAE
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.topk import TopKSAE
 
 
 @register("abstopk")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_core.base import Inputs, SAEOutput
-from sae_core.codes import Codes
-from sae_core.pre_acts import PreActs
-from sae_core.registry import register
-from sae_core.threshold import BatchThreshold
-from sae_core.variants.topk import TopKSAE
+from sae_granary.sae_core.base import Inputs, SAEOutput
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.threshold import BatchThreshold
+from sae_granary.sae_core.variants.topk import TopKSAE
 
 
 @register("batchtopk")

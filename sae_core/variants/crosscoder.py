@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_core.base import MAX_FIT_ROWS, Inputs, Source
-from sae_core.codes import Codes
-from sae_core.errors import OptionError
-from sae_core.normalize import FIXED_MODES, Normalizer
-from sae_core.options import option
-from sae_core.registry import register
-from sae_core.variants.batchtopk import BatchTopKSAE
+from sae_granary.sae_core.base import MAX_FIT_ROWS, Inputs, Source
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.normalize import FIXED_MODES, Normalizer
+from sae_granary.sae_core.options import option
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.batchtopk import BatchTopKSAE
 
 
 @register("crosscoder")

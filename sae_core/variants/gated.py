@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sae_core.autograd import decode, encode_at, per_entry
-from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes
-from sae_core.functional import annealed_sparsity
-from sae_core.options import Progress, option
-from sae_core.registry import register
+from sae_granary.sae_core.autograd import decode, encode_at, per_entry
+from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.functional import annealed_sparsity
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.registry import register
 
 
 @register("gated")

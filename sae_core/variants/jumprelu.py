@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_core.autograd import add_silent, per_entry
-from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes, Pattern
-from sae_core.functional import jumprelu, step
-from sae_core.options import Progress, option
-from sae_core.registry import register
+from sae_granary.sae_core.autograd import add_silent, per_entry
+from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.functional import jumprelu, step
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.registry import register
 
 RECIPES = ("tanh", "l0", "l0_target")
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_core.base import SAE, Activation
-from sae_core.codes import Codes, Pattern
-from sae_core.errors import OptionError
-from sae_core.normalize import Normalizer
-from sae_core.options import option
-from sae_core.pre_acts import PreActs
-from sae_core.registry import register
+from sae_granary.sae_core.base import SAE, Activation
+from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.normalize import Normalizer
+from sae_granary.sae_core.options import option
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.registry import register
 
 
 @register("matching_pursuit")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_core.base import Activation, SAEOutput
-from sae_core.errors import OptionError
-from sae_core.options import Progress, option
-from sae_core.prefixes import decode_groups, prefix_errors
-from sae_core.registry import register
-from sae_core.variants.batchtopk import BatchTopKSAE
+from sae_granary.sae_core.base import Activation, SAEOutput
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.prefixes import decode_groups, prefix_errors
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.batchtopk import BatchTopKSAE
 
 FRACTIONS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # prefix ends: groups of 1, 2, 4, 8 and 17 thirty-seconds
 

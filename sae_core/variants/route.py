@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_core import registry
-from sae_core.base import SAE, Activation, Inputs, SAEOutput, Source
-from sae_core.codes import Codes
-from sae_core.errors import OptionError
-from sae_core.normalize import Normalizer
-from sae_core.options import Progress, option
-from sae_core.registry import register
+from sae_granary.sae_core import registry
+from sae_granary.sae_core.base import SAE, Activation, Inputs, SAEOutput, Source
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.normalize import Normalizer
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.registry import register
 
 SHARED = ("d_in", "d_sae", "loss", "b_dec_init", "dead_after_tokens")  # options that the base takes over
 

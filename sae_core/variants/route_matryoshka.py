@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from sae_core.options import option
-from sae_core.registry import register
-from sae_core.variants.route import RouteSAE
+from sae_granary.sae_core.options import option
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.route import RouteSAE
 
 
 @register("route_matryoshka")

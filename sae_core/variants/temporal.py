@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_core.base import Inputs, SAEOutput, Source
-from sae_core.codes import Codes
-from sae_core.options import Progress, option
-from sae_core.registry import register
-from sae_core.variants.matryoshka import MatryoshkaSAE
+from sae_granary.sae_core.base import Inputs, SAEOutput, Source
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
 
 
 @register("temporal")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes
-from sae_core.errors import OptionError
-from sae_core.options import Progress, option
-from sae_core.pre_acts import PreActs
-from sae_core.registry import register
+from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.registry import register
 
 
 @register("topk")

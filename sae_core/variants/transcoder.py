@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_core.base import MAX_FIT_ROWS, Inputs, Source
-from sae_core.codes import Codes
-from sae_core.errors import OptionError
-from sae_core.normalize import FIXED_MODES, Normalizer
-from sae_core.options import option
-from sae_core.registry import register
-from sae_core.variants.topk import TopKSAE
+from sae_granary.sae_core.base import MAX_FIT_ROWS, Inputs, Source
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.normalize import FIXED_MODES, Normalizer
+from sae_granary.sae_core.options import option
+from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.topk import TopKSAE
 
 
 @register("transcoder")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_core.autograd import per_entry
-from sae_core.base import SAE, Activation, SAEOutput
-from sae_core.codes import Codes
-from sae_core.functional import annealed_sparsity
-from sae_core.options import Progress, option
-from sae_core.registry import register
+from sae_granary.sae_core.autograd import per_entry
+from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.functional import annealed_sparsity
+from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.registry import register
 
 
 @register("vanilla")

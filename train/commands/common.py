@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from train.config.flags import Given
+from sae_granary.train.config.flags import Given
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -28,8 +28,8 @@ NO_CACHE = "error: no cache was given; name its folder with --cache (sae-harvest
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
     """Expected failures become one red line and exit code 2; a signal its own code."""
-    from cache.errors import CacheError
-    from train.errors import InterruptedRunError, TrainError
+    from sae_granary.cache.errors import CacheError
+    from sae_granary.train.errors import InterruptedRunError, TrainError
 
     try:
         yield
@@ -38,7 +38,7 @@ def errors(debug: bool) -> Iterator[None]:
             fail(str(error), 128 + error.signum)
         fail("interrupted at once: continue from the last checkpoint with `sae-train resume`", 130)
     except Exception as error:
-        from sae_core.errors import SAEError
+        from sae_granary.sae_core.errors import SAEError
 
         if debug or not isinstance(error, TrainError | CacheError | SAEError | OSError):
             raise

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-COMMAND = (sys.executable, "-m", "harvest.cli", "run")
+COMMAND = (sys.executable, "-m", "sae_granary.harvest.cli", "run")
 
 
 def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others: Sequence[str]) -> Path:

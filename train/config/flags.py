@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache.shared_flags import takes_flags_of
+from sae_granary.common.flags import takes_flags_of
 
 # Values are text here: `train.config.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
 Text, Texts, Switch, File = str | None, list[str] | None, bool | None, Path | None
@@ -120,7 +120,7 @@ class Given:
 
     def layers(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Layers of settings with where they come from, the strongest last."""
-        from train.config.merge import read_yaml
+        from sae_granary.train.config.merge import read_yaml
 
         below = [(str(self.file), read_yaml(self.file))] if self.file else []
         return [*below, ("flag", self.flags)]
@@ -135,7 +135,7 @@ def given_settings(
     **settings: Any,
 ) -> Given:
     """The flags of every command that takes settings: those of `FLAGS`."""
-    from train.config.merge import parse_assignments
+    from sae_granary.train.config.merge import parse_assignments
 
     flags = {key: value for key, value in settings.items() if value is not None}
     hooks = [part for text in hook or [] for part in text.split(",")]

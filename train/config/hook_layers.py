@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from train.errors import ConfigError, nearest
+from sae_granary.train.errors import ConfigError, nearest
 
 _LAYER = re.compile(r"layer_(\d+)")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-import sae_core
-from train.config.merge import make_config, to_sections
-from train.config.resolve import DERIVED_OPTIONS
-from train.config.settings import TrainConfig
-from train.data import Data
+from sae_granary import sae_core
+from sae_granary.train.config.merge import make_config, to_sections
+from sae_granary.train.config.resolve import DERIVED_OPTIONS
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import Data
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (where from, settings), the strongest last
 

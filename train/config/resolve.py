@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import sae_core
-from cache.selection import Counts, Filters, Holdout
-from train.config.settings import TrainConfig
-from train.errors import ConfigError, nearest
-from train.language.phases import check_phases, first_window_step
-from train.optim import schedule
+from sae_granary import sae_core
+from sae_granary.cache.load.selection import Counts, Filters, Holdout
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.errors import ConfigError, nearest
+from sae_granary.train.optim import schedule
+from sae_granary.train.phases import check_phases, first_window_step
 
 if TYPE_CHECKING:
-    from cache.reader import Cache
+    from sae_granary.cache.read.reader import Cache
 
 DEFAULT_EXPANSION = 8
 # Options of a variant that follow from the cache or the run's length unless they are given.

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import sae_core
-from sae_core.options import check, option
-from train.errors import ConfigError
+from sae_granary import sae_core
+from sae_granary.sae_core.options import check, option
+from sae_granary.train.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
 SECTIONS = ("run", "model", "training", "data", "logging")

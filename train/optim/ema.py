@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sae_core import SAE
+from sae_granary.sae_core import SAE
 
 
 class Ema:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.config.settings import TrainConfig
-from train.errors import CheckpointError
-from train.optim.signum import Signum
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.errors import CheckpointError
+from sae_granary.train.optim.signum import Signum
 
 Parameters = list[nn.Parameter]
 Groups = list[dict[str, Any]]  # each with "params" and "lr_scale", its rate over the run's

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sae_core import resample as latents_of
-from train.state import Run
-from train.step_input import Inputs
+from sae_granary.sae_core import resample as latents_of
+from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import Inputs
 
 
 def is_due(run: Run) -> bool:

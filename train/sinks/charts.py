@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from train.sinks.log import Metrics
+from sae_granary.train.sinks.base import Metrics
 
 # Ours -> theirs; other names stay as they are.
 NAMES = {

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.sinks.charts import chart_name, charted
-from train.sinks.log import BaseSink, Histograms, Metrics
+from sae_granary.train.sinks.base import BaseSink, Histograms, Metrics
+from sae_granary.train.sinks.charts import chart_name, charted
 
 FOLDER = "tensorboard"
 

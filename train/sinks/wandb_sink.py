@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from train.sinks.charts import chart_name, charted
-from train.sinks.log import BaseSink, Histograms, Metrics
+from sae_granary.train.sinks.base import BaseSink, Histograms, Metrics
+from sae_granary.train.sinks.charts import chart_name, charted
 
 
 def _histogram(values: Tensor) -> tuple[Any, Any]:

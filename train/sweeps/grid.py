@@ -1,7 +1,7 @@
 """A grid of settings and the points that it spans: pure functions, before any cache is opened.
 
 A point is flat settings. A key that the point's type does not have is left out of it (vanilla has no k), so that points
-become equal; `train.sweeps.plan` trains equal points once.
+become equal; `train.sweeps.sweep_plan` trains equal points once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sae_core
-from train.config.merge import TRAINER_KEYS, variant_keys
-from train.config.settings import SECTIONS
-from train.errors import ConfigError, nearest
+from sae_granary import sae_core
+from sae_granary.train.config.merge import TRAINER_KEYS, variant_keys
+from sae_granary.train.config.settings import SECTIONS
+from sae_granary.train.errors import ConfigError, nearest
 
 # In a grid these mean the initialisation's seed and the hook point of one SAE.
 ALIASES = {"seed": "init_seed", "layer": "hook"}

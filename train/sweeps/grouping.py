@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from train.capacity import available_memory, gib
-from train.data import Data
-from train.errors import ConfigError
-from train.footprint import MARGIN, Footprint, estimate, fit_groups, measure
-from train.language.phases import needs_language_model
-from train.sweeps.plan import Entry, Group
+from sae_granary.train.data import Data
+from sae_granary.train.errors import ConfigError
+from sae_granary.train.memory.capacity import available_memory, gib
+from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
+from sae_granary.train.phases import needs_language_model
+from sae_granary.train.sweeps.sweep_plan import Entry, Group
 
 
 def groups_of(members: Sequence[tuple[Data, Entry]]) -> tuple[list[Group], list[str]]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import files
-from train.folders import FAILURE, is_complete, read_summary
-from train.sweeps.plan import Entry, Plan
+from sae_granary.common import run_files as files
+from sae_granary.train.folders import FAILURE, is_complete, read_summary
+from sae_granary.train.sweeps.sweep_plan import Entry, Plan
 
 Row = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
     files.write_text(folder / CSV_FILE, csv_table(rows))
     files.write_text(folder / MARKDOWN_FILE, markdown_table(rows))
     files.write_json(folder / JSON_FILE, {"rows": [dict(row) for row in rows]})
-    from train.sweeps.plots import pareto  # matplotlib
+    from sae_granary.train.sweeps.plots import pareto  # matplotlib
 
     pareto(rows, folder / PLOT_FILE)
 

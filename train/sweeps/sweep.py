@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 
-from train import files
-from train.callbacks import AnyCallback, Callbacks
-from train.config.settings import TrainConfig
-from train.data import Data, Inputs
-from train.denormals import flushed_denormals
-from train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
-from train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
-from train.language.phases import needs_language_model
-from train.member import Member, open_member
-from train.run import all_sinks
-from train.session import train_members
-from train.signals import StopRequest
-from train.sinks.log import Sink, Sinks
-from train.sweeps.grid import Point, check_grid, expand
-from train.sweeps.plan import Entry, Group, Plan, load_plan, save_plan
-from train.sweeps.planning import default_sweep_name, make_plan, request_of
-from train.sweeps.results import Row, read_failure, sweep_rows, write_results
+from sae_granary.common import run_files as files
+from sae_granary.common.denormals import flushed_denormals
+from sae_granary.train.callbacks import AnyCallback, Callbacks
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import Data, Inputs
+from sae_granary.train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
+from sae_granary.train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
+from sae_granary.train.phases import needs_language_model
+from sae_granary.train.run import all_sinks
+from sae_granary.train.session import train_members
+from sae_granary.train.signals import StopRequest
+from sae_granary.train.sinks.base import Sink, Sinks
+from sae_granary.train.sweeps.grid import Point, check_grid, expand
+from sae_granary.train.sweeps.make_plan import default_sweep_name, make_plan, request_of
+from sae_granary.train.sweeps.results import Row, read_failure, sweep_rows, write_results
+from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, load_plan, save_plan
+from sae_granary.train.trainer import Member, open_member
 
 # Makes the callbacks of one SAE from its resolved settings: they hold a state, so that no two SAEs can share them.
 MakeCallbacks = Callable[[TrainConfig], Sequence[AnyCallback]]

@@ -1,0 +1,152 @@
+"""Documents in Parquet: written in row groups of bounded size, read one row group at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from sae_granary.cache.errors import BadRowsError, CorruptCacheError
+from sae_granary.cache.format.manifest import DocumentRange, FileEntry
+from sae_granary.cache.format.rows import DocumentRow
+
+# Row groups are cut by content only: the bytes do not depend on how many documents come per call.
+GROUP_DOCUMENTS = 4096
+GROUP_TEXT_BYTES = 16 << 20
+
+SCHEMA = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+
+class DocumentFile:
+    """The documents of the open shard."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n, self.first, self.last = 0, -1, -1
+        self._group: list[DocumentRow] = []
+        self._group_bytes = 0
+        self._file = path.open("xb")
+        self._writer: Any = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", write_statistics=["doc_id"])
+
+    @property
+    def range(self) -> DocumentRange | None:
+        """Which documents are here."""
+        return DocumentRange(self.n, self.first, self.last) if self.n else None
+
+    def append(self, documents: Sequence[DocumentRow]) -> None:
+        """Add documents, in ascending order."""
+        for document in documents:
+            self._group.append(document)
+            self._group_bytes += _utf8_bytes(document)
+            self.first = document.doc_id if self.n == 0 else self.first
+            self.last, self.n = document.doc_id, self.n + 1
+            if len(self._group) >= GROUP_DOCUMENTS or self._group_bytes >= GROUP_TEXT_BYTES:
+                self._flush()
+
+    def finish(self) -> FileEntry:
+        """Write what is left, sync and close."""
+        if self._group:
+            self._flush()
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return hash_file(self.path)
+
+    def close(self) -> None:
+        """Close an unfinished file."""
+        with contextlib.suppress(OSError, pa.ArrowException):  # the disk may be full: what is here is thrown away
+            self._writer.close()
+        with contextlib.suppress(OSError):  # of what its buffer held; the descriptor is closed all the same
+            self._file.close()
+
+    def _flush(self) -> None:
+        columns = [_column(field.type, [getattr(document, field.name) for document in self._group]) for field in SCHEMA]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(self._group))
+        self._group, self._group_bytes = [], 0
+
+
+def _column(kind: Any, values: list[Any]) -> Any:
+    """An Arrow array from its buffers: pa.array() of a list imports pandas, half a second at the end of a harvest."""
+    if kind == pa.int64():
+        numbers = np.asarray(values).astype(np.int64, casting="safe")
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(numbers)])
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)])
+    if ends[-1] > np.iinfo(np.int32).max:  # one document of 2 GiB: Arrow cuts the column in chunks
+        return pa.array(values, kind)
+    offsets = pa.py_buffer(ends.astype(np.int32))
+    return pa.Array.from_buffers(kind, len(values), [None, offsets, pa.py_buffer(b"".join(encoded))])
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and checksum of a file on disk."""
+    hasher, n_bytes = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+            n_bytes += len(block)
+    return FileEntry(n_bytes, hasher.hexdigest())
+
+
+def read_document(path: Path, doc_id: int) -> DocumentRow | None:
+    """The document of this id, or None."""
+    stat = path.stat()
+    version = (stat.st_ino, stat.st_mtime_ns)  # another cache may come to the same path
+    for group, (first, last) in enumerate(_group_ranges(path, version)):
+        if first <= doc_id <= last:
+            return _group_documents(path, version, group).get(doc_id)
+    return None
+
+
+def read_doc_ids(path: Path) -> list[int]:
+    """The ids of all documents in a file, in order."""
+    try:
+        ids: list[int] = pq.read_table(path, columns=["doc_id"])["doc_id"].to_pylist()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
+    return ids
+
+
+@functools.lru_cache(maxsize=64)
+def _group_ranges(path: Path, version: tuple[int, int]) -> list[tuple[int, int]]:
+    try:
+        metadata = pq.read_metadata(path)
+        columns = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
+        return [(int(s.min), int(s.max)) for s in columns]
+    except (pa.ArrowException, OSError, AttributeError) as error:
+        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _group_documents(path: Path, version: tuple[int, int], group: int) -> dict[int, DocumentRow]:
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.read_row_group(group, columns=SCHEMA.names).to_pylist()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
+    return {row["doc_id"]: DocumentRow(**row) for row in rows}
+
+
+def _utf8_bytes(document: DocumentRow) -> int:
+    try:
+        return len(document.text.encode()) + len(document.source.encode())
+    except UnicodeEncodeError as error:
+        raise BadRowsError(
+            f"document {document.doc_id} of {document.source}: not Unicode ({error}); replace lone surrogates"
+        ) from None

@@ -1,0 +1,216 @@
+"""Where every byte of a cache lies: pure functions of its description. See FORMAT.md.
+
+One grid of shards for all arrays; a shard file is the rows from byte 0, then Zarr's sharding index.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from sae_granary.cache.format.rows import DEFAULT_INNER_CHUNK_BYTES, FLAG_ABSENT, HookPoint
+from sae_granary.cache.format.storage import STORAGE, Array, Storage
+
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.json"
+COMMITS = "commits"
+DOCUMENTS = "documents"
+TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest finishes
+LOCK = ".lock"
+LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
+GROUPS = ("activations", "rows", "norms")
+
+# Column -> (stored type, value of absent rows).
+COLUMNS: Mapping[str, tuple[str, int]] = {
+    "token_id": ("int32", -1),
+    "doc_id": ("int64", -1),
+    "window": ("uint64", 2**64 - 1),
+    "position": ("int32", -1),
+    "doc_position": ("int32", -1),
+    "flags": ("uint8", FLAG_ABSENT),
+}
+
+_ABSENT_CHUNK = 2**64 - 1  # offset and length of an inner chunk that is not there
+_CRC_BYTES = 4
+DEFAULT_SHARD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One Zarr array: (n_shards * rows_per_shard, width), or one-dimensional where width is None."""
+
+    path: str  # in the cache, e.g. "activations/layer_6"
+    storage: Storage
+    width: int | None
+    fill: float | int
+    rows_per_shard: int
+    inner_rows: int  # rows of an inner chunk; divides rows_per_shard
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.storage.item_bytes * (self.width or 1)
+
+    @property
+    def n_inner(self) -> int:
+        """Inner chunks of a whole shard."""
+        return self.rows_per_shard // self.inner_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the sharding index with its checksum."""
+        return 16 * self.n_inner + _CRC_BYTES
+
+    def shape(self, n_rows: int) -> tuple[int, ...]:
+        """Shape of n rows of this array."""
+        return (n_rows,) if self.width is None else (n_rows, self.width)
+
+    def padded_rows(self, n_rows: int) -> int:
+        """Rows in the file of a shard that holds n: whole inner chunks."""
+        return math.ceil(n_rows / self.inner_rows) * self.inner_rows
+
+    def shard_bytes(self, n_rows: int) -> int:
+        """Exact size of the file of a shard that holds n rows."""
+        return self.padded_rows(n_rows) * self.row_bytes + self.index_bytes
+
+    def shard_path(self, shard: int) -> str:
+        """Path of a shard file in the cache."""
+        return f"{self.path}/c.{shard}" + ("" if self.width is None else ".0")
+
+    def block(self) -> Array:
+        """An inner chunk of absent rows."""
+        return np.full(self.shape(self.inner_rows), self.fill, dtype=self.storage.numpy)
+
+    def index(self, n_rows: int) -> bytes:
+        """The sharding index of a shard of n rows: (offset, length) per inner chunk, little-endian, then CRC32C."""
+        chunk_bytes = self.inner_rows * self.row_bytes
+        entries = np.full((self.n_inner, 2), _ABSENT_CHUNK, dtype="<u8")
+        present = self.padded_rows(n_rows) // self.inner_rows
+        entries[:present, 0] = np.arange(present, dtype="<u8") * chunk_bytes
+        entries[:present, 1] = chunk_bytes
+        data = entries.tobytes()
+        return data + int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+
+    def zarr_json(self, n_shards: int) -> dict[str, Any]:
+        """Zarr v3 metadata of the array when there are n shards."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape(n_shards * self.rows_per_shard)),
+            "data_type": self.storage.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(self.shape(self.rows_per_shard))},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": "NaN" if isinstance(self.fill, float) else self.fill,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": list(self.shape(self.inner_rows)),
+                        "codecs": [little],
+                        "index_codecs": [little, {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "attributes": {},
+            "dimension_names": ["row"] if self.width is None else ["row", "d_in"],
+            "storage_transformers": [],
+        }
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """All arrays of a cache."""
+
+    activations: Mapping[str, ArrayLayout]  # by hook point
+    norms: Mapping[str, ArrayLayout]  # by hook point
+    columns: Mapping[str, ArrayLayout]  # by column
+
+    @property
+    def arrays(self) -> tuple[ArrayLayout, ...]:
+        """Every array, in the order in which they are written."""
+        return (*self.activations.values(), *self.norms.values(), *self.columns.values())
+
+    def shard_files(self, shard: int, n_rows: int) -> dict[str, int]:
+        """Path -> exact size of the Zarr files of a shard."""
+        return {array.shard_path(shard): array.shard_bytes(n_rows) for array in self.arrays}
+
+    def bytes_of(self, n_rows: int) -> int:
+        """About the bytes that n rows take, documents apart: what a plan shows before anything is written."""
+        rows_per_shard = self.columns["flags"].rows_per_shard
+        whole, rest = divmod(n_rows, rows_per_shard)
+        return sum(
+            array.shard_bytes(rows_per_shard) * whole + (array.shard_bytes(rest) if rest else 0)
+            for array in self.arrays
+        )
+
+
+def cache_layout(
+    hook_points: Sequence[HookPoint],
+    dtype: str,
+    rows_per_shard: int,
+    inner_chunk_bytes: int = DEFAULT_INNER_CHUNK_BYTES,
+) -> CacheLayout:
+    """The arrays of a cache of these hook points."""
+
+    def array(path: str, storage_name: str, width: int | None, fill: float | int) -> ArrayLayout:
+        storage = STORAGE[storage_name]
+        inner = inner_rows(rows_per_shard, storage.item_bytes * (width or 1), inner_chunk_bytes)
+        return ArrayLayout(path, storage, width, fill, rows_per_shard, inner)
+
+    return CacheLayout(
+        activations={h.name: array(f"activations/{h.name}", dtype, h.d_in, math.nan) for h in hook_points},
+        norms={h.name: array(f"norms/{h.name}", "float32", None, math.nan) for h in hook_points},
+        columns={name: array(f"rows/{name}", storage, None, fill) for name, (storage, fill) in COLUMNS.items()},
+    )
+
+
+def inner_rows(rows_per_shard: int, row_bytes: int, inner_chunk_bytes: int) -> int:
+    """Rows of an inner chunk: the divisor of the shard whose size is nearest to the wanted one, at most 4 times it."""
+    wanted = max(1.0, inner_chunk_bytes / row_bytes)
+    small = [d for d in range(1, math.isqrt(rows_per_shard) + 1) if rows_per_shard % d == 0]
+    divisors = {*small, *(rows_per_shard // d for d in small)}
+    return min((d for d in divisors if d <= 4 * wanted), key=lambda d: (abs(math.log(d / wanted)), d))
+
+
+def default_rows_per_shard(d_in: int, dtype: str, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+    """The largest power of two of rows whose activations fit `shard_bytes` at one hook point."""
+    rows = max(1, shard_bytes // (d_in * STORAGE[dtype].item_bytes))
+    return 1 << (rows.bit_length() - 1)
+
+
+def group_json(attributes: Mapping[str, Any], consolidated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Zarr v3 metadata of a group."""
+    body: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    if consolidated is not None:
+        body["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": dict(consolidated)}
+    return body
+
+
+def zarr_files(layout: CacheLayout, n_shards: int, attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Path -> content of every zarr.json. The root repeats the others, so that listing it opens no other file."""
+    nodes: dict[str, dict[str, Any]] = {group: group_json({}) for group in GROUPS}
+    nodes |= {array.path: array.zarr_json(n_shards) for array in layout.arrays}
+    files = {f"{path}/zarr.json": node for path, node in nodes.items()}
+    files["zarr.json"] = group_json(attributes, dict(sorted(nodes.items())))
+    return {path: json.dumps(node, indent=1).encode() + b"\n" for path, node in files.items()}
+
+
+def commit_path(shard: int) -> str:
+    """Path of a shard's commit record."""
+    return f"{COMMITS}/{shard:08d}.json"
+
+
+def documents_path(shard: int) -> str:
+    """Path of the documents whose first row is in a shard."""
+    return f"{DOCUMENTS}/{shard:08d}.parquet"

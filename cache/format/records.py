@@ -1,0 +1,128 @@
+"""The manifest and the commit records on disk: load them, compare them with a spec, clear what was never committed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
+from sae_granary.cache.format.layout import (
+    COMMITS,
+    DOCUMENTS,
+    GROUPS,
+    LOCK,
+    LOG,
+    MANIFEST,
+    TEMPORARY,
+    VOCABULARY,
+    CacheLayout,
+    commit_path,
+)
+from sae_granary.cache.format.manifest import (
+    FileEntry,
+    Manifest,
+    ShardRecord,
+    differences,
+    parse_manifest,
+    parse_shard_record,
+)
+from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
+
+_HARMLESS = {LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
+_OURS = (*GROUPS, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the manifest last: it makes the folder ours
+_SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
+_RECORD_FILE = re.compile(r"(\d{8,})\.json")
+
+
+def load_manifest(path: Path) -> Manifest:
+    """The manifest of the cache in a folder; NotACacheError where there is none."""
+    file = path / MANIFEST
+    if not path.exists():
+        raise NotACacheError(
+            f"{path} does not exist; `sae-harvest run --out {path}` makes a cache, `sae-cache ls` lists them"
+        )
+    if not file.exists() and not file.is_symlink():
+        raise NotACacheError(f"{path} is no activation cache: it has no {MANIFEST}")
+    return parse_manifest(load_signed(file, read_bytes(file)), str(file))
+
+
+def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
+    """A commit record, with the entry of its own file."""
+    file = path / commit_path(shard)
+    data = read_bytes(file)
+    record = parse_shard_record(Fields(load_signed(file, data), str(file)), manifest, consolidated=False)
+    if record.shard != shard:
+        raise CorruptCacheError(f"{file}: it is the record of shard {record.shard}")
+    return replace(record, record=FileEntry.of(data))
+
+
+def load_records(path: Path, manifest: Manifest) -> list[ShardRecord]:
+    """All commit records of an unfinished cache; they are numbered from 0 without a gap."""
+    folder = path / COMMITS
+    names = [_RECORD_FILE.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
+    shards = sorted(int(name[1]) for name in names if name)
+    if shards != list(range(len(shards))):
+        missing = next(i for i, shard in enumerate([*shards, -1]) if i != shard)
+        raise CorruptCacheError(
+            f"{path / commit_path(missing)} is missing, though later shards are committed; restore it"
+        )
+    return [load_record(path, manifest, shard) for shard in shards]
+
+
+def existing_manifest(path: Path) -> Manifest | None:
+    """The manifest of a folder to write to; None where there is nothing yet, CacheExistsError for anything else."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise CacheExistsError(f"{path} is a file, expected a folder; use another --out")
+    if not (path / MANIFEST).exists():
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS)
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise CacheExistsError(f"{path} holds something that is not a cache ({shown}); use another --out")
+        return None
+    try:
+        return load_manifest(path)
+    except NotACacheError as error:
+        raise CacheExistsError(f"{error}; use another --out") from None
+
+
+def refuse_mismatch(path: Path, have: Manifest, want: Manifest) -> bool:
+    """Raise CacheMismatchError where a folder holds another harvest; True where that one has committed nothing."""
+    differing = differences(have, want)
+    if not differing:
+        return False
+    if not have.complete and not has_records(path):
+        return True
+    number = 2
+    while path.with_name(f"{path.name}_{number}").exists():
+        number += 1
+    raise CacheMismatchError(path, differing, str(path.with_name(f"{path.name}_{number}")))
+
+
+def has_records(path: Path) -> bool:
+    """Whether any shard is committed."""
+    return any((path / COMMITS).glob("*.json"))
+
+
+def remove_contents(path: Path) -> None:
+    """Remove the files of a cache that has committed nothing; anything else in the folder stays."""
+    for name in _OURS:
+        target = path / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def clear_uncommitted(path: Path, layout: CacheLayout, n_shards: int) -> None:
+    """Remove shard files that a killed writer put into place without reaching the record."""
+    for folder in (*(array.path for array in layout.arrays), DOCUMENTS):
+        for file in (path / folder).iterdir():
+            match = _SHARD_FILE.fullmatch(file.name)
+            if match and int(match[1]) >= n_shards and not (path / commit_path(int(match[1]))).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    file.unlink()

@@ -1,0 +1,133 @@
+"""Mean, variance and norms of activations: exact in float64, mergeable, the same for any size of batches.
+
+Shapes: N rows, D = d_in.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.format.signed import Fields
+from sae_granary.cache.format.storage import Array
+
+F64 = npt.NDArray[np.float64]
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of every dimension."""
+
+    n_rows: int
+    mean_D: F64
+    m2_D: F64
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together (Chan's formula)."""
+        n_rows = self.n_rows + other.n_rows
+        delta_D = other.mean_D - self.mean_D
+        share = other.n_rows / n_rows
+        mean_D = self.mean_D + delta_D * share
+        m2_D = self.m2_D + other.m2_D + delta_D * delta_D * (self.n_rows * share)
+        return Moments(n_rows, mean_D, m2_D)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; the vectors as base64 of little-endian float64, so that no digit is lost."""
+        return {"n_rows": self.n_rows, "mean": _encode(self.mean_D), "m2": _encode(self.m2_D)}
+
+
+def merge_all(moments: Iterable[Moments]) -> Moments:
+    """The moments of all sets of rows together, merged from first to last."""
+    return reduce(Moments.merge, moments)
+
+
+def block_moments(x_ND: Array) -> tuple[Moments, npt.NDArray[np.float32]]:
+    """Moments of a block of rows and the norm of each row.
+
+    Sums are numpy's own, not BLAS', whose order depends on the number of threads. The squares of stored values are
+    exact in float64, so that the cancellation of mean(x^2) - mean(x)^2 costs no digits that matter.
+    """
+    n_rows = len(x_ND)
+    exact_ND = x_ND.astype(np.float32, copy=False).astype(np.float64)
+    mean_D = exact_ND.sum(axis=0) / n_rows
+    np.multiply(exact_ND, exact_ND, out=exact_ND)
+    m2_D = np.maximum(exact_ND.sum(axis=0) - mean_D * mean_D * n_rows, 0.0)
+    with np.errstate(over="ignore"):
+        norms_N = np.sqrt(exact_ND.sum(axis=1)).astype(np.float32)
+    return Moments(n_rows, mean_D, m2_D), norms_N
+
+
+def parse_moments(fields: Fields) -> Moments:
+    """Moments from their JSON form."""
+    moments = Moments(fields.integer("n_rows", 1), _decode(fields, "mean"), _decode(fields, "m2"))
+    if moments.mean_D.shape != moments.m2_D.shape:
+        raise CorruptCacheError(f"{fields.where}: mean and m2 differ in length")
+    return moments
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is known of the rows of one hook point; mean and variance are exact, quantiles are order statistics."""
+
+    n_rows: int
+    mean: F64  # (D,)
+    var: F64  # (D,) population variance
+    mean_sq_norm: float  # mean of ||x||^2
+    norm_quantiles: dict[float, float]
+
+    @property
+    def total_variance(self) -> float:
+        """Sum of the variances: the mean squared distance of a row from the mean."""
+        return float(self.var.sum())
+
+
+def make_stats(moments: Moments, norm_shards: Sequence[npt.NDArray[np.float32]]) -> Stats:
+    """Statistics from merged moments and the stored row norms."""
+    var = moments.m2_D / moments.n_rows
+    mean_sq_norm = float((var + moments.mean_D**2).sum())
+    return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, quantiles(norm_shards, QUANTILES))
+
+
+def quantiles(shards: Sequence[npt.NDArray[np.float32]], fractions: Sequence[float]) -> dict[float, float]:
+    """Exact order statistics of non-negative floats in constant memory: the value at rank round(fraction * (n - 1)).
+
+    Non-negative floats sort like their bits: one pass counts the upper 16 bits, a second one the lower 16 bits of the
+    bins that a rank falls into.
+    """
+    upper = np.zeros(1 << 16, dtype=np.int64)
+    for norms in shards:
+        upper += np.bincount(norms.view(np.uint32) >> 16, minlength=1 << 16)
+    below = np.concatenate([[0], np.cumsum(upper)])
+    ranks = {fraction: round(fraction * (int(below[-1]) - 1)) for fraction in fractions}
+    bins = {fraction: int(np.searchsorted(below, rank, side="right")) - 1 for fraction, rank in ranks.items()}
+    lower = {bin_: np.zeros(1 << 16, dtype=np.int64) for bin_ in set(bins.values())}
+    for norms in shards:
+        bits = norms.view(np.uint32)
+        for bin_, counts in lower.items():
+            counts += np.bincount(bits[(bits >> 16) == bin_] & 0xFFFF, minlength=1 << 16)
+    result = {}
+    for fraction, rank in ranks.items():
+        inside = np.cumsum(lower[bins[fraction]])
+        low = int(np.searchsorted(inside, rank - below[bins[fraction]], side="right"))
+        result[fraction] = float(np.uint32((bins[fraction] << 16) | low).view(np.float32))
+    return result
+
+
+def _encode(values: F64) -> str:
+    return base64.b64encode(values.astype("<f8").tobytes()).decode("ascii")
+
+
+def _decode(fields: Fields, name: str) -> F64:
+    try:
+        return np.frombuffer(base64.b64decode(fields.get(name, str), validate=True), dtype="<f8")
+    except (binascii.Error, ValueError):
+        raise CorruptCacheError(f"{fields.where}: {name} is not base64 of float64 values") from None

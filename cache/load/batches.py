@@ -1,0 +1,135 @@
+"""Batches from planned pools: cut, copied in the background, delivered in order with the state after each.
+
+On a CPU each batch is copied by one thread of a few, so that none of them waits for another within a batch; the
+consumer's thread hands out the batches ahead of the one that it takes, and copies too where it would wait. On a GPU
+taking a batch is a launch on the consumer's stream, with nothing to gain from a thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_granary.cache.load.pools import Pool, PoolSource, Taken
+from sae_granary.cache.load.staging import n_copy_threads
+from sae_granary.common.prefetch import Prefetcher
+from sae_granary.common.workers import Workers
+
+BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where a loader stands. The cursor counts the rows of the epoch's order, filtered ones included."""
+
+    seed: int
+    epoch: int = 0
+    cursor: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows on the device, and the state after them."""
+
+    x: Tensor | dict[str, Tensor]  # (B, D), or one per hook point, rows aligned
+    state: LoaderState
+    row_ids: Tensor | None = None  # (B,) permanent row ids, on the CPU, when asked for
+
+    @property
+    def n_rows(self) -> int:
+        """B."""
+        return len(self.x) if isinstance(self.x, Tensor) else len(next(iter(self.x.values())))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A batch whose rows are being copied, in pieces where it spans pools."""
+
+    pieces: list[Callable[[], Taken]]  # each waits for its copy
+    state: LoaderState
+
+    def finish(self) -> Batch:
+        taken = [piece() for piece in self.pieces]
+        rows = {hook: _join([rows[hook] for rows, _ in taken]) for hook in taken[0][0]}
+        ids = [ids for _, ids in taken if ids is not None]
+        return Batch(rows, self.state, torch.from_numpy(np.concatenate(ids)) if ids else None)
+
+
+def deliver(
+    source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None
+) -> Generator[Batch, None, None]:
+    """Batches from a state on, in the storage dtype, by hook point."""
+    on_host = source.device.type != "cuda"
+    planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
+    with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetcher(planned, depth=1)) as pools:
+
+        def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
+            taken = source.take(pool, lo, hi)
+            return workers.submit(taken) if on_host else taken
+
+        yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
+
+
+def _cut(
+    pools: Iterator[Pool],
+    state: LoaderState,
+    batch_size: int,
+    n_rows: int,
+    begin: Callable[[Pool, int, int], Callable[[], Taken]],
+) -> Iterator[_Begun]:
+    """Batches of the survivors of consecutive pools; `n_rows` is the length of an epoch."""
+    pool: Pool | None = None
+    taken = 0  # survivors of the pool that were handed out
+    while True:
+        pieces: list[Callable[[], Taken]] = []
+        missing = batch_size
+        while missing:
+            if pool is None:
+                pool = next(pools, None)
+                if pool is None:
+                    break
+                taken = pool.survivors_before(state.cursor if pool.epoch == state.epoch else 0)
+            n = min(missing, len(pool.order) - taken)
+            if n:
+                pieces.append(begin(pool, taken, taken + n))
+            taken, missing = taken + n, missing - n
+            if taken < len(pool.order):
+                state = LoaderState(state.seed, pool.epoch, pool.cursor_after(taken))
+                continue
+            end = pool.start + pool.n_rows
+            state = LoaderState(state.seed, pool.epoch + (end == n_rows), 0 if end == n_rows else end)
+            pool.rows.release()
+            pool = None
+        if not pieces:
+            return
+        yield _Begun(pieces, state)
+
+
+def _in_order(begun: Iterator[_Begun], ahead: int) -> Iterator[Batch]:
+    """Finished batches, with `ahead` more begun; an error of beginning one comes after the batches before it."""
+    waiting: deque[_Begun] = deque()
+    failed: Exception | None = None
+    while True:
+        try:
+            batch = next(begun, None)
+        except Exception as error:
+            batch, failed = None, error
+        if batch is None:
+            break
+        waiting.append(batch)
+        if len(waiting) > ahead:
+            yield waiting.popleft().finish()
+    while waiting:
+        yield waiting.popleft().finish()
+    if failed is not None:
+        raise failed
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))

@@ -1,0 +1,176 @@
+"""Shuffled batches of a cache on a device, prefetched, with a state of three integers.
+
+A background thread plans pools (`cache.load.pools`): which rows, in the order of `shuffle`. Filtered and held-out rows
+are stepped over: a batch is the next survivors, the cursor counts all rows. On a CPU other threads copy the rows of
+the next batches straight from the memory maps. For a GPU the pool is copied to the device in disk order, through pinned
+memory and a side stream, and batches are taken there; two pools exist at a time, so memory is O(pool).
+
+Within a batch rows stand in disk order: which rows meet in a batch is shuffled, their order in it means nothing.
+
+Shapes: B batch rows, D = d_in.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.load.batches import Batch, LoaderState, deliver
+from sae_granary.cache.load.order import Order, plan_order
+from sae_granary.cache.load.pools import PREVIOUS, PoolSource
+from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection, account
+
+if TYPE_CHECKING:
+    from sae_granary.cache.read.reader import Cache
+
+__all__ = ["PREVIOUS", "Batch", "Counts", "Filters", "Holdout", "Loader", "LoaderState"]
+
+
+class Loader:
+    """Iterates over shuffled batches: for ever, or over `epochs` passes of which the last batch may be short.
+
+    `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
+    With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; windows never
+    cross shards, so it lies in the same shard. An `order` given replaces the one that would be planned for these hook
+    points: one loader can deliver to several readers, each in the order that it has alone.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        hooks: str | Sequence[str] | None = None,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        filters: Filters | None = None,
+        part: Part = "train",
+        holdout: Holdout | None = None,
+        dtype: torch.dtype = torch.float32,
+        state: LoaderState | None = None,
+        epochs: int | None = None,
+        pool_rows: int | None = None,
+        block_rows: int | None = None,
+        with_rows: bool = False,
+        previous: bool = False,
+        counts: Counts | None = None,
+        order: Order | None = None,
+    ) -> None:
+        self.hooks = resolve_hooks(cache, hooks)
+        self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
+        self.batch_size, self.device, self.dtype, self.epochs = batch_size, torch.device(device), dtype, epochs
+        filters, holdout = (filters or Filters()).resolve(cache), holdout or Holdout()
+        self.counts = counts or account(cache, filters, holdout, self.hooks)
+        self.n_rows = self.counts.of(part)
+        if previous:
+            _check_previous(filters)
+        _check_sizes(self.n_rows, batch_size, part, self.counts, endless=epochs is None)
+        self.order = order or order_of(
+            cache,
+            self.hooks,
+            batch_size=batch_size,
+            seed=seed,
+            pool_rows=pool_rows,
+            block_rows=block_rows,
+            previous=previous,
+        )
+        self.state = state or LoaderState(seed)
+        if self.state.seed != seed:
+            raise SelectionError(f"the loader's state has seed {self.state.seed}, the loader was given seed {seed}")
+        selection = Selection(filters, holdout, part)
+        self._source = PoolSource(
+            cache,
+            self.hooks,
+            self.order,
+            selection,
+            self.device,
+            keeps_all=self.n_rows == self.counts.total,
+            with_rows=with_rows,
+            previous=previous,
+        )
+        self.hooks = tuple(self._source.hooks)
+        self._batches: Generator[Batch, None, None] | None = None
+        self._finalizer: weakref.finalize[Any, Loader] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = deliver(self._source, self.state, self.batch_size, self.epochs)
+            self._finalizer = weakref.finalize(self, self._batches.close)
+        try:
+            drawn = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        self.state = drawn.state
+        assert isinstance(drawn.x, dict)
+        rows = {hook: x.to(self.device, self.dtype) for hook, x in drawn.x.items()}
+        return Batch(rows[self.hooks[0]] if self.single else rows, drawn.state, drawn.row_ids)
+
+    def close(self) -> None:
+        """Stop the background threads; the state stays, and iterating again continues from it."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._finalizer = self._batches = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def order_of(
+    cache: Cache,
+    hooks: Sequence[str],
+    *,
+    batch_size: int,
+    seed: int,
+    pool_rows: int | None = None,
+    block_rows: int | None = None,
+    previous: bool = False,
+) -> Order:
+    """The order in which a loader of these hook points delivers the cache."""
+    n_views = 2 if previous else 1
+    return plan_order(
+        [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
+        bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * (4 if cache.dtype == "float32" else 2),
+        batch_size=batch_size,
+        seed=seed,
+        pool_rows=pool_rows,
+        block_rows=block_rows,
+    )
+
+
+def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of hook points of the cache; None means all of them."""
+    names = tuple(cache.hook_points) if hooks is None else (hooks,) if isinstance(hooks, str) else tuple(hooks)
+    for name in names:
+        cache.hook(name)  # raises with the names that there are
+    return names
+
+
+def _check_previous(filters: Filters) -> None:
+    if not filters.min_position or filters.min_position < 1:
+        raise SelectionError(
+            f"min_position is {filters.min_position}: rows with the one before them start at position 1 of a window"
+        )
+
+
+def _check_sizes(n_rows: int, batch_size: int, part: Part, counts: Counts, *, endless: bool) -> None:
+    if batch_size < 1:
+        raise SelectionError(f"batch size is {batch_size}, expected at least 1")
+    if endless and n_rows < batch_size:
+        dropped = ", ".join(
+            f"{name} {n:,}" for name, n in counts.to_json().items() if n and name not in ("total", part)
+        )
+        raise SelectionError(
+            f"a batch of {batch_size:,} rows is larger than the {n_rows:,} {part} rows of the cache "
+            f"(of {counts.total:,} rows: {dropped or 'none dropped'}); use a smaller batch or harvest more"
+        )

@@ -1,0 +1,214 @@
+"""Where the rows of an epoch lie: blocks of the shards, gathered into pools in the order of `cache.load.shuffle`.
+
+cursor   how many rows of the epoch's order were passed, filtered ones included; a pool covers a range of cursors
+place    position of a block in the epoch's order; pool p covers places [p * pool_blocks, (p + 1) * pool_blocks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.cache.load import shuffle
+
+MAX_PARTNERS = 0.1  # expected rows of a batch that share their block with a given row of it
+MAX_BLOCK_ROWS = 64  # larger blocks copy no faster
+POOL_BYTES = 512 * 2**20  # per buffer; a loader holds two
+_CHUNK_BYTES = 8 * 2**20  # of one copying task
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Shape of a shuffled pass over pinned shards. Equal orders and equal seeds deliver equal rows."""
+
+    shards: tuple[tuple[int, int], ...]  # (shard number, n_rows) of the pinned set
+    block_rows: int
+    pool_blocks: int
+    seed: int
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows of one epoch, before any filter."""
+        return sum(n for _, n in self.shards)
+
+    @cached_property
+    def first_blocks(self) -> I64:
+        """(n_shards + 1,) number of the first block of each shard, then the number of blocks."""
+        counts = [-(-n // self.block_rows) for _, n in self.shards]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the cache, short ones included."""
+        return int(self.first_blocks[-1])
+
+    @property
+    def n_pools(self) -> int:
+        """Pools of one epoch."""
+        return -(-self.n_blocks // self.pool_blocks)
+
+    @property
+    def max_pool_rows(self) -> int:
+        """Rows that a pool can hold."""
+        return min(self.pool_blocks * self.block_rows, self.n_rows)
+
+    def pool_starts(self, epoch: int) -> I64:
+        """(n_pools + 1,) cursor at which each pool starts. Only short blocks make this more than a multiplication."""
+        starts = np.arange(self.n_pools + 1, dtype=np.int64) * (self.pool_blocks * self.block_rows)
+        short = [
+            (last - 1, -n % self.block_rows) for (_, n), last in zip(self.shards, self.first_blocks[1:], strict=True)
+        ]
+        short = [(block, missing) for block, missing in short if missing]
+        if short:
+            blocks, missing = np.array(short, dtype=np.int64).T
+            pools = shuffle.block_places(blocks, self.n_blocks, self.seed, epoch) // self.pool_blocks
+            lost = np.bincount(pools, weights=missing, minlength=self.n_pools).astype(np.int64)
+            starts[1:] -= np.cumsum(lost)
+        starts[-1] = self.n_rows
+        return starts
+
+    def locate(self, epoch: int, cursor: int) -> int:
+        """The pool in which a cursor lies; n_pools at the end of the epoch."""
+        return int(np.searchsorted(self.pool_starts(epoch), cursor, side="right")) - 1
+
+    def pool(self, epoch: int, pool: int) -> PoolPlan:
+        """What a pool is made of, in disk order."""
+        start = pool * self.pool_blocks
+        blocks = np.sort(shuffle.block_order(self.n_blocks, self.seed, epoch, start, start + self.pool_blocks))
+        bounds = np.searchsorted(blocks, self.first_blocks)
+        parts = [
+            ShardPart(i, blocks[lo:hi] - self.first_blocks[i], n, self.block_rows)
+            for i, ((_, n), lo, hi) in enumerate(zip(self.shards, bounds[:-1], bounds[1:], strict=True))
+            if hi > lo
+        ]
+        return PoolPlan(tuple(parts))
+
+    def permutation(self, epoch: int, pool: int, n_rows: int) -> I64:
+        """Order in which the rows of a pool are delivered."""
+        return shuffle.pool_permutation(n_rows, self.seed, epoch, pool)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint stores, to refuse another order."""
+        return {
+            "format_version": shuffle.FORMAT_VERSION,
+            "shards": [list(s) for s in self.shards],
+            "block_rows": self.block_rows,
+            "pool_blocks": self.pool_blocks,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """The blocks of one shard that a pool takes, ascending."""
+
+    shard: int  # position among the pinned shards
+    blocks: I64
+    shard_rows: int
+    block_rows: int
+
+    @property
+    def n_full(self) -> int:
+        """How many of them are whole; the last of a shard may be short."""
+        return len(self.blocks) - int(self.blocks[-1] == self.shard_rows // self.block_rows)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of these blocks."""
+        n_full = self.n_full
+        return n_full * self.block_rows + (self.shard_rows % self.block_rows if n_full < len(self.blocks) else 0)
+
+    def offsets(self, start: int = 0) -> I64:
+        """(n_rows,) offsets of these rows in their shard, counted from `start` on."""
+        firsts = self.blocks * self.block_rows + start
+        return (firsts[:, None] + np.arange(self.block_rows)).ravel()[: self.n_rows]
+
+    def copy(self, rows: NDArray[Any], out: NDArray[Any], executor: Executor | None = None) -> None:
+        """Copy the rows of these blocks from a shard's array (shard_rows, ...) to out (n_rows, ...)."""
+        n_full, width = self.n_full, self.block_rows
+        per_block = width * int(np.prod(rows.shape[1:]))
+        whole = rows[: self.shard_rows // width * width].reshape(-1, per_block)
+        target = out[: n_full * width].reshape(-1, per_block)
+        step = max(_CHUNK_BYTES // max(whole[:1].nbytes, 1), 1)
+        blocks = self.blocks[:n_full]
+        tasks = [(whole, blocks[i : i + step], target[i : i + step]) for i in range(0, n_full, step)]
+        for _ in map(_take, tasks) if executor is None else executor.map(_take, tasks):
+            pass
+        if n_full < len(self.blocks):
+            out[n_full * width :] = rows[self.shard_rows // width * width :]
+
+
+def _take(task: tuple[NDArray[Any], I64, NDArray[Any]]) -> None:
+    source, indices, out = task
+    np.take(source, indices, axis=0, out=out, mode="clip")  # the other modes copy once more
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """The rows of a pool, in disk order."""
+
+    parts: tuple[ShardPart, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the pool, before any filter."""
+        return sum(p.n_rows for p in self.parts)
+
+    def gather(self, shards: Sequence[NDArray[Any]], out: NDArray[Any], executor: Executor | None = None) -> None:
+        """Copy the pool's rows from the arrays of the pinned shards to out (n_rows, ...)."""
+        done = 0
+        for part in self.parts:
+            part.copy(shards[part.shard], out[done : done + part.n_rows], executor)
+            done += part.n_rows
+
+    def restrict(self, keep: NDArray[np.bool_]) -> tuple[PoolPlan, I64]:
+        """The blocks that hold any of the rows to keep, and where each row of this plan then stands in theirs."""
+        parts, wanted, done = [], [], 0
+        for part in self.parts:
+            starts = np.arange(len(part.blocks)) * part.block_rows
+            used = np.logical_or.reduceat(keep[done : done + part.n_rows], starts)
+            wanted.append(np.repeat(used, part.block_rows)[: part.n_rows])
+            done += part.n_rows
+            if used.any():
+                parts.append(replace(part, blocks=part.blocks[used]))
+        return PoolPlan(tuple(parts)), np.cumsum(np.concatenate(wanted), dtype=np.int64) - 1
+
+    def split(self, max_rows: int) -> Iterator[PoolPlan]:
+        """The same rows in plans of at most max_rows, or of one block if a block is larger."""
+        for part in self.parts:
+            step = max(max_rows // part.block_rows, 1)
+            for i in range(0, len(part.blocks), step):
+                yield PoolPlan((replace(part, blocks=part.blocks[i : i + step]),))
+
+    def row_ids(self, first_row_ids: Sequence[int]) -> I64:
+        """(n_rows,) permanent ids, from the id of the first row of each pinned shard."""
+        ids = [part.offsets(first_row_ids[part.shard]) for part in self.parts]
+        return np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
+
+
+def plan_order(
+    shards: Sequence[tuple[int, int]],
+    *,
+    bytes_per_row: int,
+    batch_size: int,
+    seed: int,
+    pool_rows: int | None = None,
+    block_rows: int | None = None,
+) -> Order:
+    """Choose pool and block sizes: pools of about 512 MiB of equal size, blocks as large as the mixing allows."""
+    n_rows = sum(n for _, n in shards)
+    wanted = pool_rows or max(POOL_BYTES // max(bytes_per_row, 1), 4 * batch_size)
+    n_pools = max(-(-n_rows // max(min(wanted, n_rows), 1)), 1)
+    if block_rows is None:
+        mixing = 1 + int(MAX_PARTNERS * (n_rows // n_pools - 1) / max(batch_size - 1, 1))
+        block_rows = MAX_BLOCK_ROWS if n_pools == 1 else max(min(mixing, MAX_BLOCK_ROWS), 1)
+    n_blocks = sum(-(-n // block_rows) for _, n in shards)
+    return Order(tuple((i, n) for i, n in shards), block_rows, max(-(-n_blocks // n_pools), 1), seed)

@@ -1,0 +1,175 @@
+"""Planned pools: which rows of the cache, which of them survive, in which order; made in a background thread.
+
+A row's address says where it is copied from: on a CPU its place among all rows of the pinned shards, on a GPU its
+place in the buffer of the pool. Both ascend in disk order. Shapes: S surviving rows of a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sae_granary.cache.load.order import Order, PoolPlan
+from sae_granary.cache.load.readahead import ReadAhead
+from sae_granary.cache.load.selection import Selection, shard_columns
+from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, as_integers, n_copy_threads
+from sae_granary.common.prefetch import THREADS
+
+if TYPE_CHECKING:
+    from sae_granary.cache.read.reader import Cache
+
+I64 = NDArray[np.int64]
+PREVIOUS = "@-1"  # after a hook point's name: the row before each row
+
+Taken = tuple[dict[str, Tensor], I64 | None]  # rows by hook point, their ids if wanted
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pool: its rows, and which of them are delivered when."""
+
+    rows: PoolRows
+    epoch: int
+    start: int  # cursor at its first row
+    n_rows: int
+    order: I64  # (S,) addresses of the survivors in the order of delivery, ascending within each batch
+    ranks: I64 | None  # (S,) how many rows of the pool's order precede each survivor; None: all rows survive
+    row_ids: Callable[[I64], I64] | None  # addresses -> permanent ids
+
+    def survivors_before(self, cursor: int) -> int:
+        """How many survivors stand before a cursor of this epoch."""
+        passed = min(max(cursor - self.start, 0), self.n_rows)
+        return passed if self.ranks is None else int(np.searchsorted(self.ranks, passed))
+
+    def cursor_after(self, n_survivors: int) -> int:
+        """The cursor behind the first n survivors."""
+        passed = n_survivors if self.ranks is None else int(self.ranks[n_survivors - 1]) + 1
+        return self.start + passed
+
+
+class PoolSource:
+    """Plans pools and takes rows from them; runs in the background threads.
+
+    With `keeps_all` no row of the cache is filtered or held out, and no column is read.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        hooks: Sequence[str],
+        order: Order,
+        selection: Selection,
+        device: torch.device,
+        *,
+        keeps_all: bool,
+        with_rows: bool,
+        previous: bool,
+    ) -> None:
+        self.order, self.selection, self.device = order, selection, device
+        self.dtype = cache.dtype
+        skipped = int(previous)  # the first row of a shard has no row before it
+        numbers = range(len(cache.shards))
+        shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in numbers] for hook in hooks}
+        self.shards = {hook: [rows[skipped:] for rows in shards[hook]] for hook in hooks}
+        if previous:
+            self.shards |= {hook + PREVIOUS: [rows[:-1] for rows in shards[hook]] for hook in hooks}
+        self.hooks = tuple(self.shards)
+        columns = [] if keeps_all else shard_columns(cache, selection, hooks)
+        self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
+        self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
+        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.dtype)
+        self.files = [
+            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(shards[hook])] for hook in hooks
+        ]
+
+    def pools(self, epoch: int, cursor: int, epochs: int | None, batch_size: int) -> Generator[Pool, None, None]:
+        """Pools from a cursor on, at which a batch starts.
+
+        The rows of a pool may be overwritten when the next but one is asked for.
+        """
+        first, missing = self.order.locate(epoch, cursor), 0
+        ahead = ReadAhead(self.files)
+        buffers: list[CudaBuffer | None] = [None, None]
+        if self.device.type == "cuda":
+            widths = {hook: shards[0].shape[1] for hook, shards in self.shards.items()}
+            buffers = [CudaBuffer(self.order, widths, self.dtype, self.device) for _ in buffers]
+        with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
+            while epochs is None or epoch < epochs:
+                starts = self.order.pool_starts(epoch)
+                for number in range(first, self.order.n_pools):
+                    pool = self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
+                    missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
+                    yield pool
+                    buffers.reverse()
+                epoch, first, cursor = epoch + 1, 0, 0
+
+    def _assemble(
+        self,
+        epoch: int,
+        number: int,
+        start: int,
+        buffer: CudaBuffer | None,
+        ahead: ReadAhead,
+        executor: Executor,
+    ) -> Pool:
+        plan = self.order.pool(epoch, number)
+        order = self.order.permutation(epoch, number, plan.n_rows)
+        keep, ranks = None, None
+        if self.columns:
+            keep = self.selection.mask({name: _column(plan, shards) for name, shards in self.columns.items()})
+            kept = keep[order]
+            order, ranks = order[kept], np.flatnonzero(kept)
+        if buffer is None:
+            ahead.advise(plan, lambda: plan if keep is None else plan.restrict(keep)[0])
+            order = plan.row_ids(self.host_rows.starts.tolist())[order]
+            row_ids: Callable[[I64], I64] | None = None if self.first_row_ids is None else self._ids_of_addresses
+            return Pool(self.host_rows, epoch, start, plan.n_rows, order, ranks, row_ids)
+        fetched = plan
+        if keep is not None:
+            fetched, places = plan.restrict(keep)
+            order = places[order]
+        ahead.advise(plan, lambda: fetched)
+        buffer.fill(fetched, self.shards, executor)
+        row_ids = None if self.first_row_ids is None else fetched.row_ids(self.first_row_ids).__getitem__
+        return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)
+
+    def take(self, pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
+        """Survivors lo to hi of a pool, of one batch, once the call returned is over (see `PoolRows.take`)."""
+        index = pool.order[lo:hi]
+        rows = {hook: pool.rows.take(hook, index) for hook in self.hooks}
+
+        def finish() -> Taken:
+            ids = None if pool.row_ids is None else pool.row_ids(index)
+            return {hook: copied() for hook, copied in rows.items()}, ids
+
+        return finish
+
+    def _ids_of_addresses(self, index: I64) -> I64:
+        assert self.first_row_ids is not None
+        shard = self.host_rows.shard_of(index)
+        return index + (np.array(self.first_row_ids, dtype=np.int64) - self.host_rows.starts)[shard]
+
+
+def sort_batches(order: I64, batch_size: int, missing: int) -> int:
+    """Sort in place what each batch takes of `order`, of which the open one takes `missing`; what is missing after."""
+    order[:missing].sort()
+    if len(order) <= missing:
+        return missing - len(order)
+    rest = order[missing:]
+    n_whole = len(rest) // batch_size * batch_size
+    rest[:n_whole].reshape(-1, batch_size).sort(axis=1)
+    rest[n_whole:].sort()
+    return (n_whole - len(rest)) % batch_size
+
+
+def _column(plan: PoolPlan, shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    out = np.empty(plan.n_rows, dtype=shards[0].dtype)
+    plan.gather(shards, out)
+    return out

@@ -1,0 +1,176 @@
+"""Which rows a run sees: filters by flag, position and norm, held-out documents; with exact accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.cache.format.rows import FLAG_ABSENT, FLAG_SPECIAL
+from sae_granary.cache.load import shuffle
+
+if TYPE_CHECKING:
+    from sae_granary.cache.read.reader import Cache
+
+Part = Literal["train", "heldout", "all"]
+Columns = Mapping[str, NDArray[Any]]
+Mask = NDArray[np.bool_]
+
+_HOLDOUT_DOMAIN = 0x686F_6C64_6F75_74  # "holdout"
+_SLICE_ROWS = 2**20  # of the accounting pass
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Rows to keep. Norms are those of the stored values; with several hook points each must be within bounds."""
+
+    special: bool = False  # keep special tokens
+    first_position: bool | None = None  # keep position 0 of each window; None: only if the model is no decoder
+    min_position: int | None = None
+    max_position: int | None = None  # inclusive
+    min_norm: float | None = None
+    max_norm: float | None = None  # inclusive
+
+    @property
+    def reads_norms(self) -> bool:
+        """Whether rows go by their norms, so that each hook point drops others."""
+        return self.min_norm is not None or self.max_norm is not None
+
+    def resolve(self, cache: Cache) -> Filters:
+        """Decide what depends on the cache: position 0 of a decoder is an attention sink and goes out."""
+        if self.first_position is not None:
+            return self
+        model = cache.manifest.provenance.get("model", {})
+        decoder = bool(model.get("is_decoder", False)) and cache.unit == "token"
+        return replace(self, first_position=not decoder)
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Documents never trained on, chosen by a hash of doc_id and seed: the split stays when the cache grows."""
+
+    fraction: float = 0.05  # of the documents
+    seed: int = 0
+
+    def mask(self, doc_id: NDArray[np.int64]) -> Mask:
+        """(N,) whether each row's document is held out: hash64(doc_id) below fraction * 2**64."""
+        key = shuffle.derive_key(_HOLDOUT_DOMAIN, self.seed)
+        limit = np.uint64(int(self.fraction * 2**63))
+        return (shuffle.hash64(doc_id, key) >> np.uint64(1)) < limit
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Where every row of the cache went; one dropped for several reasons counts for the first. The sum is total."""
+
+    total: int = 0
+    train: int = 0
+    heldout: int = 0
+    special: int = 0
+    first_position: int = 0
+    position: int = 0
+    norm: int = 0
+
+    def of(self, part: Part) -> int:
+        """Rows that a part delivers in one pass."""
+        return {"train": self.train, "heldout": self.heldout, "all": self.train + self.heldout}[part]
+
+    def to_json(self) -> dict[str, int]:
+        """As stored in a run's summary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Resolved filters and holdout: pure functions from the columns of some rows to masks."""
+
+    filters: Filters
+    holdout: Holdout
+    part: Part = "train"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the masks need; "norm" stands for the norms of every hook point in use."""
+        f = self.filters
+        needs_position = f.first_position is False or f.min_position is not None or f.max_position is not None
+        needed = {
+            "flags": True,
+            "position": needs_position,
+            "norm": f.reads_norms,
+            "doc_id": self.holdout.fraction > 0,
+        }
+        return tuple(name for name, wanted in needed.items() if wanted)
+
+    def reasons(self, columns: Columns) -> dict[str, Mask]:
+        """Reason -> rows that it drops, in the order in which reasons count. Norms come as "norm:<hook point>"."""
+        f, flags = self.filters, columns["flags"]
+        out = {"absent": (flags & FLAG_ABSENT) != 0}
+        if not f.special:
+            out["special"] = (flags & FLAG_SPECIAL) != 0
+        if "position" in columns:
+            position = columns["position"]
+            if f.first_position is False:
+                out["first_position"] = position == 0
+            out["position"] = _outside(position, f.min_position, f.max_position)
+        norms = [_outside(v, f.min_norm, f.max_norm) for name, v in columns.items() if name.startswith("norm:")]
+        if norms:
+            out["norm"] = np.logical_or.reduce(norms)
+        return out
+
+    def mask(self, columns: Columns) -> Mask:
+        """(N,) rows that this part delivers."""
+        keep: Mask = ~np.logical_or.reduce(list(self.reasons(columns).values()))
+        if self.part == "all" or "doc_id" not in columns:
+            return keep if self.part != "heldout" else np.zeros_like(keep)
+        heldout = self.holdout.mask(columns["doc_id"])
+        return keep & (heldout if self.part == "heldout" else ~heldout)
+
+    def count(self, columns: Columns) -> Counts:
+        """Accounting of these rows."""
+        left = np.ones(len(columns["flags"]), dtype=np.bool_)
+        counts: dict[str, int] = {}
+        for reason, drop in self.reasons(columns).items():
+            counts[reason] = int(np.count_nonzero(left & drop))
+            left &= ~drop
+        absent = counts.pop("absent")
+        heldout = 0
+        if "doc_id" in columns:
+            heldout = int(np.count_nonzero(left & self.holdout.mask(columns["doc_id"])))
+        n_left = int(np.count_nonzero(left))
+        return Counts(total=len(left) - absent, train=n_left - heldout, heldout=heldout, **counts)
+
+
+def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
+    """For each shard the memory-mapped columns that the selection needs."""
+    names = [n for n in selection.columns if n != "norm"]
+    sources: dict[str, Any] = {n: cache.column(n) for n in names}
+    if "norm" in selection.columns:
+        sources |= {f"norm:{hook}": cache.norms(hook) for hook in hooks}
+    return [{name: np.asarray(source.shard(i)) for name, source in sources.items()} for i in range(len(cache.shards))]
+
+
+def account(cache: Cache, filters: Filters, holdout: Holdout, hooks: Sequence[str]) -> Counts:
+    """Count what the filters and the holdout do to a cache, in one streaming pass over its metadata."""
+    selection = Selection(filters.resolve(cache), holdout)
+    parts = [selection.count(c) for shard in shard_columns(cache, selection, hooks) for c in _slices(shard)]
+    totals = {name: sum(getattr(p, name) for p in parts) for name in asdict(Counts())}
+    return Counts(**totals)
+
+
+def _slices(columns: Columns) -> Iterator[dict[str, NDArray[Any]]]:
+    n_rows = len(columns["flags"])
+    for start in range(0, n_rows, _SLICE_ROWS):
+        yield {name: np.asarray(values[start : start + _SLICE_ROWS]) for name, values in columns.items()}
+
+
+def _outside(values: NDArray[Any], low: float | None, high: float | None) -> Mask:
+    """Rows outside [low, high]; NaN is outside of every bound."""
+    out = np.zeros(len(values), dtype=np.bool_)
+    if low is not None:
+        out |= ~(values >= low)
+    if high is not None:
+        out |= ~(values <= high)
+    return out

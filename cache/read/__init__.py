@@ -1,0 +1,1 @@
+"""Read a cache: rows, documents, contexts, listings, verification."""

@@ -1,0 +1,145 @@
+"""Rows of one array of an open cache: memory-mapped shards behind one dense axis."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_granary.cache.errors import CorruptCacheError, MissingFileError
+from sae_granary.cache.format.layout import ArrayLayout
+from sae_granary.cache.format.storage import Array
+
+
+class RowArray:
+    """An array over the rows 0..n-1 of the opened shards.
+
+    `array[i]`, `array[a:b]` and `array[indices]` give numpy arrays; a slice inside one shard is a view of the memory
+    map, anything else a copy. `shard(i)` is the map of the i-th opened shard.
+    """
+
+    def __init__(self, root: Path, layout: ArrayLayout, shards: Sequence[tuple[int, int]]) -> None:
+        self.layout = layout
+        self.dtype: np.dtype[Any] = layout.storage.numpy
+        self._root = root
+        self._shards = tuple(shards)  # (shard number, rows) of each opened shard
+        self._starts = np.concatenate([[0], np.cumsum([n_rows for _, n_rows in shards], dtype=np.int64)])
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
+        self._views: dict[int, Array] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n_rows,) or (n_rows, d_in)."""
+        return self.layout.shape(len(self))
+
+    def path(self, i: int) -> Path:
+        """The file of the i-th opened shard."""
+        return self._root / self.layout.shard_path(self._shards[i][0])
+
+    def shard(self, i: int) -> np.memmap[Any, Any]:
+        """The rows of the i-th opened shard, memory-mapped, read-only."""
+        if i not in self._maps:
+            self._maps[i] = _map_file(self.path(i), self.layout, self._shards[i][1])
+            self._views[i] = self._maps[i].view(np.ndarray)  # the subclass costs microseconds per index
+        return self._maps[i]
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[int]) -> Array: ...
+    def __getitem__(self, index: int | np.integer[Any] | slice | npt.NDArray[Any] | Sequence[int]) -> Any:
+        if isinstance(index, slice):
+            return self._slice(*index.indices(len(self)))
+        if isinstance(index, int | np.integer):
+            row = int(index) + (len(self) if index < 0 else 0)
+            if not 0 <= row < len(self):
+                raise IndexError(f"row {int(index)} is out of range: there are {len(self)} rows")
+            i = int(np.searchsorted(self._starts, row, side="right")) - 1
+            return self._view(i)[row - int(self._starts[i])]
+        return self._take(np.asarray(index))
+
+    def _view(self, i: int) -> Array:
+        if i not in self._views:
+            self.shard(i)
+        return self._views[i]
+
+    def _slice(self, start: int, stop: int, step: int) -> Array:
+        if step != 1:
+            return self._take(np.arange(start, stop, step))
+        if start >= stop:
+            return np.empty(self.layout.shape(0), dtype=self.dtype)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, stop, side="left")) - 1
+        pieces = [
+            self._view(i)[max(0, start - int(self._starts[i])) : stop - int(self._starts[i])]
+            for i in range(first, last + 1)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _take(self, index: npt.NDArray[Any]) -> Array:
+        if index.ndim != 1 or (index.dtype.kind not in "iu" and index.size):
+            raise IndexError(f"expected a one-dimensional array of integers, got {index.dtype.name}{index.shape}")
+        rows = index.astype(np.int64)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows {index.min()} to {index.max()} are out of range: there are {len(self)} rows")
+        out = np.empty(self.layout.shape(len(rows)), dtype=self.dtype)
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        for i in np.unique(shard).tolist():
+            here = shard == i
+            out[here] = self._view(i)[rows[here] - self._starts[i]]
+        return out
+
+
+class Column(RowArray):
+    """A column of position metadata, or the row norms of a hook point."""
+
+    def __repr__(self) -> str:
+        return f"<Column {self.layout.path}: {len(self):,} rows of {self.dtype.name}>"
+
+
+class HookRows(RowArray):
+    """The activations of one hook point: (n_rows, d_in)."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.layout.width or 1
+
+    def __repr__(self) -> str:
+        return f"<HookRows {self.layout.path}: {len(self):,} rows of {self.d_in} {self.dtype.name}>"
+
+
+def check_file(path: Path, expected_bytes: int) -> None:
+    """Raise unless there is a regular file of exactly this size."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} is missing; restore it from a copy, or harvest again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCacheError(f"{path} is not a regular file; links out of a cache are not followed")
+    if status.st_size != expected_bytes:
+        raise CorruptCacheError(
+            f"{path} has {status.st_size:,} bytes, expected {expected_bytes:,}; restore it from a copy"
+        )
+
+
+def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} has gone since the cache was opened") from None
+    except OSError as error:
+        raise CorruptCacheError(f"{path} cannot be opened: {error.strerror}") from None
+    with os.fdopen(fd, "rb") as file:
+        if os.fstat(fd).st_size != layout.shard_bytes(n_rows):  # a map past the end would be a SIGBUS
+            raise CorruptCacheError(f"{path} has changed its size since the cache was opened")
+        return np.memmap(file, dtype=layout.storage.numpy, mode="r", shape=layout.shape(n_rows))

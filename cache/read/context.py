@@ -1,0 +1,76 @@
+"""The text around a row, from the strings of its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae_granary.cache.format.rows import FLAG_SPECIAL, DocumentRow
+
+if TYPE_CHECKING:
+    from sae_granary.cache.read.reader import Cache
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tokens of one document around a row; for pooled rows the whole document, without tokens."""
+
+    row: int
+    rows: tuple[int, ...]  # ordinals of the tokens
+    tokens: tuple[str | int, ...]  # strings, or ids where the cache has no vocabulary
+    index: int  # where the row itself stands in `tokens`; -1 without tokens
+    text: str  # the tokens as text, or the document's
+    document: DocumentRow | None
+
+
+def make_context(cache: Cache, row: int, before: int, after: int) -> Context:
+    """See `Cache.context`. Special tokens are left out, except for the row itself."""
+    row = int(row) + (len(cache) if row < 0 else 0)
+    doc_id = int(cache.column("doc_id")[row])
+    document = cache.find_document(doc_id)
+    if cache.unit == "text":
+        return Context(row, (row,), (), -1, document.text if document else "", document)
+    # Each window adds special tokens, so a wider slice than wanted is needed.
+    low, high = max(0, row - 2 * before - 16), min(len(cache), row + 2 * after + 17)
+    same = (cache.column("doc_id")[low:high] == doc_id) & (cache.column("flags")[low:high] & FLAG_SPECIAL == 0)
+    near = np.flatnonzero(same) + low
+    rows = [*near[near < row][-before or len(near) :].tolist(), row, *near[near > row][:after].tolist()]
+    tokens = tuple(cache.token(r) for r in rows)
+    return Context(row, tuple(rows), tokens, rows.index(row), join_tokens(tokens), document)
+
+
+def join_tokens(tokens: Sequence[str | int]) -> str:
+    """Tokens as readable text: WordPiece (##), SentencePiece (\u2581) and byte-level BPE (\u0120) conventions.
+
+    For display only: offsets into the source text are not kept.
+    """
+    words = [str(token) for token in tokens]
+    if not words:
+        return ""
+    if any(word.startswith("\u2581") for word in words):
+        return "".join(words).replace("\u2581", " ").strip()
+    if any(word[:1] in {"\u0120", "\u010a"} for word in words):
+        return _byte_level("".join(words)).strip()
+    text = words[0].removeprefix("##")
+    for word in words[1:]:
+        text += word[2:] if word.startswith("##") else f" {word}"
+    return text
+
+
+def _byte_level(text: str) -> str:
+    table = _byte_table()
+    if any(character not in table for character in text):
+        return text.replace("\u0120", " ").replace("\u010a", "\n")
+    return bytes(table[character] for character in text).decode("utf-8", errors="replace")
+
+
+@lru_cache(maxsize=1)
+def _byte_table() -> dict[str, int]:
+    """The characters by which byte-level BPE (GPT-2) writes bytes: printable ones as themselves, others from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

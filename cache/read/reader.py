@@ -1,0 +1,236 @@
+"""Open a cache and read it: rows by slice or index, metadata, documents, statistics. Imports neither zarr nor torch.
+
+Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_per_shard + offset` is for ever.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
+from sae_granary.cache.format.layout import (
+    COLUMNS,
+    COMMITS,
+    DOCUMENTS,
+    GROUPS,
+    VOCABULARY,
+    ArrayLayout,
+    commit_path,
+    documents_path,
+)
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.records import load_manifest, load_record, load_records
+from sae_granary.cache.format.rows import DocumentRow, HookPoint, Unit
+from sae_granary.cache.format.signed import digest, read_bytes
+from sae_granary.cache.format.stats import Stats, make_stats, merge_all
+from sae_granary.cache.read.arrays import Column, HookRows, check_file
+from sae_granary.cache.read.context import Context, make_context
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """An opened shard: its number, the rows present in it, and the permanent id of the first of them."""
+
+    index: int
+    n_rows: int
+    first_row_id: int
+
+
+def open_cache(
+    path: str | os.PathLike[str], *, shards: Collection[int] | None = None, allow_incomplete: bool = False
+) -> Cache:
+    """Open a cache: all its committed shards, or those numbered in `shards`.
+
+    Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
+    whose harvest has not finished needs `allow_incomplete`; it is read as it stands now.
+    """
+    path = Path(path)
+    manifest = load_manifest(path)
+    records = manifest.shards if manifest.complete else tuple(load_records(path, manifest))
+    if not manifest.complete and not allow_incomplete:
+        raise IncompleteCacheError(_incomplete_message(path, manifest, records))
+    numbers = range(len(records)) if shards is None else sorted(set(shards))
+    unknown = [number for number in numbers if not 0 <= number < len(records)]
+    if unknown:
+        raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
+    cache = Cache(path, manifest, records, [records[number] for number in numbers])
+    cache.check_files()
+    return cache
+
+
+class Cache:
+    """An open cache; see `open_cache`. Nothing is ever written to it."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], opened: Sequence[ShardRecord]
+    ) -> None:
+        self.path, self.manifest = path, manifest
+        self.records = tuple(records)  # of all committed shards
+        self.opened = tuple(opened)
+        self.complete = manifest.complete
+        self.unit: Unit = manifest.unit
+        self.dtype: str = manifest.dtype
+        self.hook_points: dict[str, HookPoint] = {hook.name: hook for hook in manifest.hook_points}
+        self.layout = manifest.layout
+        self.shards = tuple(
+            ShardView(record.shard, record.n_rows, record.shard * manifest.rows_per_shard) for record in opened
+        )
+        self.n_rows = sum(shard.n_rows for shard in self.shards)
+        self._starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in self.shards], dtype=np.int64)])
+        self._sizes = [(shard.index, shard.n_rows) for shard in self.shards]
+        self._hooks: dict[str, HookRows] = {}
+        self._columns: dict[str, Column] = {}
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        from sae_granary.cache.read.render import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from sae_granary.cache.read.render import html
+
+        return html(self)
+
+    def hook(self, name: str | None = None) -> HookRows:
+        """The activations of a hook point; the name may be left out where there is only one."""
+        name = self.hook_name(name)
+        if name not in self._hooks:
+            self._hooks[name] = HookRows(self.path, self.layout.activations[name], self._sizes)
+        return self._hooks[name]
+
+    def norms(self, name: str | None = None) -> Column:
+        """The float32 norms of the stored rows of a hook point."""
+        return self._column(self.layout.norms[self.hook_name(name)])
+
+    def column(self, name: str) -> Column:
+        """Position metadata: token_id, doc_id, window, position, doc_position or flags."""
+        if name not in COLUMNS:
+            raise UnknownNameError(f"no column {name!r}: there are {', '.join(COLUMNS)}")
+        return self._column(self.layout.columns[name])
+
+    def _column(self, layout: ArrayLayout) -> Column:
+        if layout.path not in self._columns:
+            self._columns[layout.path] = Column(self.path, layout, self._sizes)
+        return self._columns[layout.path]
+
+    def hook_name(self, name: str | None = None) -> str:
+        """The name itself where there is such a hook point, or the only one's for None."""
+        if name is None and len(self.hook_points) == 1:
+            return next(iter(self.hook_points))
+        if name is None or name not in self.hook_points:
+            wanted = "name a hook point" if name is None else f"no hook point {name!r}"
+            raise UnknownNameError(f"{self.path}: {wanted}: there are {', '.join(self.hook_points)}")
+        return name
+
+    def shard_path(self, hook: str | None, i: int) -> Path:
+        """The file that holds a hook point's rows of the i-th opened shard, from byte 0."""
+        return self.hook(hook).path(i)
+
+    def row_ids(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The permanent ids of ordinals."""
+        ordinals = np.asarray(rows, dtype=np.int64)
+        shard = np.searchsorted(self._starts, ordinals, side="right") - 1
+        first = np.array([view.first_row_id for view in self.shards], dtype=np.int64)
+        ids: npt.NDArray[np.int64] = first[shard] + (ordinals - self._starts[shard])
+        return ids
+
+    def document(self, row: int) -> DocumentRow:
+        """The document that a row comes from."""
+        doc_id = int(self.column("doc_id")[row])
+        document = self.find_document(doc_id)
+        if document is None:
+            raise RowLookupError(f"{self.path}: document {doc_id} of row {row} is not stored")
+        return document
+
+    def find_document(self, doc_id: int) -> DocumentRow | None:
+        """The document of an id, or None where none of its rows were stored."""
+        from sae_granary.cache.format.documents import read_document
+
+        lasts, shards = self._last_documents
+        i = bisect.bisect_left(lasts, doc_id)
+        return read_document(self.path / documents_path(shards[i]), doc_id) if i < len(shards) else None
+
+    @cached_property
+    def _last_documents(self) -> tuple[list[int], list[int]]:
+        """Last document id, and number, of each shard in which documents start."""
+        found = [(record.documents.last, record.shard) for record in self.records if record.documents is not None]
+        return [last for last, _ in found], [shard for _, shard in found]
+
+    @cached_property
+    def vocabulary(self) -> list[str] | None:
+        """Token id -> string as the tokenizer writes it, or None where the harvest stored none."""
+        if self.manifest.vocabulary is None:
+            return None
+        data = read_bytes(self.path / VOCABULARY)
+        if digest(data) != self.manifest.vocabulary.xxh3:
+            raise CorruptCacheError(f"{self.path / VOCABULARY}: the checksum does not fit; restore it from a copy")
+        words: list[str] = json.loads(data)
+        return words
+
+    def token(self, row: int) -> str | int:
+        """The token of a row: its string where the cache has a vocabulary, else its id."""
+        if self.unit == "text":
+            raise RowLookupError(f"{self.path}: a row is a whole text here, not a token; use document(row)")
+        token_id = int(self.column("token_id")[row])
+        words = self.vocabulary
+        return words[token_id] if words is not None and 0 <= token_id < len(words) else token_id
+
+    def context(self, row: int, before: int = 10, after: int = 10) -> Context:
+        """The tokens around a row in its own document, and their text."""
+        return make_context(self, row, before, after)
+
+    def stats(self, hook: str | None = None) -> Stats:
+        """Statistics of the opened rows of a hook point: every stored row counts, special tokens too."""
+        name = self.hook_name(hook)
+        norms = [self.norms(name).shard(i) for i in range(len(self.shards))]
+        if self.manifest.statistics is not None and len(self.opened) == len(self.records):
+            return make_stats(self.manifest.statistics[name], norms)
+        records = [load_record(self.path, self.manifest, record.shard) for record in self.opened]
+        if not records:
+            raise RowLookupError(f"{self.path}: no rows, so no statistics")
+        return make_stats(merge_all(r.statistics[name] for r in records if r.statistics is not None), norms)
+
+    def check_files(self) -> None:
+        """Raise unless every file of the opened shards, and each that describes the cache, has its exact size."""
+        folders = [*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in self.layout.arrays)]
+        linked = [folder for folder in folders if (self.path / folder).is_symlink()]
+        if linked:
+            raise CorruptCacheError(
+                f"{self.path / linked[0]} is a symbolic link; links out of a cache are not followed"
+            )
+        for record in self.opened:
+            for path, entry in record.files.items():
+                check_file(self.path / path, entry.n_bytes)
+            if record.record is not None:
+                check_file(self.path / commit_path(record.shard), record.record.n_bytes)
+        for path, entry in (self.manifest.zarr_files or {}).items():
+            check_file(self.path / path, entry.n_bytes)
+        if self.manifest.vocabulary is not None:
+            check_file(self.path / VOCABULARY, self.manifest.vocabulary.n_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the opened shards."""
+        return sum(record.n_bytes for record in self.opened)
+
+
+def _incomplete_message(path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> str:
+    n_rows = sum(record.n_rows for record in records)
+    command = manifest.provenance.get("command")
+    again = f"`{command}`" if isinstance(command, str) else f"the same `sae-harvest run ... --out {path}`"
+    return (
+        f"{path} is incomplete: {n_rows:,} rows in {len(records)} committed shards; run {again} again to finish it, "
+        "or open it with allow_incomplete=True to read what is there"
+    )

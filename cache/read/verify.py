@@ -1,0 +1,269 @@
+"""Check every byte of a cache: checksums, Zarr metadata, statistics, row order. One finding per file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_granary.cache.errors import CacheError
+from sae_granary.cache.format.documents import hash_file, read_doc_ids
+from sae_granary.cache.format.layout import (
+    COMMITS,
+    DOCUMENTS,
+    GROUPS,
+    LOCK,
+    LOG,
+    MANIFEST,
+    TEMPORARY,
+    VOCABULARY,
+    commit_path,
+    documents_path,
+    zarr_files,
+)
+from sae_granary.cache.format.manifest import FileEntry, ShardRecord
+from sae_granary.cache.format.records import load_record
+from sae_granary.cache.format.rows import FLAG_ABSENT
+from sae_granary.cache.format.signed import FORMAT, VERSION
+from sae_granary.cache.format.stats import Moments, block_moments, merge_all
+from sae_granary.cache.read.arrays import check_file
+from sae_granary.cache.read.reader import Cache, open_cache
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one file; `problem` is None where it is as it should be."""
+
+    path: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, and the files in the folder that belong to no cache."""
+
+    findings: tuple[Finding, ...]
+    foreign: tuple[str, ...] = ()
+    n_bytes: int = 0  # read and found good
+    complete: bool = True  # whether the harvest has finished
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that are problems."""
+        return tuple(finding for finding in self.findings if finding.problem is not None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    path: str | os.PathLike[str], *, quick: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Report:
+    """Verify a cache, complete or not. `quick` stops after existence and sizes.
+
+    `progress(done, total)` counts bytes. A cache that cannot be opened gives one finding with the reason.
+    """
+    path = Path(path)
+    try:
+        cache = open_cache(path, allow_incomplete=True)
+    except CacheError as error:
+        return Report((Finding(MANIFEST, str(error)),))
+    findings: list[Finding] = []
+    n_bytes = 0
+    if not quick:
+        for finding, size in _check_all(cache):
+            findings.append(finding)
+            n_bytes += 0 if finding.problem else size
+            if progress is not None:
+                progress(n_bytes, cache.n_bytes)
+    return Report(tuple(findings), tuple(_foreign(cache)), n_bytes, cache.complete)
+
+
+def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
+    yield from _check_zarr(cache)
+    yield from _check_vocabulary(cache)
+    for i, record in enumerate(cache.opened):
+        damaged = False
+        for name, entry in record.files.items():
+            problem = _compare(cache.path / name, entry)
+            damaged |= problem is not None
+            yield Finding(name, problem), entry.n_bytes
+        commit = commit_path(record.shard)
+        problem, own = _read_record(cache, record)
+        if own is not None and not damaged:  # what follows would only repeat the damage
+            problem = _check_rows(cache, i, own)
+        yield Finding(commit, problem), 0
+    yield Finding(MANIFEST, _check_totals(cache)), 0
+
+
+def _compare(path: Path, entry: FileEntry) -> str | None:
+    try:
+        check_file(path, entry.n_bytes)
+        found = hash_file(path)
+    except (CacheError, OSError) as error:
+        return str(error)
+    return None if found == entry else f"checksum is {found.xxh3}, expected {entry.xxh3}"
+
+
+def _check_zarr(cache: Cache) -> Iterator[tuple[Finding, int]]:
+    expected = zarr_files(cache.layout, len(cache.records), {"format": FORMAT, "version": VERSION})
+    entries = cache.manifest.zarr_files
+    for name in expected:
+        if entries is not None and name not in entries:
+            yield Finding(name, "the manifest does not list it"), 0
+            continue
+        problem = None if entries is None else _compare(cache.path / name, entries[name])
+        yield Finding(name, problem or _compare_json(cache.path / name, expected[name], cache.complete)), 0
+
+
+def _compare_json(path: Path, expected: bytes, complete: bool) -> str | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"not readable as JSON: {error}"
+    wanted = json.loads(expected)
+    if not complete:  # a writer brings the shape up to date after the record: it may lag
+        found, wanted = _without_length(found), _without_length(wanted)
+    return None if found == wanted else "its contents are not those of this cache's layout"
+
+
+def _without_length(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: value[1:] if key == "shape" else _without_length(value) for key, value in node.items()}
+    return node
+
+
+def _check_vocabulary(cache: Cache) -> Iterator[tuple[Finding, int]]:
+    if cache.manifest.vocabulary is not None:
+        yield Finding(VOCABULARY, _compare(cache.path / VOCABULARY, cache.manifest.vocabulary)), 0
+
+
+def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRecord | None]:
+    """The shard's own record, held against what the manifest says of it."""
+    try:
+        own = load_record(cache.path, cache.manifest, record.shard)
+    except CacheError as error:
+        return str(error), None
+    if cache.complete and replace(own, statistics=None) != record:
+        return "it differs from what the manifest says of this shard", None
+    return None, own
+
+
+def _check_rows(cache: Cache, i: int, record: ShardRecord) -> str | None:
+    """The first thing that is wrong with the contents of a shard whose files have the right checksums."""
+    problem = _check_order(cache, i, record) or _check_documents(cache, record)
+    for hook in cache.hook_points:
+        problem = problem or _check_statistics(cache, i, hook, record)
+    return problem or _check_padding(cache, record)
+
+
+def _check_order(cache: Cache, i: int, record: ShardRecord) -> str | None:
+    window, position = cache.column("window").shard(i), cache.column("position").shard(i)
+    if (int(window[0]), int(window[-1])) != (record.first_window, record.last_window):
+        return f"windows are {window[0]} to {window[-1]}, expected {record.first_window} to {record.last_window}"
+    if (window[1:] < window[:-1]).any():
+        return "windows are not in order"
+    if ((window[1:] == window[:-1]) & (position[1:] <= position[:-1])).any():
+        return "positions do not ascend in a window"
+    if (cache.column("flags").shard(i) & FLAG_ABSENT).any():
+        return "rows that are present are flagged as absent"
+    return None
+
+
+def _check_documents(cache: Cache, record: ShardRecord) -> str | None:
+    try:
+        ids = read_doc_ids(cache.path / documents_path(record.shard))
+    except CacheError as error:
+        return str(error)
+    expected = record.documents
+    found = (len(ids), ids[0], ids[-1]) if ids else None
+    if found != (None if expected is None else (expected.n, expected.first, expected.last)):
+        return f"documents are {found}, expected {expected} (number, first, last)"
+    return None if ids == sorted(set(ids)) else "documents are not in order"
+
+
+def _check_statistics(cache: Cache, i: int, hook: str, record: ShardRecord) -> str | None:
+    rows, norms = cache.hook(hook).shard(i), cache.norms(hook).shard(i)
+    step = cache.layout.activations[hook].inner_rows
+    parts: list[Moments] = []
+    for start in range(0, len(rows), step):
+        moments, measured = block_moments(np.asarray(rows[start : start + step]))
+        parts.append(moments)
+        if not np.allclose(measured, norms[start : start + step], rtol=1e-6, atol=0):
+            return f"norms of {hook} do not fit its rows"
+    stored = None if record.statistics is None else record.statistics[hook]
+    if stored is None or not _close(merge_all(parts), stored):
+        return f"statistics of {hook} do not fit its rows"
+    return None
+
+
+def _check_padding(cache: Cache, record: ShardRecord) -> str | None:
+    """Behind the rows stand fill values and the index, byte for byte."""
+    for array in cache.layout.arrays:
+        with (cache.path / array.shard_path(record.shard)).open("rb") as file:
+            file.seek(record.n_rows * array.row_bytes)
+            padding = array.block()[: array.padded_rows(record.n_rows) - record.n_rows]
+            if file.read() != padding.tobytes() + array.index(record.n_rows):
+                return f"{array.shard_path(record.shard)}: padding or sharding index is not as the format says"
+    return None
+
+
+def _check_totals(cache: Cache) -> str | None:
+    """The manifest's statistics are the merged ones of the records; window numbers ascend over shards."""
+    for before, after in zip(cache.records, cache.records[1:], strict=False):
+        if after.first_window <= before.last_window:
+            return f"windows of shard {after.shard} do not follow those of shard {before.shard}"
+    if cache.manifest.statistics is None:
+        return None
+    try:
+        records = [load_record(cache.path, cache.manifest, record.shard) for record in cache.records]
+    except CacheError:
+        return None  # reported with the record
+    for hook, stored in cache.manifest.statistics.items():
+        if not _close(merge_all(r.statistics[hook] for r in records if r.statistics is not None), stored):
+            return f"statistics of {hook} are not the merged ones of its shards"
+    return None
+
+
+def _close(a: Moments, b: Moments) -> bool:
+    """Equal up to the order of summation, which differs between processors."""
+    scale = np.sqrt(np.maximum(a.m2_D / a.n_rows, 0)) + np.abs(a.mean_D) + 1e-300
+    return (
+        a.n_rows == b.n_rows
+        and bool((np.abs(a.mean_D - b.mean_D) <= 1e-9 * scale).all())
+        and bool((np.abs(a.m2_D - b.m2_D) <= 1e-9 * a.n_rows * scale**2).all())
+    )
+
+
+def _foreign(cache: Cache) -> Iterator[str]:
+    known: set[str] = {MANIFEST, VOCABULARY, LOCK, LOG}
+    known |= set(zarr_files(cache.layout, 0, {}))
+    for record in cache.records:
+        known |= {commit_path(record.shard), *record.files}
+    folders = {*GROUPS, COMMITS, DOCUMENTS, TEMPORARY, *(array.path for array in cache.layout.arrays)}
+    for folder, names, files in os.walk(cache.path):
+        relative = Path(folder).relative_to(cache.path)
+        names[:] = sorted(name for name in names if name != TEMPORARY)
+        for name in sorted([*files, *names]):
+            path = (relative / name).as_posix()
+            if path not in known and path not in folders:
+                yield path
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """What `sae-cache verify --json` prints."""
+    return {
+        "ok": report.ok,
+        "complete": report.complete,
+        "n_files": len(report.findings),
+        "n_bytes": report.n_bytes,
+        "problems": [{"path": finding.path, "problem": finding.problem} for finding in report.problems],
+        "foreign": list(report.foreign),
+    }

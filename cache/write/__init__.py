@@ -1,0 +1,1 @@
+"""Write a cache: shards, the commit record, resuming."""

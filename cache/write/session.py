@@ -1,0 +1,96 @@
+"""How the files of a cache come into place: synced under temporary names, linked, their folders synced."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from sae_granary.cache.errors import CacheLockedError
+from sae_granary.cache.format.layout import LOCK, TEMPORARY, CacheLayout, zarr_files
+from sae_granary.cache.format.signed import FORMAT, VERSION
+from sae_granary.common import files
+from sae_granary.common.lock import CacheLock
+
+ZARR_ATTRIBUTES = {"format": FORMAT, "version": VERSION}
+
+
+class Session:
+    """The temporary folder of one writer of the cache at `path`, and the ways from it into the cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(4)}"
+
+    def begin(self) -> None:
+        """Make the folder; those of killed writers go."""
+        shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def end(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another session's files, only where locks do nothing
+            (self.path / TEMPORARY).rmdir()
+
+    def place(self, temporary: Mapping[str, Path], record_path: str, record: bytes) -> None:
+        """Link the synced files of a shard into place, then its record; undo it all where the record is not reached."""
+        placed: dict[str, os.stat_result] = {}
+        try:
+            for path, source in temporary.items():
+                before = source.stat()
+                files.link_into_place(source, self.path / path)
+                placed[path] = before
+            for folder in {(self.path / path).parent for path in temporary}:
+                files.sync_folder(folder)
+            for path, before in placed.items():
+                if not os.path.samestat(before, os.stat(self.path / path)):
+                    raise FileExistsError(errno.EEXIST, "replaced by another process", str(self.path / path))
+            self.put(record_path, record)
+        except BaseException:
+            self._take_back(placed, record_path)
+            raise
+
+    def _take_back(self, placed: Mapping[str, os.stat_result], record_path: str) -> None:
+        if (self.path / record_path).exists():
+            return  # the shard is committed, by us or by another
+        for path, ours in placed.items():
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(ours, os.stat(self.path / path)):
+                    (self.path / path).unlink()
+
+    def write_zarr(self, layout: CacheLayout, n_shards: int) -> None:
+        """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
+        for path, data in zarr_files(layout, n_shards, ZARR_ATTRIBUTES).items():
+            target = self.path / path
+            if not target.exists() or target.read_bytes() != data:
+                self.replace(path, data)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a new file; FileExistsError where there is one."""
+        temporary = self.folder / "new"
+        temporary.unlink(missing_ok=True)
+        files.write_new(temporary, data)
+        files.link_into_place(temporary, self.path / path)
+        files.sync_folder((self.path / path).parent)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file, or another in its place."""
+        temporary = self.folder / "new"
+        temporary.unlink(missing_ok=True)
+        files.replace_file(self.path / path, data, temporary)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a writer left that was killed between its last write and its end."""
+    if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
+        return
+    lock = CacheLock(path / LOCK)
+    with contextlib.suppress(OSError, CacheLockedError):  # a read-only cache, or its writer is just about to end
+        lock.acquire()
+        shutil.rmtree(path / TEMPORARY, ignore_errors=True)
+        lock.release()

@@ -1,0 +1,177 @@
+"""The open shard: rows streamed into temporary files, statistics on the way, one inner chunk per array in memory.
+
+Every sum runs over inner chunks counted from the start of the shard, so that the result does not depend on how many
+rows come per call.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sae_granary.cache.errors import BadActivationError
+from sae_granary.cache.format.documents import DocumentFile
+from sae_granary.cache.format.layout import COLUMNS, ArrayLayout, CacheLayout, documents_path
+from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.format.rows import DocumentRow, Rows
+from sae_granary.cache.format.stats import Moments, block_moments
+from sae_granary.cache.format.storage import Array
+from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
+
+
+class ArrayStream:
+    """One array of the open shard: rows collect in an inner chunk, full ones go to the file."""
+
+    def __init__(
+        self,
+        layout: ArrayLayout,
+        path: Path,
+        syncer: Executor,
+        *,
+        direct: bool,
+        on_chunk: Callable[[Array], None] | None = None,
+    ) -> None:
+        self.layout, self.path = layout, path
+        self.n_rows = 0
+        self._on_chunk = on_chunk  # sees the stored rows of every chunk once
+        self._chunk, self._filled = page_aligned(layout.block()) if direct else layout.block(), 0
+        self._file = ChunkFile(path, syncer, direct=direct)
+
+    def append(self, values: Array, check: Callable[[int], None] | None = None) -> None:
+        """Add rows, cast to the stored type; `check(i)` is called when row i came out as NaN or Inf."""
+        done = 0
+        while done < len(values):
+            take = min(len(values) - done, self.layout.inner_rows - self._filled)
+            room = self._chunk[self._filled : self._filled + take]
+            with np.errstate(over="ignore", invalid="ignore"):
+                room[...] = values[done : done + take]
+            if check is not None and (bad := self.layout.storage.first_non_finite(room)) is not None:
+                check(done + bad // (self.layout.width or 1))
+            done += take
+            self._filled += take
+            self.n_rows += take
+            if self._filled == self.layout.inner_rows:
+                self._flush()
+
+    def finish(self) -> FileEntry:
+        """Pad the last chunk with absent rows, write the index, sync and close."""
+        if self._filled:
+            self._chunk[self._filled :] = self.layout.fill
+            self._flush()
+        self._file.write(self.layout.index(self.n_rows))
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close the file; finish() has done so already."""
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._on_chunk is not None:
+            self._on_chunk(self._chunk[: self._filled])
+        self._file.write(self._chunk.view(np.uint8).reshape(-1).data)
+        self._filled = 0
+
+
+class HookStream:
+    """Activations of one hook point with their norms and moments."""
+
+    def __init__(
+        self,
+        hook: str,
+        dtype: str,
+        values: ArrayLayout,
+        norms: ArrayLayout,
+        folder: Path,
+        syncer: Executor,
+        *,
+        direct: bool,
+    ) -> None:
+        self.hook, self.dtype = hook, dtype
+        self.moments: Moments | None = None
+        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct)
+        path = folder / f"activations.{hook}"
+        self.values = ArrayStream(values, path, syncer, direct=direct, on_chunk=self._measure)
+
+    def append(self, rows: Rows, first_row: int) -> None:
+        """Add rows; `first_row` is the row id of the first one."""
+        source = rows.activations[self.hook]
+
+        def refuse(i: int) -> None:
+            stored = source[i].astype(self.values.layout.storage.numpy)
+            at = self.values.layout.storage.first_non_finite(stored)
+            raise BadActivationError(
+                self.hook, int(rows.doc_id[i]), first_row + i, float(source[i][at or 0]), self.dtype
+            )
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.values.append(source, refuse)
+
+    def _measure(self, chunk_ND: Array) -> None:
+        moments, norms_N = block_moments(chunk_ND)
+        self.moments = moments if self.moments is None else self.moments.merge(moments)
+        self.norms.append(norms_N)
+
+
+class OpenShard:
+    """A shard that is being written, in a folder of temporary files."""
+
+    def __init__(self, layout: CacheLayout, dtype: str, index: int, folder: Path, *, direct: bool = False) -> None:
+        self.layout, self.index, self.folder = layout, index, folder
+        self.n_rows = 0
+        self.first_window = self.last_window = -1
+        folder.mkdir()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
+        self._hooks = [
+            HookStream(name, dtype, values, layout.norms[name], folder, self._syncer, direct=direct)
+            for name, values in layout.activations.items()
+        ]
+        self._columns = {
+            name: ArrayStream(array, folder / f"rows.{name}", self._syncer, direct=direct)
+            for name, array in layout.columns.items()
+        }
+        self.documents = DocumentFile(folder / "documents")
+        self._rows_per_shard = layout.columns["flags"].rows_per_shard
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that still fit."""
+        return self._rows_per_shard - self.n_rows
+
+    def append(self, rows: Rows, documents: list[DocumentRow]) -> None:
+        """Add rows that fit, of whole windows."""
+        first_row = self.index * self._rows_per_shard + self.n_rows
+        for hook in self._hooks:
+            hook.append(rows, first_row)
+        for name in COLUMNS:
+            self._columns[name].append(getattr(rows, name))
+        self.documents.append(documents)
+        if self.n_rows == 0:
+            self.first_window = int(rows.window[0])
+        self.last_window = int(rows.window[-1])
+        self.n_rows += rows.n_rows
+
+    def finish(self) -> tuple[dict[str, Path], dict[str, FileEntry], dict[str, Moments]]:
+        """Complete and sync the files: path in the cache -> temporary file, -> entry; hook point -> moments."""
+        streams = [
+            *(hook.values for hook in self._hooks),  # before the norms: the last chunk's norms come from here
+            *(hook.norms for hook in self._hooks),
+            *self._columns.values(),
+        ]
+        temporary = {stream.layout.shard_path(self.index): stream.path for stream in streams}
+        entries = {stream.layout.shard_path(self.index): stream.finish() for stream in streams}
+        temporary[documents_path(self.index)] = self.documents.path
+        entries[documents_path(self.index)] = self.documents.finish()
+        moments = {hook.hook: hook.moments for hook in self._hooks if hook.moments is not None}
+        return temporary, entries, moments
+
+    def discard(self) -> None:
+        """Close and remove the temporary files."""
+        for stream in (*(h.values for h in self._hooks), *(h.norms for h in self._hooks), *self._columns.values()):
+            stream.close()
+        self._syncer.shutdown()
+        self.documents.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

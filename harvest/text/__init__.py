@@ -1,0 +1,1 @@
+"""Documents from files, hub data sets and standard input."""

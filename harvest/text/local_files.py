@@ -1,0 +1,267 @@
+"""Text from local files, folders and standard input.
+
+A .txt or .md file is one document (or one per line or paragraph with `--documents`); .jsonl, .json, .csv and .parquet
+hold a record per document. All of them may be compressed with gzip or zstd.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.signed import FORMAT
+from sae_granary.harvest.config import TextConfig
+from sae_granary.harvest.errors import SourceError, SourceStoppedError
+from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.document import Record, Scalar
+from sae_granary.harvest.text.formats import (
+    COMPRESSED,
+    PLAIN,
+    TABLES,
+    json_object,
+    kind_of,
+    known_suffixes,
+    plain_records,
+    split_text,
+    table_records,
+)
+from sae_granary.models.online import one_line
+
+_READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
+_HASHED_BYTES = 1 << 20  # of each end of a file
+
+
+class FileSource:
+    """Local files in a fixed order; a document's ordinal counts through all of them."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self._config = config
+        self._files = find_files(Path(config.dataset))
+        self._root = Path(config.dataset) if Path(config.dataset).is_dir() else Path(config.dataset).parent
+        self.columns = self._choose_columns()
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether any file holds records with columns."""
+        return any(kind_of(path) in TABLES for path in self._files)
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether any file is plain text."""
+        return any(kind_of(path) in PLAIN for path in self._files)
+
+    @property
+    def name(self) -> str:
+        """The path as it was given."""
+        return self._config.dataset
+
+    @property
+    def identity(self) -> Mapping[str, Scalar]:
+        """A hash over names, sizes and both ends of every file, and how they are cut into documents."""
+        return {
+            "dataset": "files",
+            "dataset_xxh3": _files_hash(self._root, self._files),
+            "text_columns": ",".join(self.columns),
+            "documents": self._config.documents,
+            "shuffle": shuffle_name(self._config),
+        }
+
+    def records(self, start: int) -> Iterator[Record]:
+        """Every record of every file, shuffled through a buffer when asked."""
+        stream = (record for path in self._files for record in self._file_records(path))
+        return islice(shuffled(stream, self._config.shuffle_buffer, self._config.shuffle_seed), start, None)
+
+    def n_bytes(self) -> int | None:
+        """Size of all files, if none is compressed or binary."""
+        if any(kind_of(path) == ".parquet" or path.suffix.lower() in COMPRESSED for path in self._files):
+            return None
+        return sum(path.stat().st_size for path in self._files)
+
+    def _file_records(self, path: Path) -> Iterator[Record]:
+        try:
+            yield from self._read(path)
+        except _READ_ERRORS as error:
+            raise SourceStoppedError(f"{path} cannot be read: {one_line(error)}; mend or remove it") from error
+
+    def _read(self, path: Path) -> Iterator[Record]:
+        name = path.relative_to(self._root).as_posix()
+        if kind_of(path) in PLAIN:
+            mode = "file" if self._config.documents == "auto" else self._config.documents
+            yield from plain_records(path, name, mode)
+            return
+        extract = extractor(self.columns)
+        for row, item in enumerate(table_records(path)):
+            yield Record(extract(item), name, row)
+
+    def _choose_columns(self) -> tuple[str, ...]:
+        """The columns of the first table with records; every other table must have them too."""
+        tables = [path for path in self._files if kind_of(path) not in PLAIN]
+        columns: tuple[str, ...] = ()
+        first = None
+        for path in tables:
+            if not (sample := _sample(path)):
+                continue
+            kinds = column_kinds(sample)
+            if not kinds:
+                raise SourceError(f"{path}: none of its first {len(sample):,} records is a JSON object with columns")
+            if first is None:
+                first = path
+                columns = choose_columns(kinds, self._config.text_columns, str(path))
+                check_text(sample, columns, str(path))
+            elif not set(columns) & set(kinds):
+                raise SourceError(
+                    f"{path} has no column {columns[0]!r}, the text of {first}; its columns are {', '.join(kinds)}: "
+                    "harvest it on its own, or move it out of the folder"
+                )
+        if tables and first is None and len(tables) == len(self._files):
+            raise SourceError(f"{self._config.dataset} holds no records: give a file with text")
+        return columns
+
+
+class StdinSource:
+    """One document per line of standard input (or per paragraph, or all of it); JSON lines when the first is JSON."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:
+        self._config = config
+        self._stream = stream if stream is not None else sys.stdin.buffer
+
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return "-"
+
+    @property
+    def identity(self) -> Mapping[str, Scalar]:
+        """A pipe cannot be looked at twice: that the same text comes again is the caller's promise."""
+        return {
+            "dataset": "standard input",
+            "text_columns": ",".join(self._config.text_columns),
+            "documents": self._config.documents,
+            "shuffle": shuffle_name(self._config),
+        }
+
+    def records(self, start: int) -> Iterator[Record]:
+        """The documents of the stream from ordinal `start` on."""
+        stream = shuffled(self._all(), self._config.shuffle_buffer, self._config.shuffle_seed)
+        return islice(stream, start, None)
+
+    def n_bytes(self) -> int | None:
+        """Not known."""
+        return None
+
+    def _all(self) -> Iterator[Record]:
+        mode = "line" if self._config.documents == "auto" else self._config.documents
+        texts = split_text(self._stream, mode)
+        first = next(texts, None)
+        if first is None:
+            return
+        head = json_object(first[0]) if mode == "line" else None
+        lines = _chain(first, texts)
+        if head is None:
+            if self._config.text_columns:
+                raise SourceError(
+                    f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
+                    "line is no JSON object: leave it away"
+                )
+            for row, (text, repaired) in enumerate(lines):
+                yield Record(text, "stdin", row, repaired)
+            return
+        extract = extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
+        for row, (text, repaired) in enumerate(lines):
+            item = json_object(text)
+            yield Record(extract(item), "stdin", row, repaired)
+
+
+def _sample(path: Path) -> list[Item]:
+    try:
+        return list(islice(table_records(path), SAMPLE_RECORDS))
+    except _READ_ERRORS as error:
+        raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def find_files(path: Path) -> list[Path]:
+    """A file itself, or every readable file below a folder, sorted by its path."""
+    if path.is_file():
+        if kind_of(path) not in PLAIN + TABLES:
+            raise SourceError(f"{path} is not a text file known here: {known_suffixes()}, also with .gz or .zst")
+        if path.stat().st_size == 0:
+            raise SourceError(f"{path} is an empty file: give a file with text")
+        return [path]
+    if not path.is_dir():
+        raise SourceError(
+            f"{path} is neither a file nor a folder (a device or a pipe): "
+            "give a file, a folder, or - for standard input"
+        )
+    _refuse_cache(path)
+    files = [
+        file
+        for file in path.rglob("*")
+        if file.is_file() and kind_of(file) in PLAIN + TABLES and not _is_hidden(file.relative_to(path))
+    ]
+    if not files:
+        raise SourceError(f"the folder {path} holds no {known_suffixes()} files")
+    return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _refuse_cache(folder: Path) -> None:
+    """An activation cache holds .json and .parquet files too; none of them is the text that was meant."""
+    try:
+        manifest = json_object((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if manifest is not None and manifest.get("format") == FORMAT:
+        raise SourceError(f"{folder} is an activation cache, not a data set: give the text it was harvested from")
+
+
+def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator[Record]:
+    """Draw from a buffer that is filled up again; a function of the records, the size and the seed only."""
+    if buffer_size < 2:
+        yield from records
+        return
+    draw = random.Random(seed)
+    buffer: list[Record] = []
+    for record in records:
+        if len(buffer) < buffer_size:
+            buffer.append(record)
+            continue
+        index = draw.randrange(buffer_size)
+        buffer[index], record = record, buffer[index]
+        yield record
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def shuffle_name(config: TextConfig) -> str:
+    """How the stream is shuffled, for the fingerprint."""
+    return f"buffer {config.shuffle_buffer}, seed {config.shuffle_seed}" if config.shuffle_buffer > 1 else "none"
+
+
+def _files_hash(root: Path, files: list[Path]) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_HASHED_BYTES))
+            stream.seek(max(0, size - _HASHED_BYTES))
+            digest.update(stream.read(_HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def _chain(first: tuple[str, bool], rest: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    yield first
+    yield from rest
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

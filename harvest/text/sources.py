@@ -1,0 +1,70 @@
+"""`--dataset` -> the source it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from sae_granary.harvest.config import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextConfig
+from sae_granary.harvest.errors import ConfigError, SourceError
+from sae_granary.harvest.text.document import TextSource
+from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, TABLES
+from sae_granary.harvest.text.local_files import FileSource, StdinSource
+from sae_granary.models.demo import DEMO, DemoSource
+
+_HUB_FLAGS = ("--split", "--dataset-config", "--dataset-revision")
+
+
+def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
+    """demo, -, a local file or folder, else a data set of the hub."""
+    if config.dataset == DEMO:
+        _refuse(config, "the demo text", (*_HUB_FLAGS, "--text-column", "--documents", "--shuffle-buffer"))
+        return DemoSource()
+    if config.dataset == "-":
+        _refuse(config, "standard input", _HUB_FLAGS)
+        return StdinSource(config)
+    path = _local(config.dataset)
+    if path.exists():
+        _refuse(config, "local files", _HUB_FLAGS)
+        source = FileSource(replace(config, dataset=str(path)))
+        if not source.has_tables:
+            _refuse(config, "plain text", ("--text-column",))
+        if not source.has_plain:
+            _refuse(config, "tables, which hold a document per record", ("--documents",))
+        return source
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if path.is_absolute() or config.dataset.startswith((".", "~")) or suffixes & {*PLAIN, *TABLES, *COMPRESSED}:
+        raise SourceError(
+            f"there is no file or folder {config.dataset}: give a path, a data set of the hub, -, or demo"
+        )
+    _refuse(config, "a data set of the hub", ("--documents",))
+    if config.dataset == DEFAULT_DATASET and config.config is None:
+        config = replace(config, config=DEFAULT_DATASET_CONFIG)
+    from sae_granary.harvest.text.hub_source import HubSource
+
+    return HubSource(config, say)
+
+
+def _local(dataset: str) -> Path:
+    try:
+        return Path(dataset).expanduser()
+    except RuntimeError as error:  # ~name of a user that there is not
+        raise SourceError(f"--dataset {dataset} names no folder: {error}; give a whole path") from error
+
+
+def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:
+    """Refuse flags that are set and would be ignored."""
+    values = {
+        "--split": config.split,
+        "--dataset-config": config.config,
+        "--dataset-revision": config.revision,
+        "--text-column": ",".join(config.text_columns) or None,
+        "--documents": None if config.documents == "auto" else config.documents,
+        "--shuffle-buffer": config.shuffle_buffer or None,
+    }
+    for flag in flags:
+        if values[flag] is not None:
+            raise ConfigError(
+                f"{flag} {values[flag]} does not apply to --dataset {config.dataset} ({where}): leave it away"
+            )

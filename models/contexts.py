@@ -1,0 +1,306 @@
+"""Document -> Window -> sort buffer: one pass over the documents, and a state to go on from.
+
+Shapes: T tokens of a window, N rows (real tokens) of a sort buffer.
+A window is what the model sees at once: special tokens in front, a piece of a document (or of several, packed),
+special tokens behind. Special tokens belong to every window; each other token of a document is in exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
+from sae_granary.harvest.text.document import SKIP_REASONS, Document
+
+IntArray = npt.NDArray[np.int32]
+Tokenize = Callable[[Sequence[str]], Sequence[IntArray]]  # texts -> token ids without special tokens
+
+TOKENIZE_DOCS = 64  # documents tokenized in one call
+TOKENIZE_CHARS = 1 << 20  # ... or fewer, when together they are longer than this
+
+
+@dataclass(frozen=True)
+class WindowRules:
+    """How token sequences are cut."""
+
+    ctx_len: int  # tokens of a window, special ones included
+    prefix: tuple[int, ...] = ()  # special tokens in front of each window
+    suffix: tuple[int, ...] = ()  # and behind it
+    separator: int | None = None  # packing: stands behind each document; None: a window holds one document
+    special_ids: frozenset[int] = frozenset()  # ids that count as special wherever they occur
+
+    @property
+    def room(self) -> int:
+        """Tokens of a document that fit in a window."""
+        return self.ctx_len - len(self.prefix) - len(self.suffix)
+
+    @cached_property
+    def special_table(self) -> npt.NDArray[np.bool_]:
+        """Whether an id is special; the last entry stands for all larger ids."""
+        table = np.zeros(max(self.special_ids, default=-1) + 2, np.bool_)
+        table[list(self.special_ids)] = True
+        return table
+
+
+@dataclass(frozen=True)
+class Window:
+    """One sequence for the model; arrays of length T."""
+
+    number: int  # counted over the harvest
+    ids: IntArray
+    doc_id: npt.NDArray[np.int64]
+    doc_position: IntArray  # -1 for special tokens added here
+    flags: npt.NDArray[np.uint8]
+    documents: tuple[DocumentRow, ...]  # the documents whose first row is in this window
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where the stream of windows stands: enough to go on from here in another process."""
+
+    next_doc: int = 0
+    token_offset: int = 0  # tokens of next_doc (its separator counted) that are in earlier windows
+    next_window: int = 0
+    n_rows: int = 0
+    n_docs: int = 0  # documents with rows
+    repaired: int = 0  # documents with replaced bytes or surrogates
+    skipped: tuple[int, ...] = (0,) * len(SKIP_REASONS)
+
+    def to_ints(self) -> dict[str, int]:
+        """For the cursor of the cache."""
+        flat = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        return flat | {f"skipped_{reason}": n for reason, n in self.skip_counts.items()}
+
+    @property
+    def skip_counts(self) -> dict[str, int]:
+        """Reason -> how many records were skipped for it."""
+        return dict(zip(SKIP_REASONS, self.skipped, strict=True))
+
+    @staticmethod
+    def from_ints(values: dict[str, int]) -> StreamState:
+        """The inverse of `to_ints`."""
+        skipped = tuple(values.get(f"skipped_{reason}", 0) for reason in SKIP_REASONS)
+        return StreamState(**{name: values[name] for name in _PLAIN_FIELDS}, skipped=skipped)
+
+    def skip(self, document: Document, reason: str) -> StreamState:
+        """Past a document that has no rows."""
+        counts = tuple(n + (name == reason) for name, n in zip(SKIP_REASONS, self.skipped, strict=True))
+        return replace(self, next_doc=document.doc_id + 1, skipped=counts)
+
+
+_PLAIN_FIELDS = ("next_doc", "token_offset", "next_window", "n_rows", "n_docs", "repaired")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Windows that are sorted together, with the state of the stream before the first of them."""
+
+    state: StreamState
+    windows: tuple[Window, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return sum(len(window) for window in self.windows)
+
+
+def tokenize_stream(docs: Iterable[Document], tokenize: Tokenize) -> Iterator[tuple[Document, IntArray]]:
+    """Documents with their token ids; skipped ones with none. Texts go to the tokenizer in batches."""
+    batch: list[Document] = []
+    chars = 0
+    for document in docs:
+        batch.append(document)
+        chars += len(document.text)
+        if len(batch) == TOKENIZE_DOCS or chars >= TOKENIZE_CHARS:
+            yield from _tokenize_batch(batch, tokenize)
+            batch, chars = [], 0
+    yield from _tokenize_batch(batch, tokenize)
+
+
+def _tokenize_batch(batch: list[Document], tokenize: Tokenize) -> Iterator[tuple[Document, IntArray]]:
+    wanted = [document.text for document in batch if document.skipped is None]
+    tokens = iter(tokenize(wanted) if wanted else ())
+    empty = np.empty(0, np.int32)
+    for document in batch:
+        yield document, (next(tokens) if document.skipped is None else empty)
+
+
+@dataclass
+class WindowStream:
+    """Cuts tokenized documents into windows, and knows where it stands after each.
+
+    `max_rows` and `max_docs` end the stream after the document that reaches them.
+    """
+
+    tokenized: Iterable[tuple[Document, IntArray]]  # from document state.next_doc on
+    rules: WindowRules
+    state: StreamState = field(default_factory=StreamState)
+    max_rows: int | None = None
+    max_docs: int | None = None
+    ended: str = ""  # why the stream ended: "max_tokens", "max_docs", "source"; empty while it runs
+
+    def __iter__(self) -> Iterator[Window]:
+        return self._packed() if self.rules.separator is not None else self._single()
+
+    def _single(self) -> Iterator[Window]:
+        tokenized = iter(self.tokenized)
+        while not self._full(pending=0):
+            if (item := next(tokenized, None)) is None:
+                self.ended = "source"
+                return
+            document, ids = item
+            if self._skipped(document, ids):
+                continue
+            self._begin(document)
+            first = self.state.token_offset
+            for start in range(first, len(ids), self.rules.room):
+                piece = ids[start : start + self.rules.room]
+                end = start + len(piece)
+                rows = () if start else (_document_row(document),)
+                doc_id = np.full(len(piece), document.doc_id)
+                number = self.state.next_window
+                window = make_window(number, piece, doc_id, np.arange(start, end), rows, self.rules)
+                self._emit(window, document.doc_id + (end == len(ids)), 0 if end == len(ids) else end)
+                yield window
+
+    def _packed(self) -> Iterator[Window]:
+        tokenized = iter(self.tokenized)
+        parts = _Parts()
+        while not self._full(pending=parts.n + (len(self.rules.prefix) if parts.n else 0)):
+            if (item := next(tokenized, None)) is None:
+                self.ended = "source"
+                break
+            document, ids = item
+            if self._skipped(document, ids):
+                continue
+            self._begin(document)
+            ids = np.append(ids, np.int32(self.rules.separator or 0))
+            start = self.state.token_offset
+            while start < len(ids):
+                end = min(len(ids), start + self.rules.room - parts.n)
+                parts.add(document, ids, start, end)
+                start = end
+                if parts.n == self.rules.room:
+                    done = end == len(ids)
+                    window = parts.window(self.state.next_window, self.rules)
+                    self._emit(window, document.doc_id + done, 0 if done else end)
+                    yield window
+                    parts = _Parts()
+            if parts.n:
+                self.state = replace(self.state, next_doc=document.doc_id + 1, token_offset=0)
+        if parts.n:
+            window = parts.window(self.state.next_window, self.rules)
+            self._emit(window, self.state.next_doc, 0)
+            yield window
+
+    def _skipped(self, document: Document, ids: IntArray) -> bool:
+        reason = document.skipped or ("" if len(ids) else "no_tokens")
+        if reason:
+            self.state = self.state.skip(document, reason)
+        return bool(reason)
+
+    def _begin(self, document: Document) -> None:
+        if self.state.token_offset == 0:
+            repaired = self.state.repaired + document.repaired
+            self.state = replace(self.state, n_docs=self.state.n_docs + 1, repaired=repaired)
+
+    def _emit(self, window: Window, next_doc: int, token_offset: int) -> None:
+        self.state = replace(
+            self.state,
+            next_doc=next_doc,
+            token_offset=token_offset,
+            next_window=window.number + 1,
+            n_rows=self.state.n_rows + len(window),
+        )
+
+    def _full(self, pending: int) -> bool:
+        if self.state.token_offset:  # in the middle of a document: it is finished first
+            return False
+        if self.max_rows is not None and self.state.n_rows + pending >= self.max_rows:
+            self.ended = "max_tokens"
+        elif self.max_docs is not None and self.state.n_docs >= self.max_docs:
+            self.ended = "max_docs"
+        return bool(self.ended)
+
+
+@dataclass
+class _Parts:
+    """The open window of a packed stream."""
+
+    ids: list[IntArray] = field(default_factory=list)
+    doc_id: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    doc_position: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    documents: list[DocumentRow] = field(default_factory=list)
+    n: int = 0
+
+    def add(self, document: Document, ids: IntArray, start: int, end: int) -> None:
+        """Tokens start..end of a document; the last of `ids` is its separator."""
+        position = np.arange(start, end)
+        position[position == len(ids) - 1] = -1
+        self.ids.append(ids[start:end])
+        self.doc_id.append(np.full(end - start, document.doc_id))
+        self.doc_position.append(position)
+        if start == 0:
+            self.documents.append(_document_row(document))
+        self.n += end - start
+
+    def window(self, number: int, rules: WindowRules) -> Window:
+        """What was collected, as a window."""
+        return make_window(
+            number,
+            np.concatenate(self.ids),
+            np.concatenate(self.doc_id),
+            np.concatenate(self.doc_position),
+            tuple(self.documents),
+            rules,
+        )
+
+
+def make_window(
+    number: int,
+    ids: IntArray,
+    doc_id: npt.NDArray[np.int64],
+    doc_position: npt.NDArray[np.int64],
+    documents: tuple[DocumentRow, ...],
+    rules: WindowRules,
+) -> Window:
+    """Special tokens around a piece; they belong to the first and last document in it."""
+    start, stop = len(rules.prefix), len(rules.prefix) + len(ids)
+    n = stop + len(rules.suffix)
+    out = Window(
+        number, np.empty(n, np.int32), np.empty(n, np.int64), np.full(n, -1, np.int32), np.zeros(n, np.uint8), documents
+    )
+    out.ids[:start], out.ids[start:stop], out.ids[stop:] = rules.prefix, ids, rules.suffix
+    out.doc_id[:start], out.doc_id[start:stop], out.doc_id[stop:] = doc_id[0], doc_id, doc_id[-1]
+    out.doc_position[start:stop] = doc_position
+    special = out.doc_position < 0
+    if rules.special_ids:
+        special |= rules.special_table.take(out.ids, mode="clip")
+    out.flags[special] = FLAG_SPECIAL
+    out.flags[0] |= FLAG_WINDOW_START
+    return out
+
+
+def buffers(stream: WindowStream, buffer_tokens: int) -> Iterator[Buffer]:
+    """Windows in sort buffers of about `buffer_tokens` rows, each with the state before it."""
+    state, windows, n = stream.state, [], 0
+    for window in stream:
+        windows.append(window)
+        n += len(window)
+        if n >= buffer_tokens:
+            yield Buffer(state, tuple(windows))
+            state, windows, n = stream.state, [], 0
+    if windows:
+        yield Buffer(state, tuple(windows))
+
+
+def _document_row(document: Document) -> DocumentRow:
+    return DocumentRow(document.doc_id, document.source, document.row, document.text)

@@ -1,0 +1,1 @@
+"""A language model with an SAE in it: found, checked, spliced, and asked what it lost."""

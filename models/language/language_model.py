@@ -1,0 +1,122 @@
+"""A frozen model with an SAE at one of its hook points: windows in, predictions or embeddings out.
+
+Shapes: S windows, T tokens, D = d_in, P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sae_granary.cache.format.rows import HookPoint
+from sae_granary.cache.load import shuffle
+from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.models.language.patch import Edit, patched
+
+MASKED_SHARE = 0.15  # of the kept tokens, as masked language models are trained
+_MASK_DOMAIN = 0x6D61_736B  # "mask"
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of windows on the model's device."""
+
+    input_ids: Tensor  # (S, T)
+    attention_mask: Tensor | None  # (S, T); None when nothing is padded
+    keep: Tensor  # (S, T) where the SAE stands in the model
+    predicted: Tensor  # (S, T) where the model's prediction counts
+    targets: Tensor  # (P,) what it should predict there
+
+    @property
+    def n_rows(self) -> int:
+        """Kept tokens: rows that the SAE sees."""
+        return int(self.keep.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class HookedModel:
+    """A frozen model, and the hook point of an SAE in it."""
+
+    model: nn.Module
+    module: nn.Module  # that the hook point names
+    point: HookPoint
+    device: torch.device
+
+    def plain(self, windows: Windows) -> Tokens:
+        """Windows as they are, of which nothing is to be predicted."""
+        nothing = np.zeros(windows.real.shape, np.bool_)
+        return self._tokens(windows, windows.token_id, nothing, windows.token_id[nothing])
+
+    def run(self, tokens: Tokens, edit: Edit) -> Any:
+        """The model's output with the hook point's activation (S, T, D) replaced by what `edit` makes of it."""
+        shape = (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
+        kwargs = {} if tokens.attention_mask is None else {"attention_mask": tokens.attention_mask}
+        with patched(self.module, self.point, shape, edit):
+            return self.model(input_ids=tokens.input_ids, **kwargs)
+
+    def _tokens(self, windows: Windows, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:
+        def move(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(self.device)
+
+        mask = None if windows.real.all() else move(windows.real).long()
+        return Tokens(move(ids), mask, move(windows.keep), move(predicted), move(targets))
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel(HookedModel):
+    """A model with a head that predicts tokens."""
+
+    mask_id: int | None  # of a masked language model; None: each token predicts the next one
+
+    def tokens(self, windows: Windows, mask_seed: int = 0) -> Tokens:
+        """Windows as the model takes them.
+
+        A decoder predicts, at each kept token, the next one of the same document. An encoder predicts 15 % of the kept
+        tokens, replaced by [MASK]; which ones is a function of row and seed. The SAE stands at masked tokens too.
+        """
+        ids, predicted = windows.token_id.copy(), windows.keep.copy()
+        if self.mask_id is None:
+            predicted[:, -1] = False
+            predicted[:, :-1] &= windows.doc_id[:, 1:] == windows.doc_id[:, :-1]
+            return self._tokens(windows, ids, predicted, ids[:, 1:][predicted[:, :-1]])
+        limit = np.uint64(int(MASKED_SHARE * 2**64))
+        predicted &= shuffle.hash64(windows.row, shuffle.derive_key(_MASK_DOMAIN, mask_seed)) < limit
+        targets = ids[predicted]
+        ids[predicted] = self.mask_id
+        return self._tokens(windows, ids, predicted, targets)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
+    def logits(self, tokens: Tokens, edit: Edit = lambda x: x) -> Tensor:
+        """(P, V) float32 predictions."""
+        logits: Tensor = self.run(tokens, edit).logits[tokens.predicted]
+        return logits.float()
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingModel(HookedModel):
+    """The transformer of a Sentence-Transformer, with its pooling."""
+
+    cls_pooling: bool  # the first token's vector; else the mean over all tokens
+
+    def embeddings(self, tokens: Tokens, edit: Edit = lambda x: x) -> Tensor:
+        """(S, D) float32 sentence embeddings, not normalised."""
+        hidden: Tensor = self.run(tokens, edit).last_hidden_state.float()
+        if self.cls_pooling:
+            return hidden[:, 0]
+        if tokens.attention_mask is None:
+            return hidden.mean(1)
+        mask = tokens.attention_mask[:, :, None]
+        return (hidden * mask).sum(1) / mask.sum(1)

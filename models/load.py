@@ -1,0 +1,207 @@
+"""The model: a skeleton without weights for checks, and the loaded one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sae_granary.harvest.errors import ConfigError, ModelError
+from sae_granary.models.hooks import Hook, probe, probe_all
+from sae_granary.models.locate import Located
+from sae_granary.models.online import one_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Modules that a harvest never reaches: a checkpoint may lack their weights.
+_UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` is the GPU when there is one."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {wanted!r}: give auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {wanted!r}, but PyTorch finds no CUDA device here: give cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device is {wanted!r}, but there are {torch.cuda.device_count()} CUDA devices")
+    return wanted
+
+
+def choose_compute_dtype(wanted: str, device: str) -> str:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def skeleton(located: Located) -> nn.Module:
+    """The base model on the meta device: its modules and shapes, no weights."""
+    import torch
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(located.config, trust_remote_code=located.trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"{located.name} cannot be built from its config: {one_line(error)}") from error
+    return base_model(model).eval()
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The part that is harvested: the encoder of an encoder-decoder, else the model itself."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder()  # type: ignore[operator, no-any-return]
+    return model
+
+
+def n_layers(located: Located, base: nn.Module | None) -> int | None:
+    """Number of blocks that the config tells, if it does."""
+    config = getattr(base, "config", located.config) if located.is_encoder_decoder else located.text_config
+    if located.is_encoder_decoder:
+        count = getattr(config, "encoder_layers", None) or getattr(config, "num_layers", None)
+        return int(count) if count else getattr(config, "num_hidden_layers", None)
+    count = getattr(config, "num_hidden_layers", None)
+    return int(count) if count else None
+
+
+def max_positions(located: Located, base: nn.Module) -> int | None:
+    """Longest window that the position embeddings take; None when there is no such limit."""
+    from torch import nn
+
+    limit = next(
+        (value for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+         if isinstance(value := getattr(located.text_config, name, None), int) and value > 0),
+        None,
+    )  # fmt: skip
+    if limit is None:
+        return None
+    for path, module in base.named_modules():  # RoBERTa counts positions from padding_idx + 1
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    if getattr(located.text_config, "relative_attention_num_buckets", None):
+        return None  # T5's relative positions: n_positions is only where training stopped
+    return limit
+
+
+def probe_skeleton(base: nn.Module, hooks: Sequence[Hook]) -> tuple[Hook, ...] | None:
+    """Widths of the hooks from shapes alone; None when the model cannot run without weights."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            return probe(base.to(dtype), hooks, "meta")
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def probe_outputs(base: nn.Module, hooks: Sequence[Hook]) -> dict[str, int] | None:
+    """Width of every module that ran and gave one vector per token; None when the model cannot run without weights."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            return probe_all(base.to(dtype), hooks, "meta")
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def guess_widths(hooks: Sequence[Hook], located: Located) -> tuple[Hook, ...]:
+    """For plans of models that cannot run without weights: every hook is as wide as the hidden state."""
+    width = int(getattr(located.text_config, "hidden_size", 0) or getattr(located.text_config, "d_model", 0) or 1)
+    return tuple(replace(hook, d_in=width) for hook in hooks)
+
+
+def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
+    """The base model with its weights, on the device, in evaluation mode, without a key-value cache."""
+    import torch
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(
+            located.source, dtype=getattr(torch, compute_dtype), output_loading_info=True, **located.hub_kwargs
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
+    check_loaded(located, info)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    text_config = getattr(model.config, "get_text_config", lambda: model.config)()
+    if hasattr(text_config, "use_cache"):
+        text_config.use_cache = False
+    return base_model(model).to(device).eval().requires_grad_(False)
+
+
+def check_loaded(located: Located, info: Any) -> None:
+    """Refuse a checkpoint that leaves a part of the model with random weights."""
+    missing = sorted(key for key in info.get("missing_keys", ()) if not _UNUSED.search(key))
+    if located.is_encoder_decoder:
+        missing = [key for key in missing if key.startswith("encoder.")]
+    mismatched = info.get("mismatched_keys") or ()
+    if missing or mismatched:
+        names = missing or [str(item[0]) for item in mismatched]
+        raise ModelError(
+            f"the weights of {located.name} do not fit its config: {names[0]} and {len(names) - 1} more are missing or "
+            "of another shape; a harvest would store the output of random weights"
+        )
+
+
+def storage_dtype(wanted: str, compute_dtype: str) -> str:
+    """`auto` stores what the model computes."""
+    return compute_dtype if wanted == "auto" else wanted
+
+
+def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:
+    """Two per parameter of the matrices up to the last hooked module, embeddings and attention scores apart."""
+    from torch import nn
+
+    paths = [path for path, _ in base.named_modules()]
+    last = max(
+        (i for hook in hooks for i, path in enumerate(paths) if (path + ".").startswith(hook.module + ".")), default=0
+    )
+    reached = set(paths[: last + 1])
+    return 2.0 * sum(
+        int(module.weight.numel())
+        for path, module in base.named_modules()
+        if path in reached and not isinstance(module, nn.Embedding) and _is_matrix(module)
+    )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return getattr(weight, "ndim", 0) >= 2
+
+
+def model_record(located: Located, model_class: str | None, layers: int | None) -> dict[str, Any]:
+    """What provenance tells about the model."""
+    config = located.text_config if located.config is not None else None
+    return {
+        "id": located.model_id,
+        "revision": located.revision,
+        "kind": located.kind,
+        "model_type": getattr(config, "model_type", None),
+        "class": model_class,
+        "family": family(located),
+        "is_decoder": located.config is not None and located.is_decoder,
+        "n_layers": layers,
+        "subfolder": located.subfolder or None,
+        "trust_remote_code": located.trust_remote_code,
+    }
+
+
+def family(located: Located) -> str:
+    """encoder, decoder, or encoder-decoder (of which the encoder is harvested)."""
+    if located.is_encoder_decoder:
+        return "encoder-decoder"
+    return "decoder" if located.config is not None and located.is_decoder else "encoder"

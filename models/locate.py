@@ -1,0 +1,209 @@
+"""Finding a model by hub id, local folder or `demo`, and reading its config; no weights are touched here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sae_granary.common.files import hash_files
+from sae_granary.harvest.config import ModelConfig
+from sae_granary.harvest.errors import ModelError
+from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
+from sae_granary.models.online import OFFLINE_HINT, one_line, online
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+SENTENCE_TRANSFORMER = "sentence-transformer"
+TRANSFORMER = "transformer"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model's files are, and what kind of model it is."""
+
+    name: str  # as the user gave it
+    model_id: str  # what provenance calls it
+    source: str  # local folder or hub id, for from_pretrained
+    kind: str = TRANSFORMER
+    modules: tuple[dict[str, Any], ...] = ()  # of a Sentence-Transformer: modules.json
+    max_seq_length: int | None = None  # of a Sentence-Transformer
+    revision: str | None = None  # resolved commit of a hub model
+    trust_remote_code: bool = False
+    local_only: bool = False
+    subfolder: str = ""  # of the transformer inside a Sentence-Transformer
+    config: Any = field(default=None, repr=False)  # transformers config
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `source` is a folder."""
+        return Path(self.source).is_dir()
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` of this model takes."""
+        kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.subfolder:
+            kwargs["subfolder"] = self.subfolder
+        if not self.is_local:
+            kwargs |= {"revision": self.revision, "local_files_only": self.local_only}
+        return kwargs
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether only the encoder half is harvested."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language part (of a multimodal model), else the config."""
+        get = getattr(self.config, "get_text_config", None)
+        return get() if get is not None else self.config
+
+    @cached_property
+    def is_decoder(self) -> bool:
+        """Whether each token sees only the ones before it, judged by the model's type."""
+        from transformers.models.auto import modeling_auto as auto
+
+        if self.is_encoder_decoder:
+            return False
+        if getattr(self.config, "is_decoder", False):
+            return True
+        model_type = getattr(self.text_config, "model_type", "")
+        causal = model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        masked = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        named = any(str(name).endswith("ForCausalLM") for name in getattr(self.config, "architectures", None) or ())
+        return (causal and not masked) or (named and not masked)
+
+
+def locate(config: ModelConfig) -> Located:
+    """Find the model and read its config, or say in one line why not."""
+    located = _find(config)
+    located = _sentence_transformer(located)
+    located = replace(located, config=_load_config(located))
+    return replace(located, revision=_commit(located) or located.revision)
+
+
+def check_weights(located: Located) -> None:
+    """Refuse a local folder without weights, and a damaged demo model, before anything is started."""
+    if located.name == DEMO:
+        check_demo_weights(Path(located.source))
+    if located.is_local and not weight_files(located):
+        raise ModelError(f"{located.source} has a config but no weights ({' or '.join(WEIGHT_PATTERNS)})")
+
+
+def weight_files(located: Located) -> list[Path]:
+    """The weight files of a local model, sorted; safetensors before pickles, as transformers prefers them."""
+    folder = Path(located.source) / located.subfolder
+    for pattern in WEIGHT_PATTERNS:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def weights_hash(located: Located) -> str:
+    """A hash over all weights of a local model, of any module of a Sentence-Transformer."""
+    files = weight_files(located)
+    for module in located.modules[1:]:
+        for pattern in WEIGHT_PATTERNS:
+            files += sorted((Path(located.source) / str(module["path"])).glob(pattern)) if module["path"] else []
+    return hash_files(files)
+
+
+def _find(config: ModelConfig) -> Located:
+    if config.model == DEMO:
+        if config.revision is not None:
+            raise ModelError("--model demo has one version: leave out --revision")
+        return Located(DEMO, DEMO_MODEL_ID, str(demo_model_path()), trust_remote_code=config.trust_remote_code)
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+            raise ModelError(f"the folder {config.model} holds no model: neither config.json nor modules.json is there")
+        return Located(config.model, config.model, str(path), trust_remote_code=config.trust_remote_code)
+    if path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
+        raise ModelError(f"there is no folder {config.model}: give a hub id, a local folder, or demo")
+    local_only = not online()
+    return Located(
+        config.model, config.model, config.model, revision=config.revision,
+        trust_remote_code=config.trust_remote_code, local_only=local_only,
+    )  # fmt: skip
+
+
+def _sentence_transformer(located: Located) -> Located:
+    modules_file = _file(located, "modules.json")
+    if modules_file is None:
+        return located
+    modules = _read_json(modules_file, located)
+    if not isinstance(modules, list) or not all(isinstance(item, dict) and "type" in item for item in modules):
+        raise ModelError(f"{located.name}: modules.json is not a list of modules")
+    modules = tuple({"type": str(item["type"]), "path": str(item.get("path", ""))} for item in modules)
+    subfolder = modules[0]["path"] if modules else ""
+    located = replace(located, kind=SENTENCE_TRANSFORMER, modules=modules, subfolder=subfolder)
+    settings_file = _file(located, f"{subfolder}/sentence_bert_config.json".lstrip("/"))
+    settings = _read_json(settings_file, located) if settings_file is not None else {}
+    limit = settings.get("max_seq_length") if isinstance(settings, dict) else None
+    return replace(located, max_seq_length=int(limit) if limit else None)
+
+
+def inner_transformer(located: Located) -> None:
+    """Refuse a Sentence-Transformer whose first module is no transformer (its layers cannot be hooked)."""
+    if located.modules and not located.modules[0]["type"].endswith("Transformer"):
+        kind = located.modules[0]["type"].rsplit(".", 1)[-1]
+        raise ModelError(f"{located.name} starts with a {kind} module, not a transformer: only --unit text works")
+
+
+def _load_config(located: Located) -> Any:
+    from transformers import AutoConfig
+
+    if located.modules and not located.modules[0]["type"].endswith("Transformer"):
+        return None
+    try:
+        return AutoConfig.from_pretrained(located.source, **located.hub_kwargs)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        raise ModelError(_why_no_config(located, error)) from error
+
+
+def _why_no_config(located: Located, error: BaseException) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"{located.name} runs its own code: read it, then allow it with --trust-remote-code"
+    if located.is_local:
+        return f"the config of {located.name} cannot be read: {one_line(error)}"
+    if located.local_only:
+        return f"unknown model {located.name!r}: {OFFLINE_HINT.format(kind='--model')}"
+    where = f" at revision {located.revision!r}" if located.revision else ""
+    return f"unknown model {located.name!r}{where} ({one_line(error)}): give a hub id, a local folder, or demo"
+
+
+def _file(located: Located, name: str) -> Path | None:
+    """A file of the model, or None if it has none of this name."""
+    if located.is_local:
+        path = Path(located.source) / name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            located.source, name, revision=located.revision, local_files_only=located.local_only,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ModelError(_why_no_config(located, error)) from error
+    return Path(found) if found else None
+
+
+def _commit(located: Located) -> str | None:
+    """The commit that a hub model's files come from: the folder of its snapshot in the local cache."""
+    found = None if located.is_local else _file(located, f"{located.subfolder}/config.json".lstrip("/"))
+    return next((part for part in found.parts if _COMMIT.fullmatch(part)), None) if found is not None else None
+
+
+def _read_json(path: Path, located: Located) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{located.name}: {path.name} is not JSON ({error})") from error

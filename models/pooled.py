@@ -1,0 +1,132 @@
+"""`--unit text`: one row per text, exactly what `SentenceTransformer.encode` returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sae_granary.harvest.errors import MemoryLimitError, ModelError
+from sae_granary.models.contexts import Buffer, IntArray, WindowRules
+from sae_granary.models.forward import Say, Tick, Work
+from sae_granary.models.hooks import Hook
+from sae_granary.models.locate import Located
+from sae_granary.models.online import one_line
+
+if TYPE_CHECKING:
+    import torch
+
+HOOK_NAME = "sentence_embedding"
+BUFFER_TEXTS = 2048
+TEXT_RULES = WindowRules(ctx_len=1)  # a text is one row: a window of one pretended token
+_CHARS_PER_TOKEN = 3  # low for English, so that a batch is rather too small than too large
+
+
+def pretend_tokens(texts: Sequence[str]) -> list[IntArray]:
+    """One token per text: its row."""
+    return [np.full(1, -1, np.int32) for _ in texts]
+
+
+def pooled_hook(located: Located) -> Hook:
+    """The pooled embedding with its width, as far as the configs tell it (0: only the loaded model does)."""
+    return Hook(HOOK_NAME, "", d_in=_width(located))
+
+
+def _width(located: Located) -> int:
+    width = int(getattr(located.text_config, "hidden_size", 0) or 0) if located.config is not None else 0
+    if not located.is_local:
+        return 0
+    for module in located.modules[1:]:
+        config_file = Path(located.source) / module["path"] / "config.json"
+        if not module["path"] or not config_file.is_file():
+            continue
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if module["type"].endswith("Pooling"):
+            modes = sum(bool(value) for name, value in config.items() if name.startswith("pooling_mode_"))
+            if "pooling_mode" in config:  # the newer spelling: a name or a list of names
+                modes = len(config["pooling_mode"]) if isinstance(config["pooling_mode"], list) else 1
+            width *= max(1, modes)
+        elif module["type"].endswith("Dense"):
+            width = int(config.get("out_features", 0))
+        elif not module["type"].endswith(("Normalize", "Dropout", "LayerNorm")):
+            return 0
+    return width
+
+
+class TextModel:
+    """A Sentence-Transformer: buffers of texts -> {"sentence_embedding": (N, D)}."""
+
+    def __init__(self, model: Any, d_in: int, device: str, *, batch_tokens: int, max_len: int, say: Say) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._model = model
+        self._d_in = d_in
+        self._batch_tokens = batch_tokens
+        self._max_len = max_len
+        self._share = 1.0  # of a planned batch that fits the memory
+        self._say = say
+
+    def prepare(self, buffer: Buffer) -> Work:
+        """Texts sorted by length and cut into batches by a token budget; like length in characters."""
+        lengths = np.array([len(window.documents[0].text) for window in buffer.windows])
+        order = np.argsort(-lengths, kind="stable")
+        tokens = np.minimum(self._max_len, lengths // _CHARS_PER_TOKEN + 2)
+        batches, start = [], 0
+        while start < len(order):
+            size = max(1, self._batch_tokens // int(tokens[order[start]]))
+            batches.append(order[start : start + size])
+            start += size
+        return Work(buffer, batches, buffer.n_rows)
+
+    def __call__(self, work: Work, tick: Tick) -> dict[str, torch.Tensor]:
+        """Embeddings of the buffer's texts, in source order."""
+        import torch
+
+        out = torch.empty((work.buffer.n_rows, self._d_in), dtype=torch.float32, device=self.device)
+        with torch.inference_mode():
+            for members in work.batches:
+                texts = [work.buffer.windows[i].documents[0].text for i in members]
+                out[torch.from_numpy(members).to(self.device)] = self._encode(texts)
+                tick(len(members))
+        return {HOOK_NAME: out}
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
+        import torch
+
+        size = max(1, int(len(texts) * self._share))
+        try:
+            found = self._model.encode(texts, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
+            return found.to(torch.float32)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise MemoryLimitError(f"one text does not fit the memory of {self.device}") from error
+        self._share /= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._say(f"out of memory with a batch of {size:,} texts: going on with {max(1, size // 2):,}")
+        return self._encode(texts)
+
+
+def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
+    """The Sentence-Transformer, with mean pooling put on a plain transformer as the library does."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    kwargs: dict[str, Any] = {"trust_remote_code": located.trust_remote_code, "device": device}
+    if not located.is_local:
+        kwargs |= {"revision": located.revision, "local_files_only": located.local_only}
+    try:
+        model = SentenceTransformer(located.source, model_kwargs={"dtype": getattr(torch, compute_dtype)}, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"{located.name} cannot be loaded as a Sentence-Transformer: {one_line(error)}") from error
+    return model.eval()
+
+
+def pooled_width(model: Any) -> int:
+    """Width of the embedding of a loaded Sentence-Transformer."""
+    get = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    return int(get() or 0) or int(model.encode(["a"], convert_to_numpy=True).shape[-1])

@@ -1,0 +1,62 @@
+"""Sort buffer -> TokenBatch: pure functions.
+
+Shapes: S sequences of a batch, T tokens of its longest, n real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_granary.models.contexts import Window
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Windows padded to the longest of them."""
+
+    input_ids: npt.NDArray[np.int64]  # (S, T)
+    attention_mask: npt.NDArray[np.int64] | None  # (S, T); None when nothing is padded
+    flat: npt.NDArray[np.int64]  # (n,) places of the real tokens in the flattened (S, T)
+    rows: npt.NDArray[np.int64]  # (n,) rows of the sort buffer that they belong to
+
+
+LIKE = 0.9  # a batch takes no window shorter than this share of its longest, ...
+LEAST = 8  # ... unless it holds less than 1/8 of the budget
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[npt.NDArray[np.int64]]:
+    """Groups of windows of like length, longest first, each at most `batch_tokens` with its padding.
+
+    A window longer than the budget is a batch of its own. Ties keep their order, so the result is a function of the
+    arguments only.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    ordered = np.asarray(lengths)[order]
+    batches: list[npt.NDArray[np.int64]] = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(ordered[start]))
+        room = ordered[start : start + max(1, batch_tokens // longest)]
+        alike = int((room >= LIKE * longest).sum())
+        size = max(alike, min(len(room), batch_tokens // LEAST // longest))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def collate(
+    windows: Sequence[Window], members: npt.NDArray[np.int64], first_rows: Sequence[int], pad_id: int
+) -> TokenBatch:
+    """Some windows of a buffer as one padded batch; `first_rows` holds the buffer row where each window starts."""
+    lengths = np.array([len(windows[index]) for index in members])
+    width = int(lengths.max())
+    inside = np.arange(width) < lengths[:, None]
+    input_ids = np.full(inside.shape, pad_id, np.int64)
+    input_ids[inside] = np.concatenate([windows[index].ids for index in members])
+    rows = np.concatenate([np.arange(len(windows[index])) + first_rows[index] for index in members])
+    mask = None if inside.all() else inside.astype(np.int64)
+    return TokenBatch(input_ids, mask, np.flatnonzero(inside), rows)

@@ -1,0 +1,198 @@
+"""The model's tokenizer: loading, its special tokens, and batches of texts -> ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sae_granary.harvest.config import TokenConfig
+from sae_granary.harvest.errors import ConfigError, ModelError
+from sae_granary.harvest.text.document import join_chat
+from sae_granary.models.contexts import IntArray, Tokenize, WindowRules
+from sae_granary.models.online import one_line
+
+if TYPE_CHECKING:
+    from sae_granary.models.locate import Located
+
+PIECE_CHARS = 1 << 20  # longer texts are tokenized in pieces: some tokenizers take quadratic time
+_PROBES = ("a", "the", "hello", "1")
+_SANE_LENGTH = 10**7  # transformers writes 10**30 for "no limit"
+
+
+def load_tokenizer(located: Located) -> Any:
+    """The tokenizer that belongs to the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(located.source, **located.hub_kwargs)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {one_line(error)}") from error
+
+
+def window_rules(
+    tokenizer: Any, config: TokenConfig, *, is_decoder: bool, max_positions: int | None, default_len: int
+) -> WindowRules:
+    """How texts become windows for this model; refuses what cannot be."""
+    limit = _limit(tokenizer, max_positions)
+    ctx_len = config.ctx_len if config.ctx_len is not None else min(default_len, limit or default_len)
+    if limit is not None and ctx_len > limit:
+        raise ConfigError(f"--ctx-len is {ctx_len}, but the model takes at most {limit} tokens")
+    prefix, suffix = special_tokens_around(tokenizer)
+    prefix = _with_bos(tokenizer, prefix, config.bos)
+    separator = None
+    if config.pack:
+        if not is_decoder:
+            raise ConfigError("--pack joins documents for decoders; an encoder would attend across them: leave it out")
+        separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if separator is None:
+            raise ConfigError("--pack puts a separator behind each document, but the tokenizer has no EOS token")
+        suffix = ()
+    unk = getattr(tokenizer, "unk_token_id", None)
+    special = frozenset(int(token) for token in tokenizer.all_special_ids if token != unk or token == separator)
+    if unk is not None and unk in {tokenizer.bos_token_id, tokenizer.eos_token_id}:
+        special |= {int(unk)}  # GPT-2 names one token for everything
+    rules = WindowRules(ctx_len, prefix, suffix, separator, special)
+    if rules.room < 1:
+        raise ConfigError(
+            f"--ctx-len is {ctx_len}, but {len(prefix) + len(suffix)} special tokens stand in each window"
+        )
+    return rules
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(in front, behind): what the tokenizer puts around a single text."""
+    for text in _PROBES:
+        bare = list(tokenizer(text, add_special_tokens=False, **_PLAIN)["input_ids"])
+        full = list(tokenizer(text, add_special_tokens=True, **_PLAIN)["input_ids"])
+        if not bare:
+            continue
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start]), tuple(full[start + len(bare) :])
+    raise ModelError("the tokenizer's special tokens do not stand around the text: this model is not supported")
+
+
+def text_tokenizer(tokenizer: Any, load: Callable[[], Any], num_proc: int) -> Tokenize:
+    """Batches of texts -> ids without special tokens; slow tokenizers run in `num_proc` processes."""
+    if num_proc > 1 and not getattr(tokenizer, "is_fast", False):
+        import multiprocessing
+
+        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (load,))
+
+        def in_processes(texts: Sequence[str]) -> Sequence[IntArray]:
+            return list(pool.map(_work, texts, chunksize=max(1, len(texts) // (4 * num_proc))))
+
+        return in_processes
+    return lambda texts: encode(tokenizer, texts)
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[IntArray]:
+    """Token ids without special tokens, whole texts, nothing truncated."""
+    pieces = [split_long(text) for text in texts]
+    flat = [piece for parts in pieces for piece in parts]
+    ids = tokenizer(flat, add_special_tokens=False, **_PLAIN)["input_ids"]
+    found = iter(np.asarray(item, np.int32) for item in ids)
+    return [
+        next(found) if len(parts) == 1 else np.concatenate([next(found) for _ in parts]).astype(np.int32)
+        for parts in pieces
+    ]
+
+
+def split_long(text: str) -> list[str]:
+    """A text in pieces of at most PIECE_CHARS, cut before whitespace where there is any."""
+    pieces = []
+    while len(text) > PIECE_CHARS:
+        cut = max(text.rfind(" ", PIECE_CHARS // 2, PIECE_CHARS), text.rfind("\n", PIECE_CHARS // 2, PIECE_CHARS))
+        cut = cut if cut > 0 else PIECE_CHARS
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]
+
+
+def chat_renderer(tokenizer: Any) -> Callable[[list[dict[str, str]]], str]:
+    """Chat messages -> text by the tokenizer's template, or `role: content` when it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return join_chat
+    prefix, _ = special_tokens_around(tokenizer)
+    bos = tokenizer.bos_token if prefix and tokenizer.bos_token_id == prefix[0] else None
+
+    def render(messages: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:  # for instance roles that the template does not know
+            return join_chat(messages)
+        return text.removeprefix(bos) if bos else text  # each window gets its own
+
+    return render
+
+
+def vocabulary(tokenizer: Any) -> list[str]:
+    """Token id -> string; ids without a token are empty."""
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    return [by_id.get(index, "") for index in range(max(by_id) + 1)] if by_id else []
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of what the tokenizer does, whatever folder it comes from."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        state = backend.__class__.from_str(backend.to_str())
+        state.no_padding()
+        state.no_truncation()
+        digest.update(state.to_str().encode())
+    else:
+        digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        digest.update(type(tokenizer).__name__.encode())
+    digest.update((getattr(tokenizer, "chat_template", None) or "").encode() if _plain_template(tokenizer) else b"*")
+    return digest.hexdigest()
+
+
+_PLAIN: dict[str, Any] = {
+    "padding": False,
+    "truncation": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,  # longer than the model takes: windows are cut afterwards
+}
+
+
+def _plain_template(tokenizer: Any) -> bool:
+    return isinstance(getattr(tokenizer, "chat_template", None), str | None)
+
+
+def _limit(tokenizer: Any, max_positions: int | None) -> int | None:
+    limits = [limit for limit in (tokenizer.model_max_length, max_positions) if limit and limit < _SANE_LENGTH]
+    return int(min(limits)) if limits else None
+
+
+def _with_bos(tokenizer: Any, prefix: tuple[int, ...], wanted: bool | None) -> tuple[int, ...]:
+    bos = tokenizer.bos_token_id
+    if wanted is True:
+        if bos is None:
+            raise ConfigError("--bos: the tokenizer has no BOS token")
+        return prefix if bos in prefix else (bos, *prefix)
+    if wanted is False:
+        if bos is None or bos not in prefix:
+            return prefix
+        return tuple(token for token in prefix if token != bos)
+    return prefix
+
+
+_worker_tokenizer: Any = None
+
+
+def _start_worker(load: Callable[[], Any]) -> None:
+    global _worker_tokenizer  # noqa: PLW0603 one per process
+    _worker_tokenizer = load()
+
+
+def _work(text: str) -> IntArray:
+    return encode(_worker_tokenizer, [text])[0]

@@ -1,0 +1,1 @@
+"""Files of an SAE: our own, and one adapter per foreign format."""

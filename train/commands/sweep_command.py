@@ -1,0 +1,160 @@
+"""`sae-train sweep`, and what `run` and `resume` do with several SAEs. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_granary.train.commands.common import (
+    NO_CACHE,
+    Debug,
+    DryRun,
+    Layers,
+    LayerStride,
+    Overwrite,
+    Quiet,
+    ReadFlags,
+    errors,
+    fail,
+)
+from sae_granary.train.config.flags import takes_settings
+
+if TYPE_CHECKING:
+    from sae_granary.train.config.flags import Given
+    from sae_granary.train.sweeps.sweep import SweepResult
+    from sae_granary.train.sweeps.sweep_plan import Plan
+
+
+@takes_settings
+def sweep(
+    read_flags: ReadFlags,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="Values to combine: k=16,32,64. Repeatable; seed means the initialisation's."),
+    ] = None,
+    layers: Layers = None,
+    layer_stride: LayerStride = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an SAE for every point of a grid, all from one stream of batches.
+
+    `sae-train sweep --cache cache/bert_l6 --grid type=topk,batchtopk --grid k=16,32 --grid seed=0,1`, or a file with
+    a `grid:` section (--config). The other flags hold for all of them. The same command again continues.
+    """
+    with errors(debug):
+        axes, common = grid_of(read_flags(), grid or [], layers, layer_stride)
+        train_grid(axes, common, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
+
+
+def grid_of(
+    given: Given, texts: list[str], layers: str | None = None, stride: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The grid of flags and file, and the settings that all its points share. Flags win over the file."""
+    from sae_granary.train.config.merge import merge_layers
+    from sae_granary.train.errors import ConfigError
+    from sae_granary.train.sweeps.grid import ALIASES, parse_grid
+
+    on_top = parse_grid(texts)
+    fixed = {ALIASES.get(key, key) for key in given.flags}
+    files = [dict(values) for label, values in given.layers() if label != "flag"]
+    axes: dict[str, Any] = {}
+    for values in files:
+        section = values.pop("grid", None) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"grid: {section!r}: expected keys with lists of values, as in grid: {{k: [16, 32]}}")
+        axes |= {key: v for key, v in section.items() if ALIASES.get(key, key) not in fixed}
+        for key in [*on_top, *section]:
+            values.pop(ALIASES.get(key, key), None)
+    axes = {k: v for k, v in axes.items() if ALIASES.get(k, k) not in {ALIASES.get(t, t) for t in on_top}} | on_top
+    common = merge_layers([*files, given.flags])
+    if not common.get("cache"):
+        fail(NO_CACHE, 2)
+    if layers is not None or stride is not None:
+        from sae_granary.cache.read.reader import open_cache
+        from sae_granary.train.config.hook_layers import layer_hooks
+
+        if "hook" in common or {"hook", "layer"} & set(axes):
+            raise ConfigError("--layers and --layer (or --hook) both choose hook points: keep one of them")
+        axes["hook"] = layer_hooks(
+            tuple(open_cache(str(common["cache"]), allow_incomplete=True).hook_points), layers, stride
+        )
+    return axes, common
+
+
+def several(given: Given, layers: str | None, stride: int | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The grid that a `run` means which asks for several SAEs (--layers, --init-seed 0,1); None for one."""
+    seeds = str(given.flags.get("init_seed", ""))
+    if layers is None and stride is None and "," not in seeds:
+        return None
+    texts = [f"init_seed={seeds}"] if "," in seeds else []
+    rest = {key: value for key, value in given.flags.items() if not texts or key != "init_seed"}
+    return grid_of(type(given)(given.file, rest), texts, layers, stride)
+
+
+def train_grid(
+    axes: dict[str, Any], common: dict[str, Any], *, overwrite: bool, quiet: bool, dry_run: bool = False
+) -> None:
+    """Train a grid and print its table, or print its plan."""
+    from sae_granary.train.sweeps.sweep import plan_sweep, train_sweep
+
+    if dry_run:
+        show_plan(plan_sweep(axes, common))
+        return
+    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet)
+
+
+def resume_grid(folder: Path, quiet: bool) -> None:
+    """Continue a sweep and print its table."""
+    from sae_granary.train.sweeps.sweep import resume_sweep
+
+    _show(lambda **options: resume_sweep(folder, **options), quiet)
+
+
+def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
+    """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
+    from sae_granary.train.commands.tables import show_results
+    from sae_granary.train.folders import read_summary
+    from sae_granary.train.signals import stop_on_signals
+    from sae_granary.train.sweeps.sweep import Reporter
+    from sae_granary.train.sweeps.sweep_console import SweepConsole
+
+    with stop_on_signals() as stop:
+        result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
+    finished = [row for row in result.rows if row["status"] == "finished"]
+    if finished:
+        show_results([read_summary(result.folder / str(row["name"])) for row in finished])
+    typer.echo(f"{result.folder}")
+    if result.failures:
+        lines = [f"failed: {name}: {error}" for name, error in result.failures.items()]
+        fail("\n".join([*lines, f"{len(lines)} of {len(result.rows)} SAEs have no result"]), 1)
+
+
+def show_plan(plan: Plan) -> None:
+    """Names, sizes and groups; nothing is written."""
+    from rich.table import Table
+
+    from sae_granary.train.commands.tables import show
+    from sae_granary.train.memory.capacity import gib, needed_disk
+
+    table = Table()
+    for column in ("group", "run", "type", "hook", "d_sae", "steps", "batch", "lr"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("run", "type", "hook") else "right")
+    for number, group in enumerate(plan.groups, 1):
+        for entry in group.entries:
+            config = entry.config
+            cells = (",".join(config.hook), f"{config.options['d_sae']:,}", f"{config.steps:,}")
+            table.add_row(str(number), entry.name, config.type, *cells, f"{config.batch_size:,}", f"{config.lr:.3g}")
+    show(table)
+    for note in plan.notes:
+        typer.echo(note)
+    disk = sum(needed_disk(entry.config) for entry in plan.entries)
+    runs_dir = plan.entries[0].config.runs_dir
+    groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+    typer.echo(f"{len(plan.entries)} SAEs in {groups}, up to {gib(disk)} in {runs_dir}")
+    typer.echo("nothing was written: run without --dry-run to train")

@@ -1,0 +1,66 @@
+"""What `run` and `quick` do with their flags. Heavy imports stand inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from sae_granary.train.commands import sweep_command as cli_sweep
+from sae_granary.train.commands.common import NO_CACHE, fail
+from sae_granary.train.config.flags import Given
+
+
+def train_given(
+    given: Given,
+    layers: str | None,
+    stride: int | None,
+    *,
+    overwrite: bool,
+    resume: Any,
+    quiet: bool,
+    dry_run: bool = False,
+) -> None:
+    """Train the SAE that flags ask for, or the several that layers or seeds make of it; or print what that would be."""
+    if grid := cli_sweep.several(given, layers, stride):
+        cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
+        return
+    config = config_of(given)
+    if not config.cache:
+        fail(NO_CACHE, 2)
+    if dry_run:
+        from sae_granary.train.config.origin import annotated_yaml
+
+        typer.echo(annotated_yaml(given.layers()) + "# nothing was written: run without --dry-run to train")
+        return
+    from sae_granary.train.run import train_sae
+
+    show_training(lambda **options: train_sae(config, overwrite=overwrite, resume=resume, **options), quiet)
+
+
+def config_of(given: Given) -> Any:
+    """The TrainConfig of a command's flags, not resolved."""
+    from sae_granary.train.config.merge import make_config
+    from sae_granary.train.errors import ConfigError
+
+    layers = given.layers()
+    if any("grid" in values for _, values in layers):
+        raise ConfigError("the file has a grid: train it with sae-train sweep")
+    return make_config([values for _, values in layers])
+
+
+def show_training(start: Callable[..., Any], quiet: bool) -> None:
+    """Run with a console and signal handlers, then print the result."""
+    from sae_granary.train.commands.tables import notes, result_table, show, similarity_line
+    from sae_granary.train.signals import stop_on_signals
+    from sae_granary.train.sinks.console_sink import ConsoleSink
+
+    with stop_on_signals() as stop:
+        result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
+    show(result_table([result.summary]))
+    if line := similarity_line(result.summary):
+        typer.echo(line)
+    for note in notes([result.summary]):
+        typer.echo(note)
+    typer.echo(f"{result.folder}")

@@ -1,0 +1,69 @@
+"""A trained SAE in the files of other tools: SAELens, sparsify, delphi."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.files.io import OURS, save_sparsify
+from sae_granary.sae_core.files.saelens import own
+from sae_granary.train.errors import ConfigError, RunExistsError, nearest
+
+
+def export(run: Path, to: str, out: Path) -> Path:
+    """Write the SAE of a run for another tool and return the folder that holds it.
+
+    Raises ConfigError for an unknown tool, RunExistsError if `out` holds anything, SAEError for a type that the tool
+    cannot express.
+    """
+    if to not in WRITERS:
+        raise ConfigError(f"--to {to!r} is unknown (known: {', '.join(WRITERS)}){nearest(to, WRITERS)}")
+    sae, metadata = sae_core.load(run), read_metadata(run)
+    if out.exists() and any(out.iterdir()):
+        raise RunExistsError(f"{out} is not empty: choose another --out")
+    return WRITERS[to](sae, out, metadata)
+
+
+def read_metadata(run: Path) -> dict[str, Any]:
+    """What the run wrote about where its SAE belongs."""
+    try:
+        record = json.loads((run / OURS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return dict(record.get("metadata", {}))
+
+
+def _saelens(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
+    if not own(type(sae.core), "saelens_architecture"):
+        raise ConfigError(f"type {sae.type_name} cannot be written for SAELens: it has no such architecture")
+    sae_core.save(sae, out, metadata)
+    (out / OURS).unlink()
+    return out
+
+
+def _sparsify(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
+    save_sparsify(sae, out, metadata)
+    return out
+
+
+def _delphi(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
+    """delphi reads a folder of sparsify coders, one subfolder per hook point, named by its module path."""
+    hook = str(metadata.get("hf_hook_name") or "hook")
+    if "/" in hook or hook.startswith("."):
+        raise ConfigError(f"hf_hook_name {hook!r} of the run is not a module path")
+    try:
+        return _sparsify(sae, out / hook, metadata).parent
+    except OptionError as error:
+        raise ConfigError(f"--to delphi: delphi reads the coders of sparsify, and {error}") from None
+
+
+WRITERS: dict[str, Callable[[SAE, Path, Mapping[str, Any]], Path]] = {
+    "saelens": _saelens,
+    "sparsify": _sparsify,
+    "delphi": _delphi,
+}

@@ -1,0 +1,74 @@
+"""A run on the model hub: the inference form and a model card. Nothing leaves the machine in a dry run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_granary.train.errors import NotARunError, TrainError
+from sae_granary.train.folders import read_summary
+from sae_granary.train.publish.export import read_metadata
+
+FILES = ("cfg.json", "sae_weights.safetensors", "granary.json", "granary.safetensors", "config.yaml", "summary.json")
+METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "dead", "never_fired", "decoder_max_cosine")
+
+
+def files_of(run: Path) -> list[Path]:
+    """The files of a run that are published; never checkpoints or logs."""
+    found = [run / name for name in FILES if (run / name).is_file()]
+    if not any(path.name == "sae_weights.safetensors" for path in found):
+        raise NotARunError(f"{run} holds no finished SAE: expected sae_weights.safetensors")
+    return found
+
+
+def model_card(run: Path, licence: str) -> str:
+    """README.md of the repository: what it is, from which cache, how good, under which licence."""
+    summary, metadata = read_summary(run), read_metadata(run)
+    rows = "\n".join(f"| {name} | {summary['eval'][name]:.4g} |" for name in METRICS if name in summary["eval"])
+    return f"""---
+license: {licence}
+library_name: sae-granary
+tags: [sparse-autoencoder, interpretability]
+base_model: {metadata.get("model_name")}
+---
+
+# {summary["name"]}
+
+A **{summary["type"]}** sparse autoencoder with {summary["d_sae"]:,} latents on `{metadata.get("hf_hook_name")}` of
+`{metadata.get("model_name")}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
+
+{_provenance(metadata.get("cache_fingerprint", {}))}
+
+| metric on {summary["eval_part"]} rows | |
+|---|---|
+{rows}
+
+`sae_core.load(folder)` reads it; where `cfg.json` is present, so does `SAE.load_from_disk(folder)` of SAELens.
+"""
+
+
+def push(run: Path, repo: str, *, licence: str, private: bool) -> str:
+    """Upload a run and its card; return the address. The token is the hub client's own, and is never written."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    paths = files_of(run)
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for path in paths:
+                (Path(folder) / path.name).symlink_to(path.resolve())
+            (Path(folder) / "README.md").write_text(model_card(run, licence), encoding="utf-8")
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Add {run.name}")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise TrainError(f"could not push to {repo!r}: {first}; log in with `hf auth login`, check the name") from error
+    return str(url)
+
+
+def _provenance(fingerprint: Mapping[str, Any]) -> str:
+    shown = {name: value for name, value in fingerprint.items() if value is not None}
+    return "\n".join(["Cache:", "", *(f"- {name}: `{value}`" for name, value in sorted(shown.items()))])

@@ -1,0 +1,1 @@
+"""Everything that changes while one SAE trains, and its checkpoints."""

@@ -1,0 +1,88 @@
+"""Run: everything that changes while one SAE trains, apart from where its batches come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from sae_granary import sae_core
+from sae_granary.sae_core import SAE
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.optim.ema import Ema
+from sae_granary.train.optim.optimizers import make_optimizer
+from sae_granary.train.optim.schedule import Schedule
+from sae_granary.train.state.density import Density
+from sae_granary.train.state.patience import Patience
+from sae_granary.train.state.rng import Rng
+
+
+@dataclass(eq=False)
+class Run:
+    """One SAE in training. Everything here but the config is part of a checkpoint."""
+
+    config: TrainConfig
+    sae: SAE
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # batches consumed
+    tokens: int = 0  # rows consumed
+    rejected: int = 0  # steps without an update because of NaN or Inf
+    rejected_in_row: int = 0
+    rng: Rng = field(default_factory=Rng)
+    score: float | None = None  # of the newest measurement, lower is better: what `keep_best` compares
+    ema: Ema | None = None  # the averaged weights, when asked for
+    patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram
+
+    @classmethod
+    def create(cls, config: TrainConfig, sae: SAE) -> Run:
+        """A run at its start, its SAE on the config's device."""
+        sae = sae.to(config.device)
+        ema = None if config.ema_decay is None else Ema(sae, config.ema_decay)
+        return cls(config, sae.train(), make_optimizer(sae.parameters(), config), ema=ema)
+
+    @cached_property
+    def n_steps(self) -> int:
+        """Length of the run in optimizer steps."""
+        assert self.config.steps is not None
+        return self.config.steps
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Factor on the peak learning rate."""
+        config = self.config
+        return Schedule(
+            self.n_steps, config.lr_schedule, config.warmup_steps or 0, config.decay_fraction, config.lr_final
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step about to be taken."""
+        assert self.config.lr is not None
+        return self.config.lr * self.schedule.factor(self.step)
+
+    @property
+    def last_lr(self) -> float:
+        """Learning rate of the step taken last."""
+        assert self.config.lr is not None
+        return self.config.lr * self.schedule.factor(self.step - 1)
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken, or validations stopped paying."""
+        return self.step >= self.n_steps or self.patience.is_over(self.config.early_stop)
+
+    @property
+    def parameter_names(self) -> dict[nn.Parameter, str]:
+        """Parameter -> its name, for the optimizer's state."""
+        return {parameter: name for name, parameter in self.sae.named_parameters()}
+
+
+def build_sae(config: TrainConfig) -> SAE:
+    """A new SAE of a resolved config, not initialised."""
+    cls = sae_core.registry.get(config.type)
+    return cls(sae_core.make_config(cls, config.options))

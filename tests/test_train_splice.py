@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.format.rows import HookPoint
-from sae_granary.cache.load.whole_contexts import read_windows
+from sae_granary.cache.load.whole_contexts import read_contexts
 from sae_granary.models.language.downstream import (
     MIN_ABLATION_COST,
     SplicedInput,
@@ -80,7 +80,7 @@ def zeros(d_in: int) -> sae_core.SAE:
 
 
 def windows_of(path: Path, n: int = 3, **options):
-    return islice(read_windows(open_cache(path), **({"batch_rows": 500, "part": "all"} | options)), n)
+    return islice(read_contexts(open_cache(path), **({"batch_rows": 500, "part": "all"} | options)), n)
 
 
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
@@ -519,7 +519,7 @@ def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_pa
 def test_what_has_no_language_model(demo_caches: Path) -> None:
     small = ("--loss", "kl", "--batch-size", "1", "--steps", "5")
     texts = refusal("--cache", demo_caches / "texts", *small)
-    assert "holds one row per text, no windows of tokens" in texts
+    assert "holds one row per text, no contexts of tokens" in texts
     tokens = refusal("--cache", demo_caches / "tokens", *small)
     assert "is a Sentence-Transformer: it has no language-model head" in tokens
 
@@ -578,7 +578,7 @@ def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:
     from test_train_resume import StopAt, assert_same
 
-    from sae_granary.cache.load.whole_contexts import WindowsState
+    from sae_granary.cache.load.whole_contexts import ContextsState
     from sae_granary.train import resume_training, stream
     from sae_granary.train.errors import InterruptedRunError
 
@@ -587,7 +587,7 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
     sink = StopAt(9)
     with pytest.raises(InterruptedRunError):
         train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
-    monkeypatch.setattr(stream, "WindowsState", lambda *_: WindowsState())
+    monkeypatch.setattr(stream, "ContextsState", lambda *_: ContextsState())
     with pytest.raises(AssertionError):
         assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
 

@@ -15,7 +15,7 @@ from sae_granary import sae_core
 from sae_granary.cache.load.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.selection import Part, account
-from sae_granary.cache.load.whole_contexts import Windows, WindowsState, read_windows
+from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
@@ -159,11 +159,11 @@ class Data:
         if isinstance(self.language_model, LanguageModel) and first_window_step(self.config) is not None:
             check_logits(self.config, self.language_model.vocab_size)
 
-    def windows(self, state: WindowsState | None = None) -> Iterator[Windows]:
+    def windows(self, state: ContextsState | None = None) -> Iterator[Contexts]:
         """Endless batches of whole windows to train on, shuffled in each epoch, of at most `batch_size` rows each."""
         return self._windows("train", self.config.batch_size, state=state, seed=self.order.seed)
 
-    def evaluation_windows(self) -> Iterator[Windows]:
+    def evaluation_windows(self) -> Iterator[Contexts]:
         """The first windows of the part that is evaluated, in micro-batches, with about `downstream_rows` rows."""
         taken = 0
         size = min(self.config.batch_size // self.config.grad_acc_steps, EVALUATION_ROWS)
@@ -199,10 +199,10 @@ class Data:
             for batch in _take_rows(loader, n_rows):
                 yield finite_rows(batch.x)
 
-    def _windows(self, part: Part, batch_rows: int, **options: Any) -> Iterator[Windows]:
+    def _windows(self, part: Part, batch_rows: int, **options: Any) -> Iterator[Contexts]:
         filters, holdout = filters_of(self.config), holdout_of(self.config)
         hook = self.config.hook[0]
-        return read_windows(
+        return read_contexts(
             self.cache, hook, batch_rows=batch_rows, part=part, filters=filters, holdout=holdout, **options
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.cache.load.loader import Batch
-from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
@@ -29,7 +29,7 @@ from sae_granary.train.step_input import Inputs, RowInput, StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
 
-AnyBatch = Batch | Windows  # shuffled rows, or whole windows for a loss through the language model
+AnyBatch = Batch | Contexts  # shuffled rows, or whole windows for a loss through the language model
 T = TypeVar("T", bound="Trainee")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sae_granary.cache.load.loader import Batch, LoaderState
-from sae_granary.cache.load.whole_contexts import Windows, WindowsState
+from sae_granary.cache.load.whole_contexts import Contexts, ContextsState
 from sae_granary.models.language.downstream import SplicedInput
 from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.train.data import Data, open_stream
@@ -25,14 +25,14 @@ class RunStream:
         self._first_window_step = first_window_step(runs[0].config)
         self._loader = None if self._at_windows else open_stream(runs, state)
         begun = self._first_window_step is not None and step > self._first_window_step
-        self._state = WindowsState(state.epoch, state.cursor) if begun else WindowsState()
-        self._windows: Iterator[Windows] | None = None
+        self._state = ContextsState(state.epoch, state.cursor) if begun else ContextsState()
+        self._windows: Iterator[Contexts] | None = None
 
     @property
     def _at_windows(self) -> bool:
         return self._first_window_step is not None and self._step >= self._first_window_step
 
-    def __next__(self) -> Batch | Windows:
+    def __next__(self) -> Batch | Contexts:
         if not self._at_windows:
             assert self._loader is not None
             self._step += 1
@@ -49,7 +49,7 @@ class RunStream:
             self._loader.close()
 
 
-def step_input(data: Data, batch: Batch | Windows) -> Inputs | SplicedInput:
+def step_input(data: Data, batch: Batch | Contexts) -> Inputs | SplicedInput:
     """What a run's step takes of a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
@@ -59,7 +59,7 @@ def step_input(data: Data, batch: Batch | Windows) -> Inputs | SplicedInput:
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)
 
 
-def state_after(data: Data, batch: Batch | Windows) -> LoaderState:
+def state_after(data: Data, batch: Batch | Contexts) -> LoaderState:
     """Where the stream stands behind a batch, as a checkpoint keeps it: of windows the cursor is their reader's."""
     if isinstance(batch, Batch):
         return batch.state

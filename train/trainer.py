@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import Batch, LoaderState
-from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common import run_files as files
 from sae_granary.models.language.downstream import downstream
 from sae_granary.sae_core import SAE
@@ -87,7 +87,7 @@ class Member:
         if self.data.eval_part != "heldout":
             self.sinks.message("no document is held out: the final evaluation uses training rows")
 
-    def take(self, batch: Batch | Windows, waited: float) -> None:
+    def take(self, batch: Batch | Contexts, waited: float) -> None:
         """Take one step, log it, save a checkpoint when one is due. Raises DivergedError."""
         run = self.run
         self.clock.add(waited)

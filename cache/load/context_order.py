@@ -1,9 +1,9 @@
-"""Where the windows of a pass stand: as harvested, or in a seeded permutation, found from the rows' positions alone.
+"""Where the contexts of a pass stand: as harvested, or in a seeded permutation, found from the rows' positions alone.
 
 The rows are cut into blocks of neighbours, of a permutation of `shuffle`; consecutive blocks of it are a pool,
-and a second permutation orders the windows that start in a pool. Memory: the windows of a pool, whatever the cache.
+and a second permutation orders the contexts that start in a pool. Memory: the contexts of a pool, whatever the cache.
 
-cursor   pool number times the rows that a pool can hold, plus the windows of the pool that were passed
+cursor   pool number times the rows that a pool can hold, plus the contexts of the pool that were passed
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
 
 BLOCK_ROWS = 1024
-POOL_BLOCKS = 256  # 262,144 rows: a megabyte or so of window starts
+POOL_BLOCKS = 256  # 262,144 rows: a megabyte or so of context starts
 
 I64 = NDArray[np.int64]
 
 
-class WindowOrder:
-    """The windows with kept rows of the opened shards; `seed` None leaves them in harvest order."""
+class ContextOrder:
+    """The contexts with kept rows of the opened shards; `seed` None leaves them in harvest order."""
 
     def __init__(
         self, cache: Cache, hooks: Sequence[str], selection: Selection, seed: int | None,
@@ -41,7 +41,7 @@ class WindowOrder:
         self._position = cache.column("position")
         self._wanted = shard_columns(cache, selection, hooks)
 
-    def windows(self, epoch: int, cursor: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+    def contexts(self, epoch: int, cursor: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
         """From a cursor to the end of the pass: opened shard, first row in it, row behind, (epoch, cursor) behind."""
         stride, n_pools = self._order.pool_blocks * self._order.block_rows, self._order.n_pools
         first_pool, first = divmod(cursor, stride)
@@ -58,7 +58,7 @@ class WindowOrder:
         return self._selection.mask({name: column[start:end] for name, column in self._wanted[shard].items()})
 
     def _pool(self, epoch: int, pool: int) -> I64:
-        """(n, 3) shard, first row and row behind of each window of a pool, in the order of delivery."""
+        """(n, 3) shard, first row and row behind of each context of a pool, in the order of delivery."""
         order, start = self._order, pool * self._order.pool_blocks
         stop = min(start + order.pool_blocks, order.n_blocks)
         if self._seed is None:
@@ -70,7 +70,7 @@ class WindowOrder:
         return table if self._seed is None else table[shuffle.pool_permutation(len(table), self._seed, epoch, pool)]
 
     def _block(self, shard: int, block: int) -> I64:
-        """The windows that start in a block and have kept rows."""
+        """The contexts that start in a block and have kept rows."""
         position: NDArray[np.int32] = np.asarray(self._position.shard(shard))
         first = (block - int(self._order.first_blocks[shard])) * self._order.block_rows
         stop = min(first + self._order.block_rows, len(position))
@@ -79,15 +79,15 @@ class WindowOrder:
             raise self._not_whole(shard)
         if not len(starts):
             return np.empty((0, 3), np.int64)
-        ends = np.append(starts[1:], self._window_end(position, stop))
+        ends = np.append(starts[1:], self._context_end(position, stop))
         rows = slice(int(starts[0]), int(ends[-1]))
         if (position[rows] != np.arange(rows.start, rows.stop) - np.repeat(starts, ends - starts)).any():
             raise self._not_whole(shard)
         kept = np.add.reduceat(self.keep(shard, rows.start, rows.stop), starts - rows.start, dtype=np.int64) > 0
         return np.stack([np.full(len(starts), shard), starts, ends], axis=1)[kept]
 
-    def _window_end(self, position: NDArray[Any], row: int) -> int:
-        """The first row from `row` on where a window starts; the end of the shard where there is none."""
+    def _context_end(self, position: NDArray[Any], row: int) -> int:
+        """The first row from `row` on where a context starts; the end of the shard where there is none."""
         while row < len(position):
             found = np.flatnonzero(position[row : row + self._order.block_rows] == 0)
             if len(found):
@@ -97,6 +97,6 @@ class WindowOrder:
 
     def _not_whole(self, shard: int) -> SelectionError:
         return SelectionError(
-            f"{self._cache.path}: shard {self._cache.shards[shard].index} does not hold whole windows (positions "
+            f"{self._cache.path}: shard {self._cache.shards[shard].index} does not hold whole contexts (positions "
             "that count up from 0): losses through the model need every token that it saw"
         )

@@ -34,7 +34,7 @@ class Loader:
     """Iterates over shuffled batches: for ever, or over `epochs` passes of which the last batch may be short.
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
-    With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; windows never
+    With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; contexts never
     cross shards, so it lies in the same shard. An `order` given replaces the one that would be planned for these hook
     points: one loader can deliver to several readers, each in the order that it has alone.
     """
@@ -159,7 +159,7 @@ def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str,
 def _check_previous(filters: Filters) -> None:
     if not filters.min_position or filters.min_position < 1:
         raise SelectionError(
-            f"min_position is {filters.min_position}: rows with the one before them start at position 1 of a window"
+            f"min_position is {filters.min_position}: rows with the one before them start at position 1 of a context"
         )
 
 

@@ -28,7 +28,7 @@ class Filters:
     """Rows to keep. Norms are those of the stored values; with several hook points each must be within bounds."""
 
     special: bool = False  # keep special tokens
-    first_position: bool | None = None  # keep position 0 of each window; None: only if the model is no decoder
+    first_position: bool | None = None  # keep position 0 of each context; None: only if the model is no decoder
     min_position: int | None = None
     max_position: int | None = None  # inclusive
     min_norm: float | None = None

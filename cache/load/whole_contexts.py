@@ -1,10 +1,10 @@
-"""Whole windows, as harvested or shuffled: what a model saw, token by token, for losses through it.
+"""Whole contexts, as harvested or shuffled: what a model saw, token by token, for losses through it.
 
-The shuffled loader gives rows; a language model needs the sequences that they stood in. A window is read back from the
-rows' metadata alone: no activation is touched. Rows that the filters or the split leave out stay in their window, since
-the model saw them, and are marked by `keep`.
+The shuffled loader gives rows; a language model needs the sequences that they came from. A context is read back from
+the rows' metadata alone: no activation is touched. Rows that the filters or the split leave out stay in their context,
+since the model saw them; `keep` is False for them.
 
-Shapes: S windows of a batch, T tokens of the longest of them.
+Shapes: S contexts of a batch, T tokens of the longest of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.format.rows import FLAG_SPECIAL
-from sae_granary.cache.load.context_order import WindowOrder
+from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Part, Selection
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WindowsState:
+class ContextsState:
     """Where a reader stands; what the cursor counts is told in `cache.load.context_order`."""
 
     epoch: int = 0
@@ -34,16 +34,16 @@ class WindowsState:
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
-    """S windows, padded at the end to T tokens; column t is position t of its window."""
+class Contexts:
+    """S contexts, padded at the end to T tokens; column t is position t of its context."""
 
-    token_id: NDArray[np.int64]  # (S, T) 0 behind the end of a window
-    real: NDArray[np.bool_]  # (S, T) False behind the end of a window
+    token_id: NDArray[np.int64]  # (S, T) 0 behind the end of a context
+    real: NDArray[np.bool_]  # (S, T) False behind the end of a context
     special: NDArray[np.bool_]  # (S, T) special tokens
-    doc_id: NDArray[np.int64]  # (S, T) -1 behind the end; a packed window holds several documents
+    doc_id: NDArray[np.int64]  # (S, T) -1 behind the end; a packed context holds several documents
     keep: NDArray[np.bool_]  # (S, T) rows of the wanted part that the filters leave
     row: NDArray[np.int64]  # (S, T) ordinal of the row in the opened cache, -1 behind the end
-    state: WindowsState  # where the reader stands after them
+    state: ContextsState  # where the reader stands after them
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -53,19 +53,19 @@ class Windows:
         """Kept rows."""
         return int(np.count_nonzero(self.keep))
 
-    def split(self, n_parts: int) -> Iterator[Windows]:
-        """At most n parts of about equally many windows, each as wide as its longest."""
+    def split(self, n_parts: int) -> Iterator[Contexts]:
+        """At most n parts of about equally many contexts, each as wide as its longest."""
         for part in np.array_split(np.arange(len(self)), min(n_parts, len(self))):
             width = int(self.real[part].sum(1).max())
             arrays = {name: getattr(self, name)[part, :width] for name in _ARRAYS}
-            yield Windows(**arrays, state=self.state)
+            yield Contexts(**arrays, state=self.state)
 
 
 _ARRAYS = ("token_id", "real", "special", "doc_id", "keep", "row")
 _FILL = {"token_id": 0, "real": False, "special": False, "doc_id": -1, "keep": False, "row": -1}
 
 
-def read_windows(
+def read_contexts(
     cache: Cache,
     hook: str | None = None,
     *,
@@ -73,59 +73,59 @@ def read_windows(
     part: Part = "train",
     filters: Filters | None = None,
     holdout: Holdout | None = None,
-    state: WindowsState | None = None,
+    state: ContextsState | None = None,
     epochs: int | None = None,
     seed: int | None = None,
-) -> Iterator[Windows]:
-    """Batches of whole windows with at most `batch_rows` kept rows (a window that holds more is a batch of its own).
+) -> Iterator[Contexts]:
+    """Batches of whole contexts with at most `batch_rows` kept rows (a context that holds more is a batch of its own).
 
-    Windows without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
-    `epochs` passes. Windows come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
+    Contexts without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
+    `epochs` passes. Contexts come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
     arguments and the state of an earlier batch continue exactly behind it; seeking and memory cost O(262,144 rows).
     The norms that `filters` may look at are those of `hook`.
-    Raises SelectionError for a cache without windows (`unit text`), or where nothing is kept.
+    Raises SelectionError for a cache without contexts (`unit text`), or where nothing is kept.
     """
     if cache.unit != "token":
         raise SelectionError(
-            f"{cache.path} holds one row per {cache.unit}, no windows of tokens: harvest with --unit token"
+            f"{cache.path} holds one row per {cache.unit}, no contexts of tokens: harvest with --unit token"
         )
     if batch_rows < 1:
-        raise SelectionError(f"a batch of windows is {batch_rows} rows, expected at least 1")
+        raise SelectionError(f"a batch of contexts is {batch_rows} rows, expected at least 1")
     selection = Selection((filters or Filters()).resolve(cache), holdout or Holdout(), part)
     source = _Source(cache, cache.hook_name(hook), selection, seed)
-    return _batches(source.windows(state or WindowsState(), epochs), batch_rows)
+    return _batches(source.contexts(state or ContextsState(), epochs), batch_rows)
 
 
 @dataclass(frozen=True, eq=False)
-class _Window:
-    """One window: arrays (T,) by name, and the state behind it."""
+class _Context:
+    """One context: arrays (T,) by name, and the state behind it."""
 
     arrays: dict[str, NDArray[Any]]
     n_kept: int
-    state: WindowsState
+    state: ContextsState
 
 
 class _Source:
-    """Windows one by one."""
+    """Contexts one by one."""
 
     def __init__(self, cache: Cache, hook: str, selection: Selection, seed: int | None) -> None:
         self.cache, self.selection = cache, selection
         self.starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in cache.shards], dtype=np.int64)])
-        self.order = WindowOrder(cache, (hook,), selection, seed)
+        self.order = ContextOrder(cache, (hook,), selection, seed)
 
-    def windows(self, state: WindowsState, epochs: int | None) -> Iterator[_Window]:
-        """Windows with kept rows from a state on."""
+    def contexts(self, state: ContextsState, epochs: int | None) -> Iterator[_Context]:
+        """Contexts with kept rows from a state on."""
         epoch, cursor = state.epoch, state.cursor
         while epochs is None or epoch < epochs:
             nothing = True
-            for shard, start, end, behind in self.order.windows(epoch, cursor):
+            for shard, start, end, behind in self.order.contexts(epoch, cursor):
                 nothing = False
-                yield self._window(shard, start, end, WindowsState(*behind))
+                yield self._context(shard, start, end, ContextsState(*behind))
             if cursor == 0 and nothing:
                 raise SelectionError(f"{self.cache.path}: {_nothing_left(self.selection)}")
             epoch, cursor = epoch + 1, 0
 
-    def _window(self, shard: int, start: int, end: int, behind: WindowsState) -> _Window:
+    def _context(self, shard: int, start: int, end: int, behind: ContextsState) -> _Context:
         columns = {name: self.cache.column(name).shard(shard)[start:end] for name in ("token_id", "doc_id", "flags")}
         offset, keep = int(self.starts[shard]), self.order.keep(shard, start, end)
         arrays: dict[str, NDArray[Any]] = {
@@ -136,38 +136,38 @@ class _Source:
             "keep": keep,
             "row": np.arange(offset + start, offset + end),
         }
-        return _Window(arrays, int(np.count_nonzero(keep)), behind)
+        return _Context(arrays, int(np.count_nonzero(keep)), behind)
 
 
 def _nothing_left(selection: Selection) -> str:
-    """Why no window is delivered, and what to do."""
+    """Why no context is delivered, and what to do."""
     part, holdout = selection.part, selection.holdout
     remedy = "loosen the filters, or hold out fewer documents"
     if part == "heldout":
         remedy = "hold out more documents, holdout=Holdout(0.2), or read part='train'"
     held_out = f"{holdout.fraction:.3g} of the documents are held out, by seed {holdout.seed}"
-    return f"no window has a row of the {part} part left ({held_out}); {remedy}"
+    return f"no context has a row of the {part} part left ({held_out}); {remedy}"
 
 
-def _batches(windows: Iterator[_Window], batch_rows: int) -> Iterator[Windows]:
-    open_windows: list[_Window] = []
+def _batches(contexts: Iterator[_Context], batch_rows: int) -> Iterator[Contexts]:
+    open_contexts: list[_Context] = []
     n_rows = 0
-    for window in windows:
-        if open_windows and n_rows + window.n_kept > batch_rows:
-            yield _pad(open_windows)
-            open_windows, n_rows = [], 0
-        open_windows.append(window)
-        n_rows += window.n_kept
-    if open_windows:
-        yield _pad(open_windows)
+    for context in contexts:
+        if open_contexts and n_rows + context.n_kept > batch_rows:
+            yield _pad(open_contexts)
+            open_contexts, n_rows = [], 0
+        open_contexts.append(context)
+        n_rows += context.n_kept
+    if open_contexts:
+        yield _pad(open_contexts)
 
 
-def _pad(windows: Sequence[_Window]) -> Windows:
-    width = max(len(window.arrays["real"]) for window in windows)
+def _pad(contexts: Sequence[_Context]) -> Contexts:
+    width = max(len(context.arrays["real"]) for context in contexts)
     padded = {}
     for name in _ARRAYS:
-        first = windows[0].arrays[name]
-        padded[name] = np.full((len(windows), width), _FILL[name], first.dtype)
-        for i, window in enumerate(windows):
-            padded[name][i, : len(window.arrays[name])] = window.arrays[name]
-    return Windows(**padded, state=windows[-1].state)
+        first = contexts[0].arrays[name]
+        padded[name] = np.full((len(contexts), width), _FILL[name], first.dtype)
+        for i, context in enumerate(contexts):
+            padded[name][i, : len(context.arrays[name])] = context.arrays[name]
+    return Contexts(**padded, state=contexts[-1].state)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel, Tokens
 from sae_granary.models.language.patch import Edit
 from sae_granary.sae_core import SAE, Progress, SAEOutput
@@ -49,7 +49,7 @@ def at_kept(tokens: Tokens, rows: Rows) -> Edit:
 
 
 @torch.no_grad()
-def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterable[Windows]) -> Numbers:
+def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterable[Contexts]) -> Numbers:
     """What an SAE in inference costs the model: `prediction_cost`, or `embedding_cost` of a Sentence-Transformer.
 
     The SAE is left in the mode that it was in. Empty when there was nothing to measure.
@@ -64,7 +64,7 @@ def downstream(sae: SAE, model: LanguageModel | EmbeddingModel, windows: Iterabl
         sae.train(training)
 
 
-def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[Windows]) -> Numbers:
+def prediction_cost(reconstruct: Rows, model: LanguageModel, windows: Iterable[Contexts]) -> Numbers:
     """ce_score, kl, ce_clean, ce_spliced, ce_ablated and n_predicted.
 
     ce_score = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 when nothing is lost, 0 when no more is kept than
@@ -99,7 +99,7 @@ def notes_on(numbers: Mapping[str, float | None]) -> list[str]:
     ]
 
 
-def embedding_cost(reconstruct: Rows, model: EmbeddingModel, windows: Iterable[Windows]) -> Numbers:
+def embedding_cost(reconstruct: Rows, model: EmbeddingModel, windows: Iterable[Contexts]) -> Numbers:
     """embedding_cosine: of each window's embedding with the clean one, on average; embedding_cosine_ablated beside."""
     spliced, ablated, n_windows = 0.0, 0.0, 0
     for batch in windows:
@@ -123,7 +123,7 @@ class SplicedInput:
     """
 
     model: LanguageModel
-    windows: Windows
+    windows: Contexts
     kind: str
     balanced: bool = False
 

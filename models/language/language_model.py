@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_granary.cache.format.rows import HookPoint
 from sae_granary.cache.load import shuffle
-from sae_granary.cache.load.whole_contexts import Windows
+from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.models.language.patch import Edit, patched
 
 MASKED_SHARE = 0.15  # of the kept tokens, as masked language models are trained
@@ -50,7 +50,7 @@ class HookedModel:
     point: HookPoint
     device: torch.device
 
-    def plain(self, windows: Windows) -> Tokens:
+    def plain(self, windows: Contexts) -> Tokens:
         """Windows as they are, of which nothing is to be predicted."""
         nothing = np.zeros(windows.real.shape, np.bool_)
         return self._tokens(windows, windows.token_id, nothing, windows.token_id[nothing])
@@ -62,7 +62,7 @@ class HookedModel:
         with patched(self.module, self.point, shape, edit):
             return self.model(input_ids=tokens.input_ids, **kwargs)
 
-    def _tokens(self, windows: Windows, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:
+    def _tokens(self, windows: Contexts, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:
         def move(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
@@ -76,7 +76,7 @@ class LanguageModel(HookedModel):
 
     mask_id: int | None  # of a masked language model; None: each token predicts the next one
 
-    def tokens(self, windows: Windows, mask_seed: int = 0) -> Tokens:
+    def tokens(self, windows: Contexts, mask_seed: int = 0) -> Tokens:
         """Windows as the model takes them.
 
         A decoder predicts, at each kept token, the next one of the same document. An encoder predicts 15 % of the kept

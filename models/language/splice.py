@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sae_granary.cache.load.whole_contexts import read_windows
+from sae_granary.cache.load.whole_contexts import read_contexts
 from sae_granary.models.language.demo import resolve_demo
 from sae_granary.models.language.language_model import EmbeddingModel, HookedModel, LanguageModel
 from sae_granary.models.language.weights import weights_hash
@@ -80,7 +80,7 @@ def open_any(
 def _record(cache: Cache) -> Mapping[str, Any]:
     """What the manifest says about the model; refuses what nothing can be spliced into."""
     record: Mapping[str, Any] = cache.manifest.provenance.get("model", {})
-    read_windows(cache, next(iter(cache.hook_points)), batch_rows=1)  # refuses a cache of texts
+    read_contexts(cache, next(iter(cache.hook_points)), batch_rows=1)  # refuses a cache of texts
     name = record.get("id")
     if record.get("family") == "encoder-decoder":
         raise SpliceError(f"{name} is an encoder-decoder, of which the cache holds the encoder: no kl or ce through it")
@@ -219,7 +219,7 @@ class _Source:
 def _checked(hooked: H, cache: Cache, source: _Source) -> H:
     """Refuse a model that gives other activations than those stored: whatever is different, no loss would mean much."""
     point = hooked.point
-    windows = next(iter(read_windows(cache, point.name, batch_rows=_CHECKED_ROWS, part="all", epochs=1)))
+    windows = next(iter(read_contexts(cache, point.name, batch_rows=_CHECKED_ROWS, part="all", epochs=1)))
     tokens = hooked.plain(windows)
     seen: list[Tensor] = []
 

@@ -10,9 +10,9 @@ from conftest import write_cache
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
-from sae_granary.cache.load.context_order import WindowOrder
+from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
-from sae_granary.cache.load.whole_contexts import Windows, WindowsState, read_windows
+from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache
 
 HALF = Holdout(0.5)
@@ -23,8 +23,8 @@ def opened(make_cache):
     return open_cache(make_cache())  # three shards
 
 
-def pass_over(opened, **options) -> list[Windows]:
-    return list(read_windows(opened, epochs=1, **({"batch_rows": 200} | options)))
+def pass_over(opened, **options) -> list[Contexts]:
+    return list(read_contexts(opened, epochs=1, **({"batch_rows": 200} | options)))
 
 
 def rows_of(batches, field="real") -> np.ndarray:
@@ -72,7 +72,7 @@ def test_batches_are_whole_windows_up_to_the_size(opened) -> None:
     assert {len(batch) for batch in single} == {1}
 
 
-def same(a: Windows, b: Windows) -> bool:
+def same(a: Contexts, b: Contexts) -> bool:
     names = ("token_id", "real", "special", "doc_id", "keep", "row")
     return a.state == b.state and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
 
@@ -82,16 +82,16 @@ def same(a: Windows, b: Windows) -> bool:
 def test_a_state_continues_exactly(opened, part, seed) -> None:
     options = {"batch_rows": 90, "part": part, "holdout": HALF, "seed": seed}
     one_pass = len(pass_over(opened, **options))
-    whole = list(islice(read_windows(opened, **options), 2 * one_pass + 3))
+    whole = list(islice(read_contexts(opened, **options), 2 * one_pass + 3))
     assert {batch.state.epoch for batch in whole} == {0, 1, 2}
     for i in range(len(whole) - 1):
-        rest = islice(read_windows(opened, **options, state=whole[i].state), 2)
+        rest = islice(read_contexts(opened, **options, state=whole[i].state), 2)
         assert all(same(a, b) for a, b in zip(rest, whole[i + 1 : i + 3], strict=False)), i
 
 
 def test_a_seed_shuffles_whole_windows_in_each_epoch_anew(opened) -> None:
     plain = rows_of(pass_over(opened, part="all"))
-    orders = [rows_of(list(read_windows(opened, batch_rows=200, part="all", seed=seed, epochs=2))) for seed in (0, 1)]
+    orders = [rows_of(list(read_contexts(opened, batch_rows=200, part="all", seed=seed, epochs=2))) for seed in (0, 1)]
     epochs = [part for order in orders for part in np.split(order, 2)]
     starts = np.asarray(opened.column("position")[:]) == 0
     n_windows = int(starts.sum())
@@ -107,14 +107,14 @@ def test_a_seed_shuffles_whole_windows_in_each_epoch_anew(opened) -> None:
 @pytest.mark.parametrize("seed", [None, 5])
 def test_small_pools_deliver_every_window_once_from_any_cursor(opened, block_rows, pool_blocks, seed) -> None:
     selection = Selection(Filters().resolve(opened), HALF, "train")
-    order = WindowOrder(opened, ("layer_3",), selection, seed, block_rows=block_rows, pool_blocks=pool_blocks)
-    passes = [list(order.windows(epoch, 0)) for epoch in (0, 1)]
-    wanted = sorted(window[:3] for window in WindowOrder(opened, ("layer_3",), selection, None).windows(0, 0))
+    order = ContextOrder(opened, ("layer_3",), selection, seed, block_rows=block_rows, pool_blocks=pool_blocks)
+    passes = [list(order.contexts(epoch, 0)) for epoch in (0, 1)]
+    wanted = sorted(window[:3] for window in ContextOrder(opened, ("layer_3",), selection, None).contexts(0, 0))
     assert [sorted(window[:3] for window in one) for one in passes] == [wanted, wanted]
     assert (passes[0] == passes[1]) is False
     assert ([w[:3] for w in passes[0]] == [w[:3] for w in passes[1]]) is (seed is None)
     for i in range(0, len(passes[0]) - 1, 9):
-        assert list(order.windows(*passes[0][i][-1])) == passes[0][i + 1 :]
+        assert list(order.contexts(*passes[0][i][-1])) == passes[0][i + 1 :]
 
 
 def test_split_keeps_order_and_trims(opened) -> None:
@@ -169,23 +169,23 @@ def test_documents_packed_in_one_window_keep_their_part(tmp_path) -> None:
 
 def test_refusals(tmp_path, opened) -> None:
     texts = write(tmp_path / "texts", toy_rows([[(0, 0)], [(1, 0)]]), unit="text")
-    with pytest.raises(SelectionError, match="holds one row per text, no windows of tokens: harvest with --unit token"):
-        read_windows(texts, batch_rows=10)
+    with pytest.raises(SelectionError, match="one row per text, no contexts of tokens: harvest with --unit token"):
+        read_contexts(texts, batch_rows=10)
     rows = toy_rows([[(0, 0)] * 4])
     rows.position[:] = [0, 1, 3, 4]
     cut = write(tmp_path / "cut", rows)
-    with pytest.raises(SelectionError, match="shard 0 does not hold whole windows"):
-        next(iter(read_windows(cut, batch_rows=10)))
+    with pytest.raises(SelectionError, match="shard 0 does not hold whole contexts"):
+        next(iter(read_contexts(cut, batch_rows=10)))
     for part, message in (
         ("heldout", r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'"),
         ("train", r"train part left \(0 of the documents .* loosen the filters, or hold out fewer documents"),
     ):
         options = {"part": part, "holdout": Holdout(0.0), "filters": Filters(min_position=10_000)}
         with pytest.raises(SelectionError, match=message):
-            next(iter(read_windows(opened, batch_rows=10, **options)))
+            next(iter(read_contexts(opened, batch_rows=10, **options)))
     with pytest.raises(SelectionError, match="0 rows, expected at least 1"):
-        read_windows(opened, batch_rows=0)
-    assert WindowsState() == WindowsState(0, 0)
+        read_contexts(opened, batch_rows=0)
+    assert ContextsState() == ContextsState(0, 0)
 
 
 def test_windows_need_no_torch(tmp_path) -> None:
@@ -195,8 +195,8 @@ def test_windows_need_no_torch(tmp_path) -> None:
     path = write_cache(tmp_path / "c", n_docs=3)
     code = (
         "import sys\nfrom sae_granary import open_cache\n"
-        "from sae_granary.cache.load.whole_contexts import read_windows\n"
-        f"print(len(next(read_windows(open_cache({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
+        "from sae_granary.cache.load.whole_contexts import read_contexts\n"
+        f"print(len(next(read_contexts(open_cache({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[1] == "False"

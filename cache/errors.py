@@ -25,10 +25,11 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
+from sae_granary.common.errors import GranaryError
 from sae_granary.common.quantities import duration
 
 
-class CacheError(Exception):
+class CacheError(GranaryError):
     """Base of everything that goes wrong with an activation cache."""
 
 

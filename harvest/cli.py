@@ -237,7 +237,7 @@ class _errors:
 
 
 def _os_problem(error: OSError) -> str:
-    from sae_granary.models.online import one_line
+    from sae_granary.common.errors import one_line
 
     if error.filename is None or not error.strerror:
         return one_line(error)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sae_granary.common.errors import nearest
 from sae_granary.harvest.errors import ConfigError
 
 UNITS = ("token", "text")
@@ -129,11 +129,8 @@ class HarvestConfig:
 
 def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not in a fixed list, with the nearest one that is."""
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(value, allowed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"{flag} is {value!r}: {hint}known are {', '.join(allowed)}")
+    if value not in allowed:
+        raise ConfigError(f"{flag} is {value!r}: expected one of {', '.join(allowed)}{nearest(value, allowed)}")
 
 
 def parse_count(flag: str, text: str | None) -> int | None:

@@ -1,6 +1,6 @@
 """What can go wrong while harvesting.
 
-Exception
+GranaryError
 └── HarvestError              every expected failure: `sae-harvest` prints it in one line and exits with 2
     ├── ConfigError           a flag or a combination of flags (also a ValueError)
     ├── ModelError            a model that is not found, or cannot be used
@@ -14,8 +14,10 @@ KeyboardInterrupt
 └── InterruptedHarvest        SIGINT or SIGTERM, carries the exit code 130 or 143
 """
 
+from sae_granary.common.errors import GranaryError
 
-class HarvestError(Exception):
+
+class HarvestError(GranaryError):
     """Every expected failure of a harvest."""
 
 

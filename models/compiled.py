@@ -17,10 +17,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import WhereConfig
 from sae_granary.harvest.errors import ConfigError, HookError, ModelError
 from sae_granary.models.hooks import Capture, Hook, find_blocks
-from sae_granary.models.online import one_line
 
 if TYPE_CHECKING:
     from torch import nn

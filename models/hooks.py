@@ -7,13 +7,13 @@ encoder-decoder: to its encoder). Everything here works on a model on the meta d
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_granary.cache.format.rows import HookPoint
+from sae_granary.common.errors import nearest
 from sae_granary.harvest.config import WhereConfig
 from sae_granary.harvest.errors import HookError
 
@@ -104,9 +104,9 @@ def _match(base: nn.Module, pattern: str) -> list[Hook]:
     if not found:
         if "*" in path:  # compared with paths of which each number is any number
             names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-        near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
-        shown = "did you mean " + " or ".join(near) if near else "there are " + ", ".join(names[:_LISTED]) + ", ..."
-        raise HookError(f"--hook {pattern!r} is no module of {type(base).__name__}: {shown} (see sae-harvest names)")
+        hint = nearest(path, names, n=3, cutoff=0.5) or f" (it has: {', '.join(names[:_LISTED])}, ...)"
+        problem = f"--hook {pattern!r} is no module of {type(base).__name__}"
+        raise HookError(f"{problem}; `sae-harvest names` lists them{hint}")
     return [Hook(hook_name(name, bool(mark)), name, "input" if mark else "output") for name in found]
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.errors import ConfigError, ModelError
 from sae_granary.models.hooks import Hook, probe, probe_all
 from sae_granary.models.locate import Located
-from sae_granary.models.online import one_line
 
 if TYPE_CHECKING:
     from torch import nn

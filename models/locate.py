@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sae_granary.common.errors import one_line
 from sae_granary.common.files import hash_files
 from sae_granary.harvest.config import ModelConfig
 from sae_granary.harvest.errors import ModelError
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
-from sae_granary.models.online import OFFLINE_HINT, one_line, online
+from sae_granary.models.online import OFFLINE_HINT, online
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 SENTENCE_TRANSFORMER = "sentence-transformer"

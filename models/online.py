@@ -10,7 +10,6 @@ OFFLINE_HINT = (
     "{kind} also takes a local path, and the model and the text that come with the package are both named demo"
 )
 _TIMEOUT_SECONDS = 10.0
-_SHOWN_CHARACTERS = 300
 
 
 @functools.cache
@@ -34,10 +33,3 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of a message that may be a page long."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " ..."

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.errors import MemoryLimitError, ModelError
 from sae_granary.models.contexts import Buffer, IntArray, WindowRules
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
 from sae_granary.models.locate import Located
-from sae_granary.models.online import one_line
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import TokenConfig
 from sae_granary.harvest.errors import ConfigError, ModelError
 from sae_granary.harvest.text.document import join_chat
 from sae_granary.models.contexts import IntArray, Tokenize, WindowRules
-from sae_granary.models.online import one_line
 
 if TYPE_CHECKING:
     from sae_granary.models.locate import Located

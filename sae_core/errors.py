@@ -1,17 +1,16 @@
 """What sae_core raises.
 
-SAEError(Exception)
+SAEError(GranaryError)
 ├── OptionError(SAEError, ValueError)       an option of a variant is out of range or unknown
 ├── UnknownTypeError(SAEError, KeyError)    no variant of that name is registered
 ├── NotAnSAEError(SAEError, ValueError)     a folder does not hold an SAE that can be read
 └── NonFiniteError(SAEError, ValueError)    rows or weights hold NaN or Inf
 """
 
-import difflib
-from collections.abc import Iterable
+from sae_granary.common.errors import GranaryError
 
 
-class SAEError(Exception):
+class SAEError(GranaryError):
     """Base of every error that sae_core raises on purpose."""
 
 
@@ -33,9 +32,3 @@ class NotAnSAEError(SAEError, ValueError):
 
 class NonFiniteError(SAEError, ValueError):
     """Rows or weights hold NaN or Inf."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ' Did you mean 'x'?' for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -5,7 +5,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from sae_granary.sae_core.errors import UnknownTypeError, nearest
+from sae_granary.common.errors import nearest
+from sae_granary.sae_core.errors import UnknownTypeError
 
 if TYPE_CHECKING:
     from sae_granary.sae_core.base import SAE
@@ -50,5 +51,5 @@ def get(name: str) -> "type[SAE]":
     discover()
     if name not in _VARIANTS:
         known = sorted(_VARIANTS)
-        raise UnknownTypeError(f"unknown type {name!r}.{nearest(name, known)} Known types: {', '.join(known)}")
+        raise UnknownTypeError(f"unknown type {name!r} (known types: {', '.join(known)}){nearest(name, known)}")
     return _VARIANTS[name]

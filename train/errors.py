@@ -1,6 +1,6 @@
 """What train raises.
 
-TrainError(Exception)
+TrainError(GranaryError)
 ├── ConfigError(TrainError, ValueError)        a setting is unknown, of the wrong type or out of range
 ├── RunExistsError(TrainError, FileExistsError) the run's folder holds another run
 ├── NotARunError(TrainError, FileNotFoundError) a folder holds no run
@@ -12,12 +12,12 @@ TrainError(Exception)
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
+from sae_granary.common.errors import GranaryError
 
-class TrainError(Exception):
+
+class TrainError(GranaryError):
     """Base of every error that train raises on purpose."""
 
 
@@ -51,9 +51,3 @@ class InterruptedRunError(TrainError):
     def __init__(self, signum: int, step: int, folder: Path) -> None:
         self.signum, self.step, self.folder = signum, step, folder
         super().__init__(f"stopped by signal {signum} after step {step}; continue with: sae-train resume {folder}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' did you mean 'x'?' for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

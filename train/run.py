@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from sae_granary import sae_core
 from sae_granary.common.denormals import flushed_denormals
+from sae_granary.common.errors import nearest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data import Data
-from sae_granary.train.errors import ConfigError, RunExistsError, nearest
+from sae_granary.train.errors import ConfigError, RunExistsError
 from sae_granary.train.folders import (
     RECORD,
     SUMMARY,

@@ -8,12 +8,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import DEFAULT_SPLIT, TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, check_text, choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.document import Record, Scalar
 from sae_granary.harvest.text.local_files import shuffle_name
-from sae_granary.models.online import OFFLINE_HINT, one_line, online
+from sae_granary.models.online import OFFLINE_HINT, online
 
 T = TypeVar("T")
 Say = Callable[[str], None]

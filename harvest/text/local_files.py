@@ -16,6 +16,7 @@ from typing import IO
 
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.signed import FORMAT
+from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
@@ -31,7 +32,6 @@ from sae_granary.harvest.text.formats import (
     split_text,
     table_records,
 )
-from sae_granary.models.online import one_line
 
 _READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
 _HASHED_BYTES = 1 << 20  # of each end of a file

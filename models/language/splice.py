@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from sae_granary.cache.load.whole_contexts import read_contexts
+from sae_granary.common.errors import one_line
 from sae_granary.models.language.demo import resolve_demo
 from sae_granary.models.language.language_model import EmbeddingModel, HookedModel, LanguageModel
 from sae_granary.models.language.weights import weights_hash
@@ -120,7 +121,7 @@ class _Source:
             try:
                 config = transformers.AutoConfig.from_pretrained(where, **kwargs)
             except _LOAD_ERRORS as error:
-                problem = _one_line(error)
+                problem = one_line(error)
             else:
                 return cls(where, kwargs, config, record)
         raise SpliceError(f"{wanted} cannot be found ({problem}); {REMEDY}")
@@ -156,7 +157,7 @@ class _Source:
             )
         except _LOAD_ERRORS as error:
             raise SpliceError(
-                f"{self.where} has no language-model head that can be loaded: {_one_line(error)}"
+                f"{self.where} has no language-model head that can be loaded: {one_line(error)}"
             ) from None
         missing = [str(key) for name in ("missing_keys", "mismatched_keys") for key in sorted(info.get(name) or ())]
         missing = [key for key in missing if not key.startswith(_UNUSED)]
@@ -184,7 +185,7 @@ class _Source:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self.kwargs)
         except _LOAD_ERRORS as error:
-            raise SpliceError(f"the tokenizer of {self.where} cannot be loaded: {_one_line(error)}") from None
+            raise SpliceError(f"the tokenizer of {self.where} cannot be loaded: {one_line(error)}") from None
         if tokenizer.mask_token_id is None:
             raise SpliceError(f"{self.where} has no [MASK] token: no masked-language-model loss through it")
         return int(tokenizer.mask_token_id)
@@ -212,7 +213,7 @@ class _Source:
         try:
             return json.loads(Path(transformers.utils.cached_file(self.where, name, **kwargs)).read_text("utf-8"))
         except (*_LOAD_ERRORS, TypeError) as error:
-            raise SpliceError(f"{name} of {self.where} cannot be read: {_one_line(error)}") from None
+            raise SpliceError(f"{name} of {self.where} cannot be read: {one_line(error)}") from None
 
 
 @torch.no_grad()
@@ -236,8 +237,3 @@ def _checked(hooked: H, cache: Cache, source: _Source) -> H:
             f"{difference:.0%} of their length): it is another model or revision; {REMEDY}"
         )
     return hooked
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:200]

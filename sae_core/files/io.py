@@ -17,9 +17,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from sae_granary.common.errors import nearest
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
-from sae_granary.sae_core.errors import NotAnSAEError, OptionError, SAEError, nearest
+from sae_granary.sae_core.errors import NotAnSAEError, OptionError, SAEError
 from sae_granary.sae_core.files.fold import folded_tensors
 from sae_granary.sae_core.files.saelens import own, read_saelens, saelens_config
 from sae_granary.sae_core.files.sparsify import WEIGHTS as SPARSIFY_WEIGHTS
@@ -39,8 +40,8 @@ def make_config(cls: type[SAE], options: Mapping[str, Any]) -> SAE.Config:
     known = {spec.name: spec for spec in dataclasses.fields(cls.Config)}
     for name in options:
         if name not in known:
-            hint = nearest(name, known)
-            raise OptionError(f"{cls.type_name} has no option {name!r}.{hint} Options: {', '.join(known)}")
+            options_of = f"{cls.type_name} has no option {name!r} (its options: {', '.join(known)})"
+            raise OptionError(f"{options_of}{nearest(name, known)}")
     for name, spec in known.items():
         if name not in options and spec.default is dataclasses.MISSING:
             raise OptionError(f"{cls.type_name} needs option {name!r}: {spec.metadata['help']}")

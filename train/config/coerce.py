@@ -9,7 +9,8 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from sae_granary.train.errors import ConfigError, nearest
+from sae_granary.common.errors import nearest
+from sae_granary.train.errors import ConfigError
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sae_granary.train.errors import ConfigError, nearest
+from sae_granary.common.errors import nearest
+from sae_granary.train.errors import ConfigError
 
 _LAYER = re.compile(r"layer_(\d+)")
 

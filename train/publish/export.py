@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary import sae_core
+from sae_granary.common.errors import nearest
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files.io import OURS, save_sparsify
 from sae_granary.sae_core.files.saelens import own
-from sae_granary.train.errors import ConfigError, RunExistsError, nearest
+from sae_granary.train.errors import ConfigError, RunExistsError
 
 
 def export(run: Path, to: str, out: Path) -> Path:

@@ -18,11 +18,12 @@ from benchmarks.apart import Contestant, Turn, apart
 from benchmarks.ragged import write_jsonl
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from sae_granary.cache.format.rows import CacheSpec, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.files import write_all
 from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.rows import HookPoint, Rows
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from sae_granary.harvest.errors import ConfigError
 from sae_granary.harvest.prepare import Prepared, prepare

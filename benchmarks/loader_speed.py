@@ -16,12 +16,13 @@ from benchmarks.harvest_speed import random_rows
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import CacheSpec, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.load.loader import Filters, Holdout, Loader
 from sae_granary.cache.load.order import MAX_PARTNERS
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.rows import HookPoint, Rows
 
 BATCH, D_IN = 4096, 384
 HOOK = "layer_6"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_granary.cache.format.rows import DocumentRow, Rows
+from sae_granary.common.rows import DocumentRow, Rows
 from sae_granary.models.contexts import Window
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
 from sae_granary.harvest.text.document import SKIP_REASONS, Document
 
 IntArray = npt.NDArray[np.int32]

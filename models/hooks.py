@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_granary.cache.format.rows import HookPoint
 from sae_granary.common.errors import nearest
+from sae_granary.common.rows import HookPoint
 from sae_granary.harvest.config import WhereConfig
 from sae_granary.harvest.errors import HookError
 

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 
 N_BUFFERS = 6
 DOCS_PER_BUFFER = 4

@@ -56,8 +56,9 @@ def write_cache(
     """
     import numpy as np
 
-    from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+    from sae_granary.cache.format.rows import CacheSpec
     from sae_granary.cache.write.writer import CacheWriter
+    from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(len(hooks), 4 * d_in, d_in))

@@ -12,9 +12,10 @@ import xxhash
 from cache_kit import tree
 
 from benchmarks.harvest_speed import random_rows
-from sae_granary.cache.format.rows import CacheSpec, HookPoint
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import HookPoint
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from sae_granary.harvest.run import harvest
 

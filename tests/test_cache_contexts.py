@@ -9,11 +9,12 @@ from conftest import write_cache
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, HookPoint, Rows
 
 HALF = Holdout(0.5)
 
@@ -143,8 +144,8 @@ def toy_rows(tokens: list[list[tuple[int, int]]]) -> Rows:
 
 
 def write(path: Path, rows: Rows, unit: str = "token") -> Cache:
-    from sae_granary.cache.format.rows import DocumentRow
     from sae_granary.cache.write.writer import CacheWriter
+    from sae_granary.common.rows import DocumentRow
 
     spec = CacheSpec(unit, (HookPoint("layer_0", "h.0", "output", 0, 2),), "float32", 64, {}, {"model": "toy"})
     with CacheWriter.open(path, spec) as writer:

@@ -15,9 +15,10 @@ from cache_kit import (
 )
 
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 
 FROZEN = Path(__file__).parent / "data" / "format1_tiny"
 N_ROWS, WINDOW, D_IN = 25, 5, 4

@@ -293,7 +293,7 @@ def test_documents_are_written_without_pandas_and_read_back(tmp_path):
 import sys
 from pathlib import Path
 from sae_granary.cache.format.documents import DocumentFile, read_document
-from sae_granary.cache.format.rows import DocumentRow
+from sae_granary.common.rows import DocumentRow
 path = Path(sys.argv[1])
 documents = [DocumentRow(7, "a.txt", 0, ""), DocumentRow(9, "ü", 2**40, "Größe ∞"), DocumentRow(2**40, "a", 1, "x")]
 file = DocumentFile(path)

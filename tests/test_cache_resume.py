@@ -29,13 +29,13 @@ from sae_granary.cache.errors import (
 )
 from sae_granary.cache.format import records
 from sae_granary.cache.format.documents import DocumentFile
-from sae_granary.cache.format.rows import DocumentRow, HookPoint
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import writer
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common import files
 from sae_granary.common.lock import CacheLock
+from sae_granary.common.rows import DocumentRow, HookPoint
 
 # Each child stops dead at the n-th call that changes a name or syncs, for every n; a second child then continues.
 CRASH_POINTS = """

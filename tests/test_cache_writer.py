@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from sae_granary import open_cache
 from sae_granary.cache.errors import BadActivationError, BadRowsError, CacheError, SpecError
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard, inner_rows
-from sae_granary.cache.format.rows import CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.format.stats import block_moments
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.split import split_windows, window_lengths
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import DocumentRow, HookPoint, InvalidHookPointError, Rows
 
 
 @given(
@@ -226,7 +227,7 @@ def test_a_spec_that_cannot_be_is_refused(change, message):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", ".hidden", "a b", "é", "x" * 300, "a\n"])
 def test_a_hook_point_name_is_a_safe_folder_name(name):
-    with pytest.raises(SpecError, match="it names a folder"):
+    with pytest.raises(InvalidHookPointError, match="it names a folder"):
         HookPoint(name, "x", "output", None, 4)
 
 

@@ -15,8 +15,8 @@ from cache_kit import (
 
 from sae_granary import open_cache
 from sae_granary.cache.format.layout import COLUMNS
-from sae_granary.cache.format.rows import FLAG_ABSENT
 from sae_granary.cache.format.storage import register_bfloat16
+from sae_granary.common.rows import FLAG_ABSENT
 
 
 @pytest.fixture(scope="module", params=sorted(DTYPES))

@@ -7,7 +7,7 @@ import pytest
 from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_errors, texts
 
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 from sae_granary.harvest.run import harvest
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_granary.cache.format.rows import FLAG_SPECIAL, FLAG_WINDOW_START
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
 from sae_granary.harvest.text.document import Document
 from sae_granary.models.contexts import Buffer, StreamState, Window, WindowRules, WindowStream, buffers, tokenize_stream
 from sae_granary.models.token_batches import collate, plan_batches

@@ -16,8 +16,9 @@ import yaml
 from typer.testing import CliRunner
 
 from sae_granary import open_cache, sae_core
-from sae_granary.cache.format.rows import CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import TRAINER_KEYS
 from sae_granary.train.sinks.base import read_metrics

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.format.rows import HookPoint
 from sae_granary.cache.load.whole_contexts import read_contexts
+from sae_granary.common.rows import HookPoint
 from sae_granary.models.language.downstream import (
     MIN_ABLATION_COST,
     SplicedInput,

@@ -10,9 +10,10 @@ import torch
 from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.generators import Floats, Sample, World
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import FLAG_WINDOW_START, CacheSpec, DocumentRow, HookPoint, Rows
+from sae_granary.cache.format.rows import CacheSpec
 from sae_granary.cache.load.loader import Holdout, Loader
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train import train_sae

@@ -16,7 +16,7 @@ import xxhash
 
 from sae_granary.cache.errors import BadRowsError, CorruptCacheError
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry
-from sae_granary.cache.format.rows import DocumentRow
+from sae_granary.common.rows import DocumentRow
 
 # Row groups are cut by content only: the bytes do not depend on how many documents come per call.
 GROUP_DOCUMENTS = 4096

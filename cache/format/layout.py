@@ -14,8 +14,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from sae_granary.cache.format.rows import DEFAULT_INNER_CHUNK_BYTES, FLAG_ABSENT, HookPoint
+from sae_granary.cache.format.rows import DEFAULT_INNER_CHUNK_BYTES
 from sae_granary.cache.format.storage import STORAGE, Array, Storage
+from sae_granary.common.rows import FLAG_ABSENT, HookPoint
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"

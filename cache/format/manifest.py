@@ -11,23 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
-from sae_granary.cache.errors import CorruptCacheError, SpecError
+from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.layout import CacheLayout, cache_layout, documents_path
-from sae_granary.cache.format.rows import (
-    DTYPES,
-    MAX_D_IN,
-    MAX_ROWS_PER_SHARD,
-    SIDES,
-    UNITS,
-    CacheSpec,
-    Cursor,
-    Dtype,
-    HookPoint,
-    Side,
-    Unit,
-)
+from sae_granary.cache.format.rows import DTYPES, MAX_ROWS_PER_SHARD, UNITS, CacheSpec, Cursor, Dtype, Unit
 from sae_granary.cache.format.signed import Fields, digest
 from sae_granary.cache.format.stats import Moments, parse_moments
+from sae_granary.common.rows import MAX_D_IN, SIDES, HookPoint, InvalidHookPointError, Side
 
 
 @dataclass(frozen=True)
@@ -255,7 +244,7 @@ def _parse_hook_point(fields: Fields) -> HookPoint:
             tuple_index=fields.optional("tuple_index", int),
             d_in=fields.integer("d_in", 1, MAX_D_IN),
         )
-    except SpecError as error:
+    except InvalidHookPointError as error:
         raise CorruptCacheError(f"{fields.where}: {error}") from None
 
 

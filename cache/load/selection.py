@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.cache.format.rows import FLAG_ABSENT, FLAG_SPECIAL
-from sae_granary.cache.load import shuffle
+from sae_granary.common.hashing import derive_key, hash64
+from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
@@ -57,9 +57,9 @@ class Holdout:
 
     def mask(self, doc_id: NDArray[np.int64]) -> Mask:
         """(N,) whether each row's document is held out: hash64(doc_id) below fraction * 2**64."""
-        key = shuffle.derive_key(_HOLDOUT_DOMAIN, self.seed)
+        key = derive_key(_HOLDOUT_DOMAIN, self.seed)
         limit = np.uint64(int(self.fraction * 2**63))
-        return (shuffle.hash64(doc_id, key) >> np.uint64(1)) < limit
+        return (hash64(doc_id, key) >> np.uint64(1)) < limit
 
 
 @dataclass(frozen=True)

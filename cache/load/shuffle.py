@@ -18,46 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_granary.common.hashing import U64, derive_key, hash64, mix64
+
 FORMAT_VERSION = 1
 
-_MASK = 0xFFFF_FFFF_FFFF_FFFF
-_GOLDEN = 0x9E37_79B9_7F4A_7C15  # odd, so that i -> key + i * _GOLDEN is injective
-_M1 = 0xBF58_476D_1CE4_E5B9
-_M2 = 0x94D0_49BB_1331_11EB
 _N_ROUNDS = 8
 _IN_CACHE = 8192  # numbers that are hashed at a time, so that the passes over them stay in the processor's cache
 _BLOCKS_DOMAIN = 0x626C_6F63_6B73  # "blocks"
 _ROWS_DOMAIN = 0x726F_7773  # "rows"
-
-U64 = NDArray[np.uint64]
-
-
-def mix64(x: U64) -> U64:
-    """Finaliser of splitmix64: a bijection of 64-bit integers in which every input bit moves every output bit."""
-    out = x >> np.uint64(30)
-    out ^= x
-    out *= np.uint64(_M1)
-    out ^= out >> np.uint64(27)
-    out *= np.uint64(_M2)
-    out ^= out >> np.uint64(31)
-    return out
-
-
-def derive_key(*parts: int) -> int:
-    """One 64-bit key from any integers, each reduced modulo 2**64; their order matters."""
-    key = 0
-    for part in parts:
-        key = _mix_int((key * _M1 + _GOLDEN + (part & _MASK)) & _MASK)
-    return key
-
-
-def hash64(values: NDArray[Any], key: int) -> U64:
-    """Keyed 64-bit hash of integers; distinct values never collide."""
-    with np.errstate(over="ignore"):
-        spread = values.astype(np.uint64)
-        spread *= np.uint64(_GOLDEN)
-        spread += np.uint64(key)
-        return mix64(spread)
 
 
 def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
@@ -147,10 +115,3 @@ def _hash_half(half: U64, key: int, out_bits: int) -> U64:
     hashed >>= np.uint64(32)  # halves have at most 32 bits
     hashed &= np.uint64((1 << out_bits) - 1)
     return hashed
-
-
-def _mix_int(x: int) -> int:
-    """`mix64` of one Python integer."""
-    x = ((x ^ (x >> 30)) * _M1) & _MASK
-    x = ((x ^ (x >> 27)) * _M2) & _MASK
-    return x ^ (x >> 31)

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.format.rows import FLAG_SPECIAL
 from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Part, Selection
+from sae_granary.common.rows import FLAG_SPECIAL
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache

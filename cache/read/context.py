@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_granary.cache.format.rows import FLAG_SPECIAL, DocumentRow
+from sae_granary.common.rows import FLAG_SPECIAL, DocumentRow
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache

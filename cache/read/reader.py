@@ -29,11 +29,12 @@ from sae_granary.cache.format.layout import (
 )
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
-from sae_granary.cache.format.rows import DocumentRow, HookPoint, Unit
+from sae_granary.cache.format.rows import Unit
 from sae_granary.cache.format.signed import digest, read_bytes
 from sae_granary.cache.format.stats import Stats, make_stats, merge_all
 from sae_granary.cache.read.arrays import Column, HookRows, check_file
 from sae_granary.cache.read.context import Context, make_context
+from sae_granary.common.rows import DocumentRow, HookPoint
 
 
 @dataclass(frozen=True)

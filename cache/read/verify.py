@@ -28,11 +28,11 @@ from sae_granary.cache.format.layout import (
 )
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
-from sae_granary.cache.format.rows import FLAG_ABSENT
 from sae_granary.cache.format.signed import FORMAT, VERSION
 from sae_granary.cache.format.stats import Moments, block_moments, merge_all
 from sae_granary.cache.read.arrays import check_file
 from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.common.rows import FLAG_ABSENT
 
 
 @dataclass(frozen=True)

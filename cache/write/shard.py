@@ -17,10 +17,10 @@ from sae_granary.cache.errors import BadActivationError
 from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout, CacheLayout, documents_path
 from sae_granary.cache.format.manifest import FileEntry
-from sae_granary.cache.format.rows import DocumentRow, Rows
 from sae_granary.cache.format.stats import Moments, block_moments
 from sae_granary.cache.format.storage import Array
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
+from sae_granary.common.rows import DocumentRow, Rows
 
 
 class ArrayStream:

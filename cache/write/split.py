@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sae_granary.cache.errors import BadRowsError
 from sae_granary.cache.format.layout import COLUMNS, CacheLayout
-from sae_granary.cache.format.rows import FLAG_ABSENT, DocumentRow, Rows
+from sae_granary.common.rows import FLAG_ABSENT, DocumentRow, Rows
 
 _FLOATS = {"float32", "float16", "bfloat16"}
 

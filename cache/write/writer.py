@@ -30,7 +30,7 @@ from sae_granary.cache.format.records import (
     refuse_mismatch,
     remove_contents,
 )
-from sae_granary.cache.format.rows import CacheSpec, Cursor, DocumentRow, Rows
+from sae_granary.cache.format.rows import CacheSpec, Cursor
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.stats import merge_all
 from sae_granary.cache.write.session import ZARR_ATTRIBUTES, Session, remove_leftovers
@@ -39,6 +39,7 @@ from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary
 from sae_granary.cache.write.split import check_rows, documents_by_row, split_windows, window_lengths
 from sae_granary.common import files
 from sae_granary.common.lock import CacheLock
+from sae_granary.common.rows import DocumentRow, Rows
 
 
 class CacheWriter:

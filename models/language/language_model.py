@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sae_granary.cache.format.rows import HookPoint
-from sae_granary.cache.load import shuffle
 from sae_granary.cache.load.whole_contexts import Contexts
+from sae_granary.common.hashing import derive_key, hash64
+from sae_granary.common.rows import HookPoint
 from sae_granary.models.language.patch import Edit, patched
 
 MASKED_SHARE = 0.15  # of the kept tokens, as masked language models are trained
@@ -88,7 +88,7 @@ class LanguageModel(HookedModel):
             predicted[:, :-1] &= windows.doc_id[:, 1:] == windows.doc_id[:, :-1]
             return self._tokens(windows, ids, predicted, ids[:, 1:][predicted[:, :-1]])
         limit = np.uint64(int(MASKED_SHARE * 2**64))
-        predicted &= shuffle.hash64(windows.row, shuffle.derive_key(_MASK_DOMAIN, mask_seed)) < limit
+        predicted &= hash64(windows.row, derive_key(_MASK_DOMAIN, mask_seed)) < limit
         targets = ids[predicted]
         ids[predicted] = self.mask_id
         return self._tokens(windows, ids, predicted, targets)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sae_granary.cache.format.rows import HookPoint
+from sae_granary.common.rows import HookPoint
 from sae_granary.train.errors import SpliceError
 
 Edit = Callable[[Tensor], Tensor]  # (S, T, D) -> (S, T, D)

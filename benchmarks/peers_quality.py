@@ -51,7 +51,7 @@ from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train import train_sae
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
 MAX_RUNS = 8  # coefficients tried per type and trainer
@@ -176,14 +176,14 @@ def run(recipe: Recipe, trainer: str, coef: float | None, args: argparse.Namespa
                 dict(setting.split("=", 1) for setting in args.ours),
             ]
         )
-        data = Data.open(config)
+        data = RunData.open(config)
         train = train_ours if trainer == "ours" else train_theirs
         dead, seconds = train(recipe, data.config, data, Path(folder) / "run", coef)
         return evaluate(recipe, data, Path(folder) / "run", coef, dead, seconds, args.k)
 
 
 def train_ours(
-    recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None
+    recipe: Recipe, config: TrainConfig, data: RunData, folder: Path, coef: float | None
 ) -> tuple[float, float]:
     """Our loop as `sae-train run` calls it; returns the share of dead latents and the seconds of training."""
     summary = train_sae(config).summary
@@ -191,7 +191,7 @@ def train_ours(
 
 
 def train_theirs(
-    recipe: Recipe, config: TrainConfig, data: Data, folder: Path, coef: float | None
+    recipe: Recipe, config: TrainConfig, data: RunData, folder: Path, coef: float | None
 ) -> tuple[float, float]:
     """SAELens' SAETrainer over our batches; returns the share of dead latents and the seconds of training."""
     assert config.steps is not None
@@ -238,7 +238,7 @@ def lens_options(recipe: Recipe, config: TrainConfig, coef: float | None) -> dic
     return options
 
 
-def rows_for_theirs(data: Data) -> Iterator[Tensor]:
+def rows_for_theirs(data: RunData) -> Iterator[Tensor]:
     """The first batches for the scale, then every batch of the run from its start."""
     estimate = (data.inputs(batch.x) for batch in islice(data.batches(), ESTIMATE_BATCHES))
     return chain(estimate, (data.inputs(batch.x) for batch in data.batches()))
@@ -246,7 +246,7 @@ def rows_for_theirs(data: Data) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    recipe: Recipe, data: Data, folder: Path, coef: float | None, dead: float, seconds: float, k: int
+    recipe: Recipe, data: RunData, folder: Path, coef: float | None, dead: float, seconds: float, k: int
 ) -> Measured:
     """Measure a SAELens folder on the held-out rows."""
     sae, rows = LensSAE.load_from_disk(folder), list(data.evaluation())

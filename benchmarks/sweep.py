@@ -26,10 +26,10 @@ from sae_granary.cache.load.loader import Loader
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from sae_granary.harvest.run import harvest
 from sae_granary.train import train_sweep
-from sae_granary.train.commands.tables import harvest_seconds
-from sae_granary.train.data import Data
+from sae_granary.train.commands.result_tables import harvest_seconds
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import train_step
-from sae_granary.train.sinks.base import BaseSink, Metrics
+from sae_granary.train.sinks.sink import BaseSink, Metrics
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
 from sae_granary.train.sweeps.sweep_plan import Entry
@@ -61,7 +61,7 @@ def _tables(folder: Path, rows_per_second: float, d_sae: int) -> str:
     settings = {"cache": str(folder / "cache"), "d_sae": d_sae, "batch_size": BATCH, "steps": STEPS, "save_every": 0}
     settings |= {"dead_after_tokens": NEVER, "log_every": EVERY, "eval_rows": BATCH, "warmup_steps": 0}
     plan = plan_sweep(GRID, settings, runs_dir=str(folder), name="sweep")
-    runs = [Data.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
+    runs = [RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
     with Loader(runs[0].cache, batch_size=BATCH, device=runs[0].config.device) as loader:
         batches = (batch.x for batch in loader if isinstance(batch.x, Tensor))
         clock = _Clock(_alone(runs, next(batches)), batches)
@@ -98,7 +98,7 @@ def _costs(rows_per_second: float, sweep: float, total: float, theirs: float, n:
 Step = Callable[[Tensor], object]
 
 
-def _alone(runs: Sequence[Data], x: Tensor) -> dict[str, Step]:
+def _alone(runs: Sequence[RunData], x: Tensor) -> dict[str, Step]:
     """One step of each, and the encoder product, by name."""
     steps: dict[str, Step] = {}
     for data in runs:

@@ -19,7 +19,7 @@ from sae_granary.train.config.merge import TRAINER_KEYS, make_config
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.loop import train_step
-from sae_granary.train.sinks.base import TIMING, read_metrics
+from sae_granary.train.sinks.sink import TIMING, read_metrics
 from sae_granary.train.state.run_state import Run, build_sae
 
 ROOT = Path(__file__).resolve().parents[1]

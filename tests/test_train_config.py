@@ -19,7 +19,7 @@ from sae_granary.train.config.merge import (
 )
 from sae_granary.train.config.resolve import MAX_EPOCHS, default_name, n_steps_of
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.sweeps.sweep import plan_sweep
 
@@ -152,7 +152,7 @@ def test_unknown_section_is_an_unknown_setting(tmp_path) -> None:
 
 def test_resolving_decides_everything_and_survives_yaml(make_cache, tmp_path) -> None:
     path = make_cache()
-    data = Data.open(make_config([{"type": "batchtopk", "cache": str(path), "batch_size": 256, "k": 4}]))
+    data = RunData.open(make_config([{"type": "batchtopk", "cache": str(path), "batch_size": 256, "k": 4}]))
     config = data.config
     assert config.options["d_in"], config.options["d_sae"] == (16, 128)
     assert config.steps == MAX_EPOCHS * data.counts.train // 256  # under 1000 steps: 16 passes
@@ -209,16 +209,16 @@ def test_what_the_cache_cannot_serve(make_cache, settings, message) -> None:
     from sae_granary import sae_core
 
     with pytest.raises((ConfigError, sae_core.SAEError), match=message):
-        Data.open(make_config([{"type": "topk", "cache": str(make_cache()), **settings}]))
+        RunData.open(make_config([{"type": "topk", "cache": str(make_cache()), **settings}]))
 
 
 def test_several_hook_points_need_a_choice(make_cache) -> None:
     path = str(make_cache(hooks=("layer_1", "layer_2")))
     with pytest.raises(ConfigError, match=r"2 hook points, choose one with --hook: layer_1, layer_2"):
-        Data.open(make_config([{"type": "topk", "cache": path, "batch_size": 64}]))
+        RunData.open(make_config([{"type": "topk", "cache": path, "batch_size": 64}]))
     with pytest.raises(ConfigError, match=r"type topk reads one hook point, got 2"):
-        Data.open(make_config([{"type": "topk", "cache": path, "batch_size": 64, "hook": "layer_1,layer_2"}]))
-    config = Data.open(make_config([{"type": "route", "cache": path, "batch_size": 64}])).config
+        RunData.open(make_config([{"type": "topk", "cache": path, "batch_size": 64, "hook": "layer_1,layer_2"}]))
+    config = RunData.open(make_config([{"type": "route", "cache": path, "batch_size": 64}])).config
     assert config.hook == ("layer_1", "layer_2")
     assert config.options["n_hooks"] == 2
 

@@ -19,7 +19,7 @@ from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
 from sae_granary.train.optim.ema import Ema, averaged
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import TIMING, read_metrics
+from sae_granary.train.sinks.sink import TIMING, read_metrics
 from sae_granary.train.state.checkpoint import FOLDER, best_checkpoint, list_checkpoints
 from sae_granary.train.state.patience import Patience
 

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from sae_granary.train import train_sae
-from sae_granary.train.sinks.base import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
-from sae_granary.train.sinks.charts import charted
+from sae_granary.train.sinks.chart_names import charted
 from sae_granary.train.sinks.console_sink import ConsoleSink, duration, quantity
+from sae_granary.train.sinks.sink import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 

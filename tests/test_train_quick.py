@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.train.cli import app
-from sae_granary.train.commands.harvesting import cache_folder
+from sae_granary.train.commands.harvest_process import cache_folder
 
 REPO = Path(__file__).resolve().parents[1]
 TRAIN = ["--steps", "5", "--batch-size", "32", "--eval-rows", "64", "--d-sae", "64", "--k", "4"]

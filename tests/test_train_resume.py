@@ -22,7 +22,7 @@ from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRu
 from sae_granary.train.folders import exclusive
 from sae_granary.train.optim.optimizers import OPTIMIZERS
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import TIMING, BaseSink, read_metrics
+from sae_granary.train.sinks.sink import TIMING, BaseSink, read_metrics
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.rng import Rng
 

@@ -33,7 +33,7 @@ from sae_granary.sae_core import Progress, registry
 from sae_granary.train import train_sae
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import SpliceError
 
 SMALL = {
@@ -325,7 +325,7 @@ def test_the_evaluation_reads_as_many_rows_as_asked(models: Path) -> None:
     settings = {**SMALL, "cache": str(models / "llama_l0"), "batch_size": 64}
     counts = []
     for rows in (1, 150):
-        data = Data.open(make_config([{**settings, "downstream_rows": rows}]))
+        data = RunData.open(make_config([{**settings, "downstream_rows": rows}]))
         counts.append([batch.n_rows for batch in data.evaluation_windows()])
     assert len(counts[0]) == 1
     assert sum(counts[1]) >= 150 > sum(counts[1][:-1])
@@ -562,7 +562,7 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
 @pytest.fixture(scope="module")
 def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, and what a kill at step 17 would have left of it; the last 8 of 20 steps finetune."""
-    from sae_granary.train.sinks.base import BaseSink
+    from sae_granary.train.sinks.sink import BaseSink
 
     class CopyAt17(BaseSink):
         def metrics(self, metrics) -> None:
@@ -579,7 +579,8 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
     from test_train_resume import StopAt, assert_same
 
     from sae_granary.cache.load.whole_contexts import ContextsState
-    from sae_granary.train import resume_training, stream
+    from sae_granary.train import resume_training
+    from sae_granary.train.data import streams
     from sae_granary.train.errors import InterruptedRunError
 
     options = {**SMALL, "cache": str(models / "llama_l0"), "steps": 20, "log_every": 1, "loss": "kl", "name": "run"}
@@ -587,7 +588,7 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
     sink = StopAt(9)
     with pytest.raises(InterruptedRunError):
         train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
-    monkeypatch.setattr(stream, "ContextsState", lambda *_: ContextsState())
+    monkeypatch.setattr(streams, "ContextsState", lambda *_: ContextsState())
     with pytest.raises(AssertionError):
         assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
 
@@ -595,7 +596,7 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
 def test_windows_to_train_on_are_shuffled_by_the_seed(models: Path) -> None:
     def first_rows(seed: int) -> list[int]:
         config = make_config([{**SMALL, "cache": str(models / "llama_l0"), "loss": "kl", "shuffle_seed": seed}])
-        return next(Data.open(config).windows()).row[:, 0].tolist()
+        return next(RunData.open(config).windows()).row[:, 0].tolist()
 
     assert first_rows(0) == first_rows(0) != first_rows(1)
     assert first_rows(0) != sorted(first_rows(0))

@@ -23,14 +23,14 @@ from sae_granary.train.errors import ConfigError, InterruptedRunError, NotARunEr
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import TIMING, BaseSink, read_metrics
+from sae_granary.train.sinks.sink import TIMING, BaseSink, read_metrics
 from sae_granary.train.state import checkpoint
 from sae_granary.train.sweeps import grouping, sweep
 from sae_granary.train.sweeps.grid import check_grid, expand, parse_grid
 from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
 from sae_granary.train.sweeps.sweep_console import SweepConsole
 from sae_granary.train.sweeps.sweep_plan import load_plan
-from sae_granary.train.trainer import Member
+from sae_granary.train.trainer import Trainer
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
 
@@ -218,7 +218,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
 
 def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
-    original = sweep.open_member
+    original = sweep.open_trainer
 
     def broken(data, *args):
         if data.config.options["k"] == 3:
@@ -226,7 +226,7 @@ def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> No
         return original(data, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "open_member", broken)
+        patch.setattr(sweep, "open_trainer", broken)
         result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
     assert list(result.failures.values()) == ["out of memory"]
     again = resume_sweep(result.folder)
@@ -257,11 +257,11 @@ def test_first_fit() -> None:
 
 def test_a_measured_footprint_holds_the_weights(make_cache) -> None:
     from sae_granary.train.config.merge import make_config
-    from sae_granary.train.data import Data
+    from sae_granary.train.data.run_data import RunData
     from sae_granary.train.memory.footprint import estimate, measure
 
     settings = {"cache": str(make_cache()), "type": "vanilla", "d_sae": 20_000, "batch_size": 256, "device": "cpu"}
-    data = Data.open(make_config([settings]))
+    data = RunData.open(make_config([settings]))
     measured = measure(data)
     assert measured is not None
     assert measured.resident >= estimate(data.config).resident
@@ -380,7 +380,7 @@ def test_a_damaged_plan_is_refused(make_cache, tmp_path, damage) -> None:
 
 def test_a_member_that_cannot_begin_does_not_stop_the_others(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "steps": 4, "runs_dir": str(tmp_path)}
-    begin = Member.begin
+    begin = Trainer.begin
 
     def fail_once(member) -> None:
         if member.folder.name.endswith("k2_s0"):
@@ -388,7 +388,7 @@ def test_a_member_that_cannot_begin_does_not_stop_the_others(make_cache, tmp_pat
         begin(member)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "begin", fail_once)
+        patch.setattr(Trainer, "begin", fail_once)
         result = train_sweep({"k": [2, 3]}, settings)
     assert result.failures == {"toy_layer_3_topk_d32_k2_s0": "no such device"}
     assert not resume_sweep(result.folder).failures
@@ -411,7 +411,7 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
 def start(target, **kwargs):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sae_granary.train.sweeps.sweep", "sae_granary.train.sweeps.plots", "sae_granary.sae_core.variants.topk"]
+        ["sae_granary.train.sweeps.sweep", "sae_granary.train.sweeps.pareto_plot", "sae_granary.sae_core.variants.topk"]
     )
     process = context.Process(target=target, kwargs=kwargs)
     process.start()

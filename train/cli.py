@@ -9,8 +9,17 @@ import typer
 
 from sae_granary.common.app import make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
-from sae_granary.train.commands.common import Debug, DryRun, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors
 from sae_granary.train.commands.quick import quick
+from sae_granary.train.commands.shared_flags import (
+    Debug,
+    DryRun,
+    Layers,
+    LayerStride,
+    Overwrite,
+    Quiet,
+    ReadFlags,
+    errors,
+)
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
 
@@ -51,7 +60,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
     With --cache what follows from the cache is decided too. The output is a YAML file for --config.
     """
     with errors(debug):
-        from sae_granary.train.config.origin import annotated_yaml
+        from sae_granary.train.commands.origin import annotated_yaml
 
         typer.echo(annotated_yaml(read_flags().layers()), nl=False)
 
@@ -86,7 +95,7 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
-        from sae_granary.train.commands.tables import show_results
+        from sae_granary.train.commands.result_tables import show_results
         from sae_granary.train.folders import read_summary
 
         show_results([read_summary(folder) for folder in _finished(folders)])
@@ -136,7 +145,7 @@ def types(
     """List the variants with their options and defaults."""
     with errors(debug):
         from sae_granary import sae_core
-        from sae_granary.train.commands.tables import show, types_tables
+        from sae_granary.train.commands.result_tables import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
 

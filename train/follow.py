@@ -5,11 +5,11 @@ from __future__ import annotations
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.train import validate
 from sae_granary.train.callbacks import Callbacks, StepEvent
-from sae_granary.train.data import Data
+from sae_granary.train.config.phases import first_window_step
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.optim import resample
-from sae_granary.train.phases import first_window_step
-from sae_granary.train.sinks.base import Sinks
-from sae_granary.train.sinks.numbers import finite, histograms_of, metrics_of
+from sae_granary.train.sinks.metrics_line import finite, histograms_of, metrics_of
+from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
 
@@ -17,7 +17,7 @@ from sae_granary.train.state.run_state import Run
 class Follower:
     """Follows the steps of one run."""
 
-    def __init__(self, data: Data, run: Run, sinks: Sinks, clock: Clock, callbacks: Callbacks) -> None:
+    def __init__(self, data: RunData, run: Run, sinks: Sinks, clock: Clock, callbacks: Callbacks) -> None:
         self._data, self._run, self._sinks, self._clock, self._callbacks = data, run, sinks, clock, callbacks
 
     def step(self, event: StepEvent, state: LoaderState) -> None:

@@ -14,7 +14,7 @@ from sae_granary.common.errors import nearest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError, RunExistsError
 from sae_granary.train.folders import (
     RECORD,
@@ -26,12 +26,12 @@ from sae_granary.train.folders import (
     read_run,
     read_summary,
 )
+from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity
-from sae_granary.train.session import train_members
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import JsonlSink, Sink, Sinks
+from sae_granary.train.sinks.sink import JsonlSink, Sink, Sinks
 from sae_granary.train.state.checkpoint import check_identity
-from sae_granary.train.trainer import Result, open_member
+from sae_granary.train.trainer import Result, open_trainer
 
 __all__ = ["Result", "resume_training", "train_sae"]
 
@@ -55,7 +55,7 @@ def train_sae(
     """
     _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
-    data = Data.open(config)
+    data = RunData.open(config)
     if resume == "auto" and (begun := _begun(config, data.config)) is not None:
         return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
     data.check_language_model()
@@ -71,7 +71,7 @@ def _check_resume(resume: str, overwrite: bool) -> None:
         raise ConfigError("--resume auto continues a run, --overwrite starts it anew every time: give one of them")
 
 
-def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[Data, Path] | Result | None:
+def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[RunData, Path] | Result | None:
     """A run of the same config: what continues it, or its result; None if there is none.
 
     Raises RunExistsError for a run of another config, CheckpointError for one of another cache.
@@ -80,9 +80,10 @@ def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[Data, Path] | Re
     if not (folder / RECORD).is_file():
         return None
     saved, record = read_run(folder)
-    data = Data.reopen(saved, record)
+    data = RunData.reopen(saved, record)
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
-    now = replace(Data.open(config, data.cache).config, runs_dir=saved.runs_dir)  # on the shards that it started with
+    opened = RunData.open(config, data.cache)  # on the shards that it started with
+    now = replace(opened.config, runs_dir=saved.runs_dir)
     if Path(saved.cache).resolve() != Path(resolved.cache).resolve():
         now = replace(now, cache=resolved.cache)
     if differences := differing(saved, now):
@@ -110,11 +111,13 @@ def resume_training(
     config, record = read_run(folder)
     if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    return _train(Data.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
+    return _train(RunData.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
 
 
-def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None) -> Result:
-    """A session of one member."""
+def _train(
+    data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None
+) -> Result:
+    """Train one run from where it is to its result."""
     with ExitStack() as stack:
         stack.enter_context(flushed_denormals())
         stack.enter_context(exclusive(folder))
@@ -124,8 +127,8 @@ def _train(data: Data, folder: Path, extra: Sequence[Sink], callbacks: Callbacks
             stack.callback(sinks.close)
             return sinks
 
-        member = open_member(data, folder, make_sinks, callbacks=callbacks)
-        return train_members([member], StopRequest() if stop is None else stop)[member]
+        member = open_trainer(data, folder, make_sinks, callbacks=callbacks)
+        return train_together([member], StopRequest() if stop is None else stop)[member]
 
 
 def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:

@@ -22,20 +22,20 @@ from sae_granary.sae_core import SAE
 from sae_granary.train import loop, validate
 from sae_granary.train.callbacks import Callbacks, StepEvent
 from sae_granary.train.config.merge import to_sections, to_yaml
-from sae_granary.train.data import Data, Inputs, export_metadata
+from sae_granary.train.data.run_data import Inputs, RunData, export_metadata
+from sae_granary.train.data.streams import state_after, step_input
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.evaluate import evaluate
 from sae_granary.train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
 from sae_granary.train.follow import Follower
-from sae_granary.train.initial import start_from
+from sae_granary.train.result.evaluate import evaluate
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import Sinks
-from sae_granary.train.sinks.numbers import last_training_l0, summarize
+from sae_granary.train.sinks.metrics_line import last_training_l0, summarize
+from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.clock import Clock
+from sae_granary.train.state.initial import start_from
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
-from sae_granary.train.stream import state_after, step_input
 
 T = TypeVar("T")
 
@@ -49,12 +49,12 @@ class Result:
     summary: Mapping[str, Any]
 
 
-class Member:
+class Trainer:
     """A run, its data, folder and sinks: takes batches, writes metrics and checkpoints, and ends with a result."""
 
     def __init__(
         self,
-        data: Data,
+        data: RunData,
         run: Run,
         folder: Path,
         sinks: Sinks,
@@ -160,13 +160,13 @@ class Member:
             yield item
 
 
-def open_member(
-    data: Data,
+def open_trainer(
+    data: RunData,
     folder: Path,
     make_sinks: Callable[[str], Sinks],
-    sample: Callable[[Data], Inputs] = Data.sample,
+    sample: Callable[[RunData], Inputs] = RunData.sample,
     callbacks: Callbacks | None = None,
-) -> Member:
+) -> Trainer:
     """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
 
     A run that never started is recorded first: from then on it can be resumed. `make_sinks` gets the id for wandb.
@@ -180,12 +180,12 @@ def open_member(
         restored = checkpoint.load(found[-1], data.config, data.identity)
         if callbacks is not None:
             callbacks.restore(restored.extra.get("callbacks", []))
-        return Member(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
+        return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
     state = LoaderState(data.order.seed)
-    return Member(data, _fresh_run(data, sample), folder, sinks, state, callbacks=callbacks)
+    return Trainer(data, _fresh_run(data, sample), folder, sinks, state, callbacks=callbacks)
 
 
-def _record(data: Data, folder: Path) -> Mapping[str, Any]:
+def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     """run.json of the folder, written unless it is there."""
     identity = asdict(data.identity)
     if (folder / RECORD).is_file():
@@ -198,7 +198,7 @@ def _record(data: Data, folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def _fresh_run(data: Data, sample: Callable[[Data], Inputs]) -> Run:
+def _fresh_run(data: RunData, sample: Callable[[RunData], Inputs]) -> Run:
     """Build and initialise the SAE from a sample of training rows."""
     assert data.config.init_seed is not None
     seed = data.config.init_seed

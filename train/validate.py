@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from sae_granary.train.evaluate import evaluate
 from sae_granary.train.optim.ema import averaged
+from sae_granary.train.result.evaluate import evaluate
 from sae_granary.train.state.run_state import Run
 
 NAMES = ("l0", "fvu", "explained_variance", "mse", "dead")

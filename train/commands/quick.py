@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.train.commands.common import Debug, Layers, LayerStride, Overwrite, Quiet, ReadFlags, errors, fail
+from sae_granary.train.commands.shared_flags import (
+    Debug,
+    Layers,
+    LayerStride,
+    Overwrite,
+    Quiet,
+    ReadFlags,
+    errors,
+    fail,
+)
 from sae_granary.train.commands.train_command import config_of, train_given
 from sae_granary.train.config.flags import Given, takes_settings
 
@@ -54,8 +63,8 @@ def quick(
             "--layer-stride": layer_stride and str(layer_stride),
         }
         others = [part for flag, value in flags.items() if value for part in (flag, value)] + shlex.split(harvest)
-        from sae_granary.train.commands.harvesting import cache_folder
-        from sae_granary.train.commands.harvesting import harvest as run_harvest
+        from sae_granary.train.commands.harvest_process import cache_folder
+        from sae_granary.train.commands.harvest_process import harvest as run_harvest
 
         folder = given.flags.get("cache") or str(cache_folder(model, dataset, named, max_tokens, others))
         common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_granary.train.commands.common import (
+from sae_granary.train.commands.shared_flags import (
     NO_CACHE,
     Debug,
     DryRun,
@@ -118,7 +118,7 @@ def resume_grid(folder: Path, quiet: bool) -> None:
 
 def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
-    from sae_granary.train.commands.tables import show_results
+    from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.folders import read_summary
     from sae_granary.train.signals import stop_on_signals
     from sae_granary.train.sweeps.sweep import Reporter
@@ -139,7 +139,7 @@ def show_plan(plan: Plan) -> None:
     """Names, sizes and groups; nothing is written."""
     from rich.table import Table
 
-    from sae_granary.train.commands.tables import show
+    from sae_granary.train.commands.result_tables import show
     from sae_granary.train.memory.capacity import gib, needed_disk
 
     table = Table()

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from sae_granary.train.commands import sweep_command as cli_sweep
-from sae_granary.train.commands.common import NO_CACHE, fail
+from sae_granary.train.commands.shared_flags import NO_CACHE, fail
 from sae_granary.train.config.flags import Given
 
 
@@ -30,7 +30,7 @@ def train_given(
     if not config.cache:
         fail(NO_CACHE, 2)
     if dry_run:
-        from sae_granary.train.config.origin import annotated_yaml
+        from sae_granary.train.commands.origin import annotated_yaml
 
         typer.echo(annotated_yaml(given.layers()) + "# nothing was written: run without --dry-run to train")
         return
@@ -52,7 +52,7 @@ def config_of(given: Given) -> Any:
 
 def show_training(start: Callable[..., Any], quiet: bool) -> None:
     """Run with a console and signal handlers, then print the result."""
-    from sae_granary.train.commands.tables import notes, result_table, show, similarity_line
+    from sae_granary.train.commands.result_tables import notes, result_table, show, similarity_line
     from sae_granary.train.signals import stop_on_signals
     from sae_granary.train.sinks.console_sink import ConsoleSink
 

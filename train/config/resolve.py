@@ -13,10 +13,10 @@ import torch
 from sae_granary import sae_core
 from sae_granary.cache.load.selection import Counts, Filters, Holdout
 from sae_granary.common.errors import nearest
+from sae_granary.train.config.phases import check_phases, first_window_step
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim import schedule
-from sae_granary.train.phases import check_phases, first_window_step
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache

@@ -12,7 +12,7 @@ import torch
 
 from sae_granary.train import loop
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import FLOAT_BYTES, available_memory, needed_memory, parameter_bytes
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
@@ -45,7 +45,7 @@ def estimate(config: TrainConfig) -> Footprint:
     return Footprint(total - step, step + pre_acts)
 
 
-def measure(data: Data) -> Footprint | None:
+def measure(data: RunData) -> Footprint | None:
     """By taking steps of a throw-away run on random rows; None where the system does not tell."""
     before, config = used_memory(data.config.device, restart_peak=True), data.config
     if before is None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_granary.train.sinks.base import BaseSink, Metrics
+from sae_granary.train.sinks.sink import BaseSink, Metrics
 
 PLAIN_SECONDS = 5.0  # at least, between two plain lines
 

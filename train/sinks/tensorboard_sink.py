@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_granary.train.sinks.base import BaseSink, Histograms, Metrics
-from sae_granary.train.sinks.charts import chart_name, charted
+from sae_granary.train.sinks.chart_names import chart_name, charted
+from sae_granary.train.sinks.sink import BaseSink, Histograms, Metrics
 
 FOLDER = "tensorboard"
 

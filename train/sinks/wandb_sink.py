@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from sae_granary.train.sinks.base import BaseSink, Histograms, Metrics
-from sae_granary.train.sinks.charts import chart_name, charted
+from sae_granary.train.sinks.chart_names import chart_name, charted
+from sae_granary.train.sinks.sink import BaseSink, Histograms, Metrics
 
 
 def _histogram(values: Tensor) -> tuple[Any, Any]:

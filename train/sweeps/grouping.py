@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sae_granary.train.data import Data
+from sae_granary.train.config.phases import needs_language_model
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.memory.capacity import available_memory, gib
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
-from sae_granary.train.phases import needs_language_model
 from sae_granary.train.sweeps.sweep_plan import Entry, Group
 
 
-def groups_of(members: Sequence[tuple[Data, Entry]]) -> tuple[list[Group], list[str]]:
+def groups_of(members: Sequence[tuple[RunData, Entry]]) -> tuple[list[Group], list[str]]:
     """One group per stream, or several where the memory does not hold all of its SAEs."""
-    by_stream: dict[Any, list[tuple[Data, Entry]]] = {}
+    by_stream: dict[Any, list[tuple[RunData, Entry]]] = {}
     for data, entry in members:
         by_stream.setdefault(data.stream_key, []).append((data, entry))
     groups, notes = [], []
@@ -31,7 +31,7 @@ def groups_of(members: Sequence[tuple[Data, Entry]]) -> tuple[list[Group], list[
     return groups, notes
 
 
-def _fit(stream: list[tuple[Data, Entry]]) -> tuple[list[list[tuple[Data, Entry]]], list[str]]:
+def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, Entry]]], list[str]]:
     device = stream[0][0].config.device
     there = available_memory(device)
     if there is None:
@@ -62,7 +62,7 @@ def _fit(stream: list[tuple[Data, Entry]]) -> tuple[list[list[tuple[Data, Entry]
     return groups, [note]
 
 
-def _measured(data: Data, known: dict[str, Footprint]) -> Footprint:
+def _measured(data: RunData, known: dict[str, Footprint]) -> Footprint:
     """A measured footprint; runs of equal sizes are measured once."""
     config = data.config
     sizes = {**config.options, "lr": None, "dead_after_tokens": None}
@@ -74,7 +74,7 @@ def _measured(data: Data, known: dict[str, Footprint]) -> Footprint:
     return known[key]
 
 
-def _stream_bytes(runs: Sequence[Data]) -> int:
+def _stream_bytes(runs: Sequence[RunData]) -> int:
     """What the loader holds: two pools on a GPU; on a CPU batches alone, which do not count beside the models."""
     if not runs[0].config.device.startswith("cuda"):
         return 0

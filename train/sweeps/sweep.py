@@ -21,20 +21,20 @@ import torch
 from sae_granary.common import run_files as files
 from sae_granary.common.denormals import flushed_denormals
 from sae_granary.train.callbacks import AnyCallback, Callbacks
+from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data, Inputs
+from sae_granary.train.data.run_data import Inputs, RunData
 from sae_granary.train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
-from sae_granary.train.phases import needs_language_model
+from sae_granary.train.lockstep import train_together
 from sae_granary.train.run import all_sinks
-from sae_granary.train.session import train_members
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.sinks.base import Sink, Sinks
+from sae_granary.train.sinks.sink import Sink, Sinks
 from sae_granary.train.sweeps.grid import Point, check_grid, expand
-from sae_granary.train.sweeps.make_plan import default_sweep_name, make_plan, request_of
+from sae_granary.train.sweeps.grid_to_plan import default_sweep_name, make_plan, request_of
 from sae_granary.train.sweeps.results import Row, read_failure, sweep_rows, write_results
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, load_plan, save_plan
-from sae_granary.train.trainer import Member, open_member
+from sae_granary.train.trainer import Trainer, open_trainer
 
 # Makes the callbacks of one SAE from its resolved settings: they hold a state, so that no two SAEs can share them.
 MakeCallbacks = Callable[[TrainConfig], Sequence[AnyCallback]]
@@ -199,14 +199,14 @@ class _Sweep:
         self.reporter.start(self.plan, group)
         with ExitStack() as stack:
             members = self._open(left, group, stack)
-            for member in train_members(members, self.stop, self._fail):
+            for member in train_together(members, self.stop, self._fail):
                 self.reporter.ended(member.folder.name, "complete")
         del members
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next group may need larger blocks
 
-    def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Member]:
+    def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Trainer]:
         """The runs of some entries, from their checkpoints or at their start."""
         members = []
         sample = _OneSample()
@@ -217,9 +217,9 @@ class _Sweep:
                 folder.mkdir(exist_ok=True)
                 stack.enter_context(exclusive(folder))
                 (folder / FAILURE).unlink(missing_ok=True)
-                data = Data.reopen(entry.config, group.record)
+                data = RunData.reopen(entry.config, group.record)
                 sinks, callbacks = self._sinks(entry, folder, stack), self._callbacks(entry)
-                members.append(open_member(data, folder, sinks, sample, callbacks))
+                members.append(open_trainer(data, folder, sinks, sample, callbacks))
             except Exception as error:
                 self._report(folder, error, 0)
         return members
@@ -235,7 +235,7 @@ class _Sweep:
     def _callbacks(self, entry: Entry) -> Callbacks:
         return Callbacks() if self.callbacks is None else Callbacks(self.callbacks(entry.config))
 
-    def _fail(self, member: Member, error: Exception) -> None:
+    def _fail(self, member: Trainer, error: Exception) -> None:
         self._report(member.folder, error, member.step)
 
     def _report(self, folder: Path, error: Exception, step: int) -> None:
@@ -250,7 +250,8 @@ def _check_language_models(plan: Plan) -> None:
     """Load what the SAEs go through, so that a model that is missing is told before anything is spent."""
     for group in plan.groups:
         wanted = {e.config.hook: e.config for e in group.entries if needs_language_model(e.config)}
-        opened = [Data.reopen(config, group.record) for config in wanted.values()]  # held together: loaded once for all
+        # Held together, so that a model which several hook points share is loaded once.
+        opened = [RunData.reopen(config, group.record) for config in wanted.values()]
         for data in opened:
             data.check_language_model()
 
@@ -262,7 +263,7 @@ class _OneSample:
         self._key: Any = None
         self._rows: Inputs | None = None
 
-    def __call__(self, data: Data) -> Inputs:
+    def __call__(self, data: RunData) -> Inputs:
         key = (data.stream_key, data.config.hook, data.input_kind)
         if self._rows is None or key != self._key:
             self._key, self._rows = key, data.sample()

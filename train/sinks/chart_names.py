@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae_granary.train.sinks.base import Metrics
+from sae_granary.train.sinks.sink import Metrics
 
 # Ours -> theirs; other names stay as they are.
 NAMES = {

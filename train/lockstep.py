@@ -6,34 +6,34 @@ from collections.abc import Callable, Sequence
 
 from sae_granary.common.heap import keep_freed_memory
 from sae_granary.train import loop
+from sae_granary.train.data.streams import RunStream
 from sae_granary.train.errors import InterruptedRunError
 from sae_granary.train.signals import StopRequest
-from sae_granary.train.stream import RunStream
-from sae_granary.train.trainer import Member, Result
+from sae_granary.train.trainer import Result, Trainer
 
-OnFailure = Callable[[Member, Exception], None]
+OnFailure = Callable[[Trainer, Exception], None]
 
 
-def train_members(
-    members: Sequence[Member], stop: StopRequest, on_failure: OnFailure | None = None
-) -> dict[Member, Result]:
-    """Train all members on one stream of batches (equal `Data.stream_key`), then finish each.
+def train_together(
+    members: Sequence[Trainer], stop: StopRequest, on_failure: OnFailure | None = None
+) -> dict[Trainer, Result]:
+    """Train all members on one stream of batches (equal `RunData.stream_key`), then finish each.
 
     A member that raises is reported to `on_failure` and left out; without it the exception is raised.
     Raises InterruptedRunError when asked to stop, after a checkpoint of every member.
     """
-    failed: list[Member] = []
+    failed: list[Trainer] = []
 
-    def fail(member: Member, error: Exception) -> None:
+    def fail(member: Trainer, error: Exception) -> None:
         if on_failure is None:
             raise error
         failed.append(member)
         on_failure(member, error)
 
-    def stream_from(member: Member) -> RunStream:
+    def stream_from(member: Trainer) -> RunStream:
         return RunStream([m.data for m in members], member.state, member.step)
 
-    def stop_if_asked(active: Sequence[Member]) -> None:
+    def stop_if_asked(active: Sequence[Trainer]) -> None:
         unfinished = [m for m in active if not m.done]
         if not stop or not unfinished:
             return
@@ -58,7 +58,7 @@ def train_members(
     return _finish([m for m in members if m not in failed], stop, fail)
 
 
-def _finish(members: Sequence[Member], stop: StopRequest, fail: OnFailure) -> dict[Member, Result]:
+def _finish(members: Sequence[Trainer], stop: StopRequest, fail: OnFailure) -> dict[Trainer, Result]:
     results = {}
     for member in members:
         stop.check(member.step, member.folder)

@@ -12,7 +12,7 @@ from sae_granary import sae_core
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 
 Layers = Sequence[tuple[str, Mapping[str, Any]]]  # (where from, settings), the strongest last
 
@@ -23,7 +23,7 @@ def annotated_yaml(layers: Layers) -> str:
     Raises what opening the cache and resolving raise.
     """
     config = make_config([values for _, values in layers])
-    shown = Data.open(config).config if config.cache else _with_defaults(config)
+    shown = RunData.open(config).config if config.cache else _with_defaults(config)
     lines = [] if config.cache else ["# no cache was named: null stands where the cache decides"]
     for section, values in to_sections(shown).items():
         lines.append(f"{section}:")

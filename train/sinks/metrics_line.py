@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.models.language.downstream import notes_on
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import StepResult
-from sae_granary.train.sinks.base import read_metrics
+from sae_granary.train.sinks.sink import read_metrics
 from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
 
@@ -70,7 +70,7 @@ def histograms_of(run: Run) -> dict[str, Tensor]:
 
 
 def summarize(
-    run: Run, data: Data, numbers: Mapping[str, float | None], l0_train: float | None, seconds: float
+    run: Run, data: RunData, numbers: Mapping[str, float | None], l0_train: float | None, seconds: float
 ) -> dict[str, Any]:
     """summary.json: what was trained, and how good it is."""
     config = data.config

@@ -18,12 +18,12 @@ from sae_granary.cache.load.selection import Part, account
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
+from sae_granary.train.config.phases import first_window_step, needs_language_model
 from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.initial import check_initial
 from sae_granary.train.memory.capacity import check_logits
-from sae_granary.train.phases import first_window_step, needs_language_model
 from sae_granary.train.state.checkpoint import Identity
+from sae_granary.train.state.initial import check_initial
 
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
@@ -34,7 +34,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """An opened cache and the resolved config of the run that reads it."""
 
     cache: Cache
@@ -42,7 +42,7 @@ class Data:
     counts: Counts
 
     @classmethod
-    def open(cls, config: TrainConfig, opened: Cache | None = None, known: dict[Any, Counts] | None = None) -> Data:
+    def open(cls, config: TrainConfig, opened: Cache | None = None, known: dict[Any, Counts] | None = None) -> RunData:
         """Open the cache of an unresolved config and resolve it. Raises CacheError, ConfigError or SAEError.
 
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
@@ -60,7 +60,7 @@ class Data:
         return cls(opened, resolved, known[key])
 
     @classmethod
-    def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> Data:
+    def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> RunData:
         """Open the cache of a resolved config with the shards that were pinned when the run started."""
         resolve_device(config.device)
         shards = [index for index, _ in record["order"]["shards"]]
@@ -226,7 +226,7 @@ class Data:
         )
 
 
-def open_stream(runs: Sequence[Data], state: LoaderState | None = None) -> Loader:
+def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Loader:
     """One loader of endless training batches for runs of equal `stream_key`: the rows of all their hook points."""
     first, config = runs[0], runs[0].config
     return Loader(
@@ -261,7 +261,7 @@ def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:
         yield batch
 
 
-def export_metadata(data: Data, folder: Path) -> dict[str, Any]:
+def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
     """What `cfg.json` says about where the SAE belongs."""
     model = data.cache.manifest.provenance.get("model", {})
     points = [data.cache.hook_points[name] for name in data.config.hook]

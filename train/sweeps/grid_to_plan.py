@@ -19,7 +19,7 @@ from sae_granary.cache.read.reader import open_cache
 from sae_granary.common.files import free_bytes
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import Data
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.memory.capacity import gib, needed_disk
 from sae_granary.train.sweeps.grid import Point, notes_on
@@ -47,13 +47,16 @@ def default_sweep_name(points: Sequence[Point], request: str) -> str:
 
 
 def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
-    """Resolve every point against the cache and group them. Raises what `Data.open` raises, and for what cannot fit."""
+    """Resolve every point against the cache and group them.
+
+    Raises what `RunData.open` raises, and ConfigError for what does not fit.
+    """
     first = make_config([{**points[0].settings, "name": None}])
     opened, known = open_cache(first.cache, allow_incomplete=first.allow_incomplete), dict[Any, Counts]()
-    members: dict[str, tuple[Data, Entry]] = {}
+    members: dict[str, tuple[RunData, Entry]] = {}
     equal = 0
     for point in points:
-        data = Data.open(make_config([{**point.settings, "name": None}]), opened, known)
+        data = RunData.open(make_config([{**point.settings, "name": None}]), opened, known)
         config = replace(data.config, name=_name(data.config, point.varied), runs_dir=str(folder))
         content = json.dumps(to_sections(replace(config, name=None)))
         equal += content in members
@@ -77,7 +80,7 @@ def _text(value: Any) -> str:
     return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _unique_names(members: Sequence[tuple[Data, Entry]]) -> list[tuple[Data, Entry]]:
+def _unique_names(members: Sequence[tuple[RunData, Entry]]) -> list[tuple[RunData, Entry]]:
     """Names that differ, by a number behind those that do not."""
     seen: dict[str, int] = {}
     out = []

@@ -8,19 +8,19 @@ from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState
 from sae_granary.models.language.downstream import SplicedInput
 from sae_granary.models.language.language_model import LanguageModel
-from sae_granary.train.data import Data, open_stream
-from sae_granary.train.phases import first_window_step
+from sae_granary.train.config.phases import first_window_step
+from sae_granary.train.data.run_data import RunData, open_stream
 from sae_granary.train.step_input import Inputs
 
 
 class RunStream:
-    """One stream for runs of equal `Data.stream_key`, from a step on.
+    """One stream for runs of equal `RunData.stream_key`, from a step on.
 
     `state` is that of the newest batch taken. At the first step of windows it is still the loader's, and the windows
     start with the first of the cache.
     """
 
-    def __init__(self, runs: Sequence[Data], state: LoaderState, step: int) -> None:
+    def __init__(self, runs: Sequence[RunData], state: LoaderState, step: int) -> None:
         self._runs, self._step = runs, step
         self._first_window_step = first_window_step(runs[0].config)
         self._loader = None if self._at_windows else open_stream(runs, state)
@@ -49,7 +49,7 @@ class RunStream:
             self._loader.close()
 
 
-def step_input(data: Data, batch: Batch | Contexts) -> Inputs | SplicedInput:
+def step_input(data: RunData, batch: Batch | Contexts) -> Inputs | SplicedInput:
     """What a run's step takes of a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
@@ -59,7 +59,7 @@ def step_input(data: Data, batch: Batch | Contexts) -> Inputs | SplicedInput:
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)
 
 
-def state_after(data: Data, batch: Batch | Contexts) -> LoaderState:
+def state_after(data: RunData, batch: Batch | Contexts) -> LoaderState:
     """Where the stream stands behind a batch, as a checkpoint keeps it: of windows the cursor is their reader's."""
     if isinstance(batch, Batch):
         return batch.state

@@ -31,10 +31,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check docs bench interop bench-peers kernels clean
+.PHONY: help setup demo harvest train test test-all check regenerate bench interop bench-peers kernels clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | docs | bench | interop | bench-peers | kernels | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | regenerate | bench | interop | bench-peers | kernels | clean"
 
 setup: $(STAMP)
 
@@ -67,8 +67,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP)
+regenerate: $(STAMP)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python tests/golden_losses.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-"""Write docs/parameters.md from the code: `make docs`. A test fails when the page is not what this writes.
+"""Write docs/parameters.md from the code: `make regenerate`. A test fails when the page is not what this writes.
 
 It reads both stages, so it stands outside of them.
 """
@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_name("parameters.md")
 
 HEAD = """# Parameters
 
-Generated from the code by `make docs`; a test keeps it current.
+Generated from the code by `make regenerate`; a test keeps it current.
 
 A parameter of training has one name everywhere: `--set name=value` on the command line, `name: value` in YAML (under
 its section or without one), `train_sae(name=value)` in Python. Some have a flag of their own. Stronger layers win:

@@ -1,10 +1,12 @@
-"""Fifty steps of every variant on fixed data: run as a script to rewrite tests/data/golden_losses.json.
+"""Fifty steps of every variant on fixed data; the curves are recorded in tests/data/golden_losses.json.
 
-A change that must not change numbers shows the same curves. Rewrite the file only with a reason in the commit.
+A change that must not change numbers shows the same curves. `make regenerate` adds the curves of new variants and drops
+those of removed ones; `python tests/golden_losses.py --all` records all of them again: give the reason in the commit.
 """
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +52,13 @@ def curve(name: str) -> list[float]:
     return [*losses[::10], losses[-1]]
 
 
-if __name__ == "__main__":
+def record(*, every: bool = False) -> None:
+    """Write the file: curves that are not recorded yet, or every one again."""
     torch.set_num_threads(1)
-    GOLDEN.write_text(json.dumps({name: curve(name) for name in registry.names()}, indent=1) + "\n")
+    known = {} if every else json.loads(GOLDEN.read_text(encoding="utf-8"))
+    curves = {name: known.get(name) or curve(name) for name in registry.names()}
+    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record(every="--all" in sys.argv)

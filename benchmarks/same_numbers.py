@@ -1,0 +1,98 @@
+"""Whether two checkouts compute the same numbers, on one thread: golden losses of all types, and the demo.
+
+    python -m benchmarks.same_numbers BEFORE AFTER     # folders of checkouts, e.g. of a git worktree; about 6 minutes
+
+The demo is a harvest of 129k tokens and two SAEs of 300 steps. Compared are the bytes of the cache, every logged number
+but times, the final evaluation, and the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TYPES = ("topk", "batchtopk")
+SETTINGS = ("--k", "32", "--d-sae", "3072", "--steps", "300", "--batch-size", "2048")
+TIMING = ("seconds", "tokens_per_second")
+GOLDEN = (
+    "import json, torch; torch.set_num_threads(1); import golden_losses as g; "
+    "print(json.dumps({name: g.curve(name) for name in g.registry.names()}))"
+)
+
+Numbers = dict[str, Any]  # what was measured -> its value, or the hash of its bytes
+
+
+def measure(checkout: Path, folder: Path) -> Numbers:
+    """Run the code of a checkout in a folder."""
+    cache, runs = folder / "cache" / "demo_l3", folder / "runs"
+    demo = ["--model", "demo", "--dataset", "demo", "--layer", "3"]
+    _command(checkout, "harvest", "run", *demo, "--out", str(cache), "--quiet")
+    numbers: Numbers = {f"cache: {name}": found for name, found in _hashes(cache).items() if name != "harvest.log"}
+    for name in TYPES:
+        where = ["--cache", str(cache), "--runs-dir", str(runs), "--name", name]
+        _command(checkout, "train", "run", *where, "--type", name, *SETTINGS, "--quiet")
+        numbers |= {f"{name}: {key}": value for key, value in _run(runs / name).items()}
+    golden = json.loads(_python(checkout, "-c", GOLDEN))
+    return numbers | {f"golden losses: {name}": curve for name, curve in golden.items()}
+
+
+def _run(folder: Path) -> Numbers:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "metrics": [{key: value for key, value in line.items() if key not in TIMING} for line in lines],
+        "eval": summary["eval"],
+        "weights": _hash(folder / "sae_weights.safetensors"),
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _command(checkout: Path, stage: str, *arguments: str) -> None:
+    root = "sae_granary." if (checkout / "sae_granary").is_dir() else ""  # its name since version 0.2
+    _python(checkout, "-m", f"{root}{stage}.cli", *arguments)
+
+
+def _python(checkout: Path, *arguments: str) -> str:
+    paths = os.pathsep.join([str(checkout), str(checkout / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs, or stands on one side only."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def main() -> None:
+    """Measure both, print what differs; exit code 1 if anything does."""
+    parser = argparse.ArgumentParser(prog="benchmarks.same_numbers", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    arguments = parser.parse_args()
+    found = []
+    for checkout in (arguments.before, arguments.after):
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(measure(checkout.resolve(), Path(folder)))
+    differing = differences(*found)
+    print("\n".join(f"differs: {name}" for name in differing) or f"all {len(found[0])} numbers and files are the same")
+    sys.exit(bool(differing))
+
+
+if __name__ == "__main__":
+    main()

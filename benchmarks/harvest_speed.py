@@ -18,7 +18,7 @@ from benchmarks.apart import Contestant, Turn, apart
 from benchmarks.ragged import write_jsonl
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.files import write_all

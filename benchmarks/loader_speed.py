@@ -16,7 +16,7 @@ from benchmarks.harvest_speed import random_rows
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.loader import Filters, Holdout, Loader
 from sae_granary.cache.load.order import MAX_PARTNERS
 from sae_granary.cache.read.reader import Cache

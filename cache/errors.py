@@ -22,7 +22,7 @@ CacheError
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sae_granary.common.errors import GranaryError
@@ -116,11 +116,11 @@ class CacheLockedError(CacheError):
 class BadActivationError(CacheError, ValueError):
     """A NaN, an Inf, or a value that the storage dtype cannot hold; `row` is the row id that it would have had."""
 
-    def __init__(self, hook: str, doc_id: int, row: int, value: float, dtype: str) -> None:
+    def __init__(self, hook: str, doc_id: int, row: int, value: float, dtype: str, wider: Sequence[str] = ()) -> None:
         self.hook, self.doc_id, self.row, self.value, self.dtype = hook, doc_id, row, value, dtype
         finite = value == value and abs(value) != float("inf")
         problem = f"value {value!r} is out of the range of {dtype}" if finite else f"value {value!r}"
-        remedy = "store a wider dtype (--dtype bfloat16 or float32)" if finite else "check the model's compute dtype"
+        remedy = f"store a wider dtype (--dtype {' or '.join(wider)})" if finite else "check the model's compute dtype"
         super().__init__(f"hook point {hook!r}, document {doc_id}, row {row}: {problem}; {remedy}")
 
 

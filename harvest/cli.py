@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.app import make_app
 from sae_granary.common.flags import takes_flags_of
 
@@ -83,7 +84,7 @@ NumProc = Annotated[int, _option(CUT, "Processes for a slow (Python) tokenizer."
 Out = Annotated[
     str | None, _option(OUTPUT, "Folder. (default: cache/<model>_l<layers>)", "--out", "-o", show_default=False)
 ]
-Dtype = Annotated[str, _option(OUTPUT, "auto (as computed), float32, float16, bfloat16.", "--dtype")]
+Dtype = Annotated[str, _option(OUTPUT, f"auto (as computed), {', '.join(STORAGE)}.", "--dtype")]
 MaxTokens = Annotated[
     str | None, _option(OUTPUT, "Stop after the document that reaches this many rows: 20k, 5M, 1.5B.", "--max-tokens")
 ]

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import nearest
 from sae_granary.harvest.errors import ConfigError
 
 UNITS = ("token", "text")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
 DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
@@ -33,7 +34,7 @@ class ModelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        one_of("--compute-dtype", self.compute_dtype, DTYPES)
+        one_of("--compute-dtype", self.compute_dtype, COMPUTE_DTYPES)
         if not self.model.strip():
             raise ConfigError("--model is empty: give a hub id, a local folder, or demo")
 
@@ -114,7 +115,7 @@ class HarvestConfig:
     rows_per_shard: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("--dtype", self.dtype, DTYPES)
+        one_of("--dtype", self.dtype, ("auto", *STORAGE))
         for flag, value in (("--max-tokens", self.max_tokens), ("--max-docs", self.max_docs)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} is {value}: give a number from 1")

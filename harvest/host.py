@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.rows import DocumentRow, Rows
 from sae_granary.models.contexts import Window
 
@@ -47,14 +48,11 @@ class HostCopier:
 
 
 def to_numpy(tensor: torch.Tensor) -> Any:
-    """A host tensor as an array that shares its memory; bfloat16 as ml_dtypes'."""
+    """A host tensor as an array that shares its memory, also of types that numpy alone does not know (bfloat16)."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    storage = STORAGE[str(tensor.dtype).removeprefix("torch.")]
+    return tensor.view(getattr(torch, storage.integers.name)).numpy().view(storage.numpy)
 
 
 def to_rows(windows: Sequence[Window], activations: Mapping[str, Any]) -> Rows:

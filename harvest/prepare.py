@@ -10,7 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
-from sae_granary.cache.format.rows import CacheSpec, Dtype, Unit
+from sae_granary.cache.format.spec import CacheSpec, Unit
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import ConfigError
 from sae_granary.harvest.out import check_out
@@ -97,7 +98,7 @@ class Prepared:
     @property
     def bytes_per_row(self) -> int:
         """Of the activations of all hook points, as the model computes them."""
-        return sum(hook.d_in for hook in self.hooks) * (4 if self.compute_dtype == "float32" else 2)
+        return sum(hook.d_in for hook in self.hooks) * STORAGE[self.compute_dtype].item_bytes
 
     @property
     def buffer_tokens(self) -> int:
@@ -130,7 +131,7 @@ class Prepared:
         return CacheSpec(
             unit=cast(Unit, self.unit),
             hook_points=tuple(hook.point() for hook in self.hooks),
-            dtype=cast(Dtype, self.dtype),
+            dtype=self.dtype,
             rows_per_shard=self.rows_per_shard,
             provenance=self.provenance(fingerprint),
             fingerprint=fingerprint,

@@ -56,7 +56,7 @@ def write_cache(
     """
     import numpy as np
 
-    from sae_granary.cache.format.rows import CacheSpec
+    from sae_granary.cache.format.spec import CacheSpec
     from sae_granary.cache.write.writer import CacheWriter
     from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 

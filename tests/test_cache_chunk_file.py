@@ -12,7 +12,7 @@ import xxhash
 from cache_kit import tree
 
 from benchmarks.harvest_speed import random_rows
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import HookPoint

@@ -9,7 +9,7 @@ from conftest import write_cache
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts

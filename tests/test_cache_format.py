@@ -15,7 +15,7 @@ from cache_kit import (
 )
 
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows

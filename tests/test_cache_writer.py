@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sae_granary import open_cache
 from sae_granary.cache.errors import BadActivationError, BadRowsError, CacheError, SpecError
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard, inner_rows
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.stats import block_moments
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.split import split_windows, window_lengths

@@ -42,7 +42,7 @@ def _check(opened, name, values):
     assert values.dtype == ours.dtype
     assert values[~absent].tobytes() == ours[:].tobytes()
     if kind == "rows":
-        assert (values[absent] == COLUMNS[item][1]).all()
+        assert (values[absent] == COLUMNS[item].fill).all()
     else:
         assert np.isnan(values[absent].astype(np.float32)).all()
 

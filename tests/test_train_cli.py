@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sae_granary import open_cache, sae_core
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 from sae_granary.train.cli import app

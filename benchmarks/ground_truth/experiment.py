@@ -10,7 +10,7 @@ import torch
 from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.generators import Floats, Sample, World
 from sae_granary import open_cache
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.loader import Holdout, Loader
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import FLAG_WINDOW_START, DocumentRow, HookPoint, Rows

@@ -14,7 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from sae_granary.cache.format.rows import DEFAULT_INNER_CHUNK_BYTES
+from sae_granary.cache.format.spec import DEFAULT_INNER_CHUNK_BYTES
 from sae_granary.cache.format.storage import STORAGE, Array, Storage
 from sae_granary.common.rows import FLAG_ABSENT, HookPoint
 
@@ -27,15 +27,15 @@ LOCK = ".lock"
 LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
 GROUPS = ("activations", "rows", "norms")
 
-# Column -> (stored type, value of absent rows).
-COLUMNS: Mapping[str, tuple[str, int]] = {
-    "token_id": ("int32", -1),
-    "doc_id": ("int64", -1),
-    "window": ("uint64", 2**64 - 1),
-    "position": ("int32", -1),
-    "doc_position": ("int32", -1),
-    "flags": ("uint8", FLAG_ABSENT),
+COLUMNS: Mapping[str, Storage] = {
+    "token_id": Storage("int32", "<i4", fill=-1),
+    "doc_id": Storage("int64", "<i8", fill=-1),
+    "window": Storage("uint64", "<u8", fill=2**64 - 1),
+    "position": Storage("int32", "<i4", fill=-1),
+    "doc_position": Storage("int32", "<i4", fill=-1),
+    "flags": Storage("uint8", "u1", fill=FLAG_ABSENT),
 }
+NORMS = STORAGE["float32"]
 
 _ABSENT_CHUNK = 2**64 - 1  # offset and length of an inner chunk that is not there
 _CRC_BYTES = 4
@@ -49,7 +49,6 @@ class ArrayLayout:
     path: str  # in the cache, e.g. "activations/layer_6"
     storage: Storage
     width: int | None
-    fill: float | int
     rows_per_shard: int
     inner_rows: int  # rows of an inner chunk; divides rows_per_shard
 
@@ -86,7 +85,7 @@ class ArrayLayout:
 
     def block(self) -> Array:
         """An inner chunk of absent rows."""
-        return np.full(self.shape(self.inner_rows), self.fill, dtype=self.storage.numpy)
+        return np.full(self.shape(self.inner_rows), self.storage.fill, dtype=self.storage.numpy)
 
     def index(self, n_rows: int) -> bytes:
         """The sharding index of a shard of n rows: (offset, length) per inner chunk, little-endian, then CRC32C."""
@@ -111,7 +110,7 @@ class ArrayLayout:
                 "configuration": {"chunk_shape": list(self.shape(self.rows_per_shard))},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": "NaN" if isinstance(self.fill, float) else self.fill,
+            "fill_value": self.storage.zarr_fill,
             "codecs": [
                 {
                     "name": "sharding_indexed",
@@ -164,15 +163,14 @@ def cache_layout(
 ) -> CacheLayout:
     """The arrays of a cache of these hook points."""
 
-    def array(path: str, storage_name: str, width: int | None, fill: float | int) -> ArrayLayout:
-        storage = STORAGE[storage_name]
+    def array(path: str, storage: Storage, width: int | None = None) -> ArrayLayout:
         inner = inner_rows(rows_per_shard, storage.item_bytes * (width or 1), inner_chunk_bytes)
-        return ArrayLayout(path, storage, width, fill, rows_per_shard, inner)
+        return ArrayLayout(path, storage, width, rows_per_shard, inner)
 
     return CacheLayout(
-        activations={h.name: array(f"activations/{h.name}", dtype, h.d_in, math.nan) for h in hook_points},
-        norms={h.name: array(f"norms/{h.name}", "float32", None, math.nan) for h in hook_points},
-        columns={name: array(f"rows/{name}", storage, None, fill) for name, (storage, fill) in COLUMNS.items()},
+        activations={h.name: array(f"activations/{h.name}", STORAGE[dtype], h.d_in) for h in hook_points},
+        norms={h.name: array(f"norms/{h.name}", NORMS) for h in hook_points},
+        columns={name: array(f"rows/{name}", storage) for name, storage in COLUMNS.items()},
     )
 
 

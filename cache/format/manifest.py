@@ -13,9 +13,10 @@ from typing import Any, cast
 
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.layout import CacheLayout, cache_layout, documents_path
-from sae_granary.cache.format.rows import DTYPES, MAX_ROWS_PER_SHARD, UNITS, CacheSpec, Cursor, Dtype, Unit
 from sae_granary.cache.format.signed import Fields, digest
+from sae_granary.cache.format.spec import MAX_ROWS_PER_SHARD, UNITS, CacheSpec, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, parse_moments
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.rows import MAX_D_IN, SIDES, HookPoint, InvalidHookPointError, Side
 
 
@@ -88,7 +89,7 @@ class Manifest:
 
     complete: bool
     unit: Unit
-    dtype: Dtype
+    dtype: str
     rows_per_shard: int
     inner_chunk_bytes: int
     hook_points: tuple[HookPoint, ...]
@@ -168,7 +169,7 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
     manifest = Manifest(
         complete=complete,
         unit=cast(Unit, fields.choice("unit", UNITS)),
-        dtype=cast(Dtype, fields.choice("dtype", DTYPES)),
+        dtype=fields.choice("dtype", tuple(STORAGE)),
         rows_per_shard=fields.integer("rows_per_shard", 1, MAX_ROWS_PER_SHARD),
         inner_chunk_bytes=fields.integer("inner_chunk_bytes", 1),
         hook_points=fields.objects("hook_points", _parse_hook_point),

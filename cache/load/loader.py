@@ -140,7 +140,7 @@ def order_of(
     n_views = 2 if previous else 1
     return plan_order(
         [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
-        bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * (4 if cache.dtype == "float32" else 2),
+        bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * cache.storage.item_bytes,
         batch_size=batch_size,
         seed=seed,
         pool_rows=pool_rows,

@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_granary.cache.load.order import Order, PoolPlan
 from sae_granary.cache.load.readahead import ReadAhead
 from sae_granary.cache.load.selection import Selection, shard_columns
-from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, as_integers, n_copy_threads
+from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, n_copy_threads
 from sae_granary.common.prefetch import THREADS
 
 if TYPE_CHECKING:
@@ -73,10 +73,13 @@ class PoolSource:
         previous: bool,
     ) -> None:
         self.order, self.selection, self.device = order, selection, device
-        self.dtype = cache.dtype
+        self.storage = cache.storage
         skipped = int(previous)  # the first row of a shard has no row before it
         numbers = range(len(cache.shards))
-        shards = {hook: [as_integers(cache.hook(hook).shard(i)) for i in numbers] for hook in hooks}
+        shards = {
+            hook: [np.asarray(cache.hook(hook).shard(i)).view(cache.storage.integers) for i in numbers]
+            for hook in hooks
+        }
         self.shards = {hook: [rows[skipped:] for rows in shards[hook]] for hook in hooks}
         if previous:
             self.shards |= {hook + PREVIOUS: [rows[:-1] for rows in shards[hook]] for hook in hooks}
@@ -84,7 +87,7 @@ class PoolSource:
         columns = [] if keeps_all else shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
-        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.dtype)
+        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.storage)
         self.files = [
             [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(shards[hook])] for hook in hooks
         ]
@@ -99,7 +102,7 @@ class PoolSource:
         buffers: list[CudaBuffer | None] = [None, None]
         if self.device.type == "cuda":
             widths = {hook: shards[0].shape[1] for hook, shards in self.shards.items()}
-            buffers = [CudaBuffer(self.order, widths, self.dtype, self.device) for _ in buffers]
+            buffers = [CudaBuffer(self.order, widths, self.storage, self.device) for _ in buffers]
         with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
             while epochs is None or epoch < epochs:
                 starts = self.order.pool_starts(epoch)

@@ -15,19 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_granary.cache.format.storage import Storage
 from sae_granary.cache.load.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
 
 Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard, as integers of the same size
-
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_INTEGERS = {4: np.int32, 2: np.int16}
-
-
-def as_integers(rows: NDArray[Any]) -> NDArray[Any]:
-    """The same bytes as integers: numpy copies them plainly, and torch cannot wrap a bfloat16 of ml_dtypes."""
-    return np.asarray(rows).view(_INTEGERS[rows.dtype.itemsize])
 
 
 class PoolRows(Protocol):
@@ -46,8 +39,8 @@ class PoolRows(Protocol):
 class HostRows:
     """Rows are copied straight from the memory maps into a batch: each byte moves once."""
 
-    def __init__(self, shards: Shards, lengths: Sequence[int], dtype: str) -> None:
-        self._shards, self._dtype = shards, _TORCH_DTYPES[dtype]
+    def __init__(self, shards: Shards, lengths: Sequence[int], storage: Storage) -> None:
+        self._shards, self._dtype = shards, torch_dtype(storage)
         self._ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
         self.starts: NDArray[np.int64] = self._ends - np.array(lengths, dtype=np.int64)  # addresses of the first rows
 
@@ -78,7 +71,7 @@ class HostRows:
 class CudaBuffer:
     """A pool in device memory. Copies run on a side stream; events order them against the consumer's stream."""
 
-    def __init__(self, order: Order, widths: Mapping[str, int], dtype: str, device: torch.device) -> None:
+    def __init__(self, order: Order, widths: Mapping[str, int], storage: Storage, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -86,7 +79,7 @@ class CudaBuffer:
         self._staging: dict[str, list[Tensor]] = {}
         self._copied: dict[str, list[torch.cuda.Event]] = {}
         self.rows: dict[str, Tensor] = {}
-        kind, n_rows = _TORCH_DTYPES[dtype], order.max_pool_rows
+        kind, n_rows = torch_dtype(storage), order.max_pool_rows
         for hook, d in widths.items():
             n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), order.block_rows))
             self.rows[hook] = torch.empty(n_rows, d, dtype=kind, device=device)
@@ -132,7 +125,13 @@ def n_copy_threads(device: torch.device) -> int:
     return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 1))
 
 
+def torch_dtype(storage: Storage) -> torch.dtype:
+    """The type that torch has for a storage type."""
+    dtype: torch.dtype = getattr(torch, storage.name)
+    return dtype
+
+
 def _as_numpy(rows: Tensor) -> NDArray[Any]:
-    kind = torch.int32 if rows.dtype.itemsize == 4 else torch.int16
-    out: NDArray[Any] = rows.view(kind).numpy()
-    return out
+    """The same memory as integers, as the memory maps are read (see `Storage.integers`)."""
+    integers: NDArray[Any] = rows.view(getattr(torch, f"int{8 * rows.dtype.itemsize}")).numpy()
+    return integers

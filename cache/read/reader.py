@@ -29,9 +29,10 @@ from sae_granary.cache.format.layout import (
 )
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
-from sae_granary.cache.format.rows import Unit
 from sae_granary.cache.format.signed import digest, read_bytes
+from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Stats, make_stats, merge_all
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.arrays import Column, HookRows, check_file
 from sae_granary.cache.read.context import Context, make_context
 from sae_granary.common.rows import DocumentRow, HookPoint
@@ -79,7 +80,8 @@ class Cache:
         self.opened = tuple(opened)
         self.complete = manifest.complete
         self.unit: Unit = manifest.unit
-        self.dtype: str = manifest.dtype
+        self.dtype = manifest.dtype
+        self.storage = STORAGE[manifest.dtype]
         self.hook_points: dict[str, HookPoint] = {hook.name: hook for hook in manifest.hook_points}
         self.layout = manifest.layout
         self.shards = tuple(

@@ -18,7 +18,7 @@ from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout, CacheLayout, documents_path
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.stats import Moments, block_moments
-from sae_granary.cache.format.storage import Array
+from sae_granary.cache.format.storage import Array, wider_than
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.common.rows import DocumentRow, Rows
 
@@ -47,9 +47,8 @@ class ArrayStream:
         while done < len(values):
             take = min(len(values) - done, self.layout.inner_rows - self._filled)
             room = self._chunk[self._filled : self._filled + take]
-            with np.errstate(over="ignore", invalid="ignore"):
-                room[...] = values[done : done + take]
-            if check is not None and (bad := self.layout.storage.first_non_finite(room)) is not None:
+            bad = self.layout.storage.store(values[done : done + take], room)
+            if check is not None and bad is not None:
                 check(done + bad // (self.layout.width or 1))
             done += take
             self._filled += take
@@ -60,7 +59,7 @@ class ArrayStream:
     def finish(self) -> FileEntry:
         """Pad the last chunk with absent rows, write the index, sync and close."""
         if self._filled:
-            self._chunk[self._filled :] = self.layout.fill
+            self._chunk[self._filled :] = self.layout.storage.fill
             self._flush()
         self._file.write(self.layout.index(self.n_rows))
         return self._file.finish()
@@ -82,7 +81,6 @@ class HookStream:
     def __init__(
         self,
         hook: str,
-        dtype: str,
         values: ArrayLayout,
         norms: ArrayLayout,
         folder: Path,
@@ -90,7 +88,7 @@ class HookStream:
         *,
         direct: bool,
     ) -> None:
-        self.hook, self.dtype = hook, dtype
+        self.hook = hook
         self.moments: Moments | None = None
         self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct)
         path = folder / f"activations.{hook}"
@@ -101,14 +99,12 @@ class HookStream:
         source = rows.activations[self.hook]
 
         def refuse(i: int) -> None:
-            stored = source[i].astype(self.values.layout.storage.numpy)
-            at = self.values.layout.storage.first_non_finite(stored)
-            raise BadActivationError(
-                self.hook, int(rows.doc_id[i]), first_row + i, float(source[i][at or 0]), self.dtype
-            )
+            storage = self.values.layout.storage
+            at = storage.store(source[i], np.empty(len(source[i]), storage.numpy)) or 0
+            value, wider = float(source[i][at]), wider_than(storage)
+            raise BadActivationError(self.hook, int(rows.doc_id[i]), first_row + i, value, storage.name, wider)
 
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.values.append(source, refuse)
+        self.values.append(source, refuse)
 
     def _measure(self, chunk_ND: Array) -> None:
         moments, norms_N = block_moments(chunk_ND)
@@ -119,14 +115,14 @@ class HookStream:
 class OpenShard:
     """A shard that is being written, in a folder of temporary files."""
 
-    def __init__(self, layout: CacheLayout, dtype: str, index: int, folder: Path, *, direct: bool = False) -> None:
+    def __init__(self, layout: CacheLayout, index: int, folder: Path, *, direct: bool = False) -> None:
         self.layout, self.index, self.folder = layout, index, folder
         self.n_rows = 0
         self.first_window = self.last_window = -1
         folder.mkdir()
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
         self._hooks = [
-            HookStream(name, dtype, values, layout.norms[name], folder, self._syncer, direct=direct)
+            HookStream(name, values, layout.norms[name], folder, self._syncer, direct=direct)
             for name, values in layout.activations.items()
         ]
         self._columns = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from sae_granary.cache.errors import SpecError
-from sae_granary.cache.format.rows import CacheSpec
+from sae_granary.cache.format.spec import CacheSpec
 
 
 def plain_spec(spec: CacheSpec) -> CacheSpec:

@@ -30,8 +30,8 @@ from sae_granary.cache.format.records import (
     refuse_mismatch,
     remove_contents,
 )
-from sae_granary.cache.format.rows import CacheSpec, Cursor
 from sae_granary.cache.format.signed import dump_signed
+from sae_granary.cache.format.spec import CacheSpec, Cursor
 from sae_granary.cache.format.stats import merge_all
 from sae_granary.cache.write.session import ZARR_ATTRIBUTES, Session, remove_leftovers
 from sae_granary.cache.write.shard import OpenShard
@@ -172,7 +172,7 @@ class CacheWriter:
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
             folder = self._session.folder / f"{self.n_shards:08d}"
-            self._shard = OpenShard(self.layout, self.manifest.dtype, self.n_shards, folder, direct=self._direct)
+            self._shard = OpenShard(self.layout, self.n_shards, folder, direct=self._direct)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
         if documents:

@@ -1,7 +1,7 @@
 """Read or replace the activation at one hook point of a model while it runs.
 
 Shapes: S sequences, T tokens, D = d_in. Which tensor of a module's input or output is meant follows from the cache's
-record of the hook point (`cache.format.rows.HookPoint`).
+record of the hook point (`common.rows.HookPoint`).
 """
 
 from __future__ import annotations

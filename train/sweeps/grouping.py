@@ -79,5 +79,5 @@ def _stream_bytes(runs: Sequence[RunData]) -> int:
     if not runs[0].config.device.startswith("cuda"):
         return 0
     names = {name: run for run in runs for name in run.input_names}
-    per_row = sum(run.width(name) for name, run in names.items()) * (4 if runs[0].cache.dtype == "float32" else 2)
+    per_row = sum(run.width(name) for name, run in names.items()) * runs[0].cache.storage.item_bytes
     return 2 * runs[0].order.max_pool_rows * per_row

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sae_granary.cache.errors import SpecError
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.rows import HookPoint
 
 Unit = Literal["token", "text"]
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 UNITS = ("token", "text")
-DTYPES = ("float32", "float16", "bfloat16")
 
 DEFAULT_INNER_CHUNK_BYTES = 1 << 20
 MAX_ROWS_PER_SHARD = 1 << 32
@@ -36,7 +35,7 @@ class CacheSpec:
 
     unit: Unit
     hook_points: tuple[HookPoint, ...]
-    dtype: Dtype
+    dtype: str  # of STORAGE
     rows_per_shard: int
     provenance: Mapping[str, Any]  # JSON: model, revision, tokenizer, dataset, versions, ...
     fingerprint: Mapping[str, Any]  # flat JSON: what determines the contents; compared field by field on resume
@@ -46,8 +45,8 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise SpecError(f"unit is {self.unit!r}, expected one of {', '.join(UNITS)}")
-        if self.dtype not in DTYPES:
-            raise SpecError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.dtype not in STORAGE:
+            raise SpecError(f"dtype is {self.dtype!r}, expected one of {', '.join(STORAGE)}")
         if not self.hook_points:
             raise SpecError("a cache needs at least one hook point")
         names = [hook.name.casefold() for hook in self.hook_points]  # folders may be case-insensitive

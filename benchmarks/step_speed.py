@@ -111,7 +111,7 @@ def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
 
 @torch.no_grad()
 def _set_density(sae: SAE, x: Inputs) -> None:
-    pre_acts = sae.pre_acts(sae.centre(sae.prepare(x).input[:256])).dense
+    pre_acts = sae.pre_acts(sae.center(sae.prepare(x).input[:256])).dense
     sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / sae.config.d_sae))
 
 

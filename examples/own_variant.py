@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_granary.sae_core import Codes, PreActs, option, register
+from sae_granary.sae_core import Centered, Codes, PreActs, option, register
 from sae_granary.sae_core.variants.topk import TopKSAE
 from sae_granary.train import train_sae
 
@@ -27,7 +27,7 @@ class SoftTopKSAE(TopKSAE):
 
     config: Config
 
-    def _codes(self, h: torch.Tensor, pre_acts: PreActs, k: int) -> Codes:
+    def _codes(self, h: Centered, pre_acts: PreActs, k: int) -> Codes:
         kept = self.select(pre_acts, k)
         return Codes(torch.relu(self.encode_at(h, kept) - self.config.shrink), kept.pattern)
 

@@ -6,6 +6,7 @@ x_hat = sae(x).x_hat
 """
 
 from sae_granary.sae_core import registry
+from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE, Activation, SAEOutput, Source
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.errors import SAEError
@@ -17,6 +18,7 @@ from sae_granary.sae_core.registry import register
 __all__ = [
     "SAE",
     "Activation",
+    "Centered",
     "Codes",
     "Pattern",
     "PreActs",

@@ -5,6 +5,7 @@ W_enc (D, F) is kept with the strides of its (F, D) transpose, so a latent's enc
 gradient that is built latent by latent needs no copy.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +17,31 @@ from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
 
 
-def encode_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
-    """Return the pre-activations x @ W_enc + b_enc at the entries of a pattern, differentiable in x, W_enc, b_enc.
+@dataclass(frozen=True, eq=False)
+class Centered:
+    """Rows as they enter the encoder: the decoder bias has been subtracted."""
 
-    x (N, D), W_enc (D, F), b_enc (F,); `kept` holds the values there, already computed without gradients.
-    Returns (nnz,), or (N, F) for a full pattern. For data as `centre` returns it no gradient of x itself is built: that
-    of the centre is the gradient of b_enc passed through -W_enc. Any operation between the two takes the usual way.
-    """
-    bias = getattr(x.grad_fn, "centre_of_data", None)
-    rows = x if bias is None else x.detach()
-    return _EncodeAt.apply(  # type: ignore[no-any-return, no-untyped-call]
-        rows, W_enc, b_enc, kept.values, kept.pattern, bias
-    )
+    values: Tensor  # (N, D), differentiable in the rows and in the bias
+    bias: Tensor | None = None  # (D,) what was subtracted, where the rows need no gradient: see `encode_at`
 
 
-def centre(rows: Tensor, bias: Tensor) -> Tensor:
+def center(rows: Tensor, bias: Tensor) -> Centered:
     """Return rows (N, D) - bias (D,), differentiable in both."""
-    return _Centre.apply(rows, bias)  # type: ignore[no-any-return, no-untyped-call]
+    values = rows + (-bias)  # the gradient of a sum is passed on as it is, that of a difference is copied
+    return Centered(values, None if rows.requires_grad else bias)
+
+
+def encode_at(h: Centered, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
+    """Return the pre-activations h @ W_enc + b_enc at the entries of a pattern, differentiable in h, W_enc, b_enc.
+
+    h (N, D), W_enc (D, F), b_enc (F,); `kept` holds the values there, already computed without gradients.
+    Returns (nnz,), or (N, F) for a full pattern. For rows that need no gradient themselves none is built: that of
+    the bias they were centered with is -W_enc times the gradient of b_enc.
+    """
+    rows = h.values if h.bias is None else h.values.detach()
+    return _EncodeAt.apply(  # type: ignore[no-any-return, no-untyped-call]
+        rows, W_enc, b_enc, kept.values, kept.pattern, h.bias
+    )
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
@@ -66,39 +75,28 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
     return bag_sum(rows, ones, offsets, values[order]).squeeze(1)
 
 
-class _Centre(Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, bias: Tensor) -> Tensor:
-        ctx.centre_of_data = None if ctx.needs_input_grad[0] else bias  # read by `encode_at`
-        return rows - bias
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, -grad.sum(0) if ctx.needs_input_grad[1] else None
-
-
 class _EncodeAt(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern, centre: Tensor | None
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.pattern = pattern
         return values.view_as(values)
 
     @staticmethod
-    @once_differentiable  # a second derivative would miss the centre
+    @once_differentiable  # a second derivative would miss the bias
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, W_enc = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        needs_x, needs_W, needs_b, _, _, needs_centre = ctx.needs_input_grad
+        needs_x, needs_W, needs_b, _, _, needs_bias = ctx.needs_input_grad
         grad_x = grad_W = None
-        grad_b = sum_by_latent(grad, pattern) if needs_b or needs_centre else None
-        grad_centre = -(W_enc @ grad_b) if needs_centre else None
+        grad_b = sum_by_latent(grad, pattern) if needs_b or needs_bias else None
+        grad_bias = -(W_enc @ grad_b) if needs_bias else None
         if pattern.is_full:
             grad_x = grad @ W_enc.t() if needs_x else None
             grad_W = (grad.t() @ x).t() if needs_W else None
-            return grad_x, grad_W, grad_b, None, None, grad_centre
+            return grad_x, grad_W, grad_b, None, None, grad_bias
         kept, pattern = _without_zeros(grad, pattern)
         grad = grad[kept]
         indices, indptr = pattern.entries
@@ -107,7 +105,7 @@ class _EncodeAt(Function):
         if needs_W:
             order, rows, offsets = pattern.transposed
             grad_W = bag_sum(rows, x, offsets, grad[order]).t()
-        return grad_x, grad_W, grad_b, None, None, grad_centre
+        return grad_x, grad_W, grad_b, None, None, grad_bias
 
 
 class _Decode(Function):

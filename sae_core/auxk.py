@@ -3,37 +3,48 @@
 Shapes: N rows, D = d_out, F = d_sae, A dead latents.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core.autograd import decode, encode_at
+from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
 from sae_granary.sae_core.pre_acts import PreActs
 
-if TYPE_CHECKING:
-    from sae_granary.sae_core.base import SAE
+
+class Dictionary(NamedTuple):
+    """The weights of F latents."""
+
+    W_enc: Tensor  # (D, F)
+    b_enc: Tensor  # (F,)
+    W_dec: Tensor  # (F, D_out)
+
+    def take(self, latents: Tensor) -> "Dictionary":
+        """The weights of some latents (A,)."""
+        W_enc = self.W_enc.t().index_select(0, latents).t()
+        return Dictionary(W_enc, self.b_enc[latents], self.W_dec.index_select(0, latents))
 
 
-def auxk_loss(sae: "SAE", h: Tensor, error: Tensor, pre_acts: PreActs, dead: Tensor, k_aux: int) -> Tensor:
+def auxk_loss(
+    error: Tensor, pre_acts: PreActs, weights: Dictionary, dead: Tensor, k_aux: int, *, signed: bool = False
+) -> Tensor:
     """Return |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
-    magnitudes, and no ReLU) reconstruct the detached error (N, D) without a bias.
-    h (N, D) are the centred rows without gradients; pre_acts (N, F); dead (F,) bool.
+    magnitudes, and no ReLU) reconstruct the error (N, D_out), given without gradients, without a bias.
+    pre_acts (N, F) of the SAE's rows; dead (F,) bool.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
     latents = dead.nonzero().squeeze(1)
     n_dead = int(latents.numel())
-    # The dead latents as a dictionary of their own.
-    W_enc, b_enc = sae.W_enc.t().index_select(0, latents).t(), sae.encoder_bias[latents]
-    chosen = _choose(pre_acts.columns(latents), min(k_aux, n_dead), signed=sae.signed_codes)
-    acts = encode_at(h, W_enc, b_enc, chosen.kept)
-    acts = acts if sae.signed_codes else torch.relu(acts)
+    own = weights.take(latents)
+    chosen = _choose(pre_acts.columns(latents), min(k_aux, n_dead), signed=signed)
+    acts = encode_at(Centered(pre_acts.rows), own.W_enc, own.b_enc, chosen.kept)
+    acts = acts if signed else torch.relu(acts)
     codes = Codes(acts if chosen.mask is None else acts * chosen.mask, chosen.kept.pattern)
-    squared = (error - decode(codes, sae.W_dec.index_select(0, latents))).square().sum(-1).mean()
+    squared = (error - decode(codes, own.W_dec)).square().sum(-1).mean()
     variance = (error - error.mean(0)).square().sum(-1).mean()
     # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.
     per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_granary.sae_core.autograd import centre, decode, empty_encoder, encode_at
-from sae_granary.sae_core.auxk import auxk_loss
+from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
+from sae_granary.sae_core.auxk import Dictionary, auxk_loss
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.errors import NonFiniteError, OptionError
-from sae_granary.sae_core.functional import geometric_median
+from sae_granary.sae_core.functional import geometric_median, remove_parallel, to_unit_norm
 from sae_granary.sae_core.normalize import MODES, Normalized, Normalizer
 from sae_granary.sae_core.options import Progress, check, option
 from sae_granary.sae_core.pre_acts import PreActs
-from sae_granary.sae_core.unit_rows import remove_parallel, to_unit_norm
 
 MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
@@ -206,20 +205,21 @@ class SAE(nn.Module):
         normalized: Normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
 
-    def centre(self, h: Tensor) -> Tensor:
-        """Subtract the decoder bias from normalised rows before they are encoded."""
-        return centre(h, self.b_dec) if self.subtracts_b_dec else h
+    def center(self, rows: Tensor) -> Centered:
+        """Subtract the decoder bias from normalised rows (N, D) before they are encoded."""
+        core = self.core
+        return center(rows, core.b_dec) if core.subtracts_b_dec else Centered(rows)
 
-    def pre_acts(self, h: Tensor) -> PreActs:
-        """Pre-activations (N, F) of centred rows h (N, D), without gradients: `encode_at` adds them where needed."""
-        return PreActs(h, self.W_enc, self.encoder_bias)
+    def pre_acts(self, h: Centered) -> PreActs:
+        """Pre-activations (N, F) of centered rows h (N, D), without gradients: `encode_at` adds them where needed."""
+        return PreActs(h.values, self.W_enc, self.encoder_bias)
 
-    def encode_at(self, h: Tensor, kept: Codes) -> Tensor:
+    def encode_at(self, h: Centered, kept: Codes) -> Tensor:
         """The pre-activations that were kept, with gradients: (nnz,), or (N, F) for a full pattern."""
         return encode_at(h, self.W_enc, self.encoder_bias, kept)
 
-    def activate(self, h: Tensor) -> Activation:
-        """Turn centred, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
+    def activate(self, h: Centered) -> Activation:
+        """Turn centered, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
         raise NotImplementedError(f"{type(self).__name__} does not define activate()")
 
     def reconstruct(self, codes: Codes) -> Tensor:
@@ -240,7 +240,7 @@ class SAE(nn.Module):
 
     def forward_source(self, source: Source) -> SAEOutput:
         """Encode and decode prepared rows."""
-        activation = self.activate(self.centre(source.input))
+        activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon = self.complete(recon, source)
         return SAEOutput(
@@ -255,7 +255,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D)."""
-        return self.activate(self.centre(self.prepare(x).input)).codes
+        return self.activate(self.center(self.prepare(x).input)).codes
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction (N, D_out) of codes in raw space.
@@ -315,10 +315,9 @@ class SAE(nn.Module):
         dead = self.dead_mask
         if coef == 0 or not bool(dead.any()):
             return None
-        # Without gradients to b_dec, neither through the centring nor through the error.
-        h = self.centre(out.source.input).detach()
         error = (out.source.target - out.recon).detach()
-        loss = auxk_loss(self, h, error, out.pre_acts, dead, k_aux)
+        weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
+        loss = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes)
         return coef * loss * self.fvu_unit
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:

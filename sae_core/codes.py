@@ -33,6 +33,7 @@ class Pattern:
     d_sae: int
     indices: Tensor | None = None  # (nnz,) int64 latent of each entry
     indptr: Tensor | None = None  # (N + 1,) int64 where each row's entries start
+    rows: Tensor | None = None  # (nnz,) int64 row of each entry, where it is known beforehand; see `row_of`
 
     @classmethod
     def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
@@ -51,9 +52,7 @@ class Pattern:
     @classmethod
     def of_rows(cls, rows: Tensor, indices: Tensor, n_rows: int, d_sae: int) -> "Pattern":
         """Pattern of entries (rows, indices), both (nnz,), rows ascending."""
-        pattern = cls(n_rows, d_sae, indices, _offsets(rows, n_rows))
-        pattern.__dict__["row_of"] = rows  # what the cached property would find out
-        return pattern
+        return cls(n_rows, d_sae, indices, _offsets(rows, n_rows), rows)
 
     @property
     def is_full(self) -> bool:
@@ -70,6 +69,8 @@ class Pattern:
     @cached_property
     def row_of(self) -> Tensor:
         """(nnz,) row of each entry."""
+        if self.rows is not None:
+            return self.rows
         indices, indptr = self.entries
         rows = torch.arange(self.n_rows, device=indptr.device)
         return torch.repeat_interleave(rows, indptr.diff(), output_size=indices.numel())

@@ -1,8 +1,9 @@
-"""Activations as pure functions: which latents of which rows stay, and straight-through steps.
+"""Activations as pure functions: which latents of which rows stay, and straight-through steps; rows of unit norm.
 
-Shapes: N rows, F = d_sae latents, nnz entries of a pattern.
+Shapes: N rows, D width, F = d_sae latents, nnz entries of a pattern.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sae_granary.sae_core.kernels import kth_largest, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
+BLOCK_ENTRIES = 2**18  # of a matrix (F, D) at a time, 1 MiB of float32: what stays in the processor's cache
 
 
 def topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
@@ -135,3 +137,23 @@ def geometric_median(rows: Tensor, n_iterations: int = 100, tolerance: float = 1
         if moved <= tolerance * median.norm().clamp_min(1e-12):
             break
     return median
+
+
+def remove_parallel(grad: Tensor, rows: Tensor) -> None:
+    """Remove from each row of grad (F, D), in place, its component along the same row of unit-norm rows (F, D)."""
+    for g, row in zip(_blocks(grad), _blocks(rows), strict=True):
+        g.addcmul_(torch.linalg.vecdot(g, row)[:, None], row, value=-1)
+
+
+def to_unit_norm(rows: Tensor) -> None:
+    """Scale rows (F, D) to unit norm, in place. Rows of zeros stay."""
+    for row in _blocks(rows):
+        row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def _blocks(matrix: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time on a CPU; on other devices one launch over all of them is faster."""
+    n_rows, width = matrix.shape
+    size = max(1, BLOCK_ENTRIES // max(1, width)) if matrix.device.type == "cpu" else max(1, n_rows)
+    for start in range(0, n_rows, size):
+        yield matrix[start : start + size]

@@ -3,8 +3,6 @@
 Shapes: N rows, D width of what is encoded, F = d_sae latents, A some of the latents, nnz entries of a pattern.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -28,33 +26,43 @@ class PreActs:
     """
 
     def __init__(self, h: Tensor, W_enc: Tensor, bias: Tensor) -> None:
-        """Centred rows h (N, D), W_enc (D, F), bias (F,)."""
-        self._h, self._W_enc, self._bias = h.detach(), W_enc.detach(), bias.detach()
+        """Centered rows h (N, D), W_enc (D, F), bias (F,)."""
+        self.rows, self._W_enc, self._bias = h.detach(), W_enc.detach(), bias.detach()
         self.shape = (h.shape[0], W_enc.shape[1])
+        # Each is computed when it is first needed.
+        self._dense: Tensor | None = None
+        self._screen: screen.Screen | None = None
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
         """All of them: (N, F)."""
-        return self._product(self._h, self._W_enc, self._bias)
+        if self._dense is None:
+            self._dense = self._product(self.rows, self._W_enc, self._bias)
+        return self._dense
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all of them have been computed."""
+        return self._dense is not None
 
     def at(self, pattern: Pattern) -> Codes:
         """Those of a pattern."""
-        if pattern.is_full or self._is_dense:
+        if pattern.is_full or self.is_dense:
             return Codes(pattern.take(self.dense), pattern)
         indices, indptr = pattern.entries
-        values = sampled_dot(self._h.contiguous(), self._W_enc.t().contiguous(), indptr, indices)
+        values = sampled_dot(self.rows.contiguous(), self._W_enc.t().contiguous(), indptr, indices)
         return Codes(values.add_(self._bias[indices]), pattern)
 
     def columns(self, latents: Tensor) -> Tensor:
         """Those of some latents (A,): (N, A)."""
-        if self._is_dense:
+        if self.is_dense:
             return self.dense[:, latents]
-        return self._product(self._h, self._W_enc.t().index_select(0, latents).t(), self._bias[latents])
+        return self._product(self.rows, self._W_enc.t().index_select(0, latents).t(), self._bias[latents])
 
     def topk(self, k: int, *, by_magnitude: bool = False) -> Codes:
         """The k largest of each row, or those of largest magnitude."""
         if self._screens:
-            found = screen.topk_candidates(self._screen, k, by_magnitude=by_magnitude)
+            found = screen.topk_candidates(self._screened(), k, by_magnitude=by_magnitude)
             if found is not None:
                 codes = self._at_positions(found)
                 chosen = topk_entries(codes.values.abs() if by_magnitude else codes.values, codes.pattern, k)
@@ -70,7 +78,7 @@ class PreActs:
         is lowered, so the answer is exact whatever the rows.
         """
         n_rows, d_sae = self.shape
-        sample = self._screen.sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
+        sample = self._screened().sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
         while True:
             bound = sampled_bound(sample, share)
@@ -92,43 +100,40 @@ class PreActs:
         """`above`, or all of them on a full pattern where those above are too many for sparse products to pay."""
         codes = self._screened_above(bound)
         if codes is None and self._streams:
-            found = streamed.product_above(self._h, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
+            found = streamed.product_above(self.rows, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
             if found is not None:
                 codes = Codes(found.values, Pattern.of_rows(found.rows, found.latents, *self.shape))
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
 
     @property
-    def _is_dense(self) -> bool:
-        return "dense" in self.__dict__
-
-    @property
     def _screens(self) -> bool:
-        return not self._is_dense and screen.pays(self._h, self.shape[1])
+        return not self.is_dense and screen.pays(self.rows, self.shape[1])
 
     @property
     def _streams(self) -> bool:
-        lower = torch.is_autocast_enabled(self._h.device.type)  # the product is wanted in bfloat16
-        return not self._is_dense and not lower and streamed.pays(self._h, self.shape[1])
+        lower = torch.is_autocast_enabled(self.rows.device.type)  # the product is wanted in bfloat16
+        return not self.is_dense and not lower and streamed.pays(self.rows, self.shape[1])
 
-    @cached_property
-    def _screen(self) -> screen.Screen:
-        return screen.screen(self._h, self._W_enc.t(), self._bias)
+    def _screened(self) -> screen.Screen:
+        if self._screen is None:
+            self._screen = screen.screen(self.rows, self._W_enc.t(), self._bias)
+        return self._screen
 
     def _share_above(self, bound: Tensor | float) -> float:
         """Roughly, before anything is rounded for a screen that would not pay."""
-        sample = screen.sample(self._h, self._W_enc.t(), self._bias)
+        sample = screen.sample(self.rows, self._W_enc.t(), self._bias)
         sampled = bound if isinstance(bound, float) else bound[screen.sampled_latents(self.shape[1])]
         return float((sample > sampled).float().mean())
 
     def _screened_above(self, bound: Tensor | float) -> Codes | None:
         if not self._screens:
             return None
-        if "_screen" not in self.__dict__ and self._share_above(bound) > screen.MAX_CANDIDATES:
+        if self._screen is None and self._share_above(bound) > screen.MAX_CANDIDATES:
             return None
         if isinstance(bound, float):
-            found = screen.candidates_above(self._screen, bound)
+            found = screen.candidates_above(self._screened(), bound)
         else:  # one bound per latent moves into the bias: p > bound where p - bound > 0
-            shifted = screen.screen(self._h, self._W_enc.t(), self._bias - bound)
+            shifted = screen.screen(self.rows, self._W_enc.t(), self._bias - bound)
             found = screen.candidates_above(shifted, 0.0)
         if found is None:
             return None

@@ -3,17 +3,15 @@
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from sae_granary.common.errors import nearest
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import UnknownTypeError
 
-if TYPE_CHECKING:
-    from sae_granary.sae_core.base import SAE
+T = TypeVar("T", bound=type[SAE])
 
-T = TypeVar("T", bound="type[SAE]")
-
-_VARIANTS: "dict[str, type[SAE]]" = {}
+_VARIANTS: dict[str, type[SAE]] = {}
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -43,7 +41,7 @@ def names() -> list[str]:
     return sorted(_VARIANTS)
 
 
-def get(name: str) -> "type[SAE]":
+def get(name: str) -> type[SAE]:
     """Return the class of a variant.
 
     Raises UnknownTypeError, with the nearest known name, if there is none.

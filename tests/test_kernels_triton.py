@@ -21,9 +21,10 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 # ruff: noqa: E402 - the kernels can be imported behind the checks only
 from sae_granary.sae_core import Progress, make_config, registry
-from sae_granary.sae_core.autograd import decode, encode_at, sum_by_latent
+from sae_granary.sae_core.autograd import Centered, decode, encode_at, sum_by_latent
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import choose, reference, row_topk, triton_bag, triton_dot
+from sae_granary.sae_core.pre_acts import PreActs
 
 ROOT = Path(__file__).parent.parent
 N_LATENTS = 40
@@ -175,7 +176,7 @@ def test_gradients_of_encoder_and_decoder(pattern: Pattern, dtype: torch.dtype) 
     ours = [t.to(DEVICE, dtype).requires_grad_() for t in numbers]
     x, W_enc, b_enc, W_dec = ours
     on_device = Pattern(n, N_LATENTS, indices.to(DEVICE), indptr.to(DEVICE))
-    p = encode_at(x, W_enc, b_enc, (x @ W_enc + b_enc).detach(), on_device)
+    p = encode_at(Centered(x), W_enc, b_enc, PreActs(x, W_enc, b_enc).at(on_device))
     got = outcome(decode(Codes(torch.relu(p), on_device), W_dec), ours)
     scale = {"rtol": TOLERANCE[dtype]["rtol"]}
     for mine, theirs in zip(got, expected, strict=True):
@@ -197,7 +198,7 @@ def test_a_step_of_every_type_is_that_of_the_eager_products(name: str) -> None:
     sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(0))
     if not known:
         with torch.no_grad():  # few active latents, so that the sparse products are taken
-            sae.encoder_bias.sub_(sae.pre_acts(sae.centre(sae.prepare(x).input)).quantile(0.95))
+            sae.encoder_bias.sub_(sae.pre_acts(sae.center(sae.prepare(x).input)).dense.quantile(0.95))
     sae.train()
 
     def outcome(kernels: str) -> dict[str, Tensor]:

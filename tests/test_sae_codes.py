@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_granary.sae_core.autograd import centre, decode, empty_encoder, encode_at, per_entry, sum_by_latent
+from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at, per_entry, sum_by_latent
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, reference, sampled_dot, sparse, true_entries
 from sae_granary.sae_core.pre_acts import PreActs
@@ -45,7 +45,7 @@ def test_encode_and_decode_equal_the_dense_products_in_values_and_gradients(mask
     ours = params()
     x, W_enc, b_enc, W_dec = ours
     pattern = Pattern(3, 5) if full else Pattern.of_mask(mask)
-    p = encode_at(x, W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
+    p = encode_at(Centered(x), W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
     codes = Codes(p * mask if full else p, pattern)
     x_hat = decode(codes, W_dec)
 
@@ -64,7 +64,7 @@ def test_entries_that_are_stored_at_zero_change_nothing(threshold: float) -> Non
     ours = params()
     x, W_enc, b_enc, W_dec = ours
     pattern = Pattern.of_mask(PATTERNS["everything"])
-    p = encode_at(x, W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
+    p = encode_at(Centered(x), W_enc, b_enc, PreActs(x, W_enc, b_enc).at(pattern))
     torch.testing.assert_close(outcome(decode(Codes(torch.relu(p - threshold), pattern), W_dec), ours), expected)
 
 
@@ -109,7 +109,7 @@ def test_the_encoder_gradient_has_the_strides_of_the_parameter() -> None:
     W_enc = torch.nn.Parameter(torch.nn.init.normal_(empty_encoder(4, 5)))
     x = torch.randn(3, 4)
     pattern = Pattern.of_mask(PATTERNS["some"])
-    encode_at(x, W_enc, torch.zeros(5), PreActs(x, W_enc, torch.zeros(5)).at(pattern)).sum().backward()
+    encode_at(Centered(x), W_enc, torch.zeros(5), PreActs(x, W_enc, torch.zeros(5)).at(pattern)).sum().backward()
     assert W_enc.grad is not None
     assert W_enc.grad.stride() == W_enc.stride() == (1, 4)
 
@@ -138,7 +138,7 @@ def test_true_entries_are_those_of_nonzero(n: int, m: int, share: float, seed: i
 
 
 @pytest.mark.parametrize("rows_learn", [False, True])
-def test_gradients_of_centred_rows_and_their_centre(rows_learn: bool) -> None:
+def test_gradients_of_centered_rows_and_their_center(rows_learn: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     x, b, W, b_enc = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 3), (3,), (3, 8), (8,)))
     pattern = Pattern.fixed_k(torch.tensor([[0, 5], [1, 2], [0, 7], [3, 4], [6, 7], [0, 1]]), 8)
@@ -149,7 +149,7 @@ def test_gradients_of_centred_rows_and_their_centre(rows_learn: bool) -> None:
         rows = x.clone().requires_grad_(rows_learn)
         dense = (rows - leaves[0]) @ leaves[1] + leaves[2]
         kept = Codes(pattern.take(dense.detach()), pattern)
-        p = encode_at(centre(rows, leaves[0]), leaves[1], leaves[2], kept) if ours else pattern.take(dense)
+        p = encode_at(center(rows, leaves[0]), leaves[1], leaves[2], kept) if ours else pattern.take(dense)
         (p * slopes).sum().backward()
         outcomes.append([leaf.grad for leaf in (*leaves, *([rows] if rows_learn else []))])
     torch.testing.assert_close(*outcomes)

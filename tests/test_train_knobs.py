@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import IncompleteCacheError
-from sae_granary.sae_core import resample as latents_of
 from sae_granary.train import resume_training, train_sae
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
+from sae_granary.train.optim import resample as latents_of
 from sae_granary.train.optim.ema import Ema, averaged
 from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.sink import TIMING, read_metrics
@@ -221,7 +221,7 @@ def test_resampled_latents_point_at_their_rows(type) -> None:
     target = source.target - core.b_dec
     assert torch.allclose(core.W_dec[latents], target / target.norm(dim=1, keepdim=True), atol=1e-6)
     if core.has_encoder:
-        h = sae.centre(source.input)
+        h = sae.center(source.input).values
         scores = h @ core.W_enc[:, latents]
         assert torch.allclose(scores.diagonal(), 0.2 * h.norm(dim=1) * core.W_enc[:, 0].norm(), rtol=1e-4)
     others = [i for i in range(16) if i not in (3, 7)]

@@ -42,9 +42,10 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
     train_step(run, x)  # gradients and moments
     sae = run.sae
     with torch.no_grad():
-        h = sae.centre(sae.prepare(x).input)
+        centered = sae.center(sae.prepare(x).input)
+        h = centered.values
         with autocast(x.device, "bfloat16"):
-            known = sae.pre_acts(h)
+            known = sae.pre_acts(centered)
             pre_acts = known.dense
         columns = row_topk(pre_acts, size.k)
         pattern = Pattern.fixed_k(columns, size.d_sae)
@@ -56,7 +57,7 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
 
     def encode() -> Tensor:
         with autocast(x.device, "bfloat16"):
-            return sae.pre_acts(h).dense
+            return sae.pre_acts(centered).dense
 
     pre_bytes = 4 * size.batch * size.d_sae
     moved = size.gather_bytes
@@ -73,7 +74,10 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
     both: dict[str, tuple[Callable[[], object], float]] = {
         "decode": (lambda: bag_sum(indices, W_dec, indptr, values), limits.ms(moved)),
         "gradient of the codes": (lambda: sampled_dot(h, W_dec, indptr, indices), limits.ms(moved)),
-        "gradient of W": (lambda: bag_sum(rows, h, offsets, sorted_values), limits.ms(moved + size.matrix_bytes)),
+        "gradient of W": (
+            lambda: bag_sum(rows, h, offsets, sorted_values),
+            limits.ms(moved + size.matrix_bytes),
+        ),
     }
     table = []
     with torch.no_grad():

@@ -35,7 +35,7 @@ def our_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> Non
     sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
     if not sparse:
         with torch.no_grad():
-            pre_acts = sae.pre_acts(sae.centre(sae.prepare(x).input)).dense
+            pre_acts = sae.pre_acts(sae.center(sae.prepare(x).input)).dense
             sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / args.d_sae))
     lr = 2e-4 if sparse else 1e-12
     config = TrainConfig(

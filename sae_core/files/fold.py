@@ -1,17 +1,15 @@
 """Fold the normalisation into the weights: raw rows in, raw rows out; and back."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sae_granary.sae_core.base import SAE
+from sae_granary.sae_core.base import SAE
 
 
 @torch.no_grad()
-def folded_tensors(sae: "SAE") -> dict[str, Tensor]:
+def folded_tensors(sae: SAE) -> dict[str, Tensor]:
     """Return W_enc, W_dec, b_dec and the latents' tensors of the same function on raw rows.
 
     With (x - m_in) * s_in in front and y / s_out + m_out behind, x_hat stays equal for W_enc * s_in, W_dec / s_out,
@@ -37,7 +35,7 @@ def folded_tensors(sae: "SAE") -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def unfold(sae: "SAE", tensors: Mapping[str, Tensor]) -> None:
+def unfold(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
     """Set the weights of an SAE, whose normalisation is fitted, to compute what `folded_tensors` describes.
 
     The decoder rows get a mean norm of 1. Extra tensors must be set before: they shift what b_dec means.

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from sae_granary.sae_core import registry
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
-
-if TYPE_CHECKING:
-    from sae_granary.sae_core.base import SAE
 
 SAELENS_VERSION = "6.54.12"  # the release whose files these are; under 6, its loader drops all metadata
 NORMALIZATIONS = {"none": "none", "layer_norm": "unit_norm"}
 
 
-def saelens_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
+def saelens_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return cfg.json for the folded weights of an SAE."""
     return {
         "architecture": own(type(sae.core), "saelens_architecture"),
@@ -34,7 +32,7 @@ def saelens_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_saelens(
     cfg: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path
-) -> "tuple[type[SAE], SAE.Config, dict[str, Tensor]]":
+) -> tuple[type[SAE], SAE.Config, dict[str, Tensor]]:
     """Return the class, Config and tensors of a SAELens folder, in our conventions.
 
     Raises NotAnSAEError for an architecture or a normalisation that has no counterpart.
@@ -66,7 +64,7 @@ def read_saelens(
         ) from error
 
 
-def own(cls: "type[SAE]", attribute: str) -> str:
+def own(cls: type[SAE], attribute: str) -> str:
     """What a class itself says of SAELens, not what it inherits: a subclass computes something else."""
     return str(vars(cls).get(attribute, ""))
 

@@ -5,23 +5,21 @@ Shapes: D = d_in, F = d_sae. sparsify's encoder.weight is (F, D) and its W_skip 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from sae_granary.sae_core import registry
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError, OptionError
 from sae_granary.sae_core.files.fold import folded_tensors
-
-if TYPE_CHECKING:
-    from sae_granary.sae_core.base import SAE
 
 WEIGHTS = "sae.safetensors"
 FLAGS = ("transcode", "skip_connection")
 DEFAULT_EXPANSION = 32
 
 
-def sparsify_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
+def sparsify_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return cfg.json for the folded weights of an SAE; sparsify ignores the metadata.
 
     Raises OptionError for what sparsify cannot express.
@@ -49,7 +47,7 @@ def sparsify_config(sae: "SAE", metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def sparsify_tensors(sae: "SAE") -> dict[str, Tensor]:
+def sparsify_tensors(sae: SAE) -> dict[str, Tensor]:
     """Return the folded weights by sparsify's names."""
     tensors = folded_tensors(sae)
     named = {
@@ -63,7 +61,7 @@ def sparsify_tensors(sae: "SAE") -> dict[str, Tensor]:
 
 def read_sparsify(
     cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> "tuple[type[SAE], dict[str, Any], dict[str, Tensor]]":
+) -> tuple[type[SAE], dict[str, Any], dict[str, Tensor]]:
     """Return the class, the options and the tensors of a sparsify folder, in our conventions.
 
     Raises NotAnSAEError for what has no counterpart.
@@ -87,13 +85,13 @@ def read_sparsify(
     return readable[transcode, skip], options, ours
 
 
-def _readable() -> "dict[tuple[bool, bool], type[SAE]]":
+def _readable() -> dict[tuple[bool, bool], type[SAE]]:
     """The variants by what sparsify calls them."""
     variants = (registry.get(name) for name in registry.names())
     return {flags: cls for cls in variants if (flags := _flags(cls)) is not None}
 
 
-def _flags(cls: "type[SAE]") -> tuple[bool, bool] | None:
+def _flags(cls: type[SAE]) -> tuple[bool, bool] | None:
     """What a class says of itself: its subclasses compute something else."""
     flags: tuple[bool, bool] | None = vars(cls).get("sparsify_flags")
     return flags

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
@@ -28,6 +27,6 @@ class AbsTopKSAE(TopKSAE):
         """The k largest magnitudes per row."""
         return pre_acts.topk(k, by_magnitude=True)
 
-    def _codes(self, h: Tensor, pre_acts: PreActs, k: int) -> Codes:
+    def _codes(self, h: Centered, pre_acts: PreActs, k: int) -> Codes:
         kept = self.select(pre_acts, k)
         return Codes(self.encode_at(h, kept), kept.pattern)

@@ -52,7 +52,7 @@ class BatchTopKSAE(TopKSAE):
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold at which the mean L0 over the batches is k."""
         self.threshold.calibrate(
-            (self.pre_acts(self.centre(self.prepare(x).input)).dense for x in batches), self.config.k
+            (self.pre_acts(self.center(self.prepare(x).input)).dense for x in batches), self.config.k
         )
 
     def latent_tensors(self) -> dict[str, Tensor]:

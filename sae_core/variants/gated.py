@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.autograd import decode, encode_at, per_entry
+from sae_granary.sae_core.autograd import Centered, decode, encode_at, per_entry
 from sae_granary.sae_core.base import SAE, Activation, SAEOutput
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.functional import annealed_sparsity
@@ -49,7 +49,7 @@ class GatedSAE(SAE):
         """The gate's bias: the pre-activations of this variant are p_gate."""
         return self.b_gate
 
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """Magnitudes where the gate is open."""
         pre_acts = self.pre_acts(h)
         gate = pre_acts.support(0.0)

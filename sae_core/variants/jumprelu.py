@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.autograd import add_silent, per_entry
+from sae_granary.sae_core.autograd import Centered, add_silent, per_entry
 from sae_granary.sae_core.base import SAE, Activation, SAEOutput
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import jumprelu, step
@@ -65,7 +65,7 @@ class JumpReLUSAE(SAE):
         self.l0_coef = self.config.l0_coef if self.config.l0_coef is not None else (10.0 if tanh else 1.0)
         self.threshold = nn.Parameter(torch.full((self.config.d_sae,), self.threshold_start))
 
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """JumpReLU on the active entries; while training, also which are silent within half a bandwidth of theta."""
         pre_acts = self.pre_acts(h)
         threshold = self.threshold.detach()
@@ -122,7 +122,7 @@ class JumpReLUSAE(SAE):
     def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:
         """Mean over rows of sum over dead i of ReLU(theta_i - p_i) |W_dec,i|; dead latents only, or it never ends."""
         latents = dead.nonzero().squeeze(1)
-        h = self.centre(out.source.input).detach()
+        h = out.pre_acts.rows  # without gradients to b_dec
         p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
         gap = torch.relu(self.threshold[latents] - p)
         return (gap.sum(0) * norms[latents]).sum() / h.shape[0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE, Activation
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.errors import OptionError
@@ -55,13 +56,13 @@ class MatchingPursuitSAE(SAE):
         rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
 
-    def pre_acts(self, h: Tensor) -> PreActs:
+    def pre_acts(self, h: Centered) -> PreActs:
         """The scores of the first step."""
-        return PreActs(h, self.W_dec.t(), self.W_dec.new_zeros(self.config.d_sae))
+        return PreActs(h.values, self.W_dec.t(), self.W_dec.new_zeros(self.config.d_sae))
 
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """Pursue each row for k steps."""
-        residual, chosen, values = h, [], []
+        residual, chosen, values = h.values, [], []
         for _ in range(self.config.k):
             with torch.no_grad():
                 scores = residual @ self.W_dec.t()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core import registry
+from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE, Activation, Inputs, SAEOutput, Source
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.errors import OptionError
@@ -150,11 +151,7 @@ class RouteSAE(SAE):
 
     # -- the base does the rest ------------------------------------------------------------------------------------
 
-    def centre(self, h: Tensor) -> Tensor:
-        """Centre as the base does."""
-        return self.base_sae.centre(h)
-
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """Encode as the base does."""
         return self.base_sae.activate(h)
 

@@ -62,7 +62,7 @@ class TemporalSAE(MatryoshkaSAE):
 
     def _contrast(self, out: SAEOutput) -> Tensor:
         n_pairs = min(self.config.max_pairs, out.codes.shape[0])
-        h = self.centre(out.extras["previous"][:n_pairs])
+        h = self.center(out.extras["previous"][:n_pairs])
         now = self._high_level(out.codes.rows(0, n_pairs))
         before = self._high_level(self.activate(h).codes)
         similarity = F.normalize(now, dim=1) @ F.normalize(before, dim=1).t() / self.config.temperature

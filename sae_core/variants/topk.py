@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE, Activation, SAEOutput
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.errors import OptionError
@@ -65,12 +66,12 @@ class TopKSAE(SAE):
         """The pre-activations that stay, of all (N, F)."""
         return pre_acts.topk(k)
 
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """ReLU of the selected pre-activations."""
         pre_acts = self.pre_acts(h)
         return Activation(self._codes(h, pre_acts, self.k), pre_acts)
 
-    def _codes(self, h: Tensor, pre_acts: PreActs, k: int) -> Codes:
+    def _codes(self, h: Centered, pre_acts: PreActs, k: int) -> Codes:
         kept = self.select(pre_acts, k)
         return Codes(torch.relu(self.encode_at(h, kept)), kept.pattern)
 
@@ -83,7 +84,7 @@ class TopKSAE(SAE):
             terms["auxk"] = auxk
         if self.config.multi_topk:
             k = min(4 * self.k, self.config.d_sae)
-            codes = self._codes(self.centre(out.source.input), out.pre_acts, k)
+            codes = self._codes(self.center(out.source.input), out.pre_acts, k)
             recon = self.complete(self.reconstruct(codes), out.source)
             terms["multi_topk"] = self.reconstruction_loss(recon, out.source.target) / 8
         return terms

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core.autograd import per_entry
+from sae_granary.sae_core.autograd import Centered, per_entry
 from sae_granary.sae_core.base import SAE, Activation, SAEOutput
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.functional import annealed_sparsity
@@ -31,7 +31,7 @@ class VanillaSAE(SAE):
 
     config: Config
 
-    def activate(self, h: Tensor) -> Activation:
+    def activate(self, h: Centered) -> Activation:
         """ReLU of the pre-activations."""
         pre_acts = self.pre_acts(h)
         kept = pre_acts.support(0.0)

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core import resample as latents_of
+from sae_granary.sae_core import SAE
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import Inputs
+
+ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new latent fires rarely at first
 
 
 def is_due(run: Run) -> bool:
@@ -28,7 +30,7 @@ def resample_dead(run: Run, batches: Iterable[Inputs]) -> int:
     dead = run.sae.dead_mask.nonzero().squeeze(1)
     if not len(dead):
         return 0
-    parts = [(x, latents_of.row_losses(run.sae, x)) for x in batches]
+    parts = [(x, row_losses(run.sae, x)) for x in batches]
     losses = torch.cat([loss for _, loss in parts]).double().cpu()
     weights = torch.where(torch.isfinite(losses), losses, 0.0).square()
     n = min(len(dead), int((weights > 0).sum()), 2**24)
@@ -36,7 +38,7 @@ def resample_dead(run: Run, batches: Iterable[Inputs]) -> int:
         return 0
     generator = torch.Generator().manual_seed((run.config.init_seed or 0) ^ run.step)
     rows = torch.multinomial(weights / weights.sum(), n, replacement=False, generator=generator)
-    latents_of.resample(run.sae, dead[:n], _take([x for x, _ in parts], rows))
+    resample(run.sae, dead[:n], _take([x for x, _ in parts], rows))
     _forget(run, dead[:n])
     return n
 
@@ -55,7 +57,7 @@ def _mappings(parts: list[Inputs]) -> Iterator[Mapping[str, Tensor]]:
 
 def _forget(run: Run, latents: Tensor) -> None:
     """Zero the optimizer's moments of latents; their averaged weights become the new ones."""
-    axes, parameters = latents_of.latent_axes(run.sae), dict(run.sae.named_parameters())
+    axes, parameters = latent_axes(run.sae), dict(run.sae.named_parameters())
     for name, axis in axes.items():
         parameter = parameters[name]
         for value in run.optimizer.state.get(parameter, {}).values():
@@ -67,3 +69,40 @@ def _forget(run: Run, latents: Tensor) -> None:
                 value.index_fill_(axis, latents, 0.0)
         if run.ema is not None:
             run.ema.tensors[name].index_copy_(axis, latents, parameter.detach().index_select(axis, latents))
+
+
+@torch.no_grad()
+def row_losses(sae: SAE, x: Inputs) -> Tensor:
+    """(N,) squared error of raw rows in the normalised space."""
+    out = sae(x)
+    losses: Tensor = (out.source.target - out.recon).square().sum(1)
+    return losses
+
+
+@torch.no_grad()
+def resample(sae: SAE, latents: Tensor, x: Inputs) -> None:
+    """Point latents (n,) at raw rows x, one each: decoder rows of unit norm, short encoder rows, no bias, alive."""
+    source, core = sae.prepare(x), sae.core
+    target = source.target - core.b_dec
+    core.W_dec[latents] = target / target.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    if core.has_encoder:
+        alive = torch.ones(core.config.d_sae, dtype=torch.bool, device=latents.device)
+        alive[latents] = False
+        norms = core.W_enc.norm(dim=0)
+        length = ENCODER_SHARE * (norms[alive].mean() if bool(alive.any()) else norms.mean())
+        h = sae.center(source.input).values
+        core.W_enc[:, latents] = (h / h.norm(dim=1, keepdim=True).clamp_min(1e-12)).t() * length
+    core.reset_latents(latents)
+    core.num_tokens_since_fired[latents] = 0
+
+
+def latent_axes(sae: SAE) -> dict[str, int]:
+    """Which axis of a parameter counts latents, by the parameter's name; those without one are left out."""
+    core, axes = sae.core, {}
+    names = {parameter: name for name, parameter in sae.named_parameters()}
+    for own, parameter in core.named_parameters():
+        if own in ("W_enc", "W_dec"):
+            axes[names[parameter]] = 1 if own == "W_enc" else 0
+        elif own != "b_dec" and parameter.shape == (core.config.d_sae,):
+            axes[names[parameter]] = 0
+    return axes

@@ -15,10 +15,8 @@ _PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own f
 def check_out(out: Path) -> None:
     """Refuse a name that no folder can have, a file in the way, and a folder of something else."""
     _check_name(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file: give a folder")
+    existing_manifest(out)
     if out.exists():
-        existing_manifest(out)
         return
     nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():

@@ -47,6 +47,20 @@ def test_ls_names_every_cache_and_what_is_wrong_with_it(root):
     assert "is not a folder" in run("ls", root / "none", code=2).stderr
 
 
+def test_ls_leaves_code_out(tmp_path):
+    harvest(tmp_path / "data")
+    for name in ("load", "__pycache__"):
+        shutil.copytree(tmp_path / "data", tmp_path / name)
+    (tmp_path / "load/__init__.py").touch()
+    assert [Path(entry["path"]).name for entry in json.loads(run("ls", tmp_path, "--json").stdout)] == ["data"]
+
+
+def test_git_takes_the_code_of_every_wing():
+    cache = Path(__file__).parents[1] / "cache"
+    lines = (cache.parent / ".gitignore").read_text().splitlines()
+    assert {f"!/cache/{init.parent.name}/" for init in cache.glob("*/__init__.py")} <= set(lines)
+
+
 def test_info_shows_facts_provenance_and_statistics(root):
     shown = run("info", root / "bert_l6").stdout
     for text in ("complete, format 1", "[red]bert[/red]", "seed", "layer_3", "total variance", "median"):

@@ -144,7 +144,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
             f"{BERT} --layer 1 --dataset - --max-tokens 900T",
             r"not enough space for .*bytes are planned and .* are free",
         ),
-        (f"{BERT} --layer 1 {TEXT} --out text.jsonl", r"--out text\.jsonl is a file: give a folder"),
+        (f"{BERT} --layer 1 {TEXT} --out text.jsonl", r"text\.jsonl is a file, expected a folder; use another --out"),
         (f"{BERT} --layer 1 {TEXT} --out other", r"other holds something that is not a cache \(thesis\.txt\)"),
         (f"{BERT} --layer 1 {TEXT} --out text.jsonl/a/b", r"--out text\.jsonl/a/b cannot be made: .*jsonl is a file"),
         (f"{BERT} --layer 1 {TEXT} --out a/{'x' * 300}/b", r"--out has a folder name of 300 bytes .* at most 255"),
@@ -198,6 +198,23 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, tmp_path: Path, line
     assert re.search(message, error), error
     assert "Traceback" not in output
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "out", ["cache", "cache/load", "cache/format", "cache/load/new/a", "cache/__pycache__", "mine"]
+)
+def test_a_cache_is_not_written_among_code(run: Run, tmp_path: Path, out: str) -> None:
+    (tmp_path / "cache").symlink_to(REPO / "cache")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").touch()
+    folders = [REPO / "cache", *(REPO / "cache").glob("*/")]
+    before = [sorted(folder.iterdir()) for folder in folders]
+    for command in (BERT, "plan --model bert-base-uncased --device cpu"):
+        code, output = run(f"{command} --layer 1 {TEXT} --out {out}")
+        assert code == 2, output
+        name = out.split("/")[1] if "/" in out else out
+        assert f"error: {out} belongs to Python code ({name}/), not to a cache; use another --out\n" in output
+    assert [sorted(folder.iterdir()) for folder in folders] == before
 
 
 def test_an_error_of_the_system_is_one_line(run: Run, tmp_path: Path) -> None:

@@ -72,8 +72,22 @@ def load_records(path: Path, manifest: Manifest) -> list[ShardRecord]:
     return [load_record(path, manifest, shard) for shard in shards]
 
 
+def is_code(path: Path) -> bool:
+    """Whether a folder holds Python code: `cache/` holds both its own code and the caches that were harvested."""
+    return (path / "__init__.py").exists() or path.name == "__pycache__"
+
+
+def refuse_code(path: Path) -> None:
+    """Raise CacheExistsError for a folder of Python code, and for anything inside a folder of this package's code."""
+    real, ours = path.resolve(), Path(__file__).resolve().parents[1]
+    folder = ours / real.relative_to(ours).parts[0] if ours in real.parents else real
+    if is_code(folder):
+        raise CacheExistsError(f"{path} belongs to Python code ({folder.name}/), not to a cache; use another --out")
+
+
 def existing_manifest(path: Path) -> Manifest | None:
     """The manifest of a folder to write to; None where there is nothing yet, CacheExistsError for anything else."""
+    refuse_code(path)
     if not path.exists():
         return None
     if not path.is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.records import is_code
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.read.render import size, source_name
 
@@ -31,11 +32,11 @@ class Entry:
 
 
 def list_caches(root: Path) -> list[Entry]:
-    """Every folder right below `root`, or `root` itself, that holds a manifest."""
+    """Every folder right below `root`, or `root` itself, that holds a manifest and is no code."""
     if not root.is_dir():
         raise NotACacheError(f"{root} is not a folder; caches are made by `sae-harvest run`, by default in cache/")
     folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
-    return [_entry(folder) for folder in folders if (folder / MANIFEST).exists()]
+    return [_entry(folder) for folder in folders if (folder / MANIFEST).exists() and not is_code(folder)]
 
 
 def _entry(folder: Path) -> Entry:

@@ -63,20 +63,21 @@ def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
         from sae_granary.cache.read.reader import open_cache
 
         cache = open_cache(path, allow_incomplete=True)
+        statistics = {name: cache.stats(name) for name in cache.hook_points} if cache.n_rows else {}
         if as_json:
-            print_json(render.as_json(cache))
+            print_json(render.as_json(cache.path, cache.manifest, cache.opened, statistics))
             return
         from rich.table import Table
 
         console = _console()
         table = Table(show_header=False, box=None)
-        for label, value in {**render.facts(cache), **render.provenance_lines(cache)}.items():
+        for label, value in {**cache.facts(), **render.provenance_lines(cache.manifest)}.items():
             table.add_row(_plain(label, "bold"), _plain(value))
         console.print(table)
-        if cache.n_rows:
+        if statistics:
             norms = Table("hook point", "mean |x|²", "total variance", "|x| min", "1 %", "median", "99 %", "max")
-            for name in cache.hook_points:
-                norms.add_row(*(_plain(cell) for cell in render.stats_cells(cache, name)))
+            for name, stats in statistics.items():
+                norms.add_row(*(_plain(cell) for cell in render.stats_cells(name, stats)))
             console.print(norms)
 
 
@@ -91,7 +92,7 @@ def verify(
     with _errors(debug):
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
-        from sae_granary.cache.read.render import size
+        from sae_granary.common.quantities import size
 
         load_manifest(path)  # no cache at all is an error, not a finding
         report = _with_progress(path, quick)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -116,20 +115,6 @@ class HookRows(RowArray):
 
     def __repr__(self) -> str:
         return f"<HookRows {self.layout.path}: {len(self):,} rows of {self.d_in} {self.dtype.name}>"
-
-
-def check_file(path: Path, expected_bytes: int) -> None:
-    """Raise unless there is a regular file of exactly this size."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        raise MissingFileError(f"{path} is missing; restore it from a copy, or harvest again") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CorruptCacheError(f"{path} is not a regular file; links out of a cache are not followed")
-    if status.st_size != expected_bytes:
-        raise CorruptCacheError(
-            f"{path} has {status.st_size:,} bytes, expected {expected_bytes:,}; restore it from a copy"
-        )
 
 
 def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:

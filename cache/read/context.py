@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_granary.cache.read.arrays import Column
 from sae_granary.common.rows import FLAG_SPECIAL, DocumentRow
-
-if TYPE_CHECKING:
-    from sae_granary.cache.read.reader import Cache
 
 
 @dataclass(frozen=True)
@@ -27,20 +24,13 @@ class Context:
     document: DocumentRow | None
 
 
-def make_context(cache: Cache, row: int, before: int, after: int) -> Context:
-    """See `Cache.context`. Special tokens are left out, except for the row itself."""
-    row = int(row) + (len(cache) if row < 0 else 0)
-    doc_id = int(cache.column("doc_id")[row])
-    document = cache.find_document(doc_id)
-    if cache.unit == "text":
-        return Context(row, (row,), (), -1, document.text if document else "", document)
+def rows_around(doc_id: Column, flags: Column, row: int, before: int, after: int) -> list[int]:
+    """The row and its neighbors in its own document; special tokens are left out, except for the row itself."""
     # Each window adds special tokens, so a wider slice than wanted is needed.
-    low, high = max(0, row - 2 * before - 16), min(len(cache), row + 2 * after + 17)
-    same = (cache.column("doc_id")[low:high] == doc_id) & (cache.column("flags")[low:high] & FLAG_SPECIAL == 0)
+    low, high = max(0, row - 2 * before - 16), min(len(doc_id), row + 2 * after + 17)
+    same = (doc_id[low:high] == doc_id[row]) & (flags[low:high] & FLAG_SPECIAL == 0)
     near = np.flatnonzero(same) + low
-    rows = [*near[near < row][-before or len(near) :].tolist(), row, *near[near > row][:after].tolist()]
-    tokens = tuple(cache.token(r) for r in rows)
-    return Context(row, tuple(rows), tokens, rows.index(row), join_tokens(tokens), document)
+    return [*near[near < row][-before or len(near) :].tolist(), row, *near[near > row][:after].tolist()]
 
 
 def join_tokens(tokens: Sequence[str | int]) -> str:

@@ -9,7 +9,8 @@ from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.records import is_code
 from sae_granary.cache.read.reader import open_cache
-from sae_granary.cache.read.render import size, source_name
+from sae_granary.cache.read.render import source_name
+from sae_granary.common.quantities import size
 
 
 @dataclass(frozen=True)

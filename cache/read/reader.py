@@ -19,12 +19,8 @@ import numpy.typing as npt
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import (
     COLUMNS,
-    COMMITS,
-    DOCUMENTS,
-    GROUPS,
     VOCABULARY,
     ArrayLayout,
-    commit_path,
     documents_path,
 )
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
@@ -33,8 +29,10 @@ from sae_granary.cache.format.signed import digest, read_bytes
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
-from sae_granary.cache.read.arrays import Column, HookRows, check_file
-from sae_granary.cache.read.context import Context, make_context
+from sae_granary.cache.read import render
+from sae_granary.cache.read.arrays import Column, HookRows
+from sae_granary.cache.read.check import check_files
+from sae_granary.cache.read.context import Context, join_tokens, rows_around
 from sae_granary.common.rows import DocumentRow, HookPoint
 
 
@@ -64,9 +62,9 @@ def open_cache(
     unknown = [number for number in numbers if not 0 <= number < len(records)]
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
-    cache = Cache(path, manifest, records, [records[number] for number in numbers])
-    cache.check_files()
-    return cache
+    opened = [records[number] for number in numbers]
+    check_files(path, manifest, opened)
+    return Cache(path, manifest, records, opened)
 
 
 class Cache:
@@ -97,14 +95,14 @@ class Cache:
         return self.n_rows
 
     def __repr__(self) -> str:
-        from sae_granary.cache.read.render import text
-
-        return text(self)
+        return render.text(self.facts())
 
     def _repr_html_(self) -> str:
-        from sae_granary.cache.read.render import html
+        return render.html(self.facts())
 
-        return html(self)
+    def facts(self) -> dict[str, str]:
+        """Label -> value: what `repr` shows."""
+        return render.facts(self.path, self.manifest, self.opened, len(self.records))
 
     def hook(self, name: str | None = None) -> HookRows:
         """The activations of a hook point; the name may be left out where there is only one."""
@@ -191,8 +189,14 @@ class Cache:
         return words[token_id] if words is not None and 0 <= token_id < len(words) else token_id
 
     def context(self, row: int, before: int = 10, after: int = 10) -> Context:
-        """The tokens around a row in its own document, and their text."""
-        return make_context(self, row, before, after)
+        """The tokens around a row in its own document, and their text. Special tokens are left out."""
+        row = int(row) + (len(self) if row < 0 else 0)
+        document = self.find_document(int(self.column("doc_id")[row]))
+        if self.unit == "text":
+            return Context(row, (row,), (), -1, document.text if document else "", document)
+        rows = rows_around(self.column("doc_id"), self.column("flags"), row, before, after)
+        tokens = tuple(self.token(r) for r in rows)
+        return Context(row, tuple(rows), tokens, rows.index(row), join_tokens(tokens), document)
 
     def stats(self, hook: str | None = None) -> Stats:
         """Statistics of the opened rows of a hook point: every stored row counts, special tokens too."""
@@ -204,24 +208,6 @@ class Cache:
         if not records:
             raise RowLookupError(f"{self.path}: no rows, so no statistics")
         return make_stats(merge_all(r.statistics[name] for r in records if r.statistics is not None), norms)
-
-    def check_files(self) -> None:
-        """Raise unless every file of the opened shards, and each that describes the cache, has its exact size."""
-        folders = [*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in self.layout.arrays)]
-        linked = [folder for folder in folders if (self.path / folder).is_symlink()]
-        if linked:
-            raise CorruptCacheError(
-                f"{self.path / linked[0]} is a symbolic link; links out of a cache are not followed"
-            )
-        for record in self.opened:
-            for path, entry in record.files.items():
-                check_file(self.path / path, entry.n_bytes)
-            if record.record is not None:
-                check_file(self.path / commit_path(record.shard), record.record.n_bytes)
-        for path, entry in (self.manifest.zarr_files or {}).items():
-            check_file(self.path / path, entry.n_bytes)
-        if self.manifest.vocabulary is not None:
-            check_file(self.path / VOCABULARY, self.manifest.vocabulary.n_bytes)
 
     @property
     def n_bytes(self) -> int:

@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sae_granary.cache.errors import CacheError
-from sae_granary.cache.format.documents import hash_file, read_doc_ids
+from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import (
     COMMITS,
     DOCUMENTS,
@@ -23,16 +21,14 @@ from sae_granary.cache.format.layout import (
     TEMPORARY,
     VOCABULARY,
     commit_path,
-    documents_path,
     zarr_files,
 )
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.signed import FORMAT, VERSION
-from sae_granary.cache.format.stats import Moments, block_moments, merge_all
-from sae_granary.cache.read.arrays import check_file
+from sae_granary.cache.read.check import check_file
 from sae_granary.cache.read.reader import Cache, open_cache
-from sae_granary.common.rows import FLAG_ABSENT
+from sae_granary.cache.read.verify_rows import check_rows, check_totals
 
 
 @dataclass(frozen=True)
@@ -98,9 +94,9 @@ def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
         commit = commit_path(record.shard)
         problem, own = _read_record(cache, record)
         if own is not None and not damaged:  # what follows would only repeat the damage
-            problem = _check_rows(cache, i, own)
+            problem = check_rows(cache, i, own)
         yield Finding(commit, problem), 0
-    yield Finding(MANIFEST, _check_totals(cache)), 0
+    yield Finding(MANIFEST, check_totals(cache)), 0
 
 
 def _compare(path: Path, entry: FileEntry) -> str | None:
@@ -154,92 +150,6 @@ def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRe
     if cache.complete and replace(own, statistics=None) != record:
         return "it differs from what the manifest says of this shard", None
     return None, own
-
-
-def _check_rows(cache: Cache, i: int, record: ShardRecord) -> str | None:
-    """The first thing that is wrong with the contents of a shard whose files have the right checksums."""
-    problem = _check_order(cache, i, record) or _check_documents(cache, record)
-    for hook in cache.hook_points:
-        problem = problem or _check_statistics(cache, i, hook, record)
-    return problem or _check_padding(cache, record)
-
-
-def _check_order(cache: Cache, i: int, record: ShardRecord) -> str | None:
-    window, position = cache.column("window").shard(i), cache.column("position").shard(i)
-    if (int(window[0]), int(window[-1])) != (record.first_window, record.last_window):
-        return f"windows are {window[0]} to {window[-1]}, expected {record.first_window} to {record.last_window}"
-    if (window[1:] < window[:-1]).any():
-        return "windows are not in order"
-    if ((window[1:] == window[:-1]) & (position[1:] <= position[:-1])).any():
-        return "positions do not ascend in a window"
-    if (cache.column("flags").shard(i) & FLAG_ABSENT).any():
-        return "rows that are present are flagged as absent"
-    return None
-
-
-def _check_documents(cache: Cache, record: ShardRecord) -> str | None:
-    try:
-        ids = read_doc_ids(cache.path / documents_path(record.shard))
-    except CacheError as error:
-        return str(error)
-    expected = record.documents
-    found = (len(ids), ids[0], ids[-1]) if ids else None
-    if found != (None if expected is None else (expected.n, expected.first, expected.last)):
-        return f"documents are {found}, expected {expected} (number, first, last)"
-    return None if ids == sorted(set(ids)) else "documents are not in order"
-
-
-def _check_statistics(cache: Cache, i: int, hook: str, record: ShardRecord) -> str | None:
-    rows, norms = cache.hook(hook).shard(i), cache.norms(hook).shard(i)
-    step = cache.layout.activations[hook].inner_rows
-    parts: list[Moments] = []
-    for start in range(0, len(rows), step):
-        moments, measured = block_moments(np.asarray(rows[start : start + step]))
-        parts.append(moments)
-        if not np.allclose(measured, norms[start : start + step], rtol=1e-6, atol=0):
-            return f"norms of {hook} do not fit its rows"
-    stored = None if record.statistics is None else record.statistics[hook]
-    if stored is None or not _close(merge_all(parts), stored):
-        return f"statistics of {hook} do not fit its rows"
-    return None
-
-
-def _check_padding(cache: Cache, record: ShardRecord) -> str | None:
-    """Behind the rows stand fill values and the index, byte for byte."""
-    for array in cache.layout.arrays:
-        with (cache.path / array.shard_path(record.shard)).open("rb") as file:
-            file.seek(record.n_rows * array.row_bytes)
-            padding = array.block()[: array.padded_rows(record.n_rows) - record.n_rows]
-            if file.read() != padding.tobytes() + array.index(record.n_rows):
-                return f"{array.shard_path(record.shard)}: padding or sharding index is not as the format says"
-    return None
-
-
-def _check_totals(cache: Cache) -> str | None:
-    """The manifest's statistics are the merged ones of the records; window numbers ascend over shards."""
-    for before, after in zip(cache.records, cache.records[1:], strict=False):
-        if after.first_window <= before.last_window:
-            return f"windows of shard {after.shard} do not follow those of shard {before.shard}"
-    if cache.manifest.statistics is None:
-        return None
-    try:
-        records = [load_record(cache.path, cache.manifest, record.shard) for record in cache.records]
-    except CacheError:
-        return None  # reported with the record
-    for hook, stored in cache.manifest.statistics.items():
-        if not _close(merge_all(r.statistics[hook] for r in records if r.statistics is not None), stored):
-            return f"statistics of {hook} are not the merged ones of its shards"
-    return None
-
-
-def _close(a: Moments, b: Moments) -> bool:
-    """Equal up to the order of summation, which differs between processors."""
-    scale = np.sqrt(np.maximum(a.m2_D / a.n_rows, 0)) + np.abs(a.mean_D) + 1e-300
-    return (
-        a.n_rows == b.n_rows
-        and bool((np.abs(a.mean_D - b.mean_D) <= 1e-9 * scale).all())
-        and bool((np.abs(a.m2_D - b.m2_D) <= 1e-9 * a.n_rows * scale**2).all())
-    )
 
 
 def _foreign(cache: Cache) -> Iterator[str]:

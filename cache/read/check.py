@@ -1,0 +1,43 @@
+"""Existence and exact sizes of the files of a cache: what opening one checks."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae_granary.cache.errors import CorruptCacheError, MissingFileError
+from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, GROUPS, VOCABULARY, commit_path
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
+
+
+def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
+    """Raise unless every file of the opened shards, and each that describes the cache, has its exact size."""
+    folders = [*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in manifest.layout.arrays)]
+    linked = [folder for folder in folders if (path / folder).is_symlink()]
+    if linked:
+        raise CorruptCacheError(f"{path / linked[0]} is a symbolic link; links out of a cache are not followed")
+    for record in opened:
+        for name, entry in record.files.items():
+            check_file(path / name, entry.n_bytes)
+        if record.record is not None:
+            check_file(path / commit_path(record.shard), record.record.n_bytes)
+    for name, entry in (manifest.zarr_files or {}).items():
+        check_file(path / name, entry.n_bytes)
+    if manifest.vocabulary is not None:
+        check_file(path / VOCABULARY, manifest.vocabulary.n_bytes)
+
+
+def check_file(path: Path, expected_bytes: int) -> None:
+    """Raise unless there is a regular file of exactly this size."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} is missing; restore it from a copy, or harvest again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCacheError(f"{path} is not a regular file; links out of a cache are not followed")
+    if status.st_size != expected_bytes:
+        raise CorruptCacheError(
+            f"{path} has {status.st_size:,} bytes, expected {expected_bytes:,}; restore it from a copy"
+        )

@@ -27,7 +27,7 @@ from sae_granary.common.rows import HookPoint, Rows
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from sae_granary.harvest.errors import ConfigError
 from sae_granary.harvest.prepare import Prepared, prepare
-from sae_granary.harvest.run import harvest, load
+from sae_granary.harvest.run import harvest_activations, load
 from sae_granary.harvest.text.document import documents
 from sae_granary.models.contexts import StreamState, WindowStream, buffers, tokenize_stream
 from sae_granary.models.forward import TokenModel, Work
@@ -115,7 +115,7 @@ def _ours(config: HarvestConfig, out: Path, turn: Turn) -> None:
     took = None
     while True:
         turn(took)
-        took = harvest(replace(config, out=out), quiet=True).seconds
+        took = harvest_activations(replace(config, out=out), quiet=True).seconds
         shutil.rmtree(out)
 
 

@@ -24,7 +24,7 @@ from benchmarks import machine
 from benchmarks.table import markdown
 from sae_granary.cache.load.loader import Loader
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 from sae_granary.train import train_sweep
 from sae_granary.train.commands.result_tables import harvest_seconds
 from sae_granary.train.data.run_data import RunData
@@ -51,7 +51,7 @@ def run(quick: bool) -> str:
 def _harvest(path: Path, n_tokens: int) -> float:
     """Harvest the demo text; rows per second, the start included."""
     where, text = WhereConfig(layers=(LAYER,)), TextConfig("demo")
-    harvest(HarvestConfig(ModelConfig("demo"), where, text, out=path, max_tokens=n_tokens), quiet=True)
+    harvest_activations(HarvestConfig(ModelConfig("demo"), where, text, out=path, max_tokens=n_tokens), quiet=True)
     seconds = harvest_seconds(path)
     assert seconds is not None
     return n_tokens / seconds

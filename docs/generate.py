@@ -34,7 +34,7 @@ A default of none means "decided from the rest", as the meaning says.
 
 HARVEST = """## Harvest (`sae-harvest run`, `plan`)
 
-In Python these are the fields of `harvest.config.HarvestConfig` and of the dataclasses in it.
+In Python these are the keywords of `sae_granary.harvest_activations(model=..., layers=6, max_tokens="5M")`.
 """
 
 VARIANTS = """## Options of the types

@@ -54,7 +54,7 @@ Dataset = Annotated[
 DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
 Split = Annotated[str | None, _option(TEXT, "Split of a hub data set. (default: train)", "--split", show_default=False)]
 DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
-TextColumn = Annotated[
+TextColumns = Annotated[
     list[str] | None,
     _option(TEXT, "Column of the text; several (a,b) are joined. (default: detected)", "--text-column",
             show_default=False),
@@ -99,8 +99,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only th
 
 def harvest_config(
     model: Model,
-    layer: Layers = None,
-    hook: Hooks = None,
+    layers: Layers = None,
+    hooks: Hooks = None,
     layer_stride: LayerStride = 1,
     unit: Unit = "token",
     revision: Revision = None,
@@ -112,7 +112,7 @@ def harvest_config(
     dataset_config: DatasetConfig = None,
     split: Split = None,
     dataset_revision: DatasetRevision = None,
-    text_column: TextColumn = None,
+    text_columns: TextColumns = None,
     documents: Documents = "auto",
     shuffle_buffer: ShuffleBuffer = 0,
     shuffle_seed: ShuffleSeed = 0,
@@ -128,39 +128,10 @@ def harvest_config(
     rows_per_shard: RowsPerShard = None,
 ) -> Any:
     """The flags that `run` and `plan` share, as a config."""
-    from sae_granary.harvest.config import (
-        DEFAULT_DATASET,
-        HarvestConfig,
-        ModelConfig,
-        TextConfig,
-        TokenConfig,
-        WhereConfig,
-        parse_columns,
-        parse_count,
-        parse_layers,
-        parse_out,
-    )
+    flags = dict(locals())
+    from sae_granary.harvest.keywords import make_config
 
-    return HarvestConfig(
-        model=ModelConfig(model, revision, trust_remote_code, compute_dtype, device, compile),
-        where=WhereConfig(unit, parse_layers(layer or []), layer_stride, tuple(hook or ())),
-        text=TextConfig(
-            DEFAULT_DATASET if dataset is None else dataset,
-            dataset_config,
-            split,
-            dataset_revision,
-            parse_columns(text_column),
-            documents,
-            shuffle_buffer,
-            shuffle_seed,
-        ),
-        tokens=TokenConfig(ctx_len, bos, pack, batch_tokens, num_proc),
-        out=parse_out(out),
-        dtype=dtype,
-        max_tokens=parse_count("--max-tokens", max_tokens),
-        max_docs=parse_count("--max-docs", max_docs),
-        rows_per_shard=parse_count("--rows-per-shard", rows_per_shard),
-    )
+    return make_config(**flags)
 
 
 takes_harvest_flags = takes_flags_of(harvest_config)
@@ -173,11 +144,11 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
     with _errors(debug):
         config = make_config()
         from sae_granary.harvest.progress import print_table, summary_rows
-        from sae_granary.harvest.run import harvest
+        from sae_granary.harvest.run import harvest_activations
 
         if config.model.trust_remote_code:
             typer.secho(f"running the code that comes with {config.model.model}", fg="yellow", err=True)
-        result = harvest(config, quiet=quiet)
+        result = harvest_activations(config, quiet=quiet)
         title = "already complete, nothing to do" if result.already_complete else "harvested"
         print_table(summary_rows(result), title)
 

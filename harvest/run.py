@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Unpack
 
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.heap import keep_freed_memory
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import ConfigError, HarvestError
+from sae_granary.harvest.keywords import HarvestKeywords, make_config
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
@@ -23,11 +25,28 @@ from sae_granary.models.load import load_base
 from sae_granary.models.pooled import TextModel, load_pooled, pooled_width
 
 
-def harvest(config: HarvestConfig, *, quiet: bool = False) -> HarvestResult:
-    """Harvest a cache, or continue one. The function behind `sae-harvest run`.
+def harvest_activations(
+    config: HarvestConfig | None = None, *, quiet: bool = False, **settings: Unpack[HarvestKeywords]
+) -> HarvestResult:
+    """Stream text through a model and write its activations to a cache; again, continue one that was interrupted.
 
-    On a CPU malloc keeps freed memory from then on, for the rest of the process (`common.heap`).
+    Settings are the flags of `sae-harvest run` by their names (`HarvestKeywords`); a `config` replaces them all.
+    Progress goes to standard error unless `quiet`. What can be checked without the model is checked before it loads.
+
+    >>> from sae_granary import harvest_activations
+    >>> result = harvest_activations(
+    ...     model="demo", dataset="demo", layers=3, max_tokens=2_000, out="cache/new", device="cpu", quiet=True
+    ... )
+    >>> result.path.as_posix(), result.hooks, result.n_rows >= 2_000
+    ('cache/new', (('layer_3', 384),), True)
+
+    Raises:
+        HarvestError: a setting, model, layer or data set is wrong or missing; `harvest.errors` draws the tree.
+        CacheError: `out` holds another harvest, or is damaged.
     """
+    if config is not None and settings:
+        raise ConfigError(f"a config and settings ({', '.join(settings)}) were given: give one of them")
+    config = make_config(**settings) if config is None else config
     with StopSignals() as signals, Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)
         check_space(prepared)

@@ -17,7 +17,7 @@ from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import HookPoint
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 
 PAGE = mmap.PAGESIZE
 
@@ -142,7 +142,7 @@ def test_a_harvest_on_a_cpu_leaves_its_rows_out_of_the_page_cache(tmp_path) -> N
     config = HarvestConfig(
         ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"), max_tokens=2000, out=out
     )
-    harvest(config, quiet=True)
+    harvest_activations(config, quiet=True)
     path = next((out / "activations").glob("*/c.0.0"))
     with path.open("rb") as file:
         with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):

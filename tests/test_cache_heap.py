@@ -26,8 +26,8 @@ KEEP = "from sae_granary.common.heap import keep_freed_memory; assert keep_freed
 HARVEST = """
 from pathlib import Path
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from sae_granary.harvest.run import harvest
-harvest(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"),
+from sae_granary.harvest.run import harvest_activations
+harvest_activations(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"),
                       max_tokens=500, out=Path({out!r})), quiet=True)
 """
 

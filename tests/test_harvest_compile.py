@@ -14,7 +14,7 @@ from sae_granary.cache.errors import CacheError
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 from sae_granary.harvest.errors import ConfigError, HookError, ModelError
 from sae_granary.harvest.prepare import prepare
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.hooks import choose_hooks
 from sae_granary.models.load import skeleton
@@ -73,7 +73,7 @@ def no_compiler(patch: pytest.MonkeyPatch) -> None:
 
 def refusal(config: HarvestConfig) -> str:
     with pytest.raises((ConfigError, HookError)) as caught:
-        harvest(config, quiet=True)
+        harvest_activations(config, quiet=True)
     assert not config.out_path.exists()
     return str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_failing_compiler_leaves_nothing_behind(
         failing,
         pytest.raises(ModelError, match=r"^--compile: this model cannot be compiled \(.*\): leave --compile away$"),
     ):
-        harvest(made, quiet=True)
+        harvest_activations(made, quiet=True)
     assert not made.out_path.exists()
 
 
@@ -117,9 +117,9 @@ def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.Monke
     made = config("bert")
     assert prepare(made, print).fingerprint()["compile"] is True
     assert "compile" not in prepare(eager(made), print).fingerprint()  # as in caches of before this setting
-    harvest(eager(made), quiet=True)
+    harvest_activations(eager(made), quiet=True)
     with pytest.raises(CacheError, match=r"compile.*\n.*--out"):
-        harvest(replace(made, out=eager(made).out_path), quiet=True)
+        harvest_activations(replace(made, out=eager(made).out_path), quiet=True)
 
 
 @needs_compiler
@@ -132,9 +132,9 @@ def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(architecture:
     hooks = ("encoder.layer.2.attention",) if architecture == "bert" else ()
     made = config(architecture, hooks=hooks)
     graphs = counters["stats"]["unique_graphs"]
-    harvest(made, quiet=True)
+    harvest_activations(made, quiet=True)
     assert counters["stats"]["unique_graphs"] >= graphs + 2
-    harvest(eager(made), quiet=True)
+    harvest_activations(eager(made), quiet=True)
     got, want = open_cache(made.out_path), open_cache(eager(made).out_path)
     for name in want.hook_points:
         found, expected = np.asarray(got.hook(name)[:]), np.asarray(want.hook(name)[:])
@@ -146,9 +146,9 @@ def test_rows_equal_the_uncompiled_and_a_resume_repeats_their_bits(architecture:
     torch._dynamo.reset()
     again = replace(made, out=made.out_path.with_name("cut"))
     with pytest.raises(CutOff), cut_off_after(75):
-        harvest(again, quiet=True)
+        harvest_activations(again, quiet=True)
     torch._dynamo.reset()
-    result = harvest(again, quiet=True)
+    result = harvest_activations(again, quiet=True)
     assert result.resumed_rows > 0
     for name in got.hook_points:
         assert np.array_equal(open_cache(result.path).hook(name)[:], got.hook(name)[:])

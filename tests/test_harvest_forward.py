@@ -12,7 +12,7 @@ from torch import nn
 from sae_granary.cache.errors import BadActivationError
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 from sae_granary.harvest.errors import HookError, MemoryLimitError
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 from sae_granary.harvest.text.document import Document
 from sae_granary.models.contexts import StreamState, WindowRules, WindowStream, buffers
 from sae_granary.models.forward import TokenModel
@@ -103,7 +103,7 @@ def test_values_that_cannot_be_stored_name_document_and_hook(tmp_path: Path, dty
         TextConfig(str(tmp_path / "text.txt"), documents="line"), out=tmp_path / "out", dtype=dtype,
     )  # fmt: skip
     with pytest.raises(BadActivationError, match=r"hook point 'layer_0', document 1, row \d: value"):
-        harvest(config, quiet=True)
+        harvest_activations(config, quiet=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,7 @@ from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_er
 from sae_granary import open_cache
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 
 LAYER = 1
 CTX_LEN = 16
@@ -37,7 +37,7 @@ def config_of(model: Path, corpus: Path, out: Path, **tokens: object) -> Harvest
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_equal_a_direct_forward_pass(architecture: str, corpus: Path, tmp_path: Path) -> None:
     model = build_model(tmp_path / architecture, architecture)
-    result = harvest(config_of(model, corpus, tmp_path / "out"), quiet=True)
+    result = harvest_activations(config_of(model, corpus, tmp_path / "out"), quiet=True)
     want = list(naive_rows(model, texts(40), LAYER, CTX_LEN))
     got = open_cache(tmp_path / "out")
     rows = slice(0, got.n_rows)
@@ -60,7 +60,7 @@ def test_rows_equal_a_direct_forward_pass(architecture: str, corpus: Path, tmp_p
 def test_bfloat16_is_close_and_stored_without_loss(architecture: str, corpus: Path, tmp_path: Path) -> None:
     model = build_model(tmp_path / architecture, architecture)
     config = config_of(model, corpus, tmp_path / "out")
-    harvest(
+    harvest_activations(
         HarvestConfig(
             ModelConfig(str(model), compute_dtype="bfloat16", device="cpu"), config.where, config.text, config.tokens,
             config.out,
@@ -79,7 +79,7 @@ def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> Non
     model = build_model(tmp_path / "bert", "bert")
     where = WhereConfig(layers=(0, 2), hooks=("encoder.layer.1.attention.output", "encoder.layer.*.output.dense:in"))
     base = config_of(model, corpus, tmp_path / "out")
-    harvest(HarvestConfig(base.model, where, base.text, base.tokens, base.out), quiet=True)
+    harvest_activations(HarvestConfig(base.model, where, base.text, base.tokens, base.out), quiet=True)
     got = open_cache(tmp_path / "out")
     assert {name: point.d_in for name, point in got.hook_points.items()} == {
         "layer_0": 32, "encoder.layer.0.output.dense.in": 64, "encoder.layer.1.attention.output": 32,

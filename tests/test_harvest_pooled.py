@@ -12,7 +12,7 @@ from sae_granary import open_cache
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
 from sae_granary.harvest.errors import ConfigError, ModelError
 from sae_granary.harvest.prepare import prepare
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.demo import check_demo_weights, demo_model_path
 
 DOCS = [*texts(30, seed=1, longest=40), "a", "long " * 400, "Ünïcode, 東京 and emoji 🙂"]
@@ -39,7 +39,7 @@ def config_of(model: str, corpus: Path, out: Path, where: WhereConfig) -> Harves
 
 
 def test_pooled_rows_equal_encode(minilm: Any, corpus: Path, tmp_path: Path) -> None:
-    result = harvest(config_of("demo", corpus, tmp_path / "out", WhereConfig(unit="text")), quiet=True)
+    result = harvest_activations(config_of("demo", corpus, tmp_path / "out", WhereConfig(unit="text")), quiet=True)
     got = open_cache(tmp_path / "out")
     assert (got.unit, result.n_rows, dict(result.skipped)["empty"]) == ("text", len(DOCS), 1)
     want = minilm.encode(DOCS, convert_to_numpy=True)
@@ -65,7 +65,7 @@ def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: 
     config = config_of(str(tmp_path / "stack"), corpus, tmp_path / "out", WhereConfig(unit="text"))
     prepared = prepare(config, lambda message: None)
     assert (prepared.widths_known, prepared.hooks[0].d_in) == (True, 64 if dense else 32)
-    harvest(config, quiet=True)
+    harvest_activations(config, quiet=True)
     got = open_cache(tmp_path / "out")
     assert row_errors(got.hook()[0 : got.n_rows], model.encode(DOCS, convert_to_numpy=True)).max() < 1e-5
 
@@ -73,7 +73,7 @@ def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: 
 def test_token_level_of_the_demo_model_is_its_transformer(minilm: Any, corpus: Path, tmp_path: Path) -> None:
     import torch
 
-    harvest(config_of("demo", corpus, tmp_path / "out", WhereConfig(layers=(3,))), quiet=True)
+    harvest_activations(config_of("demo", corpus, tmp_path / "out", WhereConfig(layers=(3,))), quiet=True)
     got = open_cache(tmp_path / "out")
     transformer, tokenizer = minilm[0].auto_model, minilm.tokenizer
     doc_id = got.column("doc_id")[0 : got.n_rows]

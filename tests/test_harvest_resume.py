@@ -15,7 +15,7 @@ from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
 from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
 from sae_granary.harvest.errors import ConfigError
-from sae_granary.harvest.run import harvest
+from sae_granary.harvest.run import harvest_activations
 
 REPO = Path(__file__).parents[1]
 FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "2048", "--device", "cpu")
@@ -58,14 +58,14 @@ def test_a_crash_at_any_batch_leaves_no_trace(config: HarvestConfig, pack: bool)
             config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True)
         )
     config = replace(config, tokens=replace(config.tokens, batch_tokens=32))  # sort buffers of 512 rows
-    whole = harvest(config, quiet=True)
+    whole = harvest_activations(config, quiet=True)
     assert whole.n_shards > 5
     out = config.out_path.with_name("cut")
     resumed, n_cuts = [], 0
     for n_batches in range(3, 400, 19):
         try:
             with cut_off_after(n_batches):
-                resumed.append(harvest(replace(config, out=out), quiet=True).resumed_rows)
+                resumed.append(harvest_activations(replace(config, out=out), quiet=True).resumed_rows)
             break
         except CutOff:
             n_cuts += 1
@@ -76,28 +76,28 @@ def test_a_crash_at_any_batch_leaves_no_trace(config: HarvestConfig, pack: bool)
 
 def test_running_a_complete_harvest_again_does_nothing(config: HarvestConfig) -> None:
     config = replace(config, max_tokens=600)
-    first = harvest(config, quiet=True)
+    first = harvest_activations(config, quiet=True)
     before = contents(config.out_path)
-    again = harvest(config, quiet=True)
+    again = harvest_activations(config, quiet=True)
     assert (again.already_complete, again.n_rows, again.ended) == (True, first.n_rows, "max_tokens")
     assert contents(config.out_path) == before
     with pytest.raises(ConfigError, match=r"complete harvest of \d+ rows, and a complete one is not extended.*--out"):
-        harvest(replace(config, max_tokens=2000), quiet=True)
-    assert harvest(replace(config, max_tokens=100), quiet=True).already_complete
+        harvest_activations(replace(config, max_tokens=2000), quiet=True)
+    assert harvest_activations(replace(config, max_tokens=100), quiet=True).already_complete
 
 
 def test_another_model_on_the_same_name_is_refused_with_the_difference(config: HarvestConfig) -> None:
-    harvest(replace(config, max_tokens=200), quiet=True)
+    harvest_activations(replace(config, max_tokens=200), quiet=True)
     folder = Path(config.model.model)
     build_model(folder, "bert", seed=1)
     with pytest.raises(CacheError, match=r"weights_xxh3.*\n.*--out"):
-        harvest(replace(config, max_tokens=200), quiet=True)
+        harvest_activations(replace(config, max_tokens=200), quiet=True)
     with pytest.raises(CacheError, match=r"hook_points.*layer_1.*layer_2"):
-        harvest(replace(config, where=WhereConfig(layers=(2,))), quiet=True)
+        harvest_activations(replace(config, where=WhereConfig(layers=(2,))), quiet=True)
 
 
 def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: HarvestConfig) -> None:
-    result = harvest(replace(config, max_tokens=10**6), quiet=True)
+    result = harvest_activations(replace(config, max_tokens=10**6), quiet=True)
     assert result.ended == "source"
     assert result.warnings == (
         f"the data set ended before --max-tokens 1,000,000: {result.n_rows:,} rows of {result.n_docs} documents; "
@@ -105,7 +105,7 @@ def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: Harvest
     )
     assert open_cache(config.out_path).complete
     assert dict(result.skipped)["empty"] == 22
-    assert harvest(replace(config, max_tokens=10**6), quiet=True).already_complete
+    assert harvest_activations(replace(config, max_tokens=10**6), quiet=True).already_complete
 
 
 def command(config: HarvestConfig, out: Path) -> list[str]:
@@ -142,7 +142,7 @@ def test_a_killed_command_continues_byte_equal(config: HarvestConfig, number: in
     if number == signal.SIGTERM:
         assert "run the same command again to continue" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-    result = harvest(replace(config, out=out), quiet=True)
+    result = harvest_activations(replace(config, out=out), quiet=True)
     assert result.resumed_rows > 0
-    harvest(config, quiet=True)
+    harvest_activations(config, quiet=True)
     assert_same_cache(out, config.out_path)

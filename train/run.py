@@ -52,6 +52,11 @@ def train_sae(
     receive the metrics, `callbacks` follow the steps (`train.callbacks`).
     Everything that can be wrong is told before anything is written (ConfigError, CacheError, SAEError).
     With resume="auto" the same call starts a run, continues it from its newest checkpoint, or returns its result.
+
+    >>> from sae_granary import train_sae
+    >>> result = train_sae(cache="cache/demo_l3", type="batchtopk", k=8, steps=4, batch_size=256, device="cpu")
+    >>> result.folder.as_posix(), result.sae.type_name, 0 < result.summary["eval"]["fvu"] < 2
+    ('runs/demo_l3_layer_3_batchtopk_d3072_k8_s0', 'batchtopk', True)
     """
     _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
@@ -104,6 +109,10 @@ def resume_training(
     stop: StopRequest | None = None,
 ) -> Result:
     """Continue a run from its newest checkpoint, bit for bit as if it had never stopped (on the same machine).
+
+    >>> from sae_granary import resume_training
+    >>> resume_training("runs/stopped").summary["steps"]
+    4
 
     Raises NotARunError, CheckpointError (damaged, or another cache), RunExistsError (already complete).
     """

@@ -52,6 +52,11 @@ def open_cache(
 
     Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
     whose harvest has not finished needs `allow_incomplete`; it is read as it stands now.
+
+    >>> from sae_granary import open_cache
+    >>> rows = open_cache("cache/demo_l3")
+    >>> rows.hook("layer_3")[:4].shape, rows.document(0).source
+    ((4, 384), 'pydoc_data.topics:assert')
     """
     path = Path(path)
     manifest = load_manifest(path)

@@ -23,7 +23,7 @@ def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others:
     return Path("cache") / re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
 
 
-def harvest(arguments: Sequence[str]) -> int:
+def run_harvest(arguments: Sequence[str]) -> int:
     """Run `sae-harvest run` and return its exit code. Signals are the child's to answer; this waits for it."""
     with subprocess.Popen([*COMMAND, *arguments]) as process:
 

@@ -63,8 +63,7 @@ def quick(
             "--layer-stride": layer_stride and str(layer_stride),
         }
         others = [part for flag, value in flags.items() if value for part in (flag, value)] + shlex.split(harvest)
-        from sae_granary.train.commands.harvest_process import cache_folder
-        from sae_granary.train.commands.harvest_process import harvest as run_harvest
+        from sae_granary.train.commands.harvest_process import cache_folder, run_harvest
 
         folder = given.flags.get("cache") or str(cache_folder(model, dataset, named, max_tokens, others))
         common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]

@@ -113,6 +113,12 @@ def train_sweep(
     Settings are those of `train_sae`, for all points; `seed` in a grid is the initialisation's. Called again with the
     same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
     settings under the same name are refused. `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
+
+    >>> from sae_granary import train_sweep
+    >>> common = {"type": "topk", "d_sae": 768, "steps": 4, "batch_size": 256, "device": "cpu", "name": "ks"}
+    >>> sweep = train_sweep({"k": [8, 16]}, cache="cache/demo_l3", **common)
+    >>> [(row["k"], row["type"]) for row in sweep.rows], sweep.failures
+    ([(8, 'topk'), (16, 'topk')], {})
     """
     _check_callbacks(callbacks)
     request = _Request.of(grid, {**(settings or {}), **more})
@@ -140,6 +146,10 @@ def resume_sweep(
     """Continue a sweep by its saved plan; every SAE ends bitwise as if nothing had stopped it.
 
     One that diverged is not tried again (it would diverge again), any other failure is. `callbacks`: as before.
+
+    >>> from sae_granary import resume_sweep
+    >>> len(resume_sweep("runs/demo_sweep").rows)
+    2
     """
     _check_callbacks(callbacks)
     folder = Path(folder)

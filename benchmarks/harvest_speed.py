@@ -21,17 +21,19 @@ from benchmarks.timing import interleaved
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import write_all
 from sae_granary.common.heap import keep_freed_memory
 from sae_granary.common.rows import HookPoint, Rows
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.run import harvest_activations, load
 from sae_granary.harvest.text.document import documents
-from sae_granary.models.contexts import StreamState, WindowStream, buffers, tokenize_stream
+from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.models.forward import TokenModel, Work
 from sae_granary.models.hooks import Capture
+from sae_granary.models.tokens.contexts import StreamState
+from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
 
 LAYER = 3
 BARE = "bare truncated forward, malloc keeps freed blocks (limit)"

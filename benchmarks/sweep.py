@@ -23,8 +23,9 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.table import markdown
 from sae_granary.cache.load.loader import Loader
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.train import train_sweep
 from sae_granary.train.commands.result_tables import harvest_seconds
 from sae_granary.train.data.run_data import RunData

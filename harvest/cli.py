@@ -175,8 +175,8 @@ def names(
 ) -> None:
     """List what of a model can be harvested: layers, and module paths for --hook with their widths."""
     with _errors(debug):
-        from sae_granary.harvest.config import ModelConfig
         from sae_granary.harvest.names import name_lines
+        from sae_granary.models.config import ModelConfig
 
         for line in name_lines(ModelConfig(model, revision, trust_remote_code)):
             typer.echo(line)
@@ -194,10 +194,10 @@ class _errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or self._debug:
             return
-        from sae_granary.cache.errors import CacheError
-        from sae_granary.harvest.errors import HarvestError, InterruptedHarvest
+        from sae_granary.common.errors import GranaryError
+        from sae_granary.harvest.errors import InterruptedHarvest
 
-        if isinstance(error, HarvestError | CacheError):
+        if isinstance(error, GranaryError):
             _fail(f"error: {error}", 2)
         if isinstance(error, PermissionError):
             _fail(f"error: no permission for {error.filename}: {error.strerror}", 2)

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from sae_granary.cache.format.storage import STORAGE
-from sae_granary.common.errors import nearest
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.common.errors import ConfigError
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig, one_of
 
-UNITS = ("token", "text")
-COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
 DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
@@ -20,42 +18,6 @@ DEFAULT_SPLIT = "train"
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, in which number format it computes, and whether torch.compile compiles it."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    compute_dtype: str = "auto"
-    device: str = "auto"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        one_of("--compute-dtype", self.compute_dtype, COMPUTE_DTYPES)
-        if not self.model.strip():
-            raise ConfigError("--model is empty: give a hub id, a local folder, or demo")
-
-
-@dataclass(frozen=True)
-class WhereConfig:
-    """Which activations: blocks by number, modules by path or glob, or the pooled embedding of a text."""
-
-    unit: str = "token"
-    layers: tuple[int, ...] | Literal["all"] = ()
-    layer_stride: int = 1
-    hooks: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        one_of("--unit", self.unit, UNITS)
-        if self.layer_stride < 1:
-            raise ConfigError(f"--layer-stride is {self.layer_stride}: give a number from 1")
-        if self.unit == "text" and (self.layers or self.hooks):
-            raise ConfigError("--unit text stores one pooled embedding per text: leave out --layer and --hook")
-        if self.unit == "token" and not self.layers and not self.hooks and self.layer_stride == 1:
-            raise ConfigError("nothing to harvest is named: give --layer 6, --layers all, or --hook MODULE")
 
 
 @dataclass(frozen=True)
@@ -79,25 +41,6 @@ class TextConfig:
             )
         if self.shuffle_buffer < 0:
             raise ConfigError(f"--shuffle-buffer is {self.shuffle_buffer}: give a number of documents, or 0 for none")
-
-
-@dataclass(frozen=True)
-class TokenConfig:
-    """How documents become windows and batches."""
-
-    ctx_len: int | None = None
-    bos: bool | None = None
-    pack: bool = False
-    batch_tokens: int | None = None
-    num_proc: int = 1
-
-    def __post_init__(self) -> None:
-        if self.ctx_len is not None and self.ctx_len < 2:
-            raise ConfigError(f"--ctx-len is {self.ctx_len}: a window needs at least 2 tokens")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ConfigError(f"--batch-tokens is {self.batch_tokens}: give a positive number of tokens")
-        if self.num_proc < 1:
-            raise ConfigError(f"--num-proc is {self.num_proc}: give a number of processes from 1")
 
 
 @dataclass(frozen=True)
@@ -126,12 +69,6 @@ class HarvestConfig:
     def out_path(self) -> Path:
         """Where the cache goes: `--out`, else a name made from the model and the layers."""
         return self.out if self.out is not None else Path("cache") / default_name(self.model.model, self.where)
-
-
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not in a fixed list, with the nearest one that is."""
-    if value not in allowed:
-        raise ConfigError(f"{flag} is {value!r}: expected one of {', '.join(allowed)}{nearest(value, allowed)}")
 
 
 def parse_count(flag: str, text: str | None) -> int | None:

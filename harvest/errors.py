@@ -2,16 +2,15 @@
 
 GranaryError
 └── HarvestError              every expected failure: `sae-harvest` prints it in one line and exits with 2
-    ├── ConfigError           a flag or a combination of flags (also a ValueError)
-    ├── ModelError            a model that is not found, or cannot be used
-    ├── HookError             a layer or module that the model does not have (also a LookupError)
     ├── SourceError           a data set, file or column that is not found
     │   └── SourceStoppedError    a source that broke off half-way: the harvest can be continued
     ├── NoRowsError           a data set of which nothing is fit to harvest
-    ├── SpaceError            not enough room on the disk for what is planned (also an OSError)
-    └── MemoryLimitError      a single window does not fit the device's memory
+    └── SpaceError            not enough room on the disk for what is planned (also an OSError)
 KeyboardInterrupt
 └── InterruptedHarvest        SIGINT or SIGTERM, carries the exit code 130 or 143
+
+Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`, models that cannot be used a `ModelError` of
+`sae_granary.models.errors`.
 """
 
 from sae_granary.common.errors import GranaryError
@@ -19,18 +18,6 @@ from sae_granary.common.errors import GranaryError
 
 class HarvestError(GranaryError):
     """Every expected failure of a harvest."""
-
-
-class ConfigError(HarvestError, ValueError):
-    """A flag or a combination of flags that cannot be."""
-
-
-class ModelError(HarvestError):
-    """A model that is not found or cannot be used."""
-
-
-class HookError(HarvestError, LookupError):
-    """A layer or module that the model does not have."""
 
 
 class SourceError(HarvestError):
@@ -52,10 +39,6 @@ class NoRowsError(HarvestError):
 
 class SpaceError(HarvestError, OSError):
     """Not enough room on the disk for what is planned."""
-
-
-class MemoryLimitError(HarvestError):
-    """A single window does not fit the device's memory."""
 
 
 class InterruptedHarvest(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.rows import DocumentRow, Rows
-from sae_granary.models.contexts import Window
+from sae_granary.models.tokens.contexts import Window
 
 if TYPE_CHECKING:
     import torch

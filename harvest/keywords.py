@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.harvest.config import (
     DEFAULT_DATASET,
     HarvestConfig,
-    ModelConfig,
     TextConfig,
-    TokenConfig,
-    WhereConfig,
     parse_columns,
     parse_count,
     parse_layers,
     parse_out,
 )
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
 
 class HarvestKeywords(TypedDict, total=False):

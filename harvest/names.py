@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sae_granary.harvest.config import ModelConfig
-from sae_granary.harvest.errors import HookError
+from sae_granary.models.config import ModelConfig
+from sae_granary.models.errors import HookError
 from sae_granary.models.hooks import Hook, find_blocks, hook_names
 from sae_granary.models.load import n_layers, probe_outputs, skeleton
 from sae_granary.models.locate import inner_transformer, locate

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sae_granary.cache.format.records import existing_manifest
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.common.errors import ConfigError
 
 _NAME_BYTES = 255  # of one folder name, on every common file system
 _PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below

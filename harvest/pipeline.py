@@ -21,8 +21,9 @@ from sae_granary.harvest.progress import Progress
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
 from sae_granary.harvest.run_log import RunLog
 from sae_granary.harvest.text.document import documents, skipped_counts
-from sae_granary.models.contexts import Buffer, StreamState, WindowStream, buffers, tokenize_stream
 from sae_granary.models.forward import Tick, Work, first_rows
+from sae_granary.models.tokens.contexts import Buffer, StreamState
+from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
 
 if TYPE_CHECKING:
     import torch

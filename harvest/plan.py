@@ -15,7 +15,7 @@ from sae_granary.harvest.errors import NoRowsError, SpaceError
 from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import gib
 from sae_granary.harvest.text.document import documents, skipped_counts
-from sae_granary.models.contexts import WindowStream, tokenize_stream
+from sae_granary.models.tokens.stream import WindowStream, tokenize_stream
 
 SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
 from sae_granary.cache.format.spec import CacheSpec, Unit
 from sae_granary.cache.format.storage import STORAGE
+from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
-from sae_granary.harvest.errors import ConfigError
 from sae_granary.harvest.out import check_out
-from sae_granary.harvest.text.document import Render, TextSource, join_chat
+from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.models.compiled import check_compile
-from sae_granary.models.contexts import Tokenize, WindowRules
 from sae_granary.models.hooks import Hook, choose_hooks
 from sae_granary.models.load import (
     choose_compute_dtype,
@@ -42,7 +41,9 @@ from sae_granary.models.locate import (
 )
 from sae_granary.models.online import quiet
 from sae_granary.models.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
-from sae_granary.models.tokenizer import (
+from sae_granary.models.tokens.contexts import Tokenize, WindowRules
+from sae_granary.models.tokens.document import Render, join_chat
+from sae_granary.models.tokens.tokenizer import (
     chat_renderer,
     load_tokenizer,
     text_tokenizer,

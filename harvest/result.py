@@ -10,7 +10,7 @@ from typing import Any
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.prepare import Prepared
-from sae_granary.harvest.text.document import SKIP_REASONS
+from sae_granary.models.tokens.document import SKIP_REASONS
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Unpack
 
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.heap import keep_freed_memory
 from sae_granary.harvest.config import HarvestConfig
-from sae_granary.harvest.errors import ConfigError, HarvestError
+from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.keywords import HarvestKeywords, make_config
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
@@ -41,7 +42,9 @@ def harvest_activations(
     ('cache/new', (('layer_3', 384),), True)
 
     Raises:
-        HarvestError: a setting, model, layer or data set is wrong or missing; `harvest.errors` draws the tree.
+        ConfigError: a setting is wrong.
+        ModelError: a model, layer or module is missing or cannot be used.
+        HarvestError: a data set is missing or wrong, or there is no room; `harvest.errors` draws the tree.
         CacheError: `out` holds another harvest, or is damaged.
     """
     if config is not None and settings:

@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sae_granary.common.errors import one_line
-from sae_granary.harvest.config import WhereConfig
-from sae_granary.harvest.errors import ConfigError, HookError, ModelError
+from sae_granary.common.errors import ConfigError, one_line
+from sae_granary.models.config import WhereConfig
+from sae_granary.models.errors import HookError, ModelError
 from sae_granary.models.hooks import Capture, Hook, find_blocks
 
 if TYPE_CHECKING:

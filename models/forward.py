@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_granary.harvest.errors import HookError, MemoryLimitError
 from sae_granary.models.compiled import compile_blocks, no_recompiling
-from sae_granary.models.contexts import Buffer
+from sae_granary.models.errors import HookError, MemoryLimitError
 from sae_granary.models.hooks import Capture, Hook, tensor_of
-from sae_granary.models.token_batches import TokenBatch, collate, plan_batches
+from sae_granary.models.tokens.batches import TokenBatch, collate, plan_batches
+from sae_granary.models.tokens.contexts import Buffer
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_granary.common.errors import nearest
 from sae_granary.common.rows import HookPoint
-from sae_granary.harvest.config import WhereConfig
-from sae_granary.harvest.errors import HookError
+from sae_granary.models.config import WhereConfig
+from sae_granary.models.errors import HookError
 
 if TYPE_CHECKING:
     import torch

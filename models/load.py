@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sae_granary.common.errors import one_line
-from sae_granary.harvest.errors import ConfigError, ModelError
+from sae_granary.common.errors import ConfigError, one_line
+from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.hooks import Hook, probe, probe_all
 from sae_granary.models.locate import Located
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
 def choose_device(wanted: str) -> str:
@@ -52,7 +51,7 @@ def skeleton(located: Located) -> nn.Module:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(located.config, trust_remote_code=located.trust_remote_code)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be built from its config: {one_line(error)}") from error
     return base_model(model).eval()
 
@@ -132,15 +131,19 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
         model, info = AutoModel.from_pretrained(
             located.source, dtype=getattr(torch, compute_dtype), output_loading_info=True, **located.hub_kwargs
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    return base_model(frozen(model)).to(device)
+
+
+def frozen(model: Any) -> nn.Module:
+    """In evaluation mode, without gradients and without a key-value cache."""
     text_config = getattr(model.config, "get_text_config", lambda: model.config)()
-    if hasattr(text_config, "use_cache"):
-        text_config.use_cache = False
-    return base_model(model).to(device).eval().requires_grad_(False)
+    for config in (model.config, text_config):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def check_loaded(located: Located, info: Any) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import hash_files
-from sae_granary.harvest.config import ModelConfig
-from sae_granary.harvest.errors import ModelError
+from sae_granary.models.config import ModelConfig
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
+from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.online import OFFLINE_HINT, online
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -81,8 +81,15 @@ class Located:
 
 
 def locate(config: ModelConfig) -> Located:
-    """Find the model and read its config, or say in one line why not."""
-    located = _find(config)
+    """Find the model and read its config, or say in one line why not. Raises ModelError."""
+    return read_configs(_find(config))
+
+
+def read_configs(located: Located) -> Located:
+    """With all that the model's own files tell: kind, modules, config, and of a hub model its commit.
+
+    Raises ModelError, of which the cause is the error of transformers.
+    """
     located = _sentence_transformer(located)
     located = replace(located, config=_load_config(located))
     return replace(located, revision=_commit(located) or located.revision)
@@ -114,6 +121,11 @@ def weights_hash(located: Located) -> str:
     return hash_files(files)
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be that of a folder."""
+    return Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
 def _find(config: ModelConfig) -> Located:
     if config.model == DEMO:
         if config.revision is not None:
@@ -124,7 +136,7 @@ def _find(config: ModelConfig) -> Located:
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
             raise ModelError(f"the folder {config.model} holds no model: neither config.json nor modules.json is there")
         return Located(config.model, config.model, str(path), trust_remote_code=config.trust_remote_code)
-    if path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1:
+    if is_path(config.model):
         raise ModelError(f"there is no folder {config.model}: give a hub id, a local folder, or demo")
     local_only = not online()
     return Located(
@@ -134,17 +146,17 @@ def _find(config: ModelConfig) -> Located:
 
 
 def _sentence_transformer(located: Located) -> Located:
-    modules_file = _file(located, "modules.json")
+    modules_file = file_of(located, "modules.json")
     if modules_file is None:
         return located
-    modules = _read_json(modules_file, located)
+    modules = read_json(modules_file, located)
     if not isinstance(modules, list) or not all(isinstance(item, dict) and "type" in item for item in modules):
         raise ModelError(f"{located.name}: modules.json is not a list of modules")
     modules = tuple({"type": str(item["type"]), "path": str(item.get("path", ""))} for item in modules)
     subfolder = modules[0]["path"] if modules else ""
     located = replace(located, kind=SENTENCE_TRANSFORMER, modules=modules, subfolder=subfolder)
-    settings_file = _file(located, f"{subfolder}/sentence_bert_config.json".lstrip("/"))
-    settings = _read_json(settings_file, located) if settings_file is not None else {}
+    settings_file = file_of(located, f"{subfolder}/sentence_bert_config.json".lstrip("/"))
+    settings = read_json(settings_file, located) if settings_file is not None else {}
     limit = settings.get("max_seq_length") if isinstance(settings, dict) else None
     return replace(located, max_seq_length=int(limit) if limit else None)
 
@@ -163,7 +175,7 @@ def _load_config(located: Located) -> Any:
         return None
     try:
         return AutoConfig.from_pretrained(located.source, **located.hub_kwargs)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(_why_no_config(located, error)) from error
 
 
@@ -179,8 +191,8 @@ def _why_no_config(located: Located, error: BaseException) -> str:
     return f"unknown model {located.name!r}{where} ({one_line(error)}): give a hub id, a local folder, or demo"
 
 
-def _file(located: Located, name: str) -> Path | None:
-    """A file of the model, or None if it has none of this name."""
+def file_of(located: Located, name: str) -> Path | None:
+    """A file of the model, or None if it has none of this name. Raises ModelError."""
     if located.is_local:
         path = Path(located.source) / name
         return path if path.is_file() else None
@@ -199,11 +211,12 @@ def _file(located: Located, name: str) -> Path | None:
 
 def _commit(located: Located) -> str | None:
     """The commit that a hub model's files come from: the folder of its snapshot in the local cache."""
-    found = None if located.is_local else _file(located, f"{located.subfolder}/config.json".lstrip("/"))
+    found = None if located.is_local else file_of(located, f"{located.subfolder}/config.json".lstrip("/"))
     return next((part for part in found.parts if _COMMIT.fullmatch(part)), None) if found is not None else None
 
 
-def _read_json(path: Path, located: Located) -> Any:
+def read_json(path: Path, located: Located) -> Any:
+    """A JSON file of the model. Raises ModelError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_granary.common.errors import one_line
-from sae_granary.harvest.errors import MemoryLimitError, ModelError
-from sae_granary.models.contexts import Buffer, IntArray, WindowRules
+from sae_granary.models.errors import LOAD_ERRORS, MemoryLimitError, ModelError
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
 from sae_granary.models.locate import Located
+from sae_granary.models.tokens.contexts import Buffer, IntArray, WindowRules
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
         kwargs |= {"revision": located.revision, "local_files_only": located.local_only}
     try:
         model = SentenceTransformer(located.source, model_kwargs={"dtype": getattr(torch, compute_dtype)}, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded as a Sentence-Transformer: {one_line(error)}") from error
     return model.eval()
 

@@ -16,8 +16,9 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import HookPoint
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, WhereConfig
 
 PAGE = mmap.PAGESIZE
 

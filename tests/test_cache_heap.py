@@ -25,7 +25,8 @@ print(sum(counts[10:]) / 10)
 KEEP = "from sae_granary.common.heap import keep_freed_memory; assert keep_freed_memory()"
 HARVEST = """
 from pathlib import Path
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
+from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.harvest.run import harvest_activations
 harvest_activations(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"),
                       max_tokens=500, out=Path({out!r})), quiet=True)

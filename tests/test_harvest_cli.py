@@ -14,9 +14,10 @@ from harvest_kit import build_model, texts
 from typer.testing import CliRunner
 
 from sae_granary import open_cache
+from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.cli import app
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, WhereConfig, default_name, parse_count, parse_layers
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, default_name, parse_count, parse_layers
+from sae_granary.models.config import ModelConfig, WhereConfig
 
 Run = Callable[..., tuple[int, str]]
 REPO = Path(__file__).parents[1]

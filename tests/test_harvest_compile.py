@@ -11,11 +11,13 @@ from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from sae_granary.harvest.errors import ConfigError, HookError, ModelError
+from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.compiled import compiled_blocks
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.errors import HookError, ModelError
 from sae_granary.models.hooks import choose_hooks
 from sae_granary.models.load import skeleton
 from sae_granary.models.locate import locate

@@ -8,8 +8,9 @@ from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_er
 
 from sae_granary import open_cache
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
 LAYER = 1
 CTX_LEN = 16
@@ -112,7 +113,7 @@ def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
 def test_random_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from sae_granary.harvest.errors import ModelError
+    from sae_granary.models.errors import ModelError
     from sae_granary.models.load import load_base
     from sae_granary.models.locate import locate
 
@@ -128,7 +129,7 @@ def test_a_decoder_only_model_whose_stack_is_called_decoder_may_miss_no_weights(
     from safetensors.torch import load_file, save_file
     from transformers import OPTConfig, OPTModel
 
-    from sae_granary.harvest.errors import ModelError
+    from sae_granary.models.errors import ModelError
     from sae_granary.models.load import load_base
     from sae_granary.models.locate import locate
 

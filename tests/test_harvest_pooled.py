@@ -9,11 +9,13 @@ import pytest
 from harvest_kit import build_model, row_errors, texts
 
 from sae_granary import open_cache
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, WhereConfig
-from sae_granary.harvest.errors import ConfigError, ModelError
+from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.models.demo import check_demo_weights, demo_model_path
+from sae_granary.models.errors import ModelError
 
 DOCS = [*texts(30, seed=1, longest=40), "a", "long " * 400, "Ünïcode, 東京 and emoji 🙂"]
 
@@ -96,7 +98,7 @@ def test_token_level_of_the_demo_model_is_its_transformer(minilm: Any, corpus: P
 def test_windows_are_refused_where_texts_are_pooled(corpus: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from sae_granary.harvest.config import TokenConfig
+    from sae_granary.models.config import TokenConfig
 
     config = config_of("demo", corpus, tmp_path / "out", WhereConfig(unit="text"))
     with pytest.raises(ConfigError, match="leave out --pack, --bos and --ctx-len"):

@@ -13,9 +13,10 @@ from harvest_kit import CutOff, build_model, cut_off_after, texts
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
-from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
-from sae_granary.harvest.errors import ConfigError
+from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
 REPO = Path(__file__).parents[1]
 FLAGS = ("--layer", "1", "--ctx-len", "16", "--batch-tokens", "128", "--rows-per-shard", "2048", "--device", "cpu")

@@ -13,11 +13,12 @@ import pytest
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
-from sae_granary.harvest.text.document import NOT_JSON, Record, join_chat, replace_surrogates, to_document
+from sae_granary.harvest.text.demo_source import DemoSource
+from sae_granary.harvest.text.document import NOT_JSON, Record, replace_surrogates, to_document
 from sae_granary.harvest.text.hub_source import HubSource, retrying
 from sae_granary.harvest.text.local_files import FileSource, StdinSource, shuffled
 from sae_granary.harvest.text.sources import open_source
-from sae_granary.models.demo import DemoSource
+from sae_granary.models.tokens.document import join_chat
 
 
 def values(path: Path, **options: object) -> list[object]:

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
-from sae_granary.harvest.text.document import Document
-from sae_granary.models.contexts import Buffer, StreamState, Window, WindowRules, WindowStream, buffers, tokenize_stream
-from sae_granary.models.token_batches import collate, plan_batches
+from sae_granary.models.tokens.batches import collate, plan_batches
+from sae_granary.models.tokens.contexts import Buffer, StreamState, Window, WindowRules
+from sae_granary.models.tokens.document import Document
+from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
 
 PREFIX, SUFFIX, SEPARATOR = 201, 202, 203
 

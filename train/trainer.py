@@ -17,7 +17,6 @@ from sae_granary import sae_core
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common import run_files as files
-from sae_granary.models.language.downstream import downstream
 from sae_granary.sae_core import SAE
 from sae_granary.train import loop, validate
 from sae_granary.train.callbacks import Callbacks, StepEvent
@@ -27,7 +26,7 @@ from sae_granary.train.data.streams import state_after, step_input
 from sae_granary.train.errors import DivergedError
 from sae_granary.train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
 from sae_granary.train.follow import Follower
-from sae_granary.train.result.evaluate import evaluate
+from sae_granary.train.result.evaluate import evaluate, evaluate_downstream
 from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.metrics_line import last_training_l0, summarize
 from sae_granary.train.sinks.sink import Sinks
@@ -132,7 +131,9 @@ class Trainer:
             numbers: dict[str, float | None] = {}
             numbers |= evaluate(run.sae, self._until(stop, data.evaluation()), run.config.dead_threshold)
             if data.config.eval_downstream and data.language_model is not None:
-                numbers |= downstream(run.sae, data.language_model, self._until(stop, data.evaluation_windows()))
+                numbers |= evaluate_downstream(
+                    run.sae, data.language_model, self._until(stop, data.evaluation_windows())
+                )
         self._check_numbers(numbers)
         self.sinks.flush()
         summary = summarize(run, data, numbers, last_training_l0(self.folder), self.clock.seconds)

@@ -10,13 +10,12 @@ from sae_granary.harvest.text.document import (
     CHAT_NAMES,
     JOINED_NAMES,
     NOT_JSON,
-    SKIP_REASONS,
     TEXT_NAMES,
     Record,
-    join_chat,
     skipped_counts,
     to_document,
 )
+from sae_granary.models.tokens.document import SKIP_REASONS, join_chat
 
 SAMPLE_RECORDS = 100  # records that are looked at to find the columns and their kinds
 Item = Mapping[str, Any] | None  # one record of a table; None for one that is no JSON object

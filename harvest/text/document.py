@@ -6,12 +6,13 @@ resumed harvest finds its place again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sae_granary.models.tokens.document import Document, Render
+
 Scalar = str | int | float | bool | None
-Render = Callable[[list[dict[str, str]]], str]  # chat messages -> one text
 
 TEXT_NAMES = (
     "text", "content", "sentence", "document", "article", "body", "passage", "paragraph", "context", "review", "story",
@@ -23,7 +24,6 @@ JOINED_NAMES = (
     ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
     ("sentence1", "sentence2"), ("premise", "hypothesis"),
 )  # fmt: skip
-SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json")
 _CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
 _LOOK = 4096  # characters that are looked at
 
@@ -43,18 +43,6 @@ class Record:
     source: str  # file or data set it comes from
     row: int  # its place in that source; -1 if a shuffled stream does not tell
     repaired: bool = False  # bytes that are no UTF-8 were replaced
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text with its ordinal in the stream; `skipped` names the reason when there is none to harvest."""
-
-    doc_id: int
-    text: str
-    source: str
-    row: int
-    skipped: str | None = None
-    repaired: bool = False
 
 
 class TextSource(Protocol):
@@ -144,8 +132,3 @@ def _message(item: object) -> dict[str, str] | None:
         return None
     role = {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(role, role)
     return {"role": role, "content": replace_surrogates(content)}
-
-
-def join_chat(messages: list[dict[str, str]]) -> str:
-    """Chat messages of a model without a chat template: `role: content`, a blank line between."""
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextConfig
-from sae_granary.harvest.errors import ConfigError, SourceError
+from sae_granary.harvest.errors import SourceError
+from sae_granary.harvest.text.demo_source import DemoSource
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, TABLES
 from sae_granary.harvest.text.local_files import FileSource, StdinSource
-from sae_granary.models.demo import DEMO, DemoSource
+from sae_granary.models.demo import DEMO
 
 _HUB_FLAGS = ("--split", "--dataset-config", "--dataset-revision")
 

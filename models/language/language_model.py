@@ -1,19 +1,18 @@
-"""A frozen model with an SAE at one of its hook points: windows in, predictions or embeddings out.
+"""A frozen model with an SAE at one of its hook points: contexts in, predictions or embeddings out.
 
-Shapes: S windows, T tokens, D = d_in, P predicted tokens, V vocabulary.
+Shapes: S contexts, T tokens, D = d_in, P predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common.hashing import derive_key, hash64
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.language.patch import Edit, patched
@@ -25,9 +24,36 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
+class Contexts(Protocol):
+    """A batch of whole contexts, as the model saw them: arrays (S, T), padded at the end."""
+
+    @property
+    def token_id(self) -> Ints:
+        """0 behind the end of a context."""
+
+    @property
+    def real(self) -> Bools:
+        """False behind the end of a context."""
+
+    @property
+    def keep(self) -> Bools:
+        """Where the SAE reads and replaces the activation."""
+
+    @property
+    def doc_id(self) -> Ints:
+        """A packed context holds several documents; -1 behind the end."""
+
+    @property
+    def row(self) -> Ints:
+        """A number of each token that does not depend on the batch; -1 behind the end."""
+
+    def __len__(self) -> int:
+        """S."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A batch of windows on the model's device."""
+    """A batch of contexts on the model's device."""
 
     input_ids: Tensor  # (S, T)
     attention_mask: Tensor | None  # (S, T); None when nothing is padded
@@ -50,10 +76,10 @@ class HookedModel:
     point: HookPoint
     device: torch.device
 
-    def plain(self, windows: Contexts) -> Tokens:
-        """Windows as they are, of which nothing is to be predicted."""
-        nothing = np.zeros(windows.real.shape, np.bool_)
-        return self._tokens(windows, windows.token_id, nothing, windows.token_id[nothing])
+    def plain(self, contexts: Contexts) -> Tokens:
+        """Contexts as they are, of which nothing is to be predicted."""
+        nothing = np.zeros(contexts.real.shape, np.bool_)
+        return self._tokens(contexts, contexts.token_id, nothing, contexts.token_id[nothing])
 
     def run(self, tokens: Tokens, edit: Edit) -> Any:
         """The model's output with the hook point's activation (S, T, D) replaced by what `edit` makes of it."""
@@ -62,12 +88,12 @@ class HookedModel:
         with patched(self.module, self.point, shape, edit):
             return self.model(input_ids=tokens.input_ids, **kwargs)
 
-    def _tokens(self, windows: Contexts, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:
+    def _tokens(self, contexts: Contexts, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:
         def move(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
-        mask = None if windows.real.all() else move(windows.real).long()
-        return Tokens(move(ids), mask, move(windows.keep), move(predicted), move(targets))
+        mask = None if contexts.real.all() else move(contexts.real).long()
+        return Tokens(move(ids), mask, move(contexts.keep), move(predicted), move(targets))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,22 +102,22 @@ class LanguageModel(HookedModel):
 
     mask_id: int | None  # of a masked language model; None: each token predicts the next one
 
-    def tokens(self, windows: Contexts, mask_seed: int = 0) -> Tokens:
-        """Windows as the model takes them.
+    def tokens(self, contexts: Contexts, mask_seed: int = 0) -> Tokens:
+        """Contexts as the model takes them.
 
         A decoder predicts, at each kept token, the next one of the same document. An encoder predicts 15 % of the kept
         tokens, replaced by [MASK]; which ones is a function of row and seed. The SAE stands at masked tokens too.
         """
-        ids, predicted = windows.token_id.copy(), windows.keep.copy()
+        ids, predicted = contexts.token_id.copy(), contexts.keep.copy()
         if self.mask_id is None:
             predicted[:, -1] = False
-            predicted[:, :-1] &= windows.doc_id[:, 1:] == windows.doc_id[:, :-1]
-            return self._tokens(windows, ids, predicted, ids[:, 1:][predicted[:, :-1]])
+            predicted[:, :-1] &= contexts.doc_id[:, 1:] == contexts.doc_id[:, :-1]
+            return self._tokens(contexts, ids, predicted, ids[:, 1:][predicted[:, :-1]])
         limit = np.uint64(int(MASKED_SHARE * 2**64))
-        predicted &= hash64(windows.row, derive_key(_MASK_DOMAIN, mask_seed)) < limit
+        predicted &= hash64(contexts.row, derive_key(_MASK_DOMAIN, mask_seed)) < limit
         targets = ids[predicted]
         ids[predicted] = self.mask_id
-        return self._tokens(windows, ids, predicted, targets)
+        return self._tokens(contexts, ids, predicted, targets)
 
     @property
     def vocab_size(self) -> int:

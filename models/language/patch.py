@@ -1,7 +1,7 @@
 """Read or replace the activation at one hook point of a model while it runs.
 
-Shapes: S sequences, T tokens, D = d_in. Which tensor of a module's input or output is meant follows from the cache's
-record of the hook point (`common.rows.HookPoint`).
+Shapes: S sequences, T tokens, D = d_in. Which tensor of a module's input or output is meant follows from the
+hook point (`common.rows.HookPoint`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sae_granary.common.rows import HookPoint
-from sae_granary.train.errors import SpliceError
+from sae_granary.models.errors import SpliceError
 
 Edit = Callable[[Tensor], Tensor]  # (S, T, D) -> (S, T, D)
 

@@ -2,6 +2,7 @@
 
 GranaryError
 ├── CacheError        cache
+├── ConfigError       a setting, or a combination of settings, that cannot be (models, harvest)
 ├── HarvestError      harvest
 ├── ModelError        models
 ├── SAEError          sae_core
@@ -19,6 +20,10 @@ _SHOWN_CHARACTERS = 300
 
 class GranaryError(Exception):
     """Base of every package's base error: the commands print its message in one line and exit with 2."""
+
+
+class ConfigError(GranaryError, ValueError):
+    """A flag or setting, or a combination of them, that cannot be."""
 
 
 def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> str:

@@ -28,8 +28,8 @@ NO_CACHE = "error: no cache was given; name its folder with --cache (sae-harvest
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
     """Expected failures become one red line and exit code 2; a signal its own code."""
-    from sae_granary.cache.errors import CacheError
-    from sae_granary.train.errors import InterruptedRunError, TrainError
+    from sae_granary.common.errors import GranaryError
+    from sae_granary.train.errors import InterruptedRunError
 
     try:
         yield
@@ -38,9 +38,7 @@ def errors(debug: bool) -> Iterator[None]:
             fail(str(error), 128 + error.signum)
         fail("interrupted at once: continue from the last checkpoint with `sae-train resume`", 130)
     except Exception as error:
-        from sae_granary.sae_core.errors import SAEError
-
-        if debug or not isinstance(error, TrainError | CacheError | SAEError | OSError):
+        if debug or not isinstance(error, GranaryError | OSError):
             raise
         fail(f"error: {_one_line(error)}", 2)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
 from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Part, account
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache, open_cache
@@ -141,7 +142,7 @@ class RunData:
     def language_model(self) -> LanguageModel | EmbeddingModel | None:
         """The model of the cache with the hook point of this run, if the run goes through it.
 
-        Raises SpliceError or SelectionError; asked for before anything is written.
+        Raises ModelError or SelectionError; asked for before anything is written.
         """
         if not needs_language_model(self.config):
             return None
@@ -149,12 +150,13 @@ class RunData:
 
         config = self.config
         opens = open_any if first_window_step(config) is None else open_model
-        return opens(self.cache, config.hook[0], lm=config.lm, device=config.device, dtype=config.compute_dtype)
+        origin = read_origin(self.cache, config.hook[0])
+        return opens(*origin, lm=config.lm, device=config.device, dtype=config.compute_dtype)
 
     def check_language_model(self) -> None:
         """Load the model if the run goes through it, so that what is wrong with it is told before anything is spent.
 
-        Raises SpliceError, SelectionError, or ConfigError where its predictions do not fit the memory.
+        Raises ModelError, SelectionError, or ConfigError where its predictions do not fit the memory.
         """
         if isinstance(self.language_model, LanguageModel) and first_window_step(self.config) is not None:
             check_logits(self.config, self.language_model.vocab_size)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState
-from sae_granary.models.language.downstream import SplicedInput
 from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.train.config.phases import first_window_step
 from sae_granary.train.data.run_data import RunData, open_stream
+from sae_granary.train.spliced_input import SplicedInput
 from sae_granary.train.step_input import Inputs
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from sae_granary.cache.load.whole_contexts import Contexts
+from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
+from sae_granary.models.language.losses import downstream
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_cosine
 
@@ -20,15 +24,11 @@ def evaluate(
     `dead` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
     mode that it was in.
     """
-    training = sae.training
-    sae.eval()
     evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold)
-    try:
+    with _in_evaluation(sae):
         for x in batches:
             out = sae(x)
             evaluator.update(out.x, out.x_hat, out.codes)
-    finally:
-        sae.train(training)
     if not evaluator.n_rows:
         return {"n_rows": 0}
     return {
@@ -36,3 +36,21 @@ def evaluate(
         "decoder_max_cosine": decoder_max_cosine(sae.core.W_dec),
         "n_rows": evaluator.n_rows,
     }
+
+
+def evaluate_downstream(
+    sae: SAE, model: LanguageModel | EmbeddingModel, contexts: Iterable[Contexts]
+) -> dict[str, float | None]:
+    """`models.language.losses.downstream` of an SAE, which is left in the mode that it was in."""
+    with _in_evaluation(sae):
+        return downstream(lambda x: sae(x).x_hat, model, contexts)
+
+
+@contextmanager
+def _in_evaluation(sae: SAE) -> Iterator[None]:
+    training = sae.training
+    sae.eval()
+    try:
+        yield
+    finally:
+        sae.train(training)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
-from sae_granary.models.language.downstream import notes_on
+from sae_granary.models.language.losses import notes_on
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import StepResult
 from sae_granary.train.sinks.sink import read_metrics

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae_granary.common.errors import one_line
-from sae_granary.harvest.config import TokenConfig
-from sae_granary.harvest.errors import ConfigError, ModelError
-from sae_granary.harvest.text.document import join_chat
-from sae_granary.models.contexts import IntArray, Tokenize, WindowRules
+from sae_granary.common.errors import ConfigError, one_line
+from sae_granary.models.config import TokenConfig
+from sae_granary.models.errors import LOAD_ERRORS, ModelError
+from sae_granary.models.tokens.contexts import IntArray, Tokenize, WindowRules
+from sae_granary.models.tokens.document import Render, join_chat
 
 if TYPE_CHECKING:
     from sae_granary.models.locate import Located
@@ -23,12 +23,12 @@ _SANE_LENGTH = 10**7  # transformers writes 10**30 for "no limit"
 
 
 def load_tokenizer(located: Located) -> Any:
-    """The tokenizer that belongs to the model."""
+    """The tokenizer that belongs to the model. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(located.source, **located.hub_kwargs)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {one_line(error)}") from error
 
 
@@ -112,7 +112,7 @@ def split_long(text: str) -> list[str]:
     return [*pieces, text]
 
 
-def chat_renderer(tokenizer: Any) -> Callable[[list[dict[str, str]]], str]:
+def chat_renderer(tokenizer: Any) -> Render:
     """Chat messages -> text by the tokenizer's template, or `role: content` when it has none."""
     if not getattr(tokenizer, "chat_template", None):
         return join_chat

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sae_granary.models.contexts import Window
+from sae_granary.models.tokens.contexts import Window
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""The demo text: the English inside Python's own help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+from sae_granary.harvest.text.document import Record, Scalar
+from sae_granary.models.demo import DEMO
+
+
+class DemoSource:
+    """The topics of `pydoc_data.topics`, one document each, in sorted order."""
+
+    columns: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return DEMO
+
+    @property
+    def identity(self) -> Mapping[str, Scalar]:
+        """The text changes a little with each Python."""
+        import xxhash
+
+        text = "\0".join(f"{name}\0{topic}" for name, topic in self._topics())
+        return {"dataset": "pydoc_data.topics", "dataset_xxh3": xxhash.xxh3_128_hexdigest(text.encode())}
+
+    @property
+    def python(self) -> str:
+        """Version of the Python that the text comes from."""
+        return ".".join(map(str, sys.version_info[:3]))
+
+    def records(self, start: int) -> Iterator[Record]:
+        """The topics from ordinal `start` on."""
+        for row, (name, topic) in enumerate(islice(self._topics(), start, None), start):
+            yield Record(topic, f"pydoc_data.topics:{name}", row)
+
+    def n_bytes(self) -> int | None:
+        """Size of all topics."""
+        return sum(len(topic.encode()) for _, topic in self._topics())
+
+    def _topics(self) -> Iterator[tuple[str, str]]:
+        from pydoc_data.topics import topics
+
+        yield from sorted(topics.items())

@@ -1,0 +1,31 @@
+"""What can go wrong with a model.
+
+GranaryError
+└── ModelError              a model that is not found, or cannot be used
+    ├── HookError           a layer or module that the model does not have (also a LookupError)
+    ├── MemoryLimitError    a single context or text does not fit the device's memory
+    └── SpliceError         the model of a cache is missing, another, or has no head (also a ValueError)
+
+Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`.
+"""
+
+from sae_granary.common.errors import GranaryError
+
+# What transformers and sentence-transformers raise for files that are missing, damaged or of another kind.
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+
+
+class ModelError(GranaryError):
+    """A model that is not found or cannot be used."""
+
+
+class HookError(ModelError, LookupError):
+    """A layer or module that the model does not have."""
+
+
+class MemoryLimitError(ModelError):
+    """A single context or text does not fit the device's memory."""
+
+
+class SpliceError(ModelError, ValueError):
+    """The language model of a cache is not there, not the one that was harvested, or no SAE can be spliced into it."""

@@ -1,0 +1,58 @@
+"""Finding the model that a cache was harvested from by what the harvest recorded about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sae_granary.common.errors import one_line
+from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, demo_folder, demo_model_path
+from sae_granary.models.errors import ModelError, SpliceError
+from sae_granary.models.locate import Located, is_path, read_configs
+from sae_granary.models.online import quiet
+
+REMEDY = "name its hub id or folder with --lm"
+
+
+def locate_recorded(record: Mapping[str, Any], lm: str | None) -> Located:
+    """The folder or hub model, in the revision that was harvested; the local copy of a hub model if there is one.
+
+    `lm` names another place: a folder, a hub id, or demo. Raises ModelError, a SpliceError for a model that is missing.
+    """
+    model_id = str(record.get("id"))
+    was_local = lm is None and record.get("weights_xxh3") is not None
+    name = _demo_or(lm, model_id, was_local=was_local) or model_id
+    wanted = f"the model {name!r}" + ("" if name != model_id or lm else " that the cache was harvested from")
+    folder = Path(name).expanduser()
+    is_local = folder.is_dir()
+    if not is_local and (is_path(name) or was_local):
+        raise SpliceError(f"{wanted} is not there: no such folder; {REMEDY}")
+    quiet()
+    located = Located(
+        name,
+        model_id,
+        str(folder) if is_local else name,
+        revision=record.get("revision") if name == model_id else None,
+        subfolder="" if is_local else record.get("subfolder") or "",
+        local_only=True,
+    )
+    try:
+        return read_configs(located)
+    except ModelError as error:
+        problem = error
+    if not is_local:
+        try:
+            return read_configs(replace(located, local_only=False))
+        except ModelError as error:
+            problem = error
+    raise SpliceError(f"{wanted} cannot be found ({one_line(problem.__cause__ or problem)}); {REMEDY}")
+
+
+def _demo_or(lm: str | None, model_id: str, *, was_local: bool) -> str | None:
+    """The folder that `lm` means: `demo`, or nothing said about a cache that was harvested from it. Else `lm`."""
+    if lm == DEMO:
+        return str(demo_model_path("--lm"))
+    folder = demo_folder() if was_local and model_id == DEMO_MODEL_ID else None
+    return str(folder) if folder is not None else lm

@@ -1,0 +1,1 @@
+"""From documents to padded batches of token ids."""

@@ -23,7 +23,7 @@ from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import write_all
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 from sae_granary.common.rows import HookPoint, Rows
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import Prepared, prepare
@@ -113,7 +113,8 @@ def _written(config: HarvestConfig, path: Path, turn: Turn) -> None:
 
 
 def _ours(config: HarvestConfig, out: Path, turn: Turn) -> None:
-    """The whole harvest, over and over."""
+    """The whole harvest, over and over, in a process as the command sets it."""
+    keep_freed_memory(config.model.device)
     took = None
     while True:
         turn(took)

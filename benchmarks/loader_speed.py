@@ -1,7 +1,7 @@
 """The loader against a plain copy of the same bytes, and how well it mixes with a pool of 1/8 of the cache.
 
 Limit: np.copyto of the memory-mapped shard into a buffer, in order, from a warm page cache. malloc keeps freed blocks,
-as a training on a CPU sets it (`common.heap`), and the start of the loader is counted.
+as a training on a CPU sets it (`common.process`), and the start of the loader is counted.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from sae_granary.cache.load.loader import Filters, Holdout, Loader
 from sae_granary.cache.load.order import MAX_PARTNERS
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 from sae_granary.common.rows import HookPoint, Rows
 
 BATCH, D_IN = 4096, 384

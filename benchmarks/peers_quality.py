@@ -46,6 +46,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.table import markdown
+from sae_granary.common.process import tuned_process
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train import train_sae
@@ -186,7 +187,8 @@ def train_ours(
     recipe: Recipe, config: TrainConfig, data: RunData, folder: Path, coef: float | None
 ) -> tuple[float, float]:
     """Our loop as `sae-train run` calls it; returns the share of dead latents and the seconds of training."""
-    summary = train_sae(config).summary
+    with tuned_process(str(config.device)):
+        summary = train_sae(config).summary
     return float(summary["dead"]), float(summary["seconds"])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 from sae_granary.sae_core import SAE, make_config, registry
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.loop import train_step

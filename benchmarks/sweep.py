@@ -23,11 +23,11 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.table import markdown
 from sae_granary.cache.load.loader import Loader
+from sae_granary.common.process import keep_freed_memory, tuned_process
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.train import train_sweep
-from sae_granary.train.commands.result_tables import harvest_seconds
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import BaseSink, Metrics
@@ -52,10 +52,9 @@ def run(quick: bool) -> str:
 def _harvest(path: Path, n_tokens: int) -> float:
     """Harvest the demo text; rows per second, the start included."""
     where, text = WhereConfig(layers=(LAYER,)), TextConfig("demo")
-    harvest_activations(HarvestConfig(ModelConfig("demo"), where, text, out=path, max_tokens=n_tokens), quiet=True)
-    seconds = harvest_seconds(path)
-    assert seconds is not None
-    return n_tokens / seconds
+    config = HarvestConfig(ModelConfig("demo"), where, text, out=path, max_tokens=n_tokens)
+    keep_freed_memory()
+    return n_tokens / harvest_activations(config, quiet=True).seconds
 
 
 def _tables(folder: Path, rows_per_second: float, d_sae: int) -> str:
@@ -66,7 +65,8 @@ def _tables(folder: Path, rows_per_second: float, d_sae: int) -> str:
     with Loader(runs[0].cache, batch_size=BATCH, device=runs[0].config.device) as loader:
         batches = (batch.x for batch in loader if isinstance(batch.x, Tensor))
         clock = _Clock(_alone(runs, next(batches)), batches)
-        result = train_sweep(GRID, settings, runs_dir=str(folder), name="sweep", reporter=clock)
+        with tuned_process("auto"):
+            result = train_sweep(GRID, settings, runs_dir=str(folder), name="sweep", reporter=clock)
     assert not result.failures, result.failures
     product, n = clock.alone("product"), len(plan.entries)
     total = sum(clock.alone(entry.name) for entry in plan.entries)

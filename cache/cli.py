@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.cache.errors import CacheError
-from sae_granary.common.app import make_app
+from sae_granary.common.app import Debug, expected_errors, make_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +21,6 @@ app = make_app("sae-cache", "List, describe and verify activation caches.")
 
 CachePath = Annotated[Path, typer.Argument(help="Folder of a cache, e.g. cache/bert_l6.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -34,7 +30,7 @@ def ls(
     debug: Debug = False,
 ) -> None:
     """List the caches below a folder."""
-    with _errors(debug):
+    with expected_errors(debug):
         from sae_granary.cache.read.listing import list_caches
 
         entries = list_caches(root)
@@ -58,7 +54,7 @@ def ls(
 @app.command()
 def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
     """Describe a cache: what it was harvested from, its rows, and the statistics of each hook point."""
-    with _errors(debug):
+    with expected_errors(debug):
         from sae_granary.cache.read import render
         from sae_granary.cache.read.reader import open_cache
 
@@ -89,7 +85,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check every file of a cache: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
-    with _errors(debug):
+    with expected_errors(debug):
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
         from sae_granary.common.quantities import size
@@ -144,18 +140,6 @@ def _plain(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(text, style=style)
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """One red line and exit code 2 for what a user can mend; the traceback with --debug."""
-    try:
-        yield
-    except (CacheError, OSError) as error:
-        if debug:
-            raise
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
 
 
 def main() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from contextlib import AbstractContextManager
+from typing import Annotated, Any
 
 import typer
 
 from sae_granary.cache.format.storage import STORAGE
-from sae_granary.common.app import make_app
+from sae_granary.common.app import Debug, Quiet, expected_errors, make_app
 from sae_granary.common.flags import takes_flags_of
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
@@ -29,7 +30,7 @@ TrustCode = Annotated[bool, _option(MODEL, "Run code that comes with the model. 
 ComputeDtype = Annotated[
     str, _option(MODEL, "auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16.", "--compute-dtype")
 ]
-Device = Annotated[str, _option(MODEL, "auto, cpu, cuda, cuda:1.", "--device")]
+Device = Annotated[str, _option(MODEL, "auto, cpu, cuda, cuda:N, mps.", "--device")]
 Compile = Annotated[
     bool,
     _option(
@@ -92,9 +93,7 @@ MaxDocs = Annotated[str | None, _option(OUTPUT, "Stop after this many documents.
 RowsPerShard = Annotated[
     str | None, _option(OUTPUT, "Rows of a shard. (default: about 512 MiB)", "--rows-per-shard", show_default=False)
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 MakeConfig = Callable[[], Any]  # HarvestConfig; read at import time, when that class is not there
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the summary.")]
 
 
 def harvest_config(
@@ -143,12 +142,16 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
     """Harvest a cache, or continue one that was interrupted."""
     with _errors(debug):
         config = make_config()
+        from sae_granary.common.process import keep_freed_memory
+        from sae_granary.common.signals import stop_on_signals
         from sae_granary.harvest.progress import print_table, summary_rows
         from sae_granary.harvest.run import harvest_activations
 
         if config.model.trust_remote_code:
             typer.secho(f"running the code that comes with {config.model.model}", fg="yellow", err=True)
-        result = harvest_activations(config, quiet=quiet)
+        with stop_on_signals(at_once=True, second="exit") as stop:
+            keep_freed_memory(config.model.device)
+            result = harvest_activations(config, quiet=quiet, stop=stop)
         title = "already complete, nothing to do" if result.already_complete else "harvested"
         print_table(summary_rows(result), title)
 
@@ -182,43 +185,13 @@ def names(
             typer.echo(line)
 
 
-class _errors:
-    """Expected failures become one red line and exit code 2; an interruption its own code."""
-
-    def __init__(self, debug: bool) -> None:
-        self._debug = debug
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or self._debug:
-            return
-        from sae_granary.common.errors import GranaryError
-        from sae_granary.harvest.errors import InterruptedHarvest
-
-        if isinstance(error, GranaryError):
-            _fail(f"error: {error}", 2)
-        if isinstance(error, PermissionError):
-            _fail(f"error: no permission for {error.filename}: {error.strerror}", 2)
-        if isinstance(error, OSError):
-            _fail(f"error: {_os_problem(error)}; mend it and run the command again, --debug shows where it happened", 2)
-        if isinstance(error, KeyboardInterrupt):
-            code = error.exit_code if isinstance(error, InterruptedHarvest) else 130
-            _fail("interrupted: run the same command again to continue behind the last committed shard, if any", code)
-
-
-def _os_problem(error: OSError) -> str:
-    from sae_granary.common.errors import one_line
-
-    if error.filename is None or not error.strerror:
-        return one_line(error)
-    return f"{str(error.filename)!r}: {error.strerror}"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.secho(message, fg="red", err=True)
-    raise typer.Exit(code)
+def _errors(debug: bool) -> AbstractContextManager[None]:
+    """The errors of all harvest commands, in one red line."""
+    return expected_errors(
+        debug,
+        interrupted="interrupted: run the same command again to continue after the last committed shard, if any",
+        remedy="fix this and run the command again, --debug shows where it happened",
+    )
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ GranaryError
     │   └── SourceStoppedError    a source that broke off half-way: the harvest can be continued
     ├── NoRowsError           a data set of which nothing is fit to harvest
     └── SpaceError            not enough room on the disk for what is planned (also an OSError)
-KeyboardInterrupt
-└── InterruptedHarvest        SIGINT or SIGTERM, carries the exit code 130 or 143
 
 Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`, models that cannot be used a `ModelError` of
 `sae_granary.models.errors`.
@@ -39,11 +37,3 @@ class NoRowsError(HarvestError):
 
 class SpaceError(HarvestError, OSError):
     """Not enough room on the disk for what is planned."""
-
-
-class InterruptedHarvest(KeyboardInterrupt):
-    """A signal ended the harvest; what is committed stays."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"interrupted (exit code {exit_code})")
-        self.exit_code = exit_code

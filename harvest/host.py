@@ -26,7 +26,7 @@ class HostCopier:
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Arrays that are valid until the next call."""
         if self._device.type != "cuda":
-            return {name: to_numpy(tensor) for name, tensor in tensors.items()}
+            return {name: to_numpy(tensor.cpu()) for name, tensor in tensors.items()}
         import torch
 
         self._stream = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

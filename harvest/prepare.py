@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
 from sae_granary.cache.format.spec import CacheSpec, Unit
 from sae_granary.cache.format.storage import STORAGE
+from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.out import check_out
@@ -21,7 +22,6 @@ from sae_granary.models.compiled import check_compile
 from sae_granary.models.hooks import Hook, choose_hooks
 from sae_granary.models.load import (
     choose_compute_dtype,
-    choose_device,
     flops_per_token,
     guess_widths,
     max_positions,

@@ -8,7 +8,7 @@ from typing import Unpack
 
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.keywords import HarvestKeywords, make_config
@@ -18,7 +18,6 @@ from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.run_log import RunLog
-from sae_granary.harvest.signals import StopSignals
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
@@ -27,12 +26,18 @@ from sae_granary.models.pooled import TextModel, load_pooled, pooled_width
 
 
 def harvest_activations(
-    config: HarvestConfig | None = None, *, quiet: bool = False, **settings: Unpack[HarvestKeywords]
+    config: HarvestConfig | None = None,
+    *,
+    quiet: bool = False,
+    stop: StopRequest | None = None,
+    **settings: Unpack[HarvestKeywords],
 ) -> HarvestResult:
     """Stream text through a model and write its activations to a cache; again, continue one that was interrupted.
 
     Settings are the flags of `sae-harvest run` by their names (`HarvestKeywords`); a `config` replaces them all.
     Progress goes to standard error unless `quiet`. What can be checked without the model is checked before it loads.
+    `stop` is asked between batches: a request raises Interrupted, and the same call continues. On a CPU the command
+    also has malloc keep freed memory, which makes it faster (`common.process`).
 
     >>> from sae_granary import harvest_activations
     >>> result = harvest_activations(
@@ -50,7 +55,8 @@ def harvest_activations(
     if config is not None and settings:
         raise ConfigError(f"a config and settings ({', '.join(settings)}) were given: give one of them")
     config = make_config(**settings) if config is None else config
-    with StopSignals() as signals, Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
+    stop = StopRequest() if stop is None else stop
+    with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)
         check_space(prepared)
         model: Model | None = None
@@ -67,10 +73,8 @@ def harvest_activations(
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 model = model or load(prepared, say)[1]
-                if prepared.device == "cpu":
-                    keep_freed_memory()
-                signals.defer()
-                return Pipeline(prepared, model, writer, progress, log, signals.check).run()
+                stop.defer()
+                return Pipeline(prepared, model, writer, progress, log, stop.check).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
                 raise

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sae_granary.common.errors import ConfigError, one_line
+from sae_granary.common.errors import one_line
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.hooks import Hook, probe, probe_all
 from sae_granary.models.locate import Located
@@ -17,23 +17,6 @@ if TYPE_CHECKING:
 
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
-
-
-def choose_device(wanted: str) -> str:
-    """`auto` is the GPU when there is one."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"--device is {wanted!r}: give auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {wanted!r}, but PyTorch finds no CUDA device here: give cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device is {wanted!r}, but there are {torch.cuda.device_count()} CUDA devices")
-    return wanted
 
 
 def choose_compute_dtype(wanted: str, device: str) -> str:

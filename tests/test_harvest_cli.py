@@ -130,7 +130,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --dtype float23", r"--dtype is 'float23': .*, did you mean 'float32'"),
         (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"--compute-dtype is 'int8'.*one of auto, float32"),
         (f"{BERT} --layer 1 {TEXT} --unit sentence", r"--unit is 'sentence'.*one of token, text"),
-        (f"{BERT} --layer 1 {TEXT} --device tpu", r"--device is 'tpu': give auto, cpu, cuda"),
+        (f"{BERT} --layer 1 {TEXT} --device tpu", r"device 'tpu' is unknown: expected auto, cpu, cuda, cuda:N or mps"),
         (f"{BERT} --layer 1 {TEXT} --ctx-len 999", r"--ctx-len is 999, but the model takes at most 128 tokens"),
         (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but 2 special tokens stand in each window"),
         (f"{BERT} --layer 1 {TEXT} --pack", r"--pack joins documents for decoders; an encoder would attend across"),

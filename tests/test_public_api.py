@@ -15,8 +15,8 @@ import pytest
 from test_package import ROOT, STAGES, code_folders
 
 import sae_granary
+from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import Callback, StepEvent
-from sae_granary.train.signals import StopRequest
 
 FUNCTIONS = [name for name in sae_granary.__all__ if not name.startswith("_")]
 

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import Loader
+from sae_granary.common.signals import StopRequest
 from sae_granary.train import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
-from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.sink import TIMING, BaseSink, read_metrics
 from sae_granary.train.state import checkpoint
 from sae_granary.train.sweeps import grouping, sweep

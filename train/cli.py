@@ -7,19 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.common.app import make_app
+from sae_granary.common.app import Debug, Quiet, make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.quick import quick
-from sae_granary.train.commands.shared_flags import (
-    Debug,
-    DryRun,
-    Layers,
-    LayerStride,
-    Overwrite,
-    Quiet,
-    ReadFlags,
-    errors,
-)
+from sae_granary.train.commands.shared_flags import DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
 
@@ -79,13 +70,13 @@ def resume(
         if is_sweep(folder):
             cli_sweep.resume_grid(folder, quiet)
             return
-        read_run(folder)
+        config, _ = read_run(folder)
         if not quiet and not is_complete(folder):
             found = list_checkpoints(folder)
             typer.echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
         from sae_granary.train.run import resume_training
 
-        show_training(lambda **options: resume_training(folder, **options), quiet)
+        show_training(lambda **options: resume_training(folder, **options), quiet, config.device)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_granary.common.errors import GranaryError
+from sae_granary.common.signals import StopRequest
 
 
 class TrainError(GranaryError):
@@ -44,5 +45,11 @@ class InterruptedRunError(TrainError):
     """SIGTERM or SIGINT: the run stopped after a step and a checkpoint."""
 
     def __init__(self, signum: int, step: int, folder: Path) -> None:
-        self.signum, self.step, self.folder = signum, step, folder
+        self.signum, self.step, self.folder, self.exit_code = signum, step, folder, 128 + signum
         super().__init__(f"stopped by signal {signum} after step {step}; continue with: sae-train resume {folder}")
+
+    @classmethod
+    def raise_if(cls, stop: StopRequest, step: int, folder: Path) -> None:
+        """Raise this error if a stop was asked for."""
+        if stop.signum is not None:
+            raise cls(stop.signum, step, folder)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.signals import StopRequest
 from sae_granary.train import loop
 from sae_granary.train.data.streams import RunStream
 from sae_granary.train.errors import InterruptedRunError
-from sae_granary.train.signals import StopRequest
 from sae_granary.train.trainer import Result, Trainer
 
 OnFailure = Callable[[Trainer, Exception], None]
@@ -42,10 +41,8 @@ def train_together(
                 member.save()
             except Exception as error:
                 fail(member, error)
-        stop.check(unfinished[0].step, unfinished[0].folder)
+        InterruptedRunError.raise_if(stop, unfinished[0].step, unfinished[0].folder)
 
-    if all(member.data.config.device == "cpu" for member in members):
-        keep_freed_memory()
     for member in members:
         try:
             member.begin()
@@ -53,7 +50,7 @@ def train_together(
             fail(member, error)
     members = [m for m in members if m not in failed]
     if unfinished := [m for m in members if not m.done]:
-        stop.check(unfinished[0].step, unfinished[0].folder)
+        InterruptedRunError.raise_if(stop, unfinished[0].step, unfinished[0].folder)
     loop.train(members, stream_from, after_batch=stop_if_asked, on_failure=fail if on_failure else None)
     return _finish([m for m in members if m not in failed], stop, fail)
 
@@ -61,7 +58,7 @@ def train_together(
 def _finish(members: Sequence[Trainer], stop: StopRequest, fail: OnFailure) -> dict[Trainer, Result]:
     results = {}
     for member in members:
-        stop.check(member.step, member.folder)
+        InterruptedRunError.raise_if(stop, member.step, member.folder)
         try:
             results[member] = member.finish(stop)
         except InterruptedRunError:

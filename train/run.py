@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_granary import sae_core
-from sae_granary.common.denormals import flushed_denormals
 from sae_granary.common.errors import nearest
+from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
@@ -28,7 +28,6 @@ from sae_granary.train.folders import (
 )
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity
-from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.sink import JsonlSink, Sink, Sinks
 from sae_granary.train.state.checkpoint import check_identity
 from sae_granary.train.trainer import Result, open_trainer
@@ -108,7 +107,8 @@ def resume_training(
     callbacks: Sequence[AnyCallback] = (),
     stop: StopRequest | None = None,
 ) -> Result:
-    """Continue a run from its newest checkpoint, bit for bit as if it had never stopped (on the same machine).
+    """Continue a run from its newest checkpoint, bit for bit as if it had never stopped, on the same machine and under
+    the same process settings (`common.process`).
 
     >>> from sae_granary import resume_training
     >>> resume_training("runs/stopped").summary["steps"]
@@ -128,7 +128,6 @@ def _train(
 ) -> Result:
     """Train one run from where it is to its result."""
     with ExitStack() as stack:
-        stack.enter_context(flushed_denormals())
         stack.enter_context(exclusive(folder))
 
         def make_sinks(wandb_id: str) -> Sinks:

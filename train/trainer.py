@@ -17,17 +17,17 @@ from sae_granary import sae_core
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common import run_files as files
+from sae_granary.common.signals import StopRequest
 from sae_granary.sae_core import SAE
 from sae_granary.train import loop, validate
 from sae_granary.train.callbacks import Callbacks, StepEvent
 from sae_granary.train.config.merge import to_sections, to_yaml
 from sae_granary.train.data.run_data import Inputs, RunData, export_metadata
 from sae_granary.train.data.streams import state_after, step_input
-from sae_granary.train.errors import DivergedError
+from sae_granary.train.errors import DivergedError, InterruptedRunError
 from sae_granary.train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
 from sae_granary.train.follow import Follower
 from sae_granary.train.result.evaluate import evaluate, evaluate_downstream
-from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.metrics_line import last_training_l0, summarize
 from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
@@ -157,7 +157,7 @@ class Trainer:
 
     def _until(self, stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
         for item in items:
-            stop.check(self.step, self.folder)
+            InterruptedRunError.raise_if(stop, self.step, self.folder)
             yield item
 
 

@@ -13,6 +13,7 @@ from sae_granary import open_cache
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.loader import Holdout, Loader
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.process import tuned_process
 from sae_granary.common.rows import FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.metrics import Evaluator
@@ -43,7 +44,8 @@ def write_cache(path: Path, world: World, data: Sample, seed: int) -> None:
 def train(path: Path, runs: Path, world: World, settings: Mapping[str, Any], seed: int) -> SAE:
     """Train as `sae-train run` does; the dictionary has as many latents as there are features."""
     known = {"cache": str(path), "runs_dir": str(runs), "seed": seed, "holdout": HOLDOUT, "save_every": 0}
-    return train_sae(**known, **{"d_sae": world.n_features, "device": "cpu", **settings}).sae
+    with tuned_process("cpu"):
+        return train_sae(**known, **{"d_sae": world.n_features, "device": "cpu", **settings}).sae
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from benchmarks.timing import interleaved
 from sae_granary import open_cache
 from sae_granary.cache.load.loader import Loader
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 from sae_granary.common.rows import Rows
 
 MIN_BATCHES = 32  # of SAELens per turn

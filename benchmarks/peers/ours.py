@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.apart import Turn
 from benchmarks.peers.contest import repeat
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 from sae_granary.sae_core import make_config, registry
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.loop import train_step

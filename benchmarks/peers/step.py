@@ -15,7 +15,7 @@ from benchmarks.peers.contestants import contestants
 from benchmarks.peers.memory import memory_of
 from benchmarks.peers.rows import rows
 from benchmarks.table import markdown
-from sae_granary.common.heap import keep_freed_memory
+from sae_granary.common.process import keep_freed_memory
 
 TYPES = ("topk", "batchtopk", "matryoshka", "vanilla", "gated", "jumprelu")
 

@@ -1,13 +1,25 @@
-"""The command line apps of all stages behave alike."""
+"""The command line apps of all stages behave alike: help, `--version`, errors in one red line, exit codes."""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
 import typer
+
+from sae_granary.common.errors import GranaryError, one_line
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 
 def make_app(name: str, about: str) -> typer.Typer:
     """An app without commands: no arguments print the help, and an unexpected error its plain traceback."""
-    return typer.Typer(
+    app = typer.Typer(
         name=name,
         help=about,
         no_args_is_help=True,
@@ -15,3 +27,60 @@ def make_app(name: str, about: str) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback(help=about)(_options)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"sae-granary {version('sae-granary')}")
+        except PackageNotFoundError:
+            typer.echo("sae-granary (a checkout that is not installed)")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)]
+
+
+def _options(version: _Version = False) -> None:
+    """The options of an app before its commands."""
+
+
+@contextmanager
+def expected_errors(debug: bool, *, interrupted: str = "interrupted", remedy: str = "") -> Iterator[None]:
+    """Inside, what a user can fix ends the command with one red line.
+
+    GranaryError and OSError have the exit code 2 and with `debug` a traceback; `remedy` says what to do after an error
+    of the system. An interruption has its own exit code (its `exit_code`, else 130) and prints `interrupted`, or its
+    own message where it is a GranaryError. A closed pipe (`| head`) is left to the caller.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        fail(interrupted, getattr(error, "exit_code", INTERRUPTED))
+    except GranaryError as error:
+        if error.exit_code != GranaryError.exit_code:
+            fail(str(error), error.exit_code)
+        if debug:
+            raise
+        fail(f"error: {error}", error.exit_code)
+    except OSError as error:
+        if debug or error.errno == errno.EPIPE:
+            raise
+        fail(f"error: {_system_problem(error)}{remedy and '; '}{remedy}", GranaryError.exit_code)
+
+
+def _system_problem(error: OSError) -> str:
+    """What failed, and on which file."""
+    if error.filename is None or not error.strerror:
+        return one_line(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print a red line and exit."""
+    typer.secho(message, fg="red", err=True)
+    raise typer.Exit(code)

@@ -19,7 +19,9 @@ _SHOWN_CHARACTERS = 300
 
 
 class GranaryError(Exception):
-    """Base of every package's base error: the commands print its message in one line and exit with 2."""
+    """Base of every package's base error: the commands print its message in one line and exit with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(GranaryError, ValueError):

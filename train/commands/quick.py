@@ -8,16 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.train.commands.shared_flags import (
-    Debug,
-    Layers,
-    LayerStride,
-    Overwrite,
-    Quiet,
-    ReadFlags,
-    errors,
-    fail,
-)
+from sae_granary.common.app import Debug, Quiet, fail
+from sae_granary.train.commands.shared_flags import Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import config_of, train_given
 from sae_granary.train.config.flags import Given, takes_settings
 

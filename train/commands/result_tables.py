@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -21,7 +19,6 @@ from sae_granary.train.sinks.console_sink import quantity
 
 _LAST_COLUMNS = ("dead", "tokens", "tok/s", "time")
 DOWNSTREAM = {"ce_score": "CE score", "kl": "KL"}  # columns of runs that measured them
-_HARVEST_TIME = re.compile(r"finished: .* rows in ([\d.]+) s")
 
 
 def types_tables(names: Iterable[str]) -> RenderableType:
@@ -93,9 +90,9 @@ def notes(summaries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def show_results(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of some runs, what reusing the harvest saved, and the notes."""
+    """Print the table of some runs and their notes."""
     show(result_table(summaries))
-    for line in [*filter(None, [reuse_line(summaries)]), *notes(summaries)]:
+    for line in notes(summaries):
         typer.echo(line)
 
 
@@ -105,30 +102,6 @@ def similarity_line(summary: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     return f"decoder_max_cosine {value:.3f} (also called feature absorption: likeness of latents, lower is better)"
-
-
-def reuse_line(summaries: Sequence[Mapping[str, Any]]) -> str | None:
-    """What training several SAEs from one harvest saved; None where that is not known."""
-    caches = [str(s["cache"]) for s in summaries]
-    again = [c for i, c in enumerate(caches) if c in caches[:i]]
-    seconds = {cache: harvest_seconds(Path(cache)) for cache in again}
-    known = [s for cache in again if (s := seconds[cache]) is not None]
-    if not known:
-        return None
-    return (
-        f"{len(again)} of {len(caches)} runs reused a harvest: {sum(known):.0f} s of forward passes saved "
-        f"({', '.join(f'{c}: {s:.0f} s once' for c, s in seconds.items() if s is not None)})"
-    )
-
-
-def harvest_seconds(cache: Path) -> float | None:
-    """How long the harvest of a cache took by its log, interruptions included."""
-    try:
-        log = (cache / "harvest.log").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = [float(match) for match in _HARVEST_TIME.findall(log)]
-    return sum(found) if found else None
 
 
 def show(renderable: RenderableType) -> None:

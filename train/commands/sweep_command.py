@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_granary.train.commands.shared_flags import (
-    NO_CACHE,
-    Debug,
-    DryRun,
-    Layers,
-    LayerStride,
-    Overwrite,
-    Quiet,
-    ReadFlags,
-    errors,
-    fail,
-)
+from sae_granary.common.app import Debug, Quiet, fail
+from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.config.flags import takes_settings
 
 if TYPE_CHECKING:
@@ -106,25 +96,29 @@ def train_grid(
     if dry_run:
         show_plan(plan_sweep(axes, common))
         return
-    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet)
+    device = str(common.get("device") or "auto")
+    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet, device)
 
 
 def resume_grid(folder: Path, quiet: bool) -> None:
     """Continue a sweep and print its table."""
     from sae_granary.train.sweeps.sweep import resume_sweep
+    from sae_granary.train.sweeps.sweep_plan import load_plan
 
-    _show(lambda **options: resume_sweep(folder, **options), quiet)
+    device = load_plan(folder).entries[0].config.device
+    _show(lambda **options: resume_sweep(folder, **options), quiet, device)
 
 
-def _show(start: Callable[..., SweepResult], quiet: bool) -> None:
+def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
+    from sae_granary.common.process import tuned_process
+    from sae_granary.common.signals import stop_on_signals
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.folders import read_summary
-    from sae_granary.train.signals import stop_on_signals
     from sae_granary.train.sweeps.sweep import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
-    with stop_on_signals() as stop:
+    with tuned_process(device), stop_on_signals() as stop:
         result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
     finished = [row for row in result.rows if row["status"] == "finished"]
     if finished:

@@ -7,8 +7,9 @@ from typing import Any
 
 import typer
 
+from sae_granary.common.app import fail
 from sae_granary.train.commands import sweep_command as cli_sweep
-from sae_granary.train.commands.shared_flags import NO_CACHE, fail
+from sae_granary.train.commands.shared_flags import NO_CACHE
 from sae_granary.train.config.flags import Given
 
 
@@ -36,7 +37,8 @@ def train_given(
         return
     from sae_granary.train.run import train_sae
 
-    show_training(lambda **options: train_sae(config, overwrite=overwrite, resume=resume, **options), quiet)
+    begin = {"overwrite": overwrite, "resume": resume}
+    show_training(lambda **options: train_sae(config, **begin, **options), quiet, config.device)
 
 
 def config_of(given: Given) -> Any:
@@ -50,13 +52,14 @@ def config_of(given: Given) -> Any:
     return make_config([values for _, values in layers])
 
 
-def show_training(start: Callable[..., Any], quiet: bool) -> None:
-    """Run with a console and signal handlers, then print the result."""
+def show_training(start: Callable[..., Any], quiet: bool, device: str) -> None:
+    """Run on a device with a console and signal handlers, then print the result."""
+    from sae_granary.common.process import tuned_process
+    from sae_granary.common.signals import stop_on_signals
     from sae_granary.train.commands.result_tables import notes, result_table, show, similarity_line
-    from sae_granary.train.signals import stop_on_signals
     from sae_granary.train.sinks.console_sink import ConsoleSink
 
-    with stop_on_signals() as stop:
+    with tuned_process(device), stop_on_signals() as stop:
         result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
     show(result_table([result.summary]))
     if line := similarity_line(result.summary):

@@ -49,7 +49,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
         Flag("runs_dir", "Folder of all runs. (default: runs)"),
         Flag("config", "Settings in YAML; flags go on top.", kind=File),
         Flag("assignments", "Any setting of the type or the trainer: key=value. Repeatable.", kind=Texts, flag="--set"),
-        Flag("device", "auto, cpu, cuda, cuda:1. (default: auto)"),
+        Flag("device", "auto, cpu, cuda, cuda:N, mps. (default: auto)"),
         Flag("seed", "Seed of shuffling and initialisation. (default: 0)"),
         Flag("shuffle_seed", "Seed of the order of rows alone."),
         Flag("init_seed", "Seed of the weights alone."),

@@ -8,10 +8,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sae_granary import sae_core
 from sae_granary.cache.load.selection import Counts, Filters, Holdout
+from sae_granary.common.device import choose_device
 from sae_granary.common.errors import nearest
 from sae_granary.train.config.phases import check_phases, first_window_step
 from sae_granary.train.config.settings import TrainConfig
@@ -108,7 +107,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         config,
         hook=hooks,
         cache=str(cache.path),
-        device=resolve_device(config.device),
+        device=choose_device(config.device, ConfigError),
         compute_dtype="float32" if config.compute_dtype == "auto" else config.compute_dtype,
         shuffle_seed=config.seed if config.shuffle_seed is None else config.shuffle_seed,
         init_seed=config.seed if config.init_seed is None else config.init_seed,
@@ -149,23 +148,6 @@ def default_name(config: TrainConfig) -> str:
     seeds = (config.shuffle_seed, config.init_seed)
     parts.append(f"s{config.init_seed}" if seeds[0] == seeds[1] else f"s{seeds[1]}-o{seeds[0]}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(str(p) for p in parts))
-
-
-def resolve_device(name: str) -> str:
-    """A device that exists. Raises ConfigError for one that does not."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}: expected auto, cpu, cuda or cuda:N")
-    return str(device)
 
 
 def _widths(cache: Cache, hooks: Sequence[str], *, input_and_output: bool) -> list[int]:

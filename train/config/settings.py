@@ -38,7 +38,7 @@ class TrainConfig:
     seed: int = setting(0, "run", "seed of both shuffling and initialisation", ge=0, le=MAX_SEED)
     shuffle_seed: int | None = setting(None, "run", "seed of the order of rows (default: seed)", ge=0, le=MAX_SEED)
     init_seed: int | None = setting(None, "run", "seed of the weights (default: seed)", ge=0, le=MAX_SEED)
-    device: str = setting("auto", "run", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
+    device: str = setting("auto", "run", "cpu, cuda, cuda:N, mps (auto: cuda if there is one, else cpu)")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "run", "matrix products (auto: float32)")
 
     expansion_factor: float | None = setting(None, "model", "d_sae / d_in when d_sae is not given (default: 8)", gt=0)

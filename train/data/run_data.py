@@ -18,10 +18,12 @@ from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Part, account
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.train.config.phases import first_window_step, needs_language_model
-from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_device, resolve_hooks
+from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_hooks
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.errors import ConfigError
 from sae_granary.train.memory.capacity import check_logits
 from sae_granary.train.state.checkpoint import Identity
 from sae_granary.train.state.initial import check_initial
@@ -63,7 +65,7 @@ class RunData:
     @classmethod
     def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> RunData:
         """Open the cache of a resolved config with the shards that were pinned when the run started."""
-        resolve_device(config.device)
+        choose_device(config.device, ConfigError)
         shards = [index for index, _ in record["order"]["shards"]]
         opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts(**record["counts"]))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sae_granary.common import run_files as files
-from sae_granary.common.denormals import flushed_denormals
+from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.config.settings import TrainConfig
@@ -28,7 +28,6 @@ from sae_granary.train.errors import ConfigError, DivergedError, InterruptedRunE
 from sae_granary.train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.run import all_sinks
-from sae_granary.train.signals import StopRequest
 from sae_granary.train.sinks.sink import Sink, Sinks
 from sae_granary.train.sweeps.grid import Point, check_grid, expand
 from sae_granary.train.sweeps.grid_to_plan import default_sweep_name, make_plan, request_of
@@ -179,7 +178,7 @@ class _Sweep:
 
     def execute(self, *, fresh: bool = False) -> SweepResult:
         try:
-            with flushed_denormals(), exclusive(self.folder):
+            with exclusive(self.folder):
                 if fresh:
                     save_plan(self.plan, self.folder)
                 for note in self.plan.notes:
@@ -221,7 +220,7 @@ class _Sweep:
         members = []
         sample = _OneSample()
         for entry in sorted(entries, key=lambda e: e.config.hook):  # those that start from one sample in a row
-            self.stop.check(0, self.folder)
+            InterruptedRunError.raise_if(self.stop, 0, self.folder)
             folder = self.folder / entry.name
             try:
                 folder.mkdir(exist_ok=True)

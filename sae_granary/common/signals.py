@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM end long work cleanly: the first one asks for a stop, the second does not wait for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Literal
+
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; what is committed stays. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum, self.exit_code = signum, 128 + signum
+        super().__init__(f"interrupted by signal {signum}")
+
+
+class StopRequest:
+    """Whether someone asked to stop: a signal (`stop_on_signals`), or whoever sets `signum`. Work reads it.
+
+    With `at_once` a signal raises Interrupted wherever the program is, instead of waiting until it is read.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.signum: int | None = None
+        self.at_once = at_once
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def defer(self) -> None:
+        """From now on the work asks with `check`, where it can stop."""
+        self.at_once = False
+
+    def check(self) -> None:
+        """Raises Interrupted after a signal."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+@contextmanager
+def stop_on_signals(*, at_once: bool = False, second: Literal["raise", "exit"] = "raise") -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM inside the block; in another thread than the main one nothing is caught.
+
+    The second signal ends the process without any cleaning up (`second="exit"`), or, if it is Ctrl-C, raises
+    Interrupted wherever the program is ("raise").
+    """
+    stop = StopRequest(at_once=at_once)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        asked, stop.signum = bool(stop), signum
+        if asked and second == "exit":
+            if sys.stderr.isatty():
+                os.write(2, _SHOW_CURSOR)
+            os._exit(128 + signum)
+        if stop.at_once or (asked and signum == signal.SIGINT):
+            raise Interrupted(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

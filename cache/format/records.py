@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -74,7 +75,7 @@ def load_records(path: Path, manifest: Manifest) -> list[ShardRecord]:
 
 def is_code(path: Path) -> bool:
     """Whether a folder holds Python code: `cache/` holds both its own code and the caches that were harvested."""
-    return (path / "__init__.py").exists() or path.name == "__pycache__"
+    return os.path.exists(path / "__init__.py") or path.name == "__pycache__"  # False where we may not look
 
 
 def refuse_code(path: Path) -> None:

@@ -30,7 +30,7 @@ from sae_granary.cache.errors import (
 from sae_granary.cache.format import records
 from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.write import writer
+from sae_granary.cache.write import session
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common import files
@@ -173,7 +173,7 @@ def test_without_clearing_uncommitted_files_a_resume_would_stop(tmp_path, monkey
         harvest(path, before_append=_stop_after(100))
     orphan = path / "activations/layer_1/c.1.0"
     orphan.write_bytes(b"left by a killed writer")
-    monkeypatch.setattr(writer, "clear_uncommitted", lambda *args: None)
+    monkeypatch.setattr(session, "clear_uncommitted", lambda *args: None)
     with pytest.raises(ConcurrentWriteError, match="another process writes the same shard"):
         harvest(path)
     assert orphan.read_bytes() == b"left by a killed writer"

@@ -14,6 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from sae_granary.cache.format.signed import FORMAT, VERSION
 from sae_granary.cache.format.spec import DEFAULT_INNER_CHUNK_BYTES
 from sae_granary.cache.format.storage import STORAGE, Array, Storage
 from sae_granary.common.rows import FLAG_ABSENT, HookPoint
@@ -196,12 +197,12 @@ def group_json(attributes: Mapping[str, Any], consolidated: Mapping[str, Any] | 
     return body
 
 
-def zarr_files(layout: CacheLayout, n_shards: int, attributes: Mapping[str, Any]) -> dict[str, bytes]:
+def zarr_files(layout: CacheLayout, n_shards: int) -> dict[str, bytes]:
     """Path -> content of every zarr.json. The root repeats the others, so that listing it opens no other file."""
     nodes: dict[str, dict[str, Any]] = {group: group_json({}) for group in GROUPS}
     nodes |= {array.path: array.zarr_json(n_shards) for array in layout.arrays}
     files = {f"{path}/zarr.json": node for path, node in nodes.items()}
-    files["zarr.json"] = group_json(attributes, dict(sorted(nodes.items())))
+    files["zarr.json"] = group_json({"format": FORMAT, "version": VERSION}, dict(sorted(nodes.items())))
     return {path: json.dumps(node, indent=1).encode() + b"\n" for path, node in files.items()}
 
 

@@ -27,9 +27,8 @@ from sae_granary.cache.format.manifest import (
     Manifest,
     ShardRecord,
     differences,
-    parse_manifest,
-    parse_shard_record,
 )
+from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
 
 _HARMLESS = {LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does

@@ -25,7 +25,6 @@ from sae_granary.cache.format.layout import (
 )
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
-from sae_granary.cache.format.signed import FORMAT, VERSION
 from sae_granary.cache.read.check import check_file
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.verify_rows import check_rows, check_totals
@@ -109,7 +108,7 @@ def _compare(path: Path, entry: FileEntry) -> str | None:
 
 
 def _check_zarr(cache: Cache) -> Iterator[tuple[Finding, int]]:
-    expected = zarr_files(cache.layout, len(cache.records), {"format": FORMAT, "version": VERSION})
+    expected = zarr_files(cache.layout, len(cache.records))
     entries = cache.manifest.zarr_files
     for name in expected:
         if entries is not None and name not in entries:
@@ -154,7 +153,7 @@ def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRe
 
 def _foreign(cache: Cache) -> Iterator[str]:
     known: set[str] = {MANIFEST, VOCABULARY, LOCK, LOG}
-    known |= set(zarr_files(cache.layout, 0, {}))
+    known |= set(zarr_files(cache.layout, 0))
     for record in cache.records:
         known |= {commit_path(record.shard), *record.files}
     folders = {*GROUPS, COMMITS, DOCUMENTS, TEMPORARY, *(array.path for array in cache.layout.arrays)}

@@ -7,16 +7,26 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheLockedError
-from sae_granary.cache.format.layout import LOCK, TEMPORARY, CacheLayout, zarr_files
-from sae_granary.cache.format.signed import FORMAT, VERSION
+from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWriteError
+from sae_granary.cache.format.layout import (
+    COMMITS,
+    DOCUMENTS,
+    GROUPS,
+    LOCK,
+    MANIFEST,
+    TEMPORARY,
+    VOCABULARY,
+    CacheLayout,
+    zarr_files,
+)
+from sae_granary.cache.format.manifest import Manifest
+from sae_granary.cache.format.records import clear_uncommitted
+from sae_granary.cache.format.signed import dump_signed
 from sae_granary.common import files
 from sae_granary.common.lock import CacheLock
-
-ZARR_ATTRIBUTES = {"format": FORMAT, "version": VERSION}
 
 
 class Session:
@@ -26,10 +36,20 @@ class Session:
         self.path = path
         self.folder = path / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(4)}"
 
-    def begin(self) -> None:
-        """Make the folder; those of killed writers go."""
+    def begin(self, manifest: Manifest, vocabulary: bytes | None, n_shards: int, *, new: bool) -> None:
+        """Make the folder and what a cache of n committed shards consists of; what killed writers left is removed."""
         shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        layout = manifest.layout
+        if new:
+            self.put(MANIFEST, dump_signed(manifest.to_json()))
+        for folder in (*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in layout.arrays)):
+            (self.path / folder).mkdir(exist_ok=True)
+        if vocabulary is not None and not (self.path / VOCABULARY).exists():
+            self.put(VOCABULARY, vocabulary)
+        clear_uncommitted(self.path, layout, n_shards)
+        self.write_zarr(layout, n_shards)
+        files.sync_folder(self.path)
 
     def end(self) -> None:
         """Remove the folder."""
@@ -65,7 +85,7 @@ class Session:
 
     def write_zarr(self, layout: CacheLayout, n_shards: int) -> None:
         """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
-        for path, data in zarr_files(layout, n_shards, ZARR_ATTRIBUTES).items():
+        for path, data in zarr_files(layout, n_shards).items():
             target = self.path / path
             if not target.exists() or target.read_bytes() != data:
                 self.replace(path, data)
@@ -83,6 +103,20 @@ class Session:
         temporary = self.folder / "new"
         temporary.unlink(missing_ok=True)
         files.replace_file(self.path / path, data, temporary)
+
+
+@contextlib.contextmanager
+def concurrent_writes_are_clear(path: Path) -> Iterator[None]:
+    """ConcurrentWriteError where a name was taken, or our temporary file removed: by another process without a lock."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (FileExistsError, FileNotFoundError) as error:
+        raise ConcurrentWriteError(
+            f"{path}: another process writes the same shard ({error}); stop one of the two and run the command again: "
+            "it continues after the last committed shard"
+        ) from error
 
 
 def remove_leftovers(path: Path) -> None:

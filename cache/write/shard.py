@@ -16,7 +16,8 @@ import numpy as np
 from sae_granary.cache.errors import BadActivationError
 from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout, CacheLayout, documents_path
-from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.format.manifest import FileEntry, ShardRecord
+from sae_granary.cache.format.spec import Cursor
 from sae_granary.cache.format.stats import Moments, block_moments
 from sae_granary.cache.format.storage import Array, wider_than
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
@@ -150,8 +151,8 @@ class OpenShard:
         self.last_window = int(rows.window[-1])
         self.n_rows += rows.n_rows
 
-    def finish(self) -> tuple[dict[str, Path], dict[str, FileEntry], dict[str, Moments]]:
-        """Complete and sync the files: path in the cache -> temporary file, -> entry; hook point -> moments."""
+    def finish(self, cursor: Cursor) -> tuple[dict[str, Path], ShardRecord]:
+        """Complete and sync the files: path in the cache -> temporary file, and the record to commit them with."""
         streams = [
             *(hook.values for hook in self._hooks),  # before the norms: the last chunk's norms come from here
             *(hook.norms for hook in self._hooks),
@@ -161,8 +162,17 @@ class OpenShard:
         entries = {stream.layout.shard_path(self.index): stream.finish() for stream in streams}
         temporary[documents_path(self.index)] = self.documents.path
         entries[documents_path(self.index)] = self.documents.finish()
-        moments = {hook.hook: hook.moments for hook in self._hooks if hook.moments is not None}
-        return temporary, entries, moments
+        record = ShardRecord(
+            shard=self.index,
+            n_rows=self.n_rows,
+            first_window=self.first_window,
+            last_window=self.last_window,
+            documents=self.documents.range,
+            cursor=cursor,
+            files=entries,
+            statistics={hook.hook: hook.moments for hook in self._hooks if hook.moments is not None},
+        )
+        return temporary, record
 
     def discard(self) -> None:
         """Close and remove the temporary files."""

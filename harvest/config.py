@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import ConfigError
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig, one_of
@@ -16,6 +18,8 @@ DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
 DEFAULT_SPLIT = "train"
 
+_NAME_BYTES = 255  # of one folder name, on every common file system
+_PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 
@@ -138,3 +142,30 @@ def _layers_name(where: WhereConfig) -> str:
     if len(layers) > _MAX_LAYERS_IN_NAME:
         return f"{layers[0]}to{layers[-1]}n{len(layers)}{stride}"
     return "-".join(layers) + stride
+
+
+def check_out(out: Path) -> None:
+    """Refuse an `--out` that cannot be made: a name that no folder can have, a file in the way, or other contents."""
+    _check_name(out)
+    existing_manifest(out)
+    if out.exists():
+        return
+    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        what = "a link to nothing" if nearest.is_symlink() and not nearest.exists() else "a file, not a folder"
+        raise ConfigError(f"--out {out} cannot be made: {nearest} is {what}; give another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be made: no permission to write in {nearest}; give another --out")
+
+
+def _check_name(out: Path) -> None:
+    if any(ord(char) < 32 or ord(char) == 127 for char in str(out)):
+        raise ConfigError(f"--out is {str(out)!r}: it holds a newline or control character; give a plain folder name")
+    long = [part for part in out.parts if len(os.fsencode(part)) > _NAME_BYTES]
+    if long:
+        raise ConfigError(
+            f"--out has a folder name of {len(os.fsencode(long[0]))} bytes ({long[0][:20]}...): "
+            f"a file system takes at most {_NAME_BYTES}; give a shorter --out"
+        )
+    if (size := len(os.fsencode(out.absolute()))) > _PATH_BYTES:
+        raise ConfigError(f"--out is a path of {size} bytes: at most {_PATH_BYTES} fit; give a shorter --out")

@@ -17,9 +17,8 @@ from sae_granary.common.background import Background, Prefetch
 from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
-from sae_granary.harvest.progress import Progress
+from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
-from sae_granary.harvest.run_log import RunLog
 from sae_granary.harvest.text.document import documents, skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
 from sae_granary.models.tokens.contexts import Buffer, StreamState

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import duration
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import NoRowsError, SpaceError
@@ -92,12 +91,6 @@ def check_space(prepared: Prepared) -> None:
             f"not enough space for {out}: {needed:,} bytes are planned and {free:,} are free; "
             "use a smaller --max-tokens, fewer layers, --dtype bfloat16, or another --out"
         )
-
-
-def free_bytes(path: Path) -> int:
-    """Free space where a path is or will be."""
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(parent).free
 
 
 def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:

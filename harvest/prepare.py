@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
-from sae_granary.cache.format.spec import CacheSpec, Unit
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig
-from sae_granary.harvest.out import check_out
+from sae_granary.harvest.config import HarvestConfig, check_out
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.models.compiled import check_compile
@@ -25,7 +21,6 @@ from sae_granary.models.load import (
     flops_per_token,
     guess_widths,
     max_positions,
-    model_record,
     n_layers,
     probe_skeleton,
     skeleton,
@@ -37,7 +32,6 @@ from sae_granary.models.locate import (
     check_weights,
     inner_transformer,
     locate,
-    weights_hash,
 )
 from sae_granary.models.online import quiet
 from sae_granary.models.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
@@ -47,8 +41,6 @@ from sae_granary.models.tokens.tokenizer import (
     chat_renderer,
     load_tokenizer,
     text_tokenizer,
-    tokenizer_hash,
-    vocabulary,
     window_rules,
 )
 
@@ -61,7 +53,6 @@ BUFFER_BYTES = 512 << 20  # of activations; up to three buffers are alive at onc
 SHARD_BYTES = 512 << 20  # of activations at the widest hook point
 DEFAULT_CTX_LEN = 512
 SPACE_MARGIN = 1.02  # documents and statistics beside the arrays
-_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
 
 Say = Callable[[str], None]
 
@@ -125,83 +116,6 @@ class Prepared:
         """Size of a cache of n rows."""
         layout = cache_layout([hook.point() for hook in self.hooks], self.dtype, self.rows_per_shard)
         return round(layout.bytes_of(n_rows) * SPACE_MARGIN)
-
-    def spec(self) -> CacheSpec:
-        """What the cache is told. Hashes the weights of a local model."""
-        fingerprint = self.fingerprint()
-        return CacheSpec(
-            unit=cast(Unit, self.unit),
-            hook_points=tuple(hook.point() for hook in self.hooks),
-            dtype=self.dtype,
-            rows_per_shard=self.rows_per_shard,
-            provenance=self.provenance(fingerprint),
-            fingerprint=fingerprint,
-            vocabulary=vocabulary(self.tokenizer) if self.unit == "token" else None,
-        )
-
-    @property
-    def _compiled(self) -> dict[str, bool]:
-        """An entry only where it was asked for: without it a cache says what it said before there was `--compile`."""
-        return {"compile": True} if self.config.model.compile else {}
-
-    def fingerprint(self) -> dict[str, str | int | bool | None]:
-        """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
-        model = self.model_record()
-        weights = weights_hash(self.located) if self.located.is_local else None
-        return {
-            "model": model["id"],
-            "model_revision": model["revision"],
-            "weights_xxh3": weights,
-            "tokenizer_xxh3": tokenizer_hash(self.tokenizer) if self.tokenizer is not None else None,
-            "unit": self.unit,
-            "hook_points": ", ".join(hook.name for hook in self.hooks),
-            "dtype": self.dtype,
-            "compute_dtype": self.compute_dtype,
-            "device": self.device.split(":")[0],  # a GPU and a CPU round differently
-            "ctx_len": self.rules.ctx_len if self.unit == "token" else self.located.max_seq_length,
-            "prefix": " ".join(map(str, self.rules.prefix)),
-            "suffix": " ".join(map(str, self.rules.suffix)),
-            "separator": self.rules.separator,
-            "batch_tokens": self.batch_tokens,
-            "buffer_tokens": self.buffer_tokens,
-            "rows_per_shard": self.rows_per_shard,
-            **self._compiled,  # it rounds differently
-            **self.source.identity,
-        }
-
-    def provenance(self, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """Where the cache comes from; no clock and no host name."""
-        tokens = self.config.tokens
-        return {
-            "model": self.model_record() | {"weights_xxh3": fingerprint["weights_xxh3"]},
-            "tokenizer": {
-                "id": self.located.model_id,
-                "class": type(self.tokenizer).__name__ if self.tokenizer is not None else None,
-                "xxh3": fingerprint["tokenizer_xxh3"],
-                "special_ids": sorted(self.rules.special_ids),
-            },
-            "dataset": {"name": self.source.name, **self.source.identity},
-            "windows": {
-                "ctx_len": fingerprint["ctx_len"],
-                "bos": tokens.bos,
-                "pack": tokens.pack,
-                "prefix": list(self.rules.prefix),
-                "suffix": list(self.rules.suffix),
-                "separator": self.rules.separator,
-            },
-            "compute": {
-                "dtype": self.compute_dtype,
-                "device": self.device.split(":")[0],
-                "batch_tokens": self.batch_tokens,
-                "buffer_tokens": self.buffer_tokens,
-                **self._compiled,
-            },
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        }
-
-    def model_record(self) -> dict[str, Any]:
-        """What provenance tells about the model."""
-        return model_record(self.located, self.model_class, self.n_layers)
 
 
 def prepare(config: HarvestConfig, say: Say) -> Prepared:

@@ -1,13 +1,15 @@
-"""What a person sees while a harvest runs, and the table at its end."""
+"""What a harvest tells: a bar or lines while it runs, the table at its end, and the log beside the data."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sae_granary.cache.format.layout import LOG
 from sae_granary.common.quantities import duration
 from sae_granary.harvest.text.document import skipped_counts
 
@@ -92,6 +94,29 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=self._total, completed=self._done, rate="-", size="0 MiB")
         self._bar.start()
+
+
+class RunLog:
+    """`harvest.run_log` beside the data: times, retries, memory, throughput; nothing that is compared or checked.
+
+    Collects lines, and writes them when the run ends: a cache that was not begun keeps no log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOG
+        self._lines: list[str] = []
+
+    def write(self, message: str) -> None:
+        """One line with the time."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._lines.append(f"{stamp} {message.replace(chr(10), ' | ')}\n")
+
+    def close(self, *, keep: bool) -> None:
+        """Append the lines to the file."""
+        if keep and self._lines:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.writelines(self._lines)
+        self._lines = []
 
 
 def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:

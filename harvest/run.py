@@ -15,9 +15,9 @@ from sae_granary.harvest.keywords import HarvestKeywords, make_config
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
-from sae_granary.harvest.progress import Progress
+from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
-from sae_granary.harvest.run_log import RunLog
+from sae_granary.harvest.spec import cache_spec
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
@@ -63,7 +63,7 @@ def harvest_activations(
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)
         # On a CPU the model needs the cores that would copy rows into the page cache.
-        with CacheWriter.open(config.out_path, prepared.spec(), direct=prepared.device == "cpu") as writer:
+        with CacheWriter.open(config.out_path, cache_spec(prepared), direct=prepared.device == "cpu") as writer:
             if writer.complete:
                 return _finished(prepared, writer)
             log = RunLog(config.out_path)

@@ -13,7 +13,7 @@ from sae_granary.harvest.config import DEFAULT_SPLIT, TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, check_text, choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.document import Record, Scalar
-from sae_granary.harvest.text.local_files import shuffle_name
+from sae_granary.harvest.text.shuffle import shuffle_name
 from sae_granary.models.online import OFFLINE_HINT, online
 
 T = TypeVar("T")

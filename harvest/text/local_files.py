@@ -1,4 +1,4 @@
-"""Text from local files, folders and standard input.
+"""Text from local files and folders.
 
 A .txt or .md file is one document (or one per line or paragraph with `--documents`); .jsonl, .json, .csv and .parquet
 hold a record per document. All of them may be compressed with gzip or zstd.
@@ -7,12 +7,9 @@ hold a record per document. All of them may be compressed with gzip or zstd.
 from __future__ import annotations
 
 import csv
-import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.signed import FORMAT
@@ -29,9 +26,9 @@ from sae_granary.harvest.text.formats import (
     kind_of,
     known_suffixes,
     plain_records,
-    split_text,
     table_records,
 )
+from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
 
 _READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
 _HASHED_BYTES = 1 << 20  # of each end of a file
@@ -124,62 +121,6 @@ class FileSource:
         return columns
 
 
-class StdinSource:
-    """One document per line of standard input (or per paragraph, or all of it); JSON lines when the first is JSON."""
-
-    columns: tuple[str, ...] = ()
-
-    def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:
-        self._config = config
-        self._stream = stream if stream is not None else sys.stdin.buffer
-
-    @property
-    def name(self) -> str:
-        """As it is typed."""
-        return "-"
-
-    @property
-    def identity(self) -> Mapping[str, Scalar]:
-        """A pipe cannot be looked at twice: that the same text comes again is the caller's promise."""
-        return {
-            "dataset": "standard input",
-            "text_columns": ",".join(self._config.text_columns),
-            "documents": self._config.documents,
-            "shuffle": shuffle_name(self._config),
-        }
-
-    def records(self, start: int) -> Iterator[Record]:
-        """The documents of the stream from ordinal `start` on."""
-        stream = shuffled(self._all(), self._config.shuffle_buffer, self._config.shuffle_seed)
-        return islice(stream, start, None)
-
-    def n_bytes(self) -> int | None:
-        """Not known."""
-        return None
-
-    def _all(self) -> Iterator[Record]:
-        mode = "line" if self._config.documents == "auto" else self._config.documents
-        texts = split_text(self._stream, mode)
-        first = next(texts, None)
-        if first is None:
-            return
-        head = json_object(first[0]) if mode == "line" else None
-        lines = _chain(first, texts)
-        if head is None:
-            if self._config.text_columns:
-                raise SourceError(
-                    f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
-                    "line is no JSON object: leave it away"
-                )
-            for row, (text, repaired) in enumerate(lines):
-                yield Record(text, "stdin", row, repaired)
-            return
-        extract = extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
-        for row, (text, repaired) in enumerate(lines):
-            item = json_object(text)
-            yield Record(extract(item), "stdin", row, repaired)
-
-
 def _sample(path: Path) -> list[Item]:
     try:
         return list(islice(table_records(path), SAMPLE_RECORDS))
@@ -221,29 +162,6 @@ def _refuse_cache(folder: Path) -> None:
         raise SourceError(f"{folder} is an activation cache, not a data set: give the text it was harvested from")
 
 
-def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator[Record]:
-    """Draw from a buffer that is filled up again; a function of the records, the size and the seed only."""
-    if buffer_size < 2:
-        yield from records
-        return
-    draw = random.Random(seed)
-    buffer: list[Record] = []
-    for record in records:
-        if len(buffer) < buffer_size:
-            buffer.append(record)
-            continue
-        index = draw.randrange(buffer_size)
-        buffer[index], record = record, buffer[index]
-        yield record
-    draw.shuffle(buffer)
-    yield from buffer
-
-
-def shuffle_name(config: TextConfig) -> str:
-    """How the stream is shuffled, for the fingerprint."""
-    return f"buffer {config.shuffle_buffer}, seed {config.shuffle_seed}" if config.shuffle_buffer > 1 else "none"
-
-
 def _files_hash(root: Path, files: list[Path]) -> str:
     import xxhash
 
@@ -256,11 +174,6 @@ def _files_hash(root: Path, files: list[Path]) -> str:
             stream.seek(max(0, size - _HASHED_BYTES))
             digest.update(stream.read(_HASHED_BYTES))
     return digest.hexdigest()
-
-
-def _chain(first: tuple[str, bool], rest: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    yield first
-    yield from rest
 
 
 def _is_hidden(path: Path) -> bool:

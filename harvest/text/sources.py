@@ -12,7 +12,8 @@ from sae_granary.harvest.errors import SourceError
 from sae_granary.harvest.text.demo_source import DemoSource
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, TABLES
-from sae_granary.harvest.text.local_files import FileSource, StdinSource
+from sae_granary.harvest.text.local_files import FileSource
+from sae_granary.harvest.text.stdin_source import StdinSource
 from sae_granary.models.demo import DEMO
 
 _HUB_FLAGS = ("--split", "--dataset-config", "--dataset-revision")

@@ -1,0 +1,97 @@
+"""What a cache records about its harvest: what determines its contents, and where they come from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any, cast
+
+from sae_granary.cache.format.spec import CacheSpec, Unit
+from sae_granary.harvest.prepare import Prepared
+from sae_granary.models.load import model_record
+from sae_granary.models.locate import weights_hash
+from sae_granary.models.tokens.tokenizer import tokenizer_hash, vocabulary
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
+
+
+def cache_spec(prepared: Prepared) -> CacheSpec:
+    """What the cache is told before the first row. Hashes the weights of a local model."""
+    determined_by = fingerprint(prepared)
+    return CacheSpec(
+        unit=cast(Unit, prepared.unit),
+        hook_points=tuple(hook.point() for hook in prepared.hooks),
+        dtype=prepared.dtype,
+        rows_per_shard=prepared.rows_per_shard,
+        provenance=provenance(prepared, determined_by),
+        fingerprint=determined_by,
+        vocabulary=vocabulary(prepared.tokenizer) if prepared.unit == "token" else None,
+    )
+
+
+def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
+    """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
+    model = _model_record(prepared)
+    weights = weights_hash(prepared.located) if prepared.located.is_local else None
+    return {
+        "model": model["id"],
+        "model_revision": model["revision"],
+        "weights_xxh3": weights,
+        "tokenizer_xxh3": tokenizer_hash(prepared.tokenizer) if prepared.tokenizer is not None else None,
+        "unit": prepared.unit,
+        "hook_points": ", ".join(hook.name for hook in prepared.hooks),
+        "dtype": prepared.dtype,
+        "compute_dtype": prepared.compute_dtype,
+        "device": prepared.device.split(":")[0],  # a GPU and a CPU round differently
+        "ctx_len": prepared.rules.ctx_len if prepared.unit == "token" else prepared.located.max_seq_length,
+        "prefix": " ".join(map(str, prepared.rules.prefix)),
+        "suffix": " ".join(map(str, prepared.rules.suffix)),
+        "separator": prepared.rules.separator,
+        "batch_tokens": prepared.batch_tokens,
+        "buffer_tokens": prepared.buffer_tokens,
+        "rows_per_shard": prepared.rows_per_shard,
+        **_compiled(prepared),  # it rounds differently
+        **prepared.source.identity,
+    }
+
+
+def provenance(prepared: Prepared, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the cache comes from, given its fingerprint; no clock and no host name."""
+    tokens = prepared.config.tokens
+    return {
+        "model": _model_record(prepared) | {"weights_xxh3": fingerprint["weights_xxh3"]},
+        "tokenizer": {
+            "id": prepared.located.model_id,
+            "class": type(prepared.tokenizer).__name__ if prepared.tokenizer is not None else None,
+            "xxh3": fingerprint["tokenizer_xxh3"],
+            "special_ids": sorted(prepared.rules.special_ids),
+        },
+        "dataset": {"name": prepared.source.name, **prepared.source.identity},
+        "windows": {
+            "ctx_len": fingerprint["ctx_len"],
+            "bos": tokens.bos,
+            "pack": tokens.pack,
+            "prefix": list(prepared.rules.prefix),
+            "suffix": list(prepared.rules.suffix),
+            "separator": prepared.rules.separator,
+        },
+        "compute": {
+            "dtype": prepared.compute_dtype,
+            "device": prepared.device.split(":")[0],
+            "batch_tokens": prepared.batch_tokens,
+            "buffer_tokens": prepared.buffer_tokens,
+            **_compiled(prepared),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def _model_record(prepared: Prepared) -> dict[str, Any]:
+    """What provenance tells about the model."""
+    return model_record(prepared.located, prepared.model_class, prepared.n_layers)
+
+
+def _compiled(prepared: Prepared) -> dict[str, bool]:
+    """An entry only where it was asked for: without it a cache says what it said before there was `--compile`."""
+    return {"compile": True} if prepared.config.model.compile else {}

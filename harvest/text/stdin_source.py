@@ -1,0 +1,76 @@
+"""Text from standard input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import IO
+
+from sae_granary.harvest.config import TextConfig
+from sae_granary.harvest.errors import SourceError
+from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.document import Record, Scalar
+from sae_granary.harvest.text.formats import json_object, split_text
+from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
+
+
+class StdinSource:
+    """One document per line of standard input (or per paragraph, or all of it); JSON lines when the first is JSON."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:
+        self._config = config
+        self._stream = stream if stream is not None else sys.stdin.buffer
+
+    @property
+    def name(self) -> str:
+        """As it is typed."""
+        return "-"
+
+    @property
+    def identity(self) -> Mapping[str, Scalar]:
+        """A pipe cannot be looked at twice: that the same text comes again is the caller's promise."""
+        return {
+            "dataset": "standard input",
+            "text_columns": ",".join(self._config.text_columns),
+            "documents": self._config.documents,
+            "shuffle": shuffle_name(self._config),
+        }
+
+    def records(self, start: int) -> Iterator[Record]:
+        """The documents of the stream from ordinal `start` on."""
+        stream = shuffled(self._all(), self._config.shuffle_buffer, self._config.shuffle_seed)
+        return islice(stream, start, None)
+
+    def n_bytes(self) -> int | None:
+        """Not known."""
+        return None
+
+    def _all(self) -> Iterator[Record]:
+        mode = "line" if self._config.documents == "auto" else self._config.documents
+        texts = split_text(self._stream, mode)
+        first = next(texts, None)
+        if first is None:
+            return
+        head = json_object(first[0]) if mode == "line" else None
+        lines = _chain(first, texts)
+        if head is None:
+            if self._config.text_columns:
+                raise SourceError(
+                    f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
+                    "line is no JSON object: leave it away"
+                )
+            for row, (text, repaired) in enumerate(lines):
+                yield Record(text, "stdin", row, repaired)
+            return
+        extract = extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
+        for row, (text, repaired) in enumerate(lines):
+            item = json_object(text)
+            yield Record(extract(item), "stdin", row, repaired)
+
+
+def _chain(first: tuple[str, bool], rest: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    yield first
+    yield from rest

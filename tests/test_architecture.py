@@ -91,7 +91,7 @@ def imports(module: str) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {_module(name) for name in names}
+        found |= {_module(name) for name in names if name != "sae_granary.__version__"}
     return found - {module}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import sae_granary
 from sae_granary.common.app import Debug, expected_errors, make_app
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import GranaryError, nearest, one_line
@@ -25,7 +26,7 @@ REPO = Path(__file__).parents[1]
 def test_each_command_knows_its_version(stage: str) -> None:
     result = CliRunner().invoke(import_module(f"sae_granary.{stage}.cli").app, ["--version"])
     assert result.exit_code == 0
-    assert result.output.startswith("sae-granary ")
+    assert result.output == f"sae-granary {sae_granary.__version__}\n"
 
 
 def call(raising: Callable[[], object], *flags: str) -> Result:

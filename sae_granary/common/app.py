@@ -33,12 +33,9 @@ def make_app(name: str, about: str) -> typer.Typer:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from sae_granary import __version__
 
-        try:
-            typer.echo(f"sae-granary {version('sae-granary')}")
-        except PackageNotFoundError:
-            typer.echo("sae-granary (a checkout that is not installed)")
+        typer.echo(f"sae-granary {__version__}")
         raise typer.Exit
 
 

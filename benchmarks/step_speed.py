@@ -20,19 +20,18 @@ from torch import Tensor
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary.common.process import keep_freed_memory
-from sae_granary.sae_core import SAE, make_config, registry
+from sae_granary.sae_core import SAE, Rows, make_config, registry
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.loop import train_step
 from sae_granary.train.memory.footprint import used_memory
 from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import RowInput
 
 D_IN, D_SAE, K, BATCH = 384, 12_288, 32, 2048
 TRAINED_L0 = 64
 DEAD_SHARE = 1 / 32  # of the latents, where AuxK is on
 MEMORY_STEPS = 5
 COPIES = 4  # of the parameters: themselves, gradients, Adam's two moments
-
-Inputs = Tensor | dict[str, Tensor]
 
 
 def run(quick: bool) -> str:
@@ -84,11 +83,10 @@ def rows(device: str, seed: int = 0) -> Tensor:
     return (weights @ directions + 0.1 * torch.randn(BATCH, D_IN, generator=generator)).to(device)
 
 
-def inputs(name: str, device: str) -> Inputs:
+def inputs(name: str, device: str) -> Rows:
     """A batch as a type reads it."""
-    if registry.get(name).input_kind == "one":
-        return rows(device)
-    return {"first": rows(device), "second": rows(device, seed=1)}
+    first = {"first": rows(device)}
+    return first if registry.get(name).reads.one_row else {**first, "second": rows(device, seed=1)}
 
 
 def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
@@ -110,8 +108,8 @@ def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
 
 
 @torch.no_grad()
-def _set_density(sae: SAE, x: Inputs) -> None:
-    pre_acts = sae.pre_acts(sae.center(sae.prepare(x).input[:256])).dense
+def _set_density(sae: SAE, x: Rows) -> None:
+    pre_acts = sae.pre_acts(sae.encoder_input({hook: part[:256] for hook, part in x.items()})).dense
     sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / sae.config.d_sae))
 
 
@@ -131,7 +129,7 @@ def has_auxk(run: Run) -> bool:
 def stepper(run: Run) -> Callable[[], object]:
     """What takes a step."""
     x = inputs(run.config.type, run.config.device)
-    return lambda: train_step(run, x)
+    return lambda: train_step(run, RowInput(x))
 
 
 @torch.no_grad()
@@ -153,7 +151,7 @@ def main() -> None:
     parser.add_argument("d_sae", type=int)
     arguments = parser.parse_args()
     prepare()
-    train_step(make_run(arguments.type, 256, "cpu"), inputs(arguments.type, "cpu"))  # libraries load what they need
+    stepper(make_run(arguments.type, 256, "cpu"))()  # libraries load what they need
     before = used_memory("cpu", restart_peak=True)
     step = stepper(make_run(arguments.type, arguments.d_sae, "cpu"))
     for _ in range(MEMORY_STEPS):

@@ -56,7 +56,7 @@ def _train(name: str, cache: Path, runs: Path) -> dict[str, float]:
     has_k = "k" in cls.Config.__dataclass_fields__
     n_hooks = cls.Config.__dataclass_fields__.get("n_hooks")
     pair = n_hooks is not None and n_hooks.metadata["le"] == 2
-    layers = LAYERS[:2] if pair else LAYERS if cls.input_kind == "several" else LAYERS[1:2]
+    layers = LAYERS[:2] if pair else LAYERS if cls.reads.several else LAYERS[1:2]
     hooks = [flag for layer in layers for flag in ("--hook", f"layer_{layer}")]
     sizes = ["--d-sae", D_SAE, "--steps", STEPS, "--batch-size", BATCH, *(["--k", K] if has_k else [])]
     place = ["--runs-dir", runs, "--name", name, "--overwrite", "-q"]

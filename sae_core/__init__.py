@@ -7,8 +7,9 @@ x_hat = sae(x).x_hat
 
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.autograd import Centered
-from sae_granary.sae_core.base import SAE, Activation, SAEOutput, Source
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.data import Activation, Reads, Rows, SAEOutput, Source, as_rows
 from sae_granary.sae_core.errors import SAEError
 from sae_granary.sae_core.files.io import load, load_native, make_config, save, save_native, save_sparsify
 from sae_granary.sae_core.options import Progress, option
@@ -23,9 +24,12 @@ __all__ = [
     "Pattern",
     "PreActs",
     "Progress",
+    "Reads",
+    "Rows",
     "SAEError",
     "SAEOutput",
     "Source",
+    "as_rows",
     "load",
     "load_native",
     "make_config",

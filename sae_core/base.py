@@ -6,8 +6,8 @@ Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
 from sae_granary.sae_core.auxk import Dictionary, auxk_loss
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows, take_hooks
 from sae_granary.sae_core.errors import NonFiniteError, OptionError
 from sae_granary.sae_core.functional import geometric_median, remove_parallel, to_unit_norm
 from sae_granary.sae_core.normalize import MODES, Normalized, Normalizer
@@ -29,47 +30,12 @@ LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in t
 LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
 B_DEC_INITS = ("geometric_median", "mean", "zero")
 
-Inputs = Tensor | Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What a variant encodes and what it must reconstruct, both normalised."""
-
-    input: Tensor  # (N, D) enters the encoder
-    target: Tensor  # (N, D_out) what the decoder should return
-    undo: Callable[[Tensor], Tensor]  # normalised reconstruction -> the space of `reference`
-    reference: Tensor  # (N, D_out) what x_hat is compared with in the metrics (raw rows)
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """What a variant's `activate` returns."""
-
-    codes: Codes
-    pre_acts: PreActs  # (N, F), without gradients
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # what the variant's own losses need
-
-
-@dataclass(frozen=True, eq=False)
-class SAEOutput:
-    """One forward pass."""
-
-    x_hat: Tensor  # (N, D_out) reconstruction in the space of x
-    x: Tensor  # (N, D_out) what x_hat should equal
-    codes: Codes
-    recon: Tensor  # (N, D_out) reconstruction in the normalised space
-    source: Source
-    pre_acts: PreActs  # (N, F), without gradients
-    extras: Mapping[str, Tensor]
-
 
 class SAE(nn.Module):
     """Base of all sparse autoencoders; a variant overrides `activate`, `penalties` and what else differs."""
 
     type_name: ClassVar[str] = ""
-    # "one" hook point; "several" as a mapping from hook name to rows; "neighbours": rows, then the row before each
-    input_kind: ClassVar[str] = "one"
+    reads: ClassVar[Reads] = Reads()
     unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
     signed_codes: ClassVar[bool] = False  # latents stand for both directions: no ReLU, the largest magnitudes count
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
@@ -155,11 +121,6 @@ class SAE(nn.Module):
         """Trainer settings that suit the variant better than the trainer's defaults."""
         return {}
 
-    @classmethod
-    def default_hooks(cls, names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
-        """Which hook points of a cache a type that reads several takes when none are named; n_layers of the model."""
-        return tuple(names)
-
     # -- start -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -177,8 +138,9 @@ class SAE(nn.Module):
         The sample holds rows that the run will train on; at most 2**20 of them are used.
         Raises NonFiniteError if it holds NaN or Inf.
         """
-        self.fit_normalization(sample)
-        target = self.prepare(sample).target[:MAX_FIT_ROWS]
+        x = as_rows(sample, self.b_dec)
+        self.fit_normalization(x)
+        target = self.prepare(x).target[:MAX_FIT_ROWS]
         if not bool(torch.isfinite(target).all()):
             raise NonFiniteError("the sample that the normalisation is fitted to holds NaN or Inf: verify the cache")
         rows = target.double()
@@ -193,15 +155,15 @@ class SAE(nn.Module):
         else:
             self.b_dec.zero_()
 
-    def fit_normalization(self, sample: Inputs) -> None:
+    def fit_normalization(self, x: Rows) -> None:
         """Fit what is in front of the encoder to a sample of raw rows."""
-        self.normalizer.fit(single_hook(sample)[:MAX_FIT_ROWS])
+        self.normalizer.fit(take_hooks(x, 1)[0][:MAX_FIT_ROWS])
 
     # -- forward -----------------------------------------------------------------------------------------------
 
-    def prepare(self, x: Inputs) -> Source:
+    def prepare(self, x: Rows) -> Source:
         """Normalise raw rows into what is encoded and what is to be reconstructed."""
-        rows = single_hook(x)
+        rows = take_hooks(x, 1)[0]
         normalized: Normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
 
@@ -235,11 +197,8 @@ class SAE(nn.Module):
         return recon
 
     def forward(self, x: Inputs) -> SAEOutput:
-        """Encode and decode raw rows."""
-        return self.forward_source(self.prepare(x))
-
-    def forward_source(self, source: Source) -> SAEOutput:
-        """Encode and decode prepared rows."""
+        """Encode and decode raw rows (N, D), or several hook points' by name."""
+        source = self.prepare(as_rows(x, self.core.b_dec))
         activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon = self.complete(recon, source)
@@ -250,12 +209,16 @@ class SAE(nn.Module):
             recon=recon,
             source=source,
             pre_acts=activation.pre_acts,
-            extras={**activation.extras, **extras},
+            extras={**source.extras, **activation.extras, **extras},
         )
+
+    def encoder_input(self, x: Inputs) -> Centered:
+        """Return raw rows (N, D) as they enter the encoder."""
+        return self.center(self.prepare(as_rows(x, self.core.b_dec)).input)
 
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D)."""
-        return self.activate(self.center(self.prepare(x).input)).codes
+        return self.activate(self.encoder_input(x)).codes
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction (N, D_out) of codes in raw space.
@@ -264,7 +227,7 @@ class SAE(nn.Module):
         """
         recon = self.reconstruct(codes)
         if like is not None:
-            return self.prepare(like).undo(recon)
+            return self.prepare(as_rows(like, self.core.b_dec)).undo(recon)
         if self.normalizer.per_row:
             raise OptionError("normalize='unit_norm' undoes each row's own scale: call decode(codes, like=x)")
         return self.normalizer.undo_fixed(recon)
@@ -399,12 +362,3 @@ class SAE(nn.Module):
     def config_from_saelens(cls, cfg: Mapping[str, Any], shared: Mapping[str, Any]) -> "SAE.Config":
         """Build the Config for a SAELens cfg.json; `shared` holds d_in, d_sae and normalize."""
         return cls.Config(**shared)
-
-
-def single_hook(x: Inputs) -> Tensor:
-    """Return the rows of the only hook point of a batch."""
-    if isinstance(x, Tensor):
-        return x
-    if len(x) != 1:
-        raise OptionError(f"this type reads one hook point, the batch holds {len(x)}: {', '.join(x)}; choose one")
-    return next(iter(x.values()))

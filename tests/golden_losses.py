@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 
 from sae_granary import sae_core
-from sae_granary.sae_core import Progress, registry
+from sae_granary.sae_core import Progress, Reads, registry
 
 GOLDEN = Path(__file__).parent / "data" / "golden_losses.json"
 N_STEPS = 50
 
 
-def batch(seed: int, kind: str) -> torch.Tensor | dict[str, torch.Tensor]:
+def batch(seed: int, reads: Reads) -> torch.Tensor | dict[str, torch.Tensor]:
     """256 sparse mixtures of 48 directions; two views of them for variants that read several hook points."""
     directions = torch.randn(48, 24, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(256, 48, generator=generator) * (torch.rand(256, 48, generator=generator) < 0.08)
     x = 2 * weights @ directions + 0.05 * torch.randn(256, 24, generator=generator) + 1.0
-    return x if kind == "one" else {"layer_1": x, "layer_2": x.flip(1) * 3}
+    return x if reads.one_row else {"layer_1": x, "layer_2": x.flip(1) * 3}
 
 
 def curve(name: str) -> list[float]:
@@ -33,13 +33,13 @@ def curve(name: str) -> list[float]:
     known = {spec.name for spec in dataclasses.fields(cls.Config)}
     options = {key: value for key, value in {"k": 4, "n_hooks": 2, "dead_after_tokens": 2000}.items() if key in known}
     sae = cls(sae_core.make_config(cls, {"d_in": 24, "d_sae": 96, **options})).train()
-    sae.initialize(batch(1000, cls.input_kind), torch.Generator().manual_seed(0))
+    sae.initialize(batch(1000, cls.reads), torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
     losses = []
     for step in range(N_STEPS):
         progress = Progress(step, N_STEPS)
         sae.begin_step(progress)
-        out = sae(batch(step, cls.input_kind))
+        out = sae(batch(step, cls.reads))
         total = torch.stack(list(sae.losses(out, progress).values())).sum()
         optimizer.zero_grad()
         total.backward()

@@ -186,7 +186,7 @@ def test_gradients_of_encoder_and_decoder(pattern: Pattern, dtype: torch.dtype) 
     assert sums.tolist() == counts.sum(0).tolist()
 
 
-ONE_HOOK = [name for name in registry.names() if registry.get(name).input_kind == "one"]
+ONE_HOOK = [name for name in registry.names() if registry.get(name).reads.one_row]
 
 
 @pytest.mark.parametrize("name", ONE_HOOK)
@@ -198,7 +198,7 @@ def test_a_step_of_every_type_is_that_of_the_eager_products(name: str) -> None:
     sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(0))
     if not known:
         with torch.no_grad():  # few active latents, so that the sparse products are taken
-            sae.encoder_bias.sub_(sae.pre_acts(sae.center(sae.prepare(x).input)).dense.quantile(0.95))
+            sae.encoder_bias.sub_(sae.pre_acts(sae.encoder_input(x)).dense.quantile(0.95))
     sae.train()
 
     def outcome(kernels: str) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from sae_granary.train.errors import ConfigError
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import TIMING, read_metrics
 from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -261,12 +262,12 @@ def another(spec: Field[Any]) -> Any:
     return default + 1 if isinstance(default, int) else (default or least or 0.5) / 2
 
 
-def rows(n: int, seed: int, kind: str) -> Any:
+def rows(n: int, seed: int, reads: sae_core.Reads) -> sae_core.Rows:
     source = torch.Generator().manual_seed(seed)
     directions = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(99))
     active = (torch.rand(n, 12, generator=source) < 0.3) * torch.rand(n, 12, generator=source)
     x = {"a": active @ directions[0] + 0.3, "b": active @ directions[1]}
-    return x if kind != "one" else x["a"]
+    return {"a": x["a"]} if reads.one_row else x
 
 
 def after_some_steps(type: str, options: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -277,9 +278,9 @@ def after_some_steps(type: str, options: dict[str, Any]) -> tuple[dict[str, torc
     settings = {"type": type, "steps": 6, "batch_size": 6, "lr": 0.01, "warmup_steps": 0, **given, **options}
     config = replace(make_config([settings]), device="cpu", compute_dtype="float32")
     sae = build_sae(config)
-    sae.initialize(rows(200, 0, cls.input_kind), torch.Generator().manual_seed(0))
+    sae.initialize(rows(200, 0, cls.reads), torch.Generator().manual_seed(0))
     run = Run.create(config, sae)
-    losses = [train_step(run, rows(6, i, cls.input_kind), measure=True).loss for i in range(6)]
+    losses = [train_step(run, RowInput(rows(6, i, cls.reads)), measure=True).loss for i in range(6)]
     return sae.state_dict(), [*losses, float(sae.dead_mask.sum())]
 
 

@@ -43,7 +43,7 @@ def prepared(name: str, kind: str) -> tuple[SAE, Tensor]:
         if kind == "equal latents":
             sae.W_enc[:, : F // 2] = sae.W_enc[:, :1]
         if kind == "empty rows":
-            largest = sae.pre_acts(sae.center(sae.prepare(x).input)).dense.amax(1)
+            largest = sae.pre_acts(sae.encoder_input(x)).dense.amax(1)
             sae.encoder_bias.sub_(1.01 * largest.median())
     return sae.train(), x
 

@@ -221,11 +221,11 @@ def test_a_target_that_moves_with_the_router_is_shrunk_by_it_and_a_detached_one_
 def test_route_takes_the_middle_half_of_the_layers() -> None:
     names = [f"layer_{i}" for i in range(12)] + ["pooled"]
     route = registry.get("route")
-    assert route.default_hooks(names, 12) == ("layer_3", "layer_4", "layer_5", "layer_6", "layer_7", "layer_8")
-    assert route.default_hooks(names[2:5], 6) == ("layer_2", "layer_3", "layer_4")
-    assert route.default_hooks(["layer_0", "layer_5"], 6) == ("layer_0", "layer_5")  # too few are in the middle
-    assert route.default_hooks(["layer_0", "layer_1"], None) == ("layer_0", "layer_1")
-    assert registry.get("crosscoder").default_hooks(names, 12) == tuple(names)
+    assert route.reads.default_hooks(names, 12) == ("layer_3", "layer_4", "layer_5", "layer_6", "layer_7", "layer_8")
+    assert route.reads.default_hooks(names[2:5], 6) == ("layer_2", "layer_3", "layer_4")
+    assert route.reads.default_hooks(["layer_0", "layer_5"], 6) == ("layer_0", "layer_5")  # too few are in the middle
+    assert route.reads.default_hooks(["layer_0", "layer_1"], None) == ("layer_0", "layer_1")
+    assert registry.get("crosscoder").reads.default_hooks(names, 12) == tuple(names)
 
 
 def test_route_reports_where_rows_went() -> None:
@@ -245,7 +245,7 @@ def test_route_refuses_what_does_not_fit() -> None:
         build("route", base="vanilla", k=4)
     with pytest.raises(OptionError, match="k=64: expected k <= d_sae=32"):
         build("route", base="topk", k=64)
-    with pytest.raises(OptionError, match="batch holds 2 hook points: expected n_hooks=3"):
+    with pytest.raises(OptionError, match="reads 3 hook points, the batch holds 2: a, b"):
         build("route", n_hooks=3)({"a": rows(), "b": rows()})
     with pytest.raises(OptionError, match="reads one hook point, the batch holds 2: a, b"):
         build("topk")({"a": rows(), "b": rows()})

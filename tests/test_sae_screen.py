@@ -178,7 +178,7 @@ def test_a_step_has_the_gradients_of_the_unscreened_one(name: str, monkeypatch) 
         sae.num_tokens_since_fired[::3] = 100
         if not options:
             with torch.no_grad():
-                sae.encoder_bias.sub_(1.5 * float(sae.pre_acts(sae.center(sae.prepare(x).input)).dense.std()))
+                sae.encoder_bias.sub_(1.5 * float(sae.pre_acts(sae.encoder_input(x)).dense.std()))
         losses = sae.train().losses(sae(x), Progress(50, 100))
         torch.stack(list(losses.values())).sum().backward()
         outcomes.append({**losses, **{n: p.grad for n, p in sae.named_parameters()}})

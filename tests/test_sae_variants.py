@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE, Progress, registry
-from sae_granary.sae_core.base import Inputs
+from sae_granary.sae_core.data import Rows
 from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError, OptionError, UnknownTypeError
 
 D_IN, D_SAE = 16, 64
@@ -26,16 +26,15 @@ def rows(n: int = 256, seed: int = 0, d_in: int = D_IN) -> torch.Tensor:
     return 3 * weights @ directions + 0.1 * torch.randn(n, d_in, generator=generator) + 2.0
 
 
-def inputs(name: str, n: int = 256, seed: int = 0) -> Inputs:
-    """Rows of one hook point, or of two for a variant that reads several."""
+def inputs(name: str, n: int = 256, seed: int = 0) -> Rows:
+    """Rows of one hook point, or of two for a variant that reads more than one row."""
     x = rows(n, seed)
-    return x if registry.get(name).input_kind == "one" else {"layer_1": x, "layer_2": x.flip(1) + x.roll(1, dims=1)}
+    two = {"layer_1": x, "layer_2": x.flip(1) + x.roll(1, dims=1)}
+    return {"layer_1": x} if registry.get(name).reads.one_row else two
 
 
-def cut(x: Inputs, size: int) -> list[Inputs]:
+def cut(x: Rows, size: int) -> list[Rows]:
     """Split a batch into micro-batches."""
-    if isinstance(x, torch.Tensor):
-        return list(x.split(size))
     return [dict(zip(x, parts, strict=True)) for parts in zip(*(hook.split(size) for hook in x.values()), strict=True)]
 
 
@@ -130,7 +129,7 @@ def test_folding_the_normalization_leaves_the_reconstruction_unchanged(
     sae_core.save(sae, tmp_path, {"model_name": "toy"})
     loaded = sae_core.load(tmp_path)
     x = inputs(name, 40, seed=7)
-    double = x.double() if isinstance(x, torch.Tensor) else {hook: part.double() for hook, part in x.items()}
+    double = {hook: part.double() for hook, part in x.items()}
     with torch.no_grad():
         expected, got = sae(double), loaded(x)
     torch.testing.assert_close(got.x_hat.double(), expected.x_hat, rtol=1e-4, atol=1e-4)
@@ -164,8 +163,8 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(name: str) -> 
 
 @every_variant
 def test_the_loss_does_not_depend_on_the_scale_of_the_activations(name: str) -> None:
-    def scaled(x: Inputs, scale: float) -> Inputs:
-        return x * scale if isinstance(x, torch.Tensor) else {hook: part * scale for hook, part in x.items()}
+    def scaled(x: Rows, scale: float) -> Rows:
+        return {hook: part * scale for hook, part in x.items()}
 
     losses = []
     for scale in (0.1, 1.0, 10.0):
@@ -208,7 +207,7 @@ def test_options_are_checked_and_named(name: str) -> None:
 @every_variant
 def test_a_sample_with_nan_is_refused(name: str) -> None:
     sample = inputs(name)
-    for rows_of_hook in [sample] if isinstance(sample, torch.Tensor) else sample.values():
+    for rows_of_hook in sample.values():
         rows_of_hook[3, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="NaN or Inf"):
         make(name).initialize(sample, torch.Generator())

@@ -209,7 +209,7 @@ def test_resampled_latents_point_at_their_rows(type) -> None:
 
     def batch(n):
         x = {name: torch.randn(n, 6, generator=generator) for name in ("a", "b")}
-        return x if cls.input_kind != "one" else x["a"]
+        return {"a": x["a"]} if cls.reads.one_row else x
 
     sae.initialize(batch(200), generator)
     core = sae.core
@@ -260,7 +260,7 @@ def test_a_run_starts_from_the_function_of_another(make_cache, tmp_path, type) -
     cls = sae_core.registry.get(type)
     path = str(make_cache(hooks=("layer_1", "layer_2"), n_docs=30))
     common = {"cache": path, "runs_dir": str(tmp_path), "type": type, "batch_size": 64, "d_sae": 32, "eval_rows": 200}
-    common |= {} if cls.input_kind == "several" else {"hook": "layer_1"}
+    common |= {} if cls.reads.several else {"hook": "layer_1"}
     common |= {"k": 4} if "k" in cls.Config.__dataclass_fields__ else {}
     first = train_sae(**common, steps=12, lr=0.01, name="first")
     # Another seed fits the normalisation to other rows; a rate of next to nothing leaves the function as it was.
@@ -318,7 +318,7 @@ class Own(Callback):
         self.seen, self.saved, self.ended = 0, [], None
 
     def on_step(self, event):
-        self.seen += len(event.rows)
+        self.seen += sum(len(rows) for rows in event.rows.values())
         return {"mine/seen": self.seen} if event.step % 4 == 0 else None
 
     def wants_checkpoint(self, event) -> bool:

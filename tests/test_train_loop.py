@@ -12,6 +12,7 @@ from sae_granary.train.errors import DivergedError
 from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
 from sae_granary.train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
 
 D_IN, D_SAE = 8, 24
 
@@ -56,7 +57,7 @@ def test_a_step_is_forward_backward_clip_step() -> None:
     gradients = torch.autograd.grad(loss, list(run.sae.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert norm * unit > 0.5
-    result = train_step(run, x, measure=True)
+    result = train_step(run, RowInput({"x": x}), measure=True)
     assert result.accepted
     assert result.grad_norm == pytest.approx(float(norm))
     assert result.loss == pytest.approx(loss.item())
@@ -67,7 +68,7 @@ def test_a_step_is_forward_backward_clip_step() -> None:
 
 def test_training_lowers_the_loss_and_keeps_unit_rows() -> None:
     run = make_run()
-    losses = [train_step(run, rows(64, seed), measure=True).loss for seed in range(50)]
+    losses = [train_step(run, RowInput({"x": rows(64, seed)}), measure=True).loss for seed in range(50)]
     assert losses[-1] < 0.5 * losses[0]
     assert torch.allclose(run.sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-6)
     assert (run.step, run.tokens, run.rejected) == (50, 50 * 64, 0)
@@ -77,7 +78,7 @@ def test_learning_rate_follows_the_schedule() -> None:
     run = make_run(warmup_steps=5, steps=20, lr=0.02)
     rates = []
     for seed in range(20):
-        train_step(run, rows(32, seed))
+        train_step(run, RowInput({"x": rows(32, seed)}))
         assert {g["lr"] for g in run.optimizer.param_groups} == {run.last_lr, 3 * run.last_lr}  # vectors, matrices
         rates.append(run.last_lr)
     assert rates[:5] == pytest.approx([0.004, 0.008, 0.012, 0.016, 0.02])
@@ -89,17 +90,17 @@ def test_learning_rate_follows_the_schedule() -> None:
 @pytest.mark.parametrize("type", ["vanilla", "topk", "batchtopk", "jumprelu"])
 def test_a_batch_with_nan_changes_nothing(type, value) -> None:
     run = make_run(type)
-    train_step(run, rows())
+    train_step(run, RowInput({"x": rows()}))
     before, state = weights(run), {k: v.clone() for k, v in run.optimizer.state[run.sae.W_dec].items()}
     bad = rows(seed=1)
     bad[7, 3] = value
-    result = train_step(run, bad, measure=True)
+    result = train_step(run, RowInput({"x": bad}), measure=True)
     assert not result.accepted
     after = weights(run)
     assert all(torch.equal(before[name].nan_to_num(-1), after[name].nan_to_num(-1)) for name in before)
     assert all(torch.equal(run.optimizer.state[run.sae.W_dec][k], v) for k, v in state.items())
     assert (run.step, run.rejected, run.rejected_in_row) == (2, 1, 1)
-    assert train_step(run, rows(seed=2)).accepted
+    assert train_step(run, RowInput({"x": rows(seed=2)})).accepted
     assert (run.rejected, run.rejected_in_row) == (1, 0)
 
 
@@ -107,7 +108,7 @@ def test_a_gradient_that_overflows_changes_no_weight() -> None:
     run = make_run()
     before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
     run.sae.W_dec.register_hook(lambda grad: grad * float("inf"))
-    assert not train_step(run, rows()).accepted
+    assert not train_step(run, RowInput({"x": rows()})).accepted
     assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
 
 
@@ -117,8 +118,8 @@ def test_accumulation_equals_one_batch(type) -> None:
     whole = make_run(type, optimizer="sgd", lr=0.1)
     parts = make_run(type, optimizer="sgd", lr=0.1, grad_acc_steps=4)
     for seed in range(5):
-        one = train_step(whole, rows(32, seed), measure=True)
-        four = train_step(parts, rows(32, seed), measure=True)
+        one = train_step(whole, RowInput({"x": rows(32, seed)}), measure=True)
+        four = train_step(parts, RowInput({"x": rows(32, seed)}), measure=True)
         assert four.loss == pytest.approx(one.loss, rel=1e-5)
         assert four.metrics == pytest.approx(one.metrics, rel=1e-5)
     theirs = dict(parts.sae.named_parameters())
@@ -131,14 +132,14 @@ def test_accumulation_rejects_the_whole_batch() -> None:
     before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
     bad = rows()
     bad[-1, 0] = float("nan")  # in the last micro-batch
-    assert not train_step(run, bad).accepted
+    assert not train_step(run, RowInput({"x": bad})).accepted
     assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_train(optimizer) -> None:
     run = make_run(optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.01, weight_decay=0.01)
-    losses = [train_step(run, rows(64, seed), measure=True).loss for seed in range(30)]
+    losses = [train_step(run, RowInput({"x": rows(64, seed)}), measure=True).loss for seed in range(30)]
     assert losses[-1] < losses[0]
 
 
@@ -146,7 +147,7 @@ def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
     run, adam = (make_run("vanilla", optimizer=o, grad_clip=None, matrix_lr_scale=1) for o in ("muon", "adam"))
     before = run.sae.W_dec.detach().clone()
     for r in (run, adam):
-        train_step(r, rows())
+        train_step(r, RowInput({"x": rows()}))
     assert torch.allclose(run.sae.b_enc, adam.sae.b_enc, atol=1e-7)
     # Newton-Schulz leaves singular values near 1; the step is 0.2 sqrt(24) of that times the rate.
     values = torch.linalg.svdvals(run.sae.W_dec.detach() - before) / (0.2 * 24**0.5 * 0.01)
@@ -169,7 +170,7 @@ def test_signum_steps_by_the_sign_of_the_momentum() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_capacity_knows_what_an_optimizer_keeps(optimizer) -> None:
     run = make_run(optimizer=optimizer)
-    train_step(run, rows())
+    train_step(run, RowInput({"x": rows()}))
     kept = sum(v.numel() for v in state_tensors(run.optimizer, run.parameter_names).values())
     n_parameters = sum(p.numel() for p in run.sae.parameters())
     assert OPTIMIZERS[optimizer].on_disk - 1 == round(kept / n_parameters)
@@ -179,7 +180,7 @@ def test_capacity_knows_what_an_optimizer_keeps(optimizer) -> None:
 def test_bfloat16_products_change_little(type) -> None:
     exact, rough = make_run(type), make_run(type, compute_dtype="bfloat16")
     for seed in range(5):
-        a, b = (train_step(run, rows(64, seed), measure=True) for run in (exact, rough))
+        a, b = (train_step(run, RowInput({"x": rows(64, seed)}), measure=True) for run in (exact, rough))
         assert b.loss == pytest.approx(a.loss, rel=0.05)
     assert all(p.dtype == torch.float32 for p in rough.sae.parameters())
     assert any(not torch.equal(v, weights(rough)[n]) for n, v in weights(exact).items())
@@ -259,7 +260,7 @@ def test_some_steps_are_measured() -> None:
     for step in range(1, 13):
         if measures(run):
             measured.append(step)
-        train_step(run, rows(32, step))
+        train_step(run, RowInput({"x": rows(32, step)}))
     assert measured == [1, 5, 10, 12]
 
 
@@ -268,7 +269,7 @@ def test_nan_that_repeats_is_an_error() -> None:
     bad = torch.full((32, D_IN), float("nan"))
     for _ in range(MAX_REJECTED_IN_ROW):
         check_progress(run)
-        train_step(run, bad)
+        train_step(run, RowInput({"x": bad}))
     with pytest.raises(DivergedError, match=rf"{MAX_REJECTED_IN_ROW} batches in a row up to step 10 .*--lr"):
         check_progress(run)
 
@@ -279,11 +280,11 @@ def test_results_without_measurement_are_not_numbers() -> None:
 
 def test_a_rejected_batch_leaves_counters_and_thresholds_as_they_were() -> None:
     run = make_run("batchtopk", grad_acc_steps=2)
-    train_step(run, rows())
+    train_step(run, RowInput({"x": rows()}))
     before = {name: buffer.clone() for name, buffer in run.sae.named_buffers()}
     bad = rows(seed=1)
     bad[-1, 0] = float("nan")  # in the second micro-batch: the first has been tracked by then
-    assert not train_step(run, bad).accepted
+    assert not train_step(run, RowInput({"x": bad})).accepted
     for name, buffer in run.sae.named_buffers():
         assert torch.equal(buffer.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
 

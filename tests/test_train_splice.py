@@ -171,7 +171,7 @@ def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
     assert terms.details[kind] == pytest.approx(float(terms.losses[kind].detach()))
 
 
-@pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n).input_kind == "one"])
+@pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n).reads.one_row])
 @pytest.mark.parametrize("normalize", ["dataset", "unit_norm"])
 def test_every_type_trains_through_the_model(models: Path, name: str, normalize: str) -> None:
     cls, batch = registry.get(name), spliced(models, "kl")

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.loop import StepResult
-from sae_granary.train.step_input import Inputs
 
 Numbers = Mapping[str, float] | None
 
@@ -28,7 +27,7 @@ class StepEvent:
     n_steps: int
     tokens: int
     sae: SAE  # as trained: look, do not change, or a resumed run will differ
-    rows: Inputs | None  # (B, d_in) the raw batch, or one such tensor per hook point; None: through the language model
+    rows: Rows | None  # (B, d_in) the raw batch by hook point; None: through the language model
     result: StepResult  # losses and metrics are filled in on measured steps (`log_every`)
 
 

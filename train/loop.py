@@ -25,7 +25,7 @@ from sae_granary.train.errors import DivergedError
 from sae_granary.train.optim.gradients import global_norm
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.state.run_state import Run
-from sae_granary.train.step_input import Inputs, RowInput, StepInput, Terms
+from sae_granary.train.step_input import StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
 
@@ -52,12 +52,11 @@ class StepResult:
         return sum(self.losses.values()) if self.losses else math.nan
 
 
-def train_step(run: Run, x: Inputs | StepInput, *, measure: bool = False) -> StepResult:
-    """Take one optimizer step on a batch of raw rows, or of another input, and count it.
+def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResult:
+    """Take one optimizer step on a batch and count it.
 
     A batch whose loss or gradient is NaN or Inf changes no weight: it is rejected and counted.
     """
-    batch = RowInput(x) if isinstance(x, Tensor | Mapping) else x
     result = _update(run, batch, measure=measure)
     run.step += 1
     run.tokens += batch.n_rows

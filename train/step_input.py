@@ -12,9 +12,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core import SAE, Progress, SAEOutput
+from sae_granary.sae_core import SAE, Progress, Rows, SAEOutput
 
-Inputs = Tensor | Mapping[str, Tensor]
 Self = TypeVar("Self")
 
 
@@ -50,42 +49,32 @@ class StepInput(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class RowInput:
-    """Rows (N, D), or one such tensor per hook point: the SAE's own losses."""
+    """Rows (N, D) of each hook point: the SAE's own losses."""
 
-    x: Inputs
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The rows of each hook point."""
-        return [self.x] if isinstance(self.x, Tensor) else list(self.x.values())
+    rows: Rows
 
     @property
     def n_rows(self) -> int:
         """N."""
-        return len(self.tensors[0])
+        return len(next(iter(self.rows.values())))
 
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self.tensors[0].device
+        return next(iter(self.rows.values())).device
 
     def split(self, n_parts: int) -> Iterator[RowInput]:
         """Equal parts."""
-        if n_parts == 1:
-            yield self
-        elif isinstance(self.x, Tensor):
-            yield from map(RowInput, self.x.chunk(n_parts))
-        else:
-            parts = {hook: rows.chunk(n_parts) for hook, rows in self.x.items()}
-            yield from (RowInput({hook: p[i] for hook, p in parts.items()}) for i in range(n_parts))
+        chunks = zip(*(rows.chunk(n_parts) for rows in self.rows.values()), strict=True)
+        yield from (RowInput(dict(zip(self.rows, parts, strict=True))) for parts in chunks)
 
     def is_finite(self) -> bool:
         """Whether every value is."""
-        return all(_is_finite(t) for t in self.tensors)
+        return all(_is_finite(t) for t in self.rows.values())
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""
-        out = sae(self.x)
+        out = sae(self.rows)
         return Terms(out, sae.losses(out, progress))
 
 

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common import run_files as files
 from sae_granary.common.signals import StopRequest
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows
 from sae_granary.train import loop, validate
 from sae_granary.train.callbacks import Callbacks, StepEvent
 from sae_granary.train.config.merge import to_sections, to_yaml
-from sae_granary.train.data.run_data import Inputs, RunData, export_metadata
+from sae_granary.train.data.run_data import RunData, export_metadata
 from sae_granary.train.data.streams import state_after, step_input
 from sae_granary.train.errors import DivergedError, InterruptedRunError
 from sae_granary.train.folders import CONFIG, RECORD, RECORD_VERSION, SUMMARY, read_run
@@ -35,6 +34,7 @@ from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.initial import start_from
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Trainer:
             result = loop.train_step(run, x, measure=loop.measures(run))
         self.state = state_after(self.data, batch)
         run.optimizer.zero_grad(set_to_none=True)  # gradients of one member at a time
-        rows = x if isinstance(x, Tensor | Mapping) else None
+        rows = x.rows if isinstance(x, RowInput) else None
         event = StepEvent(self.folder.name, self.folder, run.step, run.n_steps, run.tokens, run.sae, rows, result)
         self._follower.step(event, self.state)
         if self._save_is_due() or self.callbacks.want_checkpoint(event):
@@ -165,7 +165,7 @@ def open_trainer(
     data: RunData,
     folder: Path,
     make_sinks: Callable[[str], Sinks],
-    sample: Callable[[RunData], Inputs] = RunData.sample,
+    sample: Callable[[RunData], Rows] = RunData.sample,
     callbacks: Callbacks | None = None,
 ) -> Trainer:
     """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
@@ -199,7 +199,7 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def _fresh_run(data: RunData, sample: Callable[[RunData], Inputs]) -> Run:
+def _fresh_run(data: RunData, sample: Callable[[RunData], Rows]) -> Run:
     """Build and initialise the SAE from a sample of training rows."""
     assert data.config.init_seed is not None
     seed = data.config.init_seed

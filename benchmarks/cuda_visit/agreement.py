@@ -12,6 +12,7 @@ from sae_granary.sae_core import SAE
 from sae_granary.sae_core.kernels import choose
 from sae_granary.train.loop import train_step
 from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import RowInput
 
 # float32, sums in another order. Adam's first step is lr * sign(g): the second loss is compared more loosely.
 BOUND, SECOND_BOUND = 1e-4, 1e-3
@@ -48,15 +49,16 @@ def _compare(name: str, kernels: str, sae: SAE, x: Tensor, device: str) -> tuple
     with torch.no_grad():
         active = [(run.sae(rows).codes.dense() != 0).cpu() for run, rows in ((here, x), (there, x_there))]
     n_differ = int((active[0] != active[1]).sum())
-    first = [train_step(run, rows, measure=True).losses for run, rows in ((here, x), (there, x_there))]
+    pairs = ((here, RowInput({"x": x})), (there, RowInput({"x": x_there})))
+    first = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     loss = _relative(torch.tensor(list(first[1].values())), torch.tensor(list(first[0].values())))
     gradient = _gradient_difference(here.sae, there.sae)
-    second = [train_step(run, rows, measure=True).losses for run, rows in ((here, x), (there, x_there))]
+    second = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     second_loss = _relative(torch.tensor(list(second[1].values())), torch.tensor(list(second[0].values())))
     for _ in range(N_STEPS - 2):
-        train_step(there, x_there)
+        train_step(there, RowInput({"x": x_there}))
     for _ in range(N_STEPS):
-        train_step(again, x_there)
+        train_step(again, RowInput({"x": x_there}))
     equal = _states_equal(there.sae, again.sae)
     bound = BOUND_IF_CODES_DIFFER if n_differ else BOUND
     fine = loss <= bound and gradient <= bound and second_loss <= max(bound, SECOND_BOUND) and equal

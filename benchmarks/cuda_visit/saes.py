@@ -19,7 +19,7 @@ def use(kernels: str, device: str) -> None:
 
 def one_hook_types() -> list[str]:
     """Types that read one hook point."""
-    return [name for name in registry.names() if registry.get(name).input_kind == "one"]
+    return [name for name in registry.names() if registry.get(name).reads.one_row]
 
 
 def has_k(name: str) -> bool:
@@ -43,7 +43,7 @@ def start(name: str, d_in: int, d_sae: int, k: int, x: Tensor) -> SAE:
     sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
     if not has_k(name):
         with torch.no_grad():
-            pre_acts = sae.pre_acts(sae.center(sae.prepare(x[:64]).input)).dense
+            pre_acts = sae.pre_acts(sae.encoder_input(x[:64])).dense
             above = pre_acts.flatten().topk(max(1, pre_acts.numel() * min(TRAINED_L0, d_sae // 16) // d_sae)).values
             sae.encoder_bias.sub_(above.min())
     return sae

@@ -14,6 +14,7 @@ from sae_granary.sae_core import Pattern
 from sae_granary.sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
 from sae_granary.train.loop import autocast, train_step
 from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import RowInput
 
 SIZES = [
     Size(768, 24_576, 32, 8192),
@@ -39,10 +40,10 @@ def measure(size: Size, device: str, kernels: Sequence[str]) -> str:
 
 def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
     run = Run.create(settings("topk", device, NO_CHANGE, "bfloat16"), start("topk", size.d_in, size.d_sae, size.k, x))
-    train_step(run, x)  # gradients and moments
+    train_step(run, RowInput({"x": x}))  # gradients and moments
     sae = run.sae
     with torch.no_grad():
-        centered = sae.center(sae.prepare(x).input)
+        centered = sae.encoder_input(x)
         h = centered.values
         with autocast(x.device, "bfloat16"):
             known = sae.pre_acts(centered)
@@ -125,7 +126,7 @@ def _step(name: str, size: Size, x: Tensor, device: str) -> tuple[float, float, 
         torch.cuda.reset_peak_memory_stats()
     config = settings(name, device, NO_CHANGE, "bfloat16")
     run = Run.create(config, start(name, size.d_in, size.d_sae, size.k, x))
-    ms = median_ms(lambda: train_step(run, x), device)
+    ms = median_ms(lambda: train_step(run, RowInput({"x": x})), device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else 0.0
     with torch.no_grad():
         l0 = run.sae(x[:256]).codes.l0()

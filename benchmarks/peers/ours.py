@@ -17,6 +17,7 @@ from sae_granary.sae_core import make_config, registry
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.loop import train_step
 from sae_granary.train.state.run_state import Run
+from sae_granary.train.step_input import RowInput
 
 TRAINED_L0 = 64
 
@@ -35,11 +36,11 @@ def our_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> Non
     sae.initialize(x, torch.Generator(device=x.device).manual_seed(0))
     if not sparse:
         with torch.no_grad():
-            pre_acts = sae.pre_acts(sae.center(sae.prepare(x).input)).dense
+            pre_acts = sae.pre_acts(sae.encoder_input(x)).dense
             sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / args.d_sae))
     lr = 2e-4 if sparse else 1e-12
     config = TrainConfig(
         type=kind, device=args.device, compute_dtype="float32", steps=10**6, lr=lr, warmup_steps=0, options=options
     )
     run = Run.create(config, sae)
-    repeat(lambda: train_step(run, x), turn)
+    repeat(lambda: train_step(run, RowInput({"x": x})), turn)

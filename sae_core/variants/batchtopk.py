@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core.base import Inputs, SAEOutput
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Inputs, SAEOutput
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.threshold import BatchThreshold
@@ -51,9 +51,7 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold at which the mean L0 over the batches is k."""
-        self.threshold.calibrate(
-            (self.pre_acts(self.center(self.prepare(x).input)).dense for x in batches), self.config.k
-        )
+        self.threshold.calibrate((self.pre_acts(self.encoder_input(x)).dense for x in batches), self.config.k)
 
     def latent_tensors(self) -> dict[str, Tensor]:
         """JumpReLU's tensors with a constant threshold."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.base import MAX_FIT_ROWS, Inputs, Source
+from sae_granary.sae_core.base import MAX_FIT_ROWS
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.data import Inputs, Reads, Rows, Source, take_hooks
 from sae_granary.sae_core.normalize import FIXED_MODES, Normalizer
 from sae_granary.sae_core.options import option
 from sae_granary.sae_core.registry import register
@@ -18,7 +18,7 @@ from sae_granary.sae_core.variants.batchtopk import BatchTopKSAE
 class CrosscoderSAE(BatchTopKSAE):
     """BatchTopK on the concatenation of the hooks' normalised rows: W_enc (L*D, F), W_dec (F, L*D)."""
 
-    input_kind = "several"
+    reads = Reads(several=True)
     saelens_architecture = ""  # SAELens has no crosscoder
 
     @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class CrosscoderSAE(BatchTopKSAE):
     def _normalizers(self) -> list[Normalizer]:
         return [module for module in self.hook_normalizers if isinstance(module, Normalizer)]
 
-    def fit_normalization(self, sample: Inputs) -> None:
+    def fit_normalization(self, x: Rows) -> None:
         """Fit each hook's normaliser."""
-        for normalizer, rows in zip(self._normalizers, self._hooks(sample), strict=True):
+        for normalizer, rows in zip(self._normalizers, take_hooks(x, self.config.n_hooks), strict=True):
             normalizer.fit(rows[:MAX_FIT_ROWS])
 
     def input_scaling(self) -> tuple[Tensor, Tensor]:
@@ -66,9 +66,9 @@ class CrosscoderSAE(BatchTopKSAE):
         """The same as the input's."""
         return self.input_scaling()
 
-    def prepare(self, x: Inputs) -> Source:
+    def prepare(self, x: Rows) -> Source:
         """Concatenate the hooks' normalised rows."""
-        hooks = self._hooks(x)
+        hooks = take_hooks(x, self.config.n_hooks)
         values = torch.cat([n(rows).values for n, rows in zip(self._normalizers, hooks, strict=True)], dim=1)
         return Source(values, values, self._undo, torch.cat(hooks, dim=1))
 
@@ -79,9 +79,3 @@ class CrosscoderSAE(BatchTopKSAE):
     def _undo(self, recon: Tensor) -> Tensor:
         scale, mean = self.output_scaling()
         return recon / scale + mean
-
-    def _hooks(self, x: Inputs) -> list[Tensor]:
-        hooks = [x] if isinstance(x, Tensor) else list(x.values())
-        if len(hooks) != self.config.n_hooks:
-            raise OptionError(f"the batch holds {len(hooks)} hook points: expected n_hooks={self.config.n_hooks}")
-        return hooks

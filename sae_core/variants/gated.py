@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core.autograd import Centered, decode, encode_at, per_entry
-from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.functional import annealed_sparsity
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register

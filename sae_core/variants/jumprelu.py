@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core.autograd import Centered, add_silent, per_entry
-from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.functional import jumprelu, step
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_granary.sae_core.autograd import Centered
-from sae_granary.sae_core.base import SAE, Activation
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.data import Activation
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.normalize import Normalizer
 from sae_granary.sae_core.options import option

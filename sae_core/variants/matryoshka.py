@@ -14,8 +14,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sae_granary.sae_core.autograd import decode
-from sae_granary.sae_core.base import Activation, SAEOutput
 from sae_granary.sae_core.codes import Codes, Pattern, sort_narrow
+from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register

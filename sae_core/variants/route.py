@@ -1,7 +1,7 @@
 """Route: a router picks or mixes several layers per row, one shared SAE encodes the result (arXiv 2503.08200)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -9,14 +9,23 @@ from torch import Tensor, nn
 
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.autograd import Centered
-from sae_granary.sae_core.base import SAE, Activation, Inputs, SAEOutput, Source
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows, take_hooks
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.normalize import Normalizer
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 
 SHARED = ("d_in", "d_sae", "loss", "b_dec_init", "dead_after_tokens")  # options that the base takes over
+
+
+def _middle_half(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
+    """The middle half of the model's layers, as in the paper; all hook points if fewer than two lie there."""
+    layers = {name: name.removeprefix("layer_") for name in names}
+    n = n_layers or 0
+    middle = tuple(name for name, i in layers.items() if i.isdigit() and n <= 4 * int(i) < 3 * n)
+    return middle if len(middle) > 1 else tuple(names)
 
 
 @register("route")
@@ -27,7 +36,7 @@ class RouteSAE(SAE):
     lowers the loss by shrinking what is to be reconstructed. Metrics are in the space of x_r.
     """
 
-    input_kind = "several"
+    reads = Reads(several=True, default_hooks=_middle_half)
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -50,7 +59,7 @@ class RouteSAE(SAE):
         def base_config(self) -> SAE.Config:
             """Config of the base SAE, which sees normalised rows."""
             cls = registry.get(self.base)
-            if cls.input_kind != "one":
+            if not cls.reads.one_row:
                 raise OptionError(f"base={self.base!r} reads several hook points: expected a type that reads one")
             for name in self.base_options or {}:
                 if name in (*SHARED, "normalize"):
@@ -66,14 +75,6 @@ class RouteSAE(SAE):
             return cls.Config(**values)
 
     config: Config
-
-    @classmethod
-    def default_hooks(cls, names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
-        """The middle half of the model's layers, as in the paper; all hook points if fewer than two lie there."""
-        layers = {name: name.removeprefix("layer_") for name in names}
-        n = n_layers or 0
-        middle = tuple(name for name, i in layers.items() if i.isdigit() and n <= 4 * int(i) < 3 * n)
-        return middle if len(middle) > 1 else tuple(names)
 
     def build(self) -> None:
         """The router and the base."""
@@ -99,40 +100,30 @@ class RouteSAE(SAE):
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
         """Draw the router, then fit the base to the routed rows of the sample."""
         self._reset_router(generator)
-        self.base_sae.initialize(self.prepare(sample).input, generator)
+        self.base_sae.initialize(self.prepare(as_rows(sample, self.W_router)).input, generator)
 
-    def prepare(self, x: Inputs) -> Source:
-        """Normalise each hook's rows and route them."""
-        return self._prepare(x)[0]
-
-    def _prepare(self, x: Inputs) -> tuple[Source, Tensor]:
-        """The routed rows, and the routing probabilities (N, L)."""
-        layers = self._layers(x)
+    def prepare(self, x: Rows) -> Source:
+        """Normalise each hook's rows and route them; the probabilities (N, L) are among the extras."""
+        hooks = take_hooks(x, self.config.n_hooks)
+        layers = torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
         if layers.shape[1] == 1:  # nothing to choose: no gradient of the rows is built for the router
-            return self._source(layers[:, 0]), layers.new_ones(len(layers), 1)
+            return self._source(layers[:, 0], layers.new_ones(len(layers), 1))
         probabilities = self.route(layers)
         if self.config.routing == "soft":
             routed = (probabilities[:, :, None] * layers).sum(1)
         else:
             p_max, chosen = probabilities.max(1)
             routed = p_max[:, None] * layers[torch.arange(len(chosen), device=chosen.device), chosen]
-        return self._source(routed), probabilities.detach()
+        return self._source(routed, probabilities.detach())
 
-    def _source(self, routed: Tensor) -> Source:
+    def _source(self, routed: Tensor, probabilities: Tensor) -> Source:
         target = routed.detach() if self.config.detach_target else routed
-        return Source(routed, target, lambda recon: recon, routed.detach())
+        return Source(routed, target, lambda recon: recon, routed.detach(), {"probabilities": probabilities})
 
     def route(self, layers: Tensor) -> Tensor:
         """Routing probabilities (N, L) of normalised layers (N, L, D)."""
         seen = layers.sum(1) if self.config.aggregate == "sum" else layers.mean(1)
         return torch.softmax(seen @ self.W_router, dim=1)
-
-    def _layers(self, x: Inputs) -> Tensor:
-        """The hooks' normalised rows, (N, L, D)."""
-        hooks = [x] if isinstance(x, Tensor) else list(x.values())
-        if len(hooks) != self.config.n_hooks:
-            raise OptionError(f"the batch holds {len(hooks)} hook points: expected n_hooks={self.config.n_hooks}")
-        return torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
         """Share of rows per hook point, entropy of these shares in nats, mean p_max, and the base's own."""
@@ -142,12 +133,6 @@ class RouteSAE(SAE):
         shares = {f"route_{i}": float(share) for i, share in enumerate(chosen)}
         p_max = float(probabilities.max(1).values.mean())
         return {"route_entropy": float(entropy), "p_max": p_max, **shares, **self.base_sae.monitor(out)}
-
-    def forward(self, x: Inputs) -> SAEOutput:
-        """Route, encode and decode."""
-        source, probabilities = self._prepare(x)
-        out = self.forward_source(source)
-        return replace(out, extras={**out.extras, "probabilities": probabilities})
 
     # -- the base does the rest ------------------------------------------------------------------------------------
 
@@ -200,7 +185,7 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Calibrate the base on routed rows."""
-        self.base_sae.calibrate(self.prepare(x).input for x in batches)
+        self.base_sae.calibrate(self.prepare(as_rows(x, self.W_router)).input for x in batches)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The router."""

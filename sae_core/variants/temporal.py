@@ -1,14 +1,13 @@
 """Temporal: high-level latents agree between neighbouring tokens (T-SAE, Bhalla et al., arXiv 2511.05541)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_granary.sae_core.base import Inputs, SAEOutput, Source
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Reads, Rows, SAEOutput, Source
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
@@ -23,7 +22,7 @@ class TemporalSAE(MatryoshkaSAE):
     among all, in both directions, averaged. In inference one row is enough.
     """
 
-    input_kind = "neighbours"
+    reads = Reads(previous=True)
     saelens_architecture = "jumprelu"
 
     @dataclass(frozen=True)
@@ -37,21 +36,14 @@ class TemporalSAE(MatryoshkaSAE):
 
     config: Config
 
-    def fit_normalization(self, sample: Inputs) -> None:
+    def fit_normalization(self, x: Rows) -> None:
         """Fit to the rows themselves."""
-        super().fit_normalization(_split(sample)[0])
+        super().fit_normalization(_first(x))
 
-    def prepare(self, x: Inputs) -> Source:
-        """Normalise the rows; their neighbours are encoded by `penalties`."""
-        return super().prepare(_split(x)[0])
-
-    def forward(self, x: Inputs) -> SAEOutput:
-        """Encode and decode the rows; keep the neighbours for the contrastive loss."""
-        out = super().forward(x)
-        previous = _split(x)[1]
-        if self.training and previous is not None:
-            return replace(out, extras={**out.extras, "previous": self.normalizer(previous).values})
-        return out
+    def prepare(self, x: Rows) -> Source:
+        """Normalise the rows; the raw rows before them are kept for `penalties`."""
+        source, previous = super().prepare(_first(x)), list(x.values())[1:]
+        return replace(source, extras={"previous": previous[0]}) if previous and self.training else source
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The matryoshka's terms and the contrastive loss."""
@@ -62,7 +54,7 @@ class TemporalSAE(MatryoshkaSAE):
 
     def _contrast(self, out: SAEOutput) -> Tensor:
         n_pairs = min(self.config.max_pairs, out.codes.shape[0])
-        h = self.center(out.extras["previous"][:n_pairs])
+        h = self.center(self.normalizer(out.extras["previous"][:n_pairs]).values)
         now = self._high_level(out.codes.rows(0, n_pairs))
         before = self._high_level(self.activate(h).codes)
         similarity = F.normalize(now, dim=1) @ F.normalize(before, dim=1).t() / self.config.temperature
@@ -77,9 +69,6 @@ class TemporalSAE(MatryoshkaSAE):
         return dense.index_put((codes.pattern.row_of[keep], codes.indices[keep]), codes.values[keep])
 
 
-def _split(x: Inputs) -> tuple[Tensor, Tensor | None]:
-    """Rows, and the row before each if the batch has them."""
-    if isinstance(x, Tensor):
-        return x, None
-    parts: list[Tensor] = list(x.values()) if isinstance(x, Mapping) else list(x)
-    return parts[0], parts[1] if len(parts) > 1 else None
+def _first(x: Rows) -> Rows:
+    """The rows without those before them."""
+    return dict(list(x.items())[:1])

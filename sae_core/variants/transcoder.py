@@ -5,13 +5,13 @@ The first hook point of a batch is the input, the second the output: an MLP's in
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.base import MAX_FIT_ROWS, Inputs, Source
+from sae_granary.sae_core.base import MAX_FIT_ROWS
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Inputs, Reads, Rows, Source, as_rows, take_hooks
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.normalize import FIXED_MODES, Normalizer
 from sae_granary.sae_core.options import option
@@ -23,7 +23,7 @@ from sae_granary.sae_core.variants.topk import TopKSAE
 class TranscoderSAE(TopKSAE):
     """TopK codes of the input hook decode into the output hook. Each hook has its own normalisation."""
 
-    input_kind = "several"
+    reads = Reads(several=True)
     saelens_architecture = ""  # SAELens' transcoders are ReLU and JumpReLU
     reads_saelens = ""
     sparsify_flags = (True, False)
@@ -57,17 +57,17 @@ class TranscoderSAE(TopKSAE):
             matrix.copy_(rows / rows.norm(dim=1, keepdim=True))
         self.encoder_bias.zero_()
 
-    def fit_normalization(self, sample: Inputs) -> None:
+    def fit_normalization(self, x: Rows) -> None:
         """Fit each hook's normaliser."""
-        x, y = _pair(sample)
-        self.normalizer.fit(x[:MAX_FIT_ROWS])
-        self.output_normalizer.fit(y[:MAX_FIT_ROWS])
+        first, second = take_hooks(x, 2)
+        self.normalizer.fit(first[:MAX_FIT_ROWS])
+        self.output_normalizer.fit(second[:MAX_FIT_ROWS])
 
-    def prepare(self, x: Inputs) -> Source:
+    def prepare(self, x: Rows) -> Source:
         """The first hook is encoded, the second is the target."""
-        x, y = _pair(x)
-        target = self.output_normalizer(y)
-        return Source(self.normalizer(x).values, target.values, target.undo, y)
+        first, second = take_hooks(x, 2)
+        target = self.output_normalizer(second)
+        return Source(self.normalizer(first).values, target.values, target.undo, second)
 
     def output_scaling(self) -> tuple[Tensor, Tensor]:
         """The output's own scale and mean."""
@@ -103,7 +103,9 @@ class SkipTranscoderSAE(TranscoderSAE):
         """Return the reconstruction in raw space; the skip path needs the rows that were encoded (`like`)."""
         if like is None:
             raise OptionError("a skip transcoder adds a path from its input: call decode(codes, like=x)")
-        return self.output_normalizer.undo_fixed(self.complete(self.reconstruct(codes), self.prepare(like)))
+        return self.output_normalizer.undo_fixed(
+            self.complete(self.reconstruct(codes), self.prepare(as_rows(like, self.b_dec)))
+        )
 
     def output_bias(self) -> Tensor:
         """b_dec, less what the skip path makes of the input's mean."""
@@ -118,10 +120,3 @@ class SkipTranscoderSAE(TranscoderSAE):
     def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the skip matrix."""
         self.W_skip.copy_(tensors["W_skip"])
-
-
-def _pair(x: Inputs) -> Any:
-    hooks = [x] if isinstance(x, Tensor) else list(x.values())
-    if len(hooks) != 2:
-        raise OptionError(f"a transcoder reads 2 hook points, input then output: the batch holds {len(hooks)}")
-    return hooks

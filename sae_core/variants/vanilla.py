@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sae_granary.sae_core.autograd import Centered, per_entry
-from sae_granary.sae_core.base import SAE, Activation, SAEOutput
+from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.functional import annealed_sparsity
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register

@@ -26,7 +26,7 @@ def needs_language_model(config: TrainConfig) -> bool:
 def check_phases(config: TrainConfig) -> None:
     """Refuse a resolved config whose losses cannot go through a language model. Raises ConfigError."""
     loss, start = config.options.get("loss"), first_window_step(config)
-    kind = sae_core.registry.get(config.type).input_kind
+    reads = sae_core.registry.get(config.type).reads
     if loss in LM_LOSSES and config.finetune_kl is not None:
         raise ConfigError(f"finetune_kl={config.finetune_kl} with loss={loss}: the whole run goes through the model")
     if start is not None and start < 0:
@@ -34,9 +34,9 @@ def check_phases(config: TrainConfig) -> None:
             f"finetune_kl={config.finetune_kl:,} is longer than the run of {config.steps} steps of "
             f"{config.batch_size:,} rows: give fewer tokens, or --loss kl for a whole run"
         )
-    if start is not None and kind != "one":
+    if start is not None and not reads.one_row:
         raise ConfigError(f"type {config.type} reads more than one row at a time: kl and ce need a type that reads one")
-    if config.eval_downstream and kind == "several":
+    if config.eval_downstream and reads.several:
         raise ConfigError(
             f"type {config.type} reads several hook points: eval_downstream needs a type that stands at one"
         )

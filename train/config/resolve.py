@@ -40,7 +40,7 @@ def filters_of(config: TrainConfig) -> Filters:
 
 def _min_position(config: TrainConfig) -> int | None:
     """A type that reads neighbours starts at position 2: before it stands a token of the text, not [CLS] or BOS."""
-    if sae_core.registry.get(config.type).input_kind != "neighbours":
+    if not sae_core.registry.get(config.type).reads.previous:
         return config.min_position
     return max(config.min_position or 0, 2)
 
@@ -53,14 +53,15 @@ def holdout_of(config: TrainConfig) -> Holdout:
 def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int | None = None) -> tuple[str, ...]:
     """The hook points to train on: those named, or the only one there is, or what a type that reads several prefers."""
     cls = sae_core.registry.get(config.type)
-    several = cls.input_kind == "several"
+    several = cls.reads.several
     for name in config.hook:
         if name not in available:
             raise ConfigError(
                 f"the cache has no hook point {name!r} (it has: {', '.join(available)}){nearest(name, available)}"
             )
     known = n_layers if isinstance(n_layers, int) else None
-    preferred = cls.default_hooks(available, known) if several else tuple(available) if len(available) == 1 else ()
+    alone = tuple(available) if len(available) == 1 else ()
+    preferred = cls.reads.default_hooks(available, known) if several else alone
     hooks = config.hook or preferred
     if not hooks:
         raise ConfigError(f"the cache has {len(available)} hook points, choose one with --hook: {', '.join(available)}")

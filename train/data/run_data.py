@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import PREVIOUS, Counts, Loader, LoaderState, order_of
@@ -20,6 +19,7 @@ from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
+from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_window_step, needs_language_model
 from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_hooks
 from sae_granary.train.config.settings import TrainConfig
@@ -32,8 +32,6 @@ SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalisation and b_dec ar
 MAX_SAMPLE_ROWS = 2**20
 CALIBRATION_ROWS = 2**17
 EVALUATION_ROWS = 2**10  # in one pass through a language model: each predicts its whole vocabulary
-
-Inputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,15 @@ class RunData:
         """Endless training batches on the run's device: rows by hook point, of which `inputs` takes the run's own."""
         return open_stream([self], state)
 
-    def inputs(self, rows: Mapping[str, Tensor]) -> Inputs:
+    def inputs(self, rows: Rows) -> Rows:
         """What this run's SAE reads of a batch, which may hold more hook points than it asked for."""
-        names = self.input_names
-        return rows[names[0]] if self.input_kind == "one" else {name: rows[name] for name in names}
+        return {name: rows[name] for name in self.input_names}
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """What of a stream's rows the SAE reads: hook points, and for some types the rows before each."""
         hooks = self.config.hook
-        return (*hooks, *(hook + PREVIOUS for hook in hooks)) if self._reads_neighbours else hooks
+        return (*hooks, *(hook + PREVIOUS for hook in hooks)) if self.reads_previous else hooks
 
     def width(self, name: str) -> int:
         """Width of the rows under one of the input names."""
@@ -101,7 +98,7 @@ class RunData:
             seed=config.shuffle_seed,
             pool_rows=config.pool_rows,
             block_rows=config.block_rows,
-            previous=self._reads_neighbours,
+            previous=self.reads_previous,
         )
 
     @property
@@ -110,24 +107,22 @@ class RunData:
         config, filters = self.config, filters_of(self.config).resolve(self.cache)
         hooks = config.hook if filters.reads_norms else ()  # norms of other hook points drop other rows
         source = (config.cache, self.order, filters, holdout_of(config), hooks)
-        return (*source, config.batch_size, config.device, self._reads_neighbours, first_window_step(config))
+        return (*source, config.batch_size, config.device, self.reads_previous, first_window_step(config))
 
     @property
     def identity(self) -> Identity:
         """What checkpoints of this run belong to."""
         return Identity(dict(self.cache.manifest.fingerprint), self.order.to_json())
 
-    def sample(self) -> Inputs:
+    def sample(self) -> Rows:
         """Rows that the run will train on, on the CPU: the first of its order. Non-finite rows are left out."""
         d_in = self.config.options["d_in"] * len(self.config.hook)
         n_rows = min(MAX_SAMPLE_ROWS, max(SAMPLE_ELEMENTS // d_in, 1024))
         with self._loader("train", batch_size=self.config.batch_size, epochs=1, device="cpu") as loader:
             parts = [batch.x for batch in _take_rows(loader, n_rows)]
-        if isinstance(parts[0], Tensor):
-            return finite_rows(torch.cat(parts))
         return finite_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def calibration(self) -> Iterator[Inputs]:
+    def calibration(self) -> Iterator[Rows]:
         """Training rows for `SAE.calibrate`, in micro-batches."""
         yield from self._pass("train", CALIBRATION_ROWS)
 
@@ -136,7 +131,7 @@ class RunData:
         """Held-out rows if there are any."""
         return "heldout" if self.counts.heldout else "train"
 
-    def evaluation(self) -> Iterator[Inputs]:
+    def evaluation(self) -> Iterator[Rows]:
         """Rows of the final evaluation, in micro-batches."""
         yield from self._pass(self.eval_part, self.config.eval_rows)
 
@@ -178,26 +173,22 @@ class RunData:
                 return
 
     @cached_property
-    def validation(self) -> list[Inputs]:
+    def validation(self) -> list[Rows]:
         """Rows of the validations while training: the first of the final evaluation, kept in memory."""
         return list(self._pass(self.eval_part, min(self.config.val_rows, self.config.eval_rows)))
 
-    def upcoming(self, state: LoaderState, n_rows: int) -> Iterator[Inputs]:
+    def upcoming(self, state: LoaderState, n_rows: int) -> Iterator[Rows]:
         """Training rows from a state on, in batches; the stream that the run trains on does not move."""
         with self.batches(state) as loader:
             for batch in _take_rows(loader, n_rows):
                 yield finite_rows(self.inputs(batch.x))
 
     @cached_property
-    def input_kind(self) -> str:
-        """What the type reads of each row: see `SAE.input_kind`."""
-        return sae_core.registry.get(self.config.type).input_kind
+    def reads_previous(self) -> bool:
+        """Whether the type also reads the row before each row."""
+        return sae_core.registry.get(self.config.type).reads.previous
 
-    @property
-    def _reads_neighbours(self) -> bool:
-        return self.input_kind == "neighbours"
-
-    def _pass(self, part: Part, n_rows: int) -> Iterator[Inputs]:
+    def _pass(self, part: Part, n_rows: int) -> Iterator[Rows]:
         size = self.config.batch_size // self.config.grad_acc_steps
         with self._loader(part, batch_size=size, epochs=1, device=self.config.device) as loader:
             for batch in _take_rows(loader, n_rows):
@@ -215,7 +206,7 @@ class RunData:
         assert config.shuffle_seed is not None
         return Loader(
             self.cache,
-            config.hook if self.input_kind == "several" else config.hook[0],
+            config.hook,
             batch_size=batch_size,
             seed=config.shuffle_seed,
             device=device,
@@ -225,7 +216,7 @@ class RunData:
             epochs=epochs,
             pool_rows=config.pool_rows,
             block_rows=config.block_rows,
-            previous=self._reads_neighbours,
+            previous=self.reads_previous,
             counts=self.counts,
         )
 
@@ -242,19 +233,16 @@ def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Lo
         filters=filters_of(config),
         holdout=holdout_of(config),
         state=state,
-        previous=first.input_kind == "neighbours",
+        previous=first.reads_previous,
         counts=first.counts,
         order=first.order,
     )
 
 
-def finite_rows(x: Inputs) -> Inputs:
+def finite_rows(x: Rows) -> Rows:
     """The rows that are finite at every hook point."""
-    tensors = [x] if isinstance(x, Tensor) else list(x.values())
-    finite = torch.stack([torch.isfinite(t).all(1) for t in tensors]).all(0)
-    if bool(finite.all()):
-        return x
-    return x[finite] if isinstance(x, Tensor) else {hook: t[finite] for hook, t in x.items()}
+    finite = torch.stack([torch.isfinite(t).all(1) for t in x.values()]).all(0)
+    return x if bool(finite.all()) else {hook: t[finite] for hook, t in x.items()}
 
 
 def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.train.config.phases import first_window_step
 from sae_granary.train.data.run_data import RunData, open_stream
 from sae_granary.train.spliced_input import SplicedInput
-from sae_granary.train.step_input import Inputs
+from sae_granary.train.step_input import RowInput
 
 
 class RunStream:
@@ -49,11 +49,11 @@ class RunStream:
             self._loader.close()
 
 
-def step_input(data: RunData, batch: Batch | Contexts) -> Inputs | SplicedInput:
+def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInput:
     """What a run's step takes of a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
-        return data.inputs(batch.x)
+        return RowInput(data.inputs(batch.x))
     assert isinstance(data.language_model, LanguageModel)
     finetunes = data.config.finetune_kl is not None
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)

@@ -16,6 +16,7 @@ from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import FLOAT_BYTES, available_memory, needed_memory, parameter_bytes
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
 
 PROBE_STEPS = 2  # the first one also makes the optimizer's state
 MARGIN = 0.9  # share of the free memory that is used
@@ -57,7 +58,7 @@ def measure(data: RunData) -> Footprint | None:
         }
         try:
             for _ in range(PROBE_STEPS):
-                loop.train_step(run, data.inputs(rows))
+                loop.train_step(run, RowInput(rows))
         except torch.OutOfMemoryError:
             return Footprint(estimate(config).resident, available_memory(config.device) or 0)
         run.optimizer.zero_grad(set_to_none=True)

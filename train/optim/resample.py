@@ -6,14 +6,13 @@ Rows are drawn with probability proportional to the square of their loss, as in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows
 from sae_granary.train.state.run_state import Run
-from sae_granary.train.step_input import Inputs
 
 ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new latent fires rarely at first
 
@@ -25,7 +24,7 @@ def is_due(run: Run) -> bool:
 
 
 @torch.no_grad()
-def resample_dead(run: Run, batches: Iterable[Inputs]) -> int:
+def resample_dead(run: Run, batches: Iterable[Rows]) -> int:
     """Resample the latents that are dead now; returns how many."""
     dead = run.sae.dead_mask.nonzero().squeeze(1)
     if not len(dead):
@@ -43,16 +42,9 @@ def resample_dead(run: Run, batches: Iterable[Inputs]) -> int:
     return n
 
 
-def _take(parts: list[Inputs], rows: Tensor) -> Inputs:
+def _take(parts: Sequence[Rows], rows: Tensor) -> Rows:
     """Rows by number of batches one after another."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat([x for x in parts if isinstance(x, Tensor)])[rows.to(first.device)]
-    return {hook: torch.cat([x[hook] for x in _mappings(parts)])[rows.to(first[hook].device)] for hook in first}
-
-
-def _mappings(parts: list[Inputs]) -> Iterator[Mapping[str, Tensor]]:
-    yield from (x for x in parts if not isinstance(x, Tensor))
+    return {hook: torch.cat([x[hook] for x in parts])[rows.to(first.device)] for hook, first in parts[0].items()}
 
 
 def _forget(run: Run, latents: Tensor) -> None:
@@ -72,7 +64,7 @@ def _forget(run: Run, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def row_losses(sae: SAE, x: Inputs) -> Tensor:
+def row_losses(sae: SAE, x: Rows) -> Tensor:
     """(N,) squared error of raw rows in the normalised space."""
     out = sae(x)
     losses: Tensor = (out.source.target - out.recon).square().sum(1)
@@ -80,7 +72,7 @@ def row_losses(sae: SAE, x: Inputs) -> Tensor:
 
 
 @torch.no_grad()
-def resample(sae: SAE, latents: Tensor, x: Inputs) -> None:
+def resample(sae: SAE, latents: Tensor, x: Rows) -> None:
     """Point latents (n,) at raw rows x, one each: decoder rows of unit norm, short encoder rows, no bias, alive."""
     source, core = sae.prepare(x), sae.core
     target = source.target - core.b_dec

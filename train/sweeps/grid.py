@@ -97,7 +97,7 @@ def expand(grid: Mapping[str, tuple[Any, ...]], common: Mapping[str, Any]) -> li
         keys = known[str(given.get("type", types[0]))]
         varied = {key: value for key, value in given.items() if key in keys}
         settings = {key: value for key, value in {**common, **given}.items() if key in keys}
-        if "hook" in grid and sae_core.registry.get(str(settings["type"])).input_kind == "several":
+        if "hook" in grid and sae_core.registry.get(str(settings["type"])).reads.several:
             settings["hook"] = grid["hook"]  # one SAE reads them all
             varied.pop("hook", None)
         points.append(Point(settings, varied, tuple(key for key in {**common, **given} if key not in keys)))

@@ -20,10 +20,11 @@ import torch
 
 from sae_granary.common import run_files as files
 from sae_granary.common.signals import StopRequest
+from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data.run_data import Inputs, RunData
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError, DivergedError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import FAILURE, check_name, claim_sweep_folder, exclusive, is_complete, is_sweep
 from sae_granary.train.lockstep import train_together
@@ -270,10 +271,10 @@ class _OneSample:
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._rows: Inputs | None = None
+        self._rows: Rows | None = None
 
-    def __call__(self, data: RunData) -> Inputs:
-        key = (data.stream_key, data.config.hook, data.input_kind)
+    def __call__(self, data: RunData) -> Rows:
+        key = (data.stream_key, data.config.hook)
         if self._rows is None or key != self._key:
             self._key, self._rows = key, data.sample()
         return self._rows

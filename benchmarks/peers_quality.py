@@ -52,7 +52,9 @@ from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train import train_sae
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.streams import open_stream
 
 ESTIMATE_BATCHES = 50  # batches that SAELens estimates its activation scale from, before it trains
 MAX_RUNS = 8  # coefficients tried per type and trainer
@@ -242,8 +244,8 @@ def lens_options(recipe: Recipe, config: TrainConfig, coef: float | None) -> dic
 
 def rows_for_theirs(data: RunData) -> Iterator[Tensor]:
     """The first batches for the scale, then every batch of the run from its start."""
-    estimate = (data.inputs(batch.x) for batch in islice(data.batches(), ESTIMATE_BATCHES))
-    return chain(estimate, (data.inputs(batch.x) for batch in data.batches()))
+    estimate = (data.inputs(batch.x) for batch in islice(open_stream([data]), ESTIMATE_BATCHES))
+    return chain(estimate, (data.inputs(batch.x) for batch in open_stream([data])))
 
 
 @torch.no_grad()
@@ -251,7 +253,7 @@ def evaluate(
     recipe: Recipe, data: RunData, folder: Path, coef: float | None, dead: float, seconds: float, k: int
 ) -> Measured:
     """Measure a SAELens folder on the held-out rows."""
-    sae, rows = LensSAE.load_from_disk(folder), list(data.evaluation())
+    sae, rows = LensSAE.load_from_disk(folder), list(passes.evaluation(data))
     shipped = scores(sae, rows)
     fvu_at = shipped["fvu"]
     if recipe.ours in ("batchtopk", "matryoshka"):

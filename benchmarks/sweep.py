@@ -32,7 +32,8 @@ from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import BaseSink, Metrics
 from sae_granary.train.state.run_state import Run, build_sae
-from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary.train.sweeps.reporter import Reporter
+from sae_granary.train.sweeps.sweep import plan_sweep
 from sae_granary.train.sweeps.sweep_plan import Entry
 
 D_IN, D_SAE, BATCH, LAYER = 384, 12_288, 2048, 3

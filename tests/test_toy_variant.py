@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sae_granary import sae_core
+from sae_granary.common.finished_run import read_summary
 from sae_granary.sae_core import registry, variants
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import read_yaml
-from sae_granary.train.folders import read_summary
 
 TOY = '''
 """Soft threshold: what exceeds a fixed threshold, shrunk by it."""
@@ -70,7 +70,18 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     make_cache()
     assert "soft_threshold" in call("types")
     assert "shrink" in call("types", "soft_threshold")
-    flags = ["--cache", "toy", "--type", "soft_threshold", "--batch-size", "128", "--set", "shrink=0.2"]
+    flags = [
+        "--cache",
+        "toy",
+        "--type",
+        "soft_threshold",
+        "--batch-size",
+        "128",
+        "--set",
+        "shrink=0.2",
+        "--set",
+        "normalize=none",
+    ]
     call("run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
     folder = Path("runs/toy")
     assert read_yaml(folder / "config.yaml")["shrink"] == 0.2

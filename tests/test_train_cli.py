@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.finished_run import read_metrics
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import TRAINER_KEYS
-from sae_granary.train.sinks.sink import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
 QUICK = ["--batch-size", "128", "--steps", "20", "--eval-rows", "300"]

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import IncompleteCacheError
+from sae_granary.common.finished_run import read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.train import resume_training, train_sae
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
 from sae_granary.train.optim import resample as latents_of
 from sae_granary.train.optim.ema import Ema, averaged
-from sae_granary.train.sinks.sink import TIMING, read_metrics
+from sae_granary.train.sinks.sink import TIMING
 from sae_granary.train.state.checkpoint import FOLDER, best_checkpoint, list_checkpoints
 from sae_granary.train.state.patience import Patience
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sae_granary.common.finished_run import read_metrics
 from sae_granary.train import train_sae
 from sae_granary.train.sinks.chart_names import charted
 from sae_granary.train.sinks.console_sink import ConsoleSink, duration, quantity
-from sae_granary.train.sinks.sink import BaseSink, JsonlSink, Sinks, read_lines, read_metrics
+from sae_granary.train.sinks.jsonl_sink import JsonlSink
+from sae_granary.train.sinks.sink import BaseSink, Sinks
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 
@@ -54,9 +56,9 @@ def test_jsonl_is_cut_back_to_the_step_of_a_resume(tmp_path) -> None:
 
 
 def test_lines_that_a_kill_cut_off_are_dropped(tmp_path) -> None:
-    (tmp_path / "m").write_text('{"step": 1}\n{"loss": 2}\n{"step": 3}}\n{"step": 2')
-    assert read_lines(tmp_path / "m") == ['{"step": 1}']
-    assert read_lines(tmp_path / "none") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n{"step": 3}}\n{"step": 2')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert read_metrics(tmp_path / "none") == []
 
 
 def test_a_failing_sink_is_dropped_and_told(tmp_path) -> None:

@@ -9,7 +9,8 @@ from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train, train_step
+from sae_granary.train.lockstep import train
+from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train_step
 from sae_granary.train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.step_input import RowInput

@@ -34,6 +34,7 @@ from sae_granary.sae_core import Progress, registry
 from sae_granary.train import train_sae
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
+from sae_granary.train.data.language import evaluation_contexts, training_contexts
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.result.evaluate import evaluate_downstream
 from sae_granary.train.spliced_input import SplicedInput
@@ -328,7 +329,7 @@ def test_the_evaluation_reads_as_many_rows_as_asked(models: Path) -> None:
     counts = []
     for rows in (1, 150):
         data = RunData.open(make_config([{**settings, "downstream_rows": rows}]))
-        counts.append([batch.n_rows for batch in data.evaluation_windows()])
+        counts.append([batch.n_rows for batch in evaluation_contexts(data)])
     assert len(counts[0]) == 1
     assert sum(counts[1]) >= 150 > sum(counts[1][:-1])
 
@@ -602,7 +603,7 @@ def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path,
 def test_windows_to_train_on_are_shuffled_by_the_seed(models: Path) -> None:
     def first_rows(seed: int) -> list[int]:
         config = make_config([{**SMALL, "cache": str(models / "llama_l0"), "loss": "kl", "shuffle_seed": seed}])
-        return next(RunData.open(config).windows()).row[:, 0].tolist()
+        return next(training_contexts(RunData.open(config))).row[:, 0].tolist()
 
     assert first_rows(0) == first_rows(0) != first_rows(1)
     assert first_rows(0) != sorted(first_rows(0))

@@ -17,17 +17,19 @@ from rich.console import Console
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import Loader
+from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.train import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.train.callbacks import Callback
-from sae_granary.train.errors import ConfigError, InterruptedRunError, NotARunError, RunExistsError
+from sae_granary.train.errors import ConfigError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
-from sae_granary.train.sinks.sink import TIMING, BaseSink, read_metrics
+from sae_granary.train.sinks.sink import TIMING, BaseSink
 from sae_granary.train.state import checkpoint
-from sae_granary.train.sweeps import grouping, sweep
+from sae_granary.train.sweeps import execution, grouping
 from sae_granary.train.sweeps.grid import check_grid, expand, parse_grid
-from sae_granary.train.sweeps.sweep import Reporter, plan_sweep
+from sae_granary.train.sweeps.reporter import Reporter
+from sae_granary.train.sweeps.sweep import plan_sweep
 from sae_granary.train.sweeps.sweep_console import SweepConsole
 from sae_granary.train.sweeps.sweep_plan import load_plan
 from sae_granary.train.trainer import Trainer
@@ -218,7 +220,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
 
 def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk"}
-    original = sweep.open_trainer
+    original = execution.open_trainer
 
     def broken(data, *args):
         if data.config.options["k"] == 3:
@@ -226,7 +228,7 @@ def test_another_failure_is_tried_again(make_cache, tmp_path, monkeypatch) -> No
         return original(data, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "open_trainer", broken)
+        patch.setattr(execution, "open_trainer", broken)
         result = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path))
     assert list(result.failures.values()) == ["out of memory"]
     again = resume_sweep(result.folder)

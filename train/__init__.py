@@ -10,30 +10,31 @@ train_sweep({"type": ["topk", "batchtopk"], "k": [16, 32]}, cache="cache/bert_l6
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_granary.train.config.settings import TrainConfig
-    from sae_granary.train.run import Result, resume_training, train_sae
-    from sae_granary.train.sweeps.sweep import SweepResult, resume_sweep, train_sweep
+    from sae_granary.train.run import resume_training, train_sae
+    from sae_granary.train.sweeps.results import SweepResult
+    from sae_granary.train.sweeps.sweep import resume_sweep, train_sweep
+    from sae_granary.train.trainer import Result
 
-_SWEEPS = ("SweepResult", "resume_sweep", "train_sweep")
+_MODULES = {
+    "Result": "trainer",
+    "SweepResult": "sweeps.results",
+    "TrainConfig": "config.settings",
+    "resume_sweep": "sweeps.sweep",
+    "resume_training": "run",
+    "train_sae": "run",
+    "train_sweep": "sweeps.sweep",
+}
 
 __all__ = ["Result", "SweepResult", "TrainConfig", "resume_sweep", "resume_training", "train_sae", "train_sweep"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazily: `sae-train --help` answers without importing torch.
-    if name == "TrainConfig":
-        from sae_granary.train.config.settings import TrainConfig
-
-        return TrainConfig
-    if name in _SWEEPS:
-        from sae_granary.train.sweeps import sweep
-
-        return getattr(sweep, name)
-    if name in __all__:
-        from sae_granary.train import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module 'train' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -66,7 +66,8 @@ def resume(
 ) -> None:
     """Continue a run from its newest checkpoint, or all runs of a sweep, exactly as if it had not stopped."""
     with errors(debug):
-        from sae_granary.train.folders import is_complete, is_sweep, read_run
+        from sae_granary.common.finished_run import is_complete
+        from sae_granary.train.folders import is_sweep, read_run
         from sae_granary.train.state.checkpoint import list_checkpoints
 
         if is_sweep(folder):
@@ -88,8 +89,8 @@ def compare(
 ) -> None:
     """Print the results of finished runs side by side."""
     with errors(debug):
+        from sae_granary.common.finished_run import read_summary
         from sae_granary.train.commands.result_tables import show_results
-        from sae_granary.train.folders import read_summary
 
         show_results([read_summary(folder) for folder in _finished(folders)])
 
@@ -145,8 +146,8 @@ def types(
 
 def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among folders and in sweeps; what is not one is skipped with a word, unless none is left."""
-    from sae_granary.train.errors import NotARunError
-    from sae_granary.train.folders import is_sweep, read_summary
+    from sae_granary.common.finished_run import NotARunError, read_summary
+    from sae_granary.train.folders import is_sweep
     from sae_granary.train.sweeps.sweep_plan import load_plan
 
     found, skipped = [], []

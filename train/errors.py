@@ -3,9 +3,9 @@
 TrainError(GranaryError)
 ├── ConfigError(TrainError, ValueError)        a setting is unknown, of the wrong type or out of range
 ├── RunExistsError(TrainError, FileExistsError) the run's folder holds another run
-├── NotARunError(TrainError, FileNotFoundError) a folder holds no run
 ├── CheckpointError(TrainError, ValueError)    a checkpoint is damaged or belongs to something else
 ├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
+├── FilesDifferError(TrainError, ValueError)   the files of a finished run give another SAE than was trained
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
 """
 
@@ -29,16 +29,16 @@ class RunExistsError(TrainError, FileExistsError):
     """The run's folder exists; nothing in it was touched."""
 
 
-class NotARunError(TrainError, FileNotFoundError):
-    """The folder holds no run that this version can read."""
-
-
 class CheckpointError(TrainError, ValueError):
     """A checkpoint is damaged, or belongs to another cache, type or version."""
 
 
 class DivergedError(TrainError, ArithmeticError):
     """Too many steps in a row were rejected for NaN or Inf."""
+
+
+class FilesDifferError(TrainError, ValueError):
+    """The files of a finished run give another reconstruction than the SAE that was trained; checkpoints are kept."""
 
 
 class InterruptedRunError(TrainError):

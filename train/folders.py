@@ -1,17 +1,7 @@
-"""The folder of a run, and what is read back from it.
-
-runs/<name>/
-    config.yaml              every setting, resolved
-    run.json                 pinned shards, row accounting, what the run belongs to
-    metrics.jsonl            one line per `log_every` steps
-    checkpoints/step_N/      native form and trainer state
-    cfg.json  sae_weights.safetensors  granary.json     the result in inference form
-    summary.json             written last: the run is complete
-"""
+"""Claiming and locking the folders of runs and sweeps; what is in them says `common.finished_run`."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,16 +12,16 @@ import yaml
 
 from sae_granary.cache.errors import CacheLockedError
 from sae_granary.common import run_files as files
+from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
 from sae_granary.common.lock import CacheLock
 from sae_granary.train.config.merge import from_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
-from sae_granary.train.errors import ConfigError, NotARunError, RunExistsError
+from sae_granary.train.errors import ConfigError, RunExistsError
 
-CONFIG, RECORD, SUMMARY, LOCK = "config.yaml", "run.json", "summary.json", ".lock"
+LOCK = ".lock"
 PLAN = "sweep.json"  # of a sweep, which holds the folders of its runs
-FAILURE = "failure.json"  # what stopped a member of a sweep
-RECORD_VERSION = 1
+FAILURE = "failure.json"  # what stopped a run of a sweep
 
 
 def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
@@ -121,15 +111,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a run wrote a summary that can be read; a damaged one is written again."""
-    try:
-        read_summary(folder)
-    except NotARunError:
-        return False
-    return True
-
-
 def _is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing but what a start leaves that was killed at once."""
     if not folder.is_dir():
@@ -139,30 +120,13 @@ def _is_unused(folder: Path) -> bool:
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The resolved config and the record of a run's folder. Raises NotARunError."""
+    record = read_record(folder)
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         content = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotARunError(f"{folder} holds no run: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise NotARunError(f"{folder}: the run's files cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
-        raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {RECORD_VERSION})")
-    if missing := [key for key in ("counts", "cache", "order", "wandb_id") if key not in record]:
-        raise NotARunError(f"{folder / RECORD} is damaged: {missing[0]} is missing")
-    return from_sections(content, str(folder / CONFIG)), record
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run. Raises NotARunError."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        begun = (folder / RECORD).is_file()
-        remedy = f"continue it with: sae-train resume {folder}" if begun else f"expected a folder with {SUMMARY}"
-        raise NotARunError(f"{folder} holds no finished run; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise NotARunError(f"{folder / SUMMARY} cannot be read: {error}") from None
-    if not isinstance(summary, dict) or not isinstance(summary.get("eval"), dict):
-        raise NotARunError(f"{folder / SUMMARY} is not the summary of a run")
-    return summary
+        raise NotARunError(f"{folder} holds no run: {CONFIG} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise NotARunError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise NotARunError(f"{folder / CONFIG} holds no settings")
+    return from_sections(content, str(folder / CONFIG)), record

@@ -1,4 +1,4 @@
-"""The step and the loop, nothing else.
+"""One training step, nothing else. How several runs take their steps from one stream: `train.lockstep`.
 
     batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalise
 
@@ -8,17 +8,12 @@ Shapes: B rows of a batch, D = d_in.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from sae_granary.cache.load.loader import Batch
-from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
@@ -28,9 +23,6 @@ from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
-
-AnyBatch = Batch | Contexts  # shuffled rows, or whole windows for a loss through the language model
-T = TypeVar("T", bound="Trainee")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,69 +138,6 @@ class _Measured:
         out = terms.out
         self.evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
         self.details = {**sae.monitor(out), **terms.details}
-
-
-class Trainee(Protocol):
-    """What takes a step with every batch of a stream: a run with all that surrounds its steps."""
-
-    @property
-    def step(self) -> int:
-        """Batches taken so far."""
-
-    @property
-    def done(self) -> bool:
-        """Whether it wants no more."""
-
-    def take(self, batch: AnyBatch, waited: float) -> None:
-        """Train on a batch; `waited` is its share of the seconds for which the batch was waited for."""
-
-
-class Stream(Protocol):
-    """Batches from some step on."""
-
-    def __next__(self) -> AnyBatch:
-        """The next batch."""
-
-    def close(self) -> None:
-        """Release what is held."""
-
-
-def train(
-    trainees: Iterable[T],
-    open_stream: Callable[[T], Stream],
-    *,
-    after_batch: Callable[[Sequence[T]], None] = lambda active: None,
-    on_failure: Callable[[T, Exception], None] | None = None,
-) -> None:
-    """Feed one stream to all until none wants more. `open_stream(t)` gives the batches from t's step on.
-
-    Each joins at its own step: the stream starts where the one behind stands. `after_batch` sees who took the batch.
-    One that raises is left out, after `on_failure`; without it the exception ends the training.
-    """
-    left = [t for t in trainees if not t.done]
-    while left:
-        first = min(left, key=lambda t: t.step)
-        step = first.step
-        with closing(open_stream(first)) as stream:
-            while active := [t for t in left if t.step == step]:
-                before = time.perf_counter()
-                batch = next(stream)
-                waited = (time.perf_counter() - before) / len(active)
-                failed = [t for t in active if not _takes(t, batch, waited, on_failure)]
-                step += 1
-                left = [t for t in left if t not in failed and not t.done]
-                after_batch([t for t in active if t not in failed])
-
-
-def _takes(trainee: T, batch: AnyBatch, waited: float, on_failure: Callable[[T, Exception], None] | None) -> bool:
-    try:
-        trainee.take(batch, waited)
-    except Exception as error:
-        if on_failure is None:
-            raise
-        on_failure(trainee, error)
-        return False
-    return True
 
 
 def measures(run: Run) -> bool:

@@ -10,29 +10,22 @@ from typing import Any, Literal
 
 from sae_granary import sae_core
 from sae_granary.common.errors import nearest
+from sae_granary.common.finished_run import RECORD, SUMMARY, is_complete, read_summary
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError, RunExistsError
-from sae_granary.train.folders import (
-    RECORD,
-    SUMMARY,
-    check_name,
-    claim_folder,
-    exclusive,
-    is_complete,
-    read_run,
-    read_summary,
-)
+from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity
-from sae_granary.train.sinks.sink import JsonlSink, Sink, Sinks
+from sae_granary.train.open_trainer import open_trainer
+from sae_granary.train.sinks.registry import open_sinks
+from sae_granary.train.sinks.sink import Sink, Sinks
 from sae_granary.train.state.checkpoint import check_identity
-from sae_granary.train.trainer import Result, open_trainer
-
-__all__ = ["Result", "resume_training", "train_sae"]
+from sae_granary.train.trainer import Result
 
 
 def train_sae(
@@ -62,7 +55,7 @@ def train_sae(
     data = RunData.open(config)
     if resume == "auto" and (begun := _begun(config, data.config)) is not None:
         return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
-    data.check_language_model()
+    check_language_model(data)
     check_capacity(data.config)
     folder = claim_folder(data.config, overwrite=overwrite)
     return _train(data, folder, sinks, Callbacks(callbacks), stop)
@@ -131,27 +124,12 @@ def _train(
         stack.enter_context(exclusive(folder))
 
         def make_sinks(wandb_id: str) -> Sinks:
-            sinks = all_sinks(data.config, folder, wandb_id, extra)
+            sinks = open_sinks(data.config, folder, wandb_id, extra)
             stack.callback(sinks.close)
             return sinks
 
-        member = open_trainer(data, folder, make_sinks, callbacks=callbacks)
-        return train_together([member], StopRequest() if stop is None else stop)[member]
-
-
-def all_sinks(config: TrainConfig, folder: Path, wandb_id: str, extra: Sequence[Sink]) -> Sinks:
-    """The sinks of a run: metrics.jsonl, wandb and TensorBoard when asked, and those given."""
-    sinks: list[Sink] = [JsonlSink(folder)]
-    if config.wandb != "off":
-        from sae_granary.train.sinks.wandb_sink import WandbSink
-
-        artifacts = config.wandb_artifacts
-        sinks.append(WandbSink(folder, config.wandb_project, config.wandb, wandb_id, artifacts=artifacts))
-    if config.tensorboard:
-        from sae_granary.train.sinks.tensorboard_sink import TensorboardSink
-
-        sinks.append(TensorboardSink(folder))
-    return Sinks([*sinks, *extra])
+        trainer = open_trainer(data, folder, make_sinks, callbacks=callbacks)
+        return train_together([trainer], StopRequest() if stop is None else stop)[trainer]
 
 
 def _replace(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:

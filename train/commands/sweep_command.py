@@ -14,7 +14,7 @@ from sae_granary.train.config.flags import takes_settings
 
 if TYPE_CHECKING:
     from sae_granary.train.config.flags import Given
-    from sae_granary.train.sweeps.sweep import SweepResult
+    from sae_granary.train.sweeps.results import SweepResult
     from sae_granary.train.sweeps.sweep_plan import Plan
 
 
@@ -111,11 +111,11 @@ def resume_grid(folder: Path, quiet: bool) -> None:
 
 def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
+    from sae_granary.common.finished_run import read_summary
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import stop_on_signals
     from sae_granary.train.commands.result_tables import show_results
-    from sae_granary.train.folders import read_summary
-    from sae_granary.train.sweeps.sweep import Reporter
+    from sae_granary.train.sweeps.reporter import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
     with tuned_process(device), stop_on_signals() as stop:

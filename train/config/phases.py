@@ -8,7 +8,7 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 
 
-def first_window_step(config: TrainConfig) -> int | None:
+def first_context_step(config: TrainConfig) -> int | None:
     """The first step of a resolved config that takes windows instead of shuffled rows; None where none does."""
     if config.options.get("loss") in LM_LOSSES:
         return 0
@@ -20,12 +20,12 @@ def first_window_step(config: TrainConfig) -> int | None:
 
 def needs_language_model(config: TrainConfig) -> bool:
     """Whether a run loads the model that its cache was harvested from."""
-    return first_window_step(config) is not None or bool(config.eval_downstream)
+    return first_context_step(config) is not None or bool(config.eval_downstream)
 
 
 def check_phases(config: TrainConfig) -> None:
     """Refuse a resolved config whose losses cannot go through a language model. Raises ConfigError."""
-    loss, start = config.options.get("loss"), first_window_step(config)
+    loss, start = config.options.get("loss"), first_context_step(config)
     reads = sae_core.registry.get(config.type).reads
     if loss in LM_LOSSES and config.finetune_kl is not None:
         raise ConfigError(f"finetune_kl={config.finetune_kl} with loss={loss}: the whole run goes through the model")

@@ -12,7 +12,7 @@ from sae_granary import sae_core
 from sae_granary.cache.load.selection import Counts, Filters, Holdout
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import nearest
-from sae_granary.train.config.phases import check_phases, first_window_step
+from sae_granary.train.config.phases import check_phases, first_context_step
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim import schedule
@@ -122,7 +122,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         options={f.name: getattr(variant, f.name) for f in fields(variant)},
     )
     check_phases(resolved)
-    downstream = first_window_step(resolved) is not None if config.eval_downstream is None else config.eval_downstream
+    downstream = first_context_step(resolved) is not None if config.eval_downstream is None else config.eval_downstream
     return replace(resolved, name=config.name or default_name(resolved), eval_downstream=downstream)
 
 
@@ -144,7 +144,7 @@ def default_name(config: TrainConfig) -> str:
     parts: list[Any] = [Path(config.cache).name, hooks, config.type, f"d{config.options['d_sae']}"]
     if "k" in config.options:
         parts.append(f"k{config.options['k']}")
-    if first_window_step(config) is not None:
+    if first_context_step(config) is not None:
         parts.append("klft" if config.finetune_kl else config.options["loss"])
     seeds = (config.shuffle_seed, config.init_seed)
     parts.append(f"s{config.init_seed}" if seeds[0] == seeds[1] else f"s{seeds[1]}-o{seeds[0]}")

@@ -1,47 +1,67 @@
-"""The batches of a run from any of its steps on: shuffled rows, and whole windows where it goes through the model."""
+"""Training batches of a run from any of its steps on: shuffled rows, or whole contexts through the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sae_granary.cache.load.loader import Batch, LoaderState
+from sae_granary.cache.load.loader import Batch, Loader, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState
 from sae_granary.models.language.language_model import LanguageModel
-from sae_granary.train.config.phases import first_window_step
-from sae_granary.train.data.run_data import RunData, open_stream
+from sae_granary.train.config.phases import first_context_step
+from sae_granary.train.config.resolve import filters_of, holdout_of
+from sae_granary.train.data.language import training_contexts
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.spliced_input import SplicedInput
 from sae_granary.train.step_input import RowInput
+
+
+def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Loader:
+    """One loader of endless training batches for runs of equal `stream_key`: the rows of all their hook points."""
+    first, config = runs[0], runs[0].config
+    return Loader(
+        first.cache,
+        list(dict.fromkeys(hook for run in runs for hook in run.config.hook)),
+        batch_size=config.batch_size,
+        seed=first.order.seed,
+        device=config.device,
+        filters=filters_of(config),
+        holdout=holdout_of(config),
+        state=state,
+        previous=first.reads_previous,
+        counts=first.counts,
+        order=first.order,
+    )
 
 
 class RunStream:
     """One stream for runs of equal `RunData.stream_key`, from a step on.
 
-    `state` is that of the newest batch taken. At the first step of windows it is still the loader's, and the windows
+    `state` is that of the newest batch taken. At the first step of contexts it is still the loader's, and the contexts
     start with the first of the cache.
     """
 
     def __init__(self, runs: Sequence[RunData], state: LoaderState, step: int) -> None:
         self._runs, self._step = runs, step
-        self._first_window_step = first_window_step(runs[0].config)
-        self._loader = None if self._at_windows else open_stream(runs, state)
-        begun = self._first_window_step is not None and step > self._first_window_step
+        self._first_context_step = first_context_step(runs[0].config)
+        self._loader = None if self._at_contexts else open_stream(runs, state)
+        begun = self._first_context_step is not None and step > self._first_context_step
         self._state = ContextsState(state.epoch, state.cursor) if begun else ContextsState()
-        self._windows: Iterator[Contexts] | None = None
+        self._contexts: Iterator[Contexts] | None = None
 
     @property
-    def _at_windows(self) -> bool:
-        return self._first_window_step is not None and self._step >= self._first_window_step
+    def _at_contexts(self) -> bool:
+        return self._first_context_step is not None and self._step >= self._first_context_step
 
     def __next__(self) -> Batch | Contexts:
-        if not self._at_windows:
+        if not self._at_contexts:
             assert self._loader is not None
             self._step += 1
             return next(self._loader)
-        if self._windows is None:
+        if self._contexts is None:
             self.close()
-            self._windows = self._runs[0].windows(self._state)
+            self._contexts = training_contexts(self._runs[0], self._state)
         self._step += 1
-        return next(self._windows)
+        return next(self._contexts)
 
     def close(self) -> None:
         """Stop the loader's threads."""
@@ -60,7 +80,7 @@ def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInpu
 
 
 def state_after(data: RunData, batch: Batch | Contexts) -> LoaderState:
-    """Where the stream stands behind a batch, as a checkpoint keeps it: of windows the cursor is their reader's."""
+    """The stream's state behind a batch, as a checkpoint keeps it: of contexts the cursor is their reader's."""
     if isinstance(batch, Batch):
         return batch.state
     return LoaderState(data.order.seed, batch.state.epoch, batch.state.cursor)

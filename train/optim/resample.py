@@ -19,8 +19,7 @@ ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new l
 
 def is_due(run: Run) -> bool:
     """Whether dead latents are resampled behind the step that was just taken."""
-    every = run.config.resample_every
-    return every > 0 and run.step % every == 0 and run.step <= run.config.resample_until * run.n_steps
+    return run.is_at(run.config.resample_every) and run.step <= run.config.resample_until * run.n_steps
 
 
 @torch.no_grad()

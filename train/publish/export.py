@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_granary import sae_core
 from sae_granary.common.errors import nearest
+from sae_granary.common.finished_run import SAE_RECORD, read_metadata
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
-from sae_granary.sae_core.files.io import OURS, save_sparsify
+from sae_granary.sae_core.files.io import save_sparsify
 from sae_granary.sae_core.files.saelens import own
 from sae_granary.train.errors import ConfigError, RunExistsError
 
@@ -30,20 +30,11 @@ def export(run: Path, to: str, out: Path) -> Path:
     return WRITERS[to](sae, out, metadata)
 
 
-def read_metadata(run: Path) -> dict[str, Any]:
-    """What the run wrote about where its SAE belongs."""
-    try:
-        record = json.loads((run / OURS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return dict(record.get("metadata", {}))
-
-
 def _saelens(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
     if not own(type(sae.core), "saelens_architecture"):
         raise ConfigError(f"type {sae.type_name} cannot be written for SAELens: it has no such architecture")
     sae_core.save(sae, out, metadata)
-    (out / OURS).unlink()
+    (out / SAE_RECORD).unlink()
     return out
 
 

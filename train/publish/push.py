@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_granary.train.errors import NotARunError, TrainError
-from sae_granary.train.folders import read_summary
-from sae_granary.train.publish.export import read_metadata
+from sae_granary.common.finished_run import (
+    CONFIG,
+    SAE_FILES,
+    SUMMARY,
+    NotARunError,
+    read_metadata,
+    read_summary,
+)
+from sae_granary.train.errors import TrainError
 
-FILES = ("cfg.json", "sae_weights.safetensors", "granary.json", "granary.safetensors", "config.yaml", "summary.json")
+FILES = (*SAE_FILES, CONFIG, SUMMARY)
 METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "dead", "never_fired", "decoder_max_cosine")
 
 

@@ -1,31 +1,32 @@
-"""Metrics of an SAE in inference on rows that it has not seen."""
+"""Metrics of an SAE in inference on rows that it was not trained on: at the end of a run, and while it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.models.language.losses import downstream
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows
 from sae_granary.sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_cosine
+from sae_granary.train.optim.ema import averaged
+from sae_granary.train.state.run_state import Run
+
+VALIDATED = ("l0", "fvu", "explained_variance", "mse", "dead")
 
 
 @torch.no_grad()
-def evaluate(
-    sae: SAE, batches: Iterable[Tensor | Mapping[str, Tensor]], dead_threshold: float = DEAD_THRESHOLD
-) -> dict[str, float]:
+def evaluate(sae: SAE, batches: Iterable[Rows], dead_threshold: float = DEAD_THRESHOLD) -> dict[str, float]:
     """Stream rows through the SAE: l0, fvu, explained_variance, mse, cosine, l2_ratio, dead, never_fired, n_rows.
 
     `dead` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
     mode that it was in.
     """
     evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold)
-    with _in_evaluation(sae):
+    with in_evaluation(sae):
         for x in batches:
             out = sae(x)
             evaluator.update(out.x, out.x_hat, out.codes)
@@ -42,12 +43,27 @@ def evaluate_downstream(
     sae: SAE, model: LanguageModel | EmbeddingModel, contexts: Iterable[Contexts]
 ) -> dict[str, float | None]:
     """`models.language.losses.downstream` of an SAE, which is left in the mode that it was in."""
-    with _in_evaluation(sae):
+    with in_evaluation(sae):
         return downstream(lambda x: sae(x).x_hat, model, contexts)
 
 
+def validate(run: Run, batches: Iterable[Rows]) -> dict[str, float]:
+    """`val/<name>` of the weights that would be the result now; counts towards `early_stop`.
+
+    A threshold of inference is the average of training here: the calibration comes at the end.
+    """
+    with averaged(run.sae, run.ema):
+        numbers = evaluate(run.sae, batches, run.config.dead_threshold)
+    if "fvu" not in numbers:
+        return {}
+    run.score = numbers["fvu"]
+    run.patience.saw(run.score)
+    return {f"val/{name}": numbers[name] for name in VALIDATED}
+
+
 @contextmanager
-def _in_evaluation(sae: SAE) -> Iterator[None]:
+def in_evaluation(sae: SAE) -> Iterator[None]:
+    """Inside, an SAE is in evaluation mode; behind it in the mode that it was in."""
     training = sae.training
     sae.eval()
     try:

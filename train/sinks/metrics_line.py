@@ -1,27 +1,22 @@
-"""What is written about a run: a line of metrics.jsonl, and summary.json."""
+"""What is written about a step: a line of metrics, and histograms now and then."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
-from sae_granary.models.language.losses import notes_on
-from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import StepResult
-from sae_granary.train.sinks.sink import read_metrics
 from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
 
 MEASURED = ("l0", "fvu", "explained_variance", "mse")
 
 
-def metrics_of(run: Run, state: LoaderState, result: StepResult, clock: Clock) -> dict[str, Any]:
+def metrics_line(run: Run, state: LoaderState, result: StepResult, clock: Clock) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     dead = int(run.sae.dead_mask.sum())
     wanted = {name: result.metrics[name] for name in MEASURED if name in result.metrics}
@@ -67,40 +62,3 @@ def histograms_of(run: Run) -> dict[str, Tensor]:
         "tokens_since_fired": core.num_tokens_since_fired.double(),
         **own,
     }
-
-
-def summarize(
-    run: Run, data: RunData, numbers: Mapping[str, float | None], l0_train: float | None, seconds: float
-) -> dict[str, Any]:
-    """summary.json: what was trained, and how good it is."""
-    config = data.config
-    return {
-        "name": config.name,
-        "type": config.type,
-        "cache": config.cache,
-        "hook": list(config.hook),
-        "d_in": config.options["d_in"],
-        "d_sae": config.options["d_sae"],
-        "k": config.options.get("k"),
-        "steps": run.step,
-        "tokens": run.tokens,
-        "rejected": run.rejected,
-        "l0_train": l0_train,
-        "dead": float(run.sae.dead_mask.float().mean()),
-        "dead_threshold": config.dead_threshold,
-        "dead_after_tokens": config.options.get("dead_after_tokens"),
-        "eval_part": data.eval_part,
-        "eval": dict(numbers),
-        "notes": notes_on(numbers),
-        "rows": data.counts.to_json(),
-        "device": config.device,
-        "versions": {"torch": torch.__version__},
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
-    }
-
-
-def last_training_l0(folder: Path) -> float | None:
-    """L0 of the training activation on the last measured batch."""
-    values = [line["l0"] for line in read_metrics(folder) if "l0" in line]
-    return float(values[-1]) if values else None

@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run's folder. Imported only when asked for; needs the extra `tensorboard`."""
+"""TensorBoard event files in the run's folder; needs the extra `tensorboard`, which is imported only when asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.sinks.chart_names import chart_name, charted
+from sae_granary.train.sinks.registry import register
 from sae_granary.train.sinks.sink import BaseSink, Histograms, Metrics
 
 FOLDER = "tensorboard"
@@ -46,3 +48,9 @@ class TensorboardSink(BaseSink):
         """Close the files."""
         if self._writer is not None:
             self._writer.close()
+
+
+@register
+def opened(config: TrainConfig, folder: Path, run_id: str) -> TensorboardSink | None:
+    """Asked for by `tensorboard`."""
+    return TensorboardSink(folder) if config.tensorboard else None

@@ -1,4 +1,4 @@
-"""Weights & Biases, under the metric names that SAELens users chart. Imported only when asked for."""
+"""Weights & Biases, under the metric names that SAELens users chart. wandb is imported only when asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from sae_granary.common.finished_run import CONFIG, SAE_FILES
+from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.sinks.chart_names import chart_name, charted
+from sae_granary.train.sinks.registry import register
 from sae_granary.train.sinks.sink import BaseSink, Histograms, Metrics
 
 
@@ -24,7 +27,7 @@ def _histogram(values: Tensor) -> tuple[Any, Any]:
     return counts, edges
 
 
-RESULT_FILES = ("cfg.json", "sae_weights.safetensors", "granary.json", "granary.safetensors", "config.yaml")
+ARTIFACT_FILES = (*SAE_FILES, CONFIG)
 
 
 class WandbSink(BaseSink):
@@ -76,7 +79,7 @@ class WandbSink(BaseSink):
         import wandb
 
         artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]", "-", self.folder.name)[:128], type="model")
-        for path in sorted(p for p in self.folder.iterdir() if p.name in RESULT_FILES):
+        for path in sorted(p for p in self.folder.iterdir() if p.name in ARTIFACT_FILES):
             artifact.add_file(str(path))
         self._run.log_artifact(artifact)
 
@@ -84,3 +87,11 @@ class WandbSink(BaseSink):
         """Close the run."""
         if self._run is not None:
             self._run.finish()
+
+
+@register
+def opened(config: TrainConfig, folder: Path, run_id: str) -> WandbSink | None:
+    """Asked for by `wandb`."""
+    if config.wandb == "off":
+        return None
+    return WandbSink(folder, config.wandb_project, config.wandb, run_id, artifacts=config.wandb_artifacts)

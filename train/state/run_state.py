@@ -76,6 +76,10 @@ class Run:
         """Whether every step was taken, or validations stopped paying."""
         return self.step >= self.n_steps or self.patience.is_over(self.config.early_stop)
 
+    def is_at(self, every: int) -> bool:
+        """Whether the step taken last is one of every n-th; of none for 0."""
+        return every > 0 and self.step % every == 0
+
     @property
     def parameter_names(self) -> dict[nn.Parameter, str]:
         """Parameter -> its name, for the optimizer's state."""

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_granary.common import run_files as files
-from sae_granary.train.folders import FAILURE, is_complete, read_summary
+from sae_granary.common.finished_run import is_complete, read_summary
+from sae_granary.train.folders import FAILURE
 from sae_granary.train.sweeps.sweep_plan import Entry, Plan
 
 Row = Mapping[str, Any]
@@ -18,6 +20,19 @@ Row = Mapping[str, Any]
 CSV_FILE, MARKDOWN_FILE, JSON_FILE, PLOT_FILE = "results.csv", "results.md", "results.json", "pareto.png"
 MARKDOWN_COLUMNS = ("name", "type", "hook", "d_sae", "k", "init_seed", "l0", "fvu", "dead", "tokens", "seconds")
 DOWNSTREAM_COLUMNS = ("ce_score", "kl")  # shown where a run measured them
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The folder of a sweep and its table: one row per SAE."""
+
+    folder: Path
+    rows: Sequence[Row]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Name -> error of those that have no result."""
+        return {str(row["name"]): str(row["error"]) for row in self.rows if row.get("error")}
 
 
 def sweep_rows(plan: Plan, folder: Path) -> list[Row]:

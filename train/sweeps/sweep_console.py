@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sae_granary.train.sinks.console_sink import PLAIN_SECONDS, duration, quantity
 from sae_granary.train.sinks.sink import BaseSink, Metrics, Sink
-from sae_granary.train.sweeps.sweep import Reporter
+from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from sae_granary.cache.load.selection import Counts
 from sae_granary.common import run_files as files
+from sae_granary.common.finished_run import NotARunError
 from sae_granary.sae_core.errors import SAEError
 from sae_granary.train.config.merge import from_sections, to_sections
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import NotARunError
 from sae_granary.train.folders import PLAN, check_name
 
 PLAN_VERSION = 1

@@ -1,0 +1,79 @@
+"""From a folder to a trainer: at the newest checkpoint of its run, or at the start of a new one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary.cache.load.loader import LoaderState
+from sae_granary.common import run_files as files
+from sae_granary.common.finished_run import CONFIG, RECORD, RECORD_VERSION
+from sae_granary.sae_core import Rows
+from sae_granary.train.callbacks import Callbacks
+from sae_granary.train.config.merge import to_yaml
+from sae_granary.train.data import passes
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.folders import read_run
+from sae_granary.train.sinks.sink import Sinks
+from sae_granary.train.state import checkpoint
+from sae_granary.train.state.initial import start_from
+from sae_granary.train.state.rng import Rng
+from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.trainer import Trainer
+
+
+def open_trainer(
+    data: RunData,
+    folder: Path,
+    make_sinks: Callable[[str], Sinks],
+    sample: Callable[[RunData], Rows] = passes.sample,
+    callbacks: Callbacks | None = None,
+) -> Trainer:
+    """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
+
+    A run that never started is recorded first: from then on it can be resumed. `make_sinks` gets the id for wandb.
+    Raises CheckpointError (damaged, or another cache).
+    """
+    record = _record(data, folder)
+    files.remove_temporary(folder / checkpoint.FOLDER)
+    sinks = make_sinks(str(record["wandb_id"]))
+    found = checkpoint.list_checkpoints(folder)
+    if found:
+        restored = checkpoint.load(found[-1], data.config, data.identity)
+        if callbacks is not None:
+            callbacks.restore(restored.extra.get("callbacks", []))
+        return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
+    state = LoaderState(data.order.seed)
+    return Trainer(data, _fresh_run(data, sample), folder, sinks, state, callbacks=callbacks)
+
+
+def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
+    """run.json of the folder, written unless it is there."""
+    identity = asdict(data.identity)
+    if (folder / RECORD).is_file():
+        record = read_run(folder)[1]
+        checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
+        return record
+    record = {"version": RECORD_VERSION, "counts": data.counts.to_json(), **identity, "wandb_id": secrets.token_hex(8)}
+    files.write_text(folder / CONFIG, to_yaml(data.config))
+    files.write_json(folder / RECORD, record)
+    return record
+
+
+def _fresh_run(data: RunData, sample: Callable[[RunData], Rows]) -> Run:
+    """Build and initialize the SAE from a sample of training rows."""
+    assert data.config.init_seed is not None
+    seed = data.config.init_seed
+    with Rng.seeded(seed) as rng:
+        sae = build_sae(data.config)
+        sae.initialize(sample(data), torch.Generator().manual_seed(seed))
+        if data.config.init_from is not None:
+            start_from(sae, data.config.init_from)
+        run = Run.create(data.config, sae)
+    run.rng = rng
+    return run

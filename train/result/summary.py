@@ -1,0 +1,77 @@
+"""What a finished run says about itself: summary.json, and the metadata of the SAE's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary.common.finished_run import read_metrics
+from sae_granary.models.language.losses import notes_on
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.state.checkpoint import best_checkpoint
+from sae_granary.train.state.run_state import Run
+
+
+def summarize(
+    run: Run, data: RunData, folder: Path, numbers: Mapping[str, float | None], seconds: float
+) -> dict[str, Any]:
+    """summary.json: what was trained, and how good it is."""
+    config = data.config
+    summary = {
+        "name": config.name,
+        "type": config.type,
+        "cache": config.cache,
+        "hook": list(config.hook),
+        "d_in": config.options["d_in"],
+        "d_sae": config.options["d_sae"],
+        "k": config.options.get("k"),
+        "steps": run.step,
+        "tokens": run.tokens,
+        "rejected": run.rejected,
+        "l0_train": _last_training_l0(folder),
+        "dead": float(run.sae.dead_mask.float().mean()),
+        "dead_threshold": config.dead_threshold,
+        "dead_after_tokens": config.options.get("dead_after_tokens"),
+        "eval_part": data.eval_part,
+        "eval": dict(numbers),
+        "notes": notes_on(numbers),
+        "rows": data.counts.to_json(),
+        "device": config.device,
+        "versions": {"torch": torch.__version__},
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
+    }
+    if config.keep_best and (best := best_checkpoint(folder)):
+        summary["best_checkpoint"] = best.name
+    return summary
+
+
+def _last_training_l0(folder: Path) -> float | None:
+    """L0 of the training activation on the last measured batch."""
+    values = [line["l0"] for line in read_metrics(folder) if "l0" in line]
+    return float(values[-1]) if values else None
+
+
+def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
+    """What `cfg.json` says about where the SAE belongs."""
+    model = data.cache.manifest.provenance.get("model", {})
+    points = [data.cache.hook_points[name] for name in data.config.hook]
+    metadata: dict[str, Any] = {
+        "model_name": model.get("id"),
+        "model_revision": model.get("revision"),
+        "hook_name": ",".join(_saelens_hook(p.name) for p in points),
+        "hf_hook_name": ",".join(p.module for p in points),
+        "hook_points": [p.name for p in points],
+        "cache_fingerprint": dict(data.cache.manifest.fingerprint),
+        "run": folder.name,
+    }
+    return metadata
+
+
+def _saelens_hook(name: str) -> str:
+    """layer_6 -> blocks.6.hook_resid_post, as SAELens and TransformerLens call it; others keep their name."""
+    layer = name.removeprefix("layer_")
+    return f"blocks.{layer}.hook_resid_post" if layer.isdigit() else name

@@ -1,0 +1,42 @@
+"""metrics.jsonl: the log that every run writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_granary.common import run_files as files
+from sae_granary.common.finished_run import METRICS, read_metrics
+from sae_granary.train.sinks.sink import BaseSink, Metrics
+
+
+class JsonlSink(BaseSink):
+    """metrics.jsonl in the run's folder; a resume cuts it back to the checkpoint's step."""
+
+    essential = True  # without its metrics a run is not worth continuing: the disk is full
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / METRICS
+
+    def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
+        """Keep the lines up to the step that the run continues behind."""
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        files.write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def metrics(self, metrics: Metrics) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """To the disk, so that no checkpoint is ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self, "_file"):
+            self._file.close()

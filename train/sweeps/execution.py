@@ -1,0 +1,143 @@
+"""Carry out the plan of a sweep."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary.common import run_files as files
+from sae_granary.common.finished_run import is_complete
+from sae_granary.common.signals import StopRequest
+from sae_granary.sae_core import Rows
+from sae_granary.train.callbacks import AnyCallback, Callbacks
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data import passes
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.errors import DivergedError, InterruptedRunError
+from sae_granary.train.folders import FAILURE, exclusive
+from sae_granary.train.lockstep import train_together
+from sae_granary.train.open_trainer import open_trainer
+from sae_granary.train.sinks.registry import open_sinks
+from sae_granary.train.sinks.sink import Sinks
+from sae_granary.train.sweeps.reporter import Reporter
+from sae_granary.train.sweeps.results import SweepResult, read_failure, sweep_rows, write_results
+from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, save_plan
+from sae_granary.train.trainer import Trainer
+
+# Makes the callbacks of one SAE from its resolved settings: they hold a state, so that no two SAEs can share them.
+MakeCallbacks = Callable[[TrainConfig], Sequence[AnyCallback]]
+
+
+class SweepExecution:
+    """A plan, carried out in its folder: one group of SAEs after another."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        callbacks: MakeCallbacks | None,
+        reporter: Reporter | None,
+        stop: StopRequest | None,
+    ) -> None:
+        self.plan, self.folder, self.callbacks = plan, folder, callbacks
+        self.reporter = Reporter() if reporter is None else reporter
+        self.stop = StopRequest() if stop is None else stop
+
+    def execute(self, *, fresh: bool = False) -> SweepResult:
+        """Train what has no result yet, then write the tables; a fresh plan is saved first."""
+        try:
+            with exclusive(self.folder):
+                if fresh:
+                    save_plan(self.plan, self.folder)
+                for note in self.plan.notes:
+                    self.reporter.message(note)
+                for group in self.plan.groups:
+                    self._train(group)
+                rows = sweep_rows(self.plan, self.folder)
+                write_results(rows, self.folder)
+        except InterruptedRunError as error:
+            raise InterruptedRunError(error.signum, error.step, self.folder) from None
+        finally:
+            self.reporter.close()
+        return SweepResult(self.folder, rows)
+
+    def _train(self, group: Group) -> None:
+        """Train what is left of a group."""
+        left = []
+        for entry in group.entries:
+            if is_complete(self.folder / entry.name):
+                self.reporter.ended(entry.name, "was complete")
+            elif (failure := read_failure(self.folder / entry.name)) and failure.get("final"):
+                self.reporter.ended(entry.name, f"failed: {failure['error']}")
+            else:
+                left.append(entry)
+        if not left:
+            return
+        self.reporter.start(self.plan, group)
+        with ExitStack() as stack:
+            trainers = self._open(left, group, stack)
+            for trainer in train_together(trainers, self.stop, self._fail):
+                self.reporter.ended(trainer.folder.name, "complete")
+        del trainers
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next group may need larger blocks
+
+    def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Trainer]:
+        """The runs of some entries, from their checkpoints or at their start."""
+        trainers = []
+        sample = LastSample()
+        for entry in sorted(entries, key=lambda e: e.config.hook):  # those that start from one sample in a row
+            InterruptedRunError.raise_if(self.stop, 0, self.folder)
+            folder = self.folder / entry.name
+            try:
+                folder.mkdir(exist_ok=True)
+                stack.enter_context(exclusive(folder))
+                (folder / FAILURE).unlink(missing_ok=True)
+                data = RunData.reopen(entry.config, group.record)
+                sinks, callbacks = self._sinks(entry, folder, stack), self._callbacks(entry)
+                trainers.append(open_trainer(data, folder, sinks, sample, callbacks))
+            except Exception as error:
+                self._report(folder, error, 0)
+        return trainers
+
+    def _sinks(self, entry: Entry, folder: Path, stack: ExitStack) -> Callable[[str], Sinks]:
+        def make(wandb_id: str) -> Sinks:
+            sinks = open_sinks(entry.config, folder, wandb_id, self.reporter.sinks(entry))
+            stack.callback(sinks.close)
+            return sinks
+
+        return make
+
+    def _callbacks(self, entry: Entry) -> Callbacks:
+        return Callbacks() if self.callbacks is None else Callbacks(self.callbacks(entry.config))
+
+    def _fail(self, trainer: Trainer, error: Exception) -> None:
+        self._report(trainer.folder, error, trainer.step)
+
+    def _report(self, folder: Path, error: Exception, step: int) -> None:
+        """Leave a note of a failure that the others do not share."""
+        text = " ".join(str(error).split()) or repr(error)
+        failure = {"error": text, "type": type(error).__name__, "step": step}
+        files.write_json(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
+        self.reporter.ended(folder.name, f"failed: {text}")
+
+
+class LastSample:
+    """Gives the sample that an SAE starts from; the newest is kept for SAEs that start from the same."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._rows: Rows | None = None
+
+    def __call__(self, data: RunData) -> Rows:
+        """See `passes.sample`."""
+        key = (data.stream_key, data.config.hook)
+        if self._rows is None or key != self._key:
+            self._key, self._rows = key, passes.sample(data)
+        return self._rows

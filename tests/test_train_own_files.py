@@ -91,11 +91,9 @@ def test_every_type_gives_back_what_it_trained(make_cache, tmp_path, type) -> No
     settings = {k: v for k, v in SETTINGS.items() if k != "k" or "k" in registry.get(type).Config.__dataclass_fields__}
     settings |= {"cache": str(make_cache(hooks=hooks)), "type": type, "compute_dtype": "bfloat16"}
     for normalize in ("unit_norm", "mean+dataset"):
-        try:
-            result = train_sae(**settings, normalize=normalize, runs_dir=str(tmp_path / normalize))
-        except sae_core.SAEError as error:  # a crosscoder normalizes each hook point as a whole
-            assert "normalize" in str(error)
+        if (normalize, type) in REFUSED:
             continue
+        result = train_sae(**settings, normalize=normalize, runs_dir=str(tmp_path / normalize))
         assert (result.folder / SUMMARY).is_file()
 
 
@@ -104,7 +102,7 @@ def test_one_latent_that_falls_on_the_other_side_of_a_threshold_is_no_difference
     sae = train_sae(**settings, type="batchtopk").sae
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
     other = copy.deepcopy(sae)
-    acts = sae.encode(x).values
+    acts = sae.encode(x).values.detach()
     other.threshold.calibrated.fill_(float(acts[acts > 0].min()) * (1 + 1e-6))
     one = difference(sae, other, x)
     assert one.is_small
@@ -122,7 +120,7 @@ def test_numbers_of_a_difference(make_cache, tmp_path) -> None:
         shifted.b_dec += 1e-2
     found = difference(sae, shifted, x)
     norms = x.norm(dim=1)
-    ours, theirs = sae(x).x_hat, shifted(x).x_hat
+    ours, theirs = sae(x).x_hat.detach(), shifted(x).x_hat.detach()
     errors = ((ours - theirs).norm(dim=1) / norms.clamp_min(float(norms.median()))).sort().values
     assert found.row_error == pytest.approx(float(errors[-3]), rel=1e-4)  # 1 % of 200 rows may differ more
     scatter = (x - x.mean(0)).square().sum()

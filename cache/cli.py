@@ -88,7 +88,7 @@ def verify(
     with expected_errors(debug):
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
-        from sae_granary.common.quantities import size
+        from sae_granary.common.quantities import byte_size
 
         load_manifest(path)  # no cache at all is an error, not a finding
         report = _with_progress(path, quick)
@@ -100,7 +100,7 @@ def verify(
                 console.print(_plain(f"{finding.path}: {finding.problem}", "red"), soft_wrap=True)
             for name in report.foreign:
                 console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
-            checked = "sizes" if quick else f"{len(report.findings)} files, {size(report.n_bytes)}"
+            checked = "sizes" if quick else f"{len(report.findings)} files, {byte_size(report.n_bytes)}"
             n = len(report.problems)
             state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
             state += "" if report.complete else ", incomplete: the harvest has not finished"

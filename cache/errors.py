@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sae_granary.common.errors import GranaryError
-from sae_granary.common.quantities import duration
+from sae_granary.common.lock import LockedError
 
 
 class CacheError(GranaryError):
@@ -108,9 +108,8 @@ class CacheLockedError(CacheError):
 
     def __init__(self, path: Path, pid: int | None, age: float | None) -> None:
         self.path, self.pid, self.age = path, pid, age
-        who = "another process" if pid is None else f"process {pid}"
-        since = "" if age is None else f", for {duration(age)}"
-        super().__init__(f"{path} is being written by {who}{since}; wait for it, stop it, or use another --out")
+        holder = LockedError(path, pid, age).holder
+        super().__init__(f"{path} is being written by {holder}; wait for it, stop it, or use another --out")
 
 
 class BadActivationError(CacheError, ValueError):

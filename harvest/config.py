@@ -11,6 +11,7 @@ from typing import Literal
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.quantities import COUNT_WORDS, parse_count
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig, one_of
 
 DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
@@ -20,7 +21,6 @@ DEFAULT_SPLIT = "train"
 
 _NAME_BYTES = 255  # of one folder name, on every common file system
 _PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 
 
@@ -75,17 +75,16 @@ class HarvestConfig:
         return self.out if self.out is not None else Path("cache") / default_name(self.model.model, self.where)
 
 
-def parse_count(flag: str, text: str | None) -> int | None:
-    """`5M` -> 5,000,000; suffixes k, M, B (or G) and T, underscores allowed."""
+def count_of(flag: str, text: str | None) -> int | None:
+    """The value of a flag that counts: `5M` -> 5,000,000 (see `common.quantities`)."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbgt]?)", text.strip().lower().replace("_", "").replace(",", ""))
-    if match is None:
-        raise ConfigError(f"{flag} is {text!r}: give a number such as 20000, 20k, 5M or 1.5B")
-    scale = _SUFFIXES[match[2]]
-    count = round(float(match[1]) * scale) if "." in match[1] else int(match[1]) * scale
-    if count < 1 or float(match[1]) * scale < 1:
-        raise ConfigError(f"{flag} is {text!r}: give a number from 1, such as 20000, 20k, 5M or 1.5B")
+    try:
+        count = parse_count(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"{flag} is {text!r}: give {COUNT_WORDS}, at least 1")
     return count
 
 

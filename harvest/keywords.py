@@ -11,8 +11,8 @@ from sae_granary.harvest.config import (
     DEFAULT_DATASET,
     HarvestConfig,
     TextConfig,
+    count_of,
     parse_columns,
-    parse_count,
     parse_layers,
     parse_out,
 )
@@ -68,7 +68,7 @@ def make_config(**keywords: Unpack[HarvestKeywords]) -> HarvestConfig:
             raise ConfigError(f"a harvest has no setting {name!r}{hint}; `sae-harvest run --help` lists them")
     if "model" not in given:
         raise ConfigError("no model was given: name a hub id, a local folder, or demo")
-    counts = {name: parse_count("--" + name.replace("_", "-"), _text(given.get(name))) for name in _COUNTS}
+    counts = {name: count_of("--" + name.replace("_", "-"), _text(given.get(name))) for name in _COUNTS}
     dataset = given.get("dataset")
     return HarvestConfig(
         model=ModelConfig(**{name: given[name] for name in _MODEL if name in given}),

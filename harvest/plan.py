@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from sae_granary.common.files import free_bytes
-from sae_granary.common.quantities import duration
+from sae_granary.common.quantities import byte_size, duration
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import NoRowsError, SpaceError
 from sae_granary.harvest.prepare import Prepared, Say, prepare
-from sae_granary.harvest.progress import gib
 from sae_granary.harvest.text.document import documents, skipped_counts
 from sae_granary.models.tokens.stream import WindowStream, tokenize_stream
 
@@ -69,10 +68,10 @@ def plan_rows(result: Plan) -> list[tuple[str, str]]:
     ]
     if result.n_bytes is not None:
         rows += [
-            ("bytes", f"{result.n_bytes:,} ({gib(result.n_bytes)})"),
+            ("bytes", f"{result.n_bytes:,} ({byte_size(result.n_bytes)})"),
             ("shards", f"{result.n_shards:,} of up to {prepared.rows_per_shard:,} rows"),
         ]
-    rows.append(("free space", f"{result.free_bytes:,} ({gib(result.free_bytes)})"))
+    rows.append(("free space", f"{result.free_bytes:,} ({byte_size(result.free_bytes)})"))
     if result.seconds is not None:
         rows.append(("time", f"about {duration(result.seconds)} after loading, if the model is the limit"))
     return rows

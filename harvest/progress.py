@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.layout import LOG
-from sae_granary.common.quantities import duration
+from sae_granary.common.quantities import byte_size, duration
 from sae_granary.harvest.text.document import skipped_counts
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rate(), size=gib(bytes_written))
+            self._bar.update(self._task, completed=self._done, rate=self._rate(), size=byte_size(bytes_written))
             return
         now = time.perf_counter()
         if now - self._last >= _LINE_SECONDS:
@@ -76,7 +76,7 @@ class Progress:
         eta = (
             f", {duration((self._total - self._done) / rate)} left" if self._total and self._done < self._total else ""
         )
-        return f"{self._done:,}{of} {self._unit}s, {rate:,.0f} {self._unit}s/s, {gib(bytes_written)} written{eta}"
+        return f"{self._done:,}{of} {self._unit}s, {rate:,.0f} {self._unit}s/s, {byte_size(bytes_written)} written{eta}"
 
     def _open_bar(self) -> None:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -128,7 +128,7 @@ def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:
         ("rows", f"{result.n_rows:,} {unit}, {result.dtype}"),
         ("documents", f"{result.n_docs:,}"),
         ("shards", f"{result.n_shards:,}"),
-        ("bytes", f"{result.n_bytes:,} ({gib(result.n_bytes)})"),
+        ("bytes", f"{result.n_bytes:,} ({byte_size(result.n_bytes)})"),
     ]
     if result.resumed_rows:
         rows.append(("continued", f"{result.resumed_rows:,} rows were there already"))
@@ -157,8 +157,3 @@ def print_table(rows: Iterable[tuple[str, str]], title: str) -> None:
     for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
-
-
-def gib(n_bytes: int) -> str:
-    """A size for people."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

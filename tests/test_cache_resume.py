@@ -34,7 +34,7 @@ from sae_granary.cache.write import session
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common import files
-from sae_granary.common.lock import CacheLock
+from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import DocumentRow, HookPoint
 
 # Each child stops dead at the n-th call that changes a name or syncs, for every n; a second child then continues.
@@ -242,7 +242,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_two_writers_without_locks_do_no_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr(CacheLock, "acquire", lambda self: None)
+    monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
     path, spec = tmp_path / "toy", toy_spec()
     with CacheWriter.open(path, spec) as first:
         first.begin_buffer({"buffer": 0})
@@ -270,7 +270,7 @@ def test_a_shard_that_another_process_committed_is_not_overwritten(tmp_path, mon
     with CacheWriter.open(path, toy_spec()) as slow:
         slow.begin_buffer({"buffer": 0})
         slow.append(*toy_buffer(0))
-        monkeypatch.setattr(CacheLock, "acquire", lambda self: None)
+        monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
         monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # keep the slow one's temporary files
         with pytest.raises(RuntimeError):
             harvest(path, before_append=_stop_after(100))

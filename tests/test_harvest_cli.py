@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sae_granary import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.cli import app
-from sae_granary.harvest.config import HarvestConfig, default_name, parse_count, parse_layers
+from sae_granary.harvest.config import HarvestConfig, count_of, default_name, parse_layers
 from sae_granary.models.config import ModelConfig, WhereConfig
 
 Run = Callable[..., tuple[int, str]]
@@ -135,7 +135,10 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but 2 special tokens stand in each window"),
         (f"{BERT} --layer 1 {TEXT} --pack", r"--pack joins documents for decoders; an encoder would attend across"),
         (f"{BERT} --layer 1 {TEXT} --bos", r"--bos: the tokenizer has no BOS token"),
-        (f"{BERT} --layer 1 {TEXT} --max-tokens lots", r"--max-tokens is 'lots': give a number such as 20000, 20k, 5M"),
+        (
+            f"{BERT} --layer 1 {TEXT} --max-tokens lots",
+            r"--max-tokens is 'lots': give a whole number such as 20000",
+        ),
         (f"{BERT} --layer 1 {TEXT} --batch-tokens 8", r"--batch-tokens is 8: at least one window of --ctx-len 128"),
         (
             f"{BERT} --layer 1 {TEXT} --rows-per-shard 8",
@@ -297,7 +300,7 @@ def test_default_names(model_name: str, where: WhereConfig, name: str) -> None:
 
 
 def test_counts_and_layers_are_parsed() -> None:
-    assert [parse_count("-", text) for text in ("20k", "5M", "1.5B", "1_000", "7")] == [
+    assert [count_of("-", text) for text in ("20k", "5M", "1.5B", "1_000", "7")] == [
         20_000,
         5_000_000,
         1_500_000_000,

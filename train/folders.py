@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from sae_granary.cache.errors import CacheLockedError
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
-from sae_granary.common.lock import CacheLock
+from sae_granary.common.lock import FolderLock, LockedError
 from sae_granary.train.config.merge import from_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
@@ -98,13 +97,11 @@ def is_sweep(folder: Path) -> bool:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a run's folder. Raises RunExistsError while another process trains in it."""
-    lock = CacheLock(folder / LOCK)
+    lock = FolderLock(folder / LOCK)
     try:
         lock.acquire()
-    except CacheLockedError as error:
-        who = "another process" if error.pid is None else f"process {error.pid}"
-        since = "" if error.age is None else f", for {error.age:.0f} s"
-        raise RunExistsError(f"{folder} is being trained by {who}{since}: wait for it or stop it") from None
+    except LockedError as error:
+        raise RunExistsError(f"{folder} is being trained by {error.holder}: wait for it or stop it") from None
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sae_granary.cache.load.loader import LoaderState
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import CONFIG, RECORD, RECORD_VERSION
 from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks

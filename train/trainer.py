@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import SUMMARY
 from sae_granary.common.signals import StopRequest
 from sae_granary.sae_core import SAE, Rows

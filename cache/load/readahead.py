@@ -54,7 +54,7 @@ def _advise(descriptor: int, part: ShardPart, row_bytes: int) -> None:
 
 def _in_memory(files: Sequence[Sequence[tuple[Path, int]]], plan: PoolPlan) -> bool | None:
     """Whether a byte of each of some blocks can be read without waiting; None where the system cannot tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
+    if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "preadv"):
         return None
     step = max(sum(len(part.blocks) for part in plan.parts) // PROBES, 1)
     byte = bytearray(1)

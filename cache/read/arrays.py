@@ -13,6 +13,7 @@ import numpy.typing as npt
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError
 from sae_granary.cache.format.layout import ArrayLayout
 from sae_granary.cache.format.storage import Array
+from sae_granary.common.files import NO_FOLLOW, PLAIN
 
 
 class RowArray:
@@ -119,7 +120,7 @@ class HookRows(RowArray):
 
 def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | PLAIN)
     except FileNotFoundError:
         raise MissingFileError(f"{path} has gone since the cache was opened") from None
     except OSError as error:

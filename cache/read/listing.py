@@ -10,7 +10,7 @@ from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.records import is_code
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.read.render import source_name
-from sae_granary.common.quantities import size
+from sae_granary.common.quantities import byte_size
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Entry:
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""
         hooks = ", ".join(self.hook_points[:4]) + (", ..." if len(self.hook_points) > 4 else "")
-        return (self.path, self.model, hooks, f"{self.n_rows:,}", self.dtype, size(self.n_bytes), self.state)
+        return (self.path, self.model, hooks, f"{self.n_rows:,}", self.dtype, byte_size(self.n_bytes), self.state)
 
 
 def list_caches(root: Path) -> list[Entry]:

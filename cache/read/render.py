@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.stats import Stats
-from sae_granary.common.quantities import size
+from sae_granary.common.quantities import byte_size
 
 
 def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shards: int) -> dict[str, str]:
@@ -25,7 +25,7 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         "hook points": ", ".join(f"{hook.name} (d_in {hook.d_in})" for hook in manifest.hook_points),
         "dtype": manifest.dtype,
         "shards": f"{len(opened)}{part} of up to {manifest.rows_per_shard:,} rows",
-        "size": size(n_bytes),
+        "size": byte_size(n_bytes),
     }
     for name in ("model", "dataset"):
         value = source_name(manifest.provenance.get(name))

@@ -8,7 +8,6 @@ The first reader then finds the file on the disk only. File systems that cannot 
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from concurrent.futures import Executor, Future, wait
@@ -21,6 +20,12 @@ from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.storage import Array
 from sae_granary.common import files
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
 SYNC_BYTES = 32 * 2**20  # what is written is sent to the disk after so many bytes, while the next rows are checked
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # of direct writes; a fault of the disk comes again
 _SECTOR = 4096  # bytes; direct writes start and end at multiples of it, in the file and in memory
@@ -28,7 +33,7 @@ _SECTOR = 4096  # bytes; direct writes start and end at multiples of it, in the 
 
 def page_aligned(values: Array) -> Array:
     """A copy in memory that a disk can take directly."""
-    memory = mmap.mmap(-1, max(values.nbytes, 1), flags=mmap.MAP_PRIVATE)
+    memory = mmap.mmap(-1, max(values.nbytes, 1), **_PRIVATE)
     copy: Array = np.frombuffer(memory, values.dtype, values.size).reshape(values.shape)
     copy[...] = values
     return copy
@@ -91,7 +96,7 @@ class ChunkFile:
 
 def _set_direct(fd: int, direct: bool) -> bool:
     """Switch direct writing; whether the file system took it."""
-    if not hasattr(os, "O_DIRECT"):
+    if fcntl is None or not hasattr(os, "O_DIRECT"):
         return False
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:

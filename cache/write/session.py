@@ -26,7 +26,7 @@ from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import clear_uncommitted
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.common import files
-from sae_granary.common.lock import CacheLock
+from sae_granary.common.lock import FolderLock, LockedError
 
 
 class Session:
@@ -119,12 +119,21 @@ def concurrent_writes_are_clear(path: Path) -> Iterator[None]:
         ) from error
 
 
+def locked(path: Path) -> FolderLock:
+    """The lock of a cache, taken. Raises CacheLockedError while another process writes."""
+    lock = FolderLock(path / LOCK)
+    try:
+        lock.acquire()
+    except LockedError as error:
+        raise CacheLockedError(path, error.pid, error.age) from None
+    return lock
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what a writer left that was killed between its last write and its end."""
     if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
         return
-    lock = CacheLock(path / LOCK)
     with contextlib.suppress(OSError, CacheLockedError):  # a read-only cache, or its writer is just about to end
-        lock.acquire()
+        lock = locked(path)
         shutil.rmtree(path / TEMPORARY, ignore_errors=True)
         lock.release()

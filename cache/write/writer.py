@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from sae_granary.cache.errors import BadRowsError, CacheError
-from sae_granary.cache.format.layout import LOCK, MANIFEST, commit_path, zarr_files
+from sae_granary.cache.format.layout import MANIFEST, commit_path, zarr_files
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, manifest_of
 from sae_granary.cache.format.records import (
     existing_manifest,
@@ -32,12 +32,12 @@ from sae_granary.cache.format.records import (
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec, Cursor
 from sae_granary.cache.write.committed import Committed
-from sae_granary.cache.write.session import Session, concurrent_writes_are_clear, remove_leftovers
+from sae_granary.cache.write.disk_space import no_space_is_clear
+from sae_granary.cache.write.session import Session, concurrent_writes_are_clear, locked, remove_leftovers
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
 from sae_granary.cache.write.split import check_rows, documents_by_row, split_windows, window_lengths
-from sae_granary.common import files
-from sae_granary.common.lock import CacheLock
+from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import DocumentRow, Rows
 
 
@@ -54,7 +54,7 @@ class CacheWriter:
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
         self._direct, self._broken = direct, False
-        self._lock: CacheLock | None = None
+        self._lock: FolderLock | None = None
         self._session = Session(path)
 
     @classmethod
@@ -74,14 +74,13 @@ class CacheWriter:
             if have.complete:
                 remove_leftovers(path)
                 return cls(path, have, have.shards)
-        with files.no_space_is_clear(path):
+        with no_space_is_clear(path):
             return cls._open_locked(path, want, vocabulary, direct=direct)
 
     @classmethod
     def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, *, direct: bool) -> CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
-        lock = CacheLock(path / LOCK)
-        lock.acquire()
+        lock = locked(path)
         with concurrent_writes_are_clear(path), contextlib.ExitStack() as undo:
             undo.callback(lock.release)
             have = existing_manifest(path)  # again: another process may have written before we held the lock
@@ -203,7 +202,7 @@ class CacheWriter:
     def _breaking(self) -> Iterator[None]:
         whole_shard = sum(self.layout.shard_files(0, self.manifest.rows_per_shard).values())
         try:
-            with concurrent_writes_are_clear(self.path), files.no_space_is_clear(self.path, whole_shard):
+            with concurrent_writes_are_clear(self.path), no_space_is_clear(self.path, whole_shard):
                 yield
         except BaseException:
             self._broken = True

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from sae_granary.cache.errors import DiskFullError
+TEMP_PREFIX = ".tmp-"
 
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+# Flags that some systems lack or need: a file that is no link, bytes as they are, closed in child processes.
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
+
+_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
+_NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF}
 
 
 def create(path: Path) -> int:
     """A descriptor of a new file, for writing; its mode follows the umask (tempfile's would not)."""
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | PLAIN, 0o666)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -39,11 +47,25 @@ def write_new(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the names in a folder durable, as far as the system lets folders be opened and synced."""
+    try:
+        fd = os.open(path, _FOLDER)
+    except OSError as error:
+        if error.errno in _NO_SYNC:
+            return
+        raise
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -64,29 +86,55 @@ def link_into_place(temporary: Path, final: Path) -> None:
 
 def replace_file(path: Path, data: bytes, temporary: Path) -> None:
     """Set the content of a file atomically: readers see the old one or the new one."""
+    temporary.unlink(missing_ok=True)
     write_new(temporary, data)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Set the text of a file atomically, through a temporary file beside it."""
+    replace_file(path, text.encode(), path.with_name(f"{TEMP_PREFIX}{path.name}"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well, with everything in it on the disk."""
+    temp = path.with_name(f"{TEMP_PREFIX}{path.name}")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        for file in sorted(p for p in temp.rglob("*") if p.is_file()):
+            sync_file(file)
+        for folder in [p for p in temp.rglob("*") if p.is_dir()] + [temp]:
+            sync_folder(folder)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temp, path)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob(f"{TEMP_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that this user can still write below the nearest existing folder of `path`."""
+    path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-@contextlib.contextmanager
-def no_space_is_clear(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into an error that says how much is missing."""
-    try:
-        yield
-    except DiskFullError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise DiskFullError(path, needed_bytes, free_bytes(path)) from error
 
 
 def hash_files(paths: Iterable[Path]) -> str:

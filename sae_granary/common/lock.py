@@ -1,41 +1,85 @@
-"""One writer at a time: a lock that ends with its process.
+"""One process at a time in a folder: a lock that ends with its process.
 
 flock does nothing on some network file systems, so the lock is advice and a clear message; what keeps data whole is
-that shards and records are put into place exclusively (`common.files.link_into_place`).
+that finished files are put into place exclusively (`common.files.link_into_place`). Where there is no flock, filelock's
+soft lock takes its place: a file that names its process, and that is removed when that process has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from sae_granary.cache.errors import CacheLockedError
+from sae_granary.common.errors import GranaryError
+from sae_granary.common.files import NO_FOLLOW, PLAIN
+from sae_granary.common.quantities import duration
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 
 
-class CacheLock:
-    """The lock file of a cache, held until `release`."""
+class LockedError(GranaryError):
+    """Another process works in a folder; `pid` and `age` (seconds) are None where they are not known."""
+
+    def __init__(self, folder: Path, pid: int | None, age: float | None) -> None:
+        self.folder, self.pid, self.age = folder, pid, age
+        super().__init__(f"{folder} is in use by {self.holder}")
+
+    @property
+    def holder(self) -> str:
+        """The other process, in words."""
+        who = "another process" if self.pid is None else f"process {self.pid}"
+        return who if self.age is None else f"{who}, for {duration(self.age)}"
+
+
+class FolderLock:
+    """The lock file of a folder, held from `acquire` to `release`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = -1
+        self._soft: Any = None
 
     def acquire(self) -> None:
-        """Take the lock or raise CacheLockedError with the holder's pid and the seconds since it started."""
+        """Take the lock or raise LockedError with the holder's pid and the seconds since it started."""
+        if fcntl is None:
+            self._acquire_soft()
+        else:
+            self._acquire_flock()
+
+    def release(self) -> None:
+        """Remove the lock file and let go; nothing when the lock is not held."""
+        if self._soft is not None:
+            self._soft.release()
+            self._soft = None
+        if self._fd < 0:
+            return
+        if self._is_current(self._fd):
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+        os.close(self._fd)
+        self._fd = -1
+
+    def _acquire_flock(self) -> None:
         while True:
-            fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = os.open(self.path, os.O_CREAT | os.O_RDWR | PLAIN | NO_FOLLOW, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
                     pid, age = _holder(fd)
                     os.close(fd)
-                    raise CacheLockedError(self.path.parent, pid, age) from None
-                if error.errno not in {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}:
+                    raise LockedError(self.path.parent, pid, age) from None
+                if error.errno not in _NO_LOCKS:
                     os.close(fd)
                     raise
             if self._is_current(fd):
@@ -45,21 +89,21 @@ class CacheLock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps({"pid": os.getpid(), "started": time.time()}).encode(), 0)
 
-    def release(self) -> None:
-        """Remove the lock file and let go; nothing when the lock is not held."""
-        if self._fd < 0:
-            return
-        if self._is_current(self._fd):
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
-        os.close(self._fd)
-        self._fd = -1
-
     def _is_current(self, fd: int) -> bool:
         try:
             return os.path.samestat(os.fstat(fd), os.stat(self.path))
         except FileNotFoundError:
             return False
+
+    def _acquire_soft(self) -> None:
+        import filelock
+
+        soft = filelock.SoftFileLock(self.path, thread_local=False)
+        try:
+            soft.acquire(timeout=0)
+        except filelock.Timeout:
+            raise LockedError(self.path.parent, *_soft_holder(self.path)) from None
+        self._soft = soft
 
 
 def _holder(fd: int) -> tuple[int | None, float | None]:
@@ -67,4 +111,13 @@ def _holder(fd: int) -> tuple[int | None, float | None]:
         body = json.loads(os.pread(fd, 4096, 0))
         return int(body["pid"]), max(0.0, time.time() - float(body["started"]))
     except (ValueError, KeyError, TypeError):  # taken a moment ago, or written by something else
+        return None, None
+
+
+def _soft_holder(path: Path) -> tuple[int | None, float | None]:
+    """filelock writes the pid in the first line, when the lock is taken."""
+    try:
+        pid = int(path.read_text(encoding="utf-8").split()[0])
+        return pid, max(0.0, time.time() - path.stat().st_mtime)
+    except (OSError, ValueError, IndexError):
         return None, None

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_granary import sae_core
+from sae_granary.common.quantities import quantity
 from sae_granary.train.config.coerce import describe
-from sae_granary.train.sinks.console_sink import quantity
 
 _LAST_COLUMNS = ("dead", "tokens", "tok/s", "time")
 DOWNSTREAM = {"ce_score": "CE score", "kl": "KL"}  # columns of runs that measured them

@@ -133,8 +133,9 @@ def show_plan(plan: Plan) -> None:
     """Names, sizes and groups; nothing is written."""
     from rich.table import Table
 
+    from sae_granary.common.quantities import byte_size
     from sae_granary.train.commands.result_tables import show
-    from sae_granary.train.memory.capacity import gib, needed_disk
+    from sae_granary.train.memory.capacity import needed_disk
 
     table = Table()
     for column in ("group", "run", "type", "hook", "d_sae", "steps", "batch", "lr"):
@@ -150,5 +151,5 @@ def show_plan(plan: Plan) -> None:
     disk = sum(needed_disk(entry.config) for entry in plan.entries)
     runs_dir = plan.entries[0].config.runs_dir
     groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
-    typer.echo(f"{len(plan.entries)} SAEs in {groups}, up to {gib(disk)} in {runs_dir}")
+    typer.echo(f"{len(plan.entries)} SAEs in {groups}, up to {byte_size(disk)} in {runs_dir}")
     typer.echo("nothing was written: run without --dry-run to train")

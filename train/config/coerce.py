@@ -10,9 +10,9 @@ from typing import Any, Literal, Union
 import yaml
 
 from sae_granary.common.errors import nearest
+from sae_granary.common.quantities import parse_count
 from sae_granary.train.errors import ConfigError
 
-_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONES = ("none", "null", "auto", "")
 
@@ -111,9 +111,7 @@ def _int(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
     if isinstance(value, str):
-        text = value.strip().replace("_", "").replace(",", "").lower()
-        scale = _SUFFIXES.get(text[-1:], 1)
-        value = float(text[:-1]) * scale if scale > 1 else (float(text) if "e" in text or "." in text else int(text))
+        return parse_count(value)
     if int(value) != value:
         raise ValueError
     return int(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sae_granary.common.files import free_bytes
+from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim.optimizers import OPTIMIZERS
@@ -23,15 +24,15 @@ def check_capacity(config: TrainConfig) -> None:
     if there is not None and memory > there:
         per_latent = memory / config.options["d_sae"]
         raise ConfigError(
-            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {gib(memory)} of "
-            f"memory, {config.device} has {gib(there)}: about d_sae={int(there / per_latent):,} fits; "
+            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {byte_size(memory)} "
+            f"of memory, {config.device} has {byte_size(there)}: about d_sae={int(there / per_latent):,} fits; "
             "or raise --grad-acc-steps"
         )
     free = free_bytes(Path(config.runs_dir))
     if disk > free:
         raise ConfigError(
-            f"{config.runs_dir} has {gib(free)} free, the run's checkpoints need about {gib(disk)}: free space, "
-            "lower --keep, or choose another --runs-dir"
+            f"{config.runs_dir} has {byte_size(free)} free, the run's checkpoints need about {byte_size(disk)}: "
+            "free space, lower --keep, or choose another --runs-dir"
         )
 
 
@@ -41,8 +42,9 @@ def check_logits(config: TrainConfig, vocab_size: int) -> None:
     there = available_memory(config.device)
     if there is not None and needed > there:
         raise ConfigError(
-            f"batch_size={config.batch_size:,} through a model of {vocab_size:,} tokens needs about {gib(needed)} of "
-            f"memory for its predictions, {config.device} has {gib(there)}: raise --grad-acc-steps"
+            f"batch_size={config.batch_size:,} through a model of {vocab_size:,} tokens needs about "
+            f"{byte_size(needed)} of memory for its predictions, {config.device} has {byte_size(there)}: "
+            "raise --grad-acc-steps"
         )
 
 
@@ -69,7 +71,7 @@ def available_memory(device: str) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last one on Windows
         return None
 
 
@@ -81,8 +83,3 @@ def parameter_bytes(config: TrainConfig) -> int:
 def _n_parameters(config: TrainConfig) -> int:
     """Of the encoder and the decoder; what else there is does not count beside them."""
     return 2 * int(config.options["d_in"]) * int(config.options["d_sae"])
-
-
-def gib(n_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / 2**30:.2f} GiB"

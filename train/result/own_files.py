@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_granary import sae_core
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.sae_core import SAE, Rows, SAEOutput
 from sae_granary.train.errors import FilesDifferError
 from sae_granary.train.result.evaluate import in_evaluation

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.sinks.sink import BaseSink, Metrics
 
 PLAIN_SECONDS = 5.0  # at least, between two plain lines
@@ -96,18 +97,3 @@ def numbers(metrics: Metrics) -> str:
         f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {metrics['fvu']:.4f}  {held_out}"
         f"dead {metrics['dead']:.1%}  {quantity(metrics['tokens_per_second'])} tok/s"
     )
-
-
-def quantity(value: float) -> str:
-    """1234 -> 1.2k, 5e6 -> 5.0M."""
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{suffix}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 0:42 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import METRICS, read_metrics
 from sae_granary.train.sinks.sink import BaseSink, Metrics
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import LoaderState
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.files import hash_files
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import is_complete
 from sae_granary.common.signals import StopRequest
 from sae_granary.sae_core import Rows

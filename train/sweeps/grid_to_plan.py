@@ -17,11 +17,12 @@ import xxhash
 from sae_granary.cache.load.loader import Counts
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.common.files import free_bytes
+from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError
-from sae_granary.train.memory.capacity import gib, needed_disk
+from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.sweeps.grid import Point, notes_on
 from sae_granary.train.sweeps.grouping import groups_of
 from sae_granary.train.sweeps.sweep_plan import Entry, Plan
@@ -97,6 +98,7 @@ def _check_disk(configs: Sequence[TrainConfig]) -> None:
     if needed > free:
         fitting = free * len(configs) // needed
         raise ConfigError(
-            f"{runs_dir} has {gib(free)} free, the checkpoints of {len(configs)} SAEs need about {gib(needed)}: "
-            f"about {fitting} SAEs would fit; free space, lower --keep, or choose another --runs-dir"
+            f"{runs_dir} has {byte_size(free)} free, the checkpoints of {len(configs)} SAEs need about "
+            f"{byte_size(needed)}: about {fitting} SAEs would fit; "
+            "free space, lower --keep, or choose another --runs-dir"
         )

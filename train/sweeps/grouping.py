@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import ConfigError
-from sae_granary.train.memory.capacity import available_memory, gib
+from sae_granary.train.memory.capacity import available_memory
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
 from sae_granary.train.sweeps.sweep_plan import Entry, Group
 
@@ -48,15 +49,16 @@ def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, 
     if not all(alone):
         entry, size = next((e, s) for (_, e), s, fits in zip(stream, sizes, alone, strict=True) if not fits)
         raise ConfigError(
-            f"{sum(alone)} of these {len(stream)} SAEs would fit: {entry.name} needs {gib(size.total)} of memory, "
-            f"{device} has {gib(max(usable, 0))} to give; lower d_sae or batch_size, or raise --grad-acc-steps"
+            f"{sum(alone)} of these {len(stream)} SAEs would fit: {entry.name} needs {byte_size(size.total)} of "
+            f"memory, {device} has {byte_size(max(usable, 0))} to give; "
+            "lower d_sae or batch_size, or raise --grad-acc-steps"
         )
     groups = fit_groups([(member, size) for member, size in zip(stream, sizes, strict=True)], usable)
     if len(groups) == 1:
         return groups, []
     needed = sum(s.resident for s in sizes) + max(s.step for s in sizes)
     note = (
-        f"{len(stream)} SAEs need {gib(needed)} of memory, {device} has {gib(usable)} to give: "
+        f"{len(stream)} SAEs need {byte_size(needed)} of memory, {device} has {byte_size(usable)} to give: "
         f"{max(map(len, groups))} fit at once, {len(groups)} groups train one after another"
     )
     return groups, [note]

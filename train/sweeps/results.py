@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import is_complete, read_summary
 from sae_granary.train.folders import FAILURE
 from sae_granary.train.sweeps.sweep_plan import Entry, Plan

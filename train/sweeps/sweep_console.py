@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from sae_granary.train.sinks.console_sink import PLAIN_SECONDS, duration, quantity
+from sae_granary.common.quantities import duration, quantity
+from sae_granary.train.sinks.console_sink import PLAIN_SECONDS
 from sae_granary.train.sinks.sink import BaseSink, Metrics, Sink
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan

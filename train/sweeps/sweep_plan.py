@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.load.selection import Counts
-from sae_granary.common import run_files as files
+from sae_granary.common import files
 from sae_granary.common.finished_run import NotARunError
 from sae_granary.sae_core.errors import SAEError
 from sae_granary.train.config.merge import from_sections, to_sections

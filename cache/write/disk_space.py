@@ -1,0 +1,26 @@
+"""A full disk, told with what is missing."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_granary.cache.errors import DiskFullError
+from sae_granary.common.files import free_bytes
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def no_space_is_clear(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a DiskFullError that says how much is missing."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise DiskFullError(path, needed_bytes, free_bytes(path)) from error

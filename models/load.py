@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sae_granary.common.errors import one_line
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
@@ -14,6 +14,8 @@ from sae_granary.models.locate import Located
 
 if TYPE_CHECKING:
     from torch import nn
+
+T = TypeVar("T")
 
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
@@ -77,23 +79,22 @@ def max_positions(located: Located, base: nn.Module) -> int | None:
 
 def probe_skeleton(base: nn.Module, hooks: Sequence[Hook]) -> tuple[Hook, ...] | None:
     """Widths of the hooks from shapes alone; None when the model cannot run without weights."""
-    import torch
-
-    for dtype in (torch.float32, torch.bfloat16):
-        try:
-            return probe(base.to(dtype), hooks, "meta")
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-            continue
-    return None
+    return _without_weights(base, lambda: probe(base, hooks, "meta"))
 
 
 def probe_outputs(base: nn.Module, hooks: Sequence[Hook]) -> dict[str, int] | None:
     """Width of every module that ran and gave one vector per token; None when the model cannot run without weights."""
+    return _without_weights(base, lambda: probe_all(base, hooks, "meta"))
+
+
+def _without_weights(base: nn.Module, run: Callable[[], T]) -> T | None:
+    """What `run` gives of a skeleton in the first number format that it runs in."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
+        base.to(dtype)
         try:
-            return probe_all(base.to(dtype), hooks, "meta")
+            return run()
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
             continue
     return None

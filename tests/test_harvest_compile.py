@@ -15,6 +15,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.harvest.spec import fingerprint
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 from sae_granary.models.errors import HookError, ModelError
@@ -117,8 +118,8 @@ def test_a_failing_compiler_leaves_nothing_behind(
 def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "true")
     made = config("bert")
-    assert prepare(made, print).fingerprint()["compile"] is True
-    assert "compile" not in prepare(eager(made), print).fingerprint()  # as in caches of before this setting
+    assert fingerprint(prepare(made, print))["compile"] is True
+    assert "compile" not in fingerprint(prepare(eager(made), print))  # as in caches of before this setting
     harvest_activations(eager(made), quiet=True)
     with pytest.raises(CacheError, match=r"compile.*\n.*--out"):
         harvest_activations(replace(made, out=eager(made).out_path), quiet=True)

@@ -17,8 +17,9 @@ from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.load.loader import Filters, Holdout, Loader
+from sae_granary.cache.load.loader import Loader
 from sae_granary.cache.load.order import MAX_PARTNERS
+from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.process import keep_freed_memory
@@ -26,7 +27,7 @@ from sae_granary.common.rows import HookPoint, Rows
 
 BATCH, D_IN = 4096, 384
 HOOK = "layer_6"
-ALL_ROWS: dict[str, Any] = {"filters": Filters(special=True, first_position=True), "holdout": Holdout(fraction=0.0)}
+ALL_ROWS: dict[str, Any] = {"selection": Selection(Filters(special=True, first_position=True), Holdout(fraction=0.0))}
 
 
 def run(quick: bool) -> str:

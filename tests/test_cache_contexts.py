@@ -17,6 +17,7 @@ from sae_granary.cache.read.reader import Cache
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, HookPoint, Rows
 
 HALF = Holdout(0.5)
+ALL = Selection(part="all")
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def rows_of(batches, field="real") -> np.ndarray:
 
 
 def test_every_row_once_in_its_window(opened) -> None:
-    batches = pass_over(opened, part="all")
+    batches = pass_over(opened, selection=ALL)
     assert len(opened.shards) > 1
     assert rows_of(batches).tolist() == list(range(len(opened)))
     windows = np.asarray(opened.column("window")[:])
@@ -58,7 +59,7 @@ def test_kept_rows_are_those_that_the_loader_delivers(opened, filters) -> None:
     for part in ("train", "heldout"):
         selection = Selection(filters.resolve(opened), HALF, part)
         used = {k: v for k, v in columns.items() if k.split(":")[0] in selection.columns}
-        parts[part] = rows_of(pass_over(opened, part=part, filters=filters, holdout=HALF), "keep")
+        parts[part] = rows_of(pass_over(opened, selection=Selection(filters, HALF, part)), "keep")
         assert parts[part].tolist() == np.flatnonzero(selection.mask(used)).tolist()
         assert len(parts[part])
     documents = [set(opened.column("doc_id")[parts[part]]) for part in parts]
@@ -66,10 +67,10 @@ def test_kept_rows_are_those_that_the_loader_delivers(opened, filters) -> None:
 
 
 def test_batches_are_whole_windows_up_to_the_size(opened) -> None:
-    sizes = [batch.n_rows for batch in pass_over(opened, part="all")]
+    sizes = [batch.n_rows for batch in pass_over(opened, selection=ALL)]
     assert max(sizes) <= 200
     assert min(sizes[:-1]) > 200 - 40  # no window is longer
-    single = pass_over(opened, part="all", batch_rows=1)
+    single = pass_over(opened, selection=ALL, batch_rows=1)
     assert {len(batch) for batch in single} == {1}
 
 
@@ -81,7 +82,7 @@ def same(a: Contexts, b: Contexts) -> bool:
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("part", ["train", "heldout"])
 def test_a_state_continues_exactly(opened, part, seed) -> None:
-    options = {"batch_rows": 90, "part": part, "holdout": HALF, "seed": seed}
+    options = {"batch_rows": 90, "selection": Selection(holdout=HALF, part=part), "seed": seed}
     one_pass = len(pass_over(opened, **options))
     whole = list(islice(read_contexts(opened, **options), 2 * one_pass + 3))
     assert {batch.state.epoch for batch in whole} == {0, 1, 2}
@@ -91,8 +92,9 @@ def test_a_state_continues_exactly(opened, part, seed) -> None:
 
 
 def test_a_seed_shuffles_whole_windows_in_each_epoch_anew(opened) -> None:
-    plain = rows_of(pass_over(opened, part="all"))
-    orders = [rows_of(list(read_contexts(opened, batch_rows=200, part="all", seed=seed, epochs=2))) for seed in (0, 1)]
+    plain = rows_of(pass_over(opened, selection=ALL))
+    options = {"batch_rows": 200, "selection": ALL, "epochs": 2}
+    orders = [rows_of(list(read_contexts(opened, **options, seed=seed))) for seed in (0, 1)]
     epochs = [part for order in orders for part in np.split(order, 2)]
     starts = np.asarray(opened.column("position")[:]) == 0
     n_windows = int(starts.sum())
@@ -119,7 +121,7 @@ def test_small_pools_deliver_every_window_once_from_any_cursor(opened, block_row
 
 
 def test_split_keeps_order_and_trims(opened) -> None:
-    batch = pass_over(opened, part="all")[0]
+    batch = pass_over(opened, selection=ALL)[0]
     parts = list(batch.split(3))
     assert len(parts) == 3
     assert np.array_equal(rows_of(parts), rows_of([batch]))
@@ -162,7 +164,7 @@ def test_documents_packed_in_one_window_keep_their_part(tmp_path) -> None:
     heldout = HALF.mask(np.arange(4))
     assert set(heldout) == {True, False}
     for part, wanted in (("train", ~heldout), ("heldout", heldout)):
-        for batch in pass_over(opened, part=part, holdout=HALF):
+        for batch in pass_over(opened, selection=Selection(holdout=HALF, part=part)):
             assert batch.keep[batch.real].tolist() == wanted[batch.doc_id[batch.real]].tolist()
             assert batch.keep.any(1).all()  # a window without a kept row is stepped over
             assert batch.real.sum(1).tolist() in ([4], [3], [4, 3])  # the others stay whole
@@ -178,12 +180,15 @@ def test_refusals(tmp_path, opened) -> None:
     with pytest.raises(SelectionError, match="shard 0 does not hold whole contexts"):
         next(iter(read_contexts(cut, batch_rows=10)))
     for part, message in (
-        ("heldout", r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'"),
+        (
+            "heldout",
+            r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'",
+        ),
         ("train", r"train part left \(0 of the documents .* loosen the filters, or hold out fewer documents"),
     ):
-        options = {"part": part, "holdout": Holdout(0.0), "filters": Filters(min_position=10_000)}
+        selection = Selection(Filters(min_position=10_000), Holdout(0.0), part)
         with pytest.raises(SelectionError, match=message):
-            next(iter(read_contexts(opened, batch_rows=10, **options)))
+            next(iter(read_contexts(opened, batch_rows=10, selection=selection)))
     with pytest.raises(SelectionError, match="0 rows, expected at least 1"):
         read_contexts(opened, batch_rows=0)
     assert ContextsState() == ContextsState(0, 0)

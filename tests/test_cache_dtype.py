@@ -9,6 +9,7 @@ from sae_granary import open_cache
 from sae_granary.cache.errors import BadActivationError, SpecError
 from sae_granary.cache.format.storage import STORAGE, Storage
 from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.selection import Selection
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.writer import CacheWriter
 
@@ -37,7 +38,8 @@ def test_a_registered_dtype_is_written_read_verified_and_loaded(tmp_path):
     assert stored.dtype == np.float64
     assert (stored == exact["layer_1"]).all()
     assert verify(path).ok
-    with Loader(opened, "layer_1", batch_size=32, dtype=torch.float64, epochs=1, part="all", with_rows=True) as loader:
+    options = {"dtype": torch.float64, "selection": Selection(part="all"), "with_rows": True}
+    with Loader(opened, "layer_1", batch_size=32, epochs=1, **options) as loader:
         for batch in loader:
             assert (batch.x.numpy() == stored[batch.row_ids.numpy()]).all()
 

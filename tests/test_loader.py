@@ -14,9 +14,9 @@ import torch
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
-from sae_granary.cache.load.loader import Counts, Filters, Holdout, Loader, LoaderState
+from sae_granary.cache.load.loader import Loader, LoaderState
 from sae_granary.cache.load.order import Order
-from sae_granary.cache.load.selection import account
+from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
 from sae_granary.cache.load.staging import HostRows
 
 
@@ -47,9 +47,8 @@ def naive(opened, *, special=False, first=True, part="train", holdout=None):
 @pytest.mark.parametrize(("pool_rows", "block_rows"), [(None, None), (300, None), (300, 7), (4773, 1), (64, 64)])
 def test_each_row_exactly_once_per_epoch(make_cache, part, pool_rows, block_rows) -> None:
     opened = open_cache(make_cache())
-    loader = Loader(
-        opened, batch_size=64, part=part, epochs=1, pool_rows=pool_rows, block_rows=block_rows, with_rows=True
-    )
+    sizes = {"batch_size": 64, "pool_rows": pool_rows, "block_rows": block_rows}
+    loader = Loader(opened, selection=Selection(part=part), epochs=1, with_rows=True, **sizes)
     ids = all_ids(loader)
     assert len(ids) == loader.n_rows
     assert np.array_equal(np.sort(ids), naive(opened, part=part))
@@ -168,15 +167,14 @@ def test_accounting_adds_up_and_equals_delivery(make_cache) -> None:
     norms = opened.norms()[0 : len(opened)]
     high = float(np.quantile(norms, 0.9))
     filters = Filters(max_norm=high, max_position=30)
-    counts = account(opened, filters, Holdout(0.2, 1), ["layer_3"])
+    counts = account(opened, Selection(filters, Holdout(0.2, 1)), ["layer_3"])
     json = counts.to_json()
     assert json.pop("total") == len(opened) == sum(json.values())
     assert counts.first_position == 0  # position 0 is special here: the first reason counts
     assert min(counts.special, counts.position, counts.norm, counts.heldout) > 0
     for part in ("train", "heldout", "all"):
-        loader = Loader(
-            opened, batch_size=64, filters=filters, holdout=Holdout(0.2, 1), part=part, epochs=1, with_rows=True
-        )
+        selection = Selection(filters, Holdout(0.2, 1), part)
+        loader = Loader(opened, batch_size=64, selection=selection, epochs=1, with_rows=True)
         ids = all_ids(loader)
         assert len(ids) == counts.of(part)
         ordinals = np.searchsorted(opened.row_ids(np.arange(len(opened))), ids)
@@ -185,13 +183,13 @@ def test_accounting_adds_up_and_equals_delivery(make_cache) -> None:
 
 
 def test_position_0_goes_out_for_decoders_only(make_cache) -> None:
-    keep = Filters(special=True)
+    keep = Selection(Filters(special=True), Holdout(0))
     encoder, decoder = open_cache(make_cache("a")), open_cache(make_cache("b", decoder=True))
-    assert account(encoder, keep, Holdout(0), ["layer_3"]).first_position == 0
+    assert account(encoder, keep, ["layer_3"]).first_position == 0
     first = int((decoder.column("position")[0 : len(decoder)] == 0).sum())
-    assert account(decoder, keep, Holdout(0), ["layer_3"]).first_position == first > 0
-    kept = replace(keep, first_position=True)
-    assert account(decoder, kept, Holdout(0), ["layer_3"]).train == len(decoder)
+    assert account(decoder, keep, ["layer_3"]).first_position == first > 0
+    kept = replace(keep, filters=Filters(special=True, first_position=True))
+    assert account(decoder, kept, ["layer_3"]).train == len(decoder)
 
 
 def test_no_document_is_in_both_parts(make_cache) -> None:
@@ -199,7 +197,8 @@ def test_no_document_is_in_both_parts(make_cache) -> None:
     doc_id, ids = opened.column("doc_id")[0 : len(opened)], opened.row_ids(np.arange(len(opened)))
     parts = {}
     for part in ("train", "heldout"):
-        rows = np.searchsorted(ids, all_ids(Loader(opened, batch_size=64, part=part, epochs=1, with_rows=True)))
+        loader = Loader(opened, batch_size=64, selection=Selection(part=part), epochs=1, with_rows=True)
+        rows = np.searchsorted(ids, all_ids(loader))
         parts[part] = set(doc_id[rows])
     assert parts["heldout"]
     assert not parts["train"] & parts["heldout"]
@@ -231,7 +230,7 @@ def test_refusals(make_cache) -> None:
 
 def test_nothing_to_deliver_ends_a_finite_pass(make_cache) -> None:
     opened = open_cache(make_cache(n_docs=5))
-    assert list(Loader(opened, batch_size=8, filters=Filters(min_norm=1e9), epochs=1)) == []
+    assert list(Loader(opened, batch_size=8, selection=Selection(Filters(min_norm=1e9)), epochs=1)) == []
 
 
 def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) -> None:
@@ -333,8 +332,8 @@ def test_previous_rows_stand_just_before_theirs_in_the_same_window(make_cache) -
     opened = open_cache(make_cache())
     rows = {int(i): k for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
     window, position = opened.column("window")[:], opened.column("position")[:]
-    filters = Filters(min_position=2)
-    with Loader(opened, batch_size=64, filters=filters, epochs=1, previous=True, with_rows=True) as loader:
+    selection = Selection(Filters(min_position=2))
+    with Loader(opened, batch_size=64, selection=selection, epochs=1, previous=True, with_rows=True) as loader:
         seen = []
         for batch in loader:
             k = np.array([rows[int(i)] for i in batch.row_ids])

@@ -225,7 +225,7 @@ def test_several_hook_points_need_a_choice(make_cache) -> None:
 
 def test_text_rows_keep_position_0(make_cache) -> None:
     opened = open_cache(make_cache(decoder=True))
-    from sae_granary.cache.load.loader import Filters
+    from sae_granary.cache.load.selection import Filters
 
     assert Filters().resolve(opened).first_position is False
     opened.unit = "text"

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from sae_granary import open_cache, sae_core
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.origin import read_origin
+from sae_granary.cache.load.selection import Selection
 from sae_granary.cache.load.whole_contexts import read_contexts
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.config import ModelConfig
@@ -83,7 +84,8 @@ def zeros(d_in: int) -> sae_core.SAE:
 
 
 def windows_of(path: Path, n: int = 3, **options):
-    return islice(read_contexts(open_cache(path), **({"batch_rows": 500, "part": "all"} | options)), n)
+    defaults = {"batch_rows": 500, "selection": Selection(part="all")}
+    return islice(read_contexts(open_cache(path), **(defaults | options)), n)
 
 
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
@@ -229,7 +231,7 @@ def test_special_and_filtered_tokens_keep_their_activation(models: Path) -> None
 
     path = models / "llama_l0"
     model = open_model(*read_origin(open_cache(path)))
-    batch = next(windows_of(path, filters=Filters(min_position=5)))
+    batch = next(windows_of(path, selection=Selection(Filters(min_position=5), part="all")))
     tokens = model.tokens(batch)
     assert not tokens.keep[:, :5].any()
     x = torch.randn(*batch.real.shape, 64)

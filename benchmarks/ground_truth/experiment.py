@@ -11,7 +11,8 @@ from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.generators import Floats, Sample, World
 from sae_granary import open_cache
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.load.loader import Holdout, Loader
+from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.selection import Holdout, Selection
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.process import tuned_process
 from sae_granary.common.rows import FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
@@ -52,7 +53,7 @@ def train(path: Path, runs: Path, world: World, settings: Mapping[str, Any], see
 def measure(sae: SAE, path: Path, world: World, activations: Floats) -> dict[str, float]:
     """Every number of the table, on the held-out rows in inference."""
     opened = open_cache(path)
-    held_out = {"part": "heldout", "holdout": Holdout(HOLDOUT), "epochs": 1, "with_rows": True}
+    held_out = {"selection": Selection(holdout=Holdout(HOLDOUT), part="heldout"), "epochs": 1, "with_rows": True}
     with Loader(opened, HOOK, batch_size=4096, **held_out) as loader:
         batches = [(batch.x, batch.row_ids) for batch in loader]
     x, truth = torch.cat([b[0] for b in batches]), activations[torch.cat([b[1] for b in batches]).numpy()]

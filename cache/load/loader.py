@@ -22,12 +22,12 @@ from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.batches import Batch, LoaderState, deliver
 from sae_granary.cache.load.order import Order, plan_order
 from sae_granary.cache.load.pools import PREVIOUS, PoolSource
-from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection, account
+from sae_granary.cache.load.selection import TRAIN_ROWS, Counts, Filters, Part, Selection, account
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
 
-__all__ = ["PREVIOUS", "Batch", "Counts", "Filters", "Holdout", "Loader", "LoaderState"]
+__all__ = ["PREVIOUS", "Batch", "Loader", "LoaderState", "Selection"]
 
 
 class Loader:
@@ -47,9 +47,7 @@ class Loader:
         batch_size: int,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        filters: Filters | None = None,
-        part: Part = "train",
-        holdout: Holdout | None = None,
+        selection: Selection = TRAIN_ROWS,
         dtype: torch.dtype = torch.float32,
         state: LoaderState | None = None,
         epochs: int | None = None,
@@ -63,12 +61,12 @@ class Loader:
         self.hooks = resolve_hooks(cache, hooks)
         self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
         self.batch_size, self.device, self.dtype, self.epochs = batch_size, torch.device(device), dtype, epochs
-        filters, holdout = (filters or Filters()).resolve(cache), holdout or Holdout()
-        self.counts = counts or account(cache, filters, holdout, self.hooks)
-        self.n_rows = self.counts.of(part)
+        selection = selection.resolve(cache)
+        self.counts = counts or account(cache, selection, self.hooks)
+        self.n_rows = self.counts.of(selection.part)
         if previous:
-            _check_previous(filters)
-        _check_sizes(self.n_rows, batch_size, part, self.counts, endless=epochs is None)
+            _check_previous(selection.filters)
+        _check_sizes(self.n_rows, batch_size, selection.part, self.counts, endless=epochs is None)
         self.order = order or order_of(
             cache,
             self.hooks,
@@ -81,7 +79,6 @@ class Loader:
         self.state = state or LoaderState(seed)
         if self.state.seed != seed:
             raise SelectionError(f"the loader's state has seed {self.state.seed}, the loader was given seed {seed}")
-        selection = Selection(filters, holdout, part)
         self._source = PoolSource(
             cache,
             self.hooks,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_granary.cache.load.selection import Selection
 from sae_granary.cache.load.whole_contexts import Contexts, read_contexts
 from sae_granary.common.rows import HookPoint
 
@@ -30,6 +31,6 @@ def read_origin(cache: Cache, hook: str | None = None, *, n_rows: int = 256) -> 
     `hook` is optional if the cache has one hook point. Raises SelectionError for a cache without contexts.
     """
     point = cache.hook_points[cache.hook_name(hook)]
-    contexts = next(read_contexts(cache, point.name, batch_rows=n_rows, part="all", epochs=1))
+    contexts = next(read_contexts(cache, point.name, batch_rows=n_rows, selection=Selection(part="all"), epochs=1))
     rows = cache.hook(point.name)[contexts.row[contexts.keep]].astype(np.float32)
     return Origin(cache.manifest.provenance.get("model", {}), point, contexts, rows)

@@ -85,11 +85,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class Selection:
-    """Resolved filters and holdout: pure functions from the columns of some rows to masks."""
+    """The rows that a reader of a cache wants: filters, a split by documents, and the part of it.
 
-    filters: Filters
-    holdout: Holdout
+    Once resolved, its methods are pure functions from the columns of some rows to masks.
+    """
+
+    filters: Filters = Filters()
+    holdout: Holdout = Holdout()
     part: Part = "train"
+
+    def resolve(self, cache: Cache) -> Selection:
+        """The same with resolved filters."""
+        return replace(self, filters=self.filters.resolve(cache))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,6 +150,9 @@ class Selection:
         return Counts(total=len(left) - absent, train=n_left - heldout, heldout=heldout, **counts)
 
 
+TRAIN_ROWS = Selection()
+
+
 def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     """For each shard the memory-mapped columns that the selection needs."""
     names = [n for n in selection.columns if n != "norm"]
@@ -152,9 +162,9 @@ def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> l
     return [{name: np.asarray(source.shard(i)) for name, source in sources.items()} for i in range(len(cache.shards))]
 
 
-def account(cache: Cache, filters: Filters, holdout: Holdout, hooks: Sequence[str]) -> Counts:
+def account(cache: Cache, selection: Selection, hooks: Sequence[str]) -> Counts:
     """Count what the filters and the holdout do to a cache, in one streaming pass over its metadata."""
-    selection = Selection(filters.resolve(cache), holdout)
+    selection = selection.resolve(cache)
     parts = [selection.count(c) for shard in shard_columns(cache, selection, hooks) for c in _slices(shard)]
     totals = {name: sum(getattr(p, name) for p in parts) for name in asdict(Counts())}
     return Counts(**totals)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.context_order import ContextOrder
-from sae_granary.cache.load.selection import Filters, Holdout, Part, Selection
+from sae_granary.cache.load.selection import TRAIN_ROWS, Selection
 from sae_granary.common.rows import FLAG_SPECIAL
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def read_contexts(
     hook: str | None = None,
     *,
     batch_rows: int,
-    part: Part = "train",
-    filters: Filters | None = None,
-    holdout: Holdout | None = None,
+    selection: Selection = TRAIN_ROWS,
     state: ContextsState | None = None,
     epochs: int | None = None,
     seed: int | None = None,
@@ -82,7 +80,7 @@ def read_contexts(
     Contexts without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
     `epochs` passes. Contexts come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
     arguments and the state of an earlier batch continue exactly behind it; seeking and memory cost O(262,144 rows).
-    The norms that `filters` may look at are those of `hook`.
+    The norms that filters may look at are those of `hook`.
     Raises SelectionError for a cache without contexts (`unit text`), or where nothing is kept.
     """
     if cache.unit != "token":
@@ -91,8 +89,7 @@ def read_contexts(
         )
     if batch_rows < 1:
         raise SelectionError(f"a batch of contexts is {batch_rows} rows, expected at least 1")
-    selection = Selection((filters or Filters()).resolve(cache), holdout or Holdout(), part)
-    source = _Source(cache, cache.hook_name(hook), selection, seed)
+    source = _Source(cache, cache.hook_name(hook), selection.resolve(cache), seed)
     return _batches(source.contexts(state or ContextsState(), epochs), batch_rows)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_granary import sae_core
-from sae_granary.cache.load.selection import Counts, Filters, Holdout
+from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import nearest
 from sae_granary.train.config.phases import check_phases, first_context_step
@@ -26,9 +26,9 @@ DERIVED_OPTIONS = ("d_in", "d_sae", "n_hooks", "d_out", "dead_after_tokens")
 MIN_STEPS, MAX_EPOCHS = 1000, 16  # a default run passes a small cache several times
 
 
-def filters_of(config: TrainConfig) -> Filters:
-    """The loader's filters."""
-    return Filters(
+def selection_of(config: TrainConfig, part: Part = "train") -> Selection:
+    """The rows of the cache that a run reads."""
+    filters = Filters(
         special=config.keep_special,
         first_position=config.keep_first_position,
         min_position=_min_position(config),
@@ -36,6 +36,7 @@ def filters_of(config: TrainConfig) -> Filters:
         min_norm=config.min_norm,
         max_norm=config.max_norm,
     )
+    return Selection(filters, Holdout(config.holdout, config.holdout_seed), part)
 
 
 def _min_position(config: TrainConfig) -> int | None:
@@ -43,11 +44,6 @@ def _min_position(config: TrainConfig) -> int | None:
     if not sae_core.registry.get(config.type).reads.previous:
         return config.min_position
     return max(config.min_position or 0, 2)
-
-
-def holdout_of(config: TrainConfig) -> Holdout:
-    """The loader's choice of held-out documents."""
-    return Holdout(config.holdout, config.holdout_seed)
 
 
 def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int | None = None) -> tuple[str, ...]:
@@ -118,7 +114,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         epochs=None,
         lr=config.lr or schedule.default_lr(int(variant.d_sae), n_steps),
         warmup_steps=warmup,
-        keep_first_position=filters_of(config).resolve(cache).first_position,
+        keep_first_position=selection_of(config).resolve(cache).filters.first_position,
         options={f.name: getattr(variant, f.name) for f in fields(variant)},
     )
     check_phases(resolved)

@@ -9,7 +9,7 @@ from sae_granary.cache.load.selection import Part
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.train.config.phases import first_context_step
-from sae_granary.train.config.resolve import filters_of, holdout_of
+from sae_granary.train.config.resolve import selection_of
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import check_logits
 
@@ -42,8 +42,5 @@ def evaluation_contexts(data: RunData) -> Iterator[Contexts]:
 
 
 def _contexts(data: RunData, part: Part, batch_rows: int, **options: Any) -> Iterator[Contexts]:
-    filters, holdout = filters_of(data.config), holdout_of(data.config)
-    hook = data.config.hook[0]
-    return read_contexts(
-        data.cache, hook, batch_rows=batch_rows, part=part, filters=filters, holdout=holdout, **options
-    )
+    selection = selection_of(data.config, part)
+    return read_contexts(data.cache, data.config.hook[0], batch_rows=batch_rows, selection=selection, **options)

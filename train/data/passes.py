@@ -13,7 +13,7 @@ import torch
 from sae_granary.cache.load.loader import Loader, LoaderState
 from sae_granary.cache.load.selection import Part
 from sae_granary.sae_core import Rows
-from sae_granary.train.config.resolve import filters_of, holdout_of
+from sae_granary.train.config.resolve import selection_of
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.streams import open_stream
 
@@ -84,9 +84,7 @@ def _loader(data: RunData, part: Part, *, batch_size: int, device: str) -> Loade
         batch_size=batch_size,
         seed=config.shuffle_seed,
         device=device,
-        filters=filters_of(config),
-        part=part,
-        holdout=holdout_of(config),
+        selection=selection_of(config, part),
         epochs=1,
         pool_rows=config.pool_rows,
         block_rows=config.block_rows,

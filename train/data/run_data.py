@@ -8,16 +8,16 @@ from functools import cached_property
 from typing import Any
 
 from sae_granary import sae_core
-from sae_granary.cache.load.loader import PREVIOUS, Counts, order_of
+from sae_granary.cache.load.loader import PREVIOUS, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
-from sae_granary.cache.load.selection import Part, account
+from sae_granary.cache.load.selection import Counts, Part, account
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_context_step, needs_language_model
-from sae_granary.train.config.resolve import filters_of, holdout_of, resolve, resolve_hooks
+from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.state.checkpoint import Identity
@@ -41,11 +41,11 @@ class RunData:
         opened = open_cache(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
         n_layers = opened.manifest.provenance.get("model", {}).get("n_layers")
         hooks = resolve_hooks(config, tuple(opened.hook_points), n_layers)
-        filters, holdout = filters_of(config), holdout_of(config)
-        key = (filters, holdout, hooks if filters.reads_norms else ())
+        selection = selection_of(config)
+        key = (selection, hooks if selection.filters.reads_norms else ())
         known = {} if known is None else known
         if key not in known:
-            known[key] = account(opened, filters, holdout, hooks)
+            known[key] = account(opened, selection, hooks)
         resolved = resolve(config, opened, hooks, known[key])
         check_initial(resolved)
         return cls(opened, resolved, known[key])
@@ -90,9 +90,9 @@ class RunData:
     @property
     def stream_key(self) -> tuple[Any, ...]:
         """Runs with equal keys train on the same rows in the same batches: one loader can feed them all."""
-        config, filters = self.config, filters_of(self.config).resolve(self.cache)
-        hooks = config.hook if filters.reads_norms else ()  # norms of other hook points drop other rows
-        source = (config.cache, self.order, filters, holdout_of(config), hooks)
+        config, selection = self.config, selection_of(self.config).resolve(self.cache)
+        hooks = config.hook if selection.filters.reads_norms else ()  # norms of other hook points drop other rows
+        source = (config.cache, self.order, selection, hooks)
         return (*source, config.batch_size, config.device, self.reads_previous, first_context_step(config))
 
     @property

@@ -8,7 +8,7 @@ from sae_granary.cache.load.loader import Batch, Loader, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState
 from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.train.config.phases import first_context_step
-from sae_granary.train.config.resolve import filters_of, holdout_of
+from sae_granary.train.config.resolve import selection_of
 from sae_granary.train.data.language import training_contexts
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.spliced_input import SplicedInput
@@ -24,8 +24,7 @@ def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Lo
         batch_size=config.batch_size,
         seed=first.order.seed,
         device=config.device,
-        filters=filters_of(config),
-        holdout=holdout_of(config),
+        selection=selection_of(config),
         state=state,
         previous=first.reads_previous,
         counts=first.counts,

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from sae_granary.cache.load.loader import Counts
+from sae_granary.cache.load.selection import Counts
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size

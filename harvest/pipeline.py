@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.background import Background, Prefetch
+from sae_granary.common.threads import Background, Prefetch
 from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
@@ -92,7 +92,7 @@ class Pipeline:
         start = time.perf_counter()
         with (
             Background(self._write, self._check) as background,
-            Prefetch(self._work(), 1, self._check) as prefetch,
+            Prefetch(self._work(), 2, self._check) as prefetch,
         ):
             for work in prefetch:
                 background.submit(self._encode(work))

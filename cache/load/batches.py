@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sae_granary.cache.load.pools import Pool, PoolSource, Taken
 from sae_granary.cache.load.staging import n_copy_threads
-from sae_granary.common.prefetch import Prefetcher
-from sae_granary.common.workers import Workers
+from sae_granary.common.threads import Prefetch, Workers
 
 BATCHES_AHEAD = 4
 
@@ -67,7 +66,7 @@ def deliver(
     """Batches from a state on, in the storage dtype, by hook point."""
     on_host = source.device.type != "cuda"
     planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
-    with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetcher(planned, depth=1)) as pools:
+    with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetch(planned, depth=1)) as pools:
 
         def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
             taken = source.take(pool, lo, hi)

@@ -20,7 +20,7 @@ from sae_granary.cache.load.order import Order, PoolPlan
 from sae_granary.cache.load.readahead import ReadAhead
 from sae_granary.cache.load.selection import Selection, shard_columns
 from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, n_copy_threads
-from sae_granary.common.prefetch import THREADS
+from sae_granary.common.threads import THREADS
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache

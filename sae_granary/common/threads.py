@@ -1,0 +1,224 @@
+"""Work in threads beside the main one: the next items (Prefetch), a queue of calls (Workers), a slow end (Background).
+
+Each hands the errors of its threads over to the thread that waits, and ends its threads when it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+THREADS = "granary-"  # how the names of all background threads begin
+_POLL_SECONDS = 0.1  # how soon a stop is seen while waiting
+
+
+def in_background() -> bool:
+    """Whether this is one of our threads."""
+    return threading.current_thread().name.startswith(THREADS)
+
+
+class Prefetch(Generic[T]):
+    """Iterates over `items` in a thread, `depth` of them ahead of the consumer.
+
+    With depth 1, making item i + 1 starts when item i is taken. An exception of the thread is raised at the consumer,
+    in order. `check` is called about ten times per second while the consumer waits, and may raise. `busy` counts the
+    seconds spent on making items. `close` ends the thread and closes `items`, if it is a generator.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int, check: Callable[[], None] | None = None) -> None:
+        self._items, self._check = items, check
+        self._queue: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._permits.put(None)
+        self._stopped = self._ended = False
+        self.busy = 0.0
+        self._thread = threading.Thread(target=self._work, name=THREADS + "prefetch", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._permits.get()
+                if self._stopped:
+                    break
+                start = time.perf_counter()
+                try:
+                    item = (next(self._items),)
+                finally:
+                    self.busy += time.perf_counter() - start
+                self._queue.put(item)
+                del item  # it may be large, and this thread may wait long for the next permit
+        except StopIteration:
+            pass
+        except BaseException as error:
+            self._queue.put(error)
+        finally:
+            if close := getattr(self._items, "close", None):
+                close()
+            self._queue.put(None)
+
+    def __iter__(self) -> Prefetch[T]:
+        return self
+
+    def __next__(self) -> T:
+        got = None if self._ended else self._get()
+        if isinstance(got, tuple):
+            self._permits.put(None)
+            return got[0]
+        self._ended = True
+        self._thread.join()
+        if got is not None:
+            raise got
+        raise StopIteration
+
+    def _get(self) -> tuple[T] | BaseException | None:
+        while self._check is not None:
+            self._check()
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_POLL_SECONDS)
+        return self._queue.get()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error the thread is not waited for: it may wait for input."""
+        self.close(join=kind is None)
+
+    def close(self, *, join: bool = True) -> None:
+        """Stop the thread and wait for it; items made and not taken are dropped.
+
+        The garbage collector may call this anywhere: a SimpleQueue can be put to amid a `put` or `get` of the same
+        thread, and a background thread only says that all is over, since it may be the one to be waited for.
+        """
+        self._ended = self._stopped = True
+        self._permits.put(None)
+        if join and not in_background():
+            self._thread.join()
+
+
+class Background(Generic[T]):
+    """Calls `work(item)` in a thread for each submitted item, in order; at most one item waits.
+
+    An error of the thread is raised by a later `submit`, or at the end; nothing is worked on after it. `check` is
+    called about ten times per second while the main thread waits, and may raise.
+    """
+
+    def __init__(self, work: Callable[[T], None], check: Callable[[], None]) -> None:
+        self._work, self._check = work, check
+        self._pending: deque[Future[None]] = deque()  # one in work, one that waits
+        self._stopped = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREADS + "background")
+
+    def __enter__(self) -> Background[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error the item in work is finished, the waiting one dropped."""
+        try:
+            if kind is None:
+                self._wait(0)
+        finally:
+            self._stopped = True
+            self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, item: T) -> None:
+        """Queue an item; raises what went wrong with an earlier one."""
+        self._wait(1)
+        self._pending.append(self._thread.submit(self._run, item))
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many items are left."""
+        while self._pending and (len(self._pending) > most or self._pending[0].done()):
+            self._check()
+            if wait(list(self._pending)[:1], timeout=_POLL_SECONDS).done:
+                self._pending.popleft().result()
+        self._check()
+
+    def _run(self, item: T) -> None:
+        if self._stopped:
+            return
+        try:
+            self._work(item)
+        except BaseException:
+            self._stopped = True
+            raise
+
+
+class Workers:
+    """A pool of threads that make calls in the order of `submit`; a caller that waits for a result helps.
+
+    Waiting for a call that a thread has just begun takes as long as making the one after it, and a hand-over between
+    threads is then saved.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._threads: list[threading.Thread] = []  # started by the first `submit`
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def submit(self, call: Callable[[], T]) -> Callable[[], T]:
+        """Have a call made; what is returned waits for its result, or raises what it raised."""
+        while len(self._threads) < self._n_threads:
+            name = f"{THREADS}copy-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+        future: Future[T] = Future()
+
+        def make() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise  # an interrupt belongs to the thread that it met, too
+
+        self._calls.put(make)
+        return lambda: self._result(future)
+
+    def _result(self, future: Future[T]) -> T:
+        while not future.done():
+            try:
+                make = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if make is None:  # closed: the end of a thread
+                self._calls.put(None)
+                break
+            make()
+        return future.result()
+
+    def _work(self) -> None:
+        while (make := self._calls.get()) is not None:
+            make()
+            del make  # it holds the result, and this thread may wait long for the next call
+
+    def close(self) -> None:
+        """Drop the calls that no thread has begun, end the threads and wait for them.
+
+        The garbage collector may call this in a background thread: that one does not wait.
+        """
+        try:
+            while True:
+                self._calls.get_nowait()
+        except queue.Empty:
+            pass
+        for _ in self._threads:
+            self._calls.put(None)
+        if not in_background():
+            for thread in self._threads:
+                if thread.is_alive():  # an interrupt may have come before its start
+                    thread.join()

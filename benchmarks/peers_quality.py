@@ -46,10 +46,10 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.table import markdown
+from sae_granary import train_sae
 from sae_granary.common.process import tuned_process
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.metrics import Evaluator
-from sae_granary.train import train_sae
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data import passes

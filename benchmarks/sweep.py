@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.table import markdown
+from sae_granary import train_sweep
 from sae_granary.cache.load.loader import Loader
 from sae_granary.common.process import keep_freed_memory, tuned_process
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, WhereConfig
-from sae_granary.train import train_sweep
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import BaseSink, Metrics

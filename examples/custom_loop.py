@@ -30,4 +30,4 @@ with Loader(rows, batch_size=1024, seed=0) as batches:  # endless, shuffled; `de
         sae.after_step()  # unit decoder rows
 
 print({name: round(float(loss.detach()), 4) for name, loss in losses.items()})
-sae_core.save(sae.eval(), "custom_loop_sae")  # sae_core.load and SAELens read it
+sae_core.save(sae.eval(), "custom_loop_sae")  # load_sae and SAELens read it

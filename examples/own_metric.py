@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sae_granary.train import train_sae
+from sae_granary import train_sae
 from sae_granary.train.callbacks import Callback, StepEvent
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sae_granary import train_sae
 from sae_granary.sae_core import Centered, Codes, PreActs, option, register
 from sae_granary.sae_core.variants.topk import TopKSAE
-from sae_granary.train import train_sae
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 

@@ -3,8 +3,8 @@
 import sys
 from dataclasses import replace
 
-from sae_granary import sae_core
-from sae_granary.train import TrainConfig, train_sae
+from sae_granary import load_sae, train_sae
+from sae_granary.train.config.settings import TrainConfig
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 
@@ -18,5 +18,5 @@ second = train_sae(
 )
 print(f"FVU {first.summary['eval']['fvu']:.4f} -> {second.summary['eval']['fvu']:.4f}")
 
-sae = sae_core.load(second.folder)
+sae = load_sae(second.folder)
 print(f"{sae.type_name} with {sae.config.d_sae} latents, decoder {tuple(sae.W_dec.shape)}")

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import sae_granary.train.run
+from sae_granary import train_sae
 from sae_granary.common.process import DENORMAL, flushed_denormals, flushes_denormals
-from sae_granary.train import train_sae
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.cli import app
 
@@ -42,7 +42,7 @@ harvest_activations(HarvestConfig(ModelConfig("demo", device="cpu"), WhereConfig
                       max_tokens=500, out=Path("a")), quiet=True)
 """
 TRAIN_CALL = """
-from sae_granary.train import train_sae
+from sae_granary import train_sae
 train_sae(cache="toy", type="topk", d_sae=32, steps=3, batch_size=64, device="cpu", name="a")
 """
 COMMAND = """

@@ -23,6 +23,7 @@ def test_every_script_is_known() -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_runs(make_cache, tmp_path, monkeypatch, capsys, path) -> None:
     monkeypatch.chdir(tmp_path)
+    registry.discover()
     monkeypatch.setattr(registry, "_VARIANTS", dict(registry._VARIANTS))  # what a script registers is its own
     monkeypatch.setattr("sys.argv", [str(path), str(make_cache(n_docs=80))])
     runpy.run_path(str(path), run_name="__main__")

@@ -34,9 +34,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, sae_granary\n"
         "dir(sae_granary), sae_granary.__version__\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'transformers', 'zarr', 'typer')])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'transformers', 'zarr', 'typer')])\n"
+        "sae_granary.train_sae\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('wandb', 'transformers', 'matplotlib', 'typer')])"
     )
-    assert python(ROOT, "-c", code, path=".") == "[]"
+    assert python(ROOT, "-c", code, path=".") == "[]\n[]"
 
 
 def test_what_the_type_checker_sees_is_what_is_imported() -> None:

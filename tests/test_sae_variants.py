@@ -601,6 +601,7 @@ def test_multi_topk_of_a_skip_transcoder_sees_the_skip_path() -> None:
 def test_a_subclass_is_not_taken_for_its_parent_in_other_tools_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    registry.discover()
     monkeypatch.setattr(registry, "_VARIANTS", dict(registry._VARIANTS))
 
     @registry.register("zz_toy")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_granary import open_cache
-from sae_granary.train import train_sae
+from sae_granary import open_cache, train_sae
 from sae_granary.train.config.coerce import coerce
 from sae_granary.train.config.merge import (
     TRAINER_KEYS,

@@ -11,11 +11,10 @@ import torch
 from conftest import write_cache
 from safetensors.torch import load_file
 
-from sae_granary import open_cache, sae_core
+from sae_granary import open_cache, resume_training, sae_core, train_sae
 from sae_granary.cache.errors import IncompleteCacheError
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.common.signals import StopRequest
-from sae_granary.train import resume_training, train_sae
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
 from sae_granary.train.optim import resample as latents_of

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sae_granary import train_sae
 from sae_granary.common.finished_run import read_metrics
-from sae_granary.train import train_sae
 from sae_granary.train.sinks.chart_names import charted
 from sae_granary.train.sinks.console_sink import ConsoleSink
 from sae_granary.train.sinks.jsonl_sink import JsonlSink

@@ -9,11 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
+from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.common.finished_run import SAE_FILES, SUMMARY, NotARunError, read_summary
 from sae_granary.sae_core import Codes, registry
 from sae_granary.sae_core.variants.topk import TopKSAE
-from sae_granary.train import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.train.cli import app
 from sae_granary.train.errors import FilesDifferError
 from sae_granary.train.result.own_files import difference

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sae_granary.train import train_sae
+from sae_granary import train_sae
 from sae_granary.train.cli import app
 from sae_granary.train.errors import DivergedError, RunExistsError
 from sae_granary.train.folders import exclusive

@@ -15,11 +15,10 @@ import torch
 from conftest import write_cache
 from safetensors.torch import load_file
 
-from sae_granary import sae_core
+from sae_granary import resume_training, sae_core, train_sae
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
-from sae_granary.train import resume_training, train_sae
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.optim.optimizers import OPTIMIZERS

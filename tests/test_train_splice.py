@@ -13,7 +13,7 @@ from cache_kit import no_sync  # noqa: F401
 from lm_kit import harvest, trained_model
 from typer.testing import CliRunner
 
-from sae_granary import open_cache, sae_core
+from sae_granary import open_cache, sae_core, train_sae
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Selection
@@ -32,7 +32,6 @@ from sae_granary.models.language.patch import patched
 from sae_granary.models.language.splice import open_embedder, open_model
 from sae_granary.models.locate import locate, weights_hash
 from sae_granary.sae_core import Progress, registry
-from sae_granary.train import train_sae
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data.language import evaluation_contexts, training_contexts
@@ -347,7 +346,7 @@ def test_the_example_trains(models: Path, tmp_path: Path) -> None:
 def test_a_sweep_through_the_model_is_what_each_run_is_alone(models: Path, tmp_path: Path) -> None:
     from test_train_resume import assert_same
 
-    from sae_granary.train import train_sweep
+    from sae_granary import train_sweep
 
     common = {**SMALL, "cache": str(models / "llama_l0"), "steps": 12, "finetune_kl": 3000}
     common = {key: value for key, value in common.items() if key != "k"}
@@ -540,7 +539,7 @@ FINETUNE, WHOLE = {"finetune_kl": 4096}, {"loss": "kl"}  # the last 8 of 20 step
 def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Path, stop: int, settings) -> None:
     from test_train_resume import StopAt, assert_same
 
-    from sae_granary.train import resume_training
+    from sae_granary import resume_training
     from sae_granary.train.errors import InterruptedRunError
 
     options = {**SMALL, "cache": str(models / "llama_l0"), "type": "batchtopk", "steps": 20, "log_every": 1, **settings}
@@ -557,7 +556,7 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
     """From the newest checkpoint, from the one at the first step of windows, and from one of shuffled rows."""
     from test_train_resume import assert_same
 
-    from sae_granary.train import resume_training
+    from sae_granary import resume_training
     from sae_granary.train.state.checkpoint import list_checkpoints
 
     folder = shutil.copytree(finetuned / "killed", tmp_path / "run")
@@ -587,8 +586,8 @@ def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:
     from test_train_resume import StopAt, assert_same
 
+    from sae_granary import resume_training
     from sae_granary.cache.load.whole_contexts import ContextsState
-    from sae_granary.train import resume_training
     from sae_granary.train.data import streams
     from sae_granary.train.errors import InterruptedRunError
 

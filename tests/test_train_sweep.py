@@ -15,11 +15,10 @@ import pytest
 from cache_kit import no_sync  # noqa: F401
 from rich.console import Console
 
-from sae_granary import sae_core
+from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.cache.load.loader import Loader
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
-from sae_granary.train import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import ConfigError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive

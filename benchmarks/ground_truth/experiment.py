@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.ground_truth import metrics
 from benchmarks.ground_truth.generators import Floats, Sample, World
-from sae_granary import open_cache
+from sae_granary import open_cache, train_sae
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.loader import Loader
 from sae_granary.cache.load.selection import Holdout, Selection
@@ -18,7 +18,6 @@ from sae_granary.common.process import tuned_process
 from sae_granary.common.rows import FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.metrics import Evaluator
-from sae_granary.train import train_sae
 
 HOOK = "layer_0"
 ROWS_PER_DOCUMENT = 50  # the hold-out goes by documents

@@ -9,7 +9,7 @@ from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.lockstep import train
+from sae_granary.train.lockstep import feed_all
 from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train_step
 from sae_granary.train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
@@ -226,7 +226,7 @@ def drive(trainees, **options) -> list[Stream]:
         opened.append(Stream(lambda i: rows(4, i), first.step))
         return opened[-1]
 
-    train(trainees, open_stream, **options)
+    feed_all(trainees, open_stream, **options)
     assert all(stream.closed for stream in opened)
     return opened
 

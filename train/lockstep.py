@@ -44,7 +44,7 @@ class Stream(Protocol):
         """Release what is held."""
 
 
-def train(
+def feed_all(
     trainees: Iterable[T],
     open_stream: Callable[[T], Stream],
     *,
@@ -108,7 +108,7 @@ class _Together:
         if unfinished := [t for t in left if not t.done]:
             InterruptedRunError.raise_if(self._stop, unfinished[0].step, unfinished[0].folder)
         on_failure = None if self._on_failure is None else self._fail
-        train(left, self._stream_from, after_batch=self._stop_if_asked, on_failure=on_failure)
+        feed_all(left, self._stream_from, after_batch=self._stop_if_asked, on_failure=on_failure)
         results: dict[Trainer, Result] = {}
         for trainer in self._left():
             InterruptedRunError.raise_if(self._stop, trainer.step, trainer.folder)

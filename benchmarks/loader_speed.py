@@ -17,7 +17,7 @@ from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.load.order import MAX_PARTNERS
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.read.reader import Cache
@@ -73,12 +73,12 @@ def _speed_table(opened: Cache, quick: bool) -> str:
     gb = sum(shard.nbytes for shard in shards) / 1e9
 
     def epoch() -> None:
-        with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8) as loader:
+        with _loader(opened, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8)) as loader:
             for _ in loader:
                 pass
 
     def heldout_epoch() -> None:
-        with Loader(opened, HOOK, batch_size=BATCH, epochs=1, pool_rows=opened.n_rows // 8) as loader:
+        with Loader(opened, HOOK, batch_size=BATCH, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8)) as loader:
             for _ in loader:
                 pass
 
@@ -112,7 +112,7 @@ def _speed_table(opened: Cache, quick: bool) -> str:
 
 
 def _mixing_table(opened: Cache) -> str:
-    with _loader(opened, epochs=1, pool_rows=opened.n_rows // 8, with_rows=True) as loader:
+    with _loader(opened, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8), with_rows=True) as loader:
         block, order = loader.order.block_rows, loader.order
         measured = np.mean([partners(batch.row_ids.numpy() // block) for batch in loader if batch.row_ids is not None])
     uniform_ids = np.random.default_rng(0).permutation(opened.n_rows)

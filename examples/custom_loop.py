@@ -12,7 +12,7 @@ CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
 N_STEPS = 50
 rows = open_cache(CACHE)
 sae_class = sae_core.registry.get("topk")
-with Loader(rows, batch_size=1024, seed=0) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
+with Loader(rows, batch_size=1024) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
     first = next(batches).x
     sae = sae_class(sae_class.Config(d_in=first.shape[1], d_sae=8 * first.shape[1], k=8))
     sae.initialize(first, torch.Generator().manual_seed(0))  # normalisation, b_dec, weights

@@ -15,7 +15,7 @@ import torch
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
 from sae_granary.cache.load.loader import Loader, LoaderState
-from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.order import Order, Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
 from sae_granary.cache.load.staging import HostRows
 
@@ -47,8 +47,8 @@ def naive(opened, *, special=False, first=True, part="train", holdout=None):
 @pytest.mark.parametrize(("pool_rows", "block_rows"), [(None, None), (300, None), (300, 7), (4773, 1), (64, 64)])
 def test_each_row_exactly_once_per_epoch(make_cache, part, pool_rows, block_rows) -> None:
     opened = open_cache(make_cache())
-    sizes = {"batch_size": 64, "pool_rows": pool_rows, "block_rows": block_rows}
-    loader = Loader(opened, selection=Selection(part=part), epochs=1, with_rows=True, **sizes)
+    order = Shuffle(pool_rows=pool_rows, block_rows=block_rows)
+    loader = Loader(opened, batch_size=64, order=order, selection=Selection(part=part), epochs=1, with_rows=True)
     ids = all_ids(loader)
     assert len(ids) == loader.n_rows
     assert np.array_equal(np.sort(ids), naive(opened, part=part))
@@ -57,7 +57,7 @@ def test_each_row_exactly_once_per_epoch(make_cache, part, pool_rows, block_rows
 def test_rows_are_those_of_their_ids(make_cache) -> None:
     opened = open_cache(make_cache())
     values = {int(i): opened.hook()[k] for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
-    with Loader(opened, batch_size=100, pool_rows=700, with_rows=True) as loader:
+    with Loader(opened, batch_size=100, order=Shuffle(pool_rows=700), with_rows=True) as loader:
         for batch in take(loader, 60):  # into the second epoch
             expected = np.stack([values[int(i)] for i in batch.row_ids])
             assert batch.x.dtype == torch.float32
@@ -78,11 +78,11 @@ def test_batches_run_on_across_epochs_in_another_order(make_cache) -> None:
 @pytest.mark.parametrize("pool_rows", [None, 333])
 def test_seeking_continues_exactly(make_cache, pool_rows) -> None:
     opened = open_cache(make_cache())
-    with Loader(opened, batch_size=70, pool_rows=pool_rows, seed=5, with_rows=True) as loader:
+    with Loader(opened, batch_size=70, order=Shuffle(5, pool_rows), with_rows=True) as loader:
         batches = take(loader, 130)  # two epochs
     for i in (0, 1, 7, 58, 59, 60, 61, 100, 128):
         with Loader(
-            opened, batch_size=70, pool_rows=pool_rows, seed=5, with_rows=True, state=batches[i].state
+            opened, batch_size=70, order=Shuffle(5, pool_rows), with_rows=True, state=batches[i].state
         ) as again:
             following = next(again)
         assert np.array_equal(following.row_ids, batches[i + 1].row_ids)
@@ -95,7 +95,7 @@ def test_seeking_reads_one_pool_only(make_cache, monkeypatch) -> None:
     pools = []
     original = Order.pool
     monkeypatch.setattr(Order, "pool", lambda self, e, p: pools.append((e, p)) or original(self, e, p))
-    with Loader(opened, batch_size=64, pool_rows=500, state=LoaderState(0, 7, 2600)) as loader:
+    with Loader(opened, batch_size=64, order=Shuffle(pool_rows=500), state=LoaderState(0, 7, 2600)) as loader:
         next(loader)
         n_pools = loader.order.n_pools
     assert pools[0][0] == 7
@@ -105,9 +105,9 @@ def test_seeking_reads_one_pool_only(make_cache, monkeypatch) -> None:
 
 def test_closed_loader_continues_where_it_stood(make_cache) -> None:
     opened = open_cache(make_cache())
-    with Loader(opened, batch_size=64, pool_rows=500, with_rows=True) as whole:
+    with Loader(opened, batch_size=64, order=Shuffle(pool_rows=500), with_rows=True) as whole:
         expected = [b.row_ids for b in take(whole, 6)]
-    loader = Loader(opened, batch_size=64, pool_rows=500, with_rows=True)
+    loader = Loader(opened, batch_size=64, order=Shuffle(pool_rows=500), with_rows=True)
     got = [b.row_ids for b in take(loader, 3)]
     loader.close()
     loader.close()
@@ -120,7 +120,7 @@ def test_same_seed_same_batches_other_seed_other_batches(make_cache) -> None:
     opened = open_cache(make_cache())
 
     def ids(seed):
-        with Loader(opened, batch_size=64, seed=seed, with_rows=True) as loader:
+        with Loader(opened, batch_size=64, order=Shuffle(seed), with_rows=True) as loader:
             return next(loader).row_ids
 
     assert torch.equal(ids(1), ids(1))
@@ -138,7 +138,7 @@ def test_last_batch_of_a_finite_pass_is_short(make_cache) -> None:
 
 def test_hook_points_stay_aligned(make_cache) -> None:
     opened = open_cache(make_cache(hooks=("layer_1", "layer_2")))
-    with Loader(opened, batch_size=32, with_rows=True, pool_rows=400) as loader:
+    with Loader(opened, batch_size=32, with_rows=True, order=Shuffle(pool_rows=400)) as loader:
         batch = take(loader, 5)[-1]
     rows = {int(i): k for k, i in enumerate(opened.row_ids(np.arange(len(opened))))}
     order = np.array([rows[int(i)] for i in batch.row_ids])
@@ -225,7 +225,7 @@ def test_refusals(make_cache) -> None:
     with pytest.raises(SelectionError, match="batch size is 0"):
         Loader(opened, batch_size=0)
     with pytest.raises(SelectionError, match="state has seed 1"):
-        Loader(opened, batch_size=8, seed=0, state=LoaderState(1))
+        Loader(opened, batch_size=8, state=LoaderState(1))
 
 
 def test_nothing_to_deliver_ends_a_finite_pass(make_cache) -> None:
@@ -235,7 +235,7 @@ def test_nothing_to_deliver_ends_a_finite_pass(make_cache) -> None:
 
 def test_an_error_of_the_thread_reaches_the_consumer(make_cache, monkeypatch) -> None:
     opened = open_cache(make_cache())
-    loader = Loader(opened, batch_size=64, pool_rows=500)
+    loader = Loader(opened, batch_size=64, order=Shuffle(pool_rows=500))
     calls = []
 
     original = HostRows.copy
@@ -269,7 +269,7 @@ def test_threads_end_with_their_loader(make_cache) -> None:
         return sum(t.name.startswith("cache-") for t in threading.enumerate())
 
     before = n_threads()
-    loader = Loader(opened, batch_size=64, pool_rows=300)
+    loader = Loader(opened, batch_size=64, order=Shuffle(pool_rows=300))
     next(loader)
     assert n_threads() >= before + 2
     del loader  # never closed
@@ -298,7 +298,7 @@ def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, o
     before, errors = set(threading.enumerate()), []
     monkeypatch.setattr(sys, "unraisablehook", errors.append)
     monkeypatch.setattr(owner, name, collecting)
-    knot = SimpleNamespace(loader=Loader(open_cache(make_cache()), batch_size=30, pool_rows=100))
+    knot = SimpleNamespace(loader=Loader(open_cache(make_cache()), batch_size=30, order=Shuffle(pool_rows=100)))
     knot.self = knot  # only the collector finds it
     next(knot.loader)
     threads = own_threads()

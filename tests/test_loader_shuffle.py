@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary.cache.load import shuffle
-from sae_granary.cache.load.order import Order, plan_order
+from sae_granary.cache.load.order import Order, Shuffle, plan_order
 
 sizes = st.integers(0, 3000)
 seeds = st.integers(0, 2**40)
@@ -114,16 +114,16 @@ def test_gather_copies_the_rows_that_it_names() -> None:
 
 
 def test_planned_blocks_keep_partners_rare() -> None:
-    order = plan_order([(0, 1_000_000)], bytes_per_row=1536, batch_size=4096, seed=0, pool_rows=125_000)
+    order = plan_order([(0, 1_000_000)], Shuffle(pool_rows=125_000), bytes_per_row=1536, batch_size=4096)
     pool = order.pool_blocks * order.block_rows
     assert (order.block_rows - 1) * (4096 - 1) / (pool - 1) <= 0.1
     assert order.n_pools == 8
-    assert plan_order([(0, 1000)], bytes_per_row=1536, batch_size=64, seed=0).n_pools == 1
+    assert plan_order([(0, 1000)], Shuffle(), bytes_per_row=1536, batch_size=64).n_pools == 1
 
 
 def test_order_is_uniform_over_the_cache() -> None:
     # Where the rows of a batch come from: the share of the first tenth of the cache is binomial.
-    order = plan_order([(0, 50_000)], bytes_per_row=4, batch_size=1000, seed=0, pool_rows=10_000)
+    order = plan_order([(0, 50_000)], Shuffle(pool_rows=10_000), bytes_per_row=4, batch_size=1000)
     plan = order.pool(0, 0)
     share = (plan.row_ids([0]) < 5000).mean()
     assert abs(share - 0.1) < 0.02

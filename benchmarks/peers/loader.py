@@ -25,7 +25,7 @@ from benchmarks.peers.saelens_cache import CONTEXT
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
-from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.process import keep_freed_memory
 from sae_granary.common.rows import Rows
@@ -67,7 +67,9 @@ def our_loaders(opened: Cache, args: argparse.Namespace) -> dict[str, Contestant
 
     def epoch(**options: Any) -> Loader:
         pool = opened.n_rows // 8
-        return Loader(opened, HOOK, batch_size=BATCH, epochs=1, pool_rows=pool, device=args.device, **options)
+        return Loader(
+            opened, HOOK, batch_size=BATCH, epochs=1, order=Shuffle(pool_rows=pool), device=args.device, **options
+        )
 
     def contestant(**options: Any) -> Contestant:
         return Contestant(epoch(**options).n_rows, lambda: (batch.x for batch in epoch(**options)))

@@ -20,14 +20,16 @@ import torch
 
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.batches import Batch, LoaderState, deliver
-from sae_granary.cache.load.order import Order, plan_order
+from sae_granary.cache.load.order import Order, Shuffle, plan_order
 from sae_granary.cache.load.pools import PREVIOUS, PoolSource
 from sae_granary.cache.load.selection import TRAIN_ROWS, Counts, Filters, Part, Selection, account
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
 
-__all__ = ["PREVIOUS", "Batch", "Loader", "LoaderState", "Selection"]
+__all__ = ["PREVIOUS", "Batch", "Loader", "LoaderState", "Selection", "Shuffle"]
+
+SHUFFLED = Shuffle()
 
 
 class Loader:
@@ -35,8 +37,8 @@ class Loader:
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
     With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; contexts never
-    cross shards, so it lies in the same shard. An `order` given replaces the one that would be planned for these hook
-    points: one loader can deliver to several readers, each in the order that it has alone.
+    cross shards, so it lies in the same shard. A planned `Order` may be one of other hook points: one loader can
+    deliver to several readers, each in the order that it has alone.
     """
 
     def __init__(
@@ -45,18 +47,15 @@ class Loader:
         hooks: str | Sequence[str] | None = None,
         *,
         batch_size: int,
-        seed: int = 0,
+        order: Shuffle | Order = SHUFFLED,
         device: str | torch.device = "cpu",
         selection: Selection = TRAIN_ROWS,
         dtype: torch.dtype = torch.float32,
         state: LoaderState | None = None,
         epochs: int | None = None,
-        pool_rows: int | None = None,
-        block_rows: int | None = None,
         with_rows: bool = False,
         previous: bool = False,
         counts: Counts | None = None,
-        order: Order | None = None,
     ) -> None:
         self.hooks = resolve_hooks(cache, hooks)
         self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
@@ -67,18 +66,11 @@ class Loader:
         if previous:
             _check_previous(selection.filters)
         _check_sizes(self.n_rows, batch_size, selection.part, self.counts, endless=epochs is None)
-        self.order = order or order_of(
-            cache,
-            self.hooks,
-            batch_size=batch_size,
-            seed=seed,
-            pool_rows=pool_rows,
-            block_rows=block_rows,
-            previous=previous,
-        )
-        self.state = state or LoaderState(seed)
-        if self.state.seed != seed:
-            raise SelectionError(f"the loader's state has seed {self.state.seed}, the loader was given seed {seed}")
+        if isinstance(order, Shuffle):
+            order = order_of(cache, self.hooks, order, batch_size=batch_size, previous=previous)
+        self.order = order
+        self.state = state or LoaderState(order.seed)
+        _check_state(self.state, order)
         self._source = PoolSource(
             cache,
             self.hooks,
@@ -123,25 +115,14 @@ class Loader:
         self.close()
 
 
-def order_of(
-    cache: Cache,
-    hooks: Sequence[str],
-    *,
-    batch_size: int,
-    seed: int,
-    pool_rows: int | None = None,
-    block_rows: int | None = None,
-    previous: bool = False,
-) -> Order:
+def order_of(cache: Cache, hooks: Sequence[str], shuffle: Shuffle, *, batch_size: int, previous: bool = False) -> Order:
     """The order in which a loader of these hook points delivers the cache."""
     n_views = 2 if previous else 1
     return plan_order(
         [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
+        shuffle,
         bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * cache.storage.item_bytes,
         batch_size=batch_size,
-        seed=seed,
-        pool_rows=pool_rows,
-        block_rows=block_rows,
     )
 
 
@@ -151,6 +132,11 @@ def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str,
     for name in names:
         cache.hook(name)  # raises with the names that there are
     return names
+
+
+def _check_state(state: LoaderState, order: Order) -> None:
+    if state.seed != order.seed:
+        raise SelectionError(f"the loader's state has seed {state.seed}, the loader was given seed {order.seed}")
 
 
 def _check_previous(filters: Filters) -> None:

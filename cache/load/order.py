@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.cache.load import shuffle
+from sae_granary.cache.load import shuffle as permutations
 
 MAX_PARTNERS = 0.1  # expected rows of a batch that share their block with a given row of it
 MAX_BLOCK_ROWS = 64  # larger blocks copy no faster
@@ -69,7 +69,7 @@ class Order:
         short = [(block, missing) for block, missing in short if missing]
         if short:
             blocks, missing = np.array(short, dtype=np.int64).T
-            pools = shuffle.block_places(blocks, self.n_blocks, self.seed, epoch) // self.pool_blocks
+            pools = permutations.block_places(blocks, self.n_blocks, self.seed, epoch) // self.pool_blocks
             lost = np.bincount(pools, weights=missing, minlength=self.n_pools).astype(np.int64)
             starts[1:] -= np.cumsum(lost)
         starts[-1] = self.n_rows
@@ -82,7 +82,7 @@ class Order:
     def pool(self, epoch: int, pool: int) -> PoolPlan:
         """What a pool is made of, in disk order."""
         start = pool * self.pool_blocks
-        blocks = np.sort(shuffle.block_order(self.n_blocks, self.seed, epoch, start, start + self.pool_blocks))
+        blocks = np.sort(permutations.block_order(self.n_blocks, self.seed, epoch, start, start + self.pool_blocks))
         bounds = np.searchsorted(blocks, self.first_blocks)
         parts = [
             ShardPart(i, blocks[lo:hi] - self.first_blocks[i], n, self.block_rows)
@@ -93,12 +93,12 @@ class Order:
 
     def permutation(self, epoch: int, pool: int, n_rows: int) -> I64:
         """Order in which the rows of a pool are delivered."""
-        return shuffle.pool_permutation(n_rows, self.seed, epoch, pool)
+        return permutations.pool_permutation(n_rows, self.seed, epoch, pool)
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint stores, to refuse another order."""
         return {
-            "format_version": shuffle.FORMAT_VERSION,
+            "format_version": permutations.FORMAT_VERSION,
             "shards": [list(s) for s in self.shards],
             "block_rows": self.block_rows,
             "pool_blocks": self.pool_blocks,
@@ -194,21 +194,22 @@ class PoolPlan:
         return np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
 
 
-def plan_order(
-    shards: Sequence[tuple[int, int]],
-    *,
-    bytes_per_row: int,
-    batch_size: int,
-    seed: int,
-    pool_rows: int | None = None,
-    block_rows: int | None = None,
-) -> Order:
+@dataclass(frozen=True)
+class Shuffle:
+    """How rows are to be shuffled; sizes of None are chosen so that a batch mixes well and pools fit the memory."""
+
+    seed: int = 0
+    pool_rows: int | None = None  # rows of a pool: what is shuffled, and held in memory, at once
+    block_rows: int | None = None  # neighboring rows that stay in one pool
+
+
+def plan_order(shards: Sequence[tuple[int, int]], shuffle: Shuffle, *, bytes_per_row: int, batch_size: int) -> Order:
     """Choose pool and block sizes: pools of about 512 MiB of equal size, blocks as large as the mixing allows."""
-    n_rows = sum(n for _, n in shards)
-    wanted = pool_rows or max(POOL_BYTES // max(bytes_per_row, 1), 4 * batch_size)
+    n_rows, block_rows = sum(n for _, n in shards), shuffle.block_rows
+    wanted = shuffle.pool_rows or max(POOL_BYTES // max(bytes_per_row, 1), 4 * batch_size)
     n_pools = max(-(-n_rows // max(min(wanted, n_rows), 1)), 1)
     if block_rows is None:
         mixing = 1 + int(MAX_PARTNERS * (n_rows // n_pools - 1) / max(batch_size - 1, 1))
         block_rows = MAX_BLOCK_ROWS if n_pools == 1 else max(min(mixing, MAX_BLOCK_ROWS), 1)
     n_blocks = sum(-(-n // block_rows) for _, n in shards)
-    return Order(tuple((i, n) for i, n in shards), block_rows, max(-(-n_blocks // n_pools), 1), seed)
+    return Order(tuple((i, n) for i, n in shards), block_rows, max(-(-n_blocks // n_pools), 1), shuffle.seed)

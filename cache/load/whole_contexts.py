@@ -107,7 +107,6 @@ class _Source:
 
     def __init__(self, cache: Cache, hook: str, selection: Selection, seed: int | None) -> None:
         self.cache, self.selection = cache, selection
-        self.starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in cache.shards], dtype=np.int64)])
         self.order = ContextOrder(cache, (hook,), selection, seed)
 
     def contexts(self, state: ContextsState, epochs: int | None) -> Iterator[_Context]:
@@ -124,7 +123,7 @@ class _Source:
 
     def _context(self, shard: int, start: int, end: int, behind: ContextsState) -> _Context:
         columns = {name: self.cache.column(name).shard(shard)[start:end] for name in ("token_id", "doc_id", "flags")}
-        offset, keep = int(self.starts[shard]), self.order.keep(shard, start, end)
+        offset, keep = int(self.cache.starts[shard]), self.order.keep(shard, start, end)
         arrays: dict[str, NDArray[Any]] = {
             "token_id": columns["token_id"].astype(np.int64),
             "real": np.ones(end - start, np.bool_),

@@ -91,7 +91,8 @@ class Cache:
             ShardView(record.shard, record.n_rows, record.shard * manifest.rows_per_shard) for record in opened
         )
         self.n_rows = sum(shard.n_rows for shard in self.shards)
-        self._starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in self.shards], dtype=np.int64)])
+        # (n_shards + 1,) ordinal of the first row of each opened shard, then the number of rows
+        self.starts = np.concatenate([[0], np.cumsum([shard.n_rows for shard in self.shards], dtype=np.int64)])
         self._sizes = [(shard.index, shard.n_rows) for shard in self.shards]
         self._hooks: dict[str, HookRows] = {}
         self._columns: dict[str, Column] = {}
@@ -147,9 +148,9 @@ class Cache:
     def row_ids(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The permanent ids of ordinals."""
         ordinals = np.asarray(rows, dtype=np.int64)
-        shard = np.searchsorted(self._starts, ordinals, side="right") - 1
+        shard = np.searchsorted(self.starts, ordinals, side="right") - 1
         first = np.array([view.first_row_id for view in self.shards], dtype=np.int64)
-        ids: npt.NDArray[np.int64] = first[shard] + (ordinals - self._starts[shard])
+        ids: npt.NDArray[np.int64] = first[shard] + (ordinals - self.starts[shard])
         return ids
 
     def document(self, row: int) -> DocumentRow:

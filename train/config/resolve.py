@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_granary import sae_core
+from sae_granary.cache.load.order import Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import nearest
@@ -37,6 +38,12 @@ def selection_of(config: TrainConfig, part: Part = "train") -> Selection:
         max_norm=config.max_norm,
     )
     return Selection(filters, Holdout(config.holdout, config.holdout_seed), part)
+
+
+def shuffle_of(config: TrainConfig) -> Shuffle:
+    """How a run's rows are shuffled."""
+    assert config.shuffle_seed is not None
+    return Shuffle(config.shuffle_seed, config.pool_rows, config.block_rows)
 
 
 def _min_position(config: TrainConfig) -> int | None:

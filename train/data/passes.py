@@ -13,7 +13,7 @@ import torch
 from sae_granary.cache.load.loader import Loader, LoaderState
 from sae_granary.cache.load.selection import Part
 from sae_granary.sae_core import Rows
-from sae_granary.train.config.resolve import selection_of
+from sae_granary.train.config.resolve import selection_of, shuffle_of
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.streams import open_stream
 
@@ -77,17 +77,14 @@ def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:
 def _loader(data: RunData, part: Part, *, batch_size: int, device: str) -> Loader:
     """One pass over a part of the run's own rows, in the run's order."""
     config = data.config
-    assert config.shuffle_seed is not None
     return Loader(
         data.cache,
         config.hook,
         batch_size=batch_size,
-        seed=config.shuffle_seed,
+        order=shuffle_of(config),
         device=device,
         selection=selection_of(config, part),
         epochs=1,
-        pool_rows=config.pool_rows,
-        block_rows=config.block_rows,
         previous=data.reads_previous,
         counts=data.counts,
     )

@@ -17,7 +17,7 @@ from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_context_step, needs_language_model
-from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of
+from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 from sae_granary.train.state.checkpoint import Identity
@@ -75,17 +75,8 @@ class RunData:
     @cached_property
     def order(self) -> Order:
         """The order of the training rows: that of a loader of this run alone, whatever else is read beside it."""
-        config = self.config
-        assert config.shuffle_seed is not None
-        return order_of(
-            self.cache,
-            config.hook,
-            batch_size=config.batch_size,
-            seed=config.shuffle_seed,
-            pool_rows=config.pool_rows,
-            block_rows=config.block_rows,
-            previous=self.reads_previous,
-        )
+        config, shuffle = self.config, shuffle_of(self.config)
+        return order_of(self.cache, config.hook, shuffle, batch_size=config.batch_size, previous=self.reads_previous)
 
     @property
     def stream_key(self) -> tuple[Any, ...]:

@@ -22,7 +22,6 @@ def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Lo
         first.cache,
         list(dict.fromkeys(hook for run in runs for hook in run.config.hook)),
         batch_size=config.batch_size,
-        seed=first.order.seed,
         device=config.device,
         selection=selection_of(config),
         state=state,

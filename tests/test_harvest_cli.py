@@ -184,7 +184,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 --dataset a_cache", r"a_cache is an activation cache, not a data set"),
         (f"{BERT} --layer 1 --dataset mixed", r"mixed/b\.csv has no column 'text', the text of mixed/a\.jsonl"),
         (f"{BERT} --layer 1 {TEXT} --text-column ''", r"--text-column is empty"),
-        (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a number from 1"),
+        (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a whole number"),
         (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
         (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"--layer 9 is out of range"),
         ("names some-model", r"unknown model 'some-model'"),

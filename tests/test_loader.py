@@ -266,7 +266,7 @@ def test_threads_end_with_their_loader(make_cache) -> None:
     opened = open_cache(make_cache())
 
     def n_threads():
-        return sum(t.name.startswith("cache-") for t in threading.enumerate())
+        return sum(t.name.startswith("granary-") for t in threading.enumerate())
 
     before = n_threads()
     loader = Loader(opened, batch_size=64, order=Shuffle(pool_rows=300))
@@ -293,7 +293,7 @@ def test_a_loader_may_be_collected_in_its_own_threads(make_cache, monkeypatch, o
         return original(*args)
 
     def own_threads():
-        return [t for t in threading.enumerate() if t.name.startswith("cache-") and t not in before]
+        return [t for t in threading.enumerate() if t.name.startswith("granary-") and t not in before]
 
     before, errors = set(threading.enumerate()), []
     monkeypatch.setattr(sys, "unraisablehook", errors.append)

@@ -117,3 +117,21 @@ def test_nothing_in_the_metadata_forbids_upload_or_is_invented() -> None:
     assert project["authors"] == [{"name": "The Granary authors"}]
     assert "urls" not in project
     assert not [line for line in project["classifiers"] if line.startswith("Private ::")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_pages_name_files_that_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tops = (*STAGES, "sae_granary", "tests", "benchmarks", "docs", "examples")
+    named = {
+        name for name in re.findall(r"`([\w./]+/[\w./]*)`", text) if name.startswith(tops) and "demo_l3" not in name
+    }
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_imports_of_the_readme_work() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if re.match(r"(from|import) ", line)]
+    assert len(lines) > 5
+    exec("\n".join(lines), {})

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -80,6 +81,7 @@ FILES = {name_of(p): p for folder in PACKAGES.values() for p in sorted(folder.gl
 MODULES = list(FILES)
 
 
+@cache
 def imports(module: str) -> set[str]:
     """Everything that a module imports, anywhere in it: ours by module, third parties by their top-level name."""
     found = set()

@@ -334,7 +334,7 @@ def test_sweeps_as_people_type_them(make_cache) -> None:
         (["--grid", "k=2,2"], r"the grid repeats itself: k holds 2 twice"),
         (["--grid", "k=2,300"], r"k=300: expected k <= d_sae"),
         ([], r"the grid is empty"),
-        (["--grid", "d_sae=64,1B"], r"1 of these 2 SAEs would fit: .* needs .* GiB of memory, cpu has .* to give"),
+        (["--grid", "d_sae=64,1B"], r"1 of these 2 SAEs would fit: .* needs .* of memory, cpu has .* to give"),
     ],
 )
 def test_bad_sweeps_are_one_line(make_cache, args, message) -> None:

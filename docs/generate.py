@@ -66,7 +66,7 @@ def _variants() -> Iterator[str]:
         own = [row for row in own if row[0].strip("`") not in _FIRST_ROWS]
         yield f"### `{name}`\n"
         yield (inspect.getdoc(cls) or "").splitlines()[0] + "\n"
-        recommended = ", ".join(f"{key} {value}" for key, value in cls.recommended().items())
+        recommended = ", ".join(f"{key} {value}" for key, value in cls.recommended.items())
         if recommended:
             yield f"Recommended: {recommended}.\n"
         yield _table(own) if own else "No options of its own.\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sae_granary import train_sae
-from sae_granary.sae_core import Centered, Codes, PreActs, option, register
+from sae_granary.sae_core import PRE_ACTS, Centered, Codes, PreActs, option, register
 from sae_granary.sae_core.variants.topk import TopKSAE
 
 CACHE = sys.argv[1] if len(sys.argv) > 1 else "cache/demo_l3"
@@ -23,7 +23,7 @@ class SoftTopKSAE(TopKSAE):
     class Config(TopKSAE.Config):
         """Options of soft_topk."""
 
-        shrink: float = option(0.05, help="subtracted from every kept pre-activation", ge=0)
+        shrink: float = option(0.05, help="subtracted from every kept pre-activation", ge=0, unit=PRE_ACTS)
 
     config: Config
 

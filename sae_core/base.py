@@ -4,97 +4,72 @@ Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
 
     sae.begin_step(progress); out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
+
+A variant writes `Config`, `activate`, `penalties`, and seldom more; its files follow from what it declares.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
-from sae_granary.sae_core.auxk import Dictionary, auxk_loss
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows, take_hooks
+from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
 from sae_granary.sae_core.errors import NonFiniteError, OptionError
-from sae_granary.sae_core.functional import geometric_median, remove_parallel, to_unit_norm
-from sae_granary.sae_core.normalize import MODES, Normalized, Normalizer
-from sae_granary.sae_core.options import Progress, check, option
+from sae_granary.sae_core.functional import remove_parallel, to_unit_norm, typical_row
+from sae_granary.sae_core.latents import PerLatent
+from sae_granary.sae_core.losses import LossScale
+from sae_granary.sae_core.normalize import Affine, Normalizer
+from sae_granary.sae_core.options import Progress, SharedConfig
 from sae_granary.sae_core.pre_acts import PreActs
 
-MAX_INIT_ROWS = 2**15  # rows that the geometric median looks at
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
-LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of `reconstruction_name`
-LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
-B_DEC_INITS = ("geometric_median", "mean", "zero")
 
 
 class SAE(nn.Module):
-    """Base of all sparse autoencoders; a variant overrides `activate`, `penalties` and what else differs."""
+    """Base of all sparse autoencoders."""
 
     type_name: ClassVar[str] = ""
     reads: ClassVar[Reads] = Reads()
+    # Numbers of each latent, by the attribute that holds them; the first are added to the encoder product.
+    latents: ClassVar[Mapping[str, PerLatent]] = {"b_enc": PerLatent()}
+    linear_paths: ClassVar[tuple[str, ...]] = ()  # parameters (D, D_out) from the encoder's input past the codes
     unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
-    signed_codes: ClassVar[bool] = False  # latents stand for both directions: no ReLU, the largest magnitudes count
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
-    needs_calibration: ClassVar[bool] = False
-    saelens_architecture: ClassVar[str] = ""  # the SAELens architecture that computes the same inference
-    unscaled_latent_tensors: ClassVar[frozenset[str]] = frozenset()  # those not in units of the pre-activations
-    reads_saelens: ClassVar[str] = ""  # the SAELens architecture that is loaded as this variant
-    sparsify_flags: ClassVar[tuple[bool, bool] | None] = None  # transcode, skip_connection; not inherited
+    recommended: ClassVar[Mapping[str, Any]] = {}  # trainer settings that suit the variant better than the defaults
 
-    @dataclass(frozen=True)
-    class Config:
-        """Options of every variant."""
-
-        d_in: int = option(help="width of the activations", gt=0)
-        d_sae: int = option(help="number of latents", gt=0)
-        normalize: str = option("dataset", help="input normalisation", choices=MODES)
-        loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
-        b_dec_init: str = option("geometric_median", help="start of b_dec", choices=B_DEC_INITS)
-        dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
-
-        def __post_init__(self) -> None:
-            check(self)
-            self.validate()
-
-        def validate(self) -> None:
-            """Check what spans several options; raise OptionError."""
-
-    config: "SAE.Config"
+    Config: TypeAlias = SharedConfig
+    config: SharedConfig
+    b_enc: nn.Parameter
     loss_variance: Tensor
     loss_mean_square: Tensor
     num_tokens_since_fired: Tensor
 
-    def __init__(self, config: "SAE.Config") -> None:
+    def __init__(self, config: SharedConfig) -> None:
         super().__init__()
         self.config = config
         self.build()
 
     def build(self) -> None:
-        """Create the normaliser, the parameters and the buffers."""
+        """Create the normaliser, the parameters and the buffers; linear paths start at zero."""
+        config, d_out = self.config, self.d_out
         # V = E|x - mean|^2 and E|x|^2 of the normalised rows: the scales that losses are divided by.
         self.register_buffer("loss_variance", torch.ones(()))
         self.register_buffer("loss_mean_square", torch.ones(()))
-        self.register_buffer("num_tokens_since_fired", torch.zeros(self.config.d_sae, dtype=torch.int64))
-        self.build_parameters()
-
-    def build_parameters(self) -> None:
-        """Create the normaliser and the parameters."""
-        d_sae = self.config.d_sae
-        self.normalizer = Normalizer(self.config.normalize, self.d_encoded)
-        self.W_enc = nn.Parameter(empty_encoder(self.d_encoded, d_sae))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
-        self.build_latent_parameters()
+        self.register_buffer("num_tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        self.normalizer = Normalizer(config.normalize, self.d_encoded)
+        if self.has_encoder:
+            self.W_enc = nn.Parameter(empty_encoder(self.d_encoded, config.d_sae))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        for name, declared in self.latents.items():
+            setattr(self, name, declared.make(config))
+        for name in self.linear_paths:
+            setattr(self, name, nn.Parameter(torch.zeros(self.d_encoded, d_out)))
         self.reset_weights(torch.Generator().manual_seed(0))
-
-    def build_latent_parameters(self) -> None:
-        """Create the parameters that each latent has one number of."""
-        self.b_enc = nn.Parameter(torch.zeros(self.config.d_sae))
 
     @property
     def core(self) -> "SAE":
@@ -103,8 +78,8 @@ class SAE(nn.Module):
 
     @property
     def encoder_bias(self) -> Tensor:
-        """(F,) what is added to the encoder product."""
-        return self.b_enc
+        """(F,) what is added to the encoder product: the first of `latents`."""
+        return self.get_parameter(next(iter(self.latents)))
 
     @property
     def d_encoded(self) -> int:
@@ -116,61 +91,57 @@ class SAE(nn.Module):
         """Width of the reconstruction."""
         return self.config.d_in
 
-    @classmethod
-    def recommended(cls) -> dict[str, Any]:
-        """Trainer settings that suit the variant better than the trainer's defaults."""
-        return {}
-
-    # -- start -------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def reset_weights(self, generator: torch.Generator) -> None:
-        """Isotropic decoder rows of unit norm, the encoder their transpose, no encoder bias."""
+        """Isotropic decoder rows of unit norm, the encoder their transpose, each latent's numbers at their start."""
         rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-        self.W_enc.copy_(self.W_dec.t())
-        self.encoder_bias.zero_()
+        if self.has_encoder:
+            self.W_enc.copy_(self.W_dec.t())
+        for name, declared in self.latents.items():
+            declared.reset(getattr(self, name), self.config)
 
     @torch.no_grad()
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
         """Fit the normalisation and the loss scale to a sample of raw rows (N, D), then draw the weights.
 
-        The sample holds rows that the run will train on; at most 2**20 of them are used.
-        Raises NonFiniteError if it holds NaN or Inf.
+        The sample holds rows that the run will train on (2**20 at most). Raises NonFiniteError if it holds NaN or Inf.
         """
-        x = as_rows(sample, self.b_dec)
-        self.fit_normalization(x)
+        x = as_rows(sample, like=self.b_dec)
+        for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
+            normalizer.fit(hook[:MAX_FIT_ROWS])
         target = self.prepare(x).target[:MAX_FIT_ROWS]
         if not bool(torch.isfinite(target).all()):
             raise NonFiniteError("the sample that the normalisation is fitted to holds NaN or Inf: verify the cache")
         rows = target.double()
-        centred = (rows - rows.mean(0)).square().sum(1).mean()
-        self.loss_variance.copy_(centred.clamp_min(1e-30))
+        self.loss_variance.copy_((rows - rows.mean(0)).square().sum(1).mean().clamp_min(1e-30))
         self.loss_mean_square.copy_(rows.square().sum(1).mean().clamp_min(1e-30))
         self.reset_weights(generator)
-        if self.config.b_dec_init == "geometric_median":
-            self.b_dec.copy_(geometric_median(rows[:MAX_INIT_ROWS]))
-        elif self.config.b_dec_init == "mean":
-            self.b_dec.copy_(rows.mean(0))
-        else:
-            self.b_dec.zero_()
+        self.b_dec.copy_(typical_row(rows, self.config.b_dec_init))
 
-    def fit_normalization(self, x: Rows) -> None:
-        """Fit what is in front of the encoder to a sample of raw rows."""
-        self.normalizer.fit(take_hooks(x, 1)[0][:MAX_FIT_ROWS])
+    @property
+    def normalizers(self) -> Sequence[Normalizer]:
+        """One per hook point of a batch."""
+        return (self.normalizer,)
 
-    # -- forward -----------------------------------------------------------------------------------------------
+    def scalings(self) -> tuple[Affine, Affine]:
+        """What is in front of the encoder (D), and what is undone behind the decoder (D_out)."""
+        return self.normalizers[0].scaling(), self.normalizers[-1].scaling()
 
     def prepare(self, x: Rows) -> Source:
         """Normalise raw rows into what is encoded and what is to be reconstructed."""
-        rows = take_hooks(x, 1)[0]
-        normalized: Normalized = self.normalizer(rows)
+        rows = self.reads.take(x, 1)[0]
+        normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
 
     def center(self, rows: Tensor) -> Centered:
         """Subtract the decoder bias from normalised rows (N, D) before they are encoded."""
         core = self.core
         return center(rows, core.b_dec) if core.subtracts_b_dec else Centered(rows)
+
+    def encoder_input(self, x: Inputs) -> Centered:
+        """Return raw rows (N, D) as they enter the encoder."""
+        return self.center(self.prepare(as_rows(x, self.core.b_dec)).input)
 
     def pre_acts(self, h: Centered) -> PreActs:
         """Pre-activations (N, F) of centered rows h (N, D), without gradients: `encode_at` adds them where needed."""
@@ -193,7 +164,9 @@ class SAE(nn.Module):
         return self.reconstruct(activation.codes), {}
 
     def complete(self, recon: Tensor, source: Source) -> Tensor:
-        """Add to a reconstruction (N, D_out) what does not pass through the codes."""
+        """Add what the linear paths lead past the codes to a reconstruction (N, D_out)."""
+        for name in self.linear_paths:
+            recon = recon + source.input @ getattr(self, name)
         return recon
 
     def forward(self, x: Inputs) -> SAEOutput:
@@ -212,10 +185,6 @@ class SAE(nn.Module):
             extras={**source.extras, **activation.extras, **extras},
         )
 
-    def encoder_input(self, x: Inputs) -> Centered:
-        """Return raw rows (N, D) as they enter the encoder."""
-        return self.center(self.prepare(as_rows(x, self.core.b_dec)).input)
-
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D)."""
         return self.activate(self.encoder_input(x)).codes
@@ -223,71 +192,33 @@ class SAE(nn.Module):
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
         """Return the reconstruction (N, D_out) of codes in raw space.
 
-        `unit_norm` needs the rows that were encoded (`like`), since each row has its own mean and scale.
+        Raises OptionError without the rows that were encoded (`like`) where it depends on them.
         """
         recon = self.reconstruct(codes)
         if like is not None:
-            return self.prepare(as_rows(like, self.core.b_dec)).undo(recon)
-        if self.normalizer.per_row:
-            raise OptionError("normalize='unit_norm' undoes each row's own scale: call decode(codes, like=x)")
-        return self.normalizer.undo_fixed(recon)
+            source = self.prepare(as_rows(like, self.b_dec))
+            return source.undo(self.complete(recon, source))
+        if self.normalizer.per_row or self.linear_paths:
+            raise OptionError("the reconstruction depends on the rows beside their codes: call decode(codes, like=x)")
+        return self.scalings()[1].undo(recon)
 
-    # -- losses ------------------------------------------------------------------------------------------------
+    @property
+    def loss_scale(self) -> LossScale:
+        """What errors and penalties are divided by."""
+        return LossScale(self.config.loss, self.loss_variance, self.loss_mean_square)
 
     def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """Return the weighted terms by name; a run minimises their sum."""
-        losses = {self.reconstruction_name: self.reconstruction_loss(out.recon, out.source.target)}
-        losses.update(self.penalties(out, progress))
-        return losses
+        reconstruction = self.loss_scale.reconstruction(out.recon, out.source.target)
+        return {self.loss_scale.name: reconstruction, **self.penalties(out, progress)}
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """What a variant adds to the reconstruction loss, weighted and on the scale of `loss_unit`."""
+        """What a variant adds to the reconstruction loss, weighted and divided by `loss_scale.unit`."""
         return {}
-
-    @property
-    def reconstruction_name(self) -> str:
-        """The term of `losses` that compares with the input; with a loss through a language model it is fvu."""
-        return "fvu" if self.config.loss in LM_LOSSES else self.config.loss
-
-    @property
-    def loss_unit(self) -> Tensor:
-        """What a squared error summed over D is divided by: V (fvu), E|x|^2 (nmse) or 1 (mse)."""
-        if self.reconstruction_name == "fvu":
-            return self.loss_variance
-        return self.loss_mean_square if self.reconstruction_name == "nmse" else torch.ones_like(self.loss_variance)
-
-    @property
-    def fvu_unit(self) -> Tensor:
-        """What a term without a dimension, such as AuxK, is multiplied by: V (mse) or 1."""
-        return self.loss_variance if self.config.loss == "mse" else torch.ones_like(self.loss_variance)
-
-    def reconstruction_loss(self, recon: Tensor, target: Tensor) -> Tensor:
-        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
-        if self.reconstruction_name == "nmse":
-            return self.mean_error((target - recon).square().sum(-1), target)
-        return F.mse_loss(recon, target, reduction="sum") / (self.loss_unit * len(target))
-
-    def mean_error(self, errors: Tensor, target: Tensor) -> Tensor:
-        """Mean over rows of squared errors (N,), divided as `reconstruction_loss` does; target (N, D_out)."""
-        if self.reconstruction_name == "nmse":
-            return (errors / target.square().sum(-1).clamp_min(1e-12)).mean()
-        return errors.mean() / self.loss_unit
-
-    def auxk_term(self, out: SAEOutput, k_aux: int, coef: float) -> Tensor | None:
-        """AuxK on the dead latents, on the loss's scale; None while no latent is dead or the term is off."""
-        dead = self.dead_mask
-        if coef == 0 or not bool(dead.any()):
-            return None
-        error = (out.source.target - out.recon).detach()
-        weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
-        loss = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes)
-        return coef * loss * self.fvu_unit
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
         """What is worth logging beside losses and metrics, by name."""
         return {}
-
-    # -- around the optimizer step -------------------------------------------------------------------------------
 
     def begin_step(self, progress: Progress) -> None:
         """Set what an annealed option needs before the forward pass of a step."""
@@ -295,7 +226,7 @@ class SAE(nn.Module):
     @property
     def dead_mask(self) -> Tensor:
         """(F,) which latents have been silent for `dead_after_tokens` rows of training."""
-        return self.num_tokens_since_fired >= self.config.dead_after_tokens
+        return self.core.num_tokens_since_fired >= self.core.config.dead_after_tokens
 
     @torch.no_grad()
     def track(self, out: SAEOutput) -> None:
@@ -315,50 +246,5 @@ class SAE(nn.Module):
         if self.unit_decoder:
             to_unit_norm(self.W_dec)
 
-    @torch.no_grad()
-    def reset_latents(self, latents: Tensor) -> None:
-        """Return what latents (n,) have besides their encoder and decoder rows to where it starts."""
-        if self.has_encoder:
-            self.encoder_bias[latents] = 0.0
-
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set what only inference needs (a threshold) from batches of training rows."""
-
-    # -- inference form ------------------------------------------------------------------------------------------
-
-    def input_scaling(self) -> tuple[Tensor, Tensor]:
-        """(scale, mean), each (D,): what is encoded is (x - mean) * scale. Not for per-row normalisation."""
-        return self.normalizer.scaling()
-
-    def output_scaling(self) -> tuple[Tensor, Tensor]:
-        """(scale, mean), each (D_out,): the reconstruction is undone as y / scale + mean."""
-        return self.normalizer.scaling()
-
-    def output_bias(self) -> Tensor:
-        """(D_out,) what the decoder adds in the normalised space."""
-        return self.b_dec
-
-    def extra_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the inference form that SAELens has no name for; kept in a file of our own."""
-        return {}
-
-    def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `extra_tensors` gave."""
-
-    def latent_tensors(self) -> dict[str, Tensor]:
-        """Tensors (F,) of the inference form by SAELens name, in units of the pre-activations."""
-        return {"b_enc": self.b_enc.detach()}
-
-    @torch.no_grad()
-    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `latent_tensors` gave."""
-        self.b_enc.copy_(tensors["b_enc"])
-
-    def saelens_fields(self) -> dict[str, Any]:
-        """Entries of cfg.json that only this variant's architecture has."""
-        return {}
-
-    @classmethod
-    def config_from_saelens(cls, cfg: Mapping[str, Any], shared: Mapping[str, Any]) -> "SAE.Config":
-        """Build the Config for a SAELens cfg.json; `shared` holds d_in, d_sae and normalize."""
-        return cls.Config(**shared)

@@ -36,14 +36,6 @@ def as_rows(x: Inputs, like: Tensor) -> Rows:
     }
 
 
-def take_hooks(rows: Rows, n_hooks: int) -> list[Tensor]:
-    """Return the rows of each of n hook points. Raises OptionError if a batch holds another number of them."""
-    if len(rows) != n_hooks:
-        wanted = "one hook point" if n_hooks == 1 else f"{n_hooks} hook points"
-        raise OptionError(f"this type reads {wanted}, the batch holds {len(rows)}: {', '.join(rows)}")
-    return list(rows.values())
-
-
 def _all_of_them(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
     return tuple(names)
 
@@ -61,6 +53,17 @@ class Reads:
     def one_row(self) -> bool:
         """Whether a row of one hook point is enough to train on."""
         return not self.several and not self.previous
+
+    def take(self, rows: Rows, n_hooks: int) -> list[Tensor]:
+        """Return the rows of each of n hook points, without those before them.
+
+        Raises OptionError if a batch holds another number of hook points.
+        """
+        found = list(rows.values())[: n_hooks if self.previous else None]
+        if len(found) != n_hooks:
+            wanted = "one hook point" if n_hooks == 1 else f"{n_hooks} hook points"
+            raise OptionError(f"this type reads {wanted}, the batch holds {len(rows)}: {', '.join(rows)}")
+        return found
 
 
 @dataclass(frozen=True, eq=False)

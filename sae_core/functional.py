@@ -15,6 +15,7 @@ from sae_granary.sae_core.kernels import kth_largest, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
+MAX_MEDIAN_ROWS = 2**15  # that the geometric median looks at
 BLOCK_ENTRIES = 2**18  # of a matrix (F, D) at a time, 1 MiB of float32: what stays in the processor's cache
 
 
@@ -123,6 +124,13 @@ def annealed_sparsity(activity: Tensor, exponent: float) -> Tensor:
     powered = activity.clamp_min(1e-6).pow(exponent)
     powered = torch.where(activity > 0, powered, 0.0).sum()
     return powered * (plain / powered.clamp_min(1e-30)).detach()
+
+
+def typical_row(rows: Tensor, how: str) -> Tensor:
+    """Return a point (D,) amid rows (N, D), by one of B_DEC_INITS."""
+    if how == "geometric_median":
+        return geometric_median(rows[:MAX_MEDIAN_ROWS])
+    return rows.mean(0) if how == "mean" else torch.zeros_like(rows[0])
 
 
 def geometric_median(rows: Tensor, n_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -5,11 +5,11 @@ Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MODES = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
 FIXED_MODES = ("dataset", "mean", "mean+dataset", "none")  # those that can be folded into the weights
 UNIT_NORM_EPS = 1e-5  # SAELens' layer_norm
 
@@ -25,6 +25,17 @@ class Normalized:
     def undo(self, values: Tensor) -> Tensor:
         """Map values (N, D) of the normalised space back to raw space."""
         return values * self.std + self.shift
+
+
+class Affine(NamedTuple):
+    """A fixed normalisation: (x - mean) * scale."""
+
+    scale: Tensor  # (D,)
+    mean: Tensor  # (D,)
+
+    def undo(self, values: Tensor) -> Tensor:
+        """Map values (N, D) of the normalised space back to raw space."""
+        return values / self.scale + self.mean
 
 
 class Normalizer(nn.Module):
@@ -68,10 +79,6 @@ class Normalizer(nn.Module):
             return Normalized(centred / (std + UNIT_NORM_EPS), std, shift)
         return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
 
-    def scaling(self) -> tuple[Tensor, Tensor]:
-        """(scale, mean), each (D,), of the fixed part: (x - mean) * scale."""
-        return self.scale.expand_as(self.mean), self.mean
-
-    def undo_fixed(self, values: Tensor) -> Tensor:
-        """Map (N, D) back to raw space without the rows' own statistics (not for unit_norm)."""
-        return values / self.scale + self.mean
+    def scaling(self) -> Affine:
+        """The fixed part; for unit_norm it changes nothing."""
+        return Affine(self.scale.expand_as(self.mean), self.mean)

@@ -1,10 +1,20 @@
-"""Options of a variant: a dataclass field with a bound, a help line, and one place that checks them all."""
+"""Options of a variant: a dataclass field with a bound, a help line, and one place that checks them all.
+
+`SharedConfig` holds the options that every variant has.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from sae_granary.sae_core.errors import OptionError
+
+NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
+LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of the reconstruction loss
+LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
+B_DEC_INITS = ("geometric_median", "mean", "zero")
+PRE_ACTS, FREE = "pre_acts", "free"  # units: what is multiplied by a number when the pre-activations are, what is not
 
 
 def option(
@@ -16,10 +26,23 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
+    unit: str = FREE,
 ) -> Any:
-    """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces."""
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces.
+
+    `unit=PRE_ACTS` says that inference adds the option to pre-activations or compares it with them: files of an SAE
+    are in other units, so saving rescales it. Raises ValueError if such an option has a bound other than 0.
+    """
+    if unit == PRE_ACTS and any(bound not in (None, 0) for bound in (ge, gt, le, lt)):
+        raise ValueError("an option in units of pre-activations is rescaled: its only bound can be 0")
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "unit": unit}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+def in_pre_acts(config: Any) -> Mapping[str, float]:
+    """Return the options of a Config that are in units of pre-activations, without those that are None."""
+    named = {spec.name: getattr(config, spec.name) for spec in fields(config) if spec.metadata.get("unit") == PRE_ACTS}
+    return {name: float(value) for name, value in named.items() if value is not None}
 
 
 def check(config: Any) -> None:
@@ -44,6 +67,25 @@ def check(config: Any) -> None:
             raise OptionError(f"{spec.name}={value!r}: expected a value < {bounds['lt']}")
         if bounds["le"] is not None and not value <= bounds["le"]:
             raise OptionError(f"{spec.name}={value!r}: expected a value <= {bounds['le']}")
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """Options of every variant."""
+
+    d_in: int = option(help="width of the activations", gt=0)
+    d_sae: int = option(help="number of latents", gt=0)
+    normalize: str = option("dataset", help="input normalisation", choices=NORMALIZATIONS)
+    loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
+    b_dec_init: str = option("geometric_median", help="start of b_dec", choices=B_DEC_INITS)
+    dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check what spans several options; raise OptionError."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
 
 from sae_granary.common.errors import nearest
 from sae_granary.sae_core.base import SAE
-from sae_granary.sae_core.errors import UnknownTypeError
+from sae_granary.sae_core.errors import OptionError, UnknownTypeError
+from sae_granary.sae_core.options import SharedConfig
 
 T = TypeVar("T", bound=type[SAE])
 
@@ -51,3 +53,20 @@ def get(name: str) -> type[SAE]:
         known = sorted(_VARIANTS)
         raise UnknownTypeError(f"unknown type {name!r} (known types: {', '.join(known)}){nearest(name, known)}")
     return _VARIANTS[name]
+
+
+def make_config(cls: type[SAE], options: Mapping[str, Any]) -> SharedConfig:
+    """Build a variant's Config from a mapping.
+
+    Raises OptionError for an unknown or missing option (with the nearest known one) or a value out of range.
+    """
+    known = {spec.name: spec for spec in fields(cls.Config)}
+    for name in options:
+        if name not in known:
+            options_of = f"{cls.type_name} has no option {name!r} (its options: {', '.join(known)})"
+            raise OptionError(f"{options_of}{nearest(name, known)}")
+    for name, spec in known.items():
+        if name not in options and spec.default is MISSING:
+            raise OptionError(f"{cls.type_name} needs option {name!r}: {spec.metadata['help']}")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    return cls.Config(**values)

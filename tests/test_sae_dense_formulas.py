@@ -69,7 +69,7 @@ def formula(sae: SAE, x: Tensor, out: SAEOutput, p: dict[str, Tensor]) -> Tensor
         z = torch.relu(pre)
         l1 = (z * p["W_dec"].norm(dim=1)).sum() / N / variance
         return fvu(z, p["W_dec"], p["b_dec"]) + options.l1_coef * l1
-    activation = (lambda v: v) if sae.signed_codes else torch.relu
+    activation = (lambda v: v) if getattr(sae, "signed_codes", False) else torch.relu
     kept = torch.zeros(N, F, dtype=torch.float64)
     kept[out.codes.pattern.row_of, out.codes.indices] = 1.0
     z = activation(pre) * kept
@@ -81,7 +81,7 @@ def formula(sae: SAE, x: Tensor, out: SAEOutput, p: dict[str, Tensor]) -> Tensor
     error = (target - z @ p["W_dec"] - p["b_dec"]).detach()
     revived = (target - p["b_dec"].detach()) @ p["W_enc"][:, dead] + p["b_enc"][dead]
     k_aux = options.k_aux or D // 2
-    strength = revived.abs() if sae.signed_codes else revived
+    strength = revived.abs() if getattr(sae, "signed_codes", False) else revived
     chosen = torch.zeros_like(revived).scatter_(1, strength.topk(k_aux, dim=1).indices, 1.0)
     missed = (error - (activation(revived) * chosen) @ p["W_dec"][dead]).square().sum(1).mean()
     return loss + options.auxk_coef * missed / (error - error.mean(0)).square().sum(1).mean()

@@ -14,9 +14,9 @@ from sae_granary.sae_core.functional import (
     topk_pattern,
 )
 from sae_granary.sae_core.kernels import entries_above, kth_largest, row_topk
+from sae_granary.sae_core.latents import EMA_DECAY, BatchThreshold
 from sae_granary.sae_core.options import Progress
 from sae_granary.sae_core.pre_acts import PreActs
-from sae_granary.sae_core.threshold import EMA_DECAY, BatchThreshold
 
 
 def naive_batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:

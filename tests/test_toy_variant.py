@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_granary.sae_core.base import SAE, Activation
+from sae_granary.sae_core.base import SAE
+from sae_granary.sae_core.data import Activation
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.options import option
+from sae_granary.sae_core.options import PRE_ACTS, option
 from sae_granary.sae_core.registry import register
 
 
@@ -34,7 +35,7 @@ class SoftThresholdSAE(SAE):
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
-        shrink: float = option(0.5, help="what is taken off each pre-activation", ge=0)
+        shrink: float = option(0.5, help="what is taken off each pre-activation", ge=0, unit=PRE_ACTS)
 
     def activate(self, h):
         pre_acts = self.pre_acts(h)
@@ -43,7 +44,7 @@ class SoftThresholdSAE(SAE):
         return Activation(Codes(values, kept.pattern), pre_acts)
 
     def penalties(self, out, progress):
-        return {"l1": out.codes.values.sum() / out.codes.shape[0] / self.loss_unit}
+        return {"l1": out.codes.values.sum() / out.codes.shape[0] / self.loss_scale.unit}
 '''
 
 
@@ -89,7 +90,7 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     # evaluated: the summary's numbers are those of the SAE that was saved
     sae = sae_core.load(folder)
     assert type(sae).type_name == "soft_threshold"
-    assert sae.config.shrink == 0.2
+    assert sae.config.shrink == pytest.approx(0.2, rel=0.5)  # rescaled with the pre-activations
     summary = read_summary(folder)
     assert 0 < summary["eval"]["fvu"] < 1
     assert 0 < summary["eval"]["l0"] < summary["d_sae"]

@@ -221,7 +221,7 @@ def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:
     assert "kl" not in alone
     recon = spliced(models, "kl").terms(sae, Progress(0, 10)).out
     torch.testing.assert_close(
-        terms["fvu"] + terms["kl"], sae.reconstruction_loss(recon.recon, recon.source.target).detach()
+        terms["fvu"] + terms["kl"], sae.loss_scale.reconstruction(recon.recon, recon.source.target).detach()
     )
 
 
@@ -622,6 +622,6 @@ def test_a_loss_through_the_model_keeps_the_scale_of_penalties() -> None:
                 )
             )
             sae.initialize(x, torch.Generator().manual_seed(0))
-            assert sae.reconstruction_name == "fvu"
+            assert sae.loss_scale.name == "fvu"
             terms.append({k: float(v.detach()) for k, v in sae.losses(sae(x), Progress(5, 10)).items()})
         assert terms[0] == terms[1] == terms[2]

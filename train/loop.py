@@ -76,7 +76,7 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     grad_norms = _grad_norms(sae) if measured is not None else {}
     if config.grad_clip is not None:
         # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
-        in_units = norm * sae.core.loss_unit
+        in_units = norm * sae.core.loss_scale.unit
         if bool(in_units > config.grad_clip):  # else every gradient would be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, in_units)
     set_lr(run.optimizer, run.lr)

@@ -67,9 +67,9 @@ class SplicedInput:
         total = cross_entropy(spliced, tokens.targets) if clean is None else kl_divergence(clean, spliced)
         loss = total / max(len(tokens.targets), 1)
         terms = sae.losses(outputs[0], progress)
-        recon = terms.pop(sae.reconstruction_name)
+        recon = terms.pop(sae.loss_scale.name)
         first = {self.kind: loss}
         if self.balanced:
             ratio = (recon / loss.clamp_min(1e-12)).detach()
-            first = {sae.reconstruction_name: recon / 2, self.kind: loss * ratio / 2}
+            first = {sae.loss_scale.name: recon / 2, self.kind: loss * ratio / 2}
         return Terms(outputs[0], {**first, **terms}, {self.kind: float(loss.detach())})

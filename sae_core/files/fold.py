@@ -1,55 +1,136 @@
-"""Fold the normalisation into the weights: raw rows in, raw rows out; and back."""
+"""The inference form: an SAE without its normalisation, which is folded into the weights; and back.
 
-from collections.abc import Mapping
+Everything follows from what a variant declares: its per-latent numbers with their unit, its linear paths, the options
+in units of pre-activations. A parameter that is none of these is kept as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_granary.sae_core.base import SAE
+from sae_granary.sae_core.latents import latent_numbers
+from sae_granary.sae_core.options import PRE_ACTS, SharedConfig, in_pre_acts
+
+
+class Folded(NamedTuple):
+    """An SAE of raw rows: what the files of every format hold."""
+
+    cls: type[SAE]
+    config: SharedConfig
+    weights: Mapping[str, Tensor]  # W_enc, W_dec, b_dec and the latents' numbers
+    extra: Mapping[str, Tensor]  # all other parameters
+
+    def build(self) -> SAE:
+        """Create the SAE. Raises KeyError or RuntimeError for tensors that are missing or do not fit."""
+        sae = self.cls(self.config)
+        with torch.no_grad():
+            _assign(sae.core, self.weights)
+            for name, parameter, _ in _extra_parameters(sae):
+                parameter.copy_(self.extra[name])
+        return sae
 
 
 @torch.no_grad()
-def folded_tensors(sae: SAE) -> dict[str, Tensor]:
-    """Return W_enc, W_dec, b_dec and the latents' tensors of the same function on raw rows.
+def fold(sae: SAE) -> Folded:
+    """Return the same function of raw rows.
 
     With (x - m_in) * s_in in front and y / s_out + m_out behind, x_hat stays equal for W_enc * s_in, W_dec / s_out,
     b_dec / s_out + m_out, and b - (m_in * s_in) @ W_enc where b_dec is not subtracted from the input. Then each latent
-    is scaled by its decoder norm r (one r for all in variants with unit rows): W_enc * r, b * r, W_dec / r.
+    is scaled by its decoder norm r (one r for all in variants with unit rows): W_enc * r, W_dec / r, and all that is in
+    units of pre-activations * r.
     """
-    scale_in, mean_in = sae.input_scaling()
-    scale_out, mean_out = sae.output_scaling()
-    W_dec = sae.W_dec / scale_out
-    if sae.unit_decoder:
-        norms = W_dec.norm(dim=1).mean().expand(W_dec.shape[0])
-    else:
-        norms = W_dec.norm(dim=1).clamp_min(1e-12)
-    tensors = {"W_dec": W_dec / norms[:, None], "b_dec": sae.output_bias() / scale_out + mean_out}
-    latents = dict(sae.latent_tensors())
-    if sae.has_encoder:
-        tensors["W_enc"] = sae.W_enc * scale_in[:, None] * norms
-        if not sae.subtracts_b_dec:
-            latents["b_enc"] = latents["b_enc"] - (mean_in * scale_in) @ sae.W_enc
-    for name, tensor in latents.items():
-        tensors[name] = tensor if name in sae.unscaled_latent_tensors else tensor * norms
-    return tensors
+    core = sae.core
+    (scale_in, _), (scale_out, mean_out) = core.scalings()
+    W_dec: Tensor = core.W_dec / scale_out
+    norms = _latent_scales(core, W_dec)
+    weights = {"W_dec": W_dec / norms[:, None], "b_dec": _output_bias(core) / scale_out + mean_out}
+    latents = latent_numbers(core)
+    if core.has_encoder:
+        weights["W_enc"] = core.W_enc * scale_in[:, None] * norms
+        if (shift := _encoder_shift(core)) is not None:
+            bias = next(iter(latents))
+            latents[bias] = latents[bias] - shift @ core.W_enc
+    for name, numbers in latents.items():
+        weights[name] = numbers * norms if core.latents[name].unit == PRE_ACTS else numbers
+    extra = {}
+    for name, parameter, is_path in _extra_parameters(sae):
+        extra[name] = parameter.detach() * scale_in[:, None] / scale_out if is_path else parameter.detach()
+    return Folded(type(sae), _inference_config(sae, norms), weights, extra)
 
 
 @torch.no_grad()
-def unfold(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
-    """Set the weights of an SAE, whose normalisation is fitted, to compute what `folded_tensors` describes.
+def unfold(sae: SAE, folded: Folded) -> None:
+    """Set the weights of an SAE, whose normalisation is fitted, to compute what is folded.
 
-    The decoder rows get a mean norm of 1. Extra tensors must be set before: they shift what b_dec means.
+    The decoder rows get a mean norm of 1.
     """
-    scale_in, mean_in = sae.input_scaling()
-    scale_out, mean_out = sae.output_scaling()
-    W_dec = tensors["W_dec"] * scale_out
+    core = sae.core
+    (scale_in, _), (scale_out, mean_out) = core.scalings()
+    for name, parameter, is_path in _extra_parameters(sae):
+        parameter.copy_(folded.extra[name] / (scale_in[:, None] / scale_out) if is_path else folded.extra[name])
+    W_dec = folded.weights["W_dec"] * scale_out
     norm = W_dec.norm(dim=1).mean().clamp_min(1e-12)
-    sae.W_dec.copy_(W_dec / norm)
-    sae.b_dec.copy_((tensors["b_dec"] - mean_out) * scale_out + sae.b_dec - sae.output_bias())
-    own = sae.latent_tensors()
-    latents = {name: tensors[name] * (1.0 if name in sae.unscaled_latent_tensors else norm) for name in own}
-    if sae.has_encoder:
-        sae.W_enc.copy_(tensors["W_enc"] / scale_in[:, None] * norm)
-        if not sae.subtracts_b_dec:
-            latents["b_enc"] = latents["b_enc"] + (mean_in * scale_in) @ sae.W_enc
-    sae.set_latent_tensors(latents)
+    weights = {"W_dec": W_dec / norm}
+    weights["b_dec"] = (folded.weights["b_dec"] - mean_out) * scale_out + core.b_dec - _output_bias(core)
+    for name, declared in core.latents.items():
+        weights[name] = folded.weights[name] * (norm if declared.unit == PRE_ACTS else 1.0)
+    if core.has_encoder:
+        weights["W_enc"] = folded.weights["W_enc"] / scale_in[:, None] * norm
+        if (shift := _encoder_shift(core)) is not None:
+            bias = next(iter(core.latents))
+            weights[bias] = weights[bias] + shift @ weights["W_enc"]
+    _assign(core, weights)
+
+
+def _assign(core: SAE, weights: Mapping[str, Tensor]) -> None:
+    for name in ("W_enc", "W_dec", "b_dec") if core.has_encoder else ("W_dec", "b_dec"):
+        getattr(core, name).copy_(weights[name])
+    for name, declared in core.latents.items():
+        declared.write(getattr(core, name), weights[name])
+
+
+def _latent_scales(core: SAE, W_dec: Tensor) -> Tensor:
+    """What each latent's pre-activations are multiplied by (F,), W_dec (F, D_out) on raw rows."""
+    norms: Tensor = W_dec.norm(dim=1)
+    if core.unit_decoder:
+        return norms.mean().expand_as(norms)
+    # An option in units of pre-activations is one number for all latents: then no latent changes its unit.
+    return torch.ones_like(norms) if in_pre_acts(core.config) else norms.clamp_min(1e-12)
+
+
+def _output_bias(core: SAE) -> Tensor:
+    """(D_out,) b_dec, less what the linear paths make of the input's mean."""
+    scale, mean = core.scalings()[0]
+    bias: Tensor = core.b_dec
+    for name in core.linear_paths:
+        bias = bias - (mean * scale) @ getattr(core, name)
+    return bias
+
+
+def _encoder_shift(core: SAE) -> Tensor | None:
+    """(D,) by how much more what is encoded is once the normalisation is folded; the encoder's bias takes it back."""
+    if core.subtracts_b_dec:
+        return core.b_dec - _output_bias(core) if core.linear_paths else None
+    scale, mean = core.scalings()[0]
+    return mean * scale
+
+
+def _extra_parameters(sae: SAE) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """The linear paths (True) and the parameters of no declared kind (False)."""
+    core = sae.core
+    paths = {id(getattr(core, name)) for name in core.linear_paths}
+    known = {id(p) for name, p in core.named_parameters() if name in ("W_enc", "W_dec", "b_dec", *core.latents)}
+    for name, parameter in sae.named_parameters():
+        if id(parameter) not in known:
+            yield name, parameter, id(parameter) in paths
+
+
+def _inference_config(sae: SAE, norms: Tensor) -> SharedConfig:
+    """The Config of the folded weights: what was folded is not applied again."""
+    scaled = in_pre_acts(sae.config) if sae.core is sae else {}
+    options = {name: value * float(norms[0]) for name, value in scaled.items()}
+    return replace(sae.config, normalize="unit_norm" if sae.normalizer.per_row else "none", **options)  # type: ignore[arg-type]

@@ -1,23 +1,59 @@
-"""cfg.json as SAELens 6 writes and reads it, and its conventions mapped to ours."""
+"""cfg.json as SAELens 6 writes and reads it, and its conventions mapped to ours.
 
-from collections.abc import Mapping
+A variant that SAELens can express says so in its own file:
+
+    saelens.express(TopKSAE, "topk", fields=lambda sae: {"k": sae.config.k}, options=lambda cfg: {"k": int(cfg["k"])})
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
+from sae_granary.sae_core.files.disk import read_json, read_tensors
+from sae_granary.sae_core.files.fold import Folded
 
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"  # the release whose files these are; under 6, its loader drops all metadata
 NORMALIZATIONS = {"none": "none", "layer_norm": "unit_norm"}
 
+Fields = Callable[[Any], Mapping[str, Any]]
+Options = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+class Architecture(NamedTuple):
+    """How SAELens calls what a variant computes in inference."""
+
+    name: str
+    fields: Fields  # SAE -> entries of cfg.json that only this architecture has
+    options: Options | None  # cfg.json -> options of the variant; None: other variants are read from these files
+
+
+_ARCHITECTURES: dict[type[SAE], Architecture] = {}
+
+
+def express(cls: type[SAE], name: str, *, fields: Fields = lambda sae: {}, options: Options | None = None) -> None:
+    """Say that SAELens' architecture `name` computes the inference of a variant; its subclasses compute another.
+
+    `options` makes the variant the one that files of this architecture are loaded as.
+    """
+    _ARCHITECTURES[cls] = Architecture(name, fields, options)
+
+
+def expresses(sae: SAE) -> bool:
+    """Whether SAELens can load an SAE."""
+    return type(sae.core) in _ARCHITECTURES
+
 
 def saelens_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return cfg.json for the folded weights of an SAE."""
+    """Return cfg.json for the folded weights of an SAE that SAELens expresses."""
+    architecture = _ARCHITECTURES[type(sae.core)]
     return {
-        "architecture": own(type(sae.core), "saelens_architecture"),
+        "architecture": architecture.name,
         "d_in": sae.core.d_encoded,
         "d_sae": sae.core.config.d_sae,
         "dtype": "float32",
@@ -26,21 +62,21 @@ def saelens_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "normalize_activations": "layer_norm" if sae.normalizer.per_row else "none",
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
-        **sae.core.saelens_fields(),
+        **architecture.fields(sae.core),
     }
 
 
-def read_saelens(
-    cfg: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path
-) -> tuple[type[SAE], SAE.Config, dict[str, Tensor]]:
-    """Return the class, Config and tensors of a SAELens folder, in our conventions.
+def read(folder: Path) -> Folded | None:
+    """Return the SAE of a SAELens folder; None for another folder.
 
-    Raises NotAnSAEError for an architecture or a normalisation that has no counterpart.
+    Raises NotAnSAEError for an architecture or a normalisation that has no counterpart, and for damaged files.
     """
-    cfg = _current(cfg, folder)
+    if not (folder / CFG).is_file():
+        return None
+    cfg, tensors = _current(read_json(folder / CFG), folder), read_tensors(folder / WEIGHTS)
+    registry.discover()
+    readers = {a.name: (cls, a.options) for cls, a in _ARCHITECTURES.items() if a.options is not None}
     architecture = cfg.get("architecture")
-    variants = (registry.get(name) for name in registry.names())
-    readers = {name: cls for cls in variants if (name := own(cls, "reads_saelens"))}
     if architecture not in readers:
         known = ", ".join(sorted(readers))
         raise NotAnSAEError(f"{folder}: architecture {architecture!r} of cfg.json cannot be read; known: {known}")
@@ -50,23 +86,16 @@ def read_saelens(
             f"{folder}: normalize_activations={normalization!r} cannot be read; expected one of "
             f"{', '.join(NORMALIZATIONS)} (SAELens folds the others with fold_activation_norm_scaling_factor)"
         )
+    cls, options = readers[architecture]
     try:
-        shared = {
-            "d_in": int(cfg["d_in"]),
-            "d_sae": int(cfg["d_sae"]),
-            "normalize": NORMALIZATIONS[normalization],
-        }
-        cls = readers[architecture]
-        return cls, cls.config_from_saelens(cfg, shared), _our_conventions(cfg, dict(tensors))
+        shared = {"d_in": int(cfg["d_in"]), "d_sae": int(cfg["d_sae"]), "normalize": NORMALIZATIONS[normalization]}
+        assert options is not None
+        config = registry.make_config(cls, {**shared, **options(cfg)})
+        return Folded(cls, config, _our_conventions(cfg, tensors), {})
     except (KeyError, TypeError, ValueError) as error:
         raise NotAnSAEError(
             f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {error!r}"
         ) from error
-
-
-def own(cls: type[SAE], attribute: str) -> str:
-    """What a class itself says of SAELens, not what it inherits: a subclass computes something else."""
-    return str(vars(cls).get(attribute, ""))
 
 
 def _current(cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:

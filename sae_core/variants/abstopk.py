@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.topk import TopKSAE
@@ -14,8 +15,6 @@ class AbsTopKSAE(TopKSAE):
     """Keep the k largest |p| per row; a latent stands for both directions. L0 counts z != 0."""
 
     signed_codes = True
-    saelens_architecture = "abstopk"
-    reads_saelens = "abstopk"
 
     @dataclass(frozen=True)
     class Config(TopKSAE.Config):
@@ -30,3 +29,11 @@ class AbsTopKSAE(TopKSAE):
     def _codes(self, h: Centered, pre_acts: PreActs, k: int) -> Codes:
         kept = self.select(pre_acts, k)
         return Codes(self.encode_at(h, kept), kept.pattern)
+
+
+saelens.express(
+    AbsTopKSAE,
+    "abstopk",
+    fields=lambda sae: {"k": sae.config.k, "rescale_acts_by_decoder_norm": False},
+    options=lambda cfg: {"k": int(cfg["k"])},
+)

@@ -11,8 +11,10 @@ from sae_granary.sae_core.autograd import Centered, decode, encode_at, per_entry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, SAEOutput
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.functional import annealed_sparsity
-from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.latents import PerLatent
+from sae_granary.sae_core.options import FREE, Progress, option
 from sae_granary.sae_core.registry import register
 
 
@@ -24,9 +26,12 @@ class GatedSAE(SAE):
     """
 
     unit_decoder = True
-    saelens_architecture = "gated"
-    reads_saelens = "gated"
-    unscaled_latent_tensors: ClassVar[frozenset[str]] = frozenset({"r_mag"})  # a logarithm of a ratio
+    # The pre-activations of this variant are p_gate; r_mag is a logarithm of a ratio. The names are SAELens'.
+    latents: ClassVar[Mapping[str, PerLatent]] = {
+        "b_gate": PerLatent(),
+        "b_mag": PerLatent(),
+        "r_mag": PerLatent(unit=FREE),
+    }
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -38,17 +43,9 @@ class GatedSAE(SAE):
         p_anneal_from: float = option(0.5, help="share of the run after which the exponent falls to p_end", ge=0, lt=1)
 
     config: Config
-
-    def build_latent_parameters(self) -> None:
-        """b_gate, b_mag and r_mag."""
-        self.b_gate = nn.Parameter(torch.zeros(self.config.d_sae))
-        self.b_mag = nn.Parameter(torch.zeros(self.config.d_sae))
-        self.r_mag = nn.Parameter(torch.zeros(self.config.d_sae))
-
-    @property
-    def encoder_bias(self) -> Tensor:
-        """The gate's bias: the pre-activations of this variant are p_gate."""
-        return self.b_gate
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
 
     def activate(self, h: Centered) -> Activation:
         """Magnitudes where the gate is open."""
@@ -65,26 +62,14 @@ class GatedSAE(SAE):
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The L1 of the gate, and the gate's own reconstruction through a frozen decoder, with coefficient 1."""
         gate = Codes(out.extras["gate"], out.codes.pattern)
-        coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup) / self.loss_unit
+        scale = self.loss_scale
+        coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup) / scale.unit
         exponent = progress.anneal(1.0, self.config.p_end, self.config.p_anneal_from)
         frozen = decode(gate, self.W_dec.detach()) + self.b_dec.detach()
         return {
             "l1": coef * annealed_sparsity(gate.values, exponent) / out.codes.shape[0],
-            "aux": self.reconstruction_loss(frozen, out.source.target),
+            "aux": scale.reconstruction(frozen, out.source.target),
         }
 
-    @torch.no_grad()
-    def reset_latents(self, latents: Tensor) -> None:
-        """No biases, and magnitudes as the gate sees them."""
-        for parameter in (self.b_gate, self.b_mag, self.r_mag):
-            parameter[latents] = 0.0
 
-    def latent_tensors(self) -> dict[str, Tensor]:
-        """SAELens' names, which are the paper's."""
-        return {"b_gate": self.b_gate.detach(), "b_mag": self.b_mag.detach(), "r_mag": self.r_mag.detach()}
-
-    @torch.no_grad()
-    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over b_gate, b_mag and r_mag."""
-        for name in ("b_gate", "b_mag", "r_mag"):
-            getattr(self, name).copy_(tensors[name])
+saelens.express(GatedSAE, "gated", options=lambda cfg: {})

@@ -6,6 +6,7 @@ Recipes: `tanh` (Anthropic, January 2025 update), `l0` (Rajamanoharan et al., ar
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from sae_granary.sae_core.autograd import Centered, add_silent, per_entry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Activation, SAEOutput
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.functional import jumprelu, step
+from sae_granary.sae_core.latents import PerLatent
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 
@@ -32,8 +35,10 @@ class JumpReLUActivation(Activation):
 class JumpReLUSAE(SAE):
     """z = p * H(p - theta). Entries up to half a bandwidth under theta are silent, but they move theta."""
 
-    saelens_architecture = "jumprelu"
-    reads_saelens = "jumprelu"
+    latents: ClassVar[Mapping[str, PerLatent]] = {
+        **SAE.latents,
+        "threshold": PerLatent(start=lambda config: config.threshold_start),
+    }
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -54,17 +59,29 @@ class JumpReLUSAE(SAE):
             None, help="width of the straight-through kernel (default 2 for tanh, else 0.001 sqrt(d_in))", gt=0
         )
 
-    config: Config
+        @property
+        def _small(self) -> float:
+            return 0.001 * math.sqrt(self.d_in)  # the paper's 0.001 is for E|x|^2 = 1
 
-    def build_latent_parameters(self) -> None:
-        """b_enc and the thresholds."""
-        super().build_latent_parameters()
-        small = 0.001 * math.sqrt(self.config.d_in)  # the paper's 0.001 is for E|x|^2 = 1
-        tanh = self.config.recipe == "tanh"
-        self.threshold_start = self.config.threshold_init or (0.1 if tanh else small)
-        self.bandwidth = self.config.bandwidth or (2.0 if tanh else small)
-        self.l0_coef = self.config.l0_coef if self.config.l0_coef is not None else (10.0 if tanh else 1.0)
-        self.threshold = nn.Parameter(torch.full((self.config.d_sae,), self.threshold_start))
+        @property
+        def threshold_start(self) -> float:
+            """The thresholds at the start, in units of the normalised pre-activations."""
+            return self.threshold_init or (0.1 if self.recipe == "tanh" else self._small)
+
+        @property
+        def kernel_width(self) -> float:
+            """Width of the straight-through kernel: only training uses it."""
+            return self.bandwidth or (2.0 if self.recipe == "tanh" else self._small)
+
+    config: Config
+    threshold: nn.Parameter
+
+    def build(self) -> None:
+        """The parameters, and what the recipe decides."""
+        super().build()
+        self.bandwidth = self.config.kernel_width
+        default = 10.0 if self.config.recipe == "tanh" else 1.0
+        self.l0_coef = default if self.config.l0_coef is None else self.config.l0_coef
 
     def activate(self, h: Centered) -> Activation:
         """JumpReLU on the active entries; while training, also which are silent within half a bandwidth of theta."""
@@ -95,7 +112,7 @@ class JumpReLUSAE(SAE):
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The recipe's sparsity term and, for tanh, the loss that brings dead latents back."""
-        coef = self.l0_coef * progress.ramp(self.config.l0_warmup) / self.loss_unit
+        coef = self.l0_coef * progress.ramp(self.config.l0_warmup) / self.loss_scale.unit
         if self.config.recipe != "tanh":
             return {"l0": coef * self._l0_penalty(out)}
         norms = self.W_dec.norm(dim=1)
@@ -107,7 +124,7 @@ class JumpReLUSAE(SAE):
         terms = {"l0": coef * total / out.codes.shape[0]}
         dead = self.dead_mask
         if self.config.dead_coef > 0 and bool(dead.any()):
-            terms["dead"] = self.config.dead_coef * self._dead_penalty(out, dead, norms) / self.loss_unit
+            terms["dead"] = self.config.dead_coef * self._dead_penalty(out, dead, norms) / self.loss_scale.unit
         return terms
 
     def _l0_penalty(self, out: SAEOutput) -> Tensor:
@@ -134,18 +151,5 @@ class JumpReLUSAE(SAE):
         super().after_step()
         self.threshold.clamp_(min=0.0)
 
-    @torch.no_grad()
-    def reset_latents(self, latents: Tensor) -> None:
-        """No bias, and the threshold of the start."""
-        super().reset_latents(latents)
-        self.threshold[latents] = self.threshold_start
 
-    def latent_tensors(self) -> dict[str, Tensor]:
-        """b_enc and the thresholds."""
-        return {"b_enc": self.b_enc.detach(), "threshold": self.threshold.detach()}
-
-    @torch.no_grad()
-    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over b_enc and the thresholds."""
-        self.b_enc.copy_(tensors["b_enc"])
-        self.threshold.copy_(tensors["threshold"])
+saelens.express(JumpReLUSAE, "jumprelu", options=lambda cfg: {})

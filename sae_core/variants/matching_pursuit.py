@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Activation
 from sae_granary.sae_core.errors import OptionError
-from sae_granary.sae_core.normalize import Normalizer
+from sae_granary.sae_core.files import saelens
+from sae_granary.sae_core.latents import PerLatent
 from sae_granary.sae_core.options import option
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
@@ -29,7 +30,7 @@ class MatchingPursuitSAE(SAE):
 
     unit_decoder = True
     has_encoder = False
-    saelens_architecture = "matching_pursuit"
+    latents: ClassVar[Mapping[str, PerLatent]] = {}  # a latent is its decoder row
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -43,19 +44,6 @@ class MatchingPursuitSAE(SAE):
                 raise OptionError(f"k={self.k}: expected k <= d_sae={self.d_sae}; lower k or raise d_sae")
 
     config: Config
-
-    def build_parameters(self) -> None:
-        """The dictionary and the bias."""
-        self.normalizer = Normalizer(self.config.normalize, self.config.d_in)
-        self.W_dec = nn.Parameter(torch.empty(self.config.d_sae, self.config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(self.config.d_in))
-        self.reset_weights(torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def reset_weights(self, generator: torch.Generator) -> None:
-        """Isotropic rows of unit norm."""
-        rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
-        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
 
     def pre_acts(self, h: Centered) -> PreActs:
         """The scores of the first step."""
@@ -79,17 +67,6 @@ class MatchingPursuitSAE(SAE):
         codes = Codes(merged.reshape(-1), Pattern.fixed_k(indices, self.config.d_sae))
         return Activation(codes, self.pre_acts(h))
 
-    def latent_tensors(self) -> dict[str, Tensor]:
-        """None: a latent is its decoder row."""
-        return {}
-
-    def set_latent_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to take over."""
-
-    def saelens_fields(self) -> dict[str, Any]:
-        """k steps whatever the residual: SAELens' own stopping rules are switched off."""
-        return {"max_iterations": self.config.k, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
-
 
 def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
     """Values (N, k) with those of a latent that stands in a row twice added up at its first place, 0 at the others."""
@@ -99,3 +76,15 @@ def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     first = order.gather(1, places.masked_fill(repeated, 0).cummax(dim=1).values)
     return torch.zeros_like(values).scatter_add(1, torch.zeros_like(order).scatter(1, order, first), values)
+
+
+# k steps whatever the residual: SAELens' own stopping rules are switched off.
+saelens.express(
+    MatchingPursuitSAE,
+    "matching_pursuit",
+    fields=lambda sae: {
+        "max_iterations": sae.config.k,
+        "residual_threshold": 0.0,
+        "stop_on_duplicate_support": False,
+    },
+)

@@ -17,6 +17,7 @@ from sae_granary.sae_core.autograd import decode
 from sae_granary.sae_core.codes import Codes, Pattern, sort_narrow
 from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.batchtopk import BatchTopKSAE
@@ -28,8 +29,6 @@ CACHED_ENTRIES = 2**20  # of (P, N, D) at a time, 4 MiB of float32: what the cac
 @register("matryoshka")
 class MatryoshkaSAE(BatchTopKSAE):
     """One batch-top-k over all latents; the loss is the sum over the prefixes' reconstruction losses, plus AuxK."""
-
-    saelens_architecture = "jumprelu"
 
     @dataclass(frozen=True)
     class Config(BatchTopKSAE.Config):
@@ -82,7 +81,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         errors = out.extras.get("prefix_errors")
         if errors is None:
             return terms
-        return {"prefixes": self.mean_error(errors, out.source.target), **terms}
+        return {"prefixes": self.loss_scale.mean_error(errors, out.source.target), **terms}
+
+
+saelens.express(MatryoshkaSAE, "jumprelu")
 
 
 def decode_groups(codes: Codes, W_dec: Tensor, group_of: Tensor, n_groups: int) -> Tensor:

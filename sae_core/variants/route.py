@@ -11,10 +11,10 @@ from sae_granary.sae_core import registry
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows, take_hooks
+from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.normalize import Normalizer
-from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.options import Progress, SharedConfig, option
 from sae_granary.sae_core.registry import register
 
 SHARED = ("d_in", "d_sae", "loss", "b_dec_init", "dead_after_tokens")  # options that the base takes over
@@ -56,7 +56,7 @@ class RouteSAE(SAE):
             """The base must exist, read one hook point and accept its options."""
             self.base_config()
 
-        def base_config(self) -> SAE.Config:
+        def base_config(self) -> SharedConfig:
             """Config of the base SAE, which sees normalised rows."""
             cls = registry.get(self.base)
             if not cls.reads.one_row:
@@ -104,7 +104,7 @@ class RouteSAE(SAE):
 
     def prepare(self, x: Rows) -> Source:
         """Normalise each hook's rows and route them; the probabilities (N, L) are among the extras."""
-        hooks = take_hooks(x, self.config.n_hooks)
+        hooks = self.reads.take(x, self.config.n_hooks)
         layers = torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
         if layers.shape[1] == 1:  # nothing to choose: no gradient of the rows is built for the router
             return self._source(layers[:, 0], layers.new_ones(len(layers), 1))
@@ -160,11 +160,6 @@ class RouteSAE(SAE):
         """Anneal as the base does."""
         self.base_sae.begin_step(progress)
 
-    @property
-    def dead_mask(self) -> Tensor:
-        """The base's dead latents."""
-        return self.base_sae.dead_mask
-
     def track(self, out: SAEOutput) -> None:
         """Update the base's counters."""
         self.base_sae.track(out)
@@ -177,21 +172,7 @@ class RouteSAE(SAE):
         """Renormalise the base's decoder."""
         self.base_sae.after_step()
 
-    @property
-    def needs_calibration(self) -> bool:  # type: ignore[override]
-        """Whether the base does."""
-        return self.base_sae.needs_calibration
-
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Calibrate the base on routed rows."""
         self.base_sae.calibrate(self.prepare(as_rows(x, self.W_router)).input for x in batches)
-
-    def extra_tensors(self) -> dict[str, Tensor]:
-        """The router."""
-        return {"W_router": self.W_router.detach()}
-
-    @torch.no_grad()
-    def set_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the router."""
-        self.W_router.copy_(tensors["W_router"])

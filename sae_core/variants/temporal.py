@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Reads, Rows, SAEOutput, Source
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
@@ -23,7 +24,6 @@ class TemporalSAE(MatryoshkaSAE):
     """
 
     reads = Reads(previous=True)
-    saelens_architecture = "jumprelu"
 
     @dataclass(frozen=True)
     class Config(MatryoshkaSAE.Config):
@@ -36,20 +36,16 @@ class TemporalSAE(MatryoshkaSAE):
 
     config: Config
 
-    def fit_normalization(self, x: Rows) -> None:
-        """Fit to the rows themselves."""
-        super().fit_normalization(_first(x))
-
     def prepare(self, x: Rows) -> Source:
         """Normalise the rows; the raw rows before them are kept for `penalties`."""
-        source, previous = super().prepare(_first(x)), list(x.values())[1:]
+        source, previous = super().prepare(x), list(x.values())[1:]
         return replace(source, extras={"previous": previous[0]}) if previous and self.training else source
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The matryoshka's terms and the contrastive loss."""
         terms = super().penalties(out, progress)
         if "previous" in out.extras and self.config.temporal_coef > 0:
-            terms["temporal"] = self.config.temporal_coef * self._contrast(out) * self.fvu_unit
+            terms["temporal"] = self.config.temporal_coef * self._contrast(out) * self.loss_scale.fvu_unit
         return terms
 
     def _contrast(self, out: SAEOutput) -> Tensor:
@@ -69,6 +65,4 @@ class TemporalSAE(MatryoshkaSAE):
         return dense.index_put((codes.pattern.row_of[keep], codes.indices[keep]), codes.values[keep])
 
 
-def _first(x: Rows) -> Rows:
-    """The rows without those before them."""
-    return dict(list(x.items())[:1])
+saelens.express(TemporalSAE, "jumprelu")

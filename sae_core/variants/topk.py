@@ -1,8 +1,7 @@
 """TopK: the k largest pre-activations of each row (Gao et al., arXiv 2406.04093)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.files import saelens, sparsify
+from sae_granary.sae_core.losses import Dictionary, auxk_loss
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
@@ -22,9 +23,7 @@ class TopKSAE(SAE):
     """Keep k per row, then ReLU; AuxK revives dead latents. Decoder rows have unit norm."""
 
     unit_decoder = True
-    saelens_architecture = "topk"
-    reads_saelens = "topk"
-    sparsify_flags = (False, False)
+    signed_codes: ClassVar[bool] = False  # latents stand for both directions: no ReLU, the largest magnitudes count
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -48,9 +47,9 @@ class TopKSAE(SAE):
 
     config: Config
 
-    def build_parameters(self) -> None:
+    def build(self) -> None:
         """The parameters; k as it is until a step says otherwise."""
-        super().build_parameters()
+        super().build()
         self._k_now = self.config.k
 
     def begin_step(self, progress: Progress) -> None:
@@ -78,23 +77,25 @@ class TopKSAE(SAE):
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""
-        terms = {}
-        k_aux = self.config.k_aux or max(1, self.d_out // 2)
-        auxk = self.auxk_term(out, k_aux, self.config.auxk_coef)
-        if auxk is not None:
-            terms["auxk"] = auxk
+        terms, scale, dead = {}, self.loss_scale, self.dead_mask
+        if self.config.auxk_coef > 0 and bool(dead.any()):
+            error = (out.source.target - out.recon).detach()
+            weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
+            k_aux = self.config.k_aux or max(1, self.d_out // 2)
+            auxk = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes)
+            terms["auxk"] = self.config.auxk_coef * auxk * scale.fvu_unit
         if self.config.multi_topk:
             k = min(4 * self.k, self.config.d_sae)
             codes = self._codes(self.center(out.source.input), out.pre_acts, k)
             recon = self.complete(self.reconstruct(codes), out.source)
-            terms["multi_topk"] = self.reconstruction_loss(recon, out.source.target) / 8
+            terms["multi_topk"] = scale.reconstruction(recon, out.source.target) / 8
         return terms
 
-    def saelens_fields(self) -> dict[str, Any]:
-        """k, which SAELens' topk reads."""
-        return {"k": self.config.k, "rescale_acts_by_decoder_norm": False}
 
-    @classmethod
-    def config_from_saelens(cls, cfg: Mapping[str, Any], shared: Mapping[str, Any]) -> "TopKSAE.Config":
-        """SAELens' k is per row too."""
-        return cls.Config(**shared, k=int(cfg["k"]))
+saelens.express(
+    TopKSAE,
+    "topk",
+    fields=lambda sae: {"k": sae.config.k, "rescale_acts_by_decoder_norm": False},
+    options=lambda cfg: {"k": int(cfg["k"])},
+)
+sparsify.express(TopKSAE, transcode=False)

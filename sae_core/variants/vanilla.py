@@ -9,6 +9,7 @@ from sae_granary.sae_core.autograd import Centered, per_entry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, SAEOutput
+from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.functional import annealed_sparsity
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
@@ -17,9 +18,6 @@ from sae_granary.sae_core.registry import register
 @register("vanilla")
 class VanillaSAE(SAE):
     """z = ReLU(p); loss + l1_coef * sum_i z_i |W_dec,i|. The decoder norms are free."""
-
-    saelens_architecture = "standard"
-    reads_saelens = "standard"
 
     @dataclass(frozen=True)
     class Config(SAE.Config):
@@ -44,4 +42,7 @@ class VanillaSAE(SAE):
         exponent = progress.anneal(1.0, self.config.p_end, self.config.p_anneal_from)
         l1 = annealed_sparsity(out.codes.values * norms, exponent) / out.codes.shape[0]
         coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup)
-        return {"l1": coef * l1 / self.loss_unit}
+        return {"l1": coef * l1 / self.loss_scale.unit}
+
+
+saelens.express(VanillaSAE, "standard", options=lambda cfg: {})

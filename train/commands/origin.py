@@ -51,7 +51,7 @@ def _origin(key: str, value: Any, layers: Layers, config: TrainConfig) -> str:
     named = [label for label, values in layers if values.get(key) is not None]
     if named and value is not None:
         return named[-1]
-    if key in sae_core.registry.get(config.type).recommended():
+    if key in sae_core.registry.get(config.type).recommended:
         return f"recommended for {config.type}"
     spec = {f.name: f.default for f in fields(TrainConfig)} | {
         f.name: f.default for f in fields(sae_core.registry.get(config.type).Config)

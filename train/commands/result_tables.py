@@ -40,7 +40,7 @@ def _type_table(name: str) -> RenderableType:
         kind = " | ".join(choices) if choices else describe(hints[spec.name])
         default = {"d_sae": "8 * d_in", "dead_after_tokens": "5 % of the run"}.get(spec.name, default)
         table.add_row(spec.name, escape(default), escape(kind), escape(str(spec.metadata.get("help", ""))))
-    recommended = cls.recommended()
+    recommended = cls.recommended
     about = (cls.__doc__ or "").strip().partition("\n")[0]
     lines: list[RenderableType] = [Text.assemble((name, "bold"), f"  {about}"), table]
     if recommended:

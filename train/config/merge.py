@@ -46,7 +46,7 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         known = ", ".join(sae_core.registry.names())
         raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
     options = variant_keys(str(type_name))
-    merged = {**sae_core.registry.get(str(type_name)).recommended(), **given}
+    merged = {**sae_core.registry.get(str(type_name)).recommended, **given}
     settings: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     for key, value in merged.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sae_granary import sae_core
-from sae_granary.sae_core.base import LM_LOSSES
+from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
 

@@ -83,7 +83,8 @@ def resample(sae: SAE, latents: Tensor, x: Rows) -> None:
         length = ENCODER_SHARE * (norms[alive].mean() if bool(alive.any()) else norms.mean())
         h = sae.center(source.input).values
         core.W_enc[:, latents] = (h / h.norm(dim=1, keepdim=True).clamp_min(1e-12)).t() * length
-    core.reset_latents(latents)
+    for name, declared in core.latents.items():
+        declared.reset(getattr(core, name), core.config, latents)
     core.num_tokens_since_fired[latents] = 0
 
 
@@ -94,6 +95,6 @@ def latent_axes(sae: SAE) -> dict[str, int]:
     for own, parameter in core.named_parameters():
         if own in ("W_enc", "W_dec"):
             axes[names[parameter]] = 1 if own == "W_enc" else 0
-        elif own != "b_dec" and parameter.shape == (core.config.d_sae,):
+        elif own in core.latents:
             axes[names[parameter]] = 0
     return axes

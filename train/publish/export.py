@@ -11,8 +11,7 @@ from sae_granary.common.errors import nearest
 from sae_granary.common.finished_run import SAE_RECORD, read_metadata
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
-from sae_granary.sae_core.files.io import save_sparsify
-from sae_granary.sae_core.files.saelens import own
+from sae_granary.sae_core.files import saelens
 from sae_granary.train.errors import ConfigError, RunExistsError
 
 
@@ -31,7 +30,7 @@ def export(run: Path, to: str, out: Path) -> Path:
 
 
 def _saelens(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
-    if not own(type(sae.core), "saelens_architecture"):
+    if not saelens.expresses(sae):
         raise ConfigError(f"type {sae.type_name} cannot be written for SAELens: it has no such architecture")
     sae_core.save(sae, out, metadata)
     (out / SAE_RECORD).unlink()
@@ -39,7 +38,7 @@ def _saelens(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
 
 
 def _sparsify(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
-    save_sparsify(sae, out, metadata)
+    sae_core.save_sparsify(sae, out, metadata)
     return out
 
 

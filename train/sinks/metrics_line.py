@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
+from sae_granary.sae_core.latents import latent_numbers
 from sae_granary.train.loop import StepResult
 from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
@@ -55,7 +56,7 @@ def mean_passes_since_fired(run: Run) -> float:
 def histograms_of(run: Run) -> dict[str, Tensor]:
     """Log10 firing rates, decoder norms, and the latents' own tensors: thresholds, biases."""
     core = run.sae.core
-    own = {f"weights/{name}": tensor for name, tensor in core.latent_tensors().items()}
+    own = {f"weights/{name}": tensor for name, tensor in latent_numbers(core).items()}
     return {
         "log10_density": run.density.log10,
         "weights/W_dec_norms": core.W_dec.detach().norm(dim=1),

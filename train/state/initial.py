@@ -8,7 +8,7 @@ import torch
 
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE
-from sae_granary.sae_core.files.fold import folded_tensors, unfold
+from sae_granary.sae_core.files.fold import fold, unfold
 from sae_granary.sae_core.files.io import NATIVE, OURS
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import ConfigError
@@ -54,13 +54,7 @@ def start_from(sae: SAE, path: str) -> None:
     """Give an initialised SAE the weights of another, in the units of its own normalisation. Its buffers stay."""
     source = load_initial(path)
     buffers = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    extra = source.extra_tensors()
-    if extra:
-        # What is stored is the parameter times a scale: ones show the scale.
-        sae.set_extra_tensors({name: torch.ones_like(tensor) for name, tensor in extra.items()})
-        scales = {name: tensor.clone() for name, tensor in sae.extra_tensors().items()}
-        sae.set_extra_tensors({name: tensor / scales[name] for name, tensor in extra.items()})
-    unfold(sae.core, folded_tensors(source.core))
+    unfold(sae, fold(source))
     sae.after_step()
     for name, buffer in sae.named_buffers():
         buffer.copy_(buffers[name])

@@ -1,17 +1,58 @@
-"""AuxK: dead latents reconstruct what the live ones left over (arXiv 2406.04093, appendix A.2).
+"""What reconstruction errors are measured in, and AuxK, which dead latents learn from.
 
 Shapes: N rows, D = d_out, F = d_sae, A dead latents.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
+from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.sae_core.pre_acts import PreActs
+
+
+@dataclass(frozen=True, eq=False)
+class LossScale:
+    """What squared errors in the normalised space are divided by; penalties are on the same scale."""
+
+    loss: str  # the option, one of LOSSES
+    variance: Tensor  # V = E|x - mean|^2 of the target
+    mean_square: Tensor  # E|x|^2 of the target
+
+    @property
+    def name(self) -> str:
+        """The term of the losses that compares with the input; with a loss through a language model it is fvu."""
+        return "fvu" if self.loss in LM_LOSSES else self.loss
+
+    @property
+    def unit(self) -> Tensor:
+        """What a squared error summed over D is divided by: V (fvu), E|x|^2 (nmse) or 1 (mse)."""
+        if self.name == "fvu":
+            return self.variance
+        return self.mean_square if self.name == "nmse" else torch.ones_like(self.variance)
+
+    @property
+    def fvu_unit(self) -> Tensor:
+        """What a term without a dimension, such as AuxK, is multiplied by: V (mse) or 1."""
+        return self.variance if self.loss == "mse" else torch.ones_like(self.variance)
+
+    def reconstruction(self, recon: Tensor, target: Tensor) -> Tensor:
+        """Mean over rows of |target - recon|^2, divided by V (fvu), by each row's |x|^2 (nmse) or by nothing (mse)."""
+        if self.name == "nmse":
+            return self.mean_error((target - recon).square().sum(-1), target)
+        return F.mse_loss(recon, target, reduction="sum") / (self.unit * len(target))
+
+    def mean_error(self, errors: Tensor, target: Tensor) -> Tensor:
+        """Mean over rows of squared errors (N,), divided as `reconstruction` does; target (N, D)."""
+        if self.name == "nmse":
+            return (errors / target.square().sum(-1).clamp_min(1e-12)).mean()
+        return errors.mean() / self.unit
 
 
 class Dictionary(NamedTuple):
@@ -30,7 +71,7 @@ class Dictionary(NamedTuple):
 def auxk_loss(
     error: Tensor, pre_acts: PreActs, weights: Dictionary, dead: Tensor, k_aux: int, *, signed: bool = False
 ) -> Tensor:
-    """Return |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
+    """AuxK (arXiv 2406.04093, appendix A.2): |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
     magnitudes, and no ReLU) reconstruct the error (N, D_out), given without gradients, without a bias.

@@ -1,0 +1,50 @@
+"""JSON and safetensors on disk; what cannot be read is a NotAnSAEError that names the file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sae_granary.sae_core.errors import NotAnSAEError
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> Path:
+    """Write a JSON object and return its path."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. Raises NotAnSAEError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotAnSAEError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise NotAnSAEError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise NotAnSAEError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write tensors by name and return the path."""
+    # Written through open(): safetensors' own writer makes files that only their owner can read.
+    path.write_bytes(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return tensors by name. Raises NotAnSAEError if there are none."""
+    try:
+        tensors: dict[str, Tensor] = load_tensors(path.read_bytes())
+    except FileNotFoundError:
+        raise NotAnSAEError(f"{path} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise NotAnSAEError(f"{path} is not a readable safetensors file: {error}") from error
+    return tensors

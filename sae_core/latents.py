@@ -1,0 +1,124 @@
+"""The numbers that each latent has beside its encoder and decoder rows, declared once per variant.
+
+Building, resetting dead latents, folding and files follow from the declaration.
+Shapes: F = d_sae latents.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_granary.sae_core.options import PRE_ACTS
+
+EMA_DECAY = 0.999
+# Positive floats are ordered like their bits; dropping 10 of 23 mantissa bits leaves bins 1.2e-4 wide (relative).
+DROPPED_BITS = 10
+N_BINS = 2 ** (31 - DROPPED_BITS)
+
+
+@dataclass(frozen=True)
+class PerLatent:
+    """A parameter (F,) of a variant, declared in its `latents` under the name of the attribute that holds it."""
+
+    start: float | Callable[[Any], float] = 0.0  # at the start and after a reset; may depend on the Config
+    unit: str = PRE_ACTS  # or FREE: what it is multiplied by when pre-activations are
+
+    def make(self, config: Any) -> nn.Parameter | nn.Module:
+        """Create what holds the numbers."""
+        return nn.Parameter(torch.full((config.d_sae,), self._start(config)))
+
+    @torch.no_grad()
+    def reset(self, held: Any, config: Any, latents: Tensor | slice = slice(None)) -> None:
+        """Return latents (n,) to where they start."""
+        held[latents] = self._start(config)
+
+    def read(self, held: Any, W_dec: Tensor) -> Tensor:
+        """Return the numbers (F,)."""
+        numbers: Tensor = held.detach()
+        return numbers
+
+    @torch.no_grad()
+    def write(self, held: Any, numbers: Tensor) -> None:
+        """Take over numbers (F,)."""
+        held.copy_(numbers)
+
+    def _start(self, config: Any) -> float:
+        return self.start(config) if callable(self.start) else self.start
+
+
+def latent_numbers(sae: Any) -> dict[str, Tensor]:
+    """Return the numbers (F,) that each latent of an SAE has, by name."""
+    return {name: declared.read(getattr(sae, name), sae.W_dec) for name, declared in sae.latents.items()}
+
+
+class SharedThreshold(PerLatent):
+    """One inference threshold for all latents, a `BatchThreshold`; files hold it once per latent."""
+
+    def make(self, config: Any) -> nn.Parameter | nn.Module:
+        """Create the threshold."""
+        return BatchThreshold()
+
+    def reset(self, held: Any, config: Any, latents: Tensor | slice = slice(None)) -> None:
+        """Keep it: the other latents still need it."""
+
+    def read(self, held: Any, W_dec: Tensor) -> Tensor:
+        """Return the threshold, F times."""
+        threshold: Tensor = held.value.to(W_dec.dtype)
+        return threshold.expand(len(W_dec)).clone()
+
+    @torch.no_grad()
+    def write(self, held: Any, numbers: Tensor) -> None:
+        """Take over the threshold."""
+        held.calibrated.copy_(numbers[0])
+
+
+class BatchThreshold(nn.Module):
+    """The inference threshold of batch-wise selections: an EMA while training, a calibration at the end.
+
+    E[smallest kept activation], in float64; an EMA that starts at 0 is divided by its weight so far.
+    """
+
+    ema: Tensor
+    n_updates: Tensor
+    calibrated: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+        # NaN until a calibration or a loaded file sets it.
+        self.register_buffer("calibrated", torch.full((), torch.nan, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, kept: Tensor) -> None:
+        """Take in the kept activations (nnz,) of one training batch."""
+        if kept.numel() == 0:
+            return
+        self.ema.mul_(EMA_DECAY).add_(kept.min().double(), alpha=1 - EMA_DECAY)
+        self.n_updates += 1
+
+    @property
+    def value(self) -> Tensor:
+        """The calibrated threshold, else the EMA; 0 before any batch."""
+        corrected = self.ema / (1 - EMA_DECAY ** self.n_updates.double()).clamp_min(1e-300)
+        return torch.where(self.calibrated.isnan(), corrected, self.calibrated)
+
+    @torch.no_grad()
+    def calibrate(self, pre_acts: Iterable[Tensor], k: int) -> None:
+        """Set the threshold at which the mean number of larger pre-activations per row is k, over all batches (N, F).
+
+        A histogram over the bits of the floats keeps memory constant: 2**21 counters whatever the number of rows.
+        """
+        counts = torch.zeros(N_BINS, dtype=torch.int64)
+        n_rows = 0
+        for batch in pre_acts:
+            n_rows += batch.shape[0]
+            positive = batch[batch > 0].float()
+            counts += torch.bincount(positive.view(torch.int32) >> DROPPED_BITS, minlength=N_BINS).cpu()
+        above = counts.flip(0).cumsum(0).flip(0)  # above[b]: entries in bin b and higher
+        lowest = int((above > n_rows * k).sum())  # the first bin whose entries all fit
+        edge = torch.tensor(max(lowest, 0) << DROPPED_BITS, dtype=torch.int32).view(torch.float32)
+        self.calibrated.copy_(edge.double())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core import SAE, Progress, SAEOutput, auxk, functional, make_config, pre_acts, registry
+from sae_granary.sae_core import SAE, Progress, SAEOutput, functional, losses, make_config, pre_acts, registry
 from sae_granary.sae_core.kernels import screen, streamed
 
 D, F, N = 24, 256, 96
@@ -23,7 +23,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(screen, "CHUNK_ENTRIES", 40 * F)
     monkeypatch.setattr(streamed, "pays", lambda h, d_sae: request.param == "streamed")
     monkeypatch.setattr(streamed, "CHUNK_ENTRIES", 40 * F)
-    for module in (functional, pre_acts, auxk):
+    for module in (functional, pre_acts, losses):
         monkeypatch.setattr(module, "MAX_SPARSE_DENSITY", 1.0)
     return str(request.param)
 

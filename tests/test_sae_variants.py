@@ -486,7 +486,7 @@ def test_initialization_is_the_documented_one() -> None:
     assert not sae.b_enc.any()
     normalized = sae.normalizer(rows()).values
     assert float(normalized.square().sum(1).mean()) == pytest.approx(D_IN, rel=1e-4)
-    centre = sae_core.base.geometric_median(normalized)
+    centre = sae_core.functional.geometric_median(normalized)
     torch.testing.assert_close(sae.b_dec.detach().double(), centre, rtol=1e-4, atol=1e-4)
 
 

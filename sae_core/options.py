@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from sae_granary.common.errors import nearest
 from sae_granary.sae_core.errors import OptionError
 
 NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
@@ -58,7 +59,8 @@ def check(config: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise OptionError(f"{spec.name}={value!r}: expected a finite number")
         if bounds["choices"] is not None and value not in bounds["choices"]:
-            raise OptionError(f"{spec.name}={value!r}: expected one of {', '.join(bounds['choices'])}")
+            hint = nearest(str(value), bounds["choices"])
+            raise OptionError(f"{spec.name}={value!r}: expected one of {', '.join(bounds['choices'])}{hint}")
         if bounds["ge"] is not None and not value >= bounds["ge"]:
             raise OptionError(f"{spec.name}={value!r}: expected a value >= {bounds['ge']}")
         if bounds["gt"] is not None and not value > bounds["gt"]:

@@ -295,7 +295,7 @@ def test_a_matrix_stored_by_columns_steps_as_one_stored_by_rows(optimizer) -> No
     config = make_config([{"type": "topk", "optimizer": optimizer, "lr": 0.01, "weight_decay": 0.1}])
     by_columns = torch.nn.Parameter(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)).t())
     by_rows = torch.nn.Parameter(by_columns.detach().clone(memory_format=torch.contiguous_format))
-    optimizers = [(p, make_optimizer([p], config)) for p in (by_columns, by_rows)]
+    optimizers = [(p, make_optimizer([p], config.optimizer, config.hyperparameters)) for p in (by_columns, by_rows)]
     for seed in range(3):
         for p, optimizer in optimizers:
             (p @ torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()

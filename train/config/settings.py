@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sae_granary import sae_core
 from sae_granary.sae_core.options import check, option
 from sae_granary.train.errors import ConfigError
+from sae_granary.train.optim.optimizers import OPTIMIZERS, Hyperparameters
 
 MAX_SEED = 2**63 - 1
 SECTIONS = ("run", "model", "training", "data", "logging")
@@ -54,9 +55,7 @@ class TrainConfig:
     epochs: float | None = setting(
         None, "training", "length in passes (default: 1, more up to 16 if that is under 1000 steps)", gt=0
     )
-    optimizer: Literal["adam", "adamw", "sgd", "muon", "adafactor", "signum"] = setting(
-        "adam", "training", "optimizer; muon steps vectors with Adam"
-    )
+    optimizer: str = setting("adam", "training", "optimizer; muon steps vectors with Adam", choices=tuple(OPTIMIZERS))
     lr: float | None = setting(
         None, "training", "peak rate (default: 2e-4 * sqrt(2^14 / d_sae), more under 1000 steps, <= 1e-3)", gt=0
     )
@@ -156,3 +155,9 @@ class TrainConfig:
                 "wandb_artifacts=True uploads to Weights & Biases, but wandb=off: give --wandb online or offline, "
                 "or leave it out"
             )
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Of the optimizer of a resolved config."""
+        assert self.lr is not None
+        return Hyperparameters(self.lr, self.matrix_lr_scale, self.weight_decay, self.beta1, self.beta2, self.eps)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and their state as plain tensors."""
+"""Optimizers by name, and their state as plain tensors. A new one is an entry of `OPTIMIZERS`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.optim.signum import Signum
 
@@ -20,24 +20,36 @@ Groups = list[dict[str, Any]]  # each with "params" and "lr_scale", its rate ove
 
 
 @dataclass(frozen=True)
+class Hyperparameters:
+    """What optimizers are made with; see the settings of the same names."""
+
+    lr: float  # of the first step; it is set before every step
+    matrix_lr_scale: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
 class Kind:
     """How an optimizer is made, and what it costs in copies of the parameters."""
 
-    make: Callable[[Groups, TrainConfig, float], torch.optim.Optimizer]
+    make: Callable[[Groups, Hyperparameters], torch.optim.Optimizer]
     in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
     on_disk: int  # parameter and state
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of a resolved config. The rate is set before every step.
+def make_optimizer(parameters: Iterable[nn.Parameter], name: str, given: Hyperparameters) -> torch.optim.Optimizer:
+    """Build an optimizer.
 
-    Matrices step at `matrix_lr_scale` times the rate: Adam's step has the size of the rate whatever the size of the
-    weights, so that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start from.
+    Matrices step at `matrix_lr_scale` times the learning rate: Adam's step has the size of the rate whatever the size
+    of the weights, so that rows of unit norm turn ten times slower than the rows of norm 0.1 that other trainers start
+    from.
     """
-    assert config.lr is not None
     matrices, vectors = _by_shape(parameters)
-    groups = [{"params": matrices, "lr_scale": config.matrix_lr_scale}, {"params": vectors, "lr_scale": 1.0}]
-    return OPTIMIZERS[config.optimizer].make([g for g in groups if g["params"]], config, config.lr)
+    groups = [{"params": matrices, "lr_scale": given.matrix_lr_scale}, {"params": vectors, "lr_scale": 1.0}]
+    return OPTIMIZERS[name].make([g for g in groups if g["params"]], given)
 
 
 def _by_shape(parameters: Iterable[nn.Parameter]) -> tuple[Parameters, Parameters]:
@@ -46,26 +58,25 @@ def _by_shape(parameters: Iterable[nn.Parameter]) -> tuple[Parameters, Parameter
     return [p for p in given if p.ndim == 2], [p for p in given if p.ndim != 2]
 
 
-def _adam(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    kind = _AdamW if config.optimizer == "adamw" else _Adam
-    betas = (config.beta1, config.beta2)
-    return kind(groups, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+def _adam(kind: type[_Adam] | type[_AdamW], groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
+    betas = (given.beta1, given.beta2)
+    return kind(groups, lr=given.lr, betas=betas, eps=given.eps, weight_decay=given.weight_decay, fused=True)
 
 
-def _sgd(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=config.beta1, weight_decay=config.weight_decay, fused=True)
+def _sgd(groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=given.lr, momentum=given.beta1, weight_decay=given.weight_decay, fused=True)
 
 
-def _signum(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return Signum(groups, lr, config.beta1, config.weight_decay)
+def _signum(groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
+    return Signum(groups, given.lr, given.beta1, given.weight_decay)
 
 
-def _adafactor(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(groups, lr=lr, weight_decay=config.weight_decay)
+def _adafactor(groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=given.lr, weight_decay=given.weight_decay)
 
 
-def _muon(groups: Groups, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    return MuonAndAdam(groups, config, lr)
+def _muon(groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
+    return MuonAndAdam(groups, given)
 
 
 @contextmanager
@@ -112,14 +123,14 @@ class MuonAndAdam(torch.optim.Optimizer):
     Muon's steps are scaled to the size of Adam's (`match_rms_adamw`), so that one rate suits both.
     """
 
-    def __init__(self, groups: Groups, config: TrainConfig, lr: float) -> None:
+    def __init__(self, groups: Groups, given: Hyperparameters) -> None:
         super().__init__(groups, {})
         matrices = [group for group in groups if group["params"][0].ndim == 2]
         rest = [group for group in groups if group["params"][0].ndim != 2]
-        momentum, decay = config.beta1, config.weight_decay
-        muon = torch.optim.Muon(matrices, lr, decay, momentum, adjust_lr_fn="match_rms_adamw")
-        betas = (config.beta1, config.beta2)
-        adam = torch.optim.AdamW(rest, lr, betas, config.eps, decay, fused=True) if rest else None
+        momentum, decay = given.beta1, given.weight_decay
+        muon = torch.optim.Muon(matrices, given.lr, decay, momentum, adjust_lr_fn="match_rms_adamw")
+        betas = (given.beta1, given.beta2)
+        adam = torch.optim.AdamW(rest, given.lr, betas, given.eps, decay, fused=True) if rest else None
         self._parts = [muon] if adam is None else [muon, adam]
         self.param_groups = [group for part in self._parts for group in part.param_groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -134,8 +145,8 @@ class MuonAndAdam(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {
-    "adam": Kind(_adam, in_memory=4, on_disk=3),
-    "adamw": Kind(_adam, in_memory=4, on_disk=3),
+    "adam": Kind(partial(_adam, _Adam), in_memory=4, on_disk=3),
+    "adamw": Kind(partial(_adam, _AdamW), in_memory=4, on_disk=3),
     "sgd": Kind(_sgd, in_memory=3, on_disk=2),
     "muon": Kind(_muon, in_memory=4, on_disk=2),
     "adafactor": Kind(_adafactor, in_memory=3, on_disk=1),

@@ -43,7 +43,9 @@ class Run:
         """A run at its start, its SAE on the config's device."""
         sae = sae.to(config.device)
         ema = None if config.ema_decay is None else Ema(sae, config.ema_decay)
-        return cls(config, sae.train(), make_optimizer(sae.parameters(), config), ema=ema)
+        return cls(
+            config, sae.train(), make_optimizer(sae.parameters(), config.optimizer, config.hyperparameters), ema=ema
+        )
 
     @cached_property
     def n_steps(self) -> int:

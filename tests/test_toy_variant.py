@@ -71,18 +71,7 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     make_cache()
     assert "soft_threshold" in call("types")
     assert "shrink" in call("types", "soft_threshold")
-    flags = [
-        "--cache",
-        "toy",
-        "--type",
-        "soft_threshold",
-        "--batch-size",
-        "128",
-        "--set",
-        "shrink=0.2",
-        "--set",
-        "normalize=none",
-    ]
+    flags = ["--cache", "toy", "--type", "soft_threshold", "--batch-size", "128", "--set", "shrink=0.2"]
     call("run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
     folder = Path("runs/toy")
     assert read_yaml(folder / "config.yaml")["shrink"] == 0.2

@@ -70,9 +70,7 @@ def test_values_that_do_not_fit_are_refused(value, annotation, message) -> None:
 def test_flags_win_over_yaml_over_recommended_over_defaults(tmp_path, monkeypatch) -> None:
     from sae_granary import sae_core
 
-    monkeypatch.setattr(
-        sae_core.registry.get("topk"), "recommended", classmethod(lambda cls: {"lr": 0.1, "k": 5, "beta1": 0.5})
-    )
+    monkeypatch.setattr(sae_core.registry.get("topk"), "recommended", {"lr": 0.1, "k": 5, "beta1": 0.5})
     path = tmp_path / "c.yaml"
     path.write_text("type: topk\nmodel:\n  k: 7\ntraining:\n  lr: 0.2\n  batch-size: 32\ndata:\n  holdout: 0.1\n")
     config = make_config([read_yaml(path), {"lr": "0.3"}])

@@ -22,8 +22,8 @@ SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "eval_rows": 300, "k": 
 
 
 @pytest.fixture
-def _wrong_variants():
-    """Two variants that anyone might write: a constant that is no option, and a parameter that is not saved."""
+def _wrong_variant():
+    """A variant that anyone might write: with a constant in units of pre-activations that is no option."""
 
     @registry.register("shifted_topk")
     class ShiftedTopK(TopKSAE):
@@ -31,22 +31,11 @@ def _wrong_variants():
             found = super().activate(h)
             return replace(found, codes=Codes(torch.relu(found.codes.values - 0.5), found.codes.pattern))
 
-    @registry.register("scaled_topk")
-    class ScaledTopK(TopKSAE):
-        def build_latent_parameters(self):
-            super().build_latent_parameters()
-            self.gain = torch.nn.Parameter(torch.ones(()))
-
-        def activate(self, h):
-            found = super().activate(h)
-            return replace(found, codes=Codes(found.codes.values * self.gain, found.codes.pattern))
-
     yield
-    for name in ("shifted_topk", "scaled_topk"):
-        registry._VARIANTS.pop(name)
+    registry._VARIANTS.pop("shifted_topk")
 
 
-@pytest.mark.usefixtures("_wrong_variants")
+@pytest.mark.usefixtures("_wrong_variant")
 def test_files_that_give_another_sae_are_an_error_with_both_numbers(make_cache, tmp_path) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "name": "run", "runs_dir": str(tmp_path), "save_every": 10}
     message = (
@@ -71,14 +60,14 @@ def test_files_that_give_another_sae_are_an_error_with_both_numbers(make_cache, 
     train_sae(**{**settings, "name": "plain"}, type="shifted_topk", normalize="none")
 
 
-@pytest.mark.usefixtures("_wrong_variants")
+@pytest.mark.usefixtures("_wrong_variant")
 def test_in_a_sweep_only_the_wrong_variant_has_no_result(make_cache, tmp_path) -> None:
-    grid = {"type": ["topk", "scaled_topk", "batchtopk"]}
+    grid = {"type": ["topk", "shifted_topk", "batchtopk"]}
     result = train_sweep(grid, {**SETTINGS, "cache": str(make_cache())}, runs_dir=str(tmp_path), name="s")
     assert [row["status"] for row in result.rows] == ["finished", "failed", "finished"]
     (name, error), *others = result.failures.items()
     assert not others
-    assert "scaled_topk" in name
+    assert "shifted_topk" in name
     assert "give another SAE than was trained" in error
     assert list_checkpoints(result.folder / name)
     assert resume_sweep(result.folder).failures == result.failures

@@ -98,7 +98,6 @@ def test_the_demo_runs_twice_in_any_folder(tmp_path: Path) -> None:
             summary = json.loads((tmp_path / f"here/runs/demo_{type_name}/summary.json").read_text())
             assert summary["eval"]["fvu"] == pytest.approx(fvu, abs=0.001)
             assert summary["eval"]["l0"] == pytest.approx(32, abs=1)
-        assert "1 of 2 runs reused a harvest" in done.stdout
         logs.append((tmp_path / "here/cache/demo_l3/harvest.log").read_text())
     assert logs[0] == logs[1]  # harvested once
 

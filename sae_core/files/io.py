@@ -46,6 +46,11 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
 def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Return the SAE of a folder written by `save`, by SAELens or by sparsify, in evaluation mode.
 
+    >>> from sae_granary import load_sae
+    >>> sae = load_sae("runs/demo_topk")
+    >>> sae.type_name, sae.config.d_sae, tuple(sae.W_dec.shape)
+    ('topk', 768, (768, 384))
+
     Raises NotAnSAEError if the folder holds none of them or is damaged.
     """
     folder = Path(folder)

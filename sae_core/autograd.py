@@ -183,5 +183,5 @@ def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pa
 
 
 def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:
-    """An uninitialised W_enc (d_in, d_sae) with latent-contiguous strides."""
+    """An uninitialized W_enc (d_in, d_sae) with latent-contiguous strides."""
     return torch.empty(d_sae, d_in, device=device).t()

@@ -54,9 +54,9 @@ class SAE(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """Create the normaliser, the parameters and the buffers; linear paths start at zero."""
+        """Create the normalizer, the parameters and the buffers; linear paths start at zero."""
         config, d_out = self.config, self.d_out
-        # V = E|x - mean|^2 and E|x|^2 of the normalised rows: the scales that losses are divided by.
+        # V = E|x - mean|^2 and E|x|^2 of the normalized rows: the scales that losses are divided by.
         self.register_buffer("loss_variance", torch.ones(()))
         self.register_buffer("loss_mean_square", torch.ones(()))
         self.register_buffer("num_tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
@@ -103,7 +103,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
-        """Fit the normalisation and the loss scale to a sample of raw rows (N, D), then draw the weights.
+        """Fit the normalization and the loss scale to a sample of raw rows (N, D), then draw the weights.
 
         The sample holds rows that the run will train on (2**20 at most). Raises NonFiniteError if it holds NaN or Inf.
         """
@@ -112,7 +112,7 @@ class SAE(nn.Module):
             normalizer.fit(hook[:MAX_FIT_ROWS])
         target = self.prepare(x).target[:MAX_FIT_ROWS]
         if not bool(torch.isfinite(target).all()):
-            raise NonFiniteError("the sample that the normalisation is fitted to holds NaN or Inf: verify the cache")
+            raise NonFiniteError("the sample that the normalization is fitted to holds NaN or Inf: verify the cache")
         rows = target.double()
         self.loss_variance.copy_((rows - rows.mean(0)).square().sum(1).mean().clamp_min(1e-30))
         self.loss_mean_square.copy_(rows.square().sum(1).mean().clamp_min(1e-30))
@@ -129,13 +129,13 @@ class SAE(nn.Module):
         return self.normalizers[0].scaling(), self.normalizers[-1].scaling()
 
     def prepare(self, x: Rows) -> Source:
-        """Normalise raw rows into what is encoded and what is to be reconstructed."""
+        """Normalize raw rows into what is encoded and what is to be reconstructed."""
         rows = self.reads.take(x, 1)[0]
         normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
 
     def center(self, rows: Tensor) -> Centered:
-        """Subtract the decoder bias from normalised rows (N, D) before they are encoded."""
+        """Subtract the decoder bias from normalized rows (N, D) before they are encoded."""
         core = self.core
         return center(rows, core.b_dec) if core.subtracts_b_dec else Centered(rows)
 
@@ -152,11 +152,11 @@ class SAE(nn.Module):
         return encode_at(h, self.W_enc, self.encoder_bias, kept)
 
     def activate(self, h: Centered) -> Activation:
-        """Turn centered, normalised rows h (N, D) into codes. In training mode as trained, else as in inference."""
+        """Turn centered, normalized rows h (N, D) into codes. In training mode as trained, else as in inference."""
         raise NotImplementedError(f"{type(self).__name__} does not define activate()")
 
     def reconstruct(self, codes: Codes) -> Tensor:
-        """Decode in the normalised space: (N, D_out)."""
+        """Decode in the normalized space: (N, D_out)."""
         return decode(codes, self.W_dec) + self.b_dec
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -208,7 +208,7 @@ class SAE(nn.Module):
         return LossScale(self.config.loss, self.loss_variance, self.loss_mean_square)
 
     def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """Return the weighted terms by name; a run minimises their sum."""
+        """Return the weighted terms by name; a run minimizes their sum."""
         reconstruction = self.loss_scale.reconstruction(out.recon, out.source.target)
         return {self.loss_scale.name: reconstruction, **self.penalties(out, progress)}
 
@@ -236,7 +236,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Remove the gradient component parallel to each decoder row, which renormalising would undo."""
+        """Remove the gradient component parallel to each decoder row, which renormalizing would undo."""
         if self.unit_decoder and self.W_dec.grad is not None:
             remove_parallel(self.W_dec.grad, self.W_dec)
 

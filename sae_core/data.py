@@ -68,11 +68,11 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a variant encodes and what it must reconstruct, both normalised."""
+    """What a variant encodes and what it must reconstruct, both normalized."""
 
     input: Tensor  # (N, D) enters the encoder
     target: Tensor  # (N, D_out) what the decoder should return
-    undo: Callable[[Tensor], Tensor]  # normalised reconstruction -> the space of `reference`
+    undo: Callable[[Tensor], Tensor]  # normalized reconstruction -> the space of `reference`
     reference: Tensor  # (N, D_out) what x_hat is compared with in the metrics (raw rows)
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # what the variant's own losses need
 
@@ -93,7 +93,7 @@ class SAEOutput:
     x_hat: Tensor  # (N, D_out) reconstruction in the space of x
     x: Tensor  # (N, D_out) what x_hat should equal
     codes: Codes
-    recon: Tensor  # (N, D_out) reconstruction in the normalised space
+    recon: Tensor  # (N, D_out) reconstruction in the normalized space
     source: Source
     pre_acts: PreActs  # (N, F), without gradients
     extras: Mapping[str, Tensor]  # of the source, of the activation and of the reconstruction

@@ -19,7 +19,7 @@ from sae_granary.sae_core.pre_acts import PreActs
 
 @dataclass(frozen=True, eq=False)
 class LossScale:
-    """What squared errors in the normalised space are divided by; penalties are on the same scale."""
+    """What squared errors in the normalized space are divided by; penalties are on the same scale."""
 
     loss: str  # the option, one of LOSSES
     variance: Tensor  # V = E|x - mean|^2 of the target

@@ -1,6 +1,6 @@
-"""Input normalisation in front of every variant, and its undoing behind it.
+"""Input normalization in front of every variant, and its undoing behind it.
 
-Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed in the normalised space.
+Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed in the normalized space.
 """
 
 import math
@@ -16,30 +16,30 @@ UNIT_NORM_EPS = 1e-5  # SAELens' layer_norm
 
 @dataclass(frozen=True, eq=False)
 class Normalized:
-    """Rows in the normalised space with what undoes it: raw = values * std + shift."""
+    """Rows in the normalized space with what undoes it: raw = values * std + shift."""
 
     values: Tensor  # (N, D)
     std: Tensor  # (N, 1) or ()
     shift: Tensor  # (N, 1) or (D,)
 
     def undo(self, values: Tensor) -> Tensor:
-        """Map values (N, D) of the normalised space back to raw space."""
+        """Map values (N, D) of the normalized space back to raw space."""
         return values * self.std + self.shift
 
 
 class Affine(NamedTuple):
-    """A fixed normalisation: (x - mean) * scale."""
+    """A fixed normalization: (x - mean) * scale."""
 
     scale: Tensor  # (D,)
     mean: Tensor  # (D,)
 
     def undo(self, values: Tensor) -> Tensor:
-        """Map values (N, D) of the normalised space back to raw space."""
+        """Map values (N, D) of the normalized space back to raw space."""
         return values / self.scale + self.mean
 
 
 class Normalizer(nn.Module):
-    """Normalise rows: none, unit_norm (per row), dataset (one scalar, E|x|^2 = D), mean, mean+dataset.
+    """Normalize rows: none, unit_norm (per row), dataset (one scalar, E|x|^2 = D), mean, mean+dataset.
 
     unit_norm is (x - mean_d)/(std_d + 1e-5) with the unbiased standard deviation, undone with std_d, as Bussmann's
     `input_unit_norm` and SAELens' `layer_norm` do. The others are fixed by `fit` and folded into the weights at export.
@@ -71,12 +71,12 @@ class Normalizer(nn.Module):
             self.scale.copy_((rows.shape[1] / mean_square).sqrt())
 
     def forward(self, x: Tensor) -> Normalized:
-        """Normalise raw rows (N, D)."""
+        """Normalize raw rows (N, D)."""
         if self.per_row:
             shift = x.mean(-1, keepdim=True)
-            centred = x - shift
-            std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
-            return Normalized(centred / (std + UNIT_NORM_EPS), std, shift)
+            centered = x - shift
+            std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
+            return Normalized(centered / (std + UNIT_NORM_EPS), std, shift)
         return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
 
     def scaling(self) -> Affine:

@@ -77,7 +77,7 @@ class SharedConfig:
 
     d_in: int = option(help="width of the activations", gt=0)
     d_sae: int = option(help="number of latents", gt=0)
-    normalize: str = option("dataset", help="input normalisation", choices=NORMALIZATIONS)
+    normalize: str = option("dataset", help="input normalization", choices=NORMALIZATIONS)
     loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
     b_dec_init: str = option("geometric_median", help="start of b_dec", choices=B_DEC_INITS)
     dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)

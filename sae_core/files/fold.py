@@ -1,4 +1,4 @@
-"""The inference form: an SAE without its normalisation, which is folded into the weights; and back.
+"""The inference form: an SAE without its normalization, which is folded into the weights; and back.
 
 Everything follows from what a variant declares: its per-latent numbers with their unit, its linear paths, the options
 in units of pre-activations. A parameter that is none of these is kept as it is.
@@ -64,7 +64,7 @@ def fold(sae: SAE) -> Folded:
 
 @torch.no_grad()
 def unfold(sae: SAE, folded: Folded) -> None:
-    """Set the weights of an SAE, whose normalisation is fitted, to compute what is folded.
+    """Set the weights of an SAE, whose normalization is fitted, to compute what is folded.
 
     The decoder rows get a mean norm of 1.
     """
@@ -112,7 +112,7 @@ def _output_bias(core: SAE) -> Tensor:
 
 
 def _encoder_shift(core: SAE) -> Tensor | None:
-    """(D,) by how much more what is encoded is once the normalisation is folded; the encoder's bias takes it back."""
+    """(D,) by how much more what is encoded is once the normalization is folded; the encoder's bias takes it back."""
     if core.subtracts_b_dec:
         return core.b_dec - _output_bias(core) if core.linear_paths else None
     scale, mean = core.scalings()[0]

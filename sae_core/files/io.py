@@ -1,6 +1,6 @@
 """Files of an SAE: the inference form that SAELens reads, and the native form that training continues from.
 
-Inference form: cfg.json, sae_weights.safetensors (normalisation folded into the weights), granary.json (type, Config)
+Inference form: cfg.json, sae_weights.safetensors (normalization folded into the weights), granary.json (type, Config)
 and, for what SAELens has no name for, granary.safetensors.
 Native form: sae.json, sae.safetensors (weights and buffers as trained). Nothing is pickled.
 """

@@ -69,7 +69,7 @@ def saelens_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> Folded | None:
     """Return the SAE of a SAELens folder; None for another folder.
 
-    Raises NotAnSAEError for an architecture or a normalisation that has no counterpart, and for damaged files.
+    Raises NotAnSAEError for an architecture or a normalization that has no counterpart, and for damaged files.
     """
     if not (folder / CFG).is_file():
         return None

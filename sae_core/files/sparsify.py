@@ -59,7 +59,7 @@ def sparsify_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
             f"it reads {', '.join(cls.type_name for cls in _VARIANTS.values())}: export to saelens instead"
         )
     if sae.normalizer.per_row:
-        raise OptionError("normalize='unit_norm' cannot be written for sparsify, which does not normalise rows")
+        raise OptionError("normalize='unit_norm' cannot be written for sparsify, which does not normalize rows")
     if sae.d_out != sae.config.d_in:
         raise OptionError(f"d_out={sae.d_out} cannot be written for sparsify: expected d_in={sae.config.d_in}")
     return {

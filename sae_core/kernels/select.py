@@ -1,7 +1,7 @@
 """Selecting large entries of a matrix through the maxima of groups of columns: one fast pass instead of a slow one.
 
 Shapes: N rows, F columns, groups of GROUP columns. The columns of a group lie LANES apart, so that the maxima of
-neighbouring groups are vector operations; where F allows it, groups stay inside blocks of GROUP * LANES columns, which
+neighboring groups are vector operations; where F allows it, groups stay inside blocks of GROUP * LANES columns, which
 keeps a group's entries close in memory.
 """
 

@@ -15,7 +15,7 @@ from sae_granary.sae_core.variants.batchtopk import BatchTopKSAE
 
 @register("crosscoder")
 class CrosscoderSAE(BatchTopKSAE):
-    """BatchTopK on the concatenation of the hooks' normalised rows: W_enc (L*D, F), W_dec (F, L*D)."""
+    """BatchTopK on the concatenation of the hooks' normalized rows: W_enc (L*D, F), W_dec (F, L*D)."""
 
     reads = Reads(several=True)
 
@@ -23,7 +23,7 @@ class CrosscoderSAE(BatchTopKSAE):
     class Config(BatchTopKSAE.Config):
         """Options of crosscoder."""
 
-        normalize: str = option("dataset", help="normalisation of each hook point", choices=FIXED_MODES)
+        normalize: str = option("dataset", help="normalization of each hook point", choices=FIXED_MODES)
         n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
 
     config: Config
@@ -39,7 +39,7 @@ class CrosscoderSAE(BatchTopKSAE):
         return self.d_encoded
 
     def build(self) -> None:
-        """The parameters; a normaliser per hook point, so that no layer's norm outweighs another's."""
+        """The parameters; a normalizer per hook point, so that no layer's norm outweighs another's."""
         super().build()
         self.normalizer = Normalizer("none", self.d_encoded)
         self.hook_normalizers = nn.ModuleList(
@@ -58,7 +58,7 @@ class CrosscoderSAE(BatchTopKSAE):
         return both, both
 
     def prepare(self, x: Rows) -> Source:
-        """Concatenate the hooks' normalised rows."""
+        """Concatenate the hooks' normalized rows."""
         normalizers = self.normalizers
         hooks = self.reads.take(x, len(normalizers))
         values = torch.cat([n(rows).values for n, rows in zip(normalizers, hooks, strict=True)], dim=1)

@@ -65,7 +65,7 @@ class JumpReLUSAE(SAE):
 
         @property
         def threshold_start(self) -> float:
-            """The thresholds at the start, in units of the normalised pre-activations."""
+            """The thresholds at the start, in units of the normalized pre-activations."""
             return self.threshold_init or (0.1 if self.recipe == "tanh" else self._small)
 
         @property

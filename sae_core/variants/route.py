@@ -32,7 +32,7 @@ def _middle_half(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
 class RouteSAE(SAE):
     """r = softmax(x_agg @ W_router); x_r = p_max * x_argmax (hard) or sum p_l x_l (soft); the base encodes x_r.
 
-    Every hook's row is normalised to mean 0 and variance 1 first. The target is x_r, detached: otherwise the router
+    Every hook's row is normalized to mean 0 and variance 1 first. The target is x_r, detached: otherwise the router
     lowers the loss by shrinking what is to be reconstructed. Metrics are in the space of x_r.
     """
 
@@ -42,7 +42,7 @@ class RouteSAE(SAE):
     class Config(SAE.Config):
         """Options of route."""
 
-        normalize: str = option("unit_norm", help="per-row normalisation of each hook point", choices=("unit_norm",))
+        normalize: str = option("unit_norm", help="per-row normalization of each hook point", choices=("unit_norm",))
         loss: str = option("nmse", help="reconstruction loss", choices=("nmse", "fvu", "mse"))
         n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
         base: str = option("topk", help="registered type of the shared SAE")
@@ -57,7 +57,7 @@ class RouteSAE(SAE):
             self.base_config()
 
         def base_config(self) -> SharedConfig:
-            """Config of the base SAE, which sees normalised rows."""
+            """Config of the base SAE, which sees normalized rows."""
             cls = registry.get(self.base)
             if not cls.reads.one_row:
                 raise OptionError(f"base={self.base!r} reads several hook points: expected a type that reads one")
@@ -103,7 +103,7 @@ class RouteSAE(SAE):
         self.base_sae.initialize(self.prepare(as_rows(sample, self.W_router)).input, generator)
 
     def prepare(self, x: Rows) -> Source:
-        """Normalise each hook's rows and route them; the probabilities (N, L) are among the extras."""
+        """Normalize each hook's rows and route them; the probabilities (N, L) are among the extras."""
         hooks = self.reads.take(x, self.config.n_hooks)
         layers = torch.stack([self.normalizer(rows).values for rows in hooks], dim=1)
         if layers.shape[1] == 1:  # nothing to choose: no gradient of the rows is built for the router
@@ -121,7 +121,7 @@ class RouteSAE(SAE):
         return Source(routed, target, lambda recon: recon, routed.detach(), {"probabilities": probabilities})
 
     def route(self, layers: Tensor) -> Tensor:
-        """Routing probabilities (N, L) of normalised layers (N, L, D)."""
+        """Routing probabilities (N, L) of normalized layers (N, L, D)."""
         seen = layers.sum(1) if self.config.aggregate == "sum" else layers.mean(1)
         return torch.softmax(seen @ self.W_router, dim=1)
 
@@ -169,7 +169,7 @@ class RouteSAE(SAE):
         self.base_sae.project_gradients()
 
     def after_step(self) -> None:
-        """Renormalise the base's decoder."""
+        """Renormalize the base's decoder."""
         self.base_sae.after_step()
 
     @torch.no_grad()

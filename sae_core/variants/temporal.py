@@ -1,4 +1,4 @@
-"""Temporal: high-level latents agree between neighbouring tokens (T-SAE, Bhalla et al., arXiv 2511.05541)."""
+"""Temporal: high-level latents agree between neighboring tokens (T-SAE, Bhalla et al., arXiv 2511.05541)."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
 
 @register("temporal")
 class TemporalSAE(MatryoshkaSAE):
-    """A matryoshka whose high-level latents are tied to those of the neighbouring row by a contrastive loss.
+    """A matryoshka whose high-level latents are tied to those of the neighboring row by a contrastive loss.
 
     A training batch holds rows and, second, the row before each in its window. s_ij is the cosine of the high-level
     codes of row i and of the neighbour of row j; the loss is the cross-entropy of telling each row's own neighbour
@@ -37,7 +37,7 @@ class TemporalSAE(MatryoshkaSAE):
     config: Config
 
     def prepare(self, x: Rows) -> Source:
-        """Normalise the rows; the raw rows before them are kept for `penalties`."""
+        """Normalize the rows; the raw rows before them are kept for `penalties`."""
         source, previous = super().prepare(x), list(x.values())[1:]
         return replace(source, extras={"previous": previous[0]}) if previous and self.training else source
 

@@ -18,7 +18,7 @@ from sae_granary.sae_core.variants.topk import TopKSAE
 
 @register("transcoder")
 class TranscoderSAE(TopKSAE):
-    """TopK codes of the input hook decode into the output hook. Each hook has its own normalisation."""
+    """TopK codes of the input hook decode into the output hook. Each hook has its own normalization."""
 
     reads = Reads(several=True)
     subtracts_b_dec = False  # b_dec lives in the output's space
@@ -27,14 +27,14 @@ class TranscoderSAE(TopKSAE):
     class Config(TopKSAE.Config):
         """Options of transcoder."""
 
-        normalize: str = option("dataset", help="normalisation of each hook point", choices=FIXED_MODES)
+        normalize: str = option("dataset", help="normalization of each hook point", choices=FIXED_MODES)
         d_out: int | None = option(None, help="width of the output hook point (default d_in)", gt=0)
         n_hooks: int = option(2, help="hook points in a batch: the input and the output", ge=2, le=2)
 
     config: Config
 
     def build(self) -> None:
-        """The parameters, and the output's normaliser."""
+        """The parameters, and the output's normalizer."""
         super().build()
         self.output_normalizer = Normalizer(self.config.normalize, self.d_out)
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_granary.cache.format.storage import STORAGE
-from sae_granary.common.app import Debug, Quiet, expected_errors, make_app
-from sae_granary.common.flags import takes_flags_of
+from sae_granary.common.app import Debug, Quiet, expected_errors, make_app, takes_flags_of
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 

@@ -39,6 +39,7 @@ ALSO = {
     "sae_granary/common/process.py": {"torch"},  # inside functions: its settings are torch's
     "sae_granary/common/device.py": {"torch"},  # inside functions
     "sae_granary/common/files.py": {"xxhash"},
+    "sae_granary/common/signed.py": {"xxhash"},
     "cache/cli.py": {"typer", "rich"},
     "cache/load": {"torch"},
     "harvest/cli.py": {"typer", "rich"},

@@ -19,6 +19,7 @@ from sae_granary import resume_training, sae_core, train_sae
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
+from sae_granary.common.signed import sign
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.optim.optimizers import OPTIMIZERS
@@ -128,7 +129,9 @@ def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, 
     if part == "optimizer":
         monkeypatch.setattr(checkpoint, "load_state_tensors", lambda *a: None)
     if part == "weights":
-        fake = SimpleNamespace(load_native=fresh_weights, save_native=sae_core.save_native)
+        fake = SimpleNamespace(
+            load_native=fresh_weights, save_native=sae_core.save_native, make_config=sae_core.make_config
+        )
         monkeypatch.setattr(checkpoint, "sae_core", fake)
     folder = shutil.copytree(stopped, tmp_path / "run")
     resume_training(folder)
@@ -262,10 +265,11 @@ def test_damaged_state_is_refused(stopped) -> None:
     state.write_text(text[: len(text) // 2])
     with pytest.raises(CheckpointError, match=r"state.json cannot be read"):
         resume_training(stopped)
-    state.write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match=r"checkpoint format 2, this version reads 1"):
+    body = {k: v for k, v in json.loads(text).items() if k != "xxh3"}
+    state.write_bytes(sign({**body, "format_version": 3}))
+    with pytest.raises(CheckpointError, match=r"checkpoint format 3, this version reads 1 to 2"):
         resume_training(stopped)
-    state.write_text(text.replace('"rng.safetensors"', '"../../../rng.safetensors"'))
+    state.write_bytes(sign({**body, "files": {"../../../rng.safetensors": ""}}))
     with pytest.raises(CheckpointError, match=r"outside of the checkpoint"):
         resume_training(stopped)
 

@@ -373,8 +373,13 @@ def test_a_damaged_plan_is_refused(make_cache, tmp_path, damage) -> None:
     folder = train_sweep({"k": [2]}, settings).folder
     plan = json.loads((folder / "sweep.json").read_text())
     DAMAGE[damage](plan)
-    (folder / "sweep.json").write_text(json.dumps(plan))
-    with pytest.raises(NotARunError, match=r"sweep.json is damaged"):
+    (folder / "sweep.json").write_text(json.dumps(plan, indent=1))
+    with pytest.raises(NotARunError, match=r"sweep.json: the checksum in its last line does not fit"):
+        resume_sweep(folder)
+    plan["version"] = 1  # of before there were checksums
+    del plan["xxh3"]
+    (folder / "sweep.json").write_text(json.dumps(plan, indent=1))
+    with pytest.raises(NotARunError, match=r"sweep.json( is damaged|, groups\[0\]|: groups is)"):
         resume_sweep(folder)
     assert not (tmp_path / "runs" / "outside").exists()
 

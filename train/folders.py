@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from sae_granary.common import files
+from sae_granary.common.files import read_regular
 from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
 from sae_granary.common.lock import FolderLock, LockedError
+from sae_granary.common.signed import digest
 from sae_granary.train.config.merge import from_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
@@ -117,13 +119,21 @@ def _is_unused(folder: Path) -> bool:
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The resolved config and the record of a run's folder. Raises NotARunError."""
-    record = read_record(folder)
+    record, path = read_record(folder), folder / CONFIG
     try:
-        content = load_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        data = read_regular(path)
+        if digest(data) != record.get("config_xxh3", digest(data)):
+            raise NotARunError(
+                f"{path} was changed since the run started, which resumes with its own settings only: restore the "
+                f"file, or start a new run with: sae-train run --config {path} --name NEW"
+            )
+        content = load_yaml(data.decode())
+    except NotARunError:
+        raise
     except FileNotFoundError:
         raise NotARunError(f"{folder} holds no run: {CONFIG} is missing") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise NotARunError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+        raise NotARunError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise NotARunError(f"{folder / CONFIG} holds no settings")
-    return from_sections(content, str(folder / CONFIG)), record
+        raise NotARunError(f"{path} holds no settings")
+    return from_sections(content, str(path)), record

@@ -13,6 +13,7 @@ import torch
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common import files
 from sae_granary.common.finished_run import CONFIG, RECORD, RECORD_VERSION
+from sae_granary.common.signed import digest, write_signed
 from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
@@ -59,9 +60,16 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
         record = read_run(folder)[1]
         checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
         return record
-    record = {"version": RECORD_VERSION, "counts": data.counts.to_json(), **identity, "wandb_id": secrets.token_hex(8)}
-    files.write_text(folder / CONFIG, to_yaml(data.config))
-    files.write_json(folder / RECORD, record)
+    settings = to_yaml(data.config)
+    record = {
+        "version": RECORD_VERSION,
+        "config_xxh3": digest(settings.encode()),
+        "counts": data.counts.to_json(),
+        **identity,
+        "wandb_id": secrets.token_hex(8),
+    }
+    files.write_text(folder / CONFIG, settings)
+    write_signed(folder / RECORD, record)
     return record
 
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.cache.load.whole_contexts import Contexts
-from sae_granary.common import files
 from sae_granary.common.finished_run import SUMMARY
 from sae_granary.common.signals import StopRequest
+from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import SAE, Rows
 from sae_granary.train import loop
 from sae_granary.train.callbacks import Callbacks, StepEvent
@@ -184,7 +184,7 @@ class Trainer:
         save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
         self.sinks.finish(summary)
         self.sinks.flush()
-        files.write_json(self.folder / SUMMARY, summary)
+        write_signed(self.folder / SUMMARY, summary, allow_nan=True)
         self.callbacks.on_end(summary)
         return Result(run.sae.eval(), self.folder, summary)
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from sae_granary.cache.format.layout import CacheLayout, cache_layout
-from sae_granary.cache.format.signed import digest
 from sae_granary.cache.format.spec import CacheSpec, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, merge_all
 from sae_granary.common.rows import HookPoint
+from sae_granary.common.signed import digest
 
 
 @dataclass(frozen=True)

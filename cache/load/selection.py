@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_granary.cache.errors import SelectionError
 from sae_granary.common.hashing import derive_key, hash64
 from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
@@ -77,6 +78,14 @@ class Counts:
     def of(self, part: Part) -> int:
         """Rows that a part delivers in one pass."""
         return {"train": self.train, "heldout": self.heldout, "all": self.train + self.heldout}[part]
+
+    @classmethod
+    def from_json(cls, counts: Mapping[str, int]) -> Counts:
+        """As `to_json` gave them. Raises SelectionError for rows that went elsewhere."""
+        try:
+            return cls(**counts)
+        except TypeError as error:
+            raise SelectionError(f"the row accounting does not fit: {error}") from None
 
     def to_json(self) -> dict[str, int]:
         """As stored in a run's summary."""

@@ -25,7 +25,7 @@ from sae_granary.cache.format.layout import (
 )
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
-from sae_granary.cache.format.signed import digest, read_bytes
+from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
@@ -34,6 +34,7 @@ from sae_granary.cache.read.arrays import Column, HookRows
 from sae_granary.cache.read.check import check_files
 from sae_granary.cache.read.context import Context, join_tokens, rows_around
 from sae_granary.common.rows import DocumentRow, HookPoint
+from sae_granary.common.signed import digest
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -18,11 +19,33 @@ TEMP_PREFIX = ".tmp-"
 # Flags that some systems lack or need: a file that is no link, bytes as they are, closed in child processes.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its writer
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
 
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
 _NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF}
+
+
+class NotRegularError(OSError):
+    """A folder, FIFO, socket or device where a file belongs; it was not read."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises NotRegularError for what is none: reading a FIFO or a device may never end."""
+    if stat.S_ISREG(os.stat(path).st_mode):
+        file = os.fdopen(os.open(path, os.O_RDONLY | _NO_WAIT | PLAIN), "rb")
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    kind = "a folder" if path.is_dir() else "not a regular file but a FIFO, socket or device"
+    raise NotRegularError(errno.EINVAL, kind, str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file. Raises NotRegularError for what is none."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def create(path: Path) -> int:
@@ -141,7 +164,7 @@ def hash_files(paths: Iterable[Path]) -> str:
     """xxh3-128 of the bytes of files, one after the other, as hex."""
     digest = xxhash.xxh3_128()
     for path in paths:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()

@@ -16,39 +16,63 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import GranaryError
+from sae_granary.common.signed import CHECKSUM, Fields
 
 CONFIG, RECORD, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
 SAE_RECORD = "granary.json"  # type, options and metadata of the inference form
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", SAE_RECORD, "granary.safetensors")
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # since 2 run.json carries a checksum, and that of config.yaml
 
 
 class NotARunError(GranaryError, FileNotFoundError):
     """The folder holds no run, or no finished run, that this version can read."""
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """run.json: version, cache (its fingerprint), order (pinned shards, seed), counts (rows), wandb_id.
+class RunFields(Fields):
+    """Fields of a JSON file of a run or a sweep."""
 
-    Raises NotARunError.
+    damaged = NotARunError
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json: version, cache (its fingerprint), order (pinned shards, seed), counts (rows), wandb_id, config_xxh3.
+
+    Raises NotARunError, also where its checksum does not fit. One of version 1 has none.
     """
-    record = _read_json(folder / RECORD, f"{folder} holds no run: {RECORD} is missing")
-    if record.get("version") != RECORD_VERSION:
-        raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {RECORD_VERSION})")
-    if missing := [key for key in ("counts", "cache", "order", "wandb_id") if key not in record]:
-        raise NotARunError(f"{folder / RECORD} is damaged: {missing[0]} is missing")
-    return record
+    path = folder / RECORD
+    missing = f"{folder} holds no run: {RECORD} is missing"
+    record = RunFields.of_file(path, "restore it from a copy, or start a new run", missing=missing, signed_since=2)
+    if record.body.get("version") not in (1, RECORD_VERSION):
+        expected = f"1 to {RECORD_VERSION}"
+        raise NotARunError(f"{folder}: not a run of a version that this one reads (expected {expected})")
+    check_stream(record)
+    record.nested("cache")
+    record.get("wandb_id", str)
+    if record.body["version"] > 1:
+        record.get("config_xxh3", str)
+    return record.body
+
+
+def check_stream(fields: Fields) -> None:
+    """Refuse rows counted and shards pinned that are not what runs and sweeps write."""
+    counts, order = fields.nested("counts"), fields.nested("order")
+    for name in counts.body:
+        counts.integer(name)
+    for shard in order.get("shards", list):
+        if not (isinstance(shard, list) and [type(n) for n in shard] == [int, int]):
+            raise order.error("shards", shard, "pairs of shard and rows")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a finished run; its final metrics are under `eval`. Raises NotARunError."""
+    path = folder / SUMMARY
     begun = (folder / RECORD).is_file()
     remedy = f"continue it with: sae-train resume {folder}" if begun else f"expected a folder with {SUMMARY}"
-    summary = _read_json(folder / SUMMARY, f"{folder} holds no finished run; {remedy}")
-    if not isinstance(summary.get("eval"), dict):
-        raise NotARunError(f"{folder / SUMMARY} is not the summary of a run")
-    return summary
+    summary = RunFields.of_file(path, remedy, missing=f"{folder} holds no finished run; {remedy}")
+    if not isinstance(summary.body.get("eval"), dict):
+        raise NotARunError(f"{path} is not the summary of a run")
+    return {name: value for name, value in summary.body.items() if name != CHECKSUM}
 
 
 def is_complete(folder: Path) -> bool:
@@ -67,7 +91,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     if not (folder / SAE_RECORD).is_file():
         return {}
-    return dict(_read_json(folder / SAE_RECORD, "").get("metadata", {}))
+    return RunFields.of_file(folder / SAE_RECORD, "restore it from a copy").optional("metadata", dict) or {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -85,15 +109,3 @@ def _parse_line(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotARunError(missing) from None
-    except (OSError, ValueError) as error:
-        raise NotARunError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise NotARunError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

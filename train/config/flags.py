@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_granary.common.flags import takes_flags_of
+from sae_granary.common.app import takes_flags_of
 
 # Values are text here: `train.config.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
 Text, Texts, Switch, File = str | None, list[str] | None, bool | None, Path | None

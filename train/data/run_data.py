@@ -56,7 +56,7 @@ class RunData:
         choose_device(config.device, ConfigError)
         shards = [index for index, _ in record["order"]["shards"]]
         opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
-        return cls(opened, config, Counts(**record["counts"]))
+        return cls(opened, config, Counts.from_json(record["counts"]))
 
     def inputs(self, rows: Rows) -> Rows:
         """What this run's SAE reads of a batch, which may hold more hook points than it asked for."""

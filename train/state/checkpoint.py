@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -27,7 +28,9 @@ from torch import Tensor
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common import files
-from sae_granary.common.files import hash_files
+from sae_granary.common.errors import one_line
+from sae_granary.common.files import hash_files, read_regular
+from sae_granary.common.signed import Fields, sign
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.optim.optimizers import load_state_tensors, state_tensors
@@ -36,9 +39,15 @@ from sae_granary.train.state.patience import Patience
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run
 
-FORMAT_VERSION = 1
-FOLDER = "checkpoints"
+FORMAT_VERSION = 2  # since 2 state.json carries a checksum
+FOLDER, STATE = "checkpoints", "state.json"
 _NAME = re.compile(r"step_(\d{8})")
+
+
+class _State(Fields):
+    """Fields of state.json."""
+
+    damaged = CheckpointError
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write checkpoints/step_N of a run's folder, then drop all but the newest `keep` and the best, if that is kept."""
-    path = folder / FOLDER / f"step_{run.step:08d}"
+    path = folder / FOLDER / _folder_name(run.step)
     with files.new_folder(path) as temp:
         sae_core.save_native(run.sae, temp / "sae")
         _write(temp / "optimizer.safetensors", state_tensors(run.optimizer, run.parameter_names))
@@ -94,7 +103,7 @@ def save(
             "extra": dict(extra or {}),
             "files": hashes,
         }
-        (temp / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (temp / STATE).write_bytes(sign(state, allow_nan=True))
     kept = list_checkpoints(folder)[-run.config.keep :]
     if run.config.keep_best:
         kept.append(best_checkpoint(folder) or path)
@@ -114,67 +123,90 @@ def best_checkpoint(folder: Path) -> Path | None:
 def _score(path: Path) -> float | None:
     """The score in a checkpoint's state; None for one that cannot be read, and for NaN or Inf."""
     try:
-        score = json.loads((path / "state.json").read_text(encoding="utf-8")).get("score")
-    except (OSError, ValueError, AttributeError):
+        score = _optional_number(_State.of_file(path / STATE, ""), "score")
+    except CheckpointError:
         return None
-    return float(score) if score is not None and math.isfinite(score) else None
+    return score if score is not None and math.isfinite(score) else None
 
 
 def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:
     """Read a checkpoint back into a run. Raises CheckpointError if it is damaged or belongs to something else."""
-    state = read_state(path)
+    state = _read_state(path)
     try:
         return _restore(path, state, config, identity)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # no hash covers state.json itself
-        raise CheckpointError(
-            f"{path}/state.json is damaged ({error!r}); remove {path} to resume from an older checkpoint"
-        ) from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        problem = one_line(error)  # of a checkpoint of version 1: no hash covers its state.json
+        raise CheckpointError(f"{path}/{STATE} is damaged ({problem}); {_remedy(path)}") from None
 
 
-def _restore(path: Path, state: Mapping[str, Any], config: TrainConfig, identity: Identity | None) -> Restored:
+def _restore(path: Path, state: _State, config: TrainConfig, identity: Identity | None) -> Restored:
     if identity is not None:
-        check_identity(state["identity"], asdict(identity), path)
+        saved = state.nested("identity")
+        parts = {part: saved.get(part, dict) for part in ("cache", "order")}
+        check_identity(parts, asdict(identity), path)
     sae = sae_core.load_native(path / "sae")
     if sae.type_name != config.type:
         raise CheckpointError(f"{path} holds a {sae.type_name}, the run's config says {config.type}")
+    if sae.config != sae_core.make_config(type(sae), config.options):
+        raise CheckpointError(f"{path} holds an SAE with other options than the run's config says")
     run = Run.create(config, sae)
     load_state_tensors(run.optimizer, run.parameter_names, _read(path / "optimizer.safetensors"))
-    run.step, run.tokens = int(state["step"]), int(state["tokens"])
-    run.rejected, run.rejected_in_row = int(state["rejected"]), int(state["rejected_in_row"])
-    run.patience = Patience(**state.get("patience", {}))
-    run.density = Density(_read(path / "density.safetensors")["fired"], int(state["density_rows"]))
+    run.step, run.tokens = state.integer("step"), state.integer("tokens")
+    run.rejected, run.rejected_in_row = state.integer("rejected"), state.integer("rejected_in_row")
+    if "patience" in state.body:
+        patience = state.nested("patience")
+        run.patience = Patience(_optional_number(patience, "best"), patience.integer("since"))
+    run.density = Density(_read(path / "density.safetensors")["fired"], state.integer("density_rows"))
     if run.ema is not None:
-        run.ema.restore(int(state["ema_updates"]), _read(path / "ema.safetensors"))
-    run.rng, run.score = Rng(_read(path / "rng.safetensors")), state.get("score")
-    return Restored(run, LoaderState(**state["loader"]), float(state["seconds"]), state["extra"])
+        run.ema.restore(state.integer("ema_updates"), _read(path / "ema.safetensors"))
+    run.rng, run.score = Rng(_read(path / "rng.safetensors")), _optional_number(state, "score")
+    loader = state.nested("loader")
+    loader_state = LoaderState(**{name: loader.integer(name) for name in loader.body})
+    return Restored(run, loader_state, state.number("seconds"), state.get("extra", dict))
+
+
+def _optional_number(fields: Fields, name: str) -> float | None:
+    return None if fields.body.get(name) is None else fields.number(name)
+
+
+def _remedy(path: Path) -> str:
+    return f"remove {path} to resume from an older checkpoint"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run's folder, oldest first."""
     found = (folder / FOLDER).glob("step_*") if (folder / FOLDER).is_dir() else ()
-    return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / "state.json").is_file())
+    return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The checked state.json of a checkpoint whose files all have the bytes that were written."""
-    remedy = f"remove {path} to resume from an older checkpoint"
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        version = state["format_version"]
-        hashes = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}/state.json cannot be read ({error!r}); {remedy}") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
-    for name, expected in hashes.items():
+    """state.json of a checkpoint whose files all have the bytes that were written. Raises CheckpointError."""
+    return _read_state(path).body
+
+
+def _read_state(path: Path) -> _State:
+    state = _State.of_file(path / STATE, _remedy(path), signed_since=2, key="format_version")
+    version = state.integer("format_version")
+    if not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {version}, this version reads 1 to {FORMAT_VERSION}")
+    if path.name != _folder_name(state.integer("step")):
+        raise CheckpointError(f"{path}/{STATE} is of step {state.body['step']}; {_remedy(path)}")
+    hashes = state.nested("files")
+    for name in hashes.body:
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise CheckpointError(f"{path}/state.json names a file outside of the checkpoint: {name!r}; {remedy}")
-        if not (path / name).is_file() or hash_files([path / name]) != expected:
-            raise CheckpointError(f"{path / name} is missing or damaged; {remedy}")
-    assert isinstance(state, dict)
+            raise CheckpointError(f"{path}/{STATE} names a file outside of the checkpoint: {name!r}; {_remedy(path)}")
+        if not (path / name).is_file() or hash_files([path / name]) != hashes.get(name, str):
+            raise CheckpointError(f"{path / name} is missing or damaged; {_remedy(path)}")
+    tensors = {str(p.relative_to(path)) for p in path.rglob("*.safetensors")} | {"sae/sae.json"}
+    if unlisted := sorted(tensors - hashes.body.keys()):
+        raise CheckpointError(f"{path}/{STATE} does not list {unlisted[0]}; {_remedy(path)}")
     return state
+
+
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -199,5 +231,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = load_tensors(path.read_bytes())
+    tensors: dict[str, Tensor] = load_tensors(read_regular(path))
     return tensors

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from sae_granary.common import files
 from sae_granary.common.finished_run import is_complete
 from sae_granary.common.signals import StopRequest
+from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.settings import TrainConfig
@@ -124,7 +124,7 @@ class SweepExecution:
         """Leave a note of a failure that the others do not share."""
         text = " ".join(str(error).split()) or repr(error)
         failure = {"error": text, "type": type(error).__name__, "step": step}
-        files.write_json(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
+        write_signed(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
         self.reporter.ended(folder.name, f"failed: {text}")
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_granary.common import files
-from sae_granary.common.finished_run import is_complete, read_summary
+from sae_granary.common.finished_run import NotARunError, RunFields, is_complete, read_summary
 from sae_granary.train.folders import FAILURE
 from sae_granary.train.sweeps.sweep_plan import Entry, Plan
 
@@ -63,12 +62,12 @@ def _row(entry: Entry, folder: Path) -> Row:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """What stopped a member of a sweep; None if nothing did."""
+    """What stopped a member of a sweep: error, step, final; None if nothing did, or the note of it is damaged."""
     try:
-        failure = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        failure = RunFields.of_file(folder / FAILURE, "")
+        return {"error": failure.get("error", str), "step": failure.integer("step"), "final": failure.body.get("final")}
+    except NotARunError:
         return None
-    return failure if isinstance(failure, dict) and "error" in failure else None
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> None:

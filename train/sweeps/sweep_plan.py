@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.load.selection import Counts
-from sae_granary.common import files
-from sae_granary.common.finished_run import NotARunError
-from sae_granary.sae_core.errors import SAEError
+from sae_granary.common.errors import GranaryError
+from sae_granary.common.finished_run import NotARunError, RunFields, check_stream
+from sae_granary.common.signed import write_signed
 from sae_granary.train.config.merge import from_sections, to_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.folders import PLAN, check_name
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # since 2 with a checksum
 
 
 @dataclass(frozen=True)
@@ -66,33 +65,34 @@ def save_plan(plan: Plan, folder: Path) -> None:
         for group in plan.groups
     ]
     content = {"version": PLAN_VERSION, "name": plan.name, "request": plan.request, "notes": list(plan.notes)}
-    files.write_json(folder / PLAN, {**content, "groups": groups})
+    write_signed(folder / PLAN, {**content, "groups": groups})
 
 
 def load_plan(folder: Path) -> Plan:
     """Read sweep.json. Raises NotARunError."""
     path = folder / PLAN
+    missing = f"{folder} holds no sweep: {PLAN} is missing"
+    content = RunFields.of_file(path, "restore it from a copy, or start a new sweep", missing=missing, signed_since=2)
+    if content.body.get("version") not in (1, PLAN_VERSION):
+        raise NotARunError(f"{path} has version {content.body.get('version')!r}, this one reads {PLAN_VERSION}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["version"]
-    except FileNotFoundError:
-        raise NotARunError(f"{folder} holds no sweep: {PLAN} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotARunError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if version != PLAN_VERSION:
-        raise NotARunError(f"{path} has version {version!r}, this one reads {PLAN_VERSION}")
-    try:
-        groups = tuple(_group(group, str(path)) for group in content["groups"])
-        return Plan(str(content["name"]), str(content["request"]), groups, tuple(map(str, content["notes"])))
-    except (KeyError, TypeError, ValueError, AttributeError, SAEError) as error:
+        groups = content.objects("groups", _group)
+        return Plan(content.get("name", str), content.get("request", str), groups, tuple(content.get("notes", list)))
+    except NotARunError:
+        raise
+    except (GranaryError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise NotARunError(f"{path} is damaged: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
-def _group(content: Mapping[str, Any], source: str) -> Group:
+def _group(content: RunFields) -> Group:
     """A group as it was saved. The names of its members stay inside the sweep's folder."""
-    entries = tuple(Entry(from_sections(m["config"], source), dict(m["varied"])) for m in content["members"])
-    for entry in entries:
-        check_name(str(entry.config.name))
-    order, counts = content["order"], Counts(**content["counts"])
-    shards = [[int(index), int(n_rows)] for index, n_rows in order["shards"]]
-    return Group(entries, {"counts": counts.to_json(), "order": {**order, "shards": shards}})
+    check_stream(content)
+    entries = content.objects("members", _entry)
+    counts = Counts.from_json(content.get("counts", dict))
+    return Group(entries, {"counts": counts.to_json(), "order": content.get("order", dict)})
+
+
+def _entry(content: RunFields) -> Entry:
+    config = from_sections(content.get("config", dict), content.where)
+    check_name(str(config.name))
+    return Entry(config, content.get("varied", dict))

@@ -14,7 +14,7 @@ from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.demo_source import DemoSource
-from sae_granary.harvest.text.document import NOT_JSON, Record, replace_surrogates, to_document
+from sae_granary.harvest.text.document import Record, Unfit, replace_surrogates, to_document
 from sae_granary.harvest.text.hub_source import HubSource, retrying
 from sae_granary.harvest.text.local_files import FileSource
 from sae_granary.harvest.text.shuffle import shuffled
@@ -131,7 +131,7 @@ def test_stdin_takes_lines_or_json_lines() -> None:
 
     assert read(b"one\r\n\ntwo") == ["one", "", "two"]
     assert read(b"one\n\ntwo", start=2) == ["two"]
-    assert read(b'{"text": "a"}\nbroken\n{"text": "b"}\n') == ["a", NOT_JSON, "b"]
+    assert read(b'{"text": "a"}\nbroken\n{"text": "b"}\n') == ["a", Unfit.NOT_JSON, "b"]
     assert read(b"a\nb\n\nc\n", documents="paragraph") == ["a\nb\n", "c\n"]
     assert read(b"") == []
     with pytest.raises(SourceError, match=r"--text-column a does not apply to standard input whose first line is no"):
@@ -208,9 +208,9 @@ def test_identity_changes_with_the_text(tmp_path: Path) -> None:
 
 def test_tables_of_a_folder_share_their_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
-    (tmp_path / "b.csv").write_text("text,n\none,1,too much\n")
+    (tmp_path / "b.csv").write_text("text,n\none,1,\n")
     (tmp_path / "c.jsonl").write_text('{"m": 1, "text": "two"}\nbroken\n')
-    assert values(tmp_path) == ["one", "two", NOT_JSON]
+    assert values(tmp_path) == ["one", "two", Unfit.NOT_JSON]
     (tmp_path / "d.json").write_text('[{"text": "three"},\n{"text": "fo')
     with pytest.raises(SourceError, match=r"d\.json is invalid JSON"):
         values(tmp_path)

@@ -9,16 +9,16 @@ from sae_granary.harvest.errors import SourceError
 from sae_granary.harvest.text.document import (
     CHAT_NAMES,
     JOINED_NAMES,
-    NOT_JSON,
     TEXT_NAMES,
     Record,
+    Unfit,
     skipped_counts,
     to_document,
 )
 from sae_granary.models.tokens.document import SKIP_REASONS, join_chat
 
 SAMPLE_RECORDS = 100  # records that are looked at to find the columns and their kinds
-Item = Mapping[str, Any] | None  # one record of a table; None for one that is no JSON object
+Item = Mapping[str, Any] | Unfit  # one record of a table
 Extract = Callable[[Item], object]
 
 
@@ -26,10 +26,9 @@ def column_kinds(records: Iterable[Item]) -> dict[str, str]:
     """Kind of each column over some records: "text", "chat", "other", or "none" if all were None."""
     kinds: dict[str, str] = {}
     for record in records:
-        for name, value in (record or {}).items():
-            kind = _kind(value)
-            if name is not None and kinds.get(name, "none") == "none":  # csv puts cells without a column under None
-                kinds[name] = kind
+        for name, value in ({} if isinstance(record, Unfit) else record).items():
+            if kinds.get(name, "none") == "none":
+                kinds[name] = _kind(value)
     return kinds
 
 
@@ -63,14 +62,14 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
 
 
 def extractor(columns: Sequence[str]) -> Extract:
-    """record -> text, chat messages, None or NOT_JSON; several columns are joined by newlines, empty ones left out."""
+    """record -> text, chat messages, None or Unfit; several columns are joined by newlines, empty ones left out."""
     if len(columns) == 1:
         column = columns[0]
-        return lambda record: NOT_JSON if record is None else record.get(column)
+        return lambda record: record if isinstance(record, Unfit) else record.get(column)
 
     def joined(record: Item) -> object:
-        if record is None:
-            return NOT_JSON
+        if isinstance(record, Unfit):
+            return record
         parts = [value for name in columns if isinstance(value := record.get(name), str) and value]
         return "\n".join(parts) if parts else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from sae_granary.models.tokens.document import Document, Render
@@ -28,11 +29,15 @@ _CONTROL_SHARE = 0.1  # more control characters than this share of the first cha
 _LOOK = 4096  # characters that are looked at
 
 
-class NotJson:
-    """The value of a line that is no JSON object where there should be one."""
+class Unfit(Enum):
+    """What stands for the value of a record that cannot be read; the record is skipped and counted by this name."""
+
+    NOT_JSON = "not_json"  # a line that is no JSON object where there should be one
+    MALFORMED = "malformed"  # more cells than the table has columns
+    TOO_LARGE = "too_large"  # more than MAX_RECORD_BYTES
 
 
-NOT_JSON = NotJson()
+MAX_RECORD_BYTES = 256 << 20  # of one text, unpacked: memory for more is not to be had
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Record:
     source: str  # file or data set it comes from
     row: int  # its place in that source; -1 if a shuffled stream does not tell
     repaired: bool = False  # bytes that are no UTF-8 were replaced
+    n_bytes: float = 0.0  # its share of the source's `n_bytes`
 
 
 class TextSource(Protocol):
@@ -64,7 +70,7 @@ class TextSource(Protocol):
         """Records from ordinal `start` on."""
 
     def n_bytes(self) -> int | None:
-        """Size of the text in bytes, when that is known without reading it."""
+        """Size of the source in bytes, of which each record has its share; None if only reading it would tell."""
 
 
 def documents(source: TextSource, start: int, render: Render) -> Iterator[Document]:
@@ -80,8 +86,8 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         value = _render_chat(value, render)
     if value is None:
         return Document(doc_id, "", record.source, record.row, skipped="none")
-    if isinstance(value, NotJson):
-        return Document(doc_id, "", record.source, record.row, skipped="not_json")
+    if isinstance(value, Unfit):
+        return Document(doc_id, "", record.source, record.row, skipped=value.value)
     if not isinstance(value, str):
         return Document(doc_id, "", record.source, record.row, skipped="not_text")
     if not value.strip():

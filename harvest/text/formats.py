@@ -1,69 +1,70 @@
-"""The formats of local text files: plain text, JSON, CSV and parquet, also compressed with gzip or zstd.
+"""The formats of local text files: their suffixes, plain text, and reading in pieces of bounded size.
 
 Nothing is read whole except a plain file that is one document, and a .json file that is one array.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sae_granary.harvest.errors import SourceError
-from sae_granary.harvest.text.document import Record
+from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Record, Unfit
 
 PLAIN = (".txt", ".md", ".text")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
-_BATCH_ROWS = 1024  # parquet rows read at a time
 
 
 def plain_records(path: Path, name: str, mode: str) -> Iterator[Record]:
     """The documents of a .txt or .md file."""
     with open_binary(path) as stream:
-        for row, (text, repaired) in enumerate(split_text(stream, mode)):
-            yield Record(text, name, row, repaired)
+        yield from text_records(stream, name, mode)
 
 
-def split_text(stream: IO[bytes], mode: str) -> Iterator[tuple[str, bool]]:
-    """(text, whether bytes were replaced) per file, line or paragraph (parted by blank lines)."""
+def text_records(stream: IO[bytes], name: str, mode: str) -> Iterator[Record]:
+    """The documents of a stream of text: one per file, line or paragraph."""
+    for row, (data, n_bytes) in enumerate(_split(stream, mode)):
+        text, repaired = (data, False) if isinstance(data, Unfit) else decode(data)
+        yield Record(text, name, row, repaired, n_bytes)
+
+
+def _split(stream: IO[bytes], mode: str) -> Iterator[tuple[bytes | Unfit, int]]:
+    """(text, its size in bytes) per file, line or paragraph (parted by blank lines)."""
     if mode == "file":
-        yield decode(stream.read())
+        data = stream.read(MAX_RECORD_BYTES + 1)
+        yield (data if len(data) <= MAX_RECORD_BYTES else Unfit.TOO_LARGE), len(data)
         return
     paragraph: list[bytes] = []
-    for line in stream:
+    n_bytes = 0
+    for line, size in bounded_lines(stream):
         if mode == "line":
-            yield decode(line.rstrip(b"\r\n"))
-        elif line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield decode(b"".join(paragraph))
-            paragraph = []
-    if paragraph:
-        yield decode(b"".join(paragraph))
+            yield (line if isinstance(line, Unfit) else line.rstrip(b"\r\n")), size
+        elif isinstance(line, Unfit) or line.strip():
+            n_bytes += size
+            if isinstance(line, Unfit) or n_bytes >= MAX_RECORD_BYTES:
+                paragraph.clear()
+            else:
+                paragraph.append(line)
+        elif n_bytes:
+            yield (b"".join(paragraph) if n_bytes < MAX_RECORD_BYTES else Unfit.TOO_LARGE), n_bytes
+            paragraph, n_bytes = [], 0
+    if n_bytes:
+        yield (b"".join(paragraph) if n_bytes < MAX_RECORD_BYTES else Unfit.TOO_LARGE), n_bytes
 
 
-def table_records(path: Path) -> Iterator[Mapping[str, Any] | None]:
-    """The records of a .jsonl, .json, .csv, .tsv or .parquet file; None for one that is no JSON object."""
-    kind = kind_of(path)
-    if kind == ".parquet":
-        yield from _parquet_records(path)
-        return
-    with open_binary(path) as stream:
-        if kind in (".csv", ".tsv"):
-            csv.field_size_limit(sys.maxsize)
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
-            yield from csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
-        elif kind == ".json":
-            yield from _json_records(stream, path)
-        else:
-            for line in stream:
-                if line.strip():
-                    yield json_object(decode(line)[0])
+def bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes | Unfit, int]]:
+    """(line with its end, its size in bytes); of a line above MAX_RECORD_BYTES only that it is too large."""
+    while line := stream.readline(MAX_RECORD_BYTES):
+        size = len(line)
+        if size < MAX_RECORD_BYTES or line.endswith(b"\n"):
+            yield line, size
+            continue
+        while not line.endswith(b"\n") and (line := stream.readline(1 << 20)):
+            size += len(line)
+        yield Unfit.TOO_LARGE, size
 
 
 def open_binary(path: Path) -> IO[bytes]:
@@ -122,36 +123,3 @@ def json_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _json_records(stream: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | None]:
-    """One array of objects, one object that holds such an array, or JSON lines under the name .json."""
-    data = stream.read()
-    try:
-        value = json.loads(decode(data)[0])
-    except (ValueError, RecursionError) as error:
-        objects = [json_object(decode(line)[0]) for line in data.splitlines() if line.strip()]
-        if objects and (data.lstrip().startswith(b"[") or all(item is None for item in objects)):
-            raise SourceError(f"{path} is invalid JSON: {error}; mend or remove it") from error
-        yield from objects
-        return
-    if isinstance(value, dict):
-        arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-        value = arrays[0] if len(arrays) == 1 else [value]
-    if not isinstance(value, list):
-        raise SourceError(f"{path} is JSON but neither an object nor an array of objects")
-    yield from (item if isinstance(item, dict) else None for item in value)
-
-
-def _parquet_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with open_binary(path) as stream:
-        source = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
-        try:
-            file = pyarrow.parquet.ParquetFile(source)
-        except pyarrow.ArrowInvalid as error:
-            raise SourceError(f"{path} is no parquet file: {error}") from error
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            yield from batch.to_pylist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from sae_granary.cache.format.layout import MANIFEST
@@ -17,7 +17,7 @@ from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
-from sae_granary.harvest.text.document import Record, Scalar
+from sae_granary.harvest.text.document import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES, Record, Scalar
 from sae_granary.harvest.text.formats import (
     COMPRESSED,
     PLAIN,
@@ -26,9 +26,9 @@ from sae_granary.harvest.text.formats import (
     kind_of,
     known_suffixes,
     plain_records,
-    table_records,
 )
 from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
+from sae_granary.harvest.text.tables import table_rows
 
 _READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
 _HASHED_BYTES = 1 << 20  # of each end of a file
@@ -93,8 +93,8 @@ class FileSource:
             yield from plain_records(path, name, mode)
             return
         extract = extractor(self.columns)
-        for row, item in enumerate(table_records(path)):
-            yield Record(extract(item), name, row)
+        for number, row in enumerate(table_rows(path)):
+            yield Record(extract(row.item), name, number, row.repaired, row.n_bytes)
 
     def _choose_columns(self) -> tuple[str, ...]:
         """The columns of the first table with records; every other table must have them too."""
@@ -110,6 +110,8 @@ class FileSource:
             if first is None:
                 first = path
                 columns = choose_columns(kinds, self._config.text_columns, str(path))
+                if kind_of(path) in (".csv", ".tsv") and not self._config.text_columns:
+                    _refuse_text_as_header(path, list(kinds))
                 check_text(sample, columns, str(path))
             elif not set(columns) & set(kinds):
                 raise SourceError(
@@ -121,9 +123,19 @@ class FileSource:
         return columns
 
 
+def _refuse_text_as_header(path: Path, columns: list[str]) -> None:
+    """Of a table with one column: its first line must be a name that is known, or it may be the first text."""
+    known = {*TEXT_NAMES, *CHAT_NAMES, *chain(*JOINED_NAMES)}
+    if len(columns) == 1 and columns[0].strip().lower() not in known:
+        raise SourceError(
+            f"{path} has one column, and its first line {columns[0][:60]!r} may be a name or the first text: name it "
+            "with --text-column, or put a line with the name text above it"
+        )
+
+
 def _sample(path: Path) -> list[Item]:
     try:
-        return list(islice(table_records(path), SAMPLE_RECORDS))
+        return [row.item for row in islice(table_rows(path), SAMPLE_RECORDS)]
     except _READ_ERRORS as error:
         raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
 

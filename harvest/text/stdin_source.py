@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice
 from typing import IO
 
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError
-from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
-from sae_granary.harvest.text.document import Record, Scalar
-from sae_granary.harvest.text.formats import json_object, split_text
+from sae_granary.harvest.text.columns import Extract, choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.document import Record, Scalar, Unfit
+from sae_granary.harvest.text.formats import json_object, text_records
 from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
 
 
@@ -50,27 +51,26 @@ class StdinSource:
 
     def _all(self) -> Iterator[Record]:
         mode = "line" if self._config.documents == "auto" else self._config.documents
-        texts = split_text(self._stream, mode)
+        texts = text_records(self._stream, "stdin", mode)
         first = next(texts, None)
         if first is None:
             return
-        head = json_object(first[0]) if mode == "line" else None
-        lines = _chain(first, texts)
+        extract = self._extract(first.value) if mode == "line" else None
+        if extract is None and self._config.text_columns:
+            raise SourceError(
+                f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
+                "line is no JSON object: leave it away"
+            )
+        for record in chain([first], texts):
+            if extract is None or not isinstance(record.value, str):
+                yield record
+            else:
+                item = json_object(record.value)
+                yield replace(record, value=extract(Unfit.NOT_JSON if item is None else item))
+
+    def _extract(self, first: object) -> Extract | None:
+        """How a line gives its text: None where the first is no JSON object."""
+        head = json_object(first) if isinstance(first, str) else None
         if head is None:
-            if self._config.text_columns:
-                raise SourceError(
-                    f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
-                    "line is no JSON object: leave it away"
-                )
-            for row, (text, repaired) in enumerate(lines):
-                yield Record(text, "stdin", row, repaired)
-            return
-        extract = extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
-        for row, (text, repaired) in enumerate(lines):
-            item = json_object(text)
-            yield Record(extract(item), "stdin", row, repaired)
-
-
-def _chain(first: tuple[str, bool], rest: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    yield first
-    yield from rest
+            return None
+        return extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))

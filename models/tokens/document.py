@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Render = Callable[[list[dict[str, str]]], str]  # chat messages -> one text
-SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json")
+SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json", "malformed", "too_large")
 
 
 @dataclass(frozen=True)

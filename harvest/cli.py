@@ -151,7 +151,8 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
             result = harvest_activations(config, quiet=quiet, stop=stop)
-        title = "already complete, nothing to do" if result.already_complete else "harvested"
+        unknown = f" ({result.not_recorded} not recorded)" if result.not_recorded else ""
+        title = f"already complete{unknown}, nothing to do" if result.already_complete else "harvested"
         print_table(summary_rows(result), title)
 
 

@@ -19,7 +19,9 @@ from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
-from sae_granary.harvest.text.document import documents, skipped_counts
+from sae_granary.harvest.resume import continued
+from sae_granary.harvest.spec import not_recorded
+from sae_granary.harvest.text.document import skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
 from sae_granary.models.tokens.contexts import Buffer, StreamState
 from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
@@ -107,7 +109,7 @@ class Pipeline:
 
     def _open_stream(self, state: StreamState) -> WindowStream:
         prepared = self._prepared
-        docs = documents(prepared.source, state.next_doc, prepared.render)
+        docs = continued(prepared, self._writer, state.next_doc)
         return WindowStream(
             tokenize_stream(docs, prepared.tokenize),
             prepared.rules,
@@ -172,6 +174,7 @@ class Pipeline:
             "n_documents": state.n_docs,
             "ended": self._stream.ended,
             "repaired": state.repaired,
+            **({"not_compared": unknown} if (unknown := not_recorded(self._writer.manifest)) else {}),
             **{f"skipped_{reason}": n for reason, n in state.skip_counts.items()},
         }
 

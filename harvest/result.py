@@ -10,6 +10,7 @@ from typing import Any
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.prepare import Prepared
+from sae_granary.harvest.spec import not_recorded
 from sae_granary.models.tokens.document import SKIP_REASONS
 
 
@@ -29,6 +30,7 @@ class HarvestResult:
     skipped: tuple[tuple[str, int], ...]
     repaired: int
     already_complete: bool = False
+    not_recorded: str = ""  # what determines the rows but was not compared: a cache of before does not tell it
     resumed_rows: int = 0
     seconds: float = 0.0  # from the first batch to the last commit; loading the model is not in it
     rows_per_second: float = 0.0
@@ -51,6 +53,7 @@ def result_of(prepared: Prepared, writer: CacheWriter, summary: Mapping[str, Any
         ended=str(summary.get("ended", "")),
         skipped=tuple((reason, int(summary.get(f"skipped_{reason}", 0))) for reason in SKIP_REASONS),
         repaired=int(summary.get("repaired", 0)),
+        not_recorded=not_recorded(writer.manifest),
     )
 
 

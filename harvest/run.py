@@ -17,7 +17,7 @@ from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
-from sae_granary.harvest.spec import cache_spec
+from sae_granary.harvest.spec import cache_spec, not_recorded
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
@@ -70,6 +70,8 @@ def harvest_activations(
             say = _both(progress.say, log.write)
             if writer.n_rows:
                 say(f"continuing {config.out_path} after {writer.n_rows:,} committed rows")
+                if unknown := not_recorded(writer.manifest):
+                    say(f"warning: the cache was begun without a record of the {unknown}: that is not compared")
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 model = model or load(prepared, say)[1]

@@ -7,18 +7,31 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, cast
 
+from sae_granary.cache.format.manifest import Manifest
+from sae_granary.cache.format.records import existing_manifest, has_records
 from sae_granary.cache.format.spec import CacheSpec, Unit
 from sae_granary.harvest.prepare import Prepared
+from sae_granary.models.config_files import config_hash
 from sae_granary.models.load import model_record
 from sae_granary.models.locate import weights_hash
 from sae_granary.models.tokens.tokenizer import tokenizer_hash, vocabulary
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
 
+# Keys of the fingerprint that caches of before lack, in words. Where a cache with rows lacks one, it is not compared.
+_LATER = {"model_config_xxh3": "model configuration", "dataset_full_xxh3": "hash of the whole text"}
+
 
 def cache_spec(prepared: Prepared) -> CacheSpec:
-    """What the cache is told before the first row. Hashes the weights of a local model."""
-    determined_by = fingerprint(prepared)
+    """What the cache is told before the first row. Hashes all files of a local model, and local text."""
+    out = prepared.config.out_path
+    have = existing_manifest(out)
+    kept = have if have is not None and (have.complete or has_records(out)) else None
+    determined_by = {
+        key: value
+        for key, value in fingerprint(prepared).items()
+        if kept is None or key not in _LATER or key in kept.fingerprint
+    }
     return CacheSpec(
         unit=cast(Unit, prepared.unit),
         hook_points=tuple(hook.point() for hook in prepared.hooks),
@@ -30,14 +43,22 @@ def cache_spec(prepared: Prepared) -> CacheSpec:
     )
 
 
+def not_recorded(manifest: Manifest) -> str:
+    """What determines the rows of a cache but was not recorded when it was begun; empty if all was."""
+    have = manifest.fingerprint
+    expected = {"model_config_xxh3": have.get("weights_xxh3"), "dataset_full_xxh3": have.get("dataset") == "files"}
+    return " and ".join(_LATER[key] for key, wanted in expected.items() if wanted and key not in have)
+
+
 def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
     """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
-    model = _model_record(prepared)
-    weights = weights_hash(prepared.located) if prepared.located.is_local else None
+    model, located = _model_record(prepared), prepared.located
+    weights = weights_hash(located) if located.is_local else None
     return {
         "model": model["id"],
         "model_revision": model["revision"],
         "weights_xxh3": weights,
+        **({"model_config_xxh3": config_hash(located)} if located.is_local else {}),  # else the revision tells
         "tokenizer_xxh3": tokenizer_hash(prepared.tokenizer) if prepared.tokenizer is not None else None,
         "unit": prepared.unit,
         "hook_points": ", ".join(hook.name for hook in prepared.hooks),

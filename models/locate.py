@@ -117,7 +117,7 @@ def weights_hash(located: Located) -> str:
     files = weight_files(located)
     for module in located.modules[1:]:
         for pattern in WEIGHT_PATTERNS:
-            files += sorted((Path(located.source) / str(module["path"])).glob(pattern)) if module["path"] else []
+            files += sorted((Path(located.source) / str(module["path"])).rglob(pattern)) if module["path"] else []
     return hash_files(files)
 
 

@@ -13,6 +13,8 @@ from sae_granary.models.demo import DEMO
 class DemoSource:
     """The topics of `pydoc_data.topics`, one document each, in sorted order."""
 
+    seekable = False
+
     columns: tuple[str, ...] = ()
 
     @property

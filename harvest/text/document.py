@@ -66,6 +66,10 @@ class TextSource(Protocol):
     def identity(self) -> Mapping[str, Scalar]:
         """What determines the stream: part of the fingerprint."""
 
+    @property
+    def seekable(self) -> bool:
+        """Whether records from an ordinal on can be had without reading those before."""
+
     def records(self, start: int) -> Iterator[Record]:
         """Records from ordinal `start` on."""
 

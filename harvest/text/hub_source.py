@@ -25,6 +25,8 @@ RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # waits between tries at the s
 class HubSource:
     """A streamed data set of the hub (or a local folder that `datasets.load_dataset` understands)."""
 
+    seekable = True
+
     def __init__(self, config: TextConfig, say: Say = lambda message: None) -> None:
         self._config = config = replace(config, split=config.split or DEFAULT_SPLIT)
         self._say = say

@@ -7,13 +7,19 @@ hold a record per document. All of them may be compressed with gzip or zstd.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+
+import xxhash
 
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.signed import FORMAT
 from sae_granary.common.errors import one_line
+from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
@@ -32,14 +38,18 @@ from sae_granary.harvest.text.tables import table_rows
 
 _READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
 _HASHED_BYTES = 1 << 20  # of each end of a file
+_TELL_SECONDS = 10.0
 
 
 class FileSource:
     """Local files in a fixed order; a document's ordinal counts through all of them."""
 
-    def __init__(self, config: TextConfig) -> None:
-        self._config = config
+    seekable = False
+
+    def __init__(self, config: TextConfig, say: Callable[[str], None] = lambda message: None) -> None:
+        self._config, self._say = config, say
         self._files = find_files(Path(config.dataset))
+        self._versions = {path: _version(path) for path in self._files}
         self._root = Path(config.dataset) if Path(config.dataset).is_dir() else Path(config.dataset).parent
         self.columns = self._choose_columns()
 
@@ -58,12 +68,13 @@ class FileSource:
         """The path as it was given."""
         return self._config.dataset
 
-    @property
+    @cached_property
     def identity(self) -> Mapping[str, Scalar]:
-        """A hash over names, sizes and both ends of every file, and how they are cut into documents."""
+        """Hashes of every file, and how they are cut into documents; reads all of the text once."""
         return {
             "dataset": "files",
-            "dataset_xxh3": _files_hash(self._root, self._files),
+            "dataset_xxh3": _ends_hash(self._root, self._files),
+            "dataset_full_xxh3": full_hash(self._root, self._files, self._say),
             "text_columns": ",".join(self.columns),
             "documents": self._config.documents,
             "shuffle": shuffle_name(self._config),
@@ -83,6 +94,8 @@ class FileSource:
     def _file_records(self, path: Path) -> Iterator[Record]:
         try:
             yield from self._read(path)
+            if _version(path) != self._versions[path]:
+                raise SourceStoppedError(f"{path} was changed since the harvest began; harvest it when it is finished")
         except _READ_ERRORS as error:
             raise SourceStoppedError(f"{path} cannot be read: {one_line(error)}; mend or remove it") from error
 
@@ -174,18 +187,42 @@ def _refuse_cache(folder: Path) -> None:
         raise SourceError(f"{folder} is an activation cache, not a data set: give the text it was harvested from")
 
 
-def _files_hash(root: Path, files: list[Path]) -> str:
-    import xxhash
+def _version(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
+
+def _ends_hash(root: Path, files: list[Path]) -> str:
+    """Names, sizes and both ends of every file: what caches of before know."""
     digest = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        digest.update(_file_key(root, path, size))
         with path.open("rb") as stream:
             digest.update(stream.read(_HASHED_BYTES))
             stream.seek(max(0, size - _HASHED_BYTES))
             digest.update(stream.read(_HASHED_BYTES))
     return digest.hexdigest()
+
+
+def full_hash(root: Path, files: list[Path], say: Callable[[str], None]) -> str:
+    """Names, sizes and all bytes of every file, as fast as the disk reads; says how far it is where that takes long."""
+    digest = xxhash.xxh3_128()
+    total, done, told = sum(path.stat().st_size for path in files), 0, time.monotonic()
+    for path in files:
+        digest.update(_file_key(root, path, path.stat().st_size))
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+                done += len(block)
+                if time.monotonic() - told > _TELL_SECONDS:
+                    told = time.monotonic()
+                    say(f"hashing the text: {byte_size(done)} of {byte_size(total)}")
+    return digest.hexdigest()
+
+
+def _file_key(root: Path, path: Path, size: int) -> bytes:
+    return os.fsencode(path.relative_to(root).as_posix()) + f"\0{size}\0".encode()
 
 
 def _is_hidden(path: Path) -> bool:

@@ -30,7 +30,7 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     path = _local(config.dataset)
     if path.exists():
         _refuse(config, "local files", _HUB_FLAGS)
-        source = FileSource(replace(config, dataset=str(path)))
+        source = FileSource(replace(config, dataset=str(path)), say)
         if not source.has_tables:
             _refuse(config, "plain text", ("--text-column",))
         if not source.has_plain:

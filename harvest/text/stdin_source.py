@@ -19,6 +19,8 @@ from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
 class StdinSource:
     """One document per line of standard input (or per paragraph, or all of it); JSON lines when the first is JSON."""
 
+    seekable = False
+
     columns: tuple[str, ...] = ()
 
     def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:

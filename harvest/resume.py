@@ -1,0 +1,59 @@
+"""Continuing a harvest: the text must be the one whose rows are committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import DocumentRow
+from sae_granary.harvest.errors import HarvestError
+from sae_granary.harvest.prepare import Prepared
+from sae_granary.harvest.text.document import documents
+from sae_granary.models.tokens.document import Document
+
+
+def continued(prepared: Prepared, writer: CacheWriter, next_doc: int) -> Iterator[Document]:
+    """The documents from `next_doc` on, each compared with the text that the cache stores of it.
+
+    A source that reads what it skips is compared from its first document on. Raises HarvestError.
+    """
+    source = prepared.source
+    docs = documents(source, next_doc if source.seekable else 0, prepared.render)
+    if writer.n_shards == 0:
+        yield from docs
+        return
+    path = writer.path
+    cache = open_cache(path, allow_incomplete=True)
+    last = max((record.documents.last for record in cache.records if record.documents is not None), default=-1)
+    doc_id = -1
+    for document in docs:
+        doc_id = document.doc_id
+        if doc_id <= last and not _same(document, stored := cache.find_document(doc_id), prepared):
+            raise HarvestError(
+                f"{document.source}, record {document.row}: this is not the text whose rows are committed in {path} "
+                f"({_difference(document, stored)}); restore the text, or harvest to another --out"
+            )
+        if doc_id >= next_doc:
+            yield document
+    if doc_id < last:
+        raise HarvestError(
+            f"{source.name} ends after {doc_id + 1:,} records, but rows of {last + 1:,} are committed in {path}; "
+            "restore the text, or harvest to another --out"
+        )
+
+
+def _same(document: Document, stored: DocumentRow | None, prepared: Prepared) -> bool:
+    if stored is not None:
+        return document.skipped is None and document.text == stored.text
+    return document.skipped is not None or not len(prepared.tokenize([document.text])[0])
+
+
+def _difference(document: Document, stored: DocumentRow | None) -> str:
+    if stored is None:
+        return "it had no text"
+    if document.skipped is not None:
+        return f"it is skipped now: {document.skipped.replace('_', ' ')}"
+    pairs = zip(document.text, stored.text, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(document.text), len(stored.text)))
+    return f"they differ at character {same:,}"

@@ -19,8 +19,8 @@ from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
-from sae_granary.harvest.resume import continued
 from sae_granary.harvest.spec import not_recorded
+from sae_granary.harvest.text.committed import continued
 from sae_granary.harvest.text.document import skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
 from sae_granary.models.tokens.contexts import Buffer, StreamState
@@ -109,7 +109,7 @@ class Pipeline:
 
     def _open_stream(self, state: StreamState) -> WindowStream:
         prepared = self._prepared
-        docs = continued(prepared, self._writer, state.next_doc)
+        docs = continued(prepared.source, self._writer, state.next_doc, prepared.render, prepared.tokenize)
         return WindowStream(
             tokenize_stream(docs, prepared.tokenize),
             prepared.rules,

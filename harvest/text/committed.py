@@ -8,18 +8,19 @@ from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow
 from sae_granary.harvest.errors import HarvestError
-from sae_granary.harvest.prepare import Prepared
-from sae_granary.harvest.text.document import documents
-from sae_granary.models.tokens.document import Document
+from sae_granary.harvest.text.document import TextSource, documents
+from sae_granary.models.tokens.contexts import Tokenize
+from sae_granary.models.tokens.document import Document, Render
 
 
-def continued(prepared: Prepared, writer: CacheWriter, next_doc: int) -> Iterator[Document]:
+def continued(
+    source: TextSource, writer: CacheWriter, next_doc: int, render: Render, tokenize: Tokenize
+) -> Iterator[Document]:
     """The documents from `next_doc` on, each compared with the text that the cache stores of it.
 
     A source that reads what it skips is compared from its first document on. Raises HarvestError.
     """
-    source = prepared.source
-    docs = documents(source, next_doc if source.seekable else 0, prepared.render)
+    docs = documents(source, next_doc if source.seekable else 0, render)
     if writer.n_shards == 0:
         yield from docs
         return
@@ -29,7 +30,7 @@ def continued(prepared: Prepared, writer: CacheWriter, next_doc: int) -> Iterato
     doc_id = -1
     for document in docs:
         doc_id = document.doc_id
-        if doc_id <= last and not _same(document, stored := cache.find_document(doc_id), prepared):
+        if doc_id <= last and not _same(document, stored := cache.find_document(doc_id), tokenize):
             raise HarvestError(
                 f"{document.source}, record {document.row}: this is not the text whose rows are committed in {path} "
                 f"({_difference(document, stored)}); restore the text, or harvest to another --out"
@@ -43,10 +44,10 @@ def continued(prepared: Prepared, writer: CacheWriter, next_doc: int) -> Iterato
         )
 
 
-def _same(document: Document, stored: DocumentRow | None, prepared: Prepared) -> bool:
+def _same(document: Document, stored: DocumentRow | None, tokenize: Tokenize) -> bool:
     if stored is not None:
         return document.skipped is None and document.text == stored.text
-    return document.skipped is not None or not len(prepared.tokenize([document.text])[0])
+    return document.skipped is not None or not len(tokenize([document.text])[0])
 
 
 def _difference(document: Document, stored: DocumentRow | None) -> str:

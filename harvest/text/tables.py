@@ -37,8 +37,8 @@ def table_rows(path: Path) -> Iterator[Row]:
         if kind == ".parquet":
             yield from _parquet_rows(stream, path)
         elif kind in (".csv", ".tsv"):
-            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-                yield from _csv_rows(_TextLines(text, path), path, tabs=kind == ".tsv")
+            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+                yield from _csv_rows(_TextLines(lines, path), path, tabs=kind == ".tsv")
         elif kind == ".json":
             yield from _json_rows(stream, path)
         else:

@@ -52,7 +52,15 @@ Dataset = Annotated[
             "(default: Salesforce/wikitext (wikitext-103))", "--dataset", "-d", show_default=False),
 ]  # fmt: skip
 DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
-Split = Annotated[str | None, _option(TEXT, "Split of a hub data set. (default: train)", "--split", show_default=False)]
+Split = Annotated[
+    str | None,
+    _option(
+        TEXT,
+        "Split of a hub data set, or of a folder that has several (or all). (default: train)",
+        "--split",
+        show_default=False,
+    ),
+]
 DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
 TextColumns = Annotated[
     list[str] | None,

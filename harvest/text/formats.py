@@ -14,7 +14,7 @@ from typing import IO, Any
 from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Record, Unfit
 
 PLAIN = (".txt", ".md", ".text")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 
 

@@ -16,21 +16,18 @@ from pathlib import Path
 
 import xxhash
 
-from sae_granary.cache.format.layout import MANIFEST
-from sae_granary.cache.format.signed import FORMAT
 from sae_granary.common.errors import one_line
 from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.document import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES, Record, Scalar
+from sae_granary.harvest.text.folder import find_files
 from sae_granary.harvest.text.formats import (
     COMPRESSED,
     PLAIN,
     TABLES,
-    json_object,
     kind_of,
-    known_suffixes,
     plain_records,
 )
 from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
@@ -48,7 +45,7 @@ class FileSource:
 
     def __init__(self, config: TextConfig, say: Callable[[str], None] = lambda message: None) -> None:
         self._config, self._say = config, say
-        self._files = find_files(Path(config.dataset))
+        self._files = find_files(Path(config.dataset), config.split, say)
         self._versions = {path: _version(path) for path in self._files}
         self._root = Path(config.dataset) if Path(config.dataset).is_dir() else Path(config.dataset).parent
         self.columns = self._choose_columns()
@@ -153,40 +150,6 @@ def _sample(path: Path) -> list[Item]:
         raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-def find_files(path: Path) -> list[Path]:
-    """A file itself, or every readable file below a folder, sorted by its path."""
-    if path.is_file():
-        if kind_of(path) not in PLAIN + TABLES:
-            raise SourceError(f"{path} is not a text file known here: {known_suffixes()}, also with .gz or .zst")
-        if path.stat().st_size == 0:
-            raise SourceError(f"{path} is an empty file: give a file with text")
-        return [path]
-    if not path.is_dir():
-        raise SourceError(
-            f"{path} is neither a file nor a folder (a device or a pipe): "
-            "give a file, a folder, or - for standard input"
-        )
-    _refuse_cache(path)
-    files = [
-        file
-        for file in path.rglob("*")
-        if file.is_file() and kind_of(file) in PLAIN + TABLES and not _is_hidden(file.relative_to(path))
-    ]
-    if not files:
-        raise SourceError(f"the folder {path} holds no {known_suffixes()} files")
-    return sorted(files, key=lambda file: file.relative_to(path).as_posix())
-
-
-def _refuse_cache(folder: Path) -> None:
-    """An activation cache holds .json and .parquet files too; none of them is the text that was meant."""
-    try:
-        manifest = json_object((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if manifest is not None and manifest.get("format") == FORMAT:
-        raise SourceError(f"{folder} is an activation cache, not a data set: give the text it was harvested from")
-
-
 def _version(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
@@ -223,7 +186,3 @@ def full_hash(root: Path, files: list[Path], say: Callable[[str], None]) -> str:
 
 def _file_key(root: Path, path: Path, size: int) -> bytes:
     return os.fsencode(path.relative_to(root).as_posix()) + f"\0{size}\0".encode()
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -29,7 +29,7 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
         return StdinSource(config)
     path = _local(config.dataset)
     if path.exists():
-        _refuse(config, "local files", _HUB_FLAGS)
+        _refuse(config, "local files", _HUB_FLAGS[1:] if path.is_dir() else _HUB_FLAGS)
         source = FileSource(replace(config, dataset=str(path)), say)
         if not source.has_tables:
             _refuse(config, "plain text", ("--text-column",))

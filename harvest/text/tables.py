@@ -1,4 +1,4 @@
-"""Files of records with columns: JSON lines, JSON, CSV, TSV and Parquet."""
+"""Files of records with columns: JSON lines, JSON, CSV, TSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class Row(NamedTuple):
 
 
 def table_rows(path: Path) -> Iterator[Row]:
-    """The records of a .jsonl, .json, .csv, .tsv or .parquet file. Raises SourceError."""
+    """The records of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file. Raises SourceError."""
     kind = kind_of(path)
     with open_binary(path) as stream:
         if kind == ".parquet":
             yield from _parquet_rows(stream, path)
+        elif kind == ".arrow":
+            yield from _arrow_rows(stream, path)
         elif kind in (".csv", ".tsv"):
             with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
                 yield from _csv_rows(_TextLines(lines, path), path, tabs=kind == ".tsv")
@@ -168,3 +170,32 @@ def _parquet_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
     n_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
     for batch in file.iter_batches(batch_size=_BATCH_ROWS):
         yield from (Row(item, n_bytes) for item in batch.to_pylist())
+
+
+def _arrow_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
+    """As `Dataset.save_to_disk` writes it (an IPC stream), or an IPC file."""
+    import pyarrow
+
+    plain = path.suffix.lower() == ".arrow"
+    source = pyarrow.memory_map(str(path)) if plain else pyarrow.BufferReader(read_whole(stream, path, "unpack it"))
+    with source:
+        try:
+            n_rows = sum(batch.num_rows for batch in _arrow_batches(source))
+        except pyarrow.ArrowInvalid as error:
+            raise SourceError(f"{path} is no Arrow file: {error}") from error
+        for batch in _arrow_batches(source):
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                for item in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    yield Row(item, path.stat().st_size / n_rows)
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    import pyarrow
+
+    source.seek(0)
+    if source.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(source)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        source.seek(0)
+        yield from pyarrow.ipc.open_stream(source)

@@ -55,12 +55,10 @@ DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data
 Split = Annotated[
     str | None,
     _option(
-        TEXT,
-        "Split of a hub data set, or of a folder that has several (or all). (default: train)",
-        "--split",
+        TEXT, "Split of a hub data set or of a folder with several; all of a folder. (default: train)", "--split",
         show_default=False,
     ),
-]
+]  # fmt: skip
 DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
 TextColumns = Annotated[
     list[str] | None,

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from sae_granary import open_cache, resume_training, sae_core, train_sae
 from sae_granary.cache.errors import IncompleteCacheError
-from sae_granary.common.finished_run import read_metrics
+from sae_granary.common.finished_run import CHECKPOINTS, read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
 from sae_granary.train.optim import resample as latents_of
 from sae_granary.train.optim.ema import Ema, averaged
 from sae_granary.train.sinks.sink import TIMING
-from sae_granary.train.state.checkpoint import FOLDER, best_checkpoint, list_checkpoints
+from sae_granary.train.state.checkpoint import best_checkpoint, list_checkpoints
 from sae_granary.train.state.patience import Patience
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 30, "d_sae": 32, "eval_rows": 500, "log_every": 5}
@@ -175,7 +175,7 @@ def test_a_validation_that_is_no_number_is_improved_on() -> None:
 
 def test_a_checkpoint_without_a_finite_score_is_not_the_best(tmp_path) -> None:
     for step, score in enumerate((math.nan, 0.5, math.inf, 0.4, math.nan), 1):
-        path = tmp_path / FOLDER / f"step_{step:08d}"
+        path = tmp_path / CHECKPOINTS / f"step_{step:08d}"
         path.mkdir(parents=True)
         (path / "state.json").write_text(json.dumps({"score": score}))
     assert best_checkpoint(tmp_path).name == "step_00000004"

@@ -12,7 +12,7 @@ import torch
 
 from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common import files
-from sae_granary.common.finished_run import CONFIG, RECORD, RECORD_VERSION
+from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_VERSION
 from sae_granary.common.signed import digest, write_signed
 from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
@@ -41,7 +41,7 @@ def open_trainer(
     Raises CheckpointError (damaged, or another cache).
     """
     record = _record(data, folder)
-    files.remove_temporary(folder / checkpoint.FOLDER)
+    files.remove_temporary(folder / CHECKPOINTS)
     sinks = make_sinks(str(record["wandb_id"]))
     found = checkpoint.list_checkpoints(folder)
     if found:

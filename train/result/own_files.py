@@ -61,8 +61,8 @@ def save_and_check(sae: SAE, folder: Path, metadata: Mapping[str, Any], rows: Ro
 
 def _check(sae: SAE, folder: Path, rows: Rows) -> None:
     remedy = (
-        f"{folder} has no result, its checkpoints hold the weights as trained; correct what the variant saves (options "
-        f"in units of pre-activations are rescaled together with the weights), then run: sae-train resume {folder}"
+        f"{folder} has no result, its checkpoints hold the weights as trained; correct the variant (an option in units "
+        f"of pre-activations is declared with unit=PRE_ACTS), then run: sae-train resume {folder}"
     )
     try:
         again = sae_core.load(folder, sae.core.W_dec.device)

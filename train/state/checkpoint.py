@@ -30,6 +30,7 @@ from sae_granary.cache.load.loader import LoaderState
 from sae_granary.common import files
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import hash_files, read_regular
+from sae_granary.common.finished_run import CHECKPOINTS
 from sae_granary.common.signed import Fields, sign
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
@@ -78,7 +79,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write checkpoints/step_N of a run's folder, then drop all but the newest `keep` and the best, if that is kept."""
-    path = folder / FOLDER / _folder_name(run.step)
+    path = folder / CHECKPOINTS / _folder_name(run.step)
     with files.new_folder(path) as temp:
         sae_core.save_native(run.sae, temp / "sae")
         _write(temp / "optimizer.safetensors", state_tensors(run.optimizer, run.parameter_names))
@@ -177,7 +178,7 @@ def _remedy(path: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run's folder, oldest first."""
-    found = (folder / FOLDER).glob("step_*") if (folder / FOLDER).is_dir() else ()
+    found = (folder / CHECKPOINTS).glob("step_*") if (folder / CHECKPOINTS).is_dir() else ()
     return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.common.app import Debug, expected_errors, make_app
+from sae_granary.common.app import Debug, expected_errors, make_app, make_console
+from sae_granary.common.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,18 +129,14 @@ def print_json(body: object) -> None:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    # What is piped or copied is not cut to a terminal's width.
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+    return make_console(stderr=stderr, width=200)
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Text that is never read as markup, whatever a manifest says."""
+    """Text that is never read as markup or as control characters, whatever a manifest says."""
     from rich.text import Text
 
-    return Text(text, style=style)
+    return Text(printable(text), style=style)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_granary.cache.format.storage import STORAGE
-from sae_granary.common.app import Debug, Quiet, expected_errors, make_app, takes_flags_of
+from sae_granary.common.app import Debug, Quiet, echo, expected_errors, make_app, takes_flags_of
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
@@ -171,7 +171,7 @@ def plan(make_config: MakeConfig, debug: Debug = False) -> None:
         from sae_granary.harvest import plan as planning
         from sae_granary.harvest.progress import print_table
 
-        result = planning.plan(config, lambda message: typer.echo(message, err=True))
+        result = planning.plan(config, lambda message: echo(message, err=True))
         print_table(planning.plan_rows(result), "plan" if result.fits else "plan: it does NOT fit")
 
 
@@ -188,7 +188,7 @@ def names(
         from sae_granary.models.config import ModelConfig
 
         for line in name_lines(ModelConfig(model, revision, trust_remote_code)):
-            typer.echo(line)
+            echo(line)
 
 
 def _errors(debug: bool) -> AbstractContextManager[None]:

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.layout import LOG
+from sae_granary.common.app import make_console
+from sae_granary.common.errors import printable
 from sae_granary.common.quantities import byte_size, duration
 from sae_granary.harvest.text.document import skipped_counts
 
@@ -23,9 +25,7 @@ class Progress:
     """A bar on a terminal, plain lines elsewhere; both on standard error."""
 
     def __init__(self, unit: str, total: int | None, *, quiet: bool = False) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
+        self._console = make_console(stderr=True)
         self._unit, self._total, self._done, self._first = unit, total, 0, 0
         self._quiet = quiet
         self._bar: Any = None
@@ -113,7 +113,7 @@ class RunLog:
 
     def close(self, *, keep: bool) -> None:
         """Append the lines to the file."""
-        if keep and self._lines:
+        if keep and self._lines and (self._path.is_file() or not self._path.exists()):
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.writelines(self._lines)
         self._lines = []
@@ -148,12 +148,12 @@ def print_table(rows: Iterable[tuple[str, str]], title: str) -> None:
     """Two columns: a table on a terminal, plain lines elsewhere."""
     if not sys.stdout.isatty():
         lines = [title, *(f"  {name:<12} {value}" for name, value in rows)]
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write("\n".join(map(printable, lines)) + "\n")
         return
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(name, Text(printable(value)))
+    make_console().print(table)

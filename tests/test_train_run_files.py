@@ -4,17 +4,20 @@ import json
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_cache
+from mutations import mutate_bytes, mutate_value
 from test_train_resume import interrupted
 from typer.testing import CliRunner
 
 from sae_granary import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.common.errors import GranaryError
 from sae_granary.common.finished_run import NotARunError, read_summary
+from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import digest, sign
 from sae_granary.train.cli import app
 from sae_granary.train.errors import CheckpointError
@@ -157,53 +160,19 @@ def test_a_fifo_is_not_waited_for(stopped, name) -> None:
 
 # -- 2,000 mutations ---------------------------------------------------------------------------------------------------
 
-STRANGE = [None, True, -1, 0, 1.5, 2**70, "", "x" * 5000, "\x1b[31m", [], {}, [[]], "nan", float("nan"), float("inf")]
-
-
-def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
-    out, at = bytearray(data), chance.randrange(len(data))
-    kind = chance.choice(["flip", "flip", "flip", "cut", "append", "zero", "digit", "drop", "double", "empty"])
-    if kind == "flip":
-        out[at] ^= 1 << chance.randrange(8)
-    elif kind == "cut":
-        del out[at:]
-    elif kind == "append":
-        out.append(chance.randrange(256))
-    elif kind == "zero":
-        out[at : at + 16] = bytes(16)
-    elif kind == "digit":
-        digits = [i for i, c in enumerate(out) if chr(c).isdigit()]
-        out[chance.choice(digits)] = ord(chance.choice("0123456789"))
-    elif kind in ("drop", "double"):
-        lines = data.splitlines(keepends=True)
-        i = chance.randrange(len(lines))
-        return b"".join(lines[:i] + [lines[i]] * (2 * (kind == "double")) + lines[i + 1 :])
-    return b"" if kind == "empty" else bytes(out)
-
-
-def mutate_value(value, chance: random.Random):
-    """Another value, or another value somewhere inside of it."""
-    if isinstance(value, dict | list) and value and chance.random() < 0.8:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = chance.choice(keys)
-        out = value.copy()
-        if chance.random() < 0.15:
-            del out[key]
-        else:
-            out[key] = mutate_value(value[key], chance)
-        return out
-    if type(value) in (int, float) and chance.random() < 0.5:
-        return value + chance.choice([1, -1, 7, 0.5])
-    return chance.choice(STRANGE)
-
 
 def outcome(folder: Path) -> str | None:
-    """The one line in which a resume is refused, or None if it went through."""
-    said = None
+    """The one line in which a resume is refused, or None if it went through; one of very many steps is stopped."""
+    said, stop = None, StopRequest()
+    before = signal.signal(signal.SIGALRM, lambda *_: setattr(stop, "signum", signal.SIGTERM))
+    signal.alarm(10)
     try:
-        resume_training(folder)
+        resume_training(folder, stop=stop)
     except (GranaryError, OSError) as error:
         said = str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     assert said is None or len(said.splitlines()) == 1, said
     return said
 

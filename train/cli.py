@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.common.app import Debug, Quiet, make_app
+from sae_granary.common.app import Debug, Quiet, echo, make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
@@ -55,7 +55,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
     with errors(debug):
         from sae_granary.train.commands.origin import annotated_yaml
 
-        typer.echo(annotated_yaml(read_flags().layers()), nl=False)
+        echo(annotated_yaml(read_flags().layers()), nl=False)
 
 
 @app.command()
@@ -76,7 +76,7 @@ def resume(
         config, _ = read_run(folder)
         if not quiet and not is_complete(folder):
             found = list_checkpoints(folder)
-            typer.echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
+            echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
         from sae_granary.train.run import resume_training
 
         show_training(lambda **options: resume_training(folder, **options), quiet, config.device)
@@ -106,7 +106,7 @@ def export(
     with errors(debug):
         from sae_granary.train.publish.export import export as write
 
-        typer.echo(f"{write(folder, to, out or folder.with_name(f'{folder.name}_{to}'))}")
+        echo(f"{write(folder, to, out or folder.with_name(f'{folder.name}_{to}'))}")
 
 
 @app.command()
@@ -124,11 +124,11 @@ def push(
 
         paths, card = hub.files_of(folder), hub.model_card(folder, licence)
         if yes:
-            typer.echo(hub.push(folder, repo, licence=licence, private=not public))
+            echo(hub.push(folder, repo, licence=licence, private=not public))
             return
         for path in paths:
-            typer.echo(f"{path.name}  {path.stat().st_size:,} bytes")
-        typer.echo(f"README.md\n\n{card}\nnothing was uploaded: add --yes to create {repo}")
+            echo(f"{path.name}  {path.stat().st_size:,} bytes")
+        echo(f"README.md\n\n{card}\nnothing was uploaded: add --yes to create {repo}")
 
 
 @app.command()
@@ -161,7 +161,7 @@ def _finished(folders: list[Path]) -> list[Path]:
     if not found or any(not folder.exists() for folder in folders):
         raise skipped[0]
     for reason in skipped:
-        typer.echo(f"skipped: {reason}", err=True)
+        echo(f"skipped: {reason}", err=True)
     return found
 
 

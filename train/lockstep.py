@@ -102,6 +102,7 @@ class _Together:
         self._failed: list[Trainer] = []
 
     def execute(self) -> dict[Trainer, Result]:
+        self._stop.defer()  # from here on a signal waits for a checkpoint
         for trainer in self._all:
             self._attempt(trainer, trainer.begin)
         left = self._left()

@@ -95,6 +95,12 @@ class Manifest:
     zarr_files: Mapping[str, FileEntry] | None = None
     summary: Mapping[str, Any] | None = None
 
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What the provenance records of the model; empty where it records none."""
+        model = self.provenance.get("model")
+        return model if isinstance(model, Mapping) else {}
+
     @cached_property
     def layout(self) -> CacheLayout:
         """Where its bytes lie."""

@@ -33,4 +33,4 @@ def read_origin(cache: Cache, hook: str | None = None, *, n_rows: int = 256) -> 
     point = cache.hook_points[cache.hook_name(hook)]
     contexts = next(read_contexts(cache, point.name, batch_rows=n_rows, selection=Selection(part="all"), epochs=1))
     rows = cache.hook(point.name)[contexts.row[contexts.keep]].astype(np.float32)
-    return Origin(cache.manifest.provenance.get("model", {}), point, contexts, rows)
+    return Origin(cache.manifest.model, point, contexts, rows)

@@ -44,8 +44,7 @@ class Filters:
         """Decide what depends on the cache: position 0 of a decoder is an attention sink and goes out."""
         if self.first_position is not None:
             return self
-        model = cache.manifest.provenance.get("model", {})
-        decoder = bool(model.get("is_decoder", False)) and cache.unit == "token"
+        decoder = bool(cache.manifest.model.get("is_decoder", False)) and cache.unit == "token"
         return replace(self, first_position=not decoder)
 
 

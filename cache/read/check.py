@@ -25,8 +25,15 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
             check_file(path / commit_path(record.shard), record.record.n_bytes)
     for name, entry in (manifest.zarr_files or {}).items():
         check_file(path / name, entry.n_bytes)
-    if manifest.vocabulary is not None:
+    if manifest.vocabulary is not None and not has_just_begun(path, manifest, VOCABULARY):
         check_file(path / VOCABULARY, manifest.vocabulary.n_bytes)
+
+
+def has_just_begun(path: Path, manifest: Manifest, name: str) -> bool:
+    """Whether a file is missing because a harvest has written its manifest a moment ago, and nothing else yet."""
+    if manifest.complete or os.path.lexists(path / name):
+        return False
+    return not (path / COMMITS).is_dir() or not any((path / COMMITS).iterdir())
 
 
 def check_file(path: Path, expected_bytes: int) -> None:

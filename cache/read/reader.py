@@ -63,7 +63,7 @@ def open_cache(
     manifest = load_manifest(path)
     records = manifest.shards if manifest.complete else tuple(load_records(path, manifest))
     if not manifest.complete and not allow_incomplete:
-        raise IncompleteCacheError(_incomplete_message(path, manifest, records))
+        raise IncompleteCacheError(_incomplete_message(path, records))
     numbers = range(len(records)) if shards is None else sorted(set(shards))
     unknown = [number for number in numbers if not 0 <= number < len(records)]
     if unknown:
@@ -222,11 +222,10 @@ class Cache:
         return sum(record.n_bytes for record in self.opened)
 
 
-def _incomplete_message(path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> str:
+def _incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
     n_rows = sum(record.n_rows for record in records)
-    command = manifest.provenance.get("command")
-    again = f"`{command}`" if isinstance(command, str) else f"the same `sae-harvest run ... --out {path}`"
+    begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
     return (
-        f"{path} is incomplete: {n_rows:,} rows in {len(records)} committed shards; run {again} again to finish it, "
+        f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "
         "or open it with allow_incomplete=True to read what is there"
     )

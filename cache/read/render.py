@@ -9,7 +9,10 @@ from typing import Any
 
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.stats import Stats
+from sae_granary.common.errors import printable
 from sae_granary.common.quantities import byte_size
+
+MAX_LINES, MAX_CHARACTERS = 200, 2000  # of provenance on a terminal, and of each of its values
 
 
 def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shards: int) -> dict[str, str]:
@@ -46,7 +49,8 @@ def source_name(value: Any) -> str:
 def text(lines: Mapping[str, str]) -> str:
     """Facts as the repr of a cache."""
     width = max(len(label) for label in lines)
-    return "\n".join(["Activation cache", *(f"  {label:<{width}}  {value}" for label, value in lines.items())])
+    rows = (f"  {label:<{width}}  {printable(value)}" for label, value in lines.items())
+    return "\n".join(["Activation cache", *rows])
 
 
 def html(lines: Mapping[str, str]) -> str:
@@ -97,7 +101,9 @@ def provenance_lines(manifest: Manifest) -> dict[str, str]:
     """Label -> value: the rest of the provenance and the harvest's summary, nested fields by dotted names."""
     known = {"model", "dataset"}
     rest = {name: value for name, value in manifest.provenance.items() if name not in known}
-    return dict(_flat("", {**rest, **(manifest.summary or {})}))
+    lines = _flat("", {**rest, **(manifest.summary or {})})
+    more = {"...": f"{len(lines) - MAX_LINES:,} more: --json prints all"} if len(lines) > MAX_LINES else {}
+    return dict(lines[:MAX_LINES]) | more
 
 
 def stats_cells(hook: str, stats: Stats) -> list[str]:
@@ -108,5 +114,6 @@ def stats_cells(hook: str, stats: Stats) -> list[str]:
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
     if not isinstance(value, dict):
-        return [(prefix, str(value))]
+        text = str(value)
+        return [(prefix, text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ...")]
     return [line for key, part in value.items() for line in _flat(f"{prefix}.{key}" if prefix else str(key), part)]

@@ -87,7 +87,7 @@ class Session:
         """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
         for path, data in zarr_files(layout, n_shards).items():
             target = self.path / path
-            if not target.exists() or target.read_bytes() != data:
+            if not target.exists() or files.read_regular(target) != data:
                 self.replace(path, data)
 
     def put(self, path: str, data: bytes) -> None:

@@ -10,6 +10,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from sae_granary.common.files import read_regular
+from sae_granary.common.signed import parse_object
 from sae_granary.sae_core.errors import NotAnSAEError
 
 
@@ -22,14 +24,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object. Raises NotAnSAEError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_regular(path), allow_nan=True)
     except FileNotFoundError:
         raise NotAnSAEError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise NotAnSAEError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise NotAnSAEError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        raise NotAnSAEError(f"{path} cannot be read: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
@@ -42,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return tensors by name. Raises NotAnSAEError if there are none."""
     try:
-        tensors: dict[str, Tensor] = load_tensors(path.read_bytes())
+        tensors: dict[str, Tensor] = load_tensors(read_regular(path))
     except FileNotFoundError:
         raise NotAnSAEError(f"{path} is missing") from None
     except (OSError, SafetensorError) as error:

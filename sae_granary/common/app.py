@@ -8,11 +8,14 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from sae_granary.common.errors import GranaryError, one_line
+from sae_granary.common.errors import GranaryError, one_line, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -110,5 +113,24 @@ def _system_problem(error: OSError) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a red line and exit."""
-    typer.secho(message, fg="red", err=True)
+    typer.secho(printable(message, keep="\n"), fg="red", err=True)
     raise typer.Exit(code)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print lines, control characters in them as escapes: names and texts come from files of other people."""
+    typer.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+
+
+def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console that prints control characters as escapes; `width` is for what is no terminal: it is not cut."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for part in super().render(*args, **kwargs):
+                yield part if part.control else Segment(printable(part.text, keep="\n"), part.style)
+
+    console = SafeConsole(stderr=stderr, highlight=False)
+    return console if console.is_terminal or width is None else SafeConsole(stderr=stderr, highlight=False, width=width)

@@ -13,9 +13,12 @@ GranaryError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _SHOWN_CHARACTERS = 300
+# What moves a cursor, colors, hides or reorders text on a terminal, or cannot be encoded.
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 class GranaryError(Exception):
@@ -32,6 +35,11 @@ def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6)
     """`, did you mean 'x'?` with the up to n closest known names, or an empty string: the end of a message."""
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
     return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters as escapes (\\x1b), those in `keep` apart: safe on a terminal, whoever wrote it."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def one_line(error: BaseException) -> str:

@@ -11,12 +11,13 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import GranaryError
-from sae_granary.common.files import NO_FOLLOW, PLAIN
+from sae_granary.common.files import NO_FOLLOW, PLAIN, NotRegularError
 from sae_granary.common.quantities import duration
 
 try:
@@ -82,6 +83,9 @@ class FolderLock:
                 if error.errno not in _NO_LOCKS:
                     os.close(fd)
                     raise
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise NotRegularError(errno.EINVAL, "not a regular file: remove it", str(self.path))
             if self._is_current(fd):
                 break
             os.close(fd)  # the former holder removed it between our open and our lock

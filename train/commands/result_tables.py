@@ -7,13 +7,13 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from sae_granary import sae_core
+from sae_granary.common.app import echo, make_console
 from sae_granary.common.quantities import quantity
 from sae_granary.train.config.coerce import describe
 
@@ -93,7 +93,7 @@ def show_results(summaries: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of some runs and their notes."""
     show(result_table(summaries))
     for line in notes(summaries):
-        typer.echo(line)
+        echo(line)
 
 
 def similarity_line(summary: Mapping[str, Any]) -> str | None:
@@ -106,7 +106,4 @@ def similarity_line(summary: Mapping[str, Any]) -> str | None:
 
 def show(renderable: RenderableType) -> None:
     """Print to standard output, as wide as needed when that is no terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(renderable)
+    make_console(width=160).print(renderable)

@@ -28,6 +28,6 @@ def errors(debug: bool) -> AbstractContextManager[None]:
     """The errors of all training commands, in one red line."""
     return expected_errors(
         debug,
-        interrupted="interrupted at once: continue from the last checkpoint with `sae-train resume`",
+        interrupted="interrupted: run the same command again, or sae-train resume <folder> if a run has begun",
         remedy="fix this, then run `sae-train resume`; committed work is safe",
     )

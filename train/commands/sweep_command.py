@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_granary.common.app import Debug, Quiet, fail
+from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.config.flags import takes_settings
 
@@ -118,12 +118,12 @@ def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     from sae_granary.train.sweeps.reporter import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
-    with tuned_process(device), stop_on_signals() as stop:
+    with tuned_process(device), stop_on_signals(at_once=True) as stop:
         result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
     finished = [row for row in result.rows if row["status"] == "finished"]
     if finished:
         show_results([read_summary(result.folder / str(row["name"])) for row in finished])
-    typer.echo(f"{result.folder}")
+    echo(f"{result.folder}")
     if result.failures:
         lines = [f"failed: {name}: {error}" for name, error in result.failures.items()]
         fail("\n".join([*lines, f"{len(lines)} of {len(result.rows)} SAEs have no result"]), 1)
@@ -147,9 +147,9 @@ def show_plan(plan: Plan) -> None:
             table.add_row(str(number), entry.name, config.type, *cells, f"{config.batch_size:,}", f"{config.lr:.3g}")
     show(table)
     for note in plan.notes:
-        typer.echo(note)
+        echo(note)
     disk = sum(needed_disk(entry.config) for entry in plan.entries)
     runs_dir = plan.entries[0].config.runs_dir
     groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
-    typer.echo(f"{len(plan.entries)} SAEs in {groups}, up to {byte_size(disk)} in {runs_dir}")
-    typer.echo("nothing was written: run without --dry-run to train")
+    echo(f"{len(plan.entries)} SAEs in {groups}, up to {byte_size(disk)} in {runs_dir}")
+    echo("nothing was written: run without --dry-run to train")

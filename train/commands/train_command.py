@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import typer
-
-from sae_granary.common.app import fail
+from sae_granary.common.app import echo, fail
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.shared_flags import NO_CACHE
 from sae_granary.train.config.flags import Given
@@ -33,7 +31,7 @@ def train_given(
     if dry_run:
         from sae_granary.train.commands.origin import annotated_yaml
 
-        typer.echo(annotated_yaml(given.layers()) + "# nothing was written: run without --dry-run to train")
+        echo(annotated_yaml(given.layers()) + "# nothing was written: run without --dry-run to train")
         return
     from sae_granary.train.run import train_sae
 
@@ -59,12 +57,12 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     from sae_granary.train.commands.result_tables import notes, result_table, show, similarity_line
     from sae_granary.train.sinks.console_sink import ConsoleSink
 
-    with tuned_process(device), stop_on_signals() as stop:
+    with tuned_process(device), stop_on_signals(at_once=True) as stop:
         result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
     show(result_table([result.summary]))
     if line := similarity_line(result.summary):
-        typer.echo(line)
+        echo(line)
     for note in notes([result.summary]):
-        typer.echo(note)
-    typer.echo(f"{result.folder}")
+        echo(note)
+    echo(f"{result.folder}")
     return result

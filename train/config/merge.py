@@ -24,6 +24,9 @@ from sae_granary.train.errors import ConfigError
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}
 
+# What a saved config must say.
+_DECIDED = ("cache", "name", "hook", "device", "compute_dtype", "shuffle_seed", "init_seed", "steps", "lr")
+
 _HINTS = typing.get_type_hints(TrainConfig)
 TRAINER_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name != "options")
 
@@ -135,8 +138,12 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Read a saved config back."""
-    return make_config([dict(_flatten(content, source))])
+    """Read a saved config back. Raises ConfigError, also for one that was not resolved."""
+    config = make_config([dict(_flatten(content, source))])
+    for name in _DECIDED:
+        if getattr(config, name) in (None, (), "", "auto"):
+            raise ConfigError(f"{source} leaves {name} undecided: expected the settings of a run as it saved them")
+    return config
 
 
 def differing(saved: TrainConfig, now: TrainConfig) -> list[str]:

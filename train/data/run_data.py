@@ -39,7 +39,7 @@ class RunData:
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
         """
         opened = open_cache(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
-        n_layers = opened.manifest.provenance.get("model", {}).get("n_layers")
+        n_layers = opened.manifest.model.get("n_layers")
         hooks = resolve_hooks(config, tuple(opened.hook_points), n_layers)
         selection = selection_of(config)
         key = (selection, hooks if selection.filters.reads_norms else ())

@@ -57,7 +57,7 @@ def _last_training_l0(folder: Path) -> float | None:
 
 def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
     """What `cfg.json` says about where the SAE belongs."""
-    model = data.cache.manifest.provenance.get("model", {})
+    model = data.cache.manifest.model
     points = [data.cache.hook_points[name] for name in data.config.hook]
     metadata: dict[str, Any] = {
         "model_name": model.get("id"),

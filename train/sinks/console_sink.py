@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sae_granary.common.app import make_console
 from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.sinks.sink import BaseSink, Metrics
 
@@ -21,7 +21,7 @@ class ConsoleSink(BaseSink):
     """Loss, L0, FVU, dead latents, rows per second and time left."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or make_console(stderr=True)
         self._progress: Progress | None = None
         self._last = -PLAIN_SECONDS
         self._n_steps = 0

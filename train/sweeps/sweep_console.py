@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from sae_granary.common.app import make_console
 from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.sinks.console_sink import PLAIN_SECONDS
 from sae_granary.train.sinks.sink import BaseSink, Metrics, Sink
@@ -23,7 +23,7 @@ class SweepConsole(Reporter):
     """Step, loss, L0, FVU, dead latents and state of every SAE, and the time left of the group."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or make_console(stderr=True)
         self._live: Live | None = None
         self._lines: dict[str, dict[str, Any]] = {}
         self._said: set[str] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +13,8 @@ from sae_granary.common.quantities import byte_size, duration
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import NoRowsError, SpaceError
 from sae_granary.harvest.prepare import Prepared, Say, prepare
-from sae_granary.harvest.text.document import documents, skipped_counts
+from sae_granary.harvest.text.document import skipped_counts, to_document
+from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, tokenize_stream
 
 SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
@@ -46,8 +48,8 @@ def plan(config: HarvestConfig, say: Say) -> Plan:
         prepared=prepared,
         n_rows=n_rows,
         rows_from=rows_from,
-        n_bytes=None if n_rows is None else prepared.cache_bytes(n_rows),
-        n_shards=None if n_rows is None else math.ceil(n_rows / prepared.rows_per_shard),
+        n_bytes=None if n_rows is None or _no_width(prepared) else prepared.cache_bytes(n_rows),
+        n_shards=None if n_rows is None or _no_width(prepared) else math.ceil(n_rows / prepared.rows_per_shard),
         free_bytes=free_bytes(config.out_path),
         seconds=None if n_rows is None else estimate_seconds(prepared, n_rows),
     )
@@ -55,13 +57,14 @@ def plan(config: HarvestConfig, say: Say) -> Plan:
 
 def plan_rows(result: Plan) -> list[tuple[str, str]]:
     """The plan as a table."""
-    prepared = result.prepared
+    prepared, source = result.prepared, result.prepared.source
     unit = "tokens" if prepared.unit == "token" else "texts"
     unknown = "not known before the text is read: give --max-tokens"
     rows = [
         ("cache", str(prepared.config.out_path)),
         ("model", f"{prepared.located.name}, {prepared.n_layers or '?'} layers, {prepared.model_class or 'pooled'}"),
-        ("hook points", ", ".join(f"{hook.name} ({hook.d_in})" for hook in prepared.hooks)),
+        ("hook points", ", ".join(f"{hook.name} ({_no_width(prepared) or hook.d_in})" for hook in prepared.hooks)),
+        ("text", f"{source.name}, {_columns(source.columns)}" if source.columns else source.name),
         ("windows", f"{prepared.rules.ctx_len} tokens" if prepared.unit == "token" else "one text each"),
         ("rows", unknown if result.n_rows is None else f"{result.n_rows:,} {unit} ({result.rows_from})"),
         ("dtype", f"{prepared.dtype} (computed in {prepared.compute_dtype} on {prepared.device})"),
@@ -75,6 +78,15 @@ def plan_rows(result: Plan) -> list[tuple[str, str]]:
     if result.seconds is not None:
         rows.append(("time", f"about {duration(result.seconds)} after loading, if the model is the limit"))
     return rows
+
+
+def _no_width(prepared: Prepared) -> str:
+    """Why the bytes of a row are not known; empty if they are."""
+    return "" if prepared.widths_known or prepared.unit == "token" else "width known when it is loaded"
+
+
+def _columns(names: tuple[str, ...]) -> str:
+    return f"column{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def check_space(prepared: Prepared) -> None:
@@ -93,20 +105,23 @@ def check_space(prepared: Prepared) -> None:
 
 
 def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:
-    """(rows, how they are known): from the size of the text and a sample of it, capped by `--max-tokens`."""
+    """(rows, how they are known): from the share of the source that its first records take, and from the limits."""
     asked = prepared.config.max_tokens
     size = prepared.source.n_bytes()
     if size is None:
         return asked, "--max-tokens"
-    stream = WindowStream(
-        tokenize_stream(islice(documents(prepared.source, 0, prepared.render), SAMPLE_DOCS), prepared.tokenize),
-        prepared.rules,
-        max_docs=prepared.config.max_docs,
-        max_rows=asked,
-    )
-    seen_bytes = 0
-    for window in stream:
-        seen_bytes += sum(len(document.text.encode()) for document in window.documents)
+    seen_bytes = 0.0
+
+    def sample() -> Iterator[Document]:
+        nonlocal seen_bytes
+        for doc_id, record in enumerate(islice(prepared.source.records(0), SAMPLE_DOCS)):
+            seen_bytes += record.n_bytes
+            yield to_document(doc_id, record, prepared.render)
+
+    tokenized = tokenize_stream(sample(), prepared.tokenize)
+    stream = WindowStream(tokenized, prepared.rules, max_docs=prepared.config.max_docs, max_rows=asked)
+    for _ in stream:
+        pass
     rows = stream.state.n_rows
     whole = stream.ended == "source" and stream.state.next_doc < SAMPLE_DOCS
     if whole and rows == 0:
@@ -114,7 +129,9 @@ def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:
         raise NoRowsError(source.name, skipped_counts(stream.state.skip_counts), source.columns)
     if whole or stream.ended in ("max_tokens", "max_docs"):
         return rows, "counted"
-    estimate = round(rows * max(1.0, size / max(1, seen_bytes)))
+    estimate = round(rows * max(1.0, size / max(1.0, seen_bytes)))
+    if prepared.config.max_docs is not None:
+        estimate = min(estimate, round(rows * prepared.config.max_docs / max(1, stream.state.n_docs)))
     if asked is not None and asked <= estimate:
         return asked, "--max-tokens"
     return estimate, f"estimated from {stream.state.n_docs:,} documents"

@@ -29,7 +29,6 @@ from sae_granary.models.load import (
 from sae_granary.models.locate import (
     SENTENCE_TRANSFORMER,
     Located,
-    check_weights,
     inner_transformer,
     locate,
 )
@@ -123,7 +122,6 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
     check_out(config.out_path)
     quiet()
     located = locate(config.model)
-    check_weights(located)
     device = choose_device(config.model.device)
     compute_dtype = choose_compute_dtype(config.model.compute_dtype, device)
     batch_tokens = config.tokens.batch_tokens or BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"]

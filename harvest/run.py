@@ -22,6 +22,7 @@ from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
 from sae_granary.models.load import load_base
+from sae_granary.models.locate import check_weights
 from sae_granary.models.pooled import TextModel, load_pooled, pooled_width
 
 
@@ -58,6 +59,7 @@ def harvest_activations(
     stop = StopRequest() if stop is None else stop
     with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)
+        check_weights(prepared.located)
         check_space(prepared)
         model: Model | None = None
         if not prepared.widths_known:

@@ -38,7 +38,7 @@ class DemoSource:
     def records(self, start: int) -> Iterator[Record]:
         """The topics from ordinal `start` on."""
         for row, (name, topic) in enumerate(islice(self._topics(), start, None), start):
-            yield Record(topic, f"pydoc_data.topics:{name}", row)
+            yield Record(topic, f"pydoc_data.topics:{name}", row, n_bytes=len(topic.encode()))
 
     def n_bytes(self) -> int | None:
         """Size of all topics."""

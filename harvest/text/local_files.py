@@ -83,8 +83,8 @@ class FileSource:
         return islice(shuffled(stream, self._config.shuffle_buffer, self._config.shuffle_seed), start, None)
 
     def n_bytes(self) -> int | None:
-        """Size of all files, if none is compressed or binary."""
-        if any(kind_of(path) == ".parquet" or path.suffix.lower() in COMPRESSED for path in self._files):
+        """Size of all files, if none is compressed."""
+        if any(path.suffix.lower() in COMPRESSED for path in self._files):
             return None
         return sum(path.stat().st_size for path in self._files)
 

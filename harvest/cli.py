@@ -165,7 +165,7 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
 @app.command()
 @takes_harvest_flags
 def plan(make_config: MakeConfig, debug: Debug = False) -> None:
-    """Say what `run` with the same flags will need; no weights are read, nothing is written. Exits 1 if it does not fit."""
+    """Say what `run` with the same flags will need; reads no weights, writes nothing. Exits 1 if it does not fit."""
     with _errors(debug):
         config = make_config()
         from sae_granary.harvest import plan as planning

@@ -1,13 +1,21 @@
 """Tables as they are: quotes, delimiters, headers and bytes of .csv and .tsv files, and records that do not fit."""
 
+import gzip
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError
-from sae_granary.harvest.text.document import Record, Unfit
+from sae_granary.harvest.text.document import Record, Unfit, to_document
 from sae_granary.harvest.text.local_files import FileSource
+from sae_granary.models.tokens.document import join_chat
 
 
 def records(path: Path, text: str | bytes, **options: object) -> list[Record]:
@@ -69,3 +77,110 @@ def test_replaced_bytes_of_tables_are_counted(tmp_path: Path) -> None:
     assert [(r.value, r.repaired) for r in found] == [("caf\ufffd", True), ("tea", False)]
     found = records(tmp_path / "a.jsonl", b'{"text": "caf\xe9"}\n{"text": "tea"}\n')
     assert [(r.value, r.repaired) for r in found] == [("caf\ufffd", True), ("tea", False)]
+
+
+NESTED = [
+    {"id": 1, "data": {"text": "one", "tags": ["a", "b"]}, "parts": ["first", None, "second"]},
+    {"id": 2, "data": None, "parts": []},
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_columns_in_columns_and_lists_of_strings(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(NESTED), path)
+        data: str | bytes = path.read_bytes()
+    else:
+        data = json.dumps(NESTED) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in NESTED)
+    assert values(path, data, text_columns=("data.text",)) == ["one", None]
+    found = [to_document(0, record, join_chat) for record in records(path, data, text_columns=("parts",))]
+    assert [(d.text, d.skipped) for d in found] == [("first\nsecond", None), ("", "none")]
+    assert values(path, data, text_columns=("data.text", "data.tags")) == ["one\na\nb", None]
+    with pytest.raises(
+        SourceError, match=r"no column 'data\.txt'; its columns are id, data, data\.text, data\.tags, par"
+    ):
+        values(path, data, text_columns=("data.txt",))
+
+
+def test_the_only_text_inside_of_a_column_is_found(tmp_path: Path) -> None:
+    assert FileSource(TextConfig(str(put(tmp_path / "a.jsonl", {"id": 1, "data": {"text": "t"}})))).columns == (
+        "data.text",
+    )
+    assert FileSource(TextConfig(str(put(tmp_path / "b.jsonl", {"id": 1, "lines": ["a", "b"]})))).columns == ("lines",)
+    row = {"id": 1, "lyrics": "la", "meta": {"text": "no", "lang": "en"}}
+    assert FileSource(TextConfig(str(put(tmp_path / "c.jsonl", row)))).columns == ("lyrics",)
+
+
+def put(path: Path, row: dict[str, object]) -> Path:
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_file_names_that_are_no_utf8(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.txt", b"caf\xe8.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("tea")
+    source = FileSource(TextConfig(str(tmp_path)))
+    assert [record.source for record in source.records(0)] == ["caf\\xe8.txt", "caf\\xe9.txt"]
+    assert source.identity["dataset_full_xxh3"]
+    one = FileSource(TextConfig(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")))
+    assert one.name.endswith("caf\\xe9.txt")
+
+
+READ = """
+import resource, sys
+from sae_granary.harvest.config import TextConfig
+from sae_granary.harvest.text.local_files import FileSource
+import pyarrow, xxhash
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+for path in sys.argv[1:]:
+    try:
+        print([r.value if isinstance(r.value, str) else r.value.name for r in FileSource(TextConfig(path)).records(0)])
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def bomb(path: Path, before: bytes, after: bytes, n_mib: int) -> str:
+    path.write_bytes(gzip.compress(before) + gzip.compress(b"a" * (1 << 20), 1) * n_mib + gzip.compress(after))
+    return str(path)
+
+
+def read_in_a_gibibyte(*paths: str) -> list[str]:
+    return subprocess.run(
+        [sys.executable, "-c", READ, *paths], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_a_record_that_unpacks_to_much_is_skipped_and_counted(tmp_path: Path) -> None:
+    lines = bomb(tmp_path / "a.jsonl.gz", b'{"text": "one"}\n{"text": "', b'"}\n{"text": "two"}\n', 260)
+    assert values_of(lines) == ["one", Unfit.TOO_LARGE, "two"]
+
+
+def values_of(path: str) -> list[object]:
+    return [record.value for record in FileSource(TextConfig(path)).records(0)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="an address space limit")
+def test_what_unpacks_to_gigabytes_is_skipped_in_a_gibibyte_of_memory(tmp_path: Path) -> None:
+    lines = read_in_a_gibibyte(
+        bomb(tmp_path / "a.jsonl.gz", b'{"text": "one"}\n{"text": "', b'"}\n{"text": "two"}\n', 1500),
+        bomb(tmp_path / "a.txt.gz", b"", b"", 1500),
+        bomb(tmp_path / "a.json.gz", b'[{"text": "', b'"}]', 1500),
+        bomb(tmp_path / "a.csv.gz", b"id,text\n1,", b"\n", 300),
+    )
+    assert lines[:2] == ["['one', 'TOO_LARGE', 'two']", "['TOO_LARGE']"]
+    for line, name in zip(lines[2:], ("a.json.gz", "a.csv.gz"), strict=True):
+        assert line.startswith(("SourceError", "SourceStoppedError"))
+        assert name in line
+
+
+def test_a_large_window_of_zstd_is_told_with_its_remedy(tmp_path: Path) -> None:
+    text = b"some text"
+    window_2_gib, last_raw_block = bytes([0, 21 << 3]), (len(text) << 3 | 1).to_bytes(3, "little")
+    frame = b"\x28\xb5\x2f\xfd" + window_2_gib + last_raw_block + text
+    with pytest.raises(SourceError, match=r"a\.txt\.zst cannot be read: .*decompress it first: zstd -d --long=31 .*"):
+        values(tmp_path / "a.txt.zst", frame)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from sae_granary.harvest.errors import SourceError
@@ -12,24 +13,72 @@ from sae_granary.harvest.text.document import (
     TEXT_NAMES,
     Record,
     Unfit,
+    join_texts,
     skipped_counts,
     to_document,
 )
 from sae_granary.models.tokens.document import SKIP_REASONS, join_chat
 
 SAMPLE_RECORDS = 100  # records that are looked at to find the columns and their kinds
+MORE_RECORDS = 100_000  # ... where those tell nothing
+_MAX_DEPTH = 4  # of columns in columns
 Item = Mapping[str, Any] | Unfit  # one record of a table
 Extract = Callable[[Item], object]
 
 
+def find_columns(open_items: Callable[[], Iterator[Item]], wanted: Sequence[str], where: str) -> tuple[str, ...]:
+    """The columns of the text, of which there is some in the first records. Raises SourceError.
+
+    Looks at SAMPLE_RECORDS records, and at up to MORE_RECORDS where those tell no column or hold no text in it.
+    """
+    sample = list(islice(open_items(), SAMPLE_RECORDS))
+    try:
+        return _columns_of(lambda: iter(sample), wanted, where)
+    except SourceError:
+        if len(sample) < SAMPLE_RECORDS:
+            raise
+    return _columns_of(lambda: islice(open_items(), MORE_RECORDS), wanted, where)
+
+
+def _columns_of(items: Callable[[], Iterator[Item]], wanted: Sequence[str], where: str) -> tuple[str, ...]:
+    kinds = column_kinds(items())
+    if not kinds:
+        n_records = sum(1 for _ in items())
+        raise SourceError(f"{where}: none of its first {n_records:,} records is a JSON object with columns")
+    columns = choose_columns(kinds, wanted, where)
+    check_text(items(), columns, where)
+    return columns
+
+
 def column_kinds(records: Iterable[Item]) -> dict[str, str]:
-    """Kind of each column over some records: "text", "chat", "other", or "none" if all were None."""
+    """Kind of each column over some records: "text", "texts", "chat", "other", or "none" if all were None.
+
+    A column inside of a column is named `data.text`, and its kind begins with "inner".
+    """
     kinds: dict[str, str] = {}
     for record in records:
-        for name, value in ({} if isinstance(record, Unfit) else record).items():
-            if kinds.get(name, "none") == "none":
-                kinds[name] = _kind(value)
+        columns: Mapping[str, Any] = {} if isinstance(record, Unfit) else record
+        for name, value in _flat(columns):
+            if kinds.get(name, "none") in ("none", "inner none"):
+                kinds[name] = _kind(value) if name in columns else f"inner {_kind(value)}"
     return kinds
+
+
+def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        yield f"{before}{key}", value
+        if isinstance(value, Mapping) and before.count(".") < _MAX_DEPTH:
+            yield from _flat(value, f"{before}{key}.")
+
+
+def _value(record: Mapping[str, Any], name: str) -> Any:
+    """A column, or one inside of a column (`data.text`); None where there is none."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) -> tuple[str, ...]:
@@ -40,7 +89,7 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
         )
     if wanted:
         return tuple(wanted)
-    by_lower = {name.lower(): name for name in reversed(list(kinds))}
+    by_lower = {name.strip().lower(): name for name in reversed(list(kinds))}
     for name in TEXT_NAMES[:3]:
         if kinds.get(by_lower.get(name, "")) in ("text", "none"):
             return (by_lower[name],)
@@ -53,9 +102,13 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
     for name in TEXT_NAMES[3:]:
         if kinds.get(by_lower.get(name, "")) == "text":
             return (by_lower[name],)
-    text_columns = [name for name, kind in kinds.items() if kind == "text"]
-    if len(text_columns) == 1:
-        return (text_columns[0],)
+    for kind in ("text", "texts", "inner text", "inner texts", "inner chat"):
+        found = [name for name in kinds if kinds[name] == kind]
+        named = [name for name in found if name.rsplit(".", 1)[-1].lower() in TEXT_NAMES[:3] and kind != "text"]
+        if len(one := named or found) == 1:
+            return (one[0],)
+        if found:
+            break
     raise SourceError(
         f"{where} has no column that looks like its text; its columns are {_listed(kinds)}: name one with --text-column"
     )
@@ -65,28 +118,32 @@ def extractor(columns: Sequence[str]) -> Extract:
     """record -> text, chat messages, None or Unfit; several columns are joined by newlines, empty ones left out."""
     if len(columns) == 1:
         column = columns[0]
-        return lambda record: record if isinstance(record, Unfit) else record.get(column)
+        return lambda record: record if isinstance(record, Unfit) else _value(record, column)
 
     def joined(record: Item) -> object:
         if isinstance(record, Unfit):
             return record
-        parts = [value for name in columns if isinstance(value := record.get(name), str) and value]
+        values = [join_texts(_value(record, name)) for name in columns]
+        parts = [value for value in values if isinstance(value, str) and value]
         return "\n".join(parts) if parts else None
 
     return joined
 
 
-def check_text(records: Sequence[Item], columns: Sequence[str], where: str) -> None:
+def check_text(records: Iterable[Item], columns: Sequence[str], where: str) -> None:
     """Refuse columns that hold no text in any of the first records."""
     extract = extractor(columns)
-    reasons = [to_document(0, Record(extract(record), "", 0), join_chat).skipped for record in records]
-    if None in reasons:
-        return
-    counts = skipped_counts({reason: reasons.count(reason) for reason in SKIP_REASONS})
-    others = [name for name in column_kinds(records) if name not in columns]
+    counts, others = dict.fromkeys(SKIP_REASONS, 0), dict.fromkeys(columns, 0)
+    for record in records:
+        reason = to_document(0, Record(extract(record), "", 0), join_chat).skipped
+        if reason is None:
+            return
+        counts[reason] += 1
+        others |= dict.fromkeys(column_kinds([record]), 0)
     raise SourceError(
-        f"{where} holds no text in {', '.join(columns)} in its first {len(records):,} records ({counts}); "
-        f"its other columns are {_listed(others)}: name one with --text-column"
+        f"{where} holds no text in {', '.join(columns)} in its first {sum(counts.values()):,} records "
+        f"({skipped_counts(counts)}); its other columns are {_listed(list(others)[len(columns) :])}: "
+        "name one with --text-column"
     )
 
 
@@ -95,7 +152,11 @@ def _kind(value: object) -> str:
         return "none"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+    if isinstance(value, list) and not value:
+        return "none"
+    if isinstance(value, list) and all(isinstance(item, str | None) for item in value):
+        return "texts"
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         keys = set(value[0])
         return "chat" if keys >= {"role", "content"} or keys >= {"from", "value"} else "other"
     return "other"

@@ -85,7 +85,7 @@ def documents(source: TextSource, start: int, render: Render) -> Iterator[Docume
 
 def to_document(doc_id: int, record: Record, render: Render) -> Document:
     """A record as a text; None, empty, binary and other things are marked as skipped, never dropped."""
-    value = record.value
+    value = join_texts(record.value)
     if isinstance(value, list):
         value = _render_chat(value, render)
     if value is None:
@@ -100,6 +100,13 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         return Document(doc_id, "", record.source, record.row, skipped="binary")
     text = replace_surrogates(value)
     return Document(doc_id, text, record.source, record.row, repaired=record.repaired or text is not value)
+
+
+def join_texts(value: object) -> object:
+    """A list of strings as one text, a line each; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value):
+        return "\n".join(item for item in value if item)
+    return value
 
 
 def skipped_counts(counts: Mapping[str, int]) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any, TypeVar
 
 from sae_granary.common.errors import one_line
 from sae_granary.harvest.config import DEFAULT_SPLIT, TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
-from sae_granary.harvest.text.columns import SAMPLE_RECORDS, check_text, choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.columns import extractor, find_columns
 from sae_granary.harvest.text.document import Record, Scalar
 from sae_granary.harvest.text.shuffle import shuffle_name
 from sae_granary.models.online import OFFLINE_HINT, online
@@ -31,11 +30,13 @@ class HubSource:
         self._config = config = replace(config, split=config.split or DEFAULT_SPLIT)
         self._say = say
         self.revision = _resolve_revision(config)
-        sample = list(islice(retrying(self._open, 0, RETRY_SECONDS, say), SAMPLE_RECORDS))
-        if not sample:
-            raise SourceError(f"data set {config.dataset}, split {config.split}: no records")
-        self.columns = choose_columns(column_kinds(sample), config.text_columns, f"data set {config.dataset}")
-        check_text(sample, self.columns, f"data set {config.dataset}")
+        where = f"data set {config.dataset}"
+        if next(self._sample(), None) is None:
+            raise SourceError(f"{where}, split {config.split}: no records")
+        self.columns = find_columns(self._sample, config.text_columns, where)
+
+    def _sample(self) -> Iterator[Mapping[str, Any]]:
+        return retrying(self._open, 0, RETRY_SECONDS, self._say)
 
     @property
     def name(self) -> str:

@@ -7,9 +7,12 @@ hold a record per document. All of them may be compressed with gzip or zstd.
 from __future__ import annotations
 
 import csv
+import functools
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -20,8 +23,8 @@ from sae_granary.common.errors import one_line
 from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
-from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, check_text, choose_columns, column_kinds, extractor
-from sae_granary.harvest.text.document import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES, Record, Scalar
+from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, column_kinds, extractor, find_columns
+from sae_granary.harvest.text.document import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES, Record, Scalar, Unfit
 from sae_granary.harvest.text.folder import find_files
 from sae_granary.harvest.text.formats import (
     COMPRESSED,
@@ -63,7 +66,7 @@ class FileSource:
     @property
     def name(self) -> str:
         """The path as it was given."""
-        return self._config.dataset
+        return _printable(self._config.dataset)
 
     @cached_property
     def identity(self) -> Mapping[str, Scalar]:
@@ -89,21 +92,22 @@ class FileSource:
         return sum(path.stat().st_size for path in self._files)
 
     def _file_records(self, path: Path) -> Iterator[Record]:
-        try:
+        with _reading(path):
             yield from self._read(path)
-            if _version(path) != self._versions[path]:
-                raise SourceStoppedError(f"{path} was changed since the harvest began; harvest it when it is finished")
-        except _READ_ERRORS as error:
-            raise SourceStoppedError(f"{path} cannot be read: {one_line(error)}; mend or remove it") from error
+        if _version(path) != self._versions[path]:
+            raise SourceStoppedError(f"{path} was changed since the harvest began; harvest it when it is finished")
 
     def _read(self, path: Path) -> Iterator[Record]:
-        name = path.relative_to(self._root).as_posix()
+        name = _printable(path.relative_to(self._root).as_posix())
         if kind_of(path) in PLAIN:
             mode = "file" if self._config.documents == "auto" else self._config.documents
-            yield from plain_records(path, name, mode)
+            for record in plain_records(path, name, mode):
+                if mode == "file" and record.value is Unfit.TOO_LARGE:
+                    self._say(f"skipped: {name} is too large for one document; use --documents line or paragraph")
+                yield record
             return
         extract = extractor(self.columns)
-        for number, row in enumerate(table_rows(path)):
+        for number, row in enumerate(table_rows(path, self.columns)):
             yield Record(extract(row.item), name, number, row.repaired, row.n_bytes)
 
     def _choose_columns(self) -> tuple[str, ...]:
@@ -112,25 +116,40 @@ class FileSource:
         columns: tuple[str, ...] = ()
         first = None
         for path in tables:
-            if not (sample := _sample(path)):
-                continue
-            kinds = column_kinds(sample)
-            if not kinds:
-                raise SourceError(f"{path}: none of its first {len(sample):,} records is a JSON object with columns")
-            if first is None:
-                first = path
-                columns = choose_columns(kinds, self._config.text_columns, str(path))
-                if kind_of(path) in (".csv", ".tsv") and not self._config.text_columns:
-                    _refuse_text_as_header(path, list(kinds))
-                check_text(sample, columns, str(path))
-            elif not set(columns) & set(kinds):
-                raise SourceError(
-                    f"{path} has no column {columns[0]!r}, the text of {first}; its columns are {', '.join(kinds)}: "
-                    "harvest it on its own, or move it out of the folder"
-                )
+            with _reading(path):
+                sample = list(islice(_items(path), SAMPLE_RECORDS))
+                kinds = column_kinds(sample)
+                if sample and first is None:
+                    first = path
+                    if kind_of(path) in (".csv", ".tsv") and not self._config.text_columns:
+                        _refuse_text_as_header(path, list(kinds))
+                    columns = find_columns(functools.partial(_items, path), self._config.text_columns, str(path))
+                elif sample and not set(columns) & set(kinds):
+                    raise SourceError(
+                        f"{path} has no column {columns[0]!r}, the text of {first}; its columns are "
+                        f"{', '.join(kinds) or 'none'}: harvest it on its own, or move it out of the folder"
+                    )
         if tables and first is None and len(tables) == len(self._files):
             raise SourceError(f"{self._config.dataset} holds no records: give a file with text")
         return columns
+
+
+def _items(path: Path) -> Iterator[Item]:
+    return (row.item for row in table_rows(path))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Inside, a file that cannot be read is an error of the source. What was committed before stays."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        problem, remedy = one_line(error), "mend or remove it"
+        if "too much memory" in problem:  # zstd's window
+            remedy = f"decompress it first: zstd -d --long=31 {shlex.quote(str(path))}"
+        raise SourceStoppedError(f"{path} cannot be read: {problem}; {remedy}") from error
+    except MemoryError as error:
+        raise SourceStoppedError(f"{path} needs more memory than there is; split it, or remove it") from error
 
 
 def _refuse_text_as_header(path: Path, columns: list[str]) -> None:
@@ -143,11 +162,9 @@ def _refuse_text_as_header(path: Path, columns: list[str]) -> None:
         )
 
 
-def _sample(path: Path) -> list[Item]:
-    try:
-        return [row.item for row in islice(table_rows(path), SAMPLE_RECORDS)]
-    except _READ_ERRORS as error:
-        raise SourceError(f"{path} cannot be read: {one_line(error)}") from error
+def _printable(name: str) -> str:
+    """A file name with its bytes that are no UTF-8 written as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -30,14 +30,17 @@ class Row(NamedTuple):
     repaired: bool = False  # bytes that are no UTF-8 were replaced
 
 
-def table_rows(path: Path) -> Iterator[Row]:
-    """The records of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file. Raises SourceError."""
+def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The records of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file. Raises SourceError.
+
+    Of the last two only `columns` are read, if any are named.
+    """
     kind = kind_of(path)
     with open_binary(path) as stream:
         if kind == ".parquet":
-            yield from _parquet_rows(stream, path)
+            yield from _parquet_rows(stream, path, columns)
         elif kind == ".arrow":
-            yield from _arrow_rows(stream, path)
+            yield from _arrow_rows(stream, path, columns)
         elif kind in (".csv", ".tsv"):
             with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
                 yield from _csv_rows(_TextLines(lines, path), path, tabs=kind == ".tsv")
@@ -157,7 +160,13 @@ def read_whole(stream: IO[bytes], path: Path, remedy: str) -> bytes:
     return data
 
 
-def _parquet_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
+def _of_schema(names: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
+    """The columns of a file that hold the wanted ones (`data` for `data.text`); None for all."""
+    found = [name for name in names if any(name == want or want.startswith(f"{name}.") for want in wanted)]
+    return found or None
+
+
+def _parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -168,11 +177,12 @@ def _parquet_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         raise SourceError(f"{path} is no parquet file: {error}") from error
     n_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+    wanted = _of_schema(file.schema_arrow.names, columns)
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
         yield from (Row(item, n_bytes) for item in batch.to_pylist())
 
 
-def _arrow_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
+def _arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """As `Dataset.save_to_disk` writes it (an IPC stream), or an IPC file."""
     import pyarrow
 
@@ -184,6 +194,7 @@ def _arrow_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
         except pyarrow.ArrowInvalid as error:
             raise SourceError(f"{path} is no Arrow file: {error}") from error
         for batch in _arrow_batches(source):
+            batch = batch.select(_of_schema(batch.schema.names, columns) or batch.schema.names)
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for item in batch.slice(start, _BATCH_ROWS).to_pylist():
                     yield Row(item, path.stat().st_size / n_rows)

@@ -79,6 +79,16 @@ def test_replaced_bytes_of_tables_are_counted(tmp_path: Path) -> None:
     assert [(r.value, r.repaired) for r in found] == [("caf\ufffd", True), ("tea", False)]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_with_its_mark_is_read(tmp_path: Path, encoding: str) -> None:
+    """As Excel writes "Unicode text" and PowerShell its output."""
+    mark = "\ufeff"
+    assert values(tmp_path / "a.txt", f"{mark}käse\n".encode(encoding)) == ["käse\n"]
+    assert values(tmp_path / "a.csv", f"{mark}id;text\r\n1;käse\r\n".encode(encoding)) == ["käse"]
+    (tmp_path / "b.txt").write_bytes(f"{mark}a".encode(encoding) + b"\xd8\xd8\xd8\xd8\0")
+    assert to_document(0, *FileSource(TextConfig(str(tmp_path / "b.txt"))).records(0), join_chat).skipped == "binary"
+
+
 NESTED = [
     {"id": 1, "data": {"text": "one", "tags": ["a", "b"]}, "parts": ["first", None, "second"]},
     {"id": 2, "data": None, "parts": []},

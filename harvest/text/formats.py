@@ -5,6 +5,7 @@ Nothing is read whole except a plain file that is one document, and a .json file
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Record, Unfit
 PLAIN = (".txt", ".md", ".text")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
+MAX_WHOLE_BYTES = 1 << 30  # of a file that is read whole, unpacked
 
 
 def plain_records(path: Path, name: str, mode: str) -> Iterator[Record]:
@@ -68,7 +70,19 @@ def bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes | Unfit, int]]:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file for reading, decompressed by its suffix."""
+    """A file for reading, decompressed by its suffix, and as UTF-8 where it begins with the mark of UTF-16."""
+    stream = _open_bytes(path)
+    if stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return stream
+    with stream:
+        data = stream.read(MAX_WHOLE_BYTES)
+    try:
+        return io.BytesIO(data.decode("utf-16").encode())
+    except UnicodeDecodeError:  # no text, or too long
+        return _open_bytes(path)
+
+
+def _open_bytes(path: Path) -> io.BufferedReader:
     if path.suffix.lower() not in COMPRESSED:
         return path.open("rb")
     import pyarrow

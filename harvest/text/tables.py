@@ -15,9 +15,8 @@ from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.errors import SourceError
 from sae_granary.harvest.text.columns import Item
 from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Unfit
-from sae_granary.harvest.text.formats import bounded_lines, decode, json_object, kind_of, open_binary
+from sae_granary.harvest.text.formats import MAX_WHOLE_BYTES, bounded_lines, decode, json_object, kind_of, open_binary
 
-MAX_WHOLE_BYTES = 1 << 30  # of a file that is read whole, unpacked
 _BATCH_ROWS = 1024  # parquet rows read at a time
 _DELIMITERS = (",", ";", "\t", "|")  # of a .csv; the first of those that divide its header most often
 

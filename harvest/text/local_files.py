@@ -1,7 +1,7 @@
 """Text from local files and folders.
 
-A .txt or .md file is one document (or one per line or paragraph with `--documents`); .jsonl, .json, .csv, .tsv, .parquet
-and .arrow hold a record per document. All of them may be compressed with gzip or zstd.
+A .txt or .md file is one document (or one per line or paragraph with `--documents`); .jsonl, .json, .csv, .tsv,
+.parquet and .arrow hold a record per document. All of them may be compressed with gzip or zstd.
 """
 
 from __future__ import annotations

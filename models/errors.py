@@ -11,8 +11,9 @@ Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`.
 
 from sae_granary.common.errors import GranaryError
 
-# What transformers and sentence-transformers raise for files that are missing, damaged or of another kind.
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+# What transformers, tokenizers, safetensors and torch raise for files that are missing, damaged or of another kind: all
+# sorts, of which some have no other base. Caught around their calls only.
+LOAD_ERRORS = (Exception,)
 
 
 class ModelError(GranaryError):

@@ -113,7 +113,11 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
 
     try:
         model, info = AutoModel.from_pretrained(
-            located.source, dtype=getattr(torch, compute_dtype), output_loading_info=True, **located.hub_kwargs
+            located.source,
+            dtype=getattr(torch, compute_dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **located.hub_kwargs,
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error

@@ -107,7 +107,7 @@ def weight_files(located: Located) -> list[Path]:
     """The weight files of a local model, sorted; safetensors before pickles, as transformers prefers them."""
     folder = Path(located.source) / located.subfolder
     for pattern in WEIGHT_PATTERNS:
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return files
     return []
 
@@ -219,5 +219,5 @@ def read_json(path: Path, located: Located) -> Any:
     """A JSON file of the model. Raises ModelError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{located.name}: {path.name} is not JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{located.name}: {path.name} is not JSON ({one_line(error)})") from error

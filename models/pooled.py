@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from sae_granary.common.errors import one_line
 from sae_granary.models.errors import LOAD_ERRORS, MemoryLimitError, ModelError
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
-from sae_granary.models.locate import Located
+from sae_granary.models.locate import Located, read_json
 from sae_granary.models.tokens.contexts import Buffer, IntArray, WindowRules
 
 if TYPE_CHECKING:
@@ -43,7 +42,9 @@ def _width(located: Located) -> int:
         config_file = Path(located.source) / module["path"] / "config.json"
         if not module["path"] or not config_file.is_file():
             continue
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_json(config_file, located)
+        if not isinstance(config, dict):
+            raise ModelError(f"{located.name}: {module['path']}/config.json is not a JSON object")
         if module["type"].endswith("Pooling"):
             modes = sum(bool(value) for name, value in config.items() if name.startswith("pooling_mode_"))
             if "pooling_mode" in config:  # the newer spelling: a name or a list of names

@@ -138,13 +138,17 @@ def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, de
 def _with_head(located: Located, kind: Any, dtype: str) -> nn.Module:
     try:
         model, info = kind.from_pretrained(
-            located.source, dtype=getattr(torch, dtype), output_loading_info=True, **located.hub_kwargs
+            located.source,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **located.hub_kwargs,
         )
     except LOAD_ERRORS as error:
         raise SpliceError(
             f"{located.source} has no language-model head that can be loaded: {one_line(error)}"
         ) from None
-    missing = [str(key) for name in ("missing_keys", "mismatched_keys") for key in sorted(info.get(name) or ())]
+    missing = [*sorted(info.get("missing_keys") or ()), *sorted(key for key, *_ in info.get("mismatched_keys") or ())]
     missing = [key for key in missing if not key.startswith(_UNUSED)]
     if missing:
         raise SpliceError(

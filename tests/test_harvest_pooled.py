@@ -1,5 +1,6 @@
 """`--unit text` equals SentenceTransformer.encode; token level of the same folder equals its inner transformer."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from harvest_kit import build_model, row_errors, texts
 
 from sae_granary import open_cache
+from sae_granary.cache.errors import CacheError
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import prepare
@@ -70,6 +72,11 @@ def test_other_pooling_stacks_are_followed(corpus: Path, tmp_path: Path, dense: 
     harvest_activations(config, quiet=True)
     got = open_cache(tmp_path / "out")
     assert row_errors(got.hook()[0 : got.n_rows], model.encode(DOCS, convert_to_numpy=True)).max() < 1e-5
+    assert harvest_activations(config, quiet=True).already_complete
+    file = tmp_path / "stack/1_Pooling/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pooling_mode": "mean"}))
+    with pytest.raises(CacheError, match="model_config_xxh3"):  # other embeddings
+        harvest_activations(config, quiet=True)
 
 
 def test_token_level_of_the_demo_model_is_its_transformer(minilm: Any, corpus: Path, tmp_path: Path) -> None:

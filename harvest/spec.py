@@ -54,11 +54,12 @@ def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
     """What determines the contents, flat. The extent (`--max-tokens`, `--max-docs`) does not belong to it."""
     model, located = _model_record(prepared), prepared.located
     weights = weights_hash(located) if located.is_local else None
+    configs = config_hash(located)
     return {
         "model": model["id"],
         "model_revision": model["revision"],
         "weights_xxh3": weights,
-        **({"model_config_xxh3": config_hash(located)} if located.is_local else {}),  # else the revision tells
+        **({"model_config_xxh3": configs} if configs is not None else {}),  # else the revision tells
         "tokenizer_xxh3": tokenizer_hash(prepared.tokenizer) if prepared.tokenizer is not None else None,
         "unit": prepared.unit,
         "hook_points": ", ".join(hook.name for hook in prepared.hooks),

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from sae_granary.models.locate import Located
+from sae_granary.models.locate import Located, commit_of, file_of
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".vocab", ".bpe", ".spm", ".merges", ".tiktoken", ".py")
 _PAPERS = {"license", "notice", "readme", "requirements", "trainer_state", "all_results", "train_results"}
 
 
-def config_hash(located: Located) -> str:
-    """xxh3-128 over the names and bytes of these files of a local model."""
-    root, digest = Path(located.source), xxhash.xxh3_128()
-    for path in sorted(_config_files(located), key=lambda path: path.relative_to(root).as_posix()):
+def config_hash(located: Located) -> str | None:
+    """xxh3-128 over the names and bytes of these files of a local model, and the commits of code from elsewhere.
+
+    None for a hub model of which all files have its own revision.
+    """
+    code = _code_elsewhere(located)
+    if not located.is_local and not code:
+        return None
+    digest = xxhash.xxh3_128("\0".join(code).encode())
+    root = Path(located.source)
+    files = _config_files(located) if located.is_local else set()
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         data = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def _code_elsewhere(located: Located) -> list[str]:
+    """`repository--module@commit` of the code that the configuration names in other repositories."""
+    named = (getattr(located.config, "auto_map", None) or {}) if located.trust_remote_code else {}
+    parts = [part for value in named.values() for part in (value if isinstance(value, list | tuple) else [value])]
+    found = []
+    for module in sorted({str(part).rpartition(".")[0] for part in parts if "--" in str(part)}):
+        repository, _, name = module.partition("--")
+        if repository != located.source:
+            file = file_of(replace(located, source=repository, revision=None), f"{name}.py")
+            found.append(f"{module}@{None if file is None else commit_of(file)}")
+    return found
 
 
 def _config_files(located: Located) -> set[Path]:

@@ -212,7 +212,12 @@ def file_of(located: Located, name: str) -> Path | None:
 def _commit(located: Located) -> str | None:
     """The commit that a hub model's files come from: the folder of its snapshot in the local cache."""
     found = None if located.is_local else file_of(located, f"{located.subfolder}/config.json".lstrip("/"))
-    return next((part for part in found.parts if _COMMIT.fullmatch(part)), None) if found is not None else None
+    return None if found is None else commit_of(found)
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of a file in the local cache of the hub."""
+    return next((part for part in file.parts if _COMMIT.fullmatch(part)), None)
 
 
 def read_json(path: Path, located: Located) -> Any:

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +112,44 @@ def test_every_configuration_file_of_a_model_is_hashed(tmp_path: Path) -> None:
     for name in OTHERS:
         (tmp_path / name).write_text('{"edited": 1}')
     assert config_hash(located) in seen
+
+
+CONFIG_CODE = """from transformers import PretrainedConfig
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+"""
+HASH = """
+import sys
+from sae_granary.models.config import ModelConfig
+from sae_granary.models.config_files import config_hash
+from sae_granary.models.locate import locate
+print(config_hash(locate(ModelConfig(sys.argv[1], trust_remote_code=True))))
+"""
+
+
+@pytest.mark.slow
+def test_the_commit_of_code_in_another_repository_counts(tmp_path: Path) -> None:
+    model, hub = tmp_path / "model", tmp_path / "home/hub/models--other--code"
+    model.mkdir()
+    auto_map = {"AutoConfig": "other/code--configuration_own.OwnConfig"}
+    (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (hub / "refs").mkdir(parents=True)
+    found = []
+    for commit in ("a" * 40, "b" * 40, "a" * 40):
+        (hub / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        (hub / "snapshots" / commit / "configuration_own.py").write_text(CONFIG_CODE)
+        (hub / "refs/main").write_text(commit)
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", HASH, str(model)]
+        found.append(
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        )
+    assert len(found[0]) == 32
+    assert (found[0] == found[2], found[0] != found[1]) == (True, True)
 
 
 def test_a_cache_of_before_is_already_complete(config: HarvestConfig) -> None:

@@ -45,7 +45,7 @@ def test_what_is_left_out_is_listed_with_the_reason(tmp_path: Path) -> None:
     found, said = read(tmp_path)
     assert found == [("a.txt", "a")]
     for words in (
-        "reading 1 files", "1.pdf, 2.pdf, 3.pdf and 1 more (unknown ending .pdf)", "Makefile (no ending)",
+        "reading 1 of the files in", "1.pdf, 2.pdf, 3.pdf and 1 more (unknown ending .pdf)", "Makefile (no ending)",
         ".git (hidden)", "README.md (about the data)", "old (an activation cache)", "pipe.txt (no regular file)",
     ):  # fmt: skip
         assert words in said

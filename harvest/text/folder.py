@@ -75,7 +75,7 @@ def find_files(path: Path, split: str | None, say: Callable[[str], None]) -> lis
     if not folder.files:
         raise SourceError(f"the folder {path} holds no {known_suffixes()} files{left_out}")
     if left_out:
-        say(f"reading {len(folder.files):,} files of {path}{left_out}")
+        say(f"reading {len(folder.files):,} of the files in {path}{left_out}")
     return sorted(folder.files, key=folder.name)
 
 

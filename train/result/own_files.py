@@ -46,12 +46,12 @@ def save_and_check(sae: SAE, folder: Path, metadata: Mapping[str, Any], rows: Ro
     """Write the inference form of a trained SAE, durably, if what `sae_core.load` makes of it is the same SAE.
 
     `rows` is a batch of raw rows (N, D) of each hook point, on the device of the SAE.
-    Raises FilesDifferError; nothing stays in the folder then.
+    Raises FilesDifferError. After it, or any other exception, none of the files is left in the folder.
     """
     paths = sae_core.save(sae, folder, metadata)
     try:
         _check(sae, folder, rows)
-    except FilesDifferError:
+    except BaseException:  # files that nobody checked must not look like a result
         for path in paths:
             path.unlink()
         raise

@@ -89,8 +89,11 @@ def verify(
     with expected_errors(debug):
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
+        from sae_granary.cache.read.arrays import truncated_shards
         from sae_granary.common.quantities import byte_size
+        from sae_granary.common.signals import explain_bus_errors
 
+        explain_bus_errors(truncated_shards)
         load_manifest(path)  # no cache at all is an error, not a finding
         report = _with_progress(path, quick)
         if as_json:

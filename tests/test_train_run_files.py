@@ -110,7 +110,7 @@ def test_runs_of_before_there_were_checksums_resume(stopped, whole_and_stopped) 
         (STATE, {"tokens": 1.5}, "tokens is 1.5, expected int"),
         (STATE, {"loader": {"epoch": -1}}, "epoch is -1, expected an integer from 0"),
         (STATE, {"identity": {"cache": {}}}, "order is None, expected dict"),
-        (STATE, {"files": {}}, "does not list density.safetensors"),
+        (STATE, {"files": {}}, "does not list sae/sae.json"),
         (STATE, {"score": "low"}, "score is 'low', expected int"),
         (STATE, {"extra": [[[[]]]]}, "extra is [[[[]]]], expected dict"),
     ],

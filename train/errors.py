@@ -6,14 +6,18 @@ TrainError(GranaryError)
 ├── CheckpointError(TrainError, ValueError)    a checkpoint is damaged or belongs to something else
 ├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
 ├── FilesDifferError(TrainError, ValueError)   the files of a finished run give another SAE than was trained
+├── ShortageError(TrainError, OSError)         the disk is full, or no more files may be opened
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sae_granary.common.errors import GranaryError
+from sae_granary.common.files import shortage
 from sae_granary.common.signals import StopRequest
 
 
@@ -39,6 +43,21 @@ class DivergedError(TrainError, ArithmeticError):
 
 class FilesDifferError(TrainError, ValueError):
     """The files of a finished run give another reconstruction than the SAE that was trained; checkpoints are kept."""
+
+
+class ShortageError(TrainError, OSError):
+    """The disk is full, or no more files may be opened; what was saved stays valid."""
+
+
+@contextmanager
+def shortage_is_clear(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Tell a full disk and a limit of open files with the folder, what is needed at most, and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TrainError) or (text := shortage(error, folder, needed_bytes)) is None:
+            raise
+        raise ShortageError(f"{text}; fix this, then run: sae-train resume {folder}") from error
 
 
 class InterruptedRunError(TrainError):

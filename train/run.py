@@ -17,10 +17,10 @@ from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError, RunExistsError
+from sae_granary.train.errors import ConfigError, RunExistsError, shortage_is_clear
 from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
 from sae_granary.train.lockstep import train_together
-from sae_granary.train.memory.capacity import check_capacity
+from sae_granary.train.memory.capacity import check_capacity, needed_disk
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.sinks.registry import open_sinks
 from sae_granary.train.sinks.sink import Sink, Sinks
@@ -121,6 +121,7 @@ def _train(
 ) -> Result:
     """Train one run from where it is to its result."""
     with ExitStack() as stack:
+        stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))
         stack.enter_context(exclusive(folder))
 
         def make_sinks(wandb_id: str) -> Sinks:

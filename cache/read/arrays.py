@@ -10,10 +10,23 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from sae_granary.cache.errors import CorruptCacheError, MissingFileError
+from sae_granary.cache.errors import CacheError, CorruptCacheError, MissingFileError
 from sae_granary.cache.format.layout import ArrayLayout
 from sae_granary.cache.format.storage import Array
-from sae_granary.common.files import NO_FOLLOW, PLAIN
+from sae_granary.common.files import NO_FOLLOW, PLAIN, shortage
+
+_MAPPED: dict[Path, int] = {}  # bytes of every shard that this process has mapped
+
+
+def truncated_shards() -> str:
+    """What to say when a mapped file has no byte where one is read: the shards that have another size by now."""
+    found = {path: path.stat().st_size if path.exists() else 0 for path in _MAPPED}
+    lines = [
+        f"error: {path} was truncated while it was read: {size:,} bytes are left of {_MAPPED[path]:,}; restore it"
+        for path, size in found.items()
+        if size != _MAPPED[path]
+    ]
+    return "\n".join(lines[:3] or ["error: a file that is read through memory was truncated, or its disk fails"])
 
 
 class RowArray:
@@ -120,12 +133,15 @@ class HookRows(RowArray):
 
 def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:
     try:
-        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | PLAIN)
+        with os.fdopen(os.open(path, os.O_RDONLY | NO_FOLLOW | PLAIN), "rb") as file:
+            n_bytes = layout.shard_bytes(n_rows)
+            if os.fstat(file.fileno()).st_size != n_bytes:  # a map past the end would be a SIGBUS
+                raise CorruptCacheError(f"{path} has changed its size since the cache was opened")
+            _MAPPED[path] = n_bytes
+            return np.memmap(file, dtype=layout.storage.numpy, mode="r", shape=layout.shape(n_rows))
     except FileNotFoundError:
         raise MissingFileError(f"{path} has gone since the cache was opened") from None
     except OSError as error:
+        if text := shortage(error, path):
+            raise CacheError(text) from None
         raise CorruptCacheError(f"{path} cannot be opened: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        if os.fstat(fd).st_size != layout.shard_bytes(n_rows):  # a map past the end would be a SIGBUS
-            raise CorruptCacheError(f"{path} has changed its size since the cache was opened")
-        return np.memmap(file, dtype=layout.storage.numpy, mode="r", shape=layout.shape(n_rows))

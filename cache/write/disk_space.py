@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sae_granary.cache.errors import DiskFullError
-from sae_granary.common.files import free_bytes
-
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+from sae_granary.common.files import NO_SPACE, free_bytes
 
 
 @contextmanager
@@ -21,6 +18,6 @@ def no_space_is_clear(path: Path, needed_bytes: int | None = None) -> Iterator[N
     except DiskFullError:
         raise
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         raise DiskFullError(path, needed_bytes, free_bytes(path)) from error

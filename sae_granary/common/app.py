@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from sae_granary.common.errors import GranaryError, one_line, printable
+from sae_granary.common.files import shortage
+from sae_granary.common.process import allow_open_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +54,7 @@ _Version = Annotated[bool, typer.Option("--version", help="Print the version.", 
 
 def _options(version: _Version = False) -> None:
     """The options of an app before its commands."""
+    allow_open_files()
 
 
 def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -108,6 +113,8 @@ def _system_problem(error: OSError) -> str:
     """What failed, and on which file."""
     if error.filename is None or not error.strerror:
         return one_line(error)
+    if text := shortage(error, Path(os.fsdecode(error.filename))):
+        return text
     return f"{error.filename}: {error.strerror}"
 
 

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from sae_granary.common.quantities import byte_size
+
 TEMP_PREFIX = ".tmp-"
 
 # Flags that some systems lack or need: a file that is no link, bytes as they are, closed in child processes.
@@ -22,6 +24,7 @@ PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its writer
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
 
+NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
 _NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF}
@@ -158,6 +161,16 @@ def free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def shortage(error: OSError, path: Path, needed_bytes: int | None = None) -> str | None:
+    """What ran out while `path` was written or opened, with what is needed and free; None for any other error."""
+    if error.errno in NO_SPACE:
+        need = "" if needed_bytes is None else f"up to {byte_size(needed_bytes)} needed, "
+        return f"no space left for {path}: {need}{byte_size(free_bytes(path))} free"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"no file descriptor left for {error.filename or path}: raise the limit (ulimit -n)"
+    return None
 
 
 def hash_files(paths: Iterable[Path]) -> str:

@@ -12,16 +12,43 @@ commands) or neither has (two calls).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 DENORMAL = 1e-40
+MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows more
 
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system allows: one per mapped shard, one per SAE of a sweep."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not grant
+        if soft != resource.RLIM_INFINITY:
+            wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def open_files_left() -> int | None:
+    """How many more files this process may open; None where the system does not tell."""
+    try:
+        import resource
+
+        used = len(os.listdir("/proc/self/fd")) - 1  # the listing itself is one
+    except (ImportError, OSError):
+        return None
+    return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - used
 
 
 @contextmanager

@@ -6,12 +6,40 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
+from sae_granary.common.errors import printable
+
+_NEWLINE = "\n"
 _SHOW_CURSOR = b"\x1b[?25h"
+
+
+_kept: list[object] = []  # handlers that C code calls
+
+
+def explain_bus_errors(explain: Callable[[], str]) -> None:
+    """From now on print `explain()` on standard error before a bus error ends the process.
+
+    The system raises one where a mapped file was truncated, and Python's own handlers would never run: the faulting
+    instruction does not end. So this one is called from C, and dies by the signal as without it.
+    """
+    if not hasattr(signal, "SIGBUS"):
+        return
+    import ctypes
+
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+
+    def handle(signum: int) -> None:
+        set_handler(signum, None)  # the default
+        os.write(2, f"{printable(explain(), keep=_NEWLINE)}\n".encode())
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _kept.append(handler)
+    set_handler(int(signal.SIGBUS), ctypes.cast(handler, ctypes.c_void_p))
 
 
 class Interrupted(KeyboardInterrupt):

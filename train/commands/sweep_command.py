@@ -111,13 +111,15 @@ def resume_grid(folder: Path, quiet: bool) -> None:
 
 def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
+    from sae_granary.cache.read.arrays import truncated_shards
     from sae_granary.common.finished_run import read_summary
     from sae_granary.common.process import tuned_process
-    from sae_granary.common.signals import stop_on_signals
+    from sae_granary.common.signals import explain_bus_errors, stop_on_signals
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sweeps.reporter import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
+    explain_bus_errors(truncated_shards)
     with tuned_process(device), stop_on_signals(at_once=True) as stop:
         result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
     finished = [row for row in result.rows if row["status"] == "finished"]

@@ -51,11 +51,15 @@ class RunData:
         return cls(opened, resolved, known[key])
 
     @classmethod
-    def reopen(cls, config: TrainConfig, record: Mapping[str, Any]) -> RunData:
-        """Open the cache of a resolved config with the shards that were pinned when the run started."""
+    def reopen(cls, config: TrainConfig, record: Mapping[str, Any], opened: Cache | None = None) -> RunData:
+        """Open the cache of a resolved config with the shards that were pinned when the run started.
+
+        Runs of one record may share it (`opened`): each open cache holds a descriptor per shard that it maps.
+        """
         choose_device(config.device, ConfigError)
-        shards = [index for index, _ in record["order"]["shards"]]
-        opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
+        if opened is None:
+            shards = [index for index, _ in record["order"]["shards"]]
+            opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts.from_json(record["counts"]))
 
     def inputs(self, rows: Rows) -> Rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,12 @@ class JsonlSink(BaseSink):
         """Keep the lines up to the step that the run continues behind."""
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         files.write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def metrics(self, metrics: Metrics) -> None:
         """Append a line."""
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:  # not held: a sweep has many
+            file.write(json.dumps(dict(metrics)) + "\n")
 
     def flush(self) -> None:
         """To the disk, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        if hasattr(self, "_file"):
-            self._file.close()
+        files.sync_file(self.path)

@@ -42,6 +42,8 @@ from sae_granary.train.state.run_state import Run
 
 FORMAT_VERSION = 2  # since 2 state.json carries a checksum
 FOLDER, STATE = "checkpoints", "state.json"
+_PARTS = ("optimizer", "density", "ema", "rng", "sae/sae")
+_OWN_FILES = ("sae/sae.json", *(f"{part}.safetensors" for part in _PARTS))  # callbacks may add others
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -200,8 +202,7 @@ def _read_state(path: Path) -> _State:
             raise CheckpointError(f"{path}/{STATE} names a file outside of the checkpoint: {name!r}; {_remedy(path)}")
         if not (path / name).is_file() or hash_files([path / name]) != hashes.get(name, str):
             raise CheckpointError(f"{path / name} is missing or damaged; {_remedy(path)}")
-    tensors = {str(p.relative_to(path)) for p in path.rglob("*.safetensors")} | {"sae/sae.json"}
-    if unlisted := sorted(tensors - hashes.body.keys()):
+    if unlisted := [name for name in _OWN_FILES if (path / name).exists() and name not in hashes.body]:
         raise CheckpointError(f"{path}/{STATE} does not list {unlisted[0]}; {_remedy(path)}")
     return state
 

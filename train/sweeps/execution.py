@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
+from sae_granary.common.files import shortage
 from sae_granary.common.finished_run import is_complete
+from sae_granary.common.process import open_files_left
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import Rows
@@ -18,9 +21,10 @@ from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import DivergedError, InterruptedRunError
+from sae_granary.train.errors import DivergedError, InterruptedRunError, ShortageError, shortage_is_clear
 from sae_granary.train.folders import FAILURE, exclusive
 from sae_granary.train.lockstep import train_together
+from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.sinks.registry import open_sinks
 from sae_granary.train.sinks.sink import Sinks
@@ -28,6 +32,8 @@ from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.results import SweepResult, read_failure, sweep_rows, write_results
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, save_plan
 from sae_granary.train.trainer import Trainer
+
+OTHER_FILES = 32  # open beside one lock per SAE: shards, a checkpoint being written, the sinks
 
 # Makes the callbacks of one SAE from its resolved settings: they hold a state, so that no two SAEs can share them.
 MakeCallbacks = Callable[[TrainConfig], Sequence[AnyCallback]]
@@ -51,7 +57,8 @@ class SweepExecution:
     def execute(self, *, fresh: bool = False) -> SweepResult:
         """Train what has no result yet, then write the tables; a fresh plan is saved first."""
         try:
-            with exclusive(self.folder):
+            needed = sum(needed_disk(entry.config) for entry in self.plan.entries)
+            with shortage_is_clear(self.folder, needed), exclusive(self.folder):
                 if fresh:
                     save_plan(self.plan, self.folder)
                 for note in self.plan.notes:
@@ -79,19 +86,34 @@ class SweepExecution:
         if not left:
             return
         self.reporter.start(self.plan, group)
-        with ExitStack() as stack:
-            trainers = self._open(left, group, stack)
-            for trainer in train_together(trainers, self.stop, self._fail):
-                self.reporter.ended(trainer.folder.name, "complete")
-        del trainers
+        most = self._most_at_once(left)
+        for first in range(0, len(left), most):
+            with ExitStack() as stack:
+                trainers = self._open(left[first : first + most], group, stack)
+                for trainer in train_together(trainers, self.stop, self._fail):
+                    self.reporter.ended(trainer.folder.name, "complete")
+            del trainers
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next group may need larger blocks
 
+    def _most_at_once(self, left: Sequence[Entry]) -> int:
+        """How many SAEs may train together by the limit of open files. Raises ShortageError if not one."""
+        free = open_files_left()
+        if free is None:
+            return len(left)
+        most = free - OTHER_FILES
+        if most < 1:
+            needed = f"about {OTHER_FILES + len(left)} open files needed, {max(free, 0)} free"
+            raise ShortageError(f"{self.folder}: {needed}: raise the limit (ulimit -n), then run the same again")
+        if most < len(left):
+            self.reporter.message(f"{most} of {len(left)} SAEs train at once: the limit of open files (ulimit -n)")
+        return most
+
     def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Trainer]:
         """The runs of some entries, from their checkpoints or at their start."""
         trainers = []
-        sample = LastSample()
+        sample, opened = LastSample(), None
         for entry in sorted(entries, key=lambda e: e.config.hook):  # those that start from one sample in a row
             InterruptedRunError.raise_if(self.stop, 0, self.folder)
             folder = self.folder / entry.name
@@ -99,7 +121,8 @@ class SweepExecution:
                 folder.mkdir(exist_ok=True)
                 stack.enter_context(exclusive(folder))
                 (folder / FAILURE).unlink(missing_ok=True)
-                data = RunData.reopen(entry.config, group.record)
+                data = RunData.reopen(entry.config, group.record, opened)
+                opened = data.cache
                 sinks, callbacks = self._sinks(entry, folder, stack), self._callbacks(entry)
                 trainers.append(open_trainer(data, folder, sinks, sample, callbacks))
             except Exception as error:
@@ -122,9 +145,12 @@ class SweepExecution:
 
     def _report(self, folder: Path, error: Exception, step: int) -> None:
         """Leave a note of a failure that the others do not share."""
-        text = " ".join(str(error).split()) or repr(error)
+        entry = next(entry for entry in self.plan.entries if entry.name == folder.name)
+        short = shortage(error, folder, needed_disk(entry.config)) if isinstance(error, OSError) else None
+        text = short or " ".join(str(error).split()) or repr(error)
         failure = {"error": text, "type": type(error).__name__, "step": step}
-        write_signed(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
+        with contextlib.suppress(OSError):  # a full disk has no room for this either
+            write_signed(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
         self.reporter.ended(folder.name, f"failed: {text}")
 
 

@@ -42,6 +42,7 @@ from sae_granary.models.tokens.tokenizer import (
     text_tokenizer,
     window_rules,
 )
+from sae_granary.models.tokens.vocabulary import checked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,13 +153,18 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
         source=open_source(config.text, say),
         tokenizer=tokenizer,
         rules=rules,
-        tokenize=text_tokenizer(tokenizer, functools.partial(load_tokenizer, located), config.tokens.num_proc),
+        tokenize=_tokenize(config, located, tokenizer, say),
         render=chat_renderer(tokenizer),
         device=device,
         compute_dtype=compute_dtype,
         batch_tokens=max(batch_tokens, rules.ctx_len),
         flops_per_token=flops_per_token(base, hooks),
     )
+
+
+def _tokenize(config: HarvestConfig, located: Located, tokenizer: Any, say: Say) -> Tokenize:
+    load = functools.partial(load_tokenizer, located)
+    return checked(text_tokenizer(tokenizer, load, config.tokens.num_proc, located.prompt), tokenizer, located, say)
 
 
 def _rules(config: HarvestConfig, located: Located, base: nn.Module, tokenizer: Any) -> WindowRules:

@@ -17,13 +17,13 @@ from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
-from sae_granary.harvest.spec import cache_spec, not_recorded
+from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
 from sae_granary.models.load import load_base
 from sae_granary.models.locate import check_weights
-from sae_granary.models.pooled import TextModel, load_pooled, pooled_width
+from sae_granary.models.pooled import TextModel, load_pooled, longest_text, pooled_width
 
 
 def harvest_activations(
@@ -78,6 +78,7 @@ def harvest_activations(
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 model = model or load(prepared, say)[1]
                 stop.defer()
+                prepared = as_begun(prepared, writer.manifest.provenance)
                 return Pipeline(prepared, model, writer, progress, log, stop.check).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
@@ -92,9 +93,8 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
     if prepared.unit == "text":
         pooled = load_pooled(located, prepared.compute_dtype, device)
         hooks: tuple[Hook, ...] = (replace(prepared.hooks[0], d_in=pooled_width(pooled)),)
-        max_len = int(pooled.max_seq_length or 512)
         model: Model = TextModel(
-            pooled, hooks[0].d_in, device, batch_tokens=prepared.batch_tokens, max_len=max_len, say=say
+            pooled, hooks[0].d_in, device, batch_tokens=prepared.batch_tokens, max_len=longest_text(pooled), say=say
         )
     else:
         base = load_base(located, prepared.compute_dtype, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from sae_granary.harvest.prepare import Prepared
 from sae_granary.models.config_files import config_hash
 from sae_granary.models.load import model_record
 from sae_granary.models.locate import weights_hash
-from sae_granary.models.tokens.tokenizer import tokenizer_hash, vocabulary
+from sae_granary.models.tokens.tokenizer import tokenizer_hash
+from sae_granary.models.tokens.vocabulary import vocabulary
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
 
@@ -74,6 +76,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
         "buffer_tokens": prepared.buffer_tokens,
         "rows_per_shard": prepared.rows_per_shard,
         **_compiled(prepared),  # it rounds differently
+        **_prompted(prepared),
         **prepared.source.identity,
     }
 
@@ -88,6 +91,7 @@ def provenance(prepared: Prepared, fingerprint: Mapping[str, Any]) -> dict[str, 
             "class": type(prepared.tokenizer).__name__ if prepared.tokenizer is not None else None,
             "xxh3": fingerprint["tokenizer_xxh3"],
             "special_ids": sorted(prepared.rules.special_ids),
+            "control_ids": sorted(prepared.rules.control_ids),
         },
         "dataset": {"name": prepared.source.name, **prepared.source.identity},
         "windows": {
@@ -97,6 +101,7 @@ def provenance(prepared: Prepared, fingerprint: Mapping[str, Any]) -> dict[str, 
             "prefix": list(prepared.rules.prefix),
             "suffix": list(prepared.rules.suffix),
             "separator": prepared.rules.separator,
+            **_prompted(prepared),
         },
         "compute": {
             "dtype": prepared.compute_dtype,
@@ -109,6 +114,13 @@ def provenance(prepared: Prepared, fingerprint: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def as_begun(prepared: Prepared, provenance: Mapping[str, Any]) -> Prepared:
+    """With the flags of the cache that is continued: one begun before FLAG_CONTROL records no control tokens."""
+    if "control_ids" in (provenance.get("tokenizer") or {}):
+        return prepared
+    return replace(prepared, rules=replace(prepared.rules, control_ids=frozenset()))
+
+
 def _model_record(prepared: Prepared) -> dict[str, Any]:
     """What provenance tells about the model."""
     return model_record(prepared.located, prepared.model_class, prepared.n_layers)
@@ -117,3 +129,9 @@ def _model_record(prepared: Prepared) -> dict[str, Any]:
 def _compiled(prepared: Prepared) -> dict[str, bool]:
     """An entry only where it was asked for: without it a cache says what it said before there was `--compile`."""
     return {"compile": True} if prepared.config.model.compile else {}
+
+
+def _prompted(prepared: Prepared) -> dict[str, str]:
+    """The prompt in front of every text, where the model has one; `encode` of --unit text adds it by itself."""
+    prompt = prepared.located.prompt
+    return {"prompt": prompt} if prompt and prepared.unit == "token" else {}

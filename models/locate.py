@@ -15,6 +15,7 @@ from sae_granary.models.config import ModelConfig
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.online import OFFLINE_HINT, online
+from sae_granary.models.sentence import SENTENCE_CONFIGS, sentence_settings
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 SENTENCE_TRANSFORMER = "sentence-transformer"
@@ -31,7 +32,10 @@ class Located:
     source: str  # local folder or hub id, for from_pretrained
     kind: str = TRANSFORMER
     modules: tuple[dict[str, Any], ...] = ()  # of a Sentence-Transformer: modules.json
-    max_seq_length: int | None = None  # of a Sentence-Transformer
+    max_seq_length: int | None = None  # of a Sentence-Transformer, as the following three
+    do_lower_case: bool = False  # before the tokenizer's own rules
+    prompt: str = ""  # in front of every text: its default prompt
+    truncate_dim: int | None = None  # of the pooled embedding
     revision: str | None = None  # resolved commit of a hub model
     trust_remote_code: bool = False
     local_only: bool = False
@@ -155,10 +159,16 @@ def _sentence_transformer(located: Located) -> Located:
     modules = tuple({"type": str(item["type"]), "path": str(item.get("path", ""))} for item in modules)
     subfolder = modules[0]["path"] if modules else ""
     located = replace(located, kind=SENTENCE_TRANSFORMER, modules=modules, subfolder=subfolder)
-    settings_file = file_of(located, f"{subfolder}/sentence_bert_config.json".lstrip("/"))
-    settings = read_json(settings_file, located) if settings_file is not None else {}
-    limit = settings.get("max_seq_length") if isinstance(settings, dict) else None
-    return replace(located, max_seq_length=int(limit) if limit else None)
+    names = (f"{subfolder}/{name}".lstrip("/") for name in SENTENCE_CONFIGS)
+    settings = next((found for name in names if (found := _settings(located, name))), {})
+    defaults = _settings(located, "config_sentence_transformers.json")
+    return replace(located, **sentence_settings(located.name, settings, defaults))
+
+
+def _settings(located: Located, name: str) -> dict[str, Any]:
+    path = file_of(located, name)
+    found = read_json(path, located) if path is not None else None
+    return found if isinstance(found, dict) else {}
 
 
 def inner_transformer(located: Located) -> None:

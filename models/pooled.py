@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HOOK_NAME = "sentence_embedding"
 BUFFER_TEXTS = 2048
 TEXT_RULES = WindowRules(ctx_len=1)  # a text is one row: a window of one pretended token
+_DEFAULT_LENGTH, _NO_LIMIT = 512, 10**7  # where the model tells none; where it is infinite
 _CHARS_PER_TOKEN = 3  # low for English, so that a batch is rather too small than too large
 
 
@@ -54,7 +55,7 @@ def _width(located: Located) -> int:
             width = int(config.get("out_features", 0))
         elif not module["type"].endswith(("Normalize", "Dropout", "LayerNorm")):
             return 0
-    return width
+    return min(width, located.truncate_dim or width)
 
 
 class TextModel:
@@ -124,7 +125,16 @@ def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
         model = SentenceTransformer(located.source, model_kwargs={"dtype": getattr(torch, compute_dtype)}, **kwargs)
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded as a Sentence-Transformer: {one_line(error)}") from error
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "pad_token", "") is None:  # any will do: it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return model.eval()
+
+
+def longest_text(model: Any) -> int:
+    """Most tokens of a text that a loaded Sentence-Transformer looks at, for the size of batches."""
+    limit = getattr(model, "max_seq_length", None)
+    return int(min(limit, _NO_LIMIT)) if limit else _DEFAULT_LENGTH
 
 
 def pooled_width(model: Any) -> int:

@@ -107,6 +107,7 @@ EFFECTS = {
     "early_stop": Effect(1, "summary", {"eval_every": 1, "lr": 1e-30, "type": "topk"}),
     "keep_special": Effect(False),
     "keep_first_position": Effect(False),
+    "exclude_tokens": Effect("5,6"),
     "min_position": Effect(4),
     "max_position": Effect(9),
     "min_norm": Effect(2.0),

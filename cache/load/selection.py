@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.load.excluded_tokens import token_ids
 from sae_granary.common.hashing import derive_key, hash64
 from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
@@ -34,6 +35,7 @@ class Filters:
     max_position: int | None = None  # inclusive
     min_norm: float | None = None
     max_norm: float | None = None  # inclusive
+    exclude_tokens: tuple[int | str, ...] = ()  # ids or strings of the vocabulary; ids once resolved
 
     @property
     def reads_norms(self) -> bool:
@@ -41,11 +43,15 @@ class Filters:
         return self.min_norm is not None or self.max_norm is not None
 
     def resolve(self, cache: Cache) -> Filters:
-        """Decide what depends on the cache: position 0 of a decoder is an attention sink and goes out."""
+        """Decide what depends on the cache: position 0 of a decoder is an attention sink and goes out.
+
+        Raises SelectionError for a token to exclude that the vocabulary does not have.
+        """
+        filters = replace(self, exclude_tokens=token_ids(cache, self.exclude_tokens)) if self.exclude_tokens else self
         if self.first_position is not None:
-            return self
+            return filters
         decoder = bool(cache.manifest.model.get("is_decoder", False)) and cache.unit == "token"
-        return replace(self, first_position=not decoder)
+        return replace(filters, first_position=not decoder)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Counts:
     train: int = 0
     heldout: int = 0
     special: int = 0
+    excluded: int = 0
     first_position: int = 0
     position: int = 0
     norm: int = 0
@@ -113,6 +120,7 @@ class Selection:
         needs_position = f.first_position is False or f.min_position is not None or f.max_position is not None
         needed = {
             "flags": True,
+            "token_id": bool(f.exclude_tokens),
             "position": needs_position,
             "norm": f.reads_norms,
             "doc_id": self.holdout.fraction > 0,
@@ -125,6 +133,8 @@ class Selection:
         out = {"absent": (flags & FLAG_ABSENT) != 0}
         if not f.special:
             out["special"] = (flags & FLAG_SPECIAL) != 0
+        if f.exclude_tokens:
+            out["excluded"] = np.isin(columns["token_id"], np.array(f.exclude_tokens, np.int64))
         if "position" in columns:
             position = columns["position"]
             if f.first_position is False:

@@ -58,6 +58,12 @@ def _byte_level(text: str) -> str:
     return bytes(table[character] for character in text).decode("utf-8", errors="replace")
 
 
+def byte_level_form(text: str) -> str:
+    """A text as byte-level BPE writes it: ` the` is `\u0120the`."""
+    characters = {byte: character for character, byte in _byte_table().items()}
+    return "".join(characters[byte] for byte in text.encode("utf-8", "surrogatepass"))
+
+
 @lru_cache(maxsize=1)
 def _byte_table() -> dict[str, int]:
     """The characters by which byte-level BPE (GPT-2) writes bytes: printable ones as themselves, others from U+0100."""

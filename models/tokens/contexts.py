@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
+from sae_granary.common.rows import FLAG_CONTROL, FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
 from sae_granary.models.tokens.document import SKIP_REASONS, Document
 
 IntArray = npt.NDArray[np.int32]
@@ -30,6 +30,7 @@ class WindowRules:
     suffix: tuple[int, ...] = ()  # and behind it
     separator: int | None = None  # packing: stands behind each document; None: a window holds one document
     special_ids: frozenset[int] = frozenset()  # ids that count as special wherever they occur
+    control_ids: frozenset[int] = frozenset()  # others that the tokenizer marks as special: control tokens of a chat
 
     @property
     def room(self) -> int:
@@ -37,10 +38,11 @@ class WindowRules:
         return self.ctx_len - len(self.prefix) - len(self.suffix)
 
     @cached_property
-    def special_table(self) -> npt.NDArray[np.bool_]:
-        """Whether an id is special; the last entry stands for all larger ids."""
-        table = np.zeros(max(self.special_ids, default=-1) + 2, np.bool_)
-        table[list(self.special_ids)] = True
+    def flag_table(self) -> npt.NDArray[np.uint8]:
+        """Flags of an id wherever it occurs; the last entry stands for all larger ids."""
+        table = np.zeros(max(self.special_ids | self.control_ids, default=-1) + 2, np.uint8)
+        table[list(self.special_ids)] = FLAG_SPECIAL
+        table[list(self.control_ids)] = FLAG_SPECIAL | FLAG_CONTROL
         return table
 
 
@@ -126,9 +128,7 @@ def make_window(
     out.ids[:start], out.ids[start:stop], out.ids[stop:] = rules.prefix, ids, rules.suffix
     out.doc_id[:start], out.doc_id[start:stop], out.doc_id[stop:] = doc_id[0], doc_id, doc_id[-1]
     out.doc_position[start:stop] = doc_position
-    special = out.doc_position < 0
-    if rules.special_ids:
-        special |= rules.special_table.take(out.ids, mode="clip")
-    out.flags[special] = FLAG_SPECIAL
+    out.flags[:] = rules.flag_table.take(out.ids, mode="clip")
+    out.flags[out.doc_position < 0] |= FLAG_SPECIAL
     out.flags[0] |= FLAG_WINDOW_START
     return out

@@ -13,6 +13,7 @@ from sae_granary.models.config import TokenConfig
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.tokens.contexts import IntArray, Tokenize, WindowRules
 from sae_granary.models.tokens.document import Render, join_chat
+from sae_granary.models.tokens.vocabulary import check_files, check_vocabulary
 
 if TYPE_CHECKING:
     from sae_granary.models.locate import Located
@@ -23,13 +24,33 @@ _SANE_LENGTH = 10**7  # transformers writes 10**30 for "no limit"
 
 
 def load_tokenizer(located: Located) -> Any:
-    """The tokenizer that belongs to the model. Raises ModelError."""
+    """The tokenizer that belongs to the model, in lower case where a Sentence-Transformer says so. ModelError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(located.source, **located.hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(located.source, **located.hub_kwargs)
     except LOAD_ERRORS as error:
+        check_files(located)
         raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {one_line(error)}") from error
+    check_vocabulary(tokenizer, located)
+    if located.do_lower_case:
+        _lower_case(tokenizer)
+    return tokenizer
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """As the Transformer module of sentence-transformers does it: before every other normalizer, unless one does."""
+    from tokenizers import normalizers
+
+    if not tokenizer.is_fast:
+        tokenizer.do_lower_case = True
+        return
+    backend = tokenizer.backend_tokenizer
+    have: Any = backend.normalizer
+    is_list = isinstance(have, normalizers.Sequence)
+    parts: list[Any] = list(have) if is_list else [have] if have is not None else []
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 
 
 def window_rules(
@@ -54,12 +75,18 @@ def window_rules(
     special = frozenset(int(token) for token in tokenizer.all_special_ids if token != unk or token == separator)
     if unk is not None and unk in {tokenizer.bos_token_id, tokenizer.eos_token_id}:
         special |= {int(unk)}  # GPT-2 names one token for everything
-    rules = WindowRules(ctx_len, prefix, suffix, separator, special)
+    rules = WindowRules(ctx_len, prefix, suffix, separator, special, _control_ids(tokenizer) - special)
     if rules.room < 1:
         raise ConfigError(
             f"--ctx-len is {ctx_len}, but {len(prefix) + len(suffix)} special tokens stand in each window"
         )
     return rules
+
+
+def _control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids marked as special among the added tokens, the unknown token apart: it is a piece of the text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(int(i) for i, token in added.items() if token.special and i != tokenizer.unk_token_id)
 
 
 def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -75,18 +102,19 @@ def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, .
     raise ModelError("the tokenizer's special tokens do not stand around the text: this model is not supported")
 
 
-def text_tokenizer(tokenizer: Any, load: Callable[[], Any], num_proc: int) -> Tokenize:
-    """Batches of texts -> ids without special tokens; slow tokenizers run in `num_proc` processes."""
+def text_tokenizer(tokenizer: Any, load: Callable[[], Any], num_proc: int, prompt: str = "") -> Tokenize:
+    """Batches of texts -> ids of `prompt` + text without special tokens; slow tokenizers use `num_proc` processes."""
     if num_proc > 1 and not getattr(tokenizer, "is_fast", False):
         import multiprocessing
 
         pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (load,))
 
         def in_processes(texts: Sequence[str]) -> Sequence[IntArray]:
-            return list(pool.map(_work, texts, chunksize=max(1, len(texts) // (4 * num_proc))))
+            prompted = [prompt + text for text in texts]
+            return list(pool.map(_work, prompted, chunksize=max(1, len(texts) // (4 * num_proc))))
 
         return in_processes
-    return lambda texts: encode(tokenizer, texts)
+    return lambda texts: encode(tokenizer, [prompt + text for text in texts])
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[IntArray]:
@@ -129,12 +157,6 @@ def chat_renderer(tokenizer: Any) -> Render:
         return text.removeprefix(bos) if bos else text  # each window gets its own
 
     return render
-
-
-def vocabulary(tokenizer: Any) -> list[str]:
-    """Token id -> string; ids without a token are empty."""
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    return [by_id.get(index, "") for index in range(max(by_id) + 1)] if by_id else []
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

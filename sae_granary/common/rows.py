@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FLAG_SPECIAL = 0x01  # special token: [CLS], [SEP], BOS, EOS, ...
 FLAG_WINDOW_START = 0x02  # position 0 of its window
+FLAG_CONTROL = 0x04  # beside FLAG_SPECIAL: a control token without a role, <|start_header_id|>, <|eot_id|>, ...
 FLAG_ABSENT = 0x80  # no row here: the fill value behind the end of a short shard
 
 Side = Literal["output", "input"]

@@ -85,7 +85,9 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 
 def _convert_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
+        inside = value[1:-1] if value[:1] + value[-1:] in ("[]", "()") else ""
+        text = inside if inside and not set(inside) & set("[]()") else value  # [CLS],[SEP] are two tokens, not a list
+        value = [part.strip() for part in text.split(",") if part.strip()]
     if not isinstance(value, list | tuple):
         value = [value]
     return tuple(_convert(v, args[0]) for v in value)

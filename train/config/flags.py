@@ -88,6 +88,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
             "Train on position 0 of each window. (default: unless the model is a decoder)",
             kind=Switch,
         ),
+        Flag("exclude_tokens", "Id or string of a token not to train on. Repeatable.", kind=Texts),
         Flag("holdout", "Share of documents held out. (default: 0.05)"),
         Flag("eval_rows", "Most held-out rows in the final evaluation. (default: 131072)"),
         Flag(

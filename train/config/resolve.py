@@ -36,6 +36,7 @@ def selection_of(config: TrainConfig, part: Part = "train") -> Selection:
         max_position=config.max_position,
         min_norm=config.min_norm,
         max_norm=config.max_norm,
+        exclude_tokens=config.exclude_tokens,
     )
     return Selection(filters, Holdout(config.holdout, config.holdout_seed), part)
 

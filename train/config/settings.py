@@ -103,6 +103,7 @@ class TrainConfig:
     )
     min_position: int | None = setting(None, "data", "smallest position in the window", ge=0)
     max_position: int | None = setting(None, "data", "largest position in the window", ge=0)
+    exclude_tokens: tuple[str, ...] = setting((), "data", "tokens not to train on: ids, or strings of the vocabulary")
     min_norm: float | None = setting(None, "data", "smallest row norm", ge=0)
     max_norm: float | None = setting(None, "data", "largest row norm", ge=0)
     holdout: float = setting(0.05, "data", "share of the documents that is held out for evaluation", ge=0, le=0.9)

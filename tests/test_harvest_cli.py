@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,8 +254,7 @@ def test_a_model_with_its_own_code_needs_the_flag(run: Run, tmp_path: Path) -> N
 
 def test_a_model_without_weights_is_refused_before_anything_starts(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
-    folder.mkdir()
-    (folder / "config.json").write_text((tmp_path / "bert-base-uncased" / "config.json").read_text())
+    shutil.copytree(tmp_path / "bert-base-uncased", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     code, output = run(f"run --model empty --layer 1 {TEXT}")
     assert code == 2
     assert "empty has a config but no weights" in output

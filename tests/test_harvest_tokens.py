@@ -54,6 +54,7 @@ def sentence_transformer(folder: Path, no_pad: bool = False, **defaults: Any) ->
 
     bert = Transformer(str(build_model(folder / "bert", "bert")), do_lower_case=True)
     SentenceTransformer(modules=[bert, Pooling(32)], device="cpu").save(str(folder / "sentence"))
+    change(folder / "sentence" / "sentence_bert_config.json", do_lower_case=True)
     change(folder / "sentence" / "config_sentence_transformers.json", **defaults)
     if no_pad:
         settings = folder / "sentence" / "tokenizer_config.json"
@@ -74,6 +75,7 @@ def test_token_rows_are_those_of_encode(corpus: Path, tmp_path: Path, defaults: 
     got = harvest(path, corpus, tmp_path / "out")
     assert [int((got.column("doc_id")[0 : len(got)] == i).sum()) for i in range(len(DOCS))] == [*map(len, wanted)]
     assert row_errors(got.hook()[0 : len(got)], np.concatenate([w.numpy() for w in wanted])).max() < 1e-5
+    assert (got.column("token_id")[0 : len(got)] != got.vocabulary.index("[UNK]")).all()
     assert got.document(0).text == DOCS[0]
     assert got.manifest.fingerprint.get("prompt") == got.manifest.provenance["windows"].get("prompt")
     assert got.manifest.fingerprint.get("prompt") == (PROMPT if defaults else None)

@@ -41,6 +41,8 @@ from sae_granary.train.sweeps.sweep import plan_sweep
         ("7", int | None, 7),
         ("0.1, 0.5,1", tuple[float, ...], (0.1, 0.5, 1.0)),
         ([1, 2], tuple[int, ...] | None, (1, 2)),
+        ("[CLS],[SEP]", tuple[str, ...], ("[CLS]", "[SEP]")),
+        ("[1, 2]", tuple[int, ...], (1, 2)),
         ("{k: 64}", dict[str, object], {"k": 64}),
     ],
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sae_granary.models.blocks import find_blocks, hook_names
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.errors import HookError
-from sae_granary.models.hooks import Hook, find_blocks, hook_names
-from sae_granary.models.load import n_layers, probe_outputs, skeleton
+from sae_granary.models.load import n_layers, run_skeleton, skeleton
 from sae_granary.models.locate import inner_transformer, locate
 from sae_granary.models.online import quiet
 
@@ -19,16 +19,21 @@ def name_lines(config: ModelConfig) -> Iterator[str]:
     inner_transformer(located)
     base = skeleton(located)
     layers = n_layers(located, base)
+    ran = run_skeleton(base)
     yield f"{located.name}: {type(base).__name__}"
     try:
-        blocks = find_blocks(base, layers)
-        yield f"--layer 0 ... {blocks.n - 1}   output of {blocks.path}.<i>, counted from 0; --layers all"
+        blocks = find_blocks(base, layers, ran)
+        if blocks.shared:
+            yield f"--layer 0   output of {blocks.path}.0 at its first use: this model applies it several times"
+        else:
+            yield f"--layer 0 ... {blocks.n - 1}   output of {blocks.path}.<i>, counted from 0; --layers all" + (
+                " (as far as names tell: this model does not run without its weights)" if ran is None else ""
+            )
     except HookError as error:
         yield str(error)
     yield "--hook   module path or glob; :in behind it takes the input"
-    widths = probe_outputs(base, [Hook(path, path) for path in hook_names(base)])
     for path in hook_names(base):
-        if widths is None:
+        if ran is None:
             yield f"  {path}"
-        elif path in widths:
-            yield f"  {path:<60} {widths[path]:,}"
+        elif path in ran:
+            yield f"  {path:<60} {ran[path].d_in:,}"

@@ -14,8 +14,9 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, check_out
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.sources import open_source
+from sae_granary.models.blocks import choose_hooks
 from sae_granary.models.compiled import check_compile
-from sae_granary.models.hooks import Hook, choose_hooks
+from sae_granary.models.hooks import Hook
 from sae_granary.models.load import (
     choose_compute_dtype,
     flops_per_token,
@@ -23,6 +24,7 @@ from sae_granary.models.load import (
     max_positions,
     n_layers,
     probe_skeleton,
+    run_skeleton,
     skeleton,
     storage_dtype,
 )
@@ -133,7 +135,7 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
     inner_transformer(located)
     base = skeleton(located)
     layers = n_layers(located, base)
-    hooks = choose_hooks(base, layers, config.where)
+    hooks = choose_hooks(base, layers, config.where, run_skeleton(base))
     if config.model.compile:
         check_compile(config.where, base, layers, hooks, device)
     probed = probe_skeleton(base, hooks)

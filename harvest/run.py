@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
@@ -18,12 +18,17 @@ from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
+from sae_granary.models.behavior.checks import Behavior, observe, pad_id_for, probe_windows, running
+from sae_granary.models.blocks import choose_hooks
 from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.forward import TokenModel
-from sae_granary.models.hooks import Hook, probe
-from sae_granary.models.load import load_base
+from sae_granary.models.hooks import Hook, probe, probe_all, vocabulary_size
+from sae_granary.models.load import load_base, model_record
 from sae_granary.models.locate import check_weights
 from sae_granary.models.pooled import TextModel, load_pooled, longest_text, pooled_width
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def harvest_activations(
@@ -76,7 +81,9 @@ def harvest_activations(
                     say(f"warning: the cache was begun without a record of the {unknown}: that is not compared")
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
-                model = model or load(prepared, say)[1]
+                if model is None:
+                    prepared, model = load(prepared, say)
+                _tell_behavior(prepared, writer)
                 stop.defer()
                 prepared = as_begun(prepared, writer.manifest.provenance)
                 return Pipeline(prepared, model, writer, progress, log, stop.check).run()
@@ -98,16 +105,49 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
         )
     else:
         base = load_base(located, prepared.compute_dtype, device)
-        hooks = probe(base, prepared.hooks, device)
-        pad_id = int(prepared.tokenizer.pad_token_id or 0)
-        model = TokenModel(base, hooks, device, batch_tokens=prepared.batch_tokens, pad_id=pad_id, say=say)
+        hooks, behavior = _examined(prepared, base)
+        located = replace(located, causal=located.is_decoder if behavior.causal is None else behavior.causal)
+        if prepared.rules.separator is not None and not located.is_decoder:
+            raise ConfigError(
+                f"--pack joins documents for decoders; {located.name} reads in both directions and would attend across "
+                "them: leave it out"
+            )
+        if behavior.notice:
+            say(f"{located.name}: {behavior.notice}")
+        pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
+        model = TokenModel(
+            base, hooks, device, batch_tokens=prepared.batch_tokens, pad_id=pad_id, say=say, behavior=behavior
+        )
         if prepared.config.model.compile:
             blocks = compiled_blocks(base, prepared.n_layers, hooks)
             say(f"compiling {len(blocks)} blocks, about a minute")
             model.compile(blocks, prepared.rules.ctx_len)
     if prepared.widths_known and hooks != prepared.hooks:
         raise HarvestError(f"the loaded model has hook points {hooks}, its config promised {prepared.hooks}")
-    return replace(prepared, hooks=hooks, widths_known=True), model
+    return replace(prepared, located=located, hooks=hooks, widths_known=True), model
+
+
+def _examined(prepared: Prepared, base: nn.Module) -> tuple[tuple[Hook, ...], Behavior]:
+    """The hook points and the behavior of a loaded model, which is left as it was."""
+    rules, name, chosen = prepared.rules, prepared.located.name, prepared.hooks
+    with running(base, name):
+        if not prepared.widths_known:
+            chosen = choose_hooks(base, prepared.n_layers, prepared.config.where, probe_all(base, prepared.device))
+        hooks = probe(base, chosen, prepared.device)
+    n_ids = min(len(prepared.tokenizer), vocabulary_size(base) or len(prepared.tokenizer))
+    added = frozenset(getattr(prepared.tokenizer, "added_tokens_decoder", {}))
+    windows = probe_windows(rules.prefix, rules.suffix, rules.ctx_len, n_ids, rules.special_ids | added)
+    pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
+    return hooks, observe(base, hooks, windows, pad_id=pad_id, ctx_len=rules.ctx_len, name=name)
+
+
+def _tell_behavior(prepared: Prepared, writer: CacheWriter) -> None:
+    """Correct in the manifest what only the loaded model shows: whether a token sees later ones."""
+    told = dict(writer.manifest.provenance)
+    found = model_record(prepared.located, prepared.model_class, prepared.n_layers)
+    right = dict(told["model"]) | {name: found[name] for name in ("is_decoder", "family") if name in told["model"]}
+    if right != told["model"]:
+        writer.tell(told | {"model": right})
 
 
 def _finished(prepared: Prepared, writer: CacheWriter) -> HarvestResult:

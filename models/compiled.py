@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sae_granary.common.errors import ConfigError, one_line
+from sae_granary.models.blocks import find_blocks
 from sae_granary.models.config import WhereConfig
 from sae_granary.models.errors import HookError, ModelError
-from sae_granary.models.hooks import Capture, Hook, find_blocks
+from sae_granary.models.hooks import Capture, Hook
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_granary.common.errors import GranaryError
+from sae_granary.models.behavior.checks import USUAL, Behavior, failure
+from sae_granary.models.behavior.state import State
 from sae_granary.models.compiled import compile_blocks, no_recompiling
-from sae_granary.models.errors import HookError, MemoryLimitError
+from sae_granary.models.errors import HookError, MemoryLimitError, ModelError
 from sae_granary.models.hooks import Capture, Hook, tensor_of
 from sae_granary.models.tokens.batches import TokenBatch, collate, plan_batches
 from sae_granary.models.tokens.contexts import Buffer
@@ -47,7 +50,15 @@ class TokenModel:
     """The base model with its hook points: buffers -> {hook name: (N, D) on the device}."""
 
     def __init__(
-        self, base: nn.Module, hooks: Sequence[Hook], device: str, *, batch_tokens: int, pad_id: int, say: Say
+        self,
+        base: nn.Module,
+        hooks: Sequence[Hook],
+        device: str,
+        *,
+        batch_tokens: int,
+        pad_id: int,
+        say: Say,
+        behavior: Behavior = USUAL,
     ) -> None:
         import torch
 
@@ -56,8 +67,11 @@ class TokenModel:
         self._base, self._capture = base, Capture(base, hooks)
         self._running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._dtype = next(base.parameters()).dtype
-        self._limit = batch_tokens  # halved when memory runs out
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = 1 if behavior.batching == "single" else batch_tokens
+        self._limit = self._batch_tokens  # halved when memory runs out
+        self._padded = behavior.batching == "padded"
+        self._changes = bool(behavior.changed)
+        self._put_back: Callable[[], None] = State(base).restore if self._changes else lambda: None
         self._pad_id = pad_id
         self._say = say
 
@@ -65,10 +79,12 @@ class TokenModel:
         """Compile these blocks for all batches, now and never later. Raises ModelError."""
         compile_blocks(self._base, blocks, self._capture, str(self.device), ctx_len)
         self._running = no_recompiling
+        if self._changes:
+            self._put_back = State(self._base).restore
 
     def prepare(self, buffer: Buffer) -> Work:
         """Batches of a buffer; runs in the background."""
-        members = plan_batches([len(window) for window in buffer.windows], self._batch_tokens)
+        members = plan_batches([len(window) for window in buffer.windows], self._batch_tokens, padded=self._padded)
         starts = first_rows(buffer)
         batches = [self._on_host(buffer, index, starts) for index in members]
         return Work(buffer, batches, sum(batch.input_ids.numel() for batch in batches))
@@ -104,6 +120,13 @@ class TokenModel:
                     f"one window of {batch.input_ids.shape[1]} tokens does not fit the memory of {self.device}: "
                     "use a smaller --ctx-len, --compute-dtype bfloat16, or another --device"
                 ) from error
+        except GranaryError:
+            raise
+        except Exception as error:  # of the model's code, which may be anyone's
+            shape = " x ".join(map(str, batch.input_ids.shape))
+            raise ModelError(f"the model failed on a batch of {shape} tokens: {failure(error)}") from error
+        finally:
+            self._put_back()
         self._limit = batch.input_ids.numel() // 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -112,7 +135,7 @@ class TokenModel:
 
     def _split(self, buffer: Buffer, batch: DeviceBatch) -> list[DeviceBatch]:
         starts = first_rows(buffer)
-        parts = plan_batches([len(buffer.windows[i]) for i in batch.members], self._limit)
+        parts = plan_batches([len(buffer.windows[i]) for i in batch.members], self._limit, padded=self._padded)
         return [self._on_host(buffer, batch.members[part], starts) for part in parts]
 
     def _forward(self, batch: DeviceBatch, out: dict[str, torch.Tensor]) -> None:
@@ -150,6 +173,8 @@ def first_rows(buffer: Buffer) -> list[int]:
 def rows_of(hook: Hook, value: Any, shape: tuple[int, ...], flat: torch.Tensor) -> torch.Tensor:
     """The real tokens' vectors (n, D) out of a hooked tensor: (S, T, D), (S*T, D), or already without padding."""
     tensor, _ = tensor_of(value)
+    if tensor is not None and hook.time_first and tensor.ndim == 3:
+        tensor = tensor.transpose(0, 1)
     n_places = shape[0] * shape[1]
     if tensor is not None and tensor.shape[-1] == hook.d_in:
         if tensor.ndim == 3 and tuple(tensor.shape[:2]) == shape:

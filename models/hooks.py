@@ -1,29 +1,26 @@
-"""Which modules of a model are harvested, under which names, and how wide they are.
+"""Reading activations at the modules of a model, and what a module gives: probed with two tiny passes.
 
-Layer i is the output of transformer block i, counted from 0. Module paths are relative to the base model (of an
-encoder-decoder: to its encoder). Everything here works on a model on the meta device, without weights.
+Module paths are relative to the base model (of an encoder-decoder: to its encoder). Everything here works on a model
+on the meta device too, without weights.
+
+Shapes: S sequences, T tokens, D = d_in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_granary.common.errors import nearest
 from sae_granary.common.rows import HookPoint
-from sae_granary.models.config import WhereConfig
 from sae_granary.models.errors import HookError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-INPUT_MARK = ":in"
-_LISTED = 12  # module paths named in an error message
-_PROBE_SHAPE = (2, 4)  # two sequences: what does not depend on the text has one
+PROBE_SHAPES = ((2, 5), (3, 7))  # (S, T) of which no number, and no product, could be taken for another
 
 
 @dataclass(frozen=True)
@@ -35,92 +32,11 @@ class Hook:
     side: Literal["output", "input"] = "output"
     tuple_index: int | None = None
     d_in: int = 0
+    time_first: bool = False  # the module gives (T, S, D) instead of (S, T, D)
 
     def point(self) -> HookPoint:
         """The cache's record of it."""
         return HookPoint(self.name, self.module, self.side, self.tuple_index, self.d_in)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The transformer blocks of a model."""
-
-    path: str  # of the ModuleList, relative to the base model
-    n: int
-    shared: bool = False  # fewer modules than layers: each is applied several times
-
-
-def find_blocks(base: nn.Module, n_layers: int | None) -> Blocks:
-    """The ModuleList of the transformer blocks: as long as the config says, else the longest outermost one."""
-    from torch import nn
-
-    lists = [(path, module) for path, module in base.named_modules() if isinstance(module, nn.ModuleList) and path]
-    outer = [(path, module) for path, module in lists if not any(path.startswith(other + ".") for other, _ in lists)]
-    if not outer:
-        raise HookError(f"{type(base).__name__} has no list of blocks: name modules with --hook (sae-harvest names)")
-    exact = [(path, module) for path, module in outer if len(module) == n_layers]
-    path, module = exact[0] if exact else max(outer, key=lambda item: len(item[1]))
-    return Blocks(path, len(module), shared=not exact and n_layers is not None and len(module) < n_layers)
-
-
-def choose_hooks(base: nn.Module, n_layers: int | None, where: WhereConfig) -> tuple[Hook, ...]:
-    """The hooks that `--layer`, `--layer-stride` and `--hook` name, in the order of the model."""
-    hooks: list[Hook] = []
-    if where.layers or not where.hooks:
-        blocks = find_blocks(base, n_layers)
-        hooks += [Hook(f"layer_{i}", f"{blocks.path}.{i}") for i in choose_layers(blocks, where)]
-    for pattern in where.hooks:
-        hooks += [hook for hook in _match(base, pattern) if hook.name not in {other.name for other in hooks}]
-    order = {path: i for i, (path, _) in enumerate(base.named_modules())}
-    return tuple(sorted(hooks, key=lambda hook: order[hook.module]))
-
-
-def choose_layers(blocks: Blocks, where: WhereConfig) -> list[int]:
-    """Block numbers; out of range is refused with the number of layers."""
-    if blocks.shared and where.layers != (0,):
-        raise HookError(
-            f"this model applies the {blocks.n} block(s) of {blocks.path} several times; only --layer 0 (the first "
-            "application) can be hooked by number"
-        )
-    if where.layers == "all" or not where.layers:
-        return list(range(0, blocks.n, where.layer_stride))
-    bad = [i for i in where.layers if not 0 <= i < blocks.n]
-    if bad:
-        raise HookError(f"--layer {bad[0]} is out of range: the model has {blocks.n} layers, 0 to {blocks.n - 1}")
-    return list(where.layers[:: where.layer_stride])
-
-
-def hook_names(base: nn.Module) -> list[str]:
-    """Every module path that `--hook` takes."""
-    return [path for path, _ in base.named_modules() if path]
-
-
-def _match(base: nn.Module, pattern: str) -> list[Hook]:
-    path, mark, rest = pattern.partition(":")
-    if mark and mark + rest != INPUT_MARK:
-        raise HookError(f"--hook {pattern!r}: after the module path only {INPUT_MARK!r} (the module's input) is known")
-    names = hook_names(base)
-    found = [name for name in names if _glob(path).fullmatch(name)]
-    if not found:
-        if "*" in path:  # compared with paths of which each number is any number
-            names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-        hint = nearest(path, names, n=3, cutoff=0.5) or f" (it has: {', '.join(names[:_LISTED])}, ...)"
-        problem = f"--hook {pattern!r} is no module of {type(base).__name__}"
-        raise HookError(f"{problem}; `sae-harvest names` lists them{hint}")
-    return [Hook(hook_name(name, bool(mark)), name, "input" if mark else "output") for name in found]
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` stands for one part of a path or some of it, `**` for any number of parts, `?` for one character."""
-    known = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
-    return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
-
-
-def hook_name(path: str, is_input: bool) -> str:
-    """A module path as a folder name."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", path) + (".in" if is_input else "")
-    return name if re.match(r"[A-Za-z0-9]", name) else "m" + name
 
 
 class StopForward(Exception):
@@ -193,47 +109,105 @@ def tensor_of(value: Any) -> tuple[Any, int | None]:
     return (first, 0) if isinstance(first, torch.Tensor) else (None, None)
 
 
-def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ...]:
-    """The hooks with width and tuple index, from one tiny forward pass (on the meta device: of shapes only)."""
+@dataclass(frozen=True)
+class Seen:
+    """What a module gave: one vector (D,) per token."""
+
+    d_in: int
+    tuple_index: int | None
+    time_first: bool
+    n_calls: int = 1  # in one pass
+
+
+def vectors_of(value: Any, shape: tuple[int, int]) -> Seen | None:
+    """What a module's output or input holds for a batch of (S, T) tokens; None where it is no vector per token."""
+    tensor, index = tensor_of(value)
+    if tensor is None or tensor.ndim not in (2, 3):
+        return None
+    places = tuple(tensor.shape[:-1])
+    if places not in (shape, shape[::-1], (shape[0] * shape[1],), (1, shape[0] * shape[1])):
+        return None
+    return Seen(int(tensor.shape[-1]), index, time_first=places == shape[::-1])
+
+
+def probe_ids(base: nn.Module, shape: tuple[int, int], device: str) -> torch.Tensor:
+    """Ids (S, T) that the embedding has, of no special meaning as far as is known without the tokenizer."""
     import torch
 
-    found: dict[str, Hook] = {}
+    n = vocabulary_size(base) or 1
+    return (torch.arange(shape[0] * shape[1], device=device) * 7 + n // 2).remainder(n).reshape(shape)
+
+
+def vocabulary_size(base: nn.Module) -> int | None:
+    """Rows of the token embedding; None where the model does not name it."""
+    try:
+        embedding = base.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ...]:
+    """The hooks with width, tuple index and layout, from two tiny passes (on the meta device: of shapes only).
+
+    Raises HookError where a module gives no vector per token, and what the model raises.
+    """
+    import torch
+
+    found: dict[str, list[Seen]] = {hook.name: [] for hook in hooks}
+    shape = PROBE_SHAPES[0]
 
     def sink(hook: Hook, value: Any) -> None:
-        tensor, index = tensor_of(value)
-        if tensor is None or tensor.shape[:-1].numel() != _PROBE_SHAPE[0] * _PROBE_SHAPE[1]:
-            shape = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
-            raise HookError(f"{hook.module} ({hook.side}) gives {shape}: expected one vector per token")
-        found[hook.name] = replace(hook, tuple_index=index, d_in=int(tensor.shape[-1]))
+        seen = vectors_of(value, shape)
+        if seen is None or (found[hook.name] and found[hook.name][0] != seen):
+            tensor, _ = tensor_of(value)
+            got = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+            raise HookError(
+                f"{hook.module} ({hook.side}) gives {got} for {shape[0]} x {shape[1]} tokens: expected one vector per "
+                "token; name another module with --hook"
+            )
+        found[hook.name].append(seen)
 
     capture = Capture(base, hooks)
     try:
         with torch.inference_mode():
-            capture.run(torch.zeros(_PROBE_SHAPE, dtype=torch.long, device=device), None, sink)
+            for shape in PROBE_SHAPES:
+                capture.run(probe_ids(base, shape, device), None, sink)
     finally:
         capture.close()
-    return tuple(found[hook.name] for hook in hooks)
+    seen = {name: looks[0] for name, looks in found.items()}
+    return tuple(
+        replace(hook, tuple_index=one.tuple_index, d_in=one.d_in, time_first=one.time_first)
+        for hook, one in ((hook, seen[hook.name]) for hook in hooks)
+    )
 
 
-def probe_all(base: nn.Module, hooks: Sequence[Hook], device: str) -> dict[str, int]:
-    """Widths of the hooks that run in a full forward pass and give one vector per token."""
+def probe_all(base: nn.Module, device: str) -> dict[str, Seen]:
+    """Path -> what each module gives that runs in a whole pass and gives one vector per token.
+
+    Raises what the model raises.
+    """
     import torch
 
-    widths: dict[str, int] = {}
+    looks: list[dict[str, Seen]] = []
 
-    def watch(hook: Hook) -> Callable[..., None]:
+    def watch(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tensor, _index = tensor_of(output)
-            if tensor is not None and tensor.ndim == 3 and tuple(tensor.shape[:2]) == _PROBE_SHAPE:
-                widths.setdefault(hook.module, int(tensor.shape[-1]))
+            seen, shape = looks[-1], PROBE_SHAPES[len(looks) - 1]
+            if path in seen:
+                seen[path] = replace(seen[path], n_calls=seen[path].n_calls + 1)
+            elif (one := vectors_of(output, shape)) is not None:
+                seen[path] = one
 
         return after
 
-    handles = [base.get_submodule(hook.module).register_forward_hook(watch(hook)) for hook in hooks]
+    handles = [module.register_forward_hook(watch(path)) for path, module in base.named_modules() if path]
     try:
         with torch.inference_mode():
-            base(input_ids=torch.zeros(_PROBE_SHAPE, dtype=torch.long, device=device))
+            for shape in PROBE_SHAPES:
+                looks.append({})
+                base(input_ids=probe_ids(base, shape, device))
     finally:
         for handle in handles:
             handle.remove()
-    return widths
+    return {path: one for path, one in looks[0].items() if looks[1].get(path) == one}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sae_granary.common.errors import one_line
+from sae_granary.common.errors import GranaryError, one_line
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
-from sae_granary.models.hooks import Hook, probe, probe_all
+from sae_granary.models.hooks import Hook, Seen, probe, probe_all
 from sae_granary.models.locate import Located
 
 if TYPE_CHECKING:
@@ -33,12 +35,34 @@ def skeleton(located: Located) -> nn.Module:
     import torch
     from transformers import AutoModel
 
+    kind, config = _model_class(located), copy.deepcopy(located.config)  # some models write into their config
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(located.config, trust_remote_code=located.trust_remote_code)
+            if kind is AutoModel:
+                model = AutoModel.from_config(config, trust_remote_code=located.trust_remote_code)
+            else:
+                model = kind(config)
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be built from its config: {one_line(error)}") from error
-    return base_model(model).eval()
+    return takes_text(base_model(model), located).eval()
+
+
+def _model_class(located: Located) -> Any:
+    """AutoModel, or the part of its model that the checkpoint was saved from: a T5EncoderModel, a DPRContextEncoder."""
+    import torch
+    import transformers
+
+    names = getattr(located.config, "architectures", None) or ()
+    named: Any = getattr(transformers, str(names[0]), None) if names else None
+    if not isinstance(named, type) or not issubclass(named, transformers.PreTrainedModel):
+        return transformers.AutoModel
+    auto = transformers.MODEL_MAPPING.get(type(located.config), ())
+    known = auto if isinstance(auto, tuple) else (auto,)
+    if named in known or getattr(named, "config_class", None) is not type(located.config):
+        return transformers.AutoModel
+    with torch.device("meta"):
+        model: Any = named(copy.deepcopy(located.config))
+    return named if model.base_model is model else transformers.AutoModel  # else it is that model with a head
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -46,6 +70,17 @@ def base_model(model: nn.Module) -> nn.Module:
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder()  # type: ignore[operator, no-any-return]
     return model
+
+
+def takes_text(base: nn.Module, located: Located) -> nn.Module:
+    """The model. Raises ModelError where its forward pass takes no token ids."""
+    taken = inspect.signature(base.forward).parameters
+    if "input_ids" not in taken and not any(p.kind is p.VAR_KEYWORD and len(taken) == 1 for p in taken.values()):
+        raise ModelError(
+            f"{located.name}: {type(base).__name__} takes {next(iter(taken), 'nothing')}, not the token ids of a text; "
+            "give a model that reads text"
+        )
+    return base
 
 
 def n_layers(located: Located, base: nn.Module | None) -> int | None:
@@ -82,9 +117,9 @@ def probe_skeleton(base: nn.Module, hooks: Sequence[Hook]) -> tuple[Hook, ...] |
     return _without_weights(base, lambda: probe(base, hooks, "meta"))
 
 
-def probe_outputs(base: nn.Module, hooks: Sequence[Hook]) -> dict[str, int] | None:
-    """Width of every module that ran and gave one vector per token; None when the model cannot run without weights."""
-    return _without_weights(base, lambda: probe_all(base, hooks, "meta"))
+def run_skeleton(base: nn.Module) -> dict[str, Seen] | None:
+    """Every module that runs on text and gives one vector per token; None when the model cannot run without weights."""
+    return _without_weights(base, lambda: probe_all(base, "meta"))
 
 
 def _without_weights(base: nn.Module, run: Callable[[], T]) -> T | None:
@@ -95,7 +130,9 @@ def _without_weights(base: nn.Module, run: Callable[[], T]) -> T | None:
         base.to(dtype)
         try:
             return run()
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        except GranaryError:
+            raise
+        except Exception:  # of another's code, for which the meta device is one more surprise
             continue
     return None
 
@@ -109,10 +146,9 @@ def guess_widths(hooks: Sequence[Hook], located: Located) -> tuple[Hook, ...]:
 def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
     """The base model with its weights, on the device, in evaluation mode, without a key-value cache."""
     import torch
-    from transformers import AutoModel
 
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = _model_class(located).from_pretrained(
             located.source,
             dtype=getattr(torch, compute_dtype),
             output_loading_info=True,
@@ -122,7 +158,7 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)
-    return base_model(frozen(model)).to(device)
+    return takes_text(base_model(frozen(model)), located).to(device)
 
 
 def frozen(model: Any) -> nn.Module:

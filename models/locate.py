@@ -41,6 +41,7 @@ class Located:
     local_only: bool = False
     subfolder: str = ""  # of the transformer inside a Sentence-Transformer
     config: Any = field(default=None, repr=False)  # transformers config
+    causal: bool | None = None  # what the loaded model does (`models.behavior.checks`); None: not known yet
 
     @property
     def is_local(self) -> bool:
@@ -70,10 +71,12 @@ class Located:
 
     @cached_property
     def is_decoder(self) -> bool:
-        """Whether each token sees only the ones before it, judged by the model's type."""
+        """Whether each token sees only the ones before it: as the loaded model does, before that by its config."""
         from transformers.models.auto import modeling_auto as auto
 
-        if self.is_encoder_decoder:
+        if self.causal is not None:
+            return self.causal and not self.is_encoder_decoder
+        if self.is_encoder_decoder or getattr(self.text_config, "use_bidirectional_attention", None) in (True, "all"):
             return False
         if getattr(self.config, "is_decoder", False):
             return True

@@ -12,10 +12,11 @@ from torch import nn
 from sae_granary.cache.errors import BadActivationError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.blocks import choose_hooks, find_blocks, hook_names
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 from sae_granary.models.errors import HookError, MemoryLimitError
 from sae_granary.models.forward import TokenModel
-from sae_granary.models.hooks import Hook, choose_hooks, find_blocks, hook_names, probe
+from sae_granary.models.hooks import Hook, probe
 from sae_granary.models.tokens.contexts import StreamState, WindowRules
 from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, buffers

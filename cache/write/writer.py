@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from types import TracebackType
@@ -95,6 +96,11 @@ class CacheWriter:
                 writer._session.begin(writer.manifest, vocabulary, len(records), new=have is None)
             undo.pop_all()
             return writer
+
+    def tell(self, provenance: Mapping[str, Any]) -> None:
+        """Replace what the manifest tells of where the cache comes from."""
+        self.manifest = replace(self.manifest, provenance=dict(provenance))
+        self._session.replace(MANIFEST, dump_signed(self.manifest.to_json()))
 
     @property
     def cursor(self) -> Cursor | None:

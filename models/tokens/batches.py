@@ -28,11 +28,11 @@ LIKE = 0.9  # a batch takes no window shorter than this share of its longest, ..
 LEAST = 8  # ... unless it holds less than 1/8 of the budget
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[npt.NDArray[np.int64]]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padded: bool = True) -> list[npt.NDArray[np.int64]]:
     """Groups of windows of like length, longest first, each at most `batch_tokens` with its padding.
 
-    A window longer than the budget is a batch of its own. Ties keep their order, so the result is a function of the
-    arguments only.
+    A window longer than the budget is a batch of its own. Without `padded` a group has one length. Ties keep their
+    order, so the result is a function of the arguments only.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     ordered = np.asarray(lengths)[order]
@@ -41,8 +41,9 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[npt.NDArray[
     while start < len(order):
         longest = max(1, int(ordered[start]))
         room = ordered[start : start + max(1, batch_tokens // longest)]
-        alike = int((room >= LIKE * longest).sum())
-        size = max(alike, min(len(room), batch_tokens // LEAST // longest))
+        size = int((room >= (LIKE if padded else 1) * longest).sum())
+        if padded:
+            size = max(size, min(len(room), batch_tokens // LEAST // longest))
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -1,0 +1,203 @@
+"""What a loaded model does, found by a few tiny passes before the first batch, and its state put back afterwards.
+
+Is a row what the model computes for its window alone? With padding beside it, with other windows of its length beside
+it, and again: where it is not, batches are of one length, or of one window, or the model is refused. Does a token see
+later ones? Does a pass change the model itself?
+
+Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sae_granary.common.errors import GranaryError, one_line
+from sae_granary.models.behavior.state import State, unchanged
+from sae_granary.models.errors import MemoryLimitError, ModelError
+from sae_granary.models.hooks import Capture, Hook, tensor_of, vectors_of, vocabulary_size
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Ids = Sequence[int]
+# What two passes may differ by, of a row's length; more where windows of one length differ by more.
+_ROUNDING = {"torch.float32": 1e-4, "torch.bfloat16": 3e-2, "torch.float16": 1e-2}
+_TIMES_ROUNDING = 10
+_LONGEST = 24  # tokens of the longer windows
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """What a harvest must know of a model before its first batch."""
+
+    batching: Literal["padded", "equal", "single"] = "padded"  # windows of like length, of one length, one window
+    causal: bool | None = None  # whether no token sees a later one; None: not found out
+    changed: tuple[str, ...] = ()  # what of the model itself a pass changes
+
+    @property
+    def notice(self) -> str:
+        """One line for a model that is not as most are; empty for the others."""
+        return {
+            "padded": "",
+            "equal": "padding changes this model's rows: batches hold windows of one length only",
+            "single": "windows in one batch change each other's rows in this model: one window at a time",
+        }[self.batching]
+
+
+USUAL = Behavior()
+
+
+def failure(error: BaseException) -> str:
+    """An error of a model's own code in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def pad_id_for(base: nn.Module, pad_id: int | None) -> int:
+    """The tokenizer's pad token, or 0 where it has none or the embedding has no such row: padding is masked."""
+    n = vocabulary_size(base)
+    return 0 if pad_id is None or pad_id < 0 or (n is not None and pad_id >= n) else int(pad_id)
+
+
+def probe_windows(prefix: Ids, suffix: Ids, ctx_len: int, n_ids: int, special: frozenset[int]) -> list[list[int]]:
+    """Two windows of one length and a shorter one, of ordinary tokens between the special ones."""
+    plain = [i for i in range(min(n_ids, 50_000)) if i not in special] or [0]
+    room = max(1, min(ctx_len, _LONGEST) - len(prefix) - len(suffix))
+    pick = [plain[(i * 7919 + 13) % len(plain)] for i in range(3 * room)]
+    pieces = pick[:room], pick[room : 2 * room], pick[2 * room : 2 * room + max(1, room // 3)]
+    return [[*prefix, *piece, *suffix] for piece in pieces]
+
+
+def observe(
+    base: nn.Module, hooks: Sequence[Hook], windows: Sequence[Ids], *, pad_id: int, ctx_len: int, name: str
+) -> Behavior:
+    """What the model does with a long window, another of its length and a short one. Leaves the model as it was.
+
+    Raises ModelError where the model fails on text, or gives other rows for the same window.
+    """
+    long, other, short = windows
+    with running(base, name) as state:
+        rows = _Rows(base, hooks, pad_id, state)
+        try:
+            batching = _batching(rows, long, other, short, name)
+            state.restore()
+            for window in (short, long, ([*long] * ctx_len)[:ctx_len]):
+                rows.run([window], lambda hook, value: None)
+            changed = state.changed()
+        finally:
+            rows.close()
+        return Behavior(batching, _causal(base, long, other, state), changed)
+
+
+@contextmanager
+def running(base: nn.Module, name: str) -> Iterator[State]:
+    """Inside, passes leave the model as it was, and whatever it raises is a ModelError."""
+    import torch
+
+    with unchanged(base) as state, torch.inference_mode():
+        try:
+            yield state
+        except GranaryError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"{name}: a single window does not fit the memory of the device: use a smaller --ctx-len, "
+                "--compute-dtype bfloat16, or another --device"
+            ) from error
+        except Exception as error:  # of the model's code, which may be anyone's
+            raise ModelError(
+                f"{name} cannot run on text alone ({failure(error)}): give a model that reads text, or the text part "
+                "of this one saved by itself"
+            ) from error
+
+
+def _batching(rows: _Rows, long: Ids, other: Ids, short: Ids, name: str) -> Literal["padded", "equal", "single"]:
+    """In which batches rows are those of the window alone."""
+    want = [rows([window])[0] for window in (long, other, short)]
+    limit = _ROUNDING.get(str(want[0].dtype), 1e-4)
+    if _difference(want[0], rows([long])[0]) > limit:
+        raise ModelError(
+            f"{name} gives other activations for the same text at each pass (it draws random numbers): "
+            "no row of it could be computed again"
+        )
+    together = rows([long, other])
+    rounding = max(_difference(want[0], together[0]), _difference(want[1], together[1]))
+    if rounding > limit * _TIMES_ROUNDING:
+        return "single"
+    padded = rows([long, short])
+    leak = max(_difference(want[0], padded[0]), _difference(want[2], padded[1]))
+    return "equal" if leak > max(limit, _TIMES_ROUNDING * rounding) else "padded"
+
+
+def _causal(base: nn.Module, long: Ids, other: Ids, state: State) -> bool | None:
+    """Whether the first half of a window stays as it is when the second half is another."""
+    half = len(long) // 2
+    outputs = []
+    for window in (long, [*long[:half], *other[half:]]):
+        state.restore()
+        try:
+            tensor, _ = tensor_of(base(input_ids=_batch([window], 0, base)[0]))
+        except Exception:  # behind the last hook point, where a harvest never comes
+            return None
+        if tensor is None or tensor.shape[:-1].numel() != len(window):
+            return None
+        outputs.append(tensor.reshape(len(window), -1)[:half].clone())
+    limit = _ROUNDING.get(str(outputs[0].dtype), 1e-4)
+    return None if half == 0 else _difference(*outputs) <= limit
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest distance of two rows (N, D), of their length."""
+    a, b = a.float(), b.float()
+    found = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)
+    return float(found.max())  # NaN compares as no difference: the cache refuses such rows by itself
+
+
+class _Rows:
+    """Batches of windows -> per window the rows of all hook points, one below the other, by a model as it was."""
+
+    def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
+        self._base, self._pad_id, self._state = base, pad_id, state
+        self._capture = Capture(base, hooks)
+        self.close = self._capture.close
+
+    def run(self, windows: Sequence[Ids], sink: Callable[[Hook, Any], None]) -> None:
+        """One pass."""
+        self._capture.run(*_batch(windows, self._pad_id, self._base), sink)
+
+    def __call__(self, windows: Sequence[Ids]) -> list[torch.Tensor]:
+        import torch
+
+        self._state.restore()
+        shape = (len(windows), max(map(len, windows)))
+        found: list[list[torch.Tensor]] = [[] for _ in windows]
+
+        def sink(hook: Hook, value: Any) -> None:
+            tensor, _ = tensor_of(value)
+            n_real = sum(map(len, windows))
+            if vectors_of(value, shape) is None and tensor is not None and tensor.shape[:-1].numel() == n_real:
+                parts = list(tensor.reshape(n_real, -1).split([len(window) for window in windows]))  # without padding
+            else:
+                tensor = tensor.transpose(0, 1) if hook.time_first else tensor
+                parts = [part[: len(w)] for part, w in zip(tensor.reshape(*shape, -1), windows, strict=True)]
+            for window, part in zip(found, parts, strict=True):
+                window.append(part.clone())
+
+        self.run(windows, sink)
+        width = max(part.shape[1] for part in found[0])
+        return [
+            torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in found
+        ]
+
+
+def _batch(windows: Sequence[Ids], pad_id: int, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids (S, T), mask or None where nothing is padded), on the model's device."""
+    import torch
+
+    device, longest = next(base.parameters()).device, max(map(len, windows))
+    ids = torch.tensor([[*window, *[pad_id] * (longest - len(window))] for window in windows], device=device)
+    mask = torch.tensor([[1] * len(w) + [0] * (longest - len(w)) for w in windows], device=device)
+    return ids, None if bool(mask.all()) else mask

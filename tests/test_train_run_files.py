@@ -165,7 +165,7 @@ def outcome(folder: Path) -> str | None:
     """The one line in which a resume is refused, or None if it went through; one of very many steps is stopped."""
     said, stop = None, StopRequest()
     before = signal.signal(signal.SIGALRM, lambda *_: setattr(stop, "signum", signal.SIGTERM))
-    signal.alarm(10)
+    signal.alarm(2)
     try:
         resume_training(folder, stop=stop)
     except (GranaryError, OSError) as error:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import xxhash
-
 from sae_granary.common.quantities import byte_size
 
 TEMP_PREFIX = ".tmp-"
@@ -175,6 +173,8 @@ def shortage(error: OSError, path: Path, needed_bytes: int | None = None) -> str
 
 def hash_files(paths: Iterable[Path]) -> str:
     """xxh3-128 of the bytes of files, one after the other, as hex."""
+    import xxhash  # sae_core reads files where only the standard library and torch are
+
     digest = xxhash.xxh3_128()
     for path in paths:
         with open_regular(path) as file:

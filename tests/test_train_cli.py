@@ -202,7 +202,8 @@ def test_flags_are_settings() -> None:
 FROZEN_FLAGS = sorted(
     """
     allow_incomplete batch_size cache compute_dtype d_sae device early_stop ema_decay epochs eval_downstream
-    eval_every eval_rows expansion_factor finetune_kl grad_acc_steps holdout hook init_from init_seed k keep
+    eval_every eval_rows exclude_tokens expansion_factor finetune_kl grad_acc_steps holdout hook init_from init_seed k
+    keep
     keep_best keep_first_position keep_special lm log_every loss lr lr_schedule name normalize optimizer
     resample_every runs_dir save_every save_minutes seed shuffle_seed steps tensorboard tokens type wandb
     wandb_artifacts wandb_project warmup_steps weight_decay

@@ -105,8 +105,10 @@ class Callbacks:
         """Of all, in their order."""
         return [dict(callback.state()) for callback in self._all]
 
-    def restore(self, states: Sequence[Any]) -> None:
-        """Raises CheckpointError if what was saved belongs to other callbacks than these."""
+    def restore(self, states: Any) -> None:
+        """Raises CheckpointError if what was saved is no list, or belongs to other callbacks than these."""
+        if not isinstance(states, list):
+            raise CheckpointError(f"the checkpoint's state of callbacks is {states!r:.100}, expected a list")
         if any(states) and len(states) != len(self._all):
             raise CheckpointError(
                 f"the checkpoint was written with {len(states)} callbacks, now there are {len(self._all)}: "

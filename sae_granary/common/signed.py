@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import xxhash
-
 from sae_granary.common.errors import GranaryError, one_line
 from sae_granary.common.files import TEMP_PREFIX, read_regular, replace_file
 
@@ -30,6 +28,8 @@ class DamagedFileError(GranaryError, ValueError):
 
 def digest(data: bytes) -> str:
     """XXH3-128 in hexadecimal."""
+    import xxhash  # sae_core parses files where only the standard library and torch are
+
     return xxhash.xxh3_128_hexdigest(data)
 
 

@@ -138,11 +138,12 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
-    """Read a saved config back. Raises ConfigError, also for one that was not resolved."""
+    """Read a saved config back. Raises ConfigError or SAEError, also for one that was not resolved."""
     config = make_config([dict(_flatten(content, source))])
     for name in _DECIDED:
         if getattr(config, name) in (None, (), "", "auto"):
             raise ConfigError(f"{source} leaves {name} undecided: expected the settings of a run as it saved them")
+    sae_core.make_config(sae_core.registry.get(config.type), config.options)  # raises for an option that is missing
     return config
 
 

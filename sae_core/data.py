@@ -30,10 +30,13 @@ Inputs = Array | Mapping[str, Array]  # what a user may give: rows of the only h
 def as_rows(x: Inputs, like: Tensor) -> Rows:
     """Return rows by hook point; arrays get the dtype and the device of `like`, tensors stay as they are."""
     named = x if isinstance(x, Mapping) else {"rows": x}
-    return {
-        name: rows if isinstance(rows, Tensor) else torch.as_tensor(rows, dtype=like.dtype, device=like.device)
-        for name, rows in named.items()
-    }
+    return {name: rows if isinstance(rows, Tensor) else _as_tensor(rows, like) for name, rows in named.items()}
+
+
+def _as_tensor(rows: Array, like: Tensor) -> Tensor:
+    """A copy: rows of a cache are read-only. torch cannot wrap the bfloat16 of ml_dtypes, NumPy converts it."""
+    exact = rows.__array__("float64" if like.dtype == torch.float64 else "float32")
+    return torch.tensor(exact, dtype=like.dtype, device=like.device)
 
 
 def _all_of_them(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -630,3 +632,13 @@ def test_temporal_by_formula() -> None:
     torch.testing.assert_close(sae.losses(out, LAST)["temporal"], expected)
     sae.eval()
     torch.testing.assert_close(sae(x).x_hat, sae(x["layer_1"]).x_hat)  # inference reads one row
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
+def test_arrays_are_taken_as_a_cache_gives_them(dtype: str) -> None:
+    """Read-only, and in any floating type: warnings are errors here."""
+    sae = make("topk").eval()
+    array = rows(8).numpy().astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    array.flags.writeable = False
+    wanted = sae.encode(torch.from_numpy(array.astype("float32")))
+    assert torch.equal(sae.encode(array).dense(), wanted.dense())

@@ -1,6 +1,8 @@
 """A toy harvest for the tests of the cache: deterministic rows from a numbered source, and how a harvest resumes."""
 
+import ctypes
 import hashlib
+import mmap
 import os
 import subprocess
 import sys
@@ -136,3 +138,14 @@ def run_python(code: str, *args: object) -> None:
         [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def begins_in_memory(path) -> bool:
+    """Whether the first page of a file is in the page cache. A read that may not wait would start reading it."""
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), mmap.PAGESIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    first, resident = ctypes.c_char.from_buffer(memory), ctypes.c_ubyte()
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(1), ctypes.byref(resident))
+    assert not failed, os.strerror(ctypes.get_errno())
+    return bool(resident.value & 1)

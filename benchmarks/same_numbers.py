@@ -70,7 +70,10 @@ def _command(checkout: Path, stage: str, *arguments: str) -> None:
 def _python(checkout: Path, *arguments: str) -> str:
     paths = os.pathsep.join([str(checkout), str(checkout / "tests")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    # Python searches the current folder before PYTHONPATH: standing in the other checkout would measure that one twice.
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
     return done.stdout
 
 

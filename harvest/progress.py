@@ -97,7 +97,7 @@ class Progress:
 
 
 class RunLog:
-    """`harvest.run_log` beside the data: times, retries, memory, throughput; nothing that is compared or checked.
+    """`harvest.log` beside the data: times, retries, memory, throughput; nothing that is compared or checked.
 
     Collects lines, and writes them when the run ends: a cache that was not begun keeps no log.
     """

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import sae_granary
 from sae_granary.common.app import Debug, expected_errors, make_app
 from sae_granary.common.device import choose_device
-from sae_granary.common.errors import GranaryError, nearest, one_line
+from sae_granary.common.errors import ConfigError, GranaryError, nearest, one_line
 from sae_granary.common.signals import Interrupted, StopRequest, stop_on_signals
 
 REPO = Path(__file__).parents[1]
@@ -100,20 +100,20 @@ def test_long_messages_become_one_line() -> None:
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "", "meta"])
 def test_unknown_devices_are_refused(name: str) -> None:
-    with pytest.raises(GranaryError, match="expected auto, cpu, cuda, cuda:N or mps"):
-        choose_device(name, GranaryError)
+    with pytest.raises(ConfigError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        choose_device(name)
 
 
 def test_devices_that_are_not_here_are_refused() -> None:
-    assert choose_device("cpu", GranaryError) == "cpu"
-    assert choose_device("auto", GranaryError) in ("cpu", "cuda")
-    with pytest.raises(GranaryError, match=r"device 'cuda:99': PyTorch finds \d+ CUDA devices"):
-        choose_device("cuda:99", GranaryError)
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") in ("cpu", "cuda")
+    with pytest.raises(ConfigError, match=r"device 'cuda:99': PyTorch finds \d+ CUDA devices"):
+        choose_device("cuda:99")
     if torch.backends.mps.is_available():
-        assert choose_device("mps", GranaryError) == "mps"
+        assert choose_device("mps") == "mps"
     else:
-        with pytest.raises(GranaryError, match="PyTorch finds no Apple GPU on this machine; give cpu or auto"):
-            choose_device("mps", GranaryError)
+        with pytest.raises(ConfigError, match="PyTorch finds no Apple GPU on this machine; give cpu or auto"):
+            choose_device("mps")
 
 
 def test_the_first_signal_is_read_and_the_second_raises() -> None:

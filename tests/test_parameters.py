@@ -13,11 +13,11 @@ from conftest import write_cache
 from safetensors.torch import load_file
 
 from sae_granary import sae_core, train_sae
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.train.config.merge import TRAINER_KEYS, make_config
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import TIMING
 from sae_granary.train.state.run_state import Run, build_sae

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae_granary import open_cache, train_sae
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.config.coerce import coerce
 from sae_granary.train.config.merge import (
     TRAINER_KEYS,
@@ -19,7 +20,6 @@ from sae_granary.train.config.merge import (
 from sae_granary.train.config.resolve import MAX_EPOCHS, default_name, n_steps_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.sweeps.sweep import plan_sweep
 
 

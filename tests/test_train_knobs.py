@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from sae_granary import open_cache, resume_training, sae_core, train_sae
 from sae_granary.cache.errors import IncompleteCacheError
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import CHECKPOINTS, read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import Callback
-from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError
+from sae_granary.train.errors import CheckpointError, InterruptedRunError
 from sae_granary.train.optim import resample as latents_of
 from sae_granary.train.optim.ema import Ema, averaged
 from sae_granary.train.sinks.sink import TIMING

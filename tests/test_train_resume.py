@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from sae_granary import resume_training, sae_core, train_sae
 from sae_granary.cache.load.loader import LoaderState
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import sign
-from sae_granary.train.errors import CheckpointError, ConfigError, InterruptedRunError, RunExistsError
+from sae_granary.train.errors import CheckpointError, InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.optim.optimizers import OPTIMIZERS
 from sae_granary.train.sinks.sink import TIMING, BaseSink

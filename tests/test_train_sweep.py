@@ -17,10 +17,11 @@ from rich.console import Console
 
 from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.cache.load.loader import Loader
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import Callback
-from sae_granary.train.errors import ConfigError, InterruptedRunError, RunExistsError
+from sae_granary.train.errors import InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
 from sae_granary.train.sinks.sink import TIMING, BaseSink

@@ -1,13 +1,14 @@
 """What train raises.
 
 TrainError(GranaryError)
-├── ConfigError(TrainError, ValueError)        a setting is unknown, of the wrong type or out of range
 ├── RunExistsError(TrainError, FileExistsError) the run's folder holds another run
 ├── CheckpointError(TrainError, ValueError)    a checkpoint is damaged or belongs to something else
 ├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
 ├── FilesDifferError(TrainError, ValueError)   the files of a finished run give another SAE than was trained
 ├── ShortageError(TrainError, OSError)         the disk is full, or no more files may be opened
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
+
+Settings that are unknown, of the wrong type or out of range are a `ConfigError` of `sae_granary.common.errors`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,6 @@ from sae_granary.common.signals import StopRequest
 
 class TrainError(GranaryError):
     """Base of every error that train raises on purpose."""
-
-
-class ConfigError(TrainError, ValueError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
 
 
 class RunExistsError(TrainError, FileExistsError):

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sae_granary.common import files
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import read_regular
 from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
 from sae_granary.common.lock import FolderLock, LockedError
@@ -18,7 +19,7 @@ from sae_granary.common.signed import digest
 from sae_granary.train.config.merge import from_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
-from sae_granary.train.errors import ConfigError, RunExistsError
+from sae_granary.train.errors import RunExistsError
 
 LOCK = ".lock"
 PLAN = "sweep.json"  # of a sweep, which holds the folders of its runs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_granary import sae_core
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.finished_run import RECORD, SUMMARY, is_complete, read_summary
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
@@ -17,7 +17,7 @@ from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError, RunExistsError, shortage_is_clear
+from sae_granary.train.errors import RunExistsError, shortage_is_clear
 from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity, needed_disk

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-from sae_granary.common.errors import ConfigError, GranaryError
+from sae_granary.common.errors import ConfigError
 
 _KNOWN = "expected auto, cpu, cuda, cuda:N or mps"
 
 
-def choose_device(wanted: str, refuse: type[GranaryError] = ConfigError) -> str:
+def choose_device(wanted: str) -> str:
     """A device that this machine has: auto is the first CUDA device if there is one, else the CPU.
 
-    Raises `refuse` with one line for a device that is unknown or not there.
+    Raises ConfigError for a device that is unknown or not there.
     """
     import torch
 
@@ -20,10 +20,10 @@ def choose_device(wanted: str, refuse: type[GranaryError] = ConfigError) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", wanted)
     if match is None:
-        raise refuse(f"device {wanted!r} is unknown: {_KNOWN}")
+        raise ConfigError(f"device {wanted!r} is unknown: {_KNOWN}")
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if match[1] == "cuda" and int(match[2] or 0) >= n_cuda:
-        raise refuse(f"device {wanted!r}: PyTorch finds {n_cuda} CUDA devices on this machine; give cpu or auto")
+        raise ConfigError(f"device {wanted!r}: PyTorch finds {n_cuda} CUDA devices on this machine; give cpu or auto")
     if match[1] == "mps" and not torch.backends.mps.is_available():
-        raise refuse("device 'mps': PyTorch finds no Apple GPU on this machine; give cpu or auto")
+        raise ConfigError("device 'mps': PyTorch finds no Apple GPU on this machine; give cpu or auto")
     return wanted

@@ -2,7 +2,7 @@
 
 GranaryError
 ├── CacheError        cache
-├── ConfigError       a setting, or a combination of settings, that cannot be (models, harvest)
+├── ConfigError       a setting, or a combination of settings, that cannot be (models, harvest, train)
 ├── HarvestError      harvest
 ├── ModelError        models
 ├── SAEError          sae_core

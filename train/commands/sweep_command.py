@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
 from sae_granary.train.config.flags import takes_settings
 
@@ -47,7 +48,6 @@ def grid_of(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid of flags and file, and the settings that all its points share. Flags win over the file."""
     from sae_granary.train.config.merge import merge_layers
-    from sae_granary.train.errors import ConfigError
     from sae_granary.train.sweeps.grid import ALIASES, parse_grid
 
     on_top = parse_grid(texts)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sae_granary.common.app import echo, fail
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.shared_flags import NO_CACHE
 from sae_granary.train.config.flags import Given
@@ -42,7 +43,6 @@ def train_given(
 def config_of(given: Given) -> Any:
     """The TrainConfig of a command's flags, not resolved."""
     from sae_granary.train.config.merge import make_config
-    from sae_granary.train.errors import ConfigError
 
     layers = given.layers()
     if any("grid" in values for _, values in layers):

@@ -9,9 +9,8 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.quantities import parse_count
-from sae_granary.train.errors import ConfigError
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONES = ("none", "null", "auto", "")

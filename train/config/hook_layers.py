@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sae_granary.common.errors import nearest
-from sae_granary.train.errors import ConfigError
+from sae_granary.common.errors import ConfigError, nearest
 
 _LAYER = re.compile(r"layer_(\d+)")
 

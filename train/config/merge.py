@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 
 from sae_granary import sae_core
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.coerce import coerce
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
-from sae_granary.train.errors import ConfigError
 
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sae_granary import sae_core
+from sae_granary.common.errors import ConfigError
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import ConfigError
 
 
 def first_context_step(config: TrainConfig) -> int | None:

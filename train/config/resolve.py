@@ -12,10 +12,9 @@ from sae_granary import sae_core
 from sae_granary.cache.load.order import Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection
 from sae_granary.common.device import choose_device
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.phases import check_phases, first_context_step
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim import schedule
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
         config,
         hook=hooks,
         cache=str(cache.path),
-        device=choose_device(config.device, ConfigError),
+        device=choose_device(config.device),
         compute_dtype="float32" if config.compute_dtype == "auto" else config.compute_dtype,
         shuffle_seed=config.seed if config.shuffle_seed is None else config.shuffle_seed,
         init_seed=config.seed if config.init_seed is None else config.init_seed,

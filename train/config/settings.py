@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sae_granary import sae_core
+from sae_granary.common.errors import ConfigError
 from sae_granary.sae_core.options import check, option
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim.optimizers import OPTIMIZERS, Hyperparameters
 
 MAX_SEED = 2**63 - 1

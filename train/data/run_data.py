@@ -19,7 +19,6 @@ from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_context_step, needs_language_model
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.state.checkpoint import Identity
 from sae_granary.train.state.initial import check_initial
 
@@ -56,7 +55,7 @@ class RunData:
 
         Runs of one record may share it (`opened`): each open cache holds a descriptor per shard that it maps.
         """
-        choose_device(config.device, ConfigError)
+        choose_device(config.device)
         if opened is None:
             shards = [index for index, _ in record["order"]["shards"]]
             opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)

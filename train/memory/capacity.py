@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.optim.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4

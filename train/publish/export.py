@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary import sae_core
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.finished_run import SAE_RECORD, read_metadata
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files import saelens
-from sae_granary.train.errors import ConfigError, RunExistsError
+from sae_granary.train.errors import RunExistsError
 
 
 def export(run: Path, to: str, out: Path) -> Path:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from sae_granary import sae_core
+from sae_granary.common.errors import ConfigError
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.files.fold import fold, unfold
 from sae_granary.sae_core.files.io import NATIVE, OURS
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.errors import ConfigError
 
 
 def load_initial(path: str) -> SAE:

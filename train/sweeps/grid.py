@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_granary import sae_core
-from sae_granary.common.errors import nearest
+from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.merge import TRAINER_KEYS, variant_keys
 from sae_granary.train.config.settings import SECTIONS
-from sae_granary.train.errors import ConfigError
 
 # In a grid these mean the initialisation's seed and the hook point of one SAE.
 ALIASES = {"seed": "init_seed", "layer": "hook"}

@@ -16,12 +16,12 @@ import xxhash
 
 from sae_granary.cache.load.selection import Counts
 from sae_granary.cache.read.reader import open_cache
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.sweeps.grid import Point, notes_on
 from sae_granary.train.sweeps.grouping import groups_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError
 from sae_granary.train.memory.capacity import available_memory
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
 from sae_granary.train.sweeps.sweep_plan import Entry, Group

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.errors import ConfigError, RunExistsError
+from sae_granary.train.errors import RunExistsError
 from sae_granary.train.folders import check_name, claim_sweep_folder, is_sweep
 from sae_granary.train.sweeps.execution import MakeCallbacks, SweepExecution
 from sae_granary.train.sweeps.grid import Point, check_grid, expand

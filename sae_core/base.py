@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
-from sae_granary.sae_core.errors import NonFiniteError, OptionError
+from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.functional import remove_parallel, to_unit_norm, typical_row
 from sae_granary.sae_core.latents import PerLatent
 from sae_granary.sae_core.losses import LossScale
-from sae_granary.sae_core.normalize import Affine, Normalizer
+from sae_granary.sae_core.normalize import Affine, Normalizer, moments
 from sae_granary.sae_core.options import Progress, SharedConfig
 from sae_granary.sae_core.pre_acts import PreActs
 
@@ -105,17 +105,16 @@ class SAE(nn.Module):
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
         """Fit the normalization and the loss scale to a sample of raw rows (N, D), then draw the weights.
 
-        The sample holds rows that the run will train on (2**20 at most). Raises NonFiniteError if it holds NaN or Inf.
+        The sample holds rows that the run will train on (2**20 at most). Raises NonFiniteError if none can be fitted.
         """
         x = as_rows(sample, like=self.b_dec)
         for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
             normalizer.fit(hook[:MAX_FIT_ROWS])
         target = self.prepare(x).target[:MAX_FIT_ROWS]
-        if not bool(torch.isfinite(target).all()):
-            raise NonFiniteError("the sample that the normalization is fitted to holds NaN or Inf: verify the cache")
         rows = target.double()
-        self.loss_variance.copy_((rows - rows.mean(0)).square().sum(1).mean().clamp_min(1e-30))
-        self.loss_mean_square.copy_(rows.square().sum(1).mean().clamp_min(1e-30))
+        variance, mean_square = moments(rows)
+        self.loss_variance.copy_(variance)
+        self.loss_mean_square.copy_(mean_square)
         self.reset_weights(generator)
         self.b_dec.copy_(typical_row(rows, self.config.b_dec_init))
 

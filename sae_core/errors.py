@@ -4,7 +4,7 @@ SAEError(GranaryError)
 ├── OptionError(SAEError, ValueError)       an option of a variant is out of range or unknown
 ├── UnknownTypeError(SAEError, KeyError)    no variant of that name is registered
 ├── NotAnSAEError(SAEError, ValueError)     a folder does not hold an SAE that can be read
-└── NonFiniteError(SAEError, ValueError)    rows or weights hold NaN or Inf
+└── NonFiniteError(SAEError, ValueError)    rows or weights hold NaN, Inf, or numbers that nothing can be fitted to
 """
 
 from sae_granary.common.errors import GranaryError
@@ -31,4 +31,4 @@ class NotAnSAEError(SAEError, ValueError):
 
 
 class NonFiniteError(SAEError, ValueError):
-    """Rows or weights hold NaN or Inf."""
+    """Rows or weights hold NaN, Inf, or numbers that nothing can be fitted to."""

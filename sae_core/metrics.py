@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.normalize import NO_VARIANCE
 
-DEAD_THRESHOLD = 0.0005  # firing rate under which a latent is reported as dead
+DEAD_THRESHOLD = 0.0005  # firing rate under which a latent counts as rare
 
 
 class Evaluator:
@@ -20,6 +21,7 @@ class Evaluator:
         self.n_active = 0
         self._mean = torch.zeros(d_in, dtype=torch.float64)
         self._scatter = 0.0  # sum |x - mean|^2 over the rows so far
+        self._squares = 0.0  # sum |x|^2
         self._squared_error = 0.0
         self._cosine = 0.0
         self._l2_ratio = 0.0
@@ -33,6 +35,7 @@ class Evaluator:
         x, x_hat = x.double(), x_hat.double()
         self._update_scatter(x)
         self._squared_error += float((x - x_hat).square().sum())
+        self._squares += float(x.square().sum())
         norms = x.norm(dim=1).clamp_min(1e-30)
         norms_hat = x_hat.norm(dim=1)
         self._cosine += float(((x * x_hat).sum(1) / (norms * norms_hat.clamp_min(1e-30))).sum())
@@ -55,34 +58,32 @@ class Evaluator:
         """(F,) float64 firing rate of each latent."""
         return self.fired.double() / max(self.n_rows, 1)
 
-    def result(self) -> dict[str, float]:
+    def result(self) -> dict[str, float | None]:
         """Return the metrics by name.
 
-        l0: mean active latents per row. fvu: sum|e|^2 / sum|x - mean|^2 and explained_variance = 1 - fvu. mse: mean
-        over rows of sum_d e^2. cosine, l2_ratio: mean over rows. dead: share of latents that fire on less than
-        `dead_threshold` of the rows; never_fired: on none.
+        l0: mean active latents per row. fvu: sum|e|^2 / sum|x - mean|^2 and explained_variance = 1 - fvu; both None for
+        rows without variance, such as a single one. mse: mean over rows of sum_d e^2. cosine, l2_ratio: mean over rows.
+        rare: share of latents that fire on less than `dead_threshold` of the rows; never_fired: on none.
         """
         n = max(self.n_rows, 1)
         densities = self.densities()
-        fvu = self._squared_error / max(self._scatter, 1e-300)
+        varies = self._scatter > NO_VARIANCE * self._squares
+        fvu = self._squared_error / self._scatter if varies else None
         return {
             "l0": self.n_active / n,
             "fvu": fvu,
-            "explained_variance": 1.0 - fvu,
+            "explained_variance": None if fvu is None else 1.0 - fvu,
             "mse": self._squared_error / n,
             "cosine": self._cosine / n,
             "l2_ratio": self._l2_ratio / n,
-            "dead": float((densities < self.dead_threshold).double().mean()),
+            "rare": float((densities < self.dead_threshold).double().mean()),
             "never_fired": float((densities == 0).double().mean()),
         }
 
 
 @torch.no_grad()
 def decoder_max_cosine(W_dec: Tensor, chunk: int = 2048) -> float:
-    """Mean over latents of the largest |cosine| to another decoder row of W_dec (F, D).
-
-    Simple tools of the field call it "feature absorption"; lower is better.
-    """
+    """Mean over latents of the largest |cosine| to another decoder row of W_dec (F, D); lower is better."""
     if W_dec.shape[0] < 2:
         return 0.0
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -10,8 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_granary.sae_core.errors import NonFiniteError
+
 FIXED_MODES = ("dataset", "mean", "mean+dataset", "none")  # those that can be folded into the weights
 UNIT_NORM_EPS = 1e-5  # SAELens' layer_norm
+NO_VARIANCE = 1e-18  # share of sum |x|^2 under which the scatter of float32 rows is rounding
+SANE_SQUARES = (1e-24, 1e24)  # E|x|^2 of rows: float32 has room on both sides for squares and their sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +65,14 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, sample: Tensor) -> None:
-        """Take mean and scale from a sample (N, D) of raw rows."""
+        """Take mean and scale from a sample (N, D) of raw rows. Raises NonFiniteError for NaN, Inf and absurd ones."""
         rows = sample.double()
+        check_scale(rows)
         if self.mode in ("mean", "mean+dataset"):
             self.mean.copy_(rows.mean(0))
             rows = rows - rows.mean(0)
         if self.mode in ("dataset", "mean+dataset"):
-            mean_square = rows.square().sum(1).mean().clamp_min(1e-30)
-            self.scale.copy_((rows.shape[1] / mean_square).sqrt())
+            self.scale.copy_((rows.shape[1] / check_scale(rows)).sqrt())
 
     def forward(self, x: Tensor) -> Normalized:
         """Normalize raw rows (N, D)."""
@@ -82,3 +86,24 @@ class Normalizer(nn.Module):
     def scaling(self) -> Affine:
         """The fixed part; for unit_norm it changes nothing."""
         return Affine(self.scale.expand_as(self.mean), self.mean)
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """V = E|x - mean|^2 and E|x|^2 of rows (N, D), float64. Raises NonFiniteError where all rows are equal."""
+    variance, mean_square = (rows - rows.mean(0)).square().sum(1).mean(), rows.square().sum(1).mean()
+    if not float(variance) > NO_VARIANCE * float(mean_square):
+        raise NonFiniteError(f"the {len(rows):,} rows of the sample are all equal: there is nothing to learn from them")
+    return variance, mean_square
+
+
+def check_scale(rows: Tensor) -> Tensor:
+    """E|x|^2 of rows (N, D). Raises NonFiniteError where it is not finite, or too small or large to compute with."""
+    mean_square = rows.square().sum(1).mean()
+    low, high = SANE_SQUARES
+    if not low <= float(mean_square) <= high:
+        found = f"a mean squared norm of {float(mean_square):.3g}" if bool(rows.isfinite().all()) else "NaN or Inf"
+        raise NonFiniteError(
+            f"the sample that the normalization is fitted to has {found}, expected {low:g} to {high:g}: "
+            "check the cache with `sae-cache verify`"
+        )
+    return mean_square

@@ -89,6 +89,11 @@ class SharedConfig:
     def validate(self) -> None:
         """Check what spans several options; raise OptionError."""
 
+    @property
+    def wanted_l0(self) -> float | None:
+        """The L0 that was asked for: k of the k-sparse types; None where nothing was."""
+        return getattr(self, "k", None)
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -128,7 +128,7 @@ def test_the_truth_itself_scores_perfectly_through_a_cache(tmp_path: Path) -> No
     assert perfect["f1"] == pytest.approx(1, abs=1e-3)
     assert perfect["activation_ratio"] == pytest.approx(1, abs=1e-3)
     assert perfect["fvu"] < 0.005
-    assert (perfect["absorption"], perfect["missed_alone"], perfect["dead"]) == (0, 0, 0)
+    assert (perfect["absorption"], perfect["missed_alone"], perfect["rare"]) == (0, 0, 0)
     with torch.no_grad():
         sae.W_dec[4] += sae.W_dec[0]
         sae.W_enc[:, 0] -= 2 * sae.W_enc[:, 4]  # the parent's latent is silent when child 4 is there

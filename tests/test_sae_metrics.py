@@ -30,14 +30,14 @@ def test_metrics_do_not_depend_on_the_batches_and_equal_the_formulas() -> None:
     assert results[0]["cosine"] == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()))
 
 
-def test_dead_and_never_fired_are_two_numbers() -> None:
+def test_rare_and_never_fired_are_two_numbers() -> None:
     acts = torch.zeros(4000, 3)
     acts[:, 0] = 1.0
-    acts[0, 1] = 1.0  # fires once in 4000 rows: under the 0.0005 threshold, but alive
+    acts[0, 1] = 1.0  # fires once in 4000 rows: rare, but not silent
     evaluator = Evaluator(2, 3)
     evaluator.update(torch.randn(4000, 2), torch.randn(4000, 2), Codes.from_dense(acts))
     assert evaluator.densities().tolist() == [1.0, 1 / 4000, 0.0]
-    assert evaluator.result()["dead"] == pytest.approx(2 / 3)
+    assert evaluator.result()["rare"] == pytest.approx(2 / 3)
     assert evaluator.result()["never_fired"] == pytest.approx(1 / 3)
 
 

@@ -46,7 +46,7 @@ def test_run_leaves_a_result_that_loads(make_cache) -> None:
     folder = Path("runs/toy_layer_3_batchtopk_d128_k4_s0")
     assert str(folder) in result.stdout
     assert "batchtopk" in result.stdout
-    assert re.search(r"^decoder_max_cosine 0\.\d+ \(also called feature absorption", result.stdout, re.MULTILINE)
+    assert re.search(r"^decoder_max_cosine 0\.\d+: likeness of latents", result.stdout, re.MULTILINE)
     files = {p.name for p in folder.iterdir()}
     assert files == {
         "cfg.json", "sae_weights.safetensors", "granary.json", "config.yaml", "run.json", "metrics.jsonl",
@@ -183,7 +183,7 @@ def test_nan_in_the_cache_is_survived_or_told(make_cache) -> None:
     data.flush()
     del data
     error = call("run", "--cache", "toy", "--type", "batchtopk", "--name", "many", "-b", "64", code=2).stderr
-    assert "10 batches in a row up to step 10 gave NaN or Inf" in error.replace("\n", " ")
+    assert "10 batches in a row up to step 10 gave NaN, Inf or absurd values" in error.replace("\n", " ")
 
 
 def test_flags_are_settings() -> None:
@@ -307,6 +307,7 @@ def test_sweeps_as_people_type_them(make_cache) -> None:
     Path("runs/empty").mkdir()
     compared = call("compare", "runs/s", "runs/empty")
     assert compared.stdout.count("topk_d16") == 4
+    assert "all runs: evaluated on " in compared.stdout
     assert "skipped: runs/empty holds no finished run" in compared.stderr
     one = ["run", "--cache", "toy", "--type", "topk", "--k", "2", *quick]
     planned = call(*one, "--layers", "2,4", "--name", "layers", "--dry-run").stdout

@@ -32,7 +32,7 @@ class StepResult:
     accepted: bool
     losses: Mapping[str, float] = field(default_factory=dict)  # mean over micro-batches, by name
     grad_norm: float = math.nan  # global, before clipping
-    metrics: Mapping[str, float] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
+    metrics: Mapping[str, float | None] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
     details: Mapping[str, float] = field(default_factory=dict)  # what the variant reports: threshold, routing ...
     grad_norms: Mapping[str, float] = field(default_factory=dict)  # by parameter, before clipping
     fired: Tensor | None = None  # (F,) on how many of `n_measured` rows each latent fired, on the CPU
@@ -47,7 +47,8 @@ class StepResult:
 def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResult:
     """Take one optimizer step on a batch and count it.
 
-    A batch whose loss or gradient is NaN or Inf changes no weight: it is rejected and counted.
+    A batch with NaN, Inf or a value larger than any that was harvested, or whose loss or gradient is NaN or Inf,
+    changes no weight: it is rejected and counted.
     """
     result = _update(run, batch, measure=measure)
     run.step += 1
@@ -106,10 +107,10 @@ def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
 def _accumulate(
     sae: SAE, batch: StepInput, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
 ) -> dict[str, Tensor] | None:
-    """Gradients of the mean loss over parts of a batch, left in `.grad`; None if a part is not finite."""
+    """Gradients of the mean loss over parts of a batch, left in `.grad`; None if a part or its loss is unusable."""
     sums: dict[str, Tensor] = {}
     for part in batch.split(n_parts):
-        if not part.is_finite():
+        if not part.is_sound():
             return None
         share = part.n_rows / batch.n_rows
         with autocast(part.device, compute_dtype):
@@ -151,8 +152,8 @@ def check_progress(run: Run) -> None:
     """Raises DivergedError when too many batches in a row were rejected."""
     if run.rejected_in_row >= MAX_REJECTED_IN_ROW:
         raise DivergedError(
-            f"{run.rejected_in_row} batches in a row up to step {run.step} gave NaN or Inf and were rejected "
-            f"({run.rejected} in all): run `sae-cache verify`, or lower --lr"
+            f"{run.rejected_in_row} batches in a row up to step {run.step} gave NaN, Inf or absurd values and were "
+            f"rejected ({run.rejected} in all): run `sae-cache verify`, or lower --lr"
         )
 
 

@@ -46,7 +46,7 @@ class SplicedInput:
         """At most n parts of about equally many contexts."""
         yield from (replace(self, contexts=part) for part in self.contexts.split(n_parts))
 
-    def is_finite(self) -> bool:
+    def is_sound(self) -> bool:
         """Token ids are; what the model makes of them shows in the loss."""
         return True
 

@@ -16,6 +16,8 @@ from sae_granary.sae_core import SAE, Progress, Rows, SAEOutput
 
 Self = TypeVar("Self")
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, eq=False)
 class Terms:
@@ -40,8 +42,8 @@ class StepInput(Protocol):
     def split(self: Self, n_parts: int) -> Iterator[Self]:
         """Micro-batches of about equal size."""
 
-    def is_finite(self) -> bool:
-        """Whether every value is. Asked before the forward pass, so that no counter or threshold sees a NaN."""
+    def is_sound(self) -> bool:
+        """Whether all values can be computed with. Asked before the forward pass: no counter or threshold sees NaN."""
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The forward pass and the losses."""
@@ -52,6 +54,7 @@ class RowInput:
     """Rows (N, D) of each hook point: the SAE's own losses."""
 
     rows: Rows
+    limits: Mapping[str, float] = field(default_factory=dict)  # by name of rows: no harvested value is larger
 
     @property
     def n_rows(self) -> int:
@@ -66,11 +69,11 @@ class RowInput:
     def split(self, n_parts: int) -> Iterator[RowInput]:
         """Equal parts."""
         chunks = zip(*(rows.chunk(n_parts) for rows in self.rows.values()), strict=True)
-        yield from (RowInput(dict(zip(self.rows, parts, strict=True))) for parts in chunks)
+        yield from (RowInput(dict(zip(self.rows, parts, strict=True)), self.limits) for parts in chunks)
 
-    def is_finite(self) -> bool:
-        """Whether every value is."""
-        return all(_is_finite(t) for t in self.rows.values())
+    def is_sound(self) -> bool:
+        """Whether every value is finite, and none larger than any that was harvested."""
+        return all(_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items())
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""
@@ -78,6 +81,6 @@ class RowInput:
         return Terms(out, sae.losses(out, progress))
 
 
-def _is_finite(values: Tensor) -> bool:
+def _is_sound(values: Tensor, limit: float) -> bool:
     extremes = torch.stack(torch.aminmax(values))  # NaN where one is; no mask as large as the values
-    return bool(torch.isfinite(extremes).all())
+    return bool((extremes.abs() <= limit).all())

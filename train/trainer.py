@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -17,6 +18,7 @@ from sae_granary.common.finished_run import SUMMARY
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import SAE, Rows
+from sae_granary.sae_core.errors import NonFiniteError
 from sae_granary.train import loop
 from sae_granary.train.callbacks import Callbacks, StepEvent
 from sae_granary.train.config.merge import to_sections
@@ -112,8 +114,8 @@ class Trainer:
         run, result = self.run, event.result
         if result.fired is not None:
             run.density.update(result.fired, result.n_measured)
-        if "fvu" in result.metrics and not run.config.eval_every:
-            run.score = result.metrics["fvu"]
+        if (fvu := result.metrics.get("fvu")) is not None and not run.config.eval_every:
+            run.score = fvu
         numbers = {**self._resample(), **self._validate(), **self._densities(), **self.callbacks.on_step(event)}
         if result.metrics or not result.accepted or numbers:
             self.sinks.metrics({**finite(numbers), **metrics_line(run, self.state, result, self.clock)})
@@ -160,9 +162,10 @@ class Trainer:
             return
         self.sinks.flush()
         extra = {"callbacks": self.callbacks.state()}
-        path = checkpoint.save(
-            self.folder, self.run, self.state, self.data.identity, seconds=self.clock.seconds, extra=extra
-        )
+        with self._diverges():
+            path = checkpoint.save(
+                self.folder, self.run, self.state, self.data.identity, seconds=self.clock.seconds, extra=extra
+            )
         self.callbacks.on_checkpoint(path, self.step)
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
@@ -181,7 +184,8 @@ class Trainer:
             numbers, rows = self._evaluate(stop)
         self.sinks.flush()
         summary = summarize(run, data, self.folder, numbers, self.clock.seconds)
-        save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
+        with self._diverges():
+            save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
         self.sinks.finish(summary)
         self.sinks.flush()
         write_signed(self.folder / SUMMARY, summary, allow_nan=True)
@@ -191,18 +195,30 @@ class Trainer:
     def _evaluate(self, stop: StopRequest) -> tuple[dict[str, float | None], Rows]:
         """The final numbers, and the first batch of rows that they are of. Raises DivergedError for NaN or Inf."""
         run, data = self.run, self.data
-        batches = self._until(stop, passes.evaluation(data))
+        dropped: list[int] = []
+        batches = self._until(stop, passes.evaluation(data, dropped.append))
         first = next(batches, None)
         evaluated = () if first is None else chain([first], batches)
-        numbers: dict[str, float | None] = {**evaluate(run.sae, evaluated, run.config.dead_threshold)}
+        numbers = evaluate(run.sae, evaluated, run.config.dead_threshold) | {"n_dropped": sum(dropped)}
         if data.config.eval_downstream and data.language_model is not None:
             numbers |= evaluate_downstream(run.sae, data.language_model, self._until(stop, evaluation_contexts(data)))
         if not all(value is None or math.isfinite(value) for value in numbers.values()):
-            raise DivergedError(
-                f"the SAE gives NaN or Inf after {self.step} steps ({run.rejected} batches rejected): "
-                f"{self.folder} has no result; train again with a lower --lr"
-            )
+            raise self._diverged("the SAE gives NaN or Inf")
         return numbers, next(passes.calibration(data)) if first is None else first
+
+    def _diverged(self, what: str) -> DivergedError:
+        rejected = f"{self.run.rejected} batches rejected"
+        return DivergedError(
+            f"{what} after {self.step} steps ({rejected}): {self.folder} has no result; check the cache with "
+            "`sae-cache verify`, then train again with a lower --lr"
+        )
+
+    @contextmanager
+    def _diverges(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            raise self._diverged(str(error)) from None
 
     def _until(self, stop: StopRequest, items: Iterable[T]) -> Iterator[T]:
         for item in items:

@@ -75,7 +75,7 @@ def measure(sae: SAE, path: Path, world: World, activations: Floats) -> dict[str
         "f1": metrics.f1(active, fires),
         "fvu": shared["fvu"],
         "l0": shared["l0"],
-        "dead": shared["dead"],
+        "rare": shared["rare"],
         "activation_ratio": metrics.activation_ratio(truth, contribution),
         "l2_ratio": metrics.l2_ratio(x.numpy(), out.x_hat.numpy(), active),
         "absorption": metrics.absorption(active, fires, world.parent),

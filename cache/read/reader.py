@@ -17,17 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
-from sae_granary.cache.format.layout import (
-    COLUMNS,
-    VOCABULARY,
-    ArrayLayout,
-    documents_path,
-)
+from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout, documents_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
-from sae_granary.cache.format.stats import Stats, make_stats, merge_all
+from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
 from sae_granary.cache.read.arrays import Column, HookRows
@@ -154,6 +149,12 @@ class Cache:
         ids: npt.NDArray[np.int64] = first[shard] + (ordinals - self.starts[shard])
         return ids
 
+    def ordinals(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the rows of permanent ids stand now; they are of opened shards."""
+        shard, offset = np.divmod(row_ids, self.manifest.rows_per_shard)
+        found: npt.NDArray[np.int64] = self.starts[np.searchsorted([s.index for s in self.shards], shard)] + offset
+        return found
+
     def document(self, row: int) -> DocumentRow:
         """The document that a row comes from."""
         doc_id = int(self.column("doc_id")[row])
@@ -208,13 +209,17 @@ class Cache:
     def stats(self, hook: str | None = None) -> Stats:
         """Statistics of the opened rows of a hook point: every stored row counts, special tokens too."""
         name = self.hook_name(hook)
-        norms = [self.norms(name).shard(i) for i in range(len(self.shards))]
+        return make_stats(self.moments(name), [self.norms(name).shard(i) for i in range(len(self.shards))])
+
+    def moments(self, hook: str | None = None) -> Moments:
+        """Count, mean and squared deviations of the opened rows of a hook point; no shard is read for it."""
+        name = self.hook_name(hook)
         if self.manifest.statistics is not None and len(self.opened) == len(self.records):
-            return make_stats(self.manifest.statistics[name], norms)
+            return self.manifest.statistics[name]
         records = [load_record(self.path, self.manifest, record.shard) for record in self.opened]
         if not records:
             raise RowLookupError(f"{self.path}: no rows, so no statistics")
-        return make_stats(merge_all(r.statistics[name] for r in records if r.statistics is not None), norms)
+        return merge_all(r.statistics[name] for r in records if r.statistics is not None)
 
     @property
     def n_bytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_granary.common.files import read_regular
 from sae_granary.common.signed import parse_object
-from sae_granary.sae_core.errors import NotAnSAEError
+from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:
@@ -36,6 +36,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     # Written through open(): safetensors' own writer makes files that only their owner can read.
     path.write_bytes(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     return path
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that must not be written. Raises NonFiniteError with the names of those that hold NaN or Inf."""
+    if found := [name for name, t in tensors.items() if not bool(t.isfinite().all())]:
+        raise NonFiniteError(f"NaN or Inf in {', '.join(found)}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError, SAEError
 from sae_granary.sae_core.files import saelens, sparsify
-from sae_granary.sae_core.files.disk import read_json, read_tensors, write_json, write_tensors
+from sae_granary.sae_core.files.disk import check_finite, read_json, read_tensors, write_json, write_tensors
 from sae_granary.sae_core.files.fold import Folded, fold
 from sae_granary.sae_core.options import SharedConfig
 
@@ -30,10 +30,12 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     """Write the inference form and return its files; `metadata` (model_name, hook_name ...) goes into cfg.json.
 
     A variant that SAELens cannot express gets no cfg.json: its granary.json says all that `load` needs.
+    Raises NonFiniteError, and writes nothing, if a weight is NaN or Inf.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     metadata, folded = dict(metadata or {}), fold(sae)
+    check_finite({**folded.weights, **folded.extra})
+    folder.mkdir(parents=True, exist_ok=True)
     files = [write_tensors(folder / WEIGHTS, folded.weights)]
     if folded.extra:
         files.append(write_tensors(folder / EXTRA, folded.extra))
@@ -66,8 +68,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 def save_native(sae: SAE, folder: str | Path) -> None:
-    """Write weights and buffers as trained, for checkpoints."""
+    """Write weights and buffers as trained, for checkpoints. Raises NonFiniteError as `save` does."""
     folder = Path(folder)
+    check_finite(dict(sae.named_parameters()))
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / NATIVE_WEIGHTS, dict(sae.state_dict()))
     write_json(folder / NATIVE, {"format": FORMAT, **describe(sae.config, sae)})

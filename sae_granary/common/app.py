@@ -124,9 +124,9 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+def echo(text: str, *, err: bool = False, nl: bool = True, color: str | None = None) -> None:
     """Print lines, control characters in them as escapes: names and texts come from files of other people."""
-    typer.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+    typer.secho(printable(text, keep="\n\t"), err=err, nl=nl, fg=color)
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:

@@ -65,14 +65,18 @@ def check_stream(fields: Fields) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run; its final metrics are under `eval`. Raises NotARunError."""
+    """summary.json of a finished run; its final metrics are under `eval`. Raises NotARunError.
+
+    What `eval` called dead before version 0.2 is called rare: `dead` is a number of training.
+    """
     path = folder / SUMMARY
     begun = (folder / RECORD).is_file()
     remedy = f"continue it with: sae-train resume {folder}" if begun else f"expected a folder with {SUMMARY}"
     summary = RunFields.of_file(path, remedy, missing=f"{folder} holds no finished run; {remedy}")
     if not isinstance(summary.body.get("eval"), dict):
         raise NotARunError(f"{path} is not the summary of a run")
-    return {name: value for name, value in summary.body.items() if name != CHECKSUM}
+    found = {name: value for name, value in summary.body.items() if name != CHECKSUM}
+    return found | {"eval": {("rare" if name == "dead" else name): v for name, v in found["eval"].items()}}
 
 
 def is_complete(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from sae_granary import sae_core
 from sae_granary.common.app import echo, make_console
 from sae_granary.common.quantities import quantity
 from sae_granary.train.config.coerce import describe
+from sae_granary.train.result.notes import damage, legend
 
 _LAST_COLUMNS = ("dead", "tokens", "tok/s", "time")
 DOWNSTREAM = {"ce_score": "CE score", "kl": "KL"}  # columns of runs that measured them
@@ -56,8 +57,10 @@ def result_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     downstream = [name for name in DOWNSTREAM if any(name in summary["eval"] for summary in summaries)]
     for column in ("d_sae", "k", "L0 train", "L0", "FVU", *(DOWNSTREAM[n] for n in downstream), *_LAST_COLUMNS):
         table.add_column(column, justify="right", no_wrap=True)
+    if any(map(damage, summaries)):
+        table.add_column("damage", style="red", overflow="fold")
     for summary in summaries:
-        table.add_row(*_result_cells(summary, downstream))
+        table.add_row(*_result_cells(summary, downstream), *(["see below"] if damage(summary) else []))
     return table
 
 
@@ -71,7 +74,7 @@ def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list
         "" if summary["k"] is None else str(summary["k"]),
         "" if l0_train is None else f"{l0_train:.1f}",
         f"{numbers['l0']:.1f}" if "l0" in numbers else "",
-        f"{numbers['fvu']:.4f}" if "fvu" in numbers else "",
+        _share(numbers["fvu"]) if "fvu" in numbers else "",
         *(_share(numbers[name]) if name in numbers else "" for name in downstream),
         f"{summary['dead']:.1%}",
         quantity(summary["tokens"]),
@@ -84,24 +87,27 @@ def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 
 
-def notes(summaries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What the reports say beside their numbers, each with its run."""
-    return [f"{summary['name']}: {note}" for summary in summaries for note in summary.get("notes", ())]
-
-
 def show_results(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of some runs and their notes."""
+    """Print the table of some runs, what its words mean, and the notes of each run: those on damage in red."""
     show(result_table(summaries))
-    for line in notes(summaries):
-        echo(line)
+    echo(legend(summaries))
+    if len(summaries) == 1 and (value := summaries[0]["eval"].get("decoder_max_cosine")) is not None:
+        echo(f"decoder_max_cosine {value:.3f}: likeness of latents, lower is better")
+    damaged = {line for summary in summaries for line in damage(summary)}
+    for line, names in _runs_by_note(summaries).items():
+        whose = "all runs" if len(names) == len(summaries) > 1 else ", ".join(names)
+        echo(f"{whose}: {line}", color="red" if line in damaged else None)
 
 
-def similarity_line(summary: Mapping[str, Any]) -> str | None:
-    """How alike the latents are, with the other name that tools of the field give it."""
-    value = summary["eval"].get("decoder_max_cosine")
-    if value is None:
-        return None
-    return f"decoder_max_cosine {value:.3f} (also called feature absorption: likeness of latents, lower is better)"
+def _runs_by_note(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Note -> the runs that it is about; those on damage first, also of runs that were written without notes."""
+    found: dict[str, list[str]] = {}
+    for notes in (damage, lambda summary: summary.get("notes", ())):
+        for summary in summaries:
+            for note in notes(summary):
+                if summary["name"] not in found.setdefault(note, []):
+                    found[note].append(summary["name"])
+    return found
 
 
 def show(renderable: RenderableType) -> None:

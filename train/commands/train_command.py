@@ -55,16 +55,12 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     from sae_granary.cache.read.arrays import truncated_shards
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import explain_bus_errors, stop_on_signals
-    from sae_granary.train.commands.result_tables import notes, result_table, show, similarity_line
+    from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sinks.console_sink import ConsoleSink
 
     explain_bus_errors(truncated_shards)
     with tuned_process(device), stop_on_signals(at_once=True) as stop:
         result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
-    show(result_table([result.summary]))
-    if line := similarity_line(result.summary):
-        echo(line)
-    for note in notes([result.summary]):
-        echo(note)
+    show_results([result.summary])
     echo(f"{result.folder}")
     return result

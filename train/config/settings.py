@@ -127,7 +127,7 @@ class TrainConfig:
     val_rows: int = setting(2**14, "logging", "most held-out rows in a validation", gt=0)
     density_every: int = setting(1000, "logging", "steps between firing rates and histograms (0: at the end)", ge=0)
     dead_threshold: float = setting(
-        0.0005, "logging", "firing rate under which a latent is reported as dead", ge=0, le=1
+        0.0005, "logging", "firing rate under which a latent counts as rare in an evaluation", ge=0, le=1
     )
     wandb: Literal["off", "offline", "online"] = setting("off", "logging", "Weights & Biases")
     wandb_project: str = setting("granary", "logging", "project of Weights & Biases")

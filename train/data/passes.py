@@ -1,16 +1,17 @@
 """Rows that a run reads besides its training batches: a sample to start from, calibration, evaluation, resampling.
 
-Every pass leaves out rows that are not finite.
+Every pass leaves out rows that are damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
-from sae_granary.cache.load.loader import Loader, LoaderState
+from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.load.loader import Batch, Loader, LoaderState
 from sae_granary.cache.load.selection import Part
 from sae_granary.sae_core import Rows
 from sae_granary.train.config.resolve import selection_of, shuffle_of
@@ -20,6 +21,7 @@ from sae_granary.train.data.streams import open_stream
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalization and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
 CALIBRATION_ROWS = 2**17
+NORM_ERROR = 1e-4  # relative, of the norm of a row in float32 and the stored one
 
 
 def sample(data: RunData) -> Rows:
@@ -27,8 +29,11 @@ def sample(data: RunData) -> Rows:
     d_in = data.config.options["d_in"] * len(data.config.hook)
     n_rows = min(MAX_SAMPLE_ROWS, max(SAMPLE_ELEMENTS // d_in, 1024))
     with _loader(data, "train", batch_size=data.config.batch_size, device="cpu") as loader:
-        parts = [batch.x for batch in _take_rows(loader, n_rows)]
-    return finite_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        parts = [sound_rows(data, batch) for batch in _take_rows(loader, n_rows)]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if not len(rows[data.config.hook[0]]):
+        raise CorruptCacheError(f"{data.cache.path}: no row can be trained on; find the damage with `sae-cache verify`")
+    return rows
 
 
 def calibration(data: RunData) -> Iterator[Rows]:
@@ -36,9 +41,9 @@ def calibration(data: RunData) -> Iterator[Rows]:
     yield from _pass(data, "train", CALIBRATION_ROWS)
 
 
-def evaluation(data: RunData) -> Iterator[Rows]:
-    """At most `eval_rows` rows of the part that is evaluated, in micro-batches."""
-    yield from _pass(data, data.eval_part, data.config.eval_rows)
+def evaluation(data: RunData, dropped: Callable[[int], None] = lambda n: None) -> Iterator[Rows]:
+    """At most `eval_rows` rows of the part that is evaluated, in micro-batches; `dropped` is told of damaged ones."""
+    yield from _pass(data, data.eval_part, data.config.eval_rows, dropped)
 
 
 def validation(data: RunData) -> Iterator[Rows]:
@@ -50,23 +55,43 @@ def upcoming(data: RunData, state: LoaderState, n_rows: int) -> Iterator[Rows]:
     """Training rows from a loader state on, in batches; the stream that the run trains on does not move."""
     with open_stream([data], state) as loader:
         for batch in _take_rows(loader, n_rows):
-            yield finite_rows(data.inputs(batch.x))
+            yield sound_rows(data, batch)
 
 
-def finite_rows(x: Rows) -> Rows:
-    """The rows that are finite at every hook point."""
-    finite = torch.stack([torch.isfinite(t).all(1) for t in x.values()]).all(0)
-    return x if bool(finite.all()) else {hook: t[finite] for hook, t in x.items()}
+def sound_rows(data: RunData, batch: Batch) -> Rows:
+    """The rows of a batch that are as they were harvested, as far as that shows, under the names that the run reads.
+
+    Left out are those with a NaN, an Inf or a value larger than any that was harvested, and, where the batch says which
+    rows it holds, those that do not have their stored norm.
+    """
+    assert isinstance(batch.x, dict)
+    x = data.inputs(batch.x)
+    sound = torch.stack([(t.abs() <= data.limits[name]).all(1) for name, t in x.items()])
+    if batch.row_ids is not None:
+        sound = torch.cat([sound, torch.stack([_has_its_norm(data, name, batch) for name in data.config.hook])])
+    kept = sound.all(0)
+    return x if bool(kept.all()) else {name: t[kept] for name, t in x.items()}
 
 
-def _pass(data: RunData, part: Part, n_rows: int) -> Iterator[Rows]:
+def _has_its_norm(data: RunData, hook: str, batch: Batch) -> Tensor:
+    assert isinstance(batch.x, dict)
+    assert batch.row_ids is not None
+    rows: Tensor = batch.x[hook]
+    stored = torch.from_numpy(data.cache.norms(hook)[data.cache.ordinals(batch.row_ids.numpy())]).to(rows.device)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return (norms - stored).abs() <= NORM_ERROR * stored
+
+
+def _pass(data: RunData, part: Part, n_rows: int, dropped: Callable[[int], None] = lambda n: None) -> Iterator[Rows]:
     size = data.config.batch_size // data.config.grad_acc_steps
     with _loader(data, part, batch_size=size, device=data.config.device) as loader:
         for batch in _take_rows(loader, n_rows):
-            yield finite_rows(batch.x)
+            rows = sound_rows(data, batch)
+            dropped(batch.n_rows - len(rows[data.config.hook[0]]))
+            yield rows
 
 
-def _take_rows(loader: Loader, n_rows: int) -> Iterator[Any]:
+def _take_rows(loader: Loader, n_rows: int) -> Iterator[Batch]:
     """Whole batches until n_rows are reached, at least one of them unless n_rows is 0."""
     taken = 0
     while taken < n_rows and (batch := next(loader, None)) is not None:
@@ -87,4 +112,5 @@ def _loader(data: RunData, part: Part, *, batch_size: int, device: str) -> Loade
         epochs=1,
         previous=data.reads_previous,
         counts=data.counts,
+        with_rows=True,
     )

@@ -21,6 +21,7 @@ from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_o
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.state.checkpoint import Identity
 from sae_granary.train.state.initial import check_initial
+from sae_granary.train.step_input import FLOAT32_MAX
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ class RunData:
         """What of a stream's rows the SAE reads: hook points, and for some types the rows before each."""
         hooks = self.config.hook
         return (*hooks, *(hook + PREVIOUS for hook in hooks)) if self.reads_previous else hooks
+
+    @cached_property
+    def limits(self) -> dict[str, float]:
+        """By input name: no value that was harvested is larger."""
+        hooks = {name: name.removesuffix(PREVIOUS) for name in self.input_names}
+        return {name: min(self.cache.moments(hook).largest, FLOAT32_MAX) for name, hook in hooks.items()}
 
     def width(self, name: str) -> int:
         """Width of the rows under one of the input names."""

@@ -71,7 +71,7 @@ def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInpu
     """What a run's step takes of a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
-        return RowInput(data.inputs(batch.x))
+        return RowInput(data.inputs(batch.x), data.limits)
     assert isinstance(data.language_model, LanguageModel)
     finetunes = data.config.finetune_kl is not None
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)

@@ -18,7 +18,7 @@ from sae_granary.common.finished_run import (
 from sae_granary.train.errors import TrainError
 
 FILES = (*SAE_FILES, CONFIG, SUMMARY)
-METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "dead", "never_fired", "decoder_max_cosine")
+METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "rare", "never_fired", "decoder_max_cosine")
 
 
 def files_of(run: Path) -> list[Path]:
@@ -32,7 +32,8 @@ def files_of(run: Path) -> list[Path]:
 def model_card(run: Path, licence: str) -> str:
     """README.md of the repository: what it is, from which cache, how good, under which licence."""
     summary, metadata = read_summary(run), read_metadata(run)
-    rows = "\n".join(f"| {name} | {summary['eval'][name]:.4g} |" for name in METRICS if name in summary["eval"])
+    found = {name: summary["eval"].get(name) for name in METRICS}
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in found.items() if value is not None)
     return f"""---
 license: {licence}
 library_name: sae-granary

@@ -15,14 +15,14 @@ from sae_granary.sae_core.metrics import DEAD_THRESHOLD, Evaluator, decoder_max_
 from sae_granary.train.optim.ema import averaged
 from sae_granary.train.state.run_state import Run
 
-VALIDATED = ("l0", "fvu", "explained_variance", "mse", "dead")
+VALIDATED = ("l0", "fvu", "explained_variance", "mse", "rare")
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, batches: Iterable[Rows], dead_threshold: float = DEAD_THRESHOLD) -> dict[str, float]:
-    """Stream rows through the SAE: l0, fvu, explained_variance, mse, cosine, l2_ratio, dead, never_fired, n_rows.
+def evaluate(sae: SAE, batches: Iterable[Rows], dead_threshold: float = DEAD_THRESHOLD) -> dict[str, float | None]:
+    """Stream rows through the SAE: l0, fvu, explained_variance, mse, cosine, l2_ratio, rare, never_fired, n_rows.
 
-    `dead` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
+    `rare` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
     mode that it was in.
     """
     evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold)
@@ -54,11 +54,12 @@ def validate(run: Run, batches: Iterable[Rows]) -> dict[str, float]:
     """
     with averaged(run.sae, run.ema):
         numbers = evaluate(run.sae, batches, run.config.dead_threshold)
-    if "fvu" not in numbers:
+    fvu = numbers.get("fvu")
+    if fvu is None:
         return {}
-    run.score = numbers["fvu"]
+    run.score = fvu
     run.patience.saw(run.score)
-    return {f"val/{name}": numbers[name] for name in VALIDATED}
+    return {f"val/{name}": value for name in VALIDATED if (value := numbers[name]) is not None}
 
 
 @contextmanager

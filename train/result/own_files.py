@@ -46,7 +46,8 @@ def save_and_check(sae: SAE, folder: Path, metadata: Mapping[str, Any], rows: Ro
     """Write the inference form of a trained SAE, durably, if what `sae_core.load` makes of it is the same SAE.
 
     `rows` is a batch of raw rows (N, D) of each hook point, on the device of the SAE.
-    Raises FilesDifferError. After it, or any other exception, none of the files is left in the folder.
+    Raises FilesDifferError and NonFiniteError. After them, or any other exception, none of the files is left in the
+    folder.
     """
     paths = sae_core.save(sae, folder, metadata)
     try:

@@ -11,6 +11,7 @@ import torch
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.models.language.losses import notes_on
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.result.notes import remarks
 from sae_granary.train.state.checkpoint import best_checkpoint
 from sae_granary.train.state.run_state import Run
 
@@ -37,13 +38,14 @@ def summarize(
         "dead_after_tokens": config.options.get("dead_after_tokens"),
         "eval_part": data.eval_part,
         "eval": dict(numbers),
-        "notes": notes_on(numbers),
         "rows": data.counts.to_json(),
         "device": config.device,
         "versions": {"torch": torch.__version__},
         "seconds": round(seconds, 3),
         "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
     }
+    notes = remarks(summary, wanted_l0=run.sae.config.wanted_l0, warmup_steps=config.warmup_steps or 0)
+    summary["notes"] = [*notes_on(numbers), *notes]
     if config.keep_best and (best := best_checkpoint(folder)):
         summary["best_checkpoint"] = best.name
     return summary

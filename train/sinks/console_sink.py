@@ -93,7 +93,8 @@ def numbers(metrics: Metrics) -> str:
     if "loss" not in metrics:
         return "batch rejected"
     held_out = f"held out {metrics['val/fvu']:.4f}  " if "val/fvu" in metrics else ""
+    fvu = f"{metrics['fvu']:.4f}" if "fvu" in metrics else "n/a"
     return (
-        f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {metrics['fvu']:.4f}  {held_out}"
+        f"loss {metrics['loss']:.4f}  L0 {metrics['l0']:.1f}  FVU {fvu}  {held_out}"
         f"dead {metrics['dead']:.1%}  {quantity(metrics['tokens_per_second'])} tok/s"
     )

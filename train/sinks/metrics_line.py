@@ -20,7 +20,7 @@ MEASURED = ("l0", "fvu", "explained_variance", "mse")
 def metrics_line(run: Run, state: LoaderState, result: StepResult, clock: Clock) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     dead = int(run.sae.dead_mask.sum())
-    wanted = {name: result.metrics[name] for name in MEASURED if name in result.metrics}
+    wanted = {name: value for name in MEASURED if (value := result.metrics.get(name)) is not None}
     numbers = {
         "step": run.step,
         "tokens": run.tokens,

@@ -2,8 +2,8 @@
 
 Metric names of a line: step, tokens, epoch, cursor, loss, losses/<name>, l0, fvu, explained_variance, mse,
 details/<name>, dead, n_dead, mean_passes_since_fired, grad_norm, grad_norm/<parameter>, lr, rejected, seconds,
-tokens_per_second; now and then mean_log10_density, below_dead_threshold, never_fired, val/<name>, resampled, and what
-callbacks return. `TIMING` names those that differ between equal runs.
+tokens_per_second; now and then mean_log10_density, density/rare, density/never_fired, val/<name>, resampled, and what
+callbacks return. What they mean: `train.result.notes`. `TIMING` names those that differ between equal runs.
 """
 
 from __future__ import annotations

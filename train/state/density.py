@@ -38,10 +38,10 @@ class Density:
         return (self.fired.double() / max(self.n_rows, 1) + LOG_FLOOR).log10()
 
     def numbers(self, dead_threshold: float) -> dict[str, float]:
-        """Mean log10 rate, share of latents under the threshold, and share that never fired."""
+        """Of the measured batches: mean log10 rate, share of latents under the threshold, share that never fired."""
         rates = self.fired.double() / max(self.n_rows, 1)
         return {
             "mean_log10_density": float(self.log10.mean()),
-            "below_dead_threshold": float((rates < dead_threshold).double().mean()),
-            "never_fired": float((self.fired == 0).double().mean()),
+            "density/rare": float((rates < dead_threshold).double().mean()),
+            "density/never_fired": float((self.fired == 0).double().mean()),
         }

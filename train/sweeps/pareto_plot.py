@@ -16,7 +16,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    finished = [row for row in rows if row["status"] == "finished" and "fvu" in row]
+    finished = [row for row in rows if row["status"] == "finished" and row.get("fvu") is not None]
     hooks = list(dict.fromkeys(str(row["hook"]) for row in finished)) or [""]
     types = list(dict.fromkeys(str(row["type"]) for row in finished))
     figure, axes = pyplot.subplots(

@@ -56,8 +56,7 @@ def _row(entry: Entry, folder: Path) -> Row:
         return {**row, "status": "failed", "error": failure["error"], "steps": failure["step"]}
     summary = read_summary(folder)
     measured = ("steps", "tokens", "rejected", "l0_train", "seconds", "tokens_per_second")
-    evaluation = {("eval_dead" if key == "dead" else key): value for key, value in summary["eval"].items()}
-    numbers = {key: summary.get(key) for key in measured} | evaluation | {"dead": summary["dead"]}
+    numbers = {key: summary.get(key) for key in measured} | summary["eval"] | {"dead": summary["dead"]}
     return {**row, "status": "finished", **numbers, "notes": "; ".join(summary.get("notes", ())), "error": ""}
 
 
@@ -103,7 +102,7 @@ def _cell(row: Row, column: str) -> str:
     if row["status"] != "finished" and column == "l0":
         return str(row["error"]).replace("|", "\\|")
     if value is None:
-        return "n/a" if column in DOWNSTREAM_COLUMNS and column in row else ""
+        return "n/a" if column in (*DOWNSTREAM_COLUMNS, "fvu") and column in row else ""
     formats = {
         "ce_score": "{:.4f}",
         "kl": "{:.4f}",

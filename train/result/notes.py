@@ -1,0 +1,60 @@
+"""What a reader of a run's numbers should know: the words for latents that hardly fire, and remarks with a remedy.
+
+dead          share of latents that were silent for the last `dead_after_tokens` rows of training. In tables.
+rare          share of latents that fire on less than `dead_threshold` of the evaluated rows, silent ones included
+never_fired   share of latents that fire on none of the evaluated rows
+density/rare, density/never_fired   the same of the batches measured while training, in metrics.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+FEW_ROWS = 2000  # evaluated rows; on fewer a latent of the usual `dead_threshold` cannot be told from a silent one
+MANY_DEAD = 0.25  # share of the latents
+MISSED_L0 = 0.1  # relative
+
+
+def remarks(summary: Mapping[str, Any], *, wanted_l0: float | None, warmup_steps: int) -> list[str]:
+    """The remarks on a summary; `wanted_l0` is what the type was asked for, if anything."""
+    return [*damage(summary), *_evaluation(summary), *_training(summary, wanted_l0, warmup_steps)]
+
+
+def damage(summary: Mapping[str, Any]) -> list[str]:
+    """What was left out of a run, of any version, because it could not be computed with: shown in red."""
+    found = []
+    if rejected := summary.get("rejected", 0):
+        found.append(f"{rejected:,} of {summary['steps']:,} batches were rejected for NaN, Inf or absurd values")
+    if dropped := summary["eval"].get("n_dropped", 0):
+        found.append(f"{dropped:,} damaged rows were left out of the evaluation")
+    return [f"{text}: run sae-cache verify {summary['cache']}" for text in found]
+
+
+def _evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
+    numbers = summary["eval"]
+    n_rows = numbers["n_rows"]
+    if n_rows and numbers["fvu"] is None:
+        yield f"FVU is not defined: the {n_rows:,} evaluated rows are all equal; give a larger --holdout"
+    elif n_rows < FEW_ROWS:
+        yield f"evaluated on {n_rows:,} rows only, the numbers are rough: give a larger --holdout, or harvest more text"
+
+
+def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps: int) -> Iterator[str]:
+    steps, found = summary["steps"], summary["l0_train"]
+    if wanted_l0 is not None and found is not None and abs(found - wanted_l0) > MISSED_L0 * wanted_l0:
+        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: train longer (--steps)"
+    if summary["dead"] > MANY_DEAD:
+        yield (
+            f"{summary['dead']:.0%} of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every "
+            f"{max(steps // 10, 1)}"
+        )
+    if warmup_steps >= steps:
+        yield f"the learning rate was still rising at the end: --warmup-steps is {warmup_steps}, the run had {steps}"
+
+
+def legend(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """What "dead" means in a table of these runs."""
+    spans = {summary.get("dead_after_tokens") for summary in summaries}
+    span = next(iter(spans)) if len(spans) == 1 else None
+    return f"dead: silent for the last {f'{span:,}' if span else '`dead_after_tokens`'} rows of training"

@@ -50,7 +50,7 @@ def open_trainer(
             callbacks.restore(restored.extra.get("callbacks", []))
         return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
     state = LoaderState(data.order.seed)
-    return Trainer(data, _fresh_run(data, sample), folder, sinks, state, callbacks=callbacks)
+    return Trainer(data, _fresh_run(data, sample, sinks), folder, sinks, state, callbacks=callbacks)
 
 
 def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
@@ -73,15 +73,16 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def _fresh_run(data: RunData, sample: Callable[[RunData], Rows]) -> Run:
+def _fresh_run(data: RunData, sample: Callable[[RunData], Rows], sinks: Sinks) -> Run:
     """Build and initialize the SAE from a sample of training rows."""
     assert data.config.init_seed is not None
     seed = data.config.init_seed
     with Rng.seeded(seed) as rng:
         sae = build_sae(data.config)
-        sae.initialize(sample(data), torch.Generator().manual_seed(seed))
+        rows = sample(data)
+        sae.initialize(rows, torch.Generator().manual_seed(seed))
         if data.config.init_from is not None:
-            start_from(sae, data.config.init_from)
+            sinks.message(start_from(sae, data.config.init_from, rows))
         run = Run.create(data.config, sae)
     run.rng = rng
     return run

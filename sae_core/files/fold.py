@@ -66,20 +66,27 @@ def fold(sae: SAE) -> Folded:
 def unfold(sae: SAE, folded: Folded) -> None:
     """Set the weights of an SAE, whose normalization is fitted, to compute what is folded.
 
-    The decoder rows get a mean norm of 1.
+    In variants with unit rows the norm of each decoder row moves into its encoder column: the same function, unless
+    latents compete for a place (top-k), where from then on p_i |W_dec,i| is compared. In others the rows get a mean
+    norm of 1.
     """
     core = sae.core
     (scale_in, _), (scale_out, mean_out) = core.scalings()
     for name, parameter, is_path in _extra_parameters(sae):
         parameter.copy_(folded.extra[name] / (scale_in[:, None] / scale_out) if is_path else folded.extra[name])
     W_dec = folded.weights["W_dec"] * scale_out
-    norm = W_dec.norm(dim=1).mean().clamp_min(1e-12)
-    weights = {"W_dec": W_dec / norm}
+    norms: Tensor = W_dec.norm(dim=1)
+    if core.unit_decoder:  # a row of zeros has no direction: the latent keeps its own, and never fires
+        has_direction = (norms > 1e-12)[:, None]
+        weights = {"W_dec": torch.where(has_direction, W_dec / norms.clamp_min(1e-12)[:, None], core.W_dec)}
+    else:
+        norms = norms.mean().clamp_min(1e-12).expand_as(norms)
+        weights = {"W_dec": W_dec / norms[:, None]}
     weights["b_dec"] = (folded.weights["b_dec"] - mean_out) * scale_out + core.b_dec - _output_bias(core)
     for name, declared in core.latents.items():
-        weights[name] = folded.weights[name] * (norm if declared.unit == PRE_ACTS else 1.0)
+        weights[name] = folded.weights[name] * (norms if declared.unit == PRE_ACTS else 1.0)
     if core.has_encoder:
-        weights["W_enc"] = folded.weights["W_enc"] / scale_in[:, None] * norm
+        weights["W_enc"] = folded.weights["W_enc"] / scale_in[:, None] * norms
         if (shift := _encoder_shift(core)) is not None:
             bias = next(iter(core.latents))
             weights[bias] = weights[bias] + shift @ weights["W_enc"]

@@ -8,10 +8,13 @@ import torch
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows
 from sae_granary.sae_core.files.fold import fold, unfold
 from sae_granary.sae_core.files.io import NATIVE, OURS
 from sae_granary.train.config.settings import TrainConfig
+
+COMPARED_ROWS = 1024
+SAME_FVU = 1e-3  # relative
 
 
 def load_initial(path: str) -> SAE:
@@ -50,11 +53,35 @@ def check_initial(config: TrainConfig) -> None:
 
 
 @torch.no_grad()
-def start_from(sae: SAE, path: str) -> None:
-    """Give an initialised SAE the weights of another, in the units of its own normalisation. Its buffers stay."""
+def start_from(sae: SAE, path: str, sample: Rows) -> str:
+    """Give an initialized SAE the weights of another, in the units of its own normalization. Its buffers stay.
+
+    Returns a line that says how well both reconstruct raw rows of the run (N, D) of each hook point.
+    """
     source = load_initial(path)
     buffers = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     unfold(sae, fold(source))
     sae.after_step()
     for name, buffer in sae.named_buffers():
         buffer.copy_(buffers[name])
+    rows = {name: values[:COMPARED_ROWS] for name, values in sample.items()}
+    before, after = _training_fvu(source.to(sae.core.W_dec.device), rows), _training_fvu(sae, rows)
+    line = f"init_from={path}: FVU {after:.4f} at the start, {before:.4f} as loaded"
+    if abs(after - before) <= SAME_FVU * max(before, 1e-3):
+        return line
+    norms = source.core.W_dec.norm(dim=1)
+    return (
+        f"{line}: {sae.type_name} keeps decoder rows of norm 1, those of the file have {norms.min():.3g} to "
+        f"{norms.max():.3g}; they moved into the encoder, so latents are now selected by activation times decoder norm"
+        if sae.core.unit_decoder and norms.max() > 1.001 * norms.min()
+        else f"{line}: the options of this run differ from those of the file"
+    )
+
+
+def _training_fvu(sae: SAE, rows: Rows) -> float:
+    """FVU with the activation of training, where batch-wise selections need no threshold. The mode stays."""
+    training = sae.training
+    out = sae.train()(rows)
+    sae.train(training)
+    x, x_hat = out.x.double(), out.x_hat.double()
+    return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-30))

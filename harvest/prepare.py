@@ -78,6 +78,7 @@ class Prepared:
     compute_dtype: str
     batch_tokens: int
     flops_per_token: float = 0.0  # of the blocks up to the last hook point
+    batching: str = "padded"  # of the loaded model: `Behavior.batching`
 
     @property
     def unit(self) -> str:

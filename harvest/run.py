@@ -96,7 +96,7 @@ def harvest_activations(
 
 def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Model]:
     """The model with its weights, and the plan with the widths that it really has."""
-    located, device = prepared.located, prepared.device
+    located, device, batching = prepared.located, prepared.device, prepared.batching
     if prepared.unit == "text":
         pooled = load_pooled(located, prepared.compute_dtype, device)
         hooks: tuple[Hook, ...] = (replace(prepared.hooks[0], d_in=pooled_width(pooled)),)
@@ -112,6 +112,7 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
                 f"--pack joins documents for decoders; {located.name} reads in both directions and would attend across "
                 "them: leave it out"
             )
+        batching = behavior.batching
         if behavior.notice:
             say(f"{located.name}: {behavior.notice}")
         pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
@@ -124,7 +125,7 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
             model.compile(blocks, prepared.rules.ctx_len)
     if prepared.widths_known and hooks != prepared.hooks:
         raise HarvestError(f"the loaded model has hook points {hooks}, its config promised {prepared.hooks}")
-    return replace(prepared, located=located, hooks=hooks, widths_known=True), model
+    return replace(prepared, located=located, hooks=hooks, widths_known=True, batching=batching), model
 
 
 def _examined(prepared: Prepared, base: nn.Module) -> tuple[tuple[Hook, ...], Behavior]:
@@ -138,12 +139,25 @@ def _examined(prepared: Prepared, base: nn.Module) -> tuple[tuple[Hook, ...], Be
     added = frozenset(getattr(prepared.tokenizer, "added_tokens_decoder", {}))
     windows = probe_windows(rules.prefix, rules.suffix, rules.ctx_len, n_ids, rules.special_ids | added)
     pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
-    return hooks, observe(base, hooks, windows, pad_id=pad_id, ctx_len=rules.ctx_len, name=name)
+    sizes = {"ctx_len": rules.ctx_len, "batch_tokens": prepared.batch_tokens}
+    return hooks, observe(base, hooks, windows, pad_id=pad_id, name=name, **sizes)
 
 
 def _tell_behavior(prepared: Prepared, writer: CacheWriter) -> None:
-    """Correct in the manifest what only the loaded model shows: whether a token sees later ones."""
+    """Correct in the manifest what only the loaded model shows: whether a token sees later ones, and how it batches.
+
+    Raises HarvestError where the committed rows came from other batches, and so were other rows.
+    """
     told = dict(writer.manifest.provenance)
+    begun = dict(told.get("compute") or {}).get("batching", "padded")
+    if begun != prepared.batching and writer.n_rows:
+        raise HarvestError(
+            f"the rows of {writer.path} were computed in batches that are {begun}, but with {prepared.located.name} "
+            f"only {prepared.batching} ones give what it computes for a text alone: harvest to another --out"
+        )
+    if begun != prepared.batching:
+        told |= {"compute": dict(told.get("compute") or {}) | {"batching": prepared.batching}}
+        writer.tell(told)
     found = model_record(prepared.located, prepared.model_class, prepared.n_layers)
     right = dict(told["model"]) | {name: found[name] for name in ("is_decoder", "family") if name in told["model"]}
     if right != told["model"]:

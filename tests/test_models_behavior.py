@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harvest_kit import N_LAYERS, WIDTH, row_errors, texts, tiny_tokenizer
+from harvest_kit import N_LAYERS, WIDTH, CutOff, cut_off_after, row_errors, texts, tiny_tokenizer
 from torch import nn
 
 from sae_granary import open_cache
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.names import name_lines
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.behavior.checks import Behavior, observe, pad_id_for
@@ -99,6 +100,43 @@ def test_a_model_that_mixes_padding_in_gets_batches_of_one_length(
     cache = harvest(folder, texts(24))
     assert errors_of(cache, folder) < 1e-5
     assert "batches hold windows of one length only" in (cache.path / "harvest.log").read_text()
+
+
+def longrope() -> Any:
+    """As Phi-3: other rotations where the longest text of a batch is above 24 tokens."""
+    from transformers import Phi3Config
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0],
+        "factor": 4.0, "original_max_position_embeddings": 24,
+    }  # fmt: skip
+    return Phi3Config(**sizes(num_key_value_heads=2), original_max_position_embeddings=24, rope_parameters=rope)
+
+
+def test_short_windows_beside_long_ones_are_read_as_if_alone(make: Make) -> None:
+    folder = make(longrope())
+    cache = harvest(folder, texts(40), ctx_len=64, batch_tokens=1024)
+    assert errors_of(cache, folder) < 1e-5
+    assert cache.manifest.provenance["compute"]["batching"] == "equal"
+
+
+def test_batches_of_rows_that_are_committed_stay_as_they_were(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(longrope())
+    settings = {"ctx_len": 32, "batch_tokens": 64, "rows_per_shard": 128}
+    with monkeypatch.context() as before:
+        before.setattr("sae_granary.harvest.run.observe", lambda *_, **__: Behavior())
+        with cut_off_after(30), pytest.raises(CutOff):
+            harvest(folder, texts(50), **settings)
+    with pytest.raises(HarvestError, match=r"computed in batches that are padded, but with .* only equal ones give"):
+        harvest(folder, texts(50), **settings)
+
+
+def test_a_harvest_in_batches_of_one_length_is_continued(make: Make) -> None:
+    folder = make(longrope())
+    settings = {"ctx_len": 32, "batch_tokens": 64, "rows_per_shard": 128}
+    with cut_off_after(30), pytest.raises(CutOff):
+        harvest(folder, texts(50), **settings)
+    assert errors_of(harvest(folder, texts(50), **settings), folder) < 1e-5
 
 
 def test_a_layout_with_time_first_is_undone_also_where_the_batch_is_square(make: Make) -> None:
@@ -204,7 +242,9 @@ def test_the_state_of_a_model_is_put_back() -> None:
 
 def seen_of(model: nn.Module) -> Behavior:
     windows = [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [7, 8, 9]]
-    return observe(model, probe(model, [Hook("x", "words.0")], "cpu"), windows, pad_id=0, ctx_len=9, name="it")
+    return observe(
+        model, probe(model, [Hook("x", "words.0")], "cpu"), windows, pad_id=0, ctx_len=9, batch_tokens=64, name="it"
+    )
 
 
 def test_a_model_that_remembers_its_passes_is_harvested_as_if_it_did_not() -> None:

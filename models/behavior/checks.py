@@ -72,19 +72,28 @@ def probe_windows(prefix: Ids, suffix: Ids, ctx_len: int, n_ids: int, special: f
 
 
 def observe(
-    base: nn.Module, hooks: Sequence[Hook], windows: Sequence[Ids], *, pad_id: int, ctx_len: int, name: str
+    base: nn.Module,
+    hooks: Sequence[Hook],
+    windows: Sequence[Ids],
+    *,
+    pad_id: int,
+    ctx_len: int,
+    batch_tokens: int,
+    name: str,
 ) -> Behavior:
     """What the model does with a long window, another of its length and a short one. Leaves the model as it was.
 
-    Raises ModelError where the model fails on text, or gives other rows for the same window.
+    The short one is also run beside the longest window that shares a batch of `batch_tokens`: some models read a text
+    otherwise from a length on. Raises ModelError where the model fails on text, or gives other rows for a window again.
     """
     long, other, short = windows
+    longest = ([*long] * ctx_len)[:ctx_len]
     with running(base, name) as state:
         rows = _Rows(base, hooks, pad_id, state)
         try:
-            batching = _batching(rows, long, other, short, name)
+            batching = _batching(rows, long, other, short, longest[: batch_tokens // 2], name)
             state.restore()
-            for window in (short, long, ([*long] * ctx_len)[:ctx_len]):
+            for window in (short, long, longest):
                 rows.run([window], lambda hook, value: None)
             changed = state.changed()
         finally:
@@ -114,7 +123,9 @@ def running(base: nn.Module, name: str) -> Iterator[State]:
             ) from error
 
 
-def _batching(rows: _Rows, long: Ids, other: Ids, short: Ids, name: str) -> Literal["padded", "equal", "single"]:
+def _batching(
+    rows: _Rows, long: Ids, other: Ids, short: Ids, longest: Ids, name: str
+) -> Literal["padded", "equal", "single"]:
     """In which batches rows are those of the window alone."""
     want = [rows([window])[0] for window in (long, other, short)]
     limit = _ROUNDING.get(str(want[0].dtype), 1e-4)
@@ -129,6 +140,7 @@ def _batching(rows: _Rows, long: Ids, other: Ids, short: Ids, name: str) -> Lite
         return "single"
     padded = rows([long, short])
     leak = max(_difference(want[0], padded[0]), _difference(want[2], padded[1]))
+    leak = max(leak, _difference(want[2], rows([longest, short])[1]))
     return "equal" if leak > max(limit, _TIMES_ROUNDING * rounding) else "padded"
 
 

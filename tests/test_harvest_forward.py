@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harvest_kit import build_model, texts, tiny_tokenizer
+from harvest_kit import build_model, tiny_tokenizer
 from torch import nn
 
 from sae_granary.cache.errors import BadActivationError
@@ -21,11 +21,8 @@ from sae_granary.models.tokens.contexts import StreamState, WindowRules
 from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, buffers
 from sae_granary.models.tokens.tokenizer import (
-    PIECE_CHARS,
     chat_renderer,
-    encode,
     special_tokens_around,
-    split_long,
     text_tokenizer,
     tokenizer_hash,
     window_rules,
@@ -155,17 +152,6 @@ def test_special_tokens_bos_and_separator() -> None:
     assert rules(llama, pack=True).separator == llama.eos_token_id
     assert bert.unk_token_id not in rules(bert).special_ids
     assert bert.cls_token_id in rules(bert).special_ids
-
-
-def test_long_texts_are_tokenized_in_pieces_that_lose_nothing() -> None:
-    text = " ".join(texts(1, longest=50)[0] for _ in range(12_000))
-    pieces = split_long(text)
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= PIECE_CHARS
-    tokenizer = tiny_tokenizer("bert")
-    (ids,) = encode(tokenizer, [text])
-    assert len(ids) == len(text.split())
-    assert "".join(split_long("x" * (PIECE_CHARS + 5))) == "x" * (PIECE_CHARS + 5)
 
 
 def test_a_chat_template_is_used_and_its_bos_not_doubled() -> None:

@@ -6,19 +6,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sae_granary.common.errors import ConfigError, one_line
 from sae_granary.models.config import TokenConfig
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.tokens.contexts import IntArray, Tokenize, WindowRules
 from sae_granary.models.tokens.document import Render, join_chat
+from sae_granary.models.tokens.long_texts import PLAIN, encode
 from sae_granary.models.tokens.vocabulary import check_files, check_vocabulary
 
 if TYPE_CHECKING:
     from sae_granary.models.locate import Located
 
-PIECE_CHARS = 1 << 20  # longer texts are tokenized in pieces: some tokenizers take quadratic time
 _PROBES = ("a", "the", "hello", "1")
 _SANE_LENGTH = 10**7  # transformers writes 10**30 for "no limit"
 
@@ -92,8 +90,8 @@ def _control_ids(tokenizer: Any) -> frozenset[int]:
 def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(in front, behind): what the tokenizer puts around a single text."""
     for text in _PROBES:
-        bare = list(tokenizer(text, add_special_tokens=False, **_PLAIN)["input_ids"])
-        full = list(tokenizer(text, add_special_tokens=True, **_PLAIN)["input_ids"])
+        bare = list(tokenizer(text, add_special_tokens=False, **PLAIN)["input_ids"])
+        full = list(tokenizer(text, add_special_tokens=True, **PLAIN)["input_ids"])
         if not bare:
             continue
         for start in range(len(full) - len(bare) + 1):
@@ -115,29 +113,6 @@ def text_tokenizer(tokenizer: Any, load: Callable[[], Any], num_proc: int, promp
 
         return in_processes
     return lambda texts: encode(tokenizer, [prompt + text for text in texts])
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[IntArray]:
-    """Token ids without special tokens, whole texts, nothing truncated."""
-    pieces = [split_long(text) for text in texts]
-    flat = [piece for parts in pieces for piece in parts]
-    ids = tokenizer(flat, add_special_tokens=False, **_PLAIN)["input_ids"]
-    found = iter(np.asarray(item, np.int32) for item in ids)
-    return [
-        next(found) if len(parts) == 1 else np.concatenate([next(found) for _ in parts]).astype(np.int32)
-        for parts in pieces
-    ]
-
-
-def split_long(text: str) -> list[str]:
-    """A text in pieces of at most PIECE_CHARS, cut before whitespace where there is any."""
-    pieces = []
-    while len(text) > PIECE_CHARS:
-        cut = max(text.rfind(" ", PIECE_CHARS // 2, PIECE_CHARS), text.rfind("\n", PIECE_CHARS // 2, PIECE_CHARS))
-        cut = cut if cut > 0 else PIECE_CHARS
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
 
 
 def chat_renderer(tokenizer: Any) -> Render:
@@ -175,15 +150,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
         digest.update(type(tokenizer).__name__.encode())
     digest.update((getattr(tokenizer, "chat_template", None) or "").encode() if _plain_template(tokenizer) else b"*")
     return digest.hexdigest()
-
-
-_PLAIN: dict[str, Any] = {
-    "padding": False,
-    "truncation": False,
-    "return_attention_mask": False,
-    "return_token_type_ids": False,
-    "verbose": False,  # longer than the model takes: windows are cut afterwards
-}
 
 
 def _plain_template(tokenizer: Any) -> bool:

@@ -1,6 +1,7 @@
 """A folder is read as its owner means it, and what is left out is listed with the reason."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,37 @@ def test_data_sets_saved_to_disk_are_read(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
     assert [text for _, text in read(tmp_path / "dict")[0]] == texts[:3]
     assert [text for _, text in read(tmp_path / "dict", split="extra")[0]] == texts[3:5]
+
+
+def test_what_datasets_leaves_beside_a_saved_data_set_is_no_part_of_it(tmp_path: Path) -> None:
+    import datasets
+
+    whole = datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(6)], "n": range(6)})
+    whole.save_to_disk(tmp_path / "one")
+    opened = datasets.load_from_disk(str(tmp_path / "one"))
+    opened.map(lambda record: {"text": record["text"].upper()})  # cache-....arrow beside the data
+    opened.filter(lambda record: record["n"] < 3)
+    found, said = read(tmp_path / "one")
+    assert [text for _, text in found] == whole["text"]
+    assert re.search(r"cache-\w+.arrow, cache-\w+.arrow \(left over beside the saved data set\)", said)
+    whole.save_to_disk(tmp_path / "again", num_shards=2)
+    whole.select([4, 2]).save_to_disk(tmp_path / "again", num_shards=1)
+    assert [text for _, text in read(tmp_path / "again")[0]] == ["text 4", "text 2"]
+    (tmp_path / "again" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(SourceError, match=r"1 of the 1 files that .*state.json lists are missing"):
+        read(tmp_path / "again")
+    put(tmp_path / "one" / "state.json", '{"_indices_data_files": [{"filename": "indices.arrow"}], "_data_files": []}')
+    with pytest.raises(SourceError, match=r"indices.arrow selects: load and save it again"):
+        read(tmp_path / "one")
+
+
+def test_results_in_the_cache_of_datasets_are_left_out(tmp_path: Path) -> None:
+    import datasets
+
+    put(tmp_path / "a.jsonl", '{"text": "as it is"}')
+    config = {"data_files": str(tmp_path / "a.jsonl"), "cache_dir": str(tmp_path / "cache"), "split": "train"}
+    loaded = datasets.load_dataset("json", **config)
+    loaded.map(lambda record: {"text": record["text"].upper()})
+    folder = Path(loaded.cache_files[0]["filename"]).parent
+    assert len(list(folder.glob("*.arrow"))) == 2
+    assert [text for _, text in read(folder)[0]] == ["as it is"]

@@ -127,6 +127,77 @@ def put(path: Path, row: dict[str, object]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.arrow"])
+def test_two_columns_of_one_name_are_refused_if_they_are_the_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for twice, wanted in (("text", None), ("id", ["one", "two"])):
+        names = ["text", twice, "id"]
+        rows = [["one", "1", "a"], ["two", "2", "b"]]
+        table = pyarrow.table([pyarrow.array(cells) for cells in zip(*rows, strict=True)], names=names)
+        objects = ["{" + ", ".join(f'"{k}": "{v}"' for k, v in zip(names, row, strict=True)) + "}" for row in rows]
+        if name == "a.parquet":
+            pyarrow.parquet.write_table(table, path)
+        elif name == "a.arrow":
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+        elif name.startswith("a.json"):
+            path.write_text("\n".join(objects) if name == "a.jsonl" else f"[{', '.join(objects)}]")
+        else:
+            path.write_text("\n".join(",\t"[name == "a.tsv"].join(r) for r in [names, *rows]))
+        if wanted is None:
+            with pytest.raises(SourceError, match=r"has two columns 'text': rename one of them"):
+                values(path, path.read_bytes())
+        else:
+            assert values(path, path.read_bytes()) == wanted
+
+
+def test_a_record_with_its_text_twice_is_counted_not_halved(tmp_path: Path) -> None:
+    lines = ['{"text": "one"}'] * 150 + ['{"text": "two", "text": "three"}', '{"text": "four"}']
+    assert values(tmp_path / "a.jsonl", "\n".join(lines))[150:] == [Unfit.MALFORMED, "four"]
+
+
+def test_only_line_feeds_end_records(tmp_path: Path) -> None:
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\rg"  # datasets#622, datasets#3729
+    for delimiter, name in ((",", "a.csv"), ("\t", "a.tsv")):
+        for end in ("\n", "\r\n"):
+            lines = [f"id{delimiter}text", f"1{delimiter}{odd}", f"2{delimiter}two", ""]
+            assert values(tmp_path / name, end.join(lines)) == [odd, "two"]
+    assert values(tmp_path / "b.csv", f'id,text\n1,"{odd}\r\nh"\n2,two\n') == [f"{odd}\r\nh", "two"]
+    assert values(tmp_path / "c.csv", "id,text\r1,one\r2,two\r") == ["one", "two"]  # as on an old Mac
+    objects = [json.dumps({"text": text}, ensure_ascii=False) for text in (odd, "two")]
+    for name in ("a.jsonl", "a.json"):
+        assert values(tmp_path / name, "\n".join(objects)) == [odd, "two"]
+    assert values(tmp_path / "a.txt", f"{odd}\ntwo\n", documents="line") == [odd, "two"]
+
+
+def test_words_that_other_readers_take_for_nothing_are_text(tmp_path: Path) -> None:
+    words = ["null", "NA", "NaN", "None", "nan", "#N/A", "true", "007"]  # datasets#4467
+    lines = [f"{i},{word}" for i, word in enumerate(words)]
+    assert values(tmp_path / "a.csv", "\n".join(["id,text", *lines])) == words
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"id": [1, 2], "text": ["one", "two"]},  # as Dataset.to_dict and pandas' orient="list"
+        {"columns": ["id", "text"], "index": [0, 1], "data": [[1, "one"], [2, "two"]]},  # orient="split"
+        {"version": "1", "rows": [{"text": "one"}, {"text": "two"}]},
+    ],
+)
+def test_a_json_file_of_columns_is_a_table(tmp_path: Path, value: object) -> None:
+    assert values(tmp_path / "a.json", json.dumps(value)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_put_one_after_the_other_are_one(tmp_path: Path, suffix: str) -> None:
+    codec = pyarrow.Codec({".gz": "gzip", ".zst": "zstd"}[suffix])
+    parts = [codec.compress(f'{{"text": "{i}"}}\n'.encode(), asbytes=True) for i in range(3)]
+    path = tmp_path / f"a.jsonl{suffix}"
+    assert values(path, b"".join(parts)) == ["0", "1", "2"]
+    with pytest.raises(SourceError, match="cannot be read"):
+        values(path, b"".join(parts)[:-5])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
 def test_file_names_that_are_no_utf8(tmp_path: Path) -> None:
     for name in (b"caf\xe9.txt", b"caf\xe8.txt"):

@@ -17,6 +17,7 @@ from sae_granary.harvest.text.document import (
     skipped_counts,
     to_document,
 )
+from sae_granary.harvest.text.formats import again
 from sae_granary.models.tokens.document import SKIP_REASONS, join_chat
 
 SAMPLE_RECORDS = 100  # records that are looked at to find the columns and their kinds
@@ -44,8 +45,13 @@ def _columns_of(items: Callable[[], Iterator[Item]], wanted: Sequence[str], wher
     kinds = column_kinds(items())
     if not kinds:
         n_records = sum(1 for _ in items())
-        raise SourceError(f"{where}: none of its first {n_records:,} records is a JSON object with columns")
+        raise SourceError(
+            f"{where}: none of its first {n_records:,} records is a JSON object with columns, or a line with as many "
+            "cells as the header"
+        )
     columns = choose_columns(kinds, wanted, where)
+    if twice := [name for name in columns if again(name) in kinds]:
+        raise SourceError(f"{where} has two columns {twice[0]!r}: rename one of them")
     check_text(items(), columns, where)
     return columns
 
@@ -116,13 +122,15 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
 
 def extractor(columns: Sequence[str]) -> Extract:
     """record -> text, chat messages, None or Unfit; several columns are joined by newlines, empty ones left out."""
-    if len(columns) == 1:
-        column = columns[0]
-        return lambda record: record if isinstance(record, Unfit) else _value(record, column)
+    seconds = [again(name) for name in columns]
 
     def joined(record: Item) -> object:
         if isinstance(record, Unfit):
             return record
+        if any(name in record for name in seconds):
+            return Unfit.MALFORMED
+        if len(columns) == 1:
+            return _value(record, columns[0])
         values = [join_texts(_value(record, name)) for name in columns]
         parts = [value for value in values if isinstance(value, str) and value]
         return "\n".join(parts) if parts else None

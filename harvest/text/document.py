@@ -33,7 +33,7 @@ class Unfit(Enum):
     """What stands for the value of a record that cannot be read; the record is skipped and counted by this name."""
 
     NOT_JSON = "not_json"  # a line that is no JSON object where there should be one
-    MALFORMED = "malformed"  # more cells than the table has columns
+    MALFORMED = "malformed"  # more cells than the table has columns, or the key of the text twice
     TOO_LARGE = "too_large"  # more than MAX_RECORD_BYTES
 
 

@@ -89,10 +89,32 @@ def _collect(folder: Folder) -> None:
             folder.leave_out(file, "describes the data set")
         else:
             folder.files[file] = None
+    for about in [file for file in found if file.name in ("state.json", "dataset_info.json")]:
+        _leave_out_leftovers(folder, about)
     for card in [file for file in folder.files if file.name.split(".")[0].lower() in _CARDS]:
         others = [kind_of(file) for file in folder.files if file != card]
         if others and kind_of(card) in PLAIN and (kind_of(card) not in others or set(others) & set(TABLES)):
             folder.leave_out(card, "about the data")
+
+
+def _leave_out_leftovers(folder: Folder, about: Path) -> None:
+    """Beside the data of the library datasets: results of `map` and `filter`, and shards that it saved there before."""
+    beside = [file for file in folder.files if file.parent == about.parent and file.suffix == ".arrow"]
+    saved = json_object(about.read_text(encoding="utf-8", errors="replace")) or {}
+    if about.name == "dataset_info.json" and not about.with_name("state.json").is_file():  # in the cache of datasets
+        old = {file for file in beside if file.name.startswith("cache-")}
+    elif isinstance(listed := saved.get("_data_files"), list):
+        old = {file for file in beside if {"filename": file.name} not in listed}
+        if missing := len(listed) - len(beside) + len(old):
+            raise SourceError(f"{missing} of the {len(listed)} files that {about} lists are missing: save it again")
+    else:
+        return
+    if saved.get("_indices_data_files"):
+        raise SourceError(
+            f"{about.parent} holds rows that its indices.arrow selects: load and save it again with a newer datasets"
+        )
+    for file in sorted(old):
+        folder.leave_out(file, "left over beside the saved data set")
 
 
 def _walk(folder: Folder, path: Path, seen: set[Path]) -> Iterator[Path]:

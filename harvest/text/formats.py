@@ -8,7 +8,8 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,7 +134,30 @@ def decode(data: bytes) -> tuple[str, bool]:
 def json_object(text: str) -> dict[str, Any] | None:
     """A JSON object, or None for anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=told_apart_pairs)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def again(name: str) -> str:
+    """What the second column of this name is called."""
+    return f"{name} (2)"
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names of columns, of which the second of the same name is called `text (2)`."""
+    counts: Counter[str] = Counter()
+    found = []
+    for name in names:
+        counts[name] += 1
+        found.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return found
+
+
+def told_apart_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which a key that occurs twice is two columns."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        found = dict(zip(told_apart([key for key, _ in pairs]), (value for _, value in pairs), strict=True))
+    return found

@@ -15,9 +15,19 @@ from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.errors import SourceError
 from sae_granary.harvest.text.columns import Item
 from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Unfit
-from sae_granary.harvest.text.formats import MAX_WHOLE_BYTES, bounded_lines, decode, json_object, kind_of, open_binary
+from sae_granary.harvest.text.formats import (
+    MAX_WHOLE_BYTES,
+    bounded_lines,
+    decode,
+    json_object,
+    kind_of,
+    open_binary,
+    told_apart,
+    told_apart_pairs,
+)
 
 _BATCH_ROWS = 1024  # parquet rows read at a time
+_CR = "\udc0d"  # stands for CR inside of a line, which the module csv takes for its end; no decoder gives it
 _DELIMITERS = (",", ";", "\t", "|")  # of a .csv; the first of those that divide its header most often
 
 
@@ -41,7 +51,8 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
         elif kind == ".arrow":
             yield from _arrow_rows(stream, path, columns)
         elif kind in (".csv", ".tsv"):
-            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            newline = "" if _ends_lines_with_cr(path) else "\n"
+            with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as lines:
                 yield from _csv_rows(_TextLines(lines, path), path, tabs=kind == ".tsv")
         elif kind == ".json":
             yield from _json_rows(stream, path)
@@ -57,6 +68,12 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
 def _object(text: str) -> Item:
     item = json_object(text)
     return Unfit.NOT_JSON if item is None else item
+
+
+def _ends_lines_with_cr(path: Path) -> bool:
+    """Whether its header is followed by CR alone, as in old files of a Mac; else CR inside of a line is text."""
+    with open_binary(path) as stream:
+        return b"\r" in stream.readline(MAX_RECORD_BYTES).rstrip(b"\r\n")
 
 
 def _csv_rows(lines: _TextLines, path: Path, *, tabs: bool) -> Iterator[Row]:
@@ -88,8 +105,9 @@ def _csv_rows(lines: _TextLines, path: Path, *, tabs: bool) -> Iterator[Row]:
         if cells is None:
             return
         n_bytes, repaired = lines.taken()
+        cells = [cell.replace(_CR, "\r") for cell in cells]
         if header is None:
-            header = cells
+            header = told_apart(cells)
         elif any(cells[len(header) :]):
             yield Row(Unfit.MALFORMED, n_bytes)
         elif cells:
@@ -121,7 +139,8 @@ class _TextLines:
             data = line.encode("utf-8", "surrogateescape")
             line, self._repaired = data.decode("utf-8", "replace"), True
         self._n_bytes += len(data)
-        return line
+        body = line.rstrip("\r\n")
+        return body.replace("\r", _CR) + line[len(body) :]
 
     def taken(self) -> tuple[int, bool]:
         """(bytes, whether any were replaced) of the lines since the last call."""
@@ -131,24 +150,36 @@ class _TextLines:
 
 
 def _json_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
-    """One array of objects, one object that holds such an array, or JSON lines under the name .json."""
+    """One array of objects, one object that holds such an array or columns, or JSON lines under the name .json."""
     data = read_whole(stream, path, "write it as JSON lines (.jsonl)")
     items: list[Item]
     try:
-        value = json.loads(decode(data)[0])
+        value = json.loads(decode(data)[0], object_pairs_hook=told_apart_pairs)
     except (ValueError, RecursionError) as error:
         items = [_object(decode(line)[0]) for line in data.splitlines() if line.strip()]
         if items and (data.lstrip().startswith(b"[") or all(isinstance(item, Unfit) for item in items)):
             raise SourceError(f"{path} is invalid JSON: {error}; mend or remove it") from error
     else:
         if isinstance(value, dict):
-            arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
-            value = arrays[0] if len(arrays) == 1 else [value]
+            value = _records_of(value)
         if not isinstance(value, list):
             raise SourceError(f"{path} is JSON but neither an object nor an array of objects")
         items = [item if isinstance(item, dict) else Unfit.NOT_JSON for item in value]
     for item in items:
         yield Row(item, len(data) / len(items))
+
+
+def _records_of(value: dict[str, Any]) -> list[Any]:
+    """The records of one object: an array in it, its columns, a table as pandas splits it, or the object itself."""
+    arrays = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    if len(arrays) == 1:
+        return arrays[0]
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if value.keys() == {"columns", "index", "data"} and len(lists) == 3:
+        return [dict(zip(value["columns"], cells, strict=False)) for cells in value["data"]]
+    if not arrays and len(lists) == len(value) and len({len(item) for item in lists}) == 1:
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
+    return [value]
 
 
 def read_whole(stream: IO[bytes], path: Path, remedy: str) -> bytes:
@@ -176,8 +207,10 @@ def _parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iter
     except pyarrow.ArrowInvalid as error:
         raise SourceError(f"{path} is no parquet file: {error}") from error
     n_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
-    wanted = _of_schema(file.schema_arrow.names, columns)
+    names = file.schema_arrow.names
+    wanted = _of_schema(names, columns) if len(set(names)) == len(names) else None
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+        batch = batch.rename_columns(told_apart(batch.schema.names))
         yield from (Row(item, n_bytes) for item in batch.to_pylist())
 
 
@@ -193,6 +226,7 @@ def _arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterat
         except pyarrow.ArrowInvalid as error:
             raise SourceError(f"{path} is no Arrow file: {error}") from error
         for batch in _arrow_batches(source):
+            batch = batch.rename_columns(told_apart(batch.schema.names))
             batch = batch.select(_of_schema(batch.schema.names, columns) or batch.schema.names)
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for item in batch.slice(start, _BATCH_ROWS).to_pylist():

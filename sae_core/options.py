@@ -6,9 +6,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from sae_granary.common.errors import nearest
+from sae_granary.common.signed import short
 from sae_granary.sae_core.errors import OptionError
 
 NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
@@ -46,14 +50,42 @@ def in_pre_acts(config: Any) -> Mapping[str, float]:
     return {name: float(value) for name, value in named.items() if value is not None}
 
 
-def check(config: Any) -> None:
-    """Check every field of a Config against the range it declares.
+@cache
+def _types(cls: Any) -> dict[str, Any]:
+    """The type of each field; none where annotations name what is not global."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
 
-    Raises OptionError with the option's name, its value and the bound.
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value, perhaps read from JSON, has a declared type. An integer is a float, and fits into 64 bits."""
+    inner = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(each, inner[0]) for each in value)
+    runtime = get_origin(kind) or kind
+    return not isinstance(runtime, type) or isinstance(value, runtime)
+
+
+def check(config: Any) -> None:
+    """Check every field of a Config against its type and the range it declares.
+
+    Raises OptionError with the option's name, its value and what was expected.
     """
+    types = _types(type(config))  # type: ignore[arg-type]
     for spec in fields(config):
         value = getattr(config, spec.name)
         bounds = spec.metadata
+        if spec.name in types and not _is_of(value, types[spec.name]):
+            kind = getattr(types[spec.name], "__name__", str(types[spec.name]))
+            raise OptionError(f"{spec.name}={short(value)}: expected {kind}")
         if value is None or not bounds:
             continue
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,18 +1,26 @@
 """JSON and safetensors on disk; what cannot be read is a NotAnSAEError that names the file."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from sae_granary.common.errors import one_line
 from sae_granary.common.files import read_regular
-from sae_granary.common.signed import parse_object
+from sae_granary.common.signed import parse_object, short
 from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError
+
+T = TypeVar("T")
+
+CHECKSUM = "sha256"
+FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:
@@ -31,11 +39,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise NotAnSAEError(f"{path} cannot be read: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors by name and return the path."""
+def entry(body: Mapping[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
+    """An entry of exactly this type (True is no integer), or the default where it is absent. Raises NotAnSAEError."""
+    value = body.get(name, default)
+    if type(value) is not kind:
+        raise NotAnSAEError(f"{name} is {short(value)}, expected {kind.__name__}")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors by name, with their checksum in the header's metadata, and return it."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    checksum = checksum_of(tensors)
     # Written through open(): safetensors' own writer makes files that only their owner can read.
-    path.write_bytes(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-    return path
+    path.write_bytes(save_tensors(tensors, {"format": "pt", CHECKSUM: checksum}))
+    return checksum
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -44,12 +62,66 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise NonFiniteError(f"NaN or Inf in {', '.join(found)}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return tensors by name. Raises NotAnSAEError if there are none."""
+def read_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
+    """Return tensors by name. Raises NotAnSAEError if there are none, or others than were written.
+
+    A file that we wrote carries its checksum; `checksum` is what the file that describes it says.
+    """
     try:
-        tensors: dict[str, Tensor] = load_tensors(read_regular(path))
+        data = read_regular(path)
+        tensors: dict[str, Tensor] = load_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except FileNotFoundError:
         raise NotAnSAEError(f"{path} is missing") from None
-    except (OSError, SafetensorError) as error:
-        raise NotAnSAEError(f"{path} is not a readable safetensors file: {error}") from error
+    except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise NotAnSAEError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
+    expected = {header.get("__metadata__", {}).get(CHECKSUM), checksum} - {None}
+    if expected and expected != {checksum_of(tensors)}:
+        raise NotAnSAEError(f"{path} does not hold what was written (its checksum differs): restore it from a copy")
     return tensors
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return tensors of exactly these names and shapes as float32.
+
+    They must have one floating dtype, which is converted before anything is computed, and finite values.
+    Raises NotAnSAEError.
+    """
+    unfit = "the weights do not fit their configuration:"
+    if tensors.keys() != shapes.keys():
+        raise NotAnSAEError(f"{unfit} they are {_named(tensors)}, expected {_named(shapes)}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise NotAnSAEError(f"{unfit} {name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= FLOATING:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise NotAnSAEError(f"the weights are {found}: expected one of float32, float64, float16, bfloat16 for all")
+    converted = {name: tensor.float() for name, tensor in tensors.items()}
+    if damaged := [name for name, tensor in converted.items() if not bool(tensor.isfinite().all())]:
+        raise NotAnSAEError(f"NaN or Inf in {', '.join(damaged)}")
+    return converted
+
+
+def check_size(config: Any, tensors: Iterable[Tensor]) -> None:
+    """Refuse a configuration of more weights than a file holds, before they are allocated. Raises NotAnSAEError."""
+    held, d_sae = sum(tensor.numel() for tensor in tensors), config.d_sae
+    needed = {"d_in": config.d_in * d_sae, "d_out": (getattr(config, "d_out", None) or 0) * d_sae}
+    needed["n_hooks"] = config.d_in * (getattr(config, "n_hooks", None) or 0)
+    for name, count in needed.items():
+        if count > held:
+            found = f"{name}={short(getattr(config, name))} and d_sae={short(d_sae)}"
+            raise NotAnSAEError(f"{found} need more weights than the {held:,} in the file")
+
+
+def _named(names: Iterable[str]) -> str:
+    return short(", ".join(sorted(names)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core.base import SAE
+from sae_granary.sae_core.files.disk import check_size, check_tensors
 from sae_granary.sae_core.latents import latent_numbers
 from sae_granary.sae_core.options import PRE_ACTS, SharedConfig, in_pre_acts
 
@@ -25,12 +26,16 @@ class Folded(NamedTuple):
     extra: Mapping[str, Tensor]  # all other parameters
 
     def build(self) -> SAE:
-        """Create the SAE. Raises KeyError or RuntimeError for tensors that are missing or do not fit."""
+        """Create the SAE. Raises NotAnSAEError for tensors of other names, shapes or dtypes, and for NaN and Inf."""
+        check_size(self.config, [*self.weights.values(), *self.extra.values()])
         sae = self.cls(self.config)
+        extra = {name: parameter for name, parameter, _ in _extra_parameters(sae)}
+        weights = check_tensors(self.weights, shapes_of(sae.core))
+        others = check_tensors(self.extra, {name: parameter.shape for name, parameter in extra.items()})
         with torch.no_grad():
-            _assign(sae.core, self.weights)
-            for name, parameter, _ in _extra_parameters(sae):
-                parameter.copy_(self.extra[name])
+            _assign(sae.core, weights)
+            for name, parameter in extra.items():
+                parameter.copy_(others[name])
         return sae
 
 
@@ -93,8 +98,18 @@ def unfold(sae: SAE, folded: Folded) -> None:
     _assign(core, weights)
 
 
+def shapes_of(core: SAE) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that files hold, by name."""
+    matrices = {name: tuple(getattr(core, name).shape) for name in _matrices(core)}
+    return {**matrices, **dict.fromkeys(core.latents, (core.config.d_sae,))}
+
+
+def _matrices(core: SAE) -> tuple[str, ...]:
+    return ("W_enc", "W_dec", "b_dec") if core.has_encoder else ("W_dec", "b_dec")
+
+
 def _assign(core: SAE, weights: Mapping[str, Tensor]) -> None:
-    for name in ("W_enc", "W_dec", "b_dec") if core.has_encoder else ("W_dec", "b_dec"):
+    for name in _matrices(core):
         getattr(core, name).copy_(weights[name])
     for name, declared in core.latents.items():
         declared.write(getattr(core, name), weights[name])

@@ -5,22 +5,21 @@ and, for what SAELens has no name for, granary.safetensors.
 Native form: sae.json, sae.safetensors (weights and buffers as trained). Nothing is pickled.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_granary.sae_core import registry
+from sae_granary.common.errors import one_line
+from sae_granary.common.signed import short
 from sae_granary.sae_core.base import SAE
-from sae_granary.sae_core.errors import NotAnSAEError, SAEError
+from sae_granary.sae_core.errors import NotAnSAEError
 from sae_granary.sae_core.files import saelens, sparsify
-from sae_granary.sae_core.files.disk import check_finite, read_json, read_tensors, write_json, write_tensors
+from sae_granary.sae_core.files.disk import check_finite, check_size, read_tensors, write_json, write_tensors
 from sae_granary.sae_core.files.fold import Folded, fold
-from sae_granary.sae_core.options import SharedConfig
+from sae_granary.sae_core.files.record import DAMAGED, read_record, write_record
 
-FORMAT = 1
 WEIGHTS, OURS, EXTRA = saelens.WEIGHTS, "granary.json", "granary.safetensors"
 NATIVE_WEIGHTS, NATIVE = "sae.safetensors", "sae.json"
 FOREIGN = (sparsify.read, saelens.read)  # each returns what it finds in a folder, or None
@@ -36,13 +35,13 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     metadata, folded = dict(metadata or {}), fold(sae)
     check_finite({**folded.weights, **folded.extra})
     folder.mkdir(parents=True, exist_ok=True)
-    files = [write_tensors(folder / WEIGHTS, folded.weights)]
+    checksums = {WEIGHTS: write_tensors(folder / WEIGHTS, folded.weights)}
     if folded.extra:
-        files.append(write_tensors(folder / EXTRA, folded.extra))
+        checksums[EXTRA] = write_tensors(folder / EXTRA, folded.extra)
+    files = [folder / name for name in checksums]
     if saelens.expresses(sae):
         files.append(write_json(folder / saelens.CFG, saelens.saelens_config(sae, metadata)))
-    record = {"format": FORMAT, **describe(folded.config, sae), "metadata": metadata}
-    return [*files, write_json(folder / OURS, record)]
+    return [*files, write_record(folder / OURS, sae.type_name, folded.config, checksums, metadata=metadata)]
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -59,12 +58,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     found = (read(folder) for read in (_read_ours, *FOREIGN))
     folded = next((each for each in found if each is not None), None)
     if folded is None:
-        expected = f"{OURS} or {saelens.CFG} beside {WEIGHTS} or {sparsify.WEIGHTS}"
-        raise NotAnSAEError(f"{folder} holds no SAE: expected {expected}")
+        raise NotAnSAEError(f"{folder} holds no SAE: {_what_instead(folder)}")
     try:
         return folded.build().to(device).eval()
-    except (KeyError, RuntimeError) as error:
-        raise NotAnSAEError(f"the weights in {folder} do not fit their configuration: {error}") from error
+    except DAMAGED as error:
+        raise NotAnSAEError(f"{folder}: {one_line(error)}") from error
+
+
+def _what_instead(folder: Path) -> str:
+    """What to give instead of a folder that holds no SAE: often it holds one subfolder for each layer."""
+    if folder.is_dir():
+        subfolders = [path for path in folder.iterdir() if any((path / name).is_file() for name in (OURS, saelens.CFG))]
+        if names := sorted((path.name for path in subfolders), key=lambda name: (len(name), name)):
+            return f"its subfolders do, give one of them: {short(', '.join(names))}"
+    expected = f"expected {OURS} or {saelens.CFG} beside {WEIGHTS} or {sparsify.WEIGHTS}"
+    if folder.is_file():
+        return f"{expected} in a folder, this is a file"
+    return (
+        expected if folder.exists() else f"{expected}, there is no such folder (download SAEs of the model hub first)"
+    )
 
 
 def save_native(sae: SAE, folder: str | Path) -> None:
@@ -72,8 +84,8 @@ def save_native(sae: SAE, folder: str | Path) -> None:
     folder = Path(folder)
     check_finite(dict(sae.named_parameters()))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / NATIVE_WEIGHTS, dict(sae.state_dict()))
-    write_json(folder / NATIVE, {"format": FORMAT, **describe(sae.config, sae)})
+    checksum = write_tensors(folder / NATIVE_WEIGHTS, dict(sae.state_dict()))
+    write_record(folder / NATIVE, sae.type_name, sae.config, {NATIVE_WEIGHTS: checksum})
 
 
 def load_native(folder: str | Path) -> SAE:
@@ -82,36 +94,26 @@ def load_native(folder: str | Path) -> SAE:
     Raises NotAnSAEError if files are missing, damaged or do not fit each other.
     """
     folder = Path(folder)
-    cls, config = _described(folder / NATIVE)
-    sae = cls(config)
+    cls, config, checksums = read_record(folder / NATIVE)
+    tensors = read_tensors(folder / NATIVE_WEIGHTS, checksums.get(NATIVE_WEIGHTS))
     try:
-        sae.load_state_dict(read_tensors(folder / NATIVE_WEIGHTS), strict=True)
-    except RuntimeError as error:
-        raise NotAnSAEError(f"{folder / NATIVE_WEIGHTS} does not fit {NATIVE}: {error}") from error
+        check_size(config, tensors.values())
+        sae = cls(config)
+        if changed := [
+            name for name, t in sae.state_dict().items() if name in tensors and tensors[name].dtype != t.dtype
+        ]:
+            raise NotAnSAEError(f"{', '.join(changed)} of another dtype")
+        check_finite({name: tensors[name] for name, _ in sae.named_parameters() if name in tensors})
+        sae.load_state_dict(tensors, strict=True)
+    except DAMAGED as error:
+        raise NotAnSAEError(f"{folder / NATIVE_WEIGHTS} does not fit {NATIVE}: {one_line(error)}") from error
     return sae
-
-
-def describe(config: SharedConfig, sae: SAE) -> dict[str, Any]:
-    """Return {"type": ..., "config": ...} as JSON values."""
-    return {"type": sae.type_name, "config": dataclasses.asdict(config)}
 
 
 def _read_ours(folder: Path) -> Folded | None:
     if not (folder / OURS).is_file():
         return None
-    extra = read_tensors(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-    return Folded(*_described(folder / OURS), read_tensors(folder / WEIGHTS), extra)
-
-
-def _described(path: Path) -> tuple[type[SAE], SharedConfig]:
-    """The variant and the Config that a file describes."""
-    record = read_json(path)
-    if record.get("format") != FORMAT:
-        raise NotAnSAEError(f"{path}: format {record.get('format')!r}, this version reads format {FORMAT}")
-    try:
-        cls = registry.get(str(record["type"]))
-        return cls, registry.make_config(cls, record["config"])
-    except (KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, SAEError):
-            raise
-        raise NotAnSAEError(f"{path} is not a description of an SAE: {error!r}") from error
+    cls, config, checksums = read_record(folder / OURS)
+    has_extra = EXTRA in checksums if checksums else (folder / EXTRA).is_file()
+    extra = read_tensors(folder / EXTRA, checksums.get(EXTRA)) if has_extra else {}
+    return Folded(cls, config, read_tensors(folder / WEIGHTS, checksums.get(WEIGHTS)), extra)

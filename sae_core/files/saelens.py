@@ -2,20 +2,25 @@
 
 A variant that SAELens can express says so in its own file:
 
-    saelens.express(TopKSAE, "topk", fields=lambda sae: {"k": sae.config.k}, options=lambda cfg: {"k": int(cfg["k"])})
+    fields = lambda sae: {"k": sae.config.k}
+    saelens.express(TopKSAE, "topk", fields=fields, options=lambda cfg: {"k": entry(cfg, "k", int)})
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from sae_granary.common.errors import one_line
+from sae_granary.common.signed import short
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
-from sae_granary.sae_core.files.disk import read_json, read_tensors
+from sae_granary.sae_core.files.disk import check_tensors, entry, read_json, read_tensors
 from sae_granary.sae_core.files.fold import Folded
+from sae_granary.sae_core.files.record import DAMAGED
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"  # the release whose files these are; under 6, its loader drops all metadata
@@ -76,25 +81,26 @@ def read(folder: Path) -> Folded | None:
     cfg, tensors = _current(read_json(folder / CFG), folder), read_tensors(folder / WEIGHTS)
     registry.discover()
     readers = {a.name: (cls, a.options) for cls, a in _ARCHITECTURES.items() if a.options is not None}
-    architecture = cfg.get("architecture")
-    if architecture not in readers:
+    architecture = cfg["architecture"]
+    if not isinstance(architecture, str) or architecture not in readers:
         known = ", ".join(sorted(readers))
-        raise NotAnSAEError(f"{folder}: architecture {architecture!r} of cfg.json cannot be read; known: {known}")
-    normalization = cfg.get("normalize_activations", "none")
-    if normalization not in NORMALIZATIONS:
+        raise NotAnSAEError(f"{folder}: architecture {short(architecture)} of cfg.json cannot be read; known: {known}")
+    normalization = cfg["normalize_activations"]
+    if not isinstance(normalization, str) or normalization not in NORMALIZATIONS:
         raise NotAnSAEError(
-            f"{folder}: normalize_activations={normalization!r} cannot be read; expected one of "
+            f"{folder}: normalize_activations={short(normalization)} cannot be read; expected one of "
             f"{', '.join(NORMALIZATIONS)} (SAELens folds the others with fold_activation_norm_scaling_factor)"
         )
     cls, options = readers[architecture]
     try:
-        shared = {"d_in": int(cfg["d_in"]), "d_sae": int(cfg["d_sae"]), "normalize": NORMALIZATIONS[normalization]}
+        sizes = {name: entry(cfg, name, int) for name in ("d_in", "d_sae")}
         assert options is not None
-        config = registry.make_config(cls, {**shared, **options(cfg)})
-        return Folded(cls, config, _our_conventions(cfg, tensors), {})
-    except (KeyError, TypeError, ValueError) as error:
+        config = registry.make_config(cls, {**sizes, "normalize": NORMALIZATIONS[normalization], **options(cfg)})
+        weights = check_tensors(tensors, _shapes(cls, **sizes))
+        return Folded(cls, config, _our_conventions(cls, cfg, weights), {})
+    except DAMAGED as error:
         raise NotAnSAEError(
-            f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {error!r}"
+            f"{folder}: cfg.json and sae_weights.safetensors do not describe an SAE: {one_line(error)}"
         ) from error
 
 
@@ -103,28 +109,43 @@ def _current(cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     new = {"architecture": "standard", **cfg}
     activation = new.get("activation_fn", new.get("activation_fn_str", "relu"))
     if activation == "topk":
-        new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k")}
+        arguments = new.get("activation_fn_kwargs")
+        new |= {"architecture": "topk", "k": arguments.get("k") if isinstance(arguments, dict) else None}
     elif activation != "relu":
-        raise NotAnSAEError(f"{folder}: activation_fn={activation!r} of cfg.json cannot be read; known: relu, topk")
+        raise NotAnSAEError(
+            f"{folder}: activation_fn={short(activation)} of cfg.json cannot be read; known: relu, topk"
+        )
     if new.get("finetuning_scaling_factor"):
         raise NotAnSAEError(f"{folder}: finetuning_scaling_factor of cfg.json cannot be read; fold it in with SAELens")
-    if new.get("normalize_activations") in (None, False):
+    if new.get("normalize_activations") is None or new["normalize_activations"] is False:
         new["normalize_activations"] = "none"
     return new
 
 
-def _our_conventions(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _shapes(cls: type[SAE], d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder by name: SAELens' names are those of ours."""
+    encoder = {"W_enc": (d_in, d_sae)} if cls.has_encoder else {}
+    return {**encoder, "W_dec": (d_sae, d_in), "b_dec": (d_in,), **dict.fromkeys(cls.latents, (d_sae,))}
+
+
+def _our_conventions(cls: type[SAE], cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """b_dec is subtracted from the input here always; decoder norms are in the weights, not in the activations."""
-    if not cfg.get("apply_b_dec_to_input", True):
+    if not cls.has_encoder and not bool(((tensors["W_dec"].norm(dim=1) - 1).abs() < 1e-3).all()):
+        raise NotAnSAEError("decoder rows are not of norm 1, which a dictionary that is its own encoder needs here")
+    if not entry(cfg, "apply_b_dec_to_input", bool, True):
+        if not cls.has_encoder:  # a dictionary that is its own encoder adds b_dec where it was subtracted, or nowhere
+            return {**tensors, "b_dec": torch.zeros_like(tensors["b_dec"])}
         shift = tensors["b_dec"] @ tensors["W_enc"]
         for name in ("b_enc", "b_gate"):
             if name in tensors:
                 tensors[name] = tensors[name] + shift
         if "b_mag" in tensors:  # the magnitudes are of exp(r_mag) times the same product
             tensors["b_mag"] = tensors["b_mag"] + tensors["r_mag"].exp() * shift
-    if cfg.get("rescale_acts_by_decoder_norm", False):
+    if "threshold" in tensors:  # SAELens' codes are ReLU(p) where p exceeds the threshold: never negative
+        tensors["threshold"] = tensors["threshold"].clamp_min(0.0)
+    if entry(cfg, "rescale_acts_by_decoder_norm", bool, False):
         norms = tensors["W_dec"].norm(dim=1)
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
-        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+        tensors["W_dec"] = tensors["W_dec"] / norms.clamp_min(1e-12)[:, None]
     return tensors

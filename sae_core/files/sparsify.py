@@ -6,26 +6,41 @@ Shapes: D = d_in, F = d_sae. sparsify's encoder.weight is (F, D) and its W_skip 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sae_granary.common.errors import one_line
+from sae_granary.common.signed import short
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError, OptionError
-from sae_granary.sae_core.files.disk import read_json, read_tensors, write_json, write_tensors
+from sae_granary.sae_core.files.disk import check_tensors, entry, read_json, read_tensors, write_json, write_tensors
 from sae_granary.sae_core.files.fold import Folded, fold
+from sae_granary.sae_core.files.record import DAMAGED
+from sae_granary.sae_core.options import SharedConfig
 
 CFG, WEIGHTS = "cfg.json", "sae.safetensors"
-FLAGS = ("transcode", "skip_connection")
 DEFAULT_EXPANSION = 32
 
-_VARIANTS: dict[tuple[bool, bool], type[SAE]] = {}  # by FLAGS
+
+class Kind(NamedTuple):
+    """The entries of cfg.json that decide what is computed."""
+
+    transcode: bool
+    skip_connection: bool
+    signed: bool = False  # the largest magnitudes, with their sign: until sparsify 1.2
 
 
-def express(cls: type[SAE], *, transcode: bool) -> None:
-    """Say that a variant computes sparsify's per-row top-k, and with linear paths its skip connection."""
-    _VARIANTS[transcode, bool(cls.linear_paths)] = cls
+_VARIANTS: dict[Kind, type[SAE]] = {}
+
+
+def express(cls: type[SAE], *, transcode: bool, signed: bool = False) -> None:
+    """Say that a variant computes sparsify's per-row top-k, and with linear paths its skip connection.
+
+    The sparsify of today has no `signed` coders: they are only read.
+    """
+    _VARIANTS[Kind(transcode, bool(cls.linear_paths), signed)] = cls
 
 
 def save_sparsify(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -52,11 +67,12 @@ def sparsify_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises OptionError for what sparsify cannot express.
     """
-    flags = {cls: flags for flags, cls in _VARIANTS.items()}.get(type(sae))
-    if flags is None:
+    kinds = {cls: kind for kind, cls in _VARIANTS.items() if not kind.signed}
+    kind = kinds.get(type(sae))
+    if kind is None:
         raise OptionError(
             f"type={sae.type_name!r} cannot be written for sparsify, which keeps the k largest per row; "
-            f"it reads {', '.join(cls.type_name for cls in _VARIANTS.values())}: export to saelens instead"
+            f"it reads {', '.join(cls.type_name for cls in kinds)}: export to saelens instead"
         )
     if sae.normalizer.per_row:
         raise OptionError("normalize='unit_norm' cannot be written for sparsify, which does not normalize rows")
@@ -71,7 +87,8 @@ def sparsify_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "multi_topk": False,
         "normalize_decoder": True,
         "num_latents": sae.config.d_sae,
-        **dict(zip(FLAGS, flags, strict=True)),
+        "skip_connection": kind.skip_connection,
+        "transcode": kind.transcode,
     }
 
 
@@ -84,26 +101,34 @@ def read(folder: Path) -> Folded | None:
         return None
     tensors, cfg = read_tensors(folder / WEIGHTS), read_json(folder / CFG)
     if (activation := cfg.get("activation", "topk")) != "topk":
-        raise NotAnSAEError(f"{folder}: activation={activation!r} of cfg.json cannot be read; known: topk")
+        raise NotAnSAEError(f"{folder}: activation={short(activation)} of cfg.json cannot be read; known: topk")
     registry.discover()
-    transcode, skip = (bool(cfg.get(flag, False)) for flag in FLAGS)
-    cls = _VARIANTS.get((transcode, skip))
-    if cls is None:
-        raise NotAnSAEError(f"{folder}: skip_connection without transcode has no counterpart here")
     try:
-        return Folded(cls, registry.make_config(cls, _options(cfg)), *_our_tensors(tensors, skip=skip))
-    except (KeyError, TypeError, ValueError) as error:
-        raise NotAnSAEError(f"{folder}: cfg.json and {WEIGHTS} do not describe a sparse coder: {error!r}") from error
+        flags = {name: entry(cfg, name, bool, False) for name in Kind._fields}
+        cls = _VARIANTS.get(Kind(**flags))
+        if cls is None:
+            raise NotAnSAEError("skip_connection without transcode, and signed with either, have no counterpart here")
+        config = registry.make_config(cls, _options(cfg))
+        return Folded(cls, config, *_our_tensors(tensors, config, skip=flags["skip_connection"]))
+    except DAMAGED as error:
+        raise NotAnSAEError(
+            f"{folder}: cfg.json and {WEIGHTS} do not describe a sparse coder: {one_line(error)}"
+        ) from error
 
 
 def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    d_in = int(cfg["d_in"])
-    d_sae = int(cfg.get("num_latents") or d_in * int(cfg.get("expansion_factor", DEFAULT_EXPANSION)))
-    return {"d_in": d_in, "d_sae": d_sae, "k": int(cfg["k"]), "normalize": "none"}
+    d_in, d_sae = entry(cfg, "d_in", int), entry(cfg, "num_latents", int, 0)
+    d_sae = d_sae or d_in * entry(cfg, "expansion_factor", int, DEFAULT_EXPANSION)
+    return {"d_in": d_in, "d_sae": d_sae, "k": entry(cfg, "k", int), "normalize": "none"}
 
 
-def _our_tensors(tensors: Mapping[str, Tensor], *, skip: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _our_tensors(
+    tensors: Mapping[str, Tensor], config: SharedConfig, *, skip: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights, and the skip path."""
+    D, F = config.d_in, config.d_sae
+    shapes = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    tensors = check_tensors(tensors, {**shapes, **({"W_skip": (D, D)} if skip else {})})
     weights = {"W_enc": tensors["encoder.weight"].t(), "b_enc": tensors["encoder.bias"]}
     weights |= {name: tensors[name] for name in ("W_dec", "b_dec")}
     return weights, {"W_skip": tensors["W_skip"].t()} if skip else {}

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.files import saelens
+from sae_granary.sae_core.files import saelens, sparsify
+from sae_granary.sae_core.files.disk import entry
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.topk import TopKSAE
@@ -35,5 +36,6 @@ saelens.express(
     AbsTopKSAE,
     "abstopk",
     fields=lambda sae: {"k": sae.config.k, "rescale_acts_by_decoder_norm": False},
-    options=lambda cfg: {"k": int(cfg["k"])},
+    options=lambda cfg: {"k": entry(cfg, "k", int)},
 )
+sparsify.express(AbsTopKSAE, transcode=False, signed=True)

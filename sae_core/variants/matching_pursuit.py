@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_granary.common.signed import short
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Activation
-from sae_granary.sae_core.errors import OptionError
+from sae_granary.sae_core.errors import NotAnSAEError, OptionError
 from sae_granary.sae_core.files import saelens
+from sae_granary.sae_core.files.disk import entry
 from sae_granary.sae_core.latents import PerLatent
 from sae_granary.sae_core.options import option
 from sae_granary.sae_core.pre_acts import PreActs
@@ -78,6 +80,16 @@ def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
     return torch.zeros_like(values).scatter_add(1, torch.zeros_like(order).scatter(1, order, first), values)
 
 
+def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """SAELens' own stopping rules give other codes. Raises NotAnSAEError for them."""
+    for rule in ("residual_threshold", "stop_on_duplicate_support"):
+        if cfg.get(rule, True):
+            raise NotAnSAEError(
+                f"{rule}={short(cfg.get(rule, 'default'))}: expected 0 or false, each row takes k steps"
+            )
+    return {"k": entry(cfg, "d_in" if cfg.get("max_iterations") is None else "max_iterations", int)}
+
+
 # k steps whatever the residual: SAELens' own stopping rules are switched off.
 saelens.express(
     MatchingPursuitSAE,
@@ -87,4 +99,5 @@ saelens.express(
         "residual_threshold": 0.0,
         "stop_on_duplicate_support": False,
     },
+    options=_options,
 )

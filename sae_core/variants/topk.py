@@ -12,6 +12,7 @@ from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files import saelens, sparsify
+from sae_granary.sae_core.files.disk import entry
 from sae_granary.sae_core.losses import Dictionary, auxk_loss
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.pre_acts import PreActs
@@ -96,6 +97,6 @@ saelens.express(
     TopKSAE,
     "topk",
     fields=lambda sae: {"k": sae.config.k, "rescale_acts_by_decoder_norm": False},
-    options=lambda cfg: {"k": int(cfg["k"])},
+    options=lambda cfg: {"k": entry(cfg, "k", int)},
 )
 sparsify.express(TopKSAE, transcode=False)

@@ -84,7 +84,8 @@ def count_of(flag: str, text: str | None) -> int | None:
     except ValueError:
         count = 0
     if count < 1:
-        raise ConfigError(f"{flag} is {text!r}: give {COUNT_WORDS}, at least 1")
+        hint = f" ({text.replace(',', '')}, without commas?)" if "," in text else ""
+        raise ConfigError(f"{flag} is {text!r}: give {COUNT_WORDS}, at least 1{hint}")
     return count
 
 

@@ -32,15 +32,18 @@ def option(
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
     unit: str = FREE,
+    options_of: str | None = None,
 ) -> Any:
     """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces.
 
     `unit=PRE_ACTS` says that inference adds the option to pre-activations or compares it with them: files of an SAE
     are in other units, so saving rescales it. Raises ValueError if such an option has a bound other than 0.
+    `options_of` is for a mapping of options of another type, and names the option that says which.
     """
     if unit == PRE_ACTS and any(bound not in (None, 0) for bound in (ge, gt, le, lt)):
         raise ValueError("an option in units of pre-activations is rescaled: its only bound can be 0")
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "unit": unit}
+    metadata["options_of"] = options_of
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 

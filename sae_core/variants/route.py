@@ -47,7 +47,9 @@ class RouteSAE(SAE):
         n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
         base: str = option("topk", help="registered type of the shared SAE")
         k: int | None = option(None, help="k of a k-sparse base (its default when not given)", gt=0)
-        base_options: Mapping[str, Any] | None = option(None, help="further options of the base, as a mapping")
+        base_options: Mapping[str, Any] | None = option(
+            None, help="further options of the base, as a mapping", options_of="base"
+        )
         routing: str = option("hard", help="one layer per row, or a mixture", choices=("hard", "soft"))
         aggregate: str = option("sum", help="how the router sees the layers together", choices=("sum", "mean"))
         detach_target: bool = option(True, help="false: the paper's loss, whose target moves with the router")

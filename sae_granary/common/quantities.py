@@ -11,11 +11,11 @@ COUNT_WORDS = "a whole number such as 20000, 20k, 5M or 1.5B"
 
 
 def parse_count(text: str) -> int:
-    """`5M` -> 5,000,000: suffixes k, M, B or G, and T in either case; also `1e6`, `20_000` and `20,000`.
+    """`5M` -> 5,000,000: suffixes k, M, B or G, and T in either case; also `1e6` and `20_000`.
 
-    Raises ValueError for what is no whole number.
+    Raises ValueError for what is no whole number, also for `20,000`: with a comma it could be two numbers.
     """
-    match = _COUNT.fullmatch(text.strip().lower().replace("_", "").replace(",", ""))
+    match = _COUNT.fullmatch(text.strip().lower().replace("_", ""))
     number = Decimal("nan") if match is None else Decimal(match[1]) * _SUFFIXES[match[2]]
     if match is None or number % 1:
         raise ValueError(f"{text!r}: expected {COUNT_WORDS}")

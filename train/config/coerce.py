@@ -1,4 +1,7 @@
-"""Typed values from flags and YAML: text or plain JSON values to what a dataclass field is annotated with."""
+"""Typed values from flags, YAML and Python: text or plain values to what a dataclass field is annotated with.
+
+Flags and YAML (`train.config.yaml_text`) give text: the declared type of a setting alone decides what it means.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import yaml
 
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.quantities import parse_count
+from sae_granary.train.config.yaml_text import load_yaml
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONES = ("none", "null", "auto", "")
@@ -24,11 +28,17 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
     try:
         return _convert(value, annotation)
     except (ValueError, TypeError, OverflowError, yaml.YAMLError):
-        hint = ""
-        choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-        if isinstance(value, str):
-            hint = nearest(value, choices)
-        raise ConfigError(f"{key}={value!r}: expected {describe(annotation)}{hint}") from None
+        raise ConfigError(f"{key}={value!r}: expected {describe(annotation)}{_hint(key, value, annotation)}") from None
+
+
+def _hint(key: str, value: Any, annotation: Any) -> str:
+    """The end of the message: the nearest choice, or what trains an SAE for each of several values."""
+    values = value.split(",") if isinstance(value, str) else value
+    if isinstance(values, list | tuple) and len(values) > 1 and all(not isinstance(v, list | Mapping) for v in values):
+        listed = ",".join(str(v).strip() for v in values)
+        return f"; for an SAE with each of several values: sae-train sweep --grid {key}={listed}"
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    return nearest(value, choices) if isinstance(value, str) else ""
 
 
 def describe(annotation: Any) -> str:
@@ -94,14 +104,14 @@ def _convert_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
-        value = yaml.safe_load(value)
+        value = load_yaml(value)
     if not isinstance(value, Mapping):
         raise TypeError
     return {str(k): v for k, v in value.items()}
 
 
 def _one_of(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value is False and "off" in choices:  # YAML reads a bare off as false
+    if "off" in choices and _BOOLS.get(str(value).lower()) is False:  # `wandb: false`
         return "off"
     if value in choices:
         return value

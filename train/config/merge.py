@@ -7,10 +7,10 @@ and the run's length" (`train.config.resolve`); the resolved config holds no und
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -26,15 +26,27 @@ _SECTION_ALIASES = {"wandb": "logging"}
 # What a saved config must say.
 _DECIDED = ("cache", "name", "hook", "device", "compute_dtype", "shuffle_seed", "init_seed", "steps", "lr")
 
-_HINTS = typing.get_type_hints(TrainConfig)
+# Words of other tools and neighbors of a setting -> what a type may have instead of it.
+_INSTEAD = {
+    **dict.fromkeys(("k", "l0", "l0_target", "l0_coef", "l1_coef"), ("k", "l0_target", "l0_coef", "l1_coef")),
+    **dict.fromkeys(("layer", "layers", "hooks"), ("hook",)),
+}
+
+
+def _annotations(cls: type[Any]) -> dict[str, Any]:
+    """Type of each field of a config: a Literal where it declares choices."""
+    hints = typing.get_type_hints(cls)
+    choices = {spec.name: spec.metadata.get("choices") for spec in fields(cls)}
+    return {name: Literal.__getitem__(values) if values else hints[name] for name, values in choices.items()}
+
+
+_HINTS = _annotations(TrainConfig)
 TRAINER_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name != "options")
 
 
 def variant_keys(type_name: str) -> dict[str, Any]:
     """Options of a variant with their annotations. d_in follows from the cache; a saved config repeats it."""
-    cls = sae_core.registry.get(type_name)
-    hints = typing.get_type_hints(cls.Config)
-    return {f.name: hints[f.name] for f in fields(cls.Config)}
+    return _annotations(sae_core.registry.get(type_name).Config)
 
 
 def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
@@ -47,6 +59,8 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
     if not type_name:
         known = ", ".join(sae_core.registry.names())
         raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
+    if "," in str(type_name):
+        coerce("type", type_name, Literal.__getitem__(tuple(sae_core.registry.names())))  # raises
     options = variant_keys(str(type_name))
     merged = {**sae_core.registry.get(str(type_name)).recommended, **given}
     settings: dict[str, Any] = {}
@@ -57,13 +71,33 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         elif key in options:
             chosen[key] = coerce(key, value, options[key])
         else:
-            hint = nearest(key, [*options, *TRAINER_KEYS, *SECTIONS])
-            listed = ", ".join(name for name in options if name != "d_in")
-            raise ConfigError(f"unknown setting {key!r} for type {type_name}{hint} (its options: {listed})")
+            raise unknown_setting(key, {str(type_name): options})
+    _type_nested(sae_core.registry.get(str(type_name)).Config, chosen)
     if "d_sae" in chosen and settings.get("expansion_factor") is not None:
         factor = settings["expansion_factor"]
         raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={factor}: give one of them")
     return TrainConfig(**settings, options=chosen)
+
+
+def _type_nested(config: type[Any], chosen: dict[str, Any]) -> None:
+    """Convert mappings that hold options of another type, which one of the chosen options names."""
+    for spec in fields(config):
+        named_by = spec.metadata.get("options_of")
+        if named_by and chosen.get(spec.name):
+            default = next(other.default for other in fields(config) if other.name == named_by)
+            known = variant_keys(chosen.get(named_by, default))
+            nested = {key: coerce(key, v, known.get(key, Any)) for key, v in chosen[spec.name].items()}
+            chosen[spec.name] = nested
+
+
+def unknown_setting(key: str, known: Mapping[str, Iterable[str]], more: Iterable[str] = ()) -> ConfigError:
+    """The error for a key that no type of `known` (name -> its options) has, with what it may have meant."""
+    options = list(dict.fromkeys(name for names in known.values() for name in names))
+    there = [name for name in _INSTEAD.get(key, ()) if name in (*options, *TRAINER_KEYS)]
+    hint = f"; here use {' or '.join(there)}" if there else nearest(key, [*options, *TRAINER_KEYS, *SECTIONS, *more])
+    types = f"type {next(iter(known))}" if len(known) == 1 else f"any of {', '.join(known)}"
+    own = ", ".join(name for name in options if name not in ("d_in", *TRAINER_KEYS))
+    return ConfigError(f"unknown setting {key!r} for {types}{hint} (its options: {own})")
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

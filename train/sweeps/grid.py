@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
-from sae_granary.train.config.merge import TRAINER_KEYS, variant_keys
+from sae_granary.train.config.merge import TRAINER_KEYS, unknown_setting, variant_keys
 from sae_granary.train.config.settings import SECTIONS
 
 # In a grid these mean the initialisation's seed and the hook point of one SAE.
@@ -44,8 +44,12 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[str]]:
             raise ConfigError(f"--grid {text!r}: expected key=value,value")
         if name in out:
             raise ConfigError(f"--grid {name} is given twice: name all its values once, {name}=a,b,c")
-        out[name] = [part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", values)]
+        out[name] = _split(values)
     return out
+
+
+def _split(values: str) -> list[str]:
+    return [part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", values)]
 
 
 def check_grid(grid: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -55,6 +59,7 @@ def check_grid(grid: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     out: dict[str, tuple[Any, ...]] = {}
     for key, values in grid.items():
         name = ALIASES.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
+        values = _split(values) if isinstance(values, str) else values  # `k: 16,32` in a file
         listed = tuple(values) if isinstance(values, list | tuple) else (values,)
         if key == "layer":
             listed = tuple(f"layer_{value}" for value in listed)
@@ -84,12 +89,10 @@ def expand(grid: Mapping[str, tuple[Any, ...]], common: Mapping[str, Any]) -> li
         anywhere = {"type", *TRAINER_KEYS, *ALIASES, *SECTIONS}.union(*(variant_keys(name) for name in names))
         hints = [f"; {key!r} is unknown{nearest(key, anywhere)}" for key in grid if key not in anywhere]
         raise ConfigError(f"no type was given; add --type or --grid type=: {', '.join(names)}{''.join(hints)}")
-    known = {name: {*variant_keys(name), *TRAINER_KEYS} for name in types}
+    known = {name: [*variant_keys(name), *TRAINER_KEYS] for name in types}
     for key in [*grid, *common]:
         if not any(key in keys for keys in known.values()):
-            candidates = [*set().union(*known.values()), *ALIASES, *SECTIONS]
-            listed = f"type {types[0]}" if len(types) == 1 else f"any of {', '.join(types)}"
-            raise ConfigError(f"unknown setting {key!r} for {listed}{nearest(key, candidates)}")
+            raise unknown_setting(key, known, ALIASES)
     points = []
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))

@@ -1,0 +1,154 @@
+"""What people type means what they meant: lists where one number belongs, YAML, settings of another type, the help."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.quantities import parse_count
+from sae_granary.harvest.keywords import make_config as make_harvest
+from sae_granary.train.config.merge import from_sections, make_config, read_yaml, to_yaml
+from sae_granary.train.config.yaml_text import load_yaml
+from sae_granary.train.sweeps.grid import check_grid, expand
+
+SETTINGS = Path(__file__).parent / "data" / "settings"
+
+
+# -- a list where one value belongs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": "16,32"}, r"k='16,32': expected a whole number .*: sae-train sweep --grid k=16,32$"),
+        ({"seed": "1, 2"}, r"seed='1, 2': .* sae-train sweep --grid seed=1,2$"),
+        ({"d_sae": "1024,2048"}, r"d_sae='1024,2048': .* --grid d_sae=1024,2048$"),
+        ({"init_seed": "0,1"}, r"init_seed='0,1': .* --grid init_seed=0,1$"),
+        ({"k": [16, 32]}, r"k=\[16, 32\]: .* --grid k=16,32$"),
+        ({"lr": "1e-3,1e-4"}, r"lr='1e-3,1e-4': expected a number or none; .* --grid lr=1e-3,1e-4$"),
+        ({"lr_schedule": "linear,cosine"}, r"expected one of constant, linear, cosine; .* --grid lr_schedule=linear,"),
+        ({"normalize": "none,mean"}, r"normalize='none,mean': expected one of .*; .* --grid normalize=none,mean$"),
+        ({"optimizer": "adam,sgd"}, r"optimizer='adam,sgd': .* --grid optimizer=adam,sgd$"),
+        ({"type": "topk,batchtopk"}, r"type='topk,batchtopk': .* --grid type=topk,batchtopk$"),
+        ({"k": "20,000"}, r"k='20,000': expected a whole number"),  # two numbers, or one with a thousands separator
+    ],
+)
+def test_several_values_for_one_setting_name_the_sweep(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config([{"type": "topk", **settings}])
+
+
+def test_settings_that_are_lists_take_commas() -> None:
+    config = make_config([{"type": "matryoshka", "fractions": "0.5,1", "exclude_tokens": "5,6", "hook": "a"}])
+    assert (config.options["fractions"], config.exclude_tokens) == ((0.5, 1.0), ("5", "6"))
+
+
+@pytest.mark.parametrize("flag", ["max_tokens", "max_docs", "rows_per_shard"])
+def test_harvest_counts_hold_no_comma(flag) -> None:
+    name = flag.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{name} is '20,000': give a whole number .* \(20000, without commas\?\)"):
+        make_harvest(model="demo", layers=3, **{flag: "20,000"})
+    assert getattr(make_harvest(model="demo", layers=3, **{flag: "20_000"}), flag) == parse_count("20k") == 20_000
+
+
+# -- YAML: the declared type decides, as for flags -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["007", "12:30", "1_000", "0x1F", "on", "no", "1e3", "2024-01-31", "1.10", ".5"])
+def test_a_name_in_yaml_stays_as_it_is_written(tmp_path, name) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"type: topk\nname: {name}\n")
+    config = make_config([read_yaml(path)])
+    assert config.name == name
+    assert load_yaml(to_yaml(config))["run"]["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("batch_size: 010", "batch_size", 10),
+        ("batch_size: 1_000", "batch_size", 1000),
+        ("tokens: 10k", "tokens", 10_000),
+        ("tokens: 1e6", "tokens", 1_000_000),
+        ("lr: 1e-3", "lr", 1e-3),
+        ("wandb: off", "wandb", "off"),
+        ("wandb: false", "wandb", "off"),
+        ("keep_best: yes", "keep_best", True),
+        ("keep_best: on", "keep_best", True),
+        ("keep_best: 0", "keep_best", False),
+        ("lr: ~", "lr", None),
+        ("lr: null", "lr", None),
+        ("lr:", "lr", None),
+        ("lr: auto", "lr", None),
+        ("hook: [1, 007]", "hook", ("1", "007")),
+    ],
+)
+def test_a_value_in_yaml_gets_the_type_of_its_setting(tmp_path, line, key, value) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"type: topk\n{line}\n")
+    got = getattr(make_config([read_yaml(path)]), key)
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["0x1F", "12:30", "on", "2024-01-31", "16, 32", "[16, 32]"])
+def test_a_value_in_yaml_that_is_no_number_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"type: topk\nk: {text}\n")
+    with pytest.raises(ConfigError, match=r"^k=.*: expected a whole number"):
+        make_config([read_yaml(path)])
+
+
+def test_a_grid_in_yaml_takes_lists_and_commas(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("type: topk\ngrid:\n  k: 5, 10\n  seed: [0, 01]\n  lr: [1e-3]\n")
+    settings = read_yaml(path)
+    points = expand(check_grid(settings.pop("grid")), settings)
+    typed = [make_config([point.settings]) for point in points]
+    assert [(c.options["k"], c.init_seed, c.lr) for c in typed] == [(k, s, 1e-3) for k in (5, 10) for s in (0, 1)]
+
+
+def test_a_saved_config_of_before_opens_as_before() -> None:
+    text = (SETTINGS / "saved_run.yaml").read_text()
+    before = from_sections(yaml.safe_load(text), "saved_run.yaml")  # the values as PyYAML types them
+    config = from_sections(load_yaml(text), "saved_run.yaml")
+    assert repr(config) == repr(before)
+    assert (config.name, config.wandb, config.eps, config.exclude_tokens) == ("007", "off", 1e-8, ("5", "7"))
+    assert config.options["base_options"] == {"auxk_coef": 0.0, "multi_topk": True}
+
+
+def test_a_file_by_hand_of_before_opens_as_before() -> None:
+    config = make_config([read_yaml(SETTINGS / "by_hand.yaml")])
+    assert (config.seed, config.init_seed, config.hook) == (3, None, ("layer_1", "layer_2"))
+    assert (config.lr, config.weight_decay, config.tokens, config.batch_size) == (3e-4, 0.01, 10_000, 1024)
+    assert (config.grad_clip, config.ema_decay, config.keep_special, config.holdout) == (None, None, True, 0.1)
+    assert (config.exclude_tokens, config.max_position) == (("5", "[CLS]"), 63)
+    assert (config.wandb, config.wandb_project, config.keep_best) == ("off", "granary", True)
+    assert config.options["base_options"] == {"auxk_coef": 0.25, "multi_topk": True}
+    assert (config.options["k"], config.options["detach_target"]) == (16, False)
+
+
+def test_options_of_a_base_get_the_types_that_the_base_declares() -> None:
+    config = make_config([{"type": "route", "base": "batchtopk", "base_options": "{auxk_coef: 1e-2}"}])
+    assert config.options["base_options"] == {"auxk_coef": 0.01}
+    with pytest.raises(ConfigError, match=r"auxk_coef='much': expected a number"):
+        make_config([{"type": "route", "base_options": {"auxk_coef": "much"}}])
+
+
+# -- settings of another type --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("type_name", "key", "hint"),
+    [
+        ("jumprelu", "k", "l0_target"),
+        ("vanilla", "k", "l1_coef"),
+        ("topk", "l0_target", "k"),
+        ("topk", "layers", "hook"),
+    ],
+)
+def test_a_setting_of_another_type_names_what_this_one_has(type_name, key, hint) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown setting '{key}' for type {type_name}; here use {hint}\b"):
+        make_config([{"type": type_name, key: 8}])
+    with pytest.raises(ConfigError, match=rf"unknown setting '{key}' for type {type_name}; here use {hint}\b"):
+        expand(check_grid({key: (8, 16)}), {"type": type_name})

@@ -1,6 +1,7 @@
 """What several test files share: a real model without a hub, two threads, no network."""
 
 import os
+import re
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,7 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 # Tests run in two processes; more threads than cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ import pytest
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Under CI=true a test that is skipped because it "needs root", Chromium or namespaces has failed."""
+    report: Any = yield
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    if os.environ.get("CI") == "true" and re.search(r"\bneeds (root|Chromium|namespaces)\b", reason):
+        report.outcome, report.longrepr = "failed", f"{reason}; under CI=true it must run"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,7 @@ def test_reading_writes_nothing(path):
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == mtimes
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="another user's view needs a second uid")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it becomes another user")
 def test_a_read_only_cache_of_another_user(tmp_path):
     harvest(tmp_path / "toy")
     for item in [tmp_path / "toy", *(tmp_path / "toy").rglob("*")]:

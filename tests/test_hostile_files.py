@@ -86,7 +86,7 @@ def test_no_command_waits_for_what_is_no_file(cache, kind) -> None:
     elif os.geteuid() == 0:
         os.mknod(file, 0o020600, os.makedev(1, 5))  # /dev/zero
     else:
-        pytest.skip("only root makes devices")
+        pytest.skip("needs root: it makes a device")
     wanted = "a folder, expected a file" if kind == "folder" else "not a regular file but a FIFO, socket or device"
     assert wanted in run(cache_app, "info", cache, code=2)
     assert wanted in run(cache_app, "ls", cache.parent, code=0)

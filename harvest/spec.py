@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -77,6 +78,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
         "rows_per_shard": prepared.rows_per_shard,
         **_compiled(prepared),  # it rounds differently
         **_prompted(prepared),
+        **_loaded_with(prepared),
         **prepared.source.identity,
     }
 
@@ -135,3 +137,9 @@ def _prompted(prepared: Prepared) -> dict[str, str]:
     """The prompt in front of every text, where the model has one; `encode` of --unit text adds it by itself."""
     prompt = prepared.located.prompt
     return {"prompt": prompt} if prompt and prepared.unit == "token" else {}
+
+
+def _loaded_with(prepared: Prepared) -> dict[str, str]:
+    """Arguments that a Sentence-Transformer gives to its config, weights and tokenizer; before, they were left out."""
+    kwargs = {kind: values for kind, values in prepared.located.kwargs.items() if values}
+    return {"loaded_with": json.dumps(kwargs, sort_keys=True)} if kwargs and prepared.unit == "token" else {}

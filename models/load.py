@@ -153,12 +153,19 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
             dtype=getattr(torch, compute_dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
-            **located.hub_kwargs,
+            **_config(located),
+            **located.kwargs_of("model"),
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)
     return takes_text(base_model(frozen(model)), located).to(device)
+
+
+def _config(located: Located) -> dict[str, Any]:
+    """Where a Sentence-Transformer changes the config: that one, which else is read again."""
+    changed = located.kwargs.get("config") or located.kwargs.get("model")
+    return {"config": copy.deepcopy(located.config)} if changed else {}
 
 
 def frozen(model: Any) -> nn.Module:

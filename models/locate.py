@@ -32,10 +32,11 @@ class Located:
     source: str  # local folder or hub id, for from_pretrained
     kind: str = TRANSFORMER
     modules: tuple[dict[str, Any], ...] = ()  # of a Sentence-Transformer: modules.json
-    max_seq_length: int | None = None  # of a Sentence-Transformer, as the following three
+    max_seq_length: int | None = None  # of a Sentence-Transformer, as the following four
     do_lower_case: bool = False  # before the tokenizer's own rules
     prompt: str = ""  # in front of every text: its default prompt
     truncate_dim: int | None = None  # of the pooled embedding
+    kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)  # what its config, model, tokenizer are loaded with
     revision: str | None = None  # resolved commit of a hub model
     trust_remote_code: bool = False
     local_only: bool = False
@@ -57,6 +58,10 @@ class Located:
         if not self.is_local:
             kwargs |= {"revision": self.revision, "local_files_only": self.local_only}
         return kwargs
+
+    def kwargs_of(self, kind: str) -> dict[str, Any]:
+        """Arguments with which its "config", "model" or "tokenizer" is loaded."""
+        return self.kwargs.get(kind, {}) | self.hub_kwargs
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -187,7 +192,7 @@ def _load_config(located: Located) -> Any:
     if located.modules and not located.modules[0]["type"].endswith("Transformer"):
         return None
     try:
-        return AutoConfig.from_pretrained(located.source, **located.hub_kwargs)
+        return AutoConfig.from_pretrained(located.source, **located.kwargs_of("config"))
     except LOAD_ERRORS as error:
         raise ModelError(_why_no_config(located, error)) from error
 

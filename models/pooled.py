@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_granary.common.errors import one_line
+from sae_granary.models.behavior.checks import failure
 from sae_granary.models.errors import LOAD_ERRORS, MemoryLimitError, ModelError
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
@@ -106,6 +107,8 @@ class TextModel:
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise MemoryLimitError(f"one text does not fit the memory of {self.device}") from error
+        except Exception as error:  # of the model's code, which may be anyone's
+            raise ModelError(f"the model failed on {len(texts):,} texts: {failure(error)}") from error
         self._share /= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,6 +141,8 @@ def longest_text(model: Any) -> int:
 
 
 def pooled_width(model: Any) -> int:
-    """Width of the embedding of a loaded Sentence-Transformer."""
-    get = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
-    return int(get() or 0) or int(model.encode(["a"], convert_to_numpy=True).shape[-1])
+    """Width of the embedding of a loaded Sentence-Transformer, which must be able to embed. Raises ModelError."""
+    try:
+        return int(model.encode(["a"], convert_to_tensor=True, show_progress_bar=False).shape[-1])
+    except Exception as error:  # of the model's code, which may be anyone's
+        raise ModelError(f"the Sentence-Transformer cannot embed a text: {failure(error)}") from error

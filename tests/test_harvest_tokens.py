@@ -84,6 +84,48 @@ def test_token_rows_are_those_of_encode(corpus: Path, tmp_path: Path, defaults: 
     assert row_errors(pooled.hook()[0 : len(pooled)], model.encode(DOCS)).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"config_args": {"hidden_act": "relu", "layer_norm_eps": 0.1}},
+        {"config_kwargs": {"layer_norm_eps": 0.1}, "model_kwargs": {"attn_implementation": "eager"}},
+        {"model_args": {"add_pooling_layer": False, "dtype": "float32", "trust_remote_code": True}},
+        {"max_seq_length": 128, "tokenizer_args": {"model_max_length": 6}},
+        {"max_seq_length": 6, "processor_kwargs": {"cls_token": "[SEP]"}},
+        {"max_seq_length": None},
+    ],
+)
+def test_what_a_sentence_transformer_is_loaded_with(corpus: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = sentence_transformer(tmp_path)
+    (path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    wanted = SentenceTransformer(str(path), device="cpu").encode(DOCS, output_value="token_embeddings")
+    got = harvest(path, corpus, tmp_path / "out")
+    doc, window = got.column("doc_id")[0 : len(got)], got.column("window")[0 : len(got)]
+    first = np.concatenate([np.flatnonzero(window == window[doc == i].min()) for i in range(len(DOCS))])
+    assert len(first) == sum(map(len, wanted))
+    assert row_errors(got.hook()[0 : len(got)][first], np.concatenate([w.numpy() for w in wanted])).max() < 1e-5
+    named = {key for key in settings if key != "max_seq_length"}
+    assert ("loaded_with" in got.manifest.fingerprint) == bool(named)
+
+
+def test_what_a_sentence_transformer_cannot_be_loaded_with_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    path = sentence_transformer(tmp_path)
+    for settings in ({"model_args": {"foo": 1}}, {"config_args": {"num_hidden_layers": "many"}}):
+        (path / "sentence_bert_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ModelError):
+            harvest(path, corpus, tmp_path / "out")
+
+
+def test_a_sentence_transformer_that_cannot_embed_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    path = sentence_transformer(tmp_path)
+    change(path / "sentence_bert_config.json", max_seq_length="long")
+    with pytest.raises(ModelError, match=r"cannot embed a text: TypeError: '>' not supported"):
+        harvest(path, corpus, tmp_path / "out", unit="text")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_texts_are_pooled_without_a_pad_token(corpus: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 

@@ -26,7 +26,7 @@ def load_tokenizer(located: Located) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(located.source, **located.hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(located.source, **located.kwargs_of("tokenizer"))
     except LOAD_ERRORS as error:
         check_files(located)
         raise ModelError(f"the tokenizer of {located.name} cannot be loaded: {one_line(error)}") from error

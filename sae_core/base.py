@@ -107,7 +107,7 @@ class SAE(nn.Module):
 
         The sample holds rows that the run will train on (2**20 at most). Raises NonFiniteError if none can be fitted.
         """
-        x = as_rows(sample, like=self.b_dec)
+        x = as_rows(sample, like=self)
         for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
             normalizer.fit(hook[:MAX_FIT_ROWS])
         target = self.prepare(x).target[:MAX_FIT_ROWS]
@@ -140,7 +140,7 @@ class SAE(nn.Module):
 
     def encoder_input(self, x: Inputs) -> Centered:
         """Return raw rows (N, D) as they enter the encoder."""
-        return self.center(self.prepare(as_rows(x, self.core.b_dec)).input)
+        return self.center(self.prepare(as_rows(x, self)).input)
 
     def pre_acts(self, h: Centered) -> PreActs:
         """Pre-activations (N, F) of centered rows h (N, D), without gradients: `encode_at` adds them where needed."""
@@ -170,7 +170,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Inputs) -> SAEOutput:
         """Encode and decode raw rows (N, D), or several hook points' by name."""
-        source = self.prepare(as_rows(x, self.core.b_dec))
+        source = self.prepare(as_rows(x, self))
         activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon = self.complete(recon, source)
@@ -185,7 +185,7 @@ class SAE(nn.Module):
         )
 
     def encode(self, x: Inputs) -> Codes:
-        """Return the codes of raw rows (N, D)."""
+        """Return the codes of raw rows (N, D); of one row (D,) or sequences (..., D) as of all their rows in order."""
         return self.activate(self.encoder_input(x)).codes
 
     def decode(self, codes: Codes, like: Inputs | None = None) -> Tensor:
@@ -195,7 +195,7 @@ class SAE(nn.Module):
         """
         recon = self.reconstruct(codes)
         if like is not None:
-            source = self.prepare(as_rows(like, self.b_dec))
+            source = self.prepare(as_rows(like, self))
             return source.undo(self.complete(recon, source))
         if self.normalizer.per_row or self.linear_paths:
             raise OptionError("the reconstruction depends on the rows beside their codes: call decode(codes, like=x)")

@@ -14,6 +14,7 @@ from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.pre_acts import PreActs
 
+NUMBERS = "fiuV"  # kinds of NumPy dtypes; ml_dtypes' bfloat16 is a V
 Rows = Mapping[str, Tensor]  # raw rows (N, D) by hook point, in the order of a batch; what every step works on
 
 
@@ -27,16 +28,59 @@ class Array(Protocol):
 Inputs = Array | Mapping[str, Array]  # what a user may give: rows of the only hook point, or by hook point
 
 
-def as_rows(x: Inputs, like: Tensor) -> Rows:
-    """Return rows by hook point; arrays get the dtype and the device of `like`, tensors stay as they are."""
+class Reader(Protocol):
+    """An SAE, as far as its inputs go."""
+
+    @property
+    def core(self) -> Any:
+        """Holds b_dec, whose dtype and device rows get."""
+
+    @property
+    def normalizers(self) -> Sequence[Any]:
+        """One per hook point, the last for all further ones; `mean` (D,) has the width."""
+
+
+def as_rows(x: Inputs, like: Tensor | Reader) -> Rows:
+    """Return rows (N, D) by hook point, with the dtype and the device of a tensor or an SAE.
+
+    Takes tensors and arrays of any number type, one row (D,) and batches of sequences (..., D), whose rows follow each
+    other. Raises OptionError for anything else, and for rows of another width than the SAE's.
+    """
+    widths = [] if isinstance(like, Tensor) else [len(normalizer.mean) for normalizer in like.normalizers]
+    target: Tensor = like if isinstance(like, Tensor) else like.core.b_dec
     named = x if isinstance(x, Mapping) else {"rows": x}
-    return {name: rows if isinstance(rows, Tensor) else _as_tensor(rows, like) for name, rows in named.items()}
+    rows = {name: _as_tensor(name, values, target) for name, values in named.items()}
+    for i, (name, values) in enumerate(rows.items()):
+        if widths and values.shape[1] != (width := widths[min(i, len(widths) - 1)]):
+            given = tuple(getattr(named[name], "shape", values.shape))
+            raise OptionError(f"{name}: shape {given}, expected rows of width {width}, as (..., {width})")
+    if len({len(values) for values in rows.values()}) > 1:
+        found = ", ".join(f"{name} {len(values):,}" for name, values in rows.items())
+        raise OptionError(f"hook points with different numbers of rows ({found}): expected the same rows of each")
+    return rows
 
 
-def _as_tensor(rows: Array, like: Tensor) -> Tensor:
-    """A copy: rows of a cache are read-only. torch cannot wrap the bfloat16 of ml_dtypes, NumPy converts it."""
-    exact = rows.__array__("float64" if like.dtype == torch.float64 else "float32")
-    return torch.tensor(exact, dtype=like.dtype, device=like.device)
+def _as_tensor(name: str, values: Any, like: Tensor) -> Tensor:
+    """Rows (N, D). An array is copied: rows of a cache are read-only. NumPy converts the bfloat16 of ml_dtypes."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(values, Tensor):
+        try:
+            is_list = isinstance(values, list | tuple)
+            array = torch.tensor(values, dtype=dtype).numpy() if is_list else values.__array__()
+            known = array.dtype.kind in NUMBERS
+            exact = array.astype(str(dtype).removeprefix("torch.")) if known else None
+        except (AttributeError, TypeError, ValueError):  # texts, None, lists of unequal lengths
+            exact = None
+        if exact is None:
+            raise OptionError(
+                f"{name}: a {type(values).__name__}, expected activations: a tensor or an array of numbers (..., D); "
+                "`encode_texts` encodes texts"
+            )
+        values = torch.tensor(exact, dtype=like.dtype, device=like.device)
+    if not values.is_floating_point() or values.ndim == 0:
+        raise OptionError(f"{name}: {values.dtype} of shape {tuple(values.shape)}, expected floating rows (..., D)")
+    rows: Tensor = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
+    return rows.to(like)
 
 
 def _all_of_them(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:

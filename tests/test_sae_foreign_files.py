@@ -224,6 +224,26 @@ def test_a_matching_pursuit_that_stops_elsewhere_is_refused(change: dict, messag
         sae_core.load(saelens_folder(make("matching_pursuit"), tmp_path, **change))
 
 
+@pytest.mark.parametrize(("factor", "loads"), [(1.0, True), (1.5, False)])
+def test_the_scaling_factors_that_saelens_wrote_for_a_while(factor: float, loads: bool, tmp_path: Path) -> None:
+    sae, x = make("vanilla"), rows(50, seed=5)
+    saelens_folder(sae, tmp_path)
+    rewrite(tmp_path / WEIGHTS, lambda held: {**held, "scaling_factor": torch.full((D_SAE,), factor)})
+    if not loads:
+        with pytest.raises(NotAnSAEError, match="scaling_factor"):
+            sae_core.load(tmp_path)
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(sae_core.load(tmp_path)(x).x_hat, sae(x).x_hat)
+
+
+def test_a_threshold_is_never_dropped(tmp_path: Path) -> None:
+    """A batch-top-k SAE described as a standard one would load and compute another function."""
+    saelens_folder(make("jumprelu"), tmp_path, architecture="standard")
+    with pytest.raises(NotAnSAEError, match="they are 'W_dec, W_enc, b_dec, b_enc, threshold', expected"):
+        sae_core.load(tmp_path)
+
+
 def test_a_folder_of_folders_names_them(tmp_path: Path) -> None:
     for layer in (10, 2):
         sae_core.save_sparsify(make("topk"), tmp_path / f"layers.{layer}")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import write_cache
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
+from sae_granary import sae_core, train_sae
 from sae_granary.sae_core import registry
 from sae_granary.train.cli import app
 
@@ -69,6 +71,62 @@ def test_a_dry_push_prints_the_card_and_uploads_nothing(tmp_path: Path) -> None:
     assert "| fvu | 0.25 |" in output
     assert "dataset: `demo`" in output
     assert "nothing was uploaded" in output
+
+
+@pytest.mark.parametrize(
+    ("model", "fingerprint", "base"),
+    [
+        ("someone/bert", {"weights_xxh3": None}, "someone/bert"),
+        ("gpt2", {}, "gpt2"),
+        ("models/secret-bert", {"weights_xxh3": "0123"}, None),  # a relative path of the machine that harvested
+        ("/home/alice/secret/my-bert", {}, None),
+        ("~/my-bert", {}, None),
+        ("C:\\Users\\alice\\my-bert", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_card_names_a_base_model_of_the_hub_and_no_local_path(
+    tmp_path: Path, model: str | None, fingerprint: dict[str, str | None], base: str | None
+) -> None:
+    cls = registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4}))
+    sae_core.save(sae, tmp_path, {"model_name": model, "cache_fingerprint": {"model": model, **fingerprint}})
+    summary = {
+        "name": "run",
+        "type": "topk",
+        "d_sae": 64,
+        "d_in": 16,
+        "tokens": 100,
+        "eval_part": "heldout",
+        "eval": {},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    code, output = run("push", tmp_path, "someone/toy-sae")
+    assert code == 0, output
+    head = yaml.safe_load(output[output.index("---") : output.rindex("---")].split("---")[1])
+    assert head.get("base_model") == base
+    assert head["library_name"] == "saelens"  # what SAELens' search for SAEs of the hub finds
+    assert "alice" not in output
+    assert "~" not in output
+
+
+def test_a_type_that_saelens_cannot_load_is_not_tagged_as_its_own(tmp_path: Path) -> None:
+    cls = registry.get("transcoder")
+    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4})), tmp_path)
+    summary = {"name": "run", "type": "transcoder", "d_sae": 64, "d_in": 16, "tokens": 1, "eval_part": "heldout"}
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "eval": {}}))
+    assert "library_name: sae-granary" in run("push", tmp_path, "someone/toy-sae")[1]
+
+
+def test_a_run_records_what_the_tools_of_saelens_ask_for(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache", decoder=True)
+    settings = {"cache": str(tmp_path / "cache"), "runs_dir": str(tmp_path), "type": "topk", "k": 4, "steps": 1}
+    folder = train_sae(**settings, batch_size=64, d_sae=32, name="run").folder
+    cfg = json.loads((folder / "cfg.json").read_text())["metadata"]
+    asked = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path", "model_from_pretrained_kwargs")
+    assert set(asked) <= cfg.keys()
+    assert cfg["prepend_bos"] is False
+    assert cfg["seqpos_slice"] == [1, None]  # a causal model: position 0 was left out of the training
 
 
 def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ def read(folder: Path) -> Folded | None:
         sizes = {name: entry(cfg, name, int) for name in ("d_in", "d_sae")}
         assert options is not None
         config = registry.make_config(cls, {**sizes, "normalize": NORMALIZATIONS[normalization], **options(cfg)})
+        if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+            del tensors["scaling_factor"]  # SAELens wrote it to every folder for a while
         weights = check_tensors(tensors, _shapes(cls, **sizes))
         return Folded(cls, config, _our_conventions(cls, cfg, weights), {})
     except DAMAGED as error:

@@ -102,7 +102,7 @@ class RouteSAE(SAE):
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
         """Draw the router, then fit the base to the routed rows of the sample."""
         self._reset_router(generator)
-        self.base_sae.initialize(self.prepare(as_rows(sample, self.W_router)).input, generator)
+        self.base_sae.initialize(self.prepare(as_rows(sample, self)).input, generator)
 
     def prepare(self, x: Rows) -> Source:
         """Normalize each hook's rows and route them; the probabilities (N, L) are among the extras."""
@@ -177,4 +177,4 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Calibrate the base on routed rows."""
-        self.base_sae.calibrate(self.prepare(as_rows(x, self.W_router)).input for x in batches)
+        self.base_sae.calibrate(self.prepare(as_rows(x, self)).input for x in batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from sae_granary.common.finished_run import (
 from sae_granary.train.errors import TrainError
 
 FILES = (*SAE_FILES, CONFIG, SUMMARY)
+_HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"  # user/name, or a name alone
 METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "rare", "never_fired", "decoder_max_cosine")
 
 
@@ -34,19 +36,23 @@ def model_card(run: Path, licence: str) -> str:
     summary, metadata = read_summary(run), read_metadata(run)
     found = {name: summary["eval"].get(name) for name in METRICS}
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in found.items() if value is not None)
+    model, fingerprint = metadata.get("model_name"), metadata.get("cache_fingerprint") or {}
+    # The hub refuses a base model that is none of its own, and a local path tells names.
+    is_of_hub = fingerprint.get("weights_xxh3") is None and _is_hub_id(model)
+    base = f"base_model: {model}\n" if is_of_hub else ""
+    library = "saelens" if (run / "cfg.json").is_file() else "sae-granary"  # what SAELens' search finds
     return f"""---
 license: {licence}
-library_name: sae-granary
-tags: [sparse-autoencoder, interpretability]
-base_model: {metadata.get("model_name")}
----
+library_name: {library}
+tags: [sparse-autoencoder, interpretability, sae-granary]
+{base}---
 
 # {summary["name"]}
 
 A **{summary["type"]}** sparse autoencoder with {summary["d_sae"]:,} latents on `{metadata.get("hf_hook_name")}` of
-`{metadata.get("model_name")}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
+`{_public(model)}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
 
-{_provenance(metadata.get("cache_fingerprint", {}))}
+{_provenance(fingerprint)}
 
 | metric on {summary["eval_part"]} rows | |
 |---|---|
@@ -76,6 +82,16 @@ def push(run: Path, repo: str, *, licence: str, private: bool) -> str:
     return str(url)
 
 
+def _is_hub_id(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(_HUB_ID, name) is not None and not Path(name).exists()
+
+
+def _public(value: object) -> object:
+    """A value as it may be published: of a local path the last part."""
+    is_path = isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value) is not None
+    return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1] if is_path else value
+
+
 def _provenance(fingerprint: Mapping[str, Any]) -> str:
-    shown = {name: value for name, value in fingerprint.items() if value is not None}
+    shown = {name: _public(value) for name, value in fingerprint.items() if value is not None}
     return "\n".join(["Cache:", "", *(f"- {name}: `{value}`" for name, value in sorted(shown.items()))])

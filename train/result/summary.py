@@ -59,7 +59,8 @@ def _last_training_l0(folder: Path) -> float | None:
 
 def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
     """What `cfg.json` says about where the SAE belongs."""
-    model = data.cache.manifest.model
+    manifest = data.cache.manifest
+    model, windows = manifest.model, manifest.provenance.get("windows") or {}
     points = [data.cache.hook_points[name] for name in data.config.hook]
     metadata: dict[str, Any] = {
         "model_name": model.get("id"),
@@ -67,9 +68,16 @@ def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
         "hook_name": ",".join(_saelens_hook(p.name) for p in points),
         "hf_hook_name": ",".join(p.module for p in points),
         "hook_points": [p.name for p in points],
-        "cache_fingerprint": dict(data.cache.manifest.fingerprint),
+        # What SAELens' tools ask for: its activation store, its evaluation.
+        "dataset_path": manifest.fingerprint.get("dataset"),
+        "context_size": windows.get("ctx_len"),
+        "prepend_bos": bool(windows.get("prefix")),
+        "model_from_pretrained_kwargs": {},
+        "cache_fingerprint": dict(manifest.fingerprint),
         "run": folder.name,
     }
+    if data.config.keep_first_position is False:  # a store that reads it would evaluate on attention sinks
+        metadata["seqpos_slice"] = [1, None]
     return metadata
 
 

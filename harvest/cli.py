@@ -14,13 +14,19 @@ from sae_granary.common.app import Debug, Quiet, echo, expected_errors, make_app
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
+# Shown by --help; --help-all shows the rest.
+COMMON = {"--model", "--revision", "--trust-remote-code", "--device", "--unit", "--layer", "--hook", "--dataset"}
+COMMON |= {"--dataset-config", "--split", "--text-column", "--ctx-len", "--batch-tokens"}
+COMMON |= {"--out", "--dtype", "--max-tokens", "--max-docs"}
+
 MODEL, WHERE, TEXT, CUT, OUTPUT = "Model", "What is harvested", "Text", "Windows and batches", "Cache"
 
 
 def _option(panel: str, text: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(
-        *names, help=text, rich_help_panel=panel, show_default=kwargs.pop("show_default", True), **kwargs
-    )
+        *names, help=text, rich_help_panel=panel, show_default=kwargs.pop("show_default", True),
+        hidden=names[0] not in COMMON, **kwargs,
+    )  # fmt: skip
 
 
 Model = Annotated[str, _option(MODEL, "Hub id, local folder, or demo.", "--model", "-m")]

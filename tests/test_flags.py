@@ -1,13 +1,18 @@
 """What people type means what they meant: lists where one number belongs, YAML, settings of another type, the help."""
 
+import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import parse_count
+from sae_granary.harvest.cli import app as harvest_app
 from sae_granary.harvest.keywords import make_config as make_harvest
+from sae_granary.train.cli import app as train_app
 from sae_granary.train.config.merge import from_sections, make_config, read_yaml, to_yaml
 from sae_granary.train.config.yaml_text import load_yaml
 from sae_granary.train.sweeps.grid import check_grid, expand
@@ -152,3 +157,64 @@ def test_a_setting_of_another_type_names_what_this_one_has(type_name, key, hint)
         make_config([{"type": type_name, key: 8}])
     with pytest.raises(ConfigError, match=rf"unknown setting '{key}' for type {type_name}; here use {hint}\b"):
         expand(check_grid({key: (8, 16)}), {"type": type_name})
+
+
+# -- --layer and --layers are one flag -----------------------------------------------------------------------------
+
+
+def invoke(*args: object, app=train_app, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    assert code == 0 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1), result.stderr
+    return result.output
+
+
+@pytest.mark.parametrize("flag", ["--layer", "--layers", "-l"])
+def test_layers_are_one_sae_each_or_the_hook_points_of_one(make_cache, tmp_path, monkeypatch, flag) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_10"))
+    settings = ["--cache", "toy", "--steps", 4, "-b", 64, "--device", "cpu"]
+    for layers in (["1,10"], ["1", flag, "10"]):
+        each = invoke("run", "--type", "topk", "-k", 4, flag, *layers, *settings, "--dry-run")
+        assert "2 SAEs in 1 group" in each
+        assert "toy_layer_10_topk" in each
+    for layers, hooks in ("1,10", ["layer_1", "layer_10"]), ("all", ["layer_1", "layer_2", "layer_10"]):
+        one = load_yaml(invoke("run", "--type", "crosscoder", "-k", 4, flag, layers, *settings, "--dry-run"))
+        assert one["run"]["hook"] == hooks
+        assert one["run"]["name"] == f"toy_{len(hooks)}hooks_crosscoder_d128_k4_s0"
+    one = load_yaml(invoke("config", "--type", "topk", flag, "02", *settings))
+    assert one["run"]["hook"] == ["layer_2"]
+    one = load_yaml(invoke("config", "--type", "topk", flag, "2", "--hook", "layer_10", "--layer-stride", 2, *settings))
+    assert one["run"]["hook"] == ["layer_10"]
+    assert "SAE each" in invoke("config", "--type", "topk", flag, "1,2", *settings, code=2)
+
+
+def test_layers_on_the_command_line_override_hooks_of_a_file(make_cache, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_3"))
+    Path("c.yaml").write_text("cache: toy\ntype: topk\nk: 4\nhook: layer_1\nsteps: 4\nbatch_size: 64\n")
+    out = invoke("run", "--config", "c.yaml", "--layer", "2,3", "--dry-run")
+    assert "toy_layer_2_topk" in out
+    assert "toy_layer_1_topk" not in out
+
+
+# -- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("app", "command"),
+    [
+        *((train_app, name) for name in ("run", "sweep", "quick", "config")),
+        *((harvest_app, name) for name in ("run", "plan")),
+    ],
+)
+def test_help_shows_the_flags_people_use_and_help_all_the_rest(monkeypatch, app, command) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    group = typer.main.get_command(app)
+    every = {name for p in group.commands[command].params for name in p.opts if name.startswith("--")}
+    short, full = (invoke(command, flag, app=app) for flag in ("--help", "--help-all"))
+    shown, all_shown = (set(re.findall(r"--[a-z][a-z-]*", text)) & every for text in (short, full))
+    assert all_shown == every
+    assert 15 <= len(shown) <= 28 < len(every)
+    assert {"--layer", "--device", "--debug", "--help-all"} <= shown
+    assert shown.isdisjoint({"--grad-acc-steps", "--rows-per-shard", "--layer-stride"})

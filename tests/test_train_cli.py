@@ -330,9 +330,12 @@ def test_sweeps_as_people_type_them(make_cache) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--layers", "3,9"], r"--layers: the cache has no hook point 'layer_9'"),
-        (["--layers", "3,3"], r"--layers names layer_3 twice"),
-        (["--layers", "3", "--layer", "3"], r"--layers and --layer \(or --hook\) both choose hook points"),
+        (["--layers", "3,9"], r"the cache has no hook point 'layer_9'"),
+        (["--layers", "3,3"], r"--layer \(or --hook\) names layer_3 twice"),
+        (["--layers", "3", "--layer", "3"], r"--layer \(or --hook\) names layer_3 twice"),
+        (["--layers", "all,3"], r"--layers all stands alone"),
+        (["--layers", "all", "--layer-stride", "0"], r"layer_stride=0: expected a value >= 1"),
+        (["--layers", "3,4", "--grid", "layer=3,4"], r"--layer \(or --hook\) and the grid both choose hook points"),
         (["--grid", "k=2,2"], r"the grid repeats itself: k holds 2 twice"),
         (["--grid", "k=2,300"], r"k=300: expected k <= d_sae"),
         ([], r"the grid is empty"),

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.common.app import Debug, Quiet, echo, make_app
+from sae_granary.common.app import Debug, Quiet, echo, fail, make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
-from sae_granary.train.commands.shared_flags import DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
+from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
 
@@ -26,8 +26,6 @@ app.command()(demo)
 @takes_settings
 def run(
     read_flags: ReadFlags,
-    layers: Layers = None,
-    layer_stride: LayerStride = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -38,11 +36,11 @@ def run(
 ) -> None:
     """Train one SAE from a cache: `sae-train run --cache cache/bert_l6 --type batchtopk`.
 
-    Several --layers, or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep` does.
+    Several layers (--layers 2,4), or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep`
+    does; a type that reads several hook points reads these layers.
     """
     with errors(debug):
-        given = read_flags()
-        train_given(given, layers, layer_stride, overwrite=overwrite, resume=resume, quiet=quiet, dry_run=dry_run)
+        train_given(read_flags(), overwrite=overwrite, resume=resume, quiet=quiet, dry_run=dry_run)
 
 
 @app.command()
@@ -54,8 +52,14 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
     """
     with errors(debug):
         from sae_granary.train.commands.origin import annotated_yaml
+        from sae_granary.train.config.hook_layers import place_hooks
 
-        echo(annotated_yaml(read_flags().layers()), nl=False)
+        given, each = place_hooks(read_flags())
+        if each:
+            fail(
+                f"error: {', '.join(each)}: an SAE each; config shows the settings of one, run --dry-run all of them", 2
+            )
+        echo(annotated_yaml(given.layers()), nl=False)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperOption
 
 from sae_granary.common.errors import GranaryError, one_line, printable
 from sae_granary.common.files import shortage
@@ -57,8 +58,25 @@ def _options(version: _Version = False) -> None:
     allow_open_files()
 
 
+def _print_all_flags(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            if isinstance(parameter, TyperOption):
+                parameter.hidden = False
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool, typer.Option("--help-all", help="Show all flags, also the rare.", is_eager=True, callback=_print_all_flags)
+]
+
+
 def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: the command's first argument becomes a function that calls `shared` with its flags."""
+    """Decorator: the command's first argument becomes a function that calls `shared` with its flags.
+
+    Of these `--help` shows what is not hidden; the command gets a `--help-all`, which shows the others too.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature, own = inspect.signature(shared), inspect.signature(command)
@@ -67,11 +85,14 @@ def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]]
         @functools.wraps(command)
         def run_command(**flags: Any) -> None:
             given = {name: value for name, value in flags.items() if name in names}
-            rest = {name: value for name, value in flags.items() if name not in names}
+            rest = {name: value for name, value in flags.items() if name not in (*names, "help_all")}
             command(lambda: shared(**given), **rest)
 
-        hints = {name: hint for part in (shared, command) for name, hint in _hints(part).items()}
-        parameters = [*signature.parameters.values(), *list(own.parameters.values())[1:]]
+        hints = {name: hint for part in (shared, command) for name, hint in _hints(part).items()} | {
+            "help_all": HelpAll
+        }
+        help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False)
+        parameters = [*signature.parameters.values(), *list(own.parameters.values())[1:], help_all]
         run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
         )

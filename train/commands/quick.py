@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sae_granary.common.app import Debug, Quiet, fail
-from sae_granary.train.commands.shared_flags import Layers, LayerStride, Overwrite, ReadFlags, errors
+from sae_granary.train.commands.shared_flags import Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import config_of, train_given
 from sae_granary.train.config.flags import Given, takes_settings
 
@@ -26,8 +26,6 @@ def quick(
     read_flags: ReadFlags,
     model: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, local folder, or demo.")],
     dataset: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, file, folder, - or demo.")],
-    layers: Layers = None,
-    layer_stride: LayerStride = None,
     max_tokens: Annotated[str, _harvest("Rows to harvest. (default: 5M)", "--max-tokens")] = "5M",
     ctx_len: Annotated[str | None, _harvest("Tokens of a window.", "--ctx-len")] = None,
     batch_tokens: Annotated[str | None, _harvest("Tokens of a batch of the model.", "--batch-tokens")] = None,
@@ -46,13 +44,13 @@ def quick(
     with errors(debug):
         given = _with_type(read_flags())
         config_of(given)  # what is wrong with the settings is told before the harvest
-        named = layers or _layers_of(given)
+        named = _layers_of(given)
         flags = {
             "--ctx-len": ctx_len,
             "--batch-tokens": batch_tokens,
             "--num-proc": num_proc,
             "--dataset-config": dataset_config,
-            "--layer-stride": layer_stride and str(layer_stride),
+            "--layer-stride": given.layer_stride,
         }
         others = [part for flag, value in flags.items() if value for part in (flag, value)] + shlex.split(harvest)
         from sae_granary.train.commands.harvest_process import cache_folder, run_harvest
@@ -61,9 +59,9 @@ def quick(
         common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]
         device = ["--device", str(given.flags["device"])] if "device" in given.flags else []
         run_harvest([*common, *others, *device, "--out", folder, *(["--quiet"] if quiet else [])])
-        given = replace(given, flags={**given.flags, "cache": folder})
+        given = replace(given, flags={**given.flags, "cache": folder}, layer_stride=None)  # the cache has that of `all`
         resume = "never" if overwrite else "auto"
-        train_given(given, layers, None, overwrite=overwrite, resume=resume, quiet=quiet)
+        train_given(given, overwrite=overwrite, resume=resume, quiet=quiet)
 
 
 def _with_type(given: Given) -> Given:
@@ -73,10 +71,9 @@ def _with_type(given: Given) -> Given:
 
 
 def _layers_of(given: Given) -> str:
-    """`--layer 2 --layer 4` as 2,4."""
-    hooks = [str(hook) for hook in given.flags.get("hook", [])]
-    numbers = [hook.removeprefix("layer_") for hook in hooks]
-    if not numbers or not all(number.isdigit() for number in numbers):
-        got = ", ".join(hooks) or "none"
+    """`--layer 2 --layer 4` as 2,4; all."""
+    numbers = [hook.removeprefix("layer_") for hook in given.hooks]
+    if not numbers or not (numbers == ["all"] or all(number.isdigit() for number in numbers)):
+        got = ", ".join(given.hooks) or "none"
         fail(f"error: quick needs the layers by number, got {got}: give --layer 6, or --layers 2,4 for an SAE each", 2)
     return ",".join(numbers)

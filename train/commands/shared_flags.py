@@ -13,12 +13,6 @@ from sae_granary.train.config.flags import Given
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what has that name.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="One SAE for each: all, or 2,4,6. One pass trains them all.")
-]
-LayerStride = Annotated[
-    int | None, typer.Option("--layer-stride", help="Every n-th of these layers. (default: 1)", min=1)
-]
 ReadFlags = Callable[[], Given]
 
 NO_CACHE = "error: no cache was given; name its folder with --cache (sae-harvest run makes one)"

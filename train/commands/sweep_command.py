@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.common.errors import ConfigError
-from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Layers, LayerStride, Overwrite, ReadFlags, errors
+from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, errors
 from sae_granary.train.config.flags import takes_settings
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", help="Values to combine: k=16,32,64. Repeatable; seed means the initialisation's."),
     ] = None,
-    layers: Layers = None,
-    layer_stride: LayerStride = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -39,18 +38,18 @@ def sweep(
     a `grid:` section (--config). The other flags hold for all of them. The same command again continues.
     """
     with errors(debug):
-        axes, common = grid_of(read_flags(), grid or [], layers, layer_stride)
+        axes, common = grid_of(read_flags(), grid or [])
         train_grid(axes, common, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
 
 
-def grid_of(
-    given: Given, texts: list[str], layers: str | None = None, stride: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid of flags and file, and the settings that all its points share. Flags win over the file."""
+    from sae_granary.train.config.hook_layers import place_hooks
     from sae_granary.train.config.merge import merge_layers
     from sae_granary.train.sweeps.grid import ALIASES, parse_grid
 
     on_top = parse_grid(texts)
+    given, each = place_hooks(given)
     fixed = {ALIASES.get(key, key) for key in given.flags}
     files = [dict(values) for label, values in given.layers() if label != "flag"]
     axes: dict[str, Any] = {}
@@ -65,26 +64,24 @@ def grid_of(
     common = merge_layers([*files, given.flags])
     if not common.get("cache"):
         fail(NO_CACHE, 2)
-    if layers is not None or stride is not None:
-        from sae_granary.cache.read.reader import open_cache
-        from sae_granary.train.config.hook_layers import layer_hooks
-
-        if "hook" in common or {"hook", "layer"} & set(axes):
-            raise ConfigError("--layers and --layer (or --hook) both choose hook points: keep one of them")
-        axes["hook"] = layer_hooks(
-            tuple(open_cache(str(common["cache"]), allow_incomplete=True).hook_points), layers, stride
-        )
+    if each:
+        if {"hook", "layer"} & set(axes):
+            raise ConfigError("--layer (or --hook) and the grid both choose hook points: keep one of them")
+        axes["hook"] = each
+        common.pop("hook", None)  # of the file, which flags override
     return axes, common
 
 
-def several(given: Given, layers: str | None, stride: int | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The grid that a `run` means which asks for several SAEs (--layers, --init-seed 0,1); None for one."""
+def several(given: Given) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The grid that a `run` means which asks for several SAEs (--layers 2,4, --init-seed 0,1); None for one."""
+    from sae_granary.train.config.hook_layers import place_hooks
+
     seeds = str(given.flags.get("init_seed", ""))
-    if layers is None and stride is None and "," not in seeds:
+    if not place_hooks(given)[1] and "," not in seeds:
         return None
     texts = [f"init_seed={seeds}"] if "," in seeds else []
     rest = {key: value for key, value in given.flags.items() if not texts or key != "init_seed"}
-    return grid_of(type(given)(given.file, rest), texts, layers, stride)
+    return grid_of(replace(given, flags=rest), texts)
 
 
 def train_grid(

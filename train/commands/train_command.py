@@ -14,18 +14,19 @@ from sae_granary.train.config.flags import Given
 
 def train_given(
     given: Given,
-    layers: str | None,
-    stride: int | None,
     *,
     overwrite: bool,
     resume: Any,
     quiet: bool,
     dry_run: bool = False,
 ) -> None:
-    """Train the SAE that flags ask for, or the several that layers or seeds make of it; or print what that would be."""
-    if grid := cli_sweep.several(given, layers, stride):
+    """Train the SAE that flags ask for, or one per hook point or seed; or print what that would be."""
+    from sae_granary.train.config.hook_layers import place_hooks
+
+    if grid := cli_sweep.several(given):
         cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
         return
+    given, _ = place_hooks(given)
     config = config_of(given)
     if not config.cache:
         fail(NO_CACHE, 2)

@@ -28,47 +28,64 @@ class Flag:
     short: str = ""
     kind: Any = Text
     flag: str = ""  # where it is not the setting's name
+    also: str = ""  # a second name
+    common: bool = False  # shown by --help, others by --help-all only
 
     def parameter(self, panel: str) -> inspect.Parameter:
         """As the command line library wants it."""
         words = self.name.replace("_", "-")
         long = self.flag or (f"--{words}/--no-{words}" if self.kind is Switch else f"--{words}")
-        names = (long, self.short) if self.short else (long,)
-        option = typer.Option(*names, help=self.help, rich_help_panel=panel, show_default=False)
+        names = [name for name in (long, self.also, self.short) if name]
+        shown: dict[str, Any] = {"rich_help_panel": panel, "show_default": False, "hidden": not self.common}
+        option = typer.Option(*names, help=self.help, **shown)
         annotation: Any = Annotated[self.kind, option]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
     "What": (
-        Flag("cache", "Folder of the activation cache.", short="-c"),
-        Flag("type", "Variant: see `sae-train types`.", short="-t"),
-        Flag("hook", "Hook point of the cache. (default: the only one)", kind=Texts),
-        Flag("layer", "The same by number: 6 is layer_6.", short="-l", kind=Texts),
-        Flag("name", "Name of the run's folder. (default: from cache, hook, type, size, seed)"),
+        Flag("cache", "Folder of the activation cache.", short="-c", common=True),
+        Flag("type", "Variant: see `sae-train types`.", short="-t", common=True),
+        Flag("hook", "Hook point of the cache. (default: the only one)", kind=Texts, common=True),
+        Flag(
+            "layer",
+            "Hook points by layer: 6, or 2,4,6, or all. One SAE each, or one for all if its type reads several.",
+            short="-l",
+            kind=Texts,
+            also="--layers",
+            common=True,
+        ),
+        Flag("layer_stride", "Every n-th of these layers. (default: 1)"),
+        Flag("name", "Name of the run's folder. (default: from cache, hook, type, size, seed)", common=True),
         Flag("runs_dir", "Folder of all runs. (default: runs)"),
-        Flag("config", "Settings in YAML; flags go on top.", kind=File),
-        Flag("assignments", "Any setting of the type or the trainer: key=value. Repeatable.", kind=Texts, flag="--set"),
-        Flag("device", "auto, cpu, cuda, cuda:N, mps. (default: auto)"),
-        Flag("seed", "Seed of shuffling and initialisation. (default: 0)"),
+        Flag("config", "Settings in YAML; flags go on top.", kind=File, common=True),
+        Flag(
+            "assignments",
+            "Any setting of the type or the trainer: key=value. Repeatable.",
+            kind=Texts,
+            flag="--set",
+            common=True,
+        ),
+        Flag("device", "auto, cpu, cuda, cuda:N, mps. (default: auto)", common=True),
+        Flag("seed", "Seed of shuffling and initialisation. (default: 0)", common=True),
         Flag("shuffle_seed", "Seed of the order of rows alone."),
         Flag("init_seed", "Seed of the weights alone."),
     ),
     "SAE": (
-        Flag("k", "Active latents per row, for types that have it.", short="-k"),
-        Flag("d_sae", "Number of latents."),
+        Flag("k", "Active latents per row, for types that have it.", short="-k", common=True),
+        Flag("d_sae", "Number of latents.", common=True),
         Flag("expansion_factor", "The same as d_sae / d_in. (default: 8)"),
         Flag("normalize", "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)"),
         Flag("loss", "fvu, mse, nmse; kl, ce: through the language model. (default: fvu)"),
-        Flag("init_from", "Start from the weights of an SAE: a run, a checkpoint, SAELens, sparsify."),
+        Flag("init_from", "Start from the weights of an SAE: a run, a checkpoint, SAELens, sparsify.", common=True),
     ),
     "Training": (
-        Flag("batch_size", "Rows per step. (default: 4096)", short="-b"),
+        Flag("batch_size", "Rows per step. (default: 4096)", short="-b", common=True),
         Flag("grad_acc_steps", "Micro-batches that a batch is split into. (default: 1)"),
-        Flag("tokens", "Length in rows: 500k, 10M."),
-        Flag("steps", "Length in steps."),
+        Flag("tokens", "Length in rows: 500k, 10M.", common=True),
+        Flag("steps", "Length in steps.", common=True),
         Flag("epochs", "Length in passes. (default: 1; more up to 16 if under 1000 steps)"),
-        Flag("lr", "Peak rate. (default: from d_sae and steps, at most 1e-3)"),
+        Flag("lr", "Peak rate. (default: from d_sae and steps, at most 1e-3)", common=True),
         Flag("optimizer", "adam, adamw, sgd, muon, signum, adafactor. (default: adam)"),
         Flag("weight_decay", "Weight decay. (default: 0)"),
         Flag("lr_schedule", "Decay at the end: linear, cosine, constant. (default: linear)"),
@@ -104,7 +121,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
         Flag("save_minutes", "Minutes between checkpoints; 0: by steps alone. (default: 10)"),
         Flag("keep", "Newest checkpoints to keep. (default: 2)"),
         Flag("keep_best", "Keep the one of the lowest FVU too. (default: no)", kind=Switch),
-        Flag("wandb", "online, offline, off. (default: off)"),
+        Flag("wandb", "online, offline, off. (default: off)", common=True),
         Flag("wandb_project", "(default: granary)"),
         Flag("wandb_artifacts", "Upload the finished SAE too.", kind=Switch),
         Flag("tensorboard", "Write TensorBoard files into the run's folder.", kind=Switch),
@@ -114,10 +131,15 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
 
 @dataclass(frozen=True)
 class Given:
-    """What was typed: a YAML file, and on top of it flags and `--set`."""
+    """What was typed: a YAML file, and on top of it flags and `--set`.
+
+    `hooks` are those of --hook and --layer, where `all` may stand; `train.config.hook_layers` finds them in the cache.
+    """
 
     file: Path | None
     flags: Mapping[str, Any]
+    hooks: tuple[str, ...] = ()
+    layer_stride: str | None = None
 
     def layers(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Layers of settings with where they come from, the strongest last."""
@@ -132,6 +154,7 @@ def given_settings(
     config: Path | None = None,
     hook: list[str] | None = None,
     layer: list[str] | None = None,
+    layer_stride: str | None = None,
     assignments: list[str] | None = None,
     **settings: Any,
 ) -> Given:
@@ -139,9 +162,10 @@ def given_settings(
     from sae_granary.train.config.merge import parse_assignments
 
     flags = {key: value for key, value in settings.items() if value is not None}
-    hooks = [part for text in hook or [] for part in text.split(",")]
-    hooks += [f"layer_{part.strip()}" for text in layer or [] for part in text.split(",")]
-    return Given(config, {**flags, **({"hook": hooks} if hooks else {}), **parse_assignments(assignments or [])})
+    hooks = [part.strip() for text in hook or [] for part in text.split(",")]
+    layers = [part.strip() for text in layer or [] for part in text.split(",")]
+    hooks += [f"layer_{int(part)}" if part.isdecimal() else part for part in layers]
+    return Given(config, {**flags, **parse_assignments(assignments or [])}, tuple(hooks), layer_stride)
 
 
 _PARAMETERS = [flag.parameter(panel) for panel, flags in FLAGS.items() for flag in flags]

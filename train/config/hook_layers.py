@@ -1,31 +1,56 @@
-"""`--layers all`, `--layers 2,4`, `--layer-stride 2`: which hook points of a cache get an SAE each."""
+"""`--hook`, `--layer 2,4`, `--layers all`, `--layer-stride 2`: which hook points of a cache are trained on."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from sae_granary.common.errors import ConfigError, nearest
+from sae_granary import sae_core
+from sae_granary.cache.read.reader import open_cache
+from sae_granary.common.errors import ConfigError
+from sae_granary.train.config.coerce import coerce
+from sae_granary.train.config.flags import Given
+from sae_granary.train.config.merge import merge_layers
 
 _LAYER = re.compile(r"layer_(\d+)")
 
 
-def layer_hooks(available: Sequence[str], layers: str | None, stride: int | None = None) -> tuple[str, ...]:
-    """Hook points by number, ascending. `all` (or None): every layer_N, or every hook point where none is called so.
+def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
+    """The hook points of the flags, either as the setting `hook` or as those that get an SAE each.
 
-    Raises ConfigError for a layer that is not there or is named twice.
+    One is a setting, and so are several for a type that reads several. Raises ConfigError and what opening the cache
+    raises.
     """
+    if not given.hooks and given.layer_stride is None:
+        return given, ()
+    settings = merge_layers([values for _, values in given.layers()])
+    hooks = given.hooks
+    if "all" in hooks or given.layer_stride is not None:
+        if not settings.get("cache"):
+            raise ConfigError("--layers all and --layer-stride choose from the layers of a cache: name it with --cache")
+        opened = open_cache(str(settings["cache"]), allow_incomplete=True)
+        hooks = layer_hooks(tuple(opened.hook_points), hooks, given.layer_stride)
+    if twice := [name for i, name in enumerate(hooks) if name in hooks[:i]]:
+        raise ConfigError(f"--layer (or --hook) names {twice[0]} twice; remove one")
+    given = replace(given, hooks=(), layer_stride=None)
+    name = settings.get("type")
+    if len(hooks) > 1 and not (isinstance(name, str) and sae_core.registry.get(name).reads.several):
+        return given, hooks
+    return replace(given, flags={**given.flags, "hook": hooks}), ()
+
+
+def layer_hooks(available: Sequence[str], named: Sequence[str] = (), stride: str | None = None) -> tuple[str, ...]:
+    """Every n-th of the named hook points. `all` (or none): every layer_N in ascending order, or all if there is none.
+
+    Raises ConfigError.
+    """
+    step = 1 if stride is None else coerce("layer_stride", stride, int)
+    if step < 1:
+        raise ConfigError(f"layer_stride={step}: expected a value >= 1")
+    if "all" in named and len(named) > 1:
+        raise ConfigError("--layers all stands alone: leave out the other layers and hook points")
+    if named and "all" not in named:
+        return tuple(named[::step])
     numbered = sorted((name for name in available if _LAYER.fullmatch(name)), key=lambda n: int(n.split("_")[1]))
-    if layers is None or layers == "all":
-        chosen = numbered or list(available)
-    else:
-        chosen = [part if not part.isdigit() else f"layer_{part}" for part in map(str.strip, layers.split(","))]
-    for i, name in enumerate(chosen):
-        if name not in available:
-            raise ConfigError(
-                f"--layers: the cache has no hook point {name!r} (it has: {', '.join(available)})"
-                f"{nearest(name, available)}"
-            )
-        if name in chosen[:i]:
-            raise ConfigError(f"--layers names {name} twice; remove one")
-    return tuple(chosen[:: stride or 1])
+    return tuple(numbered or available)[::step]

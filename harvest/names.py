@@ -29,6 +29,8 @@ def name_lines(config: ModelConfig) -> Iterator[str]:
             yield f"--layer 0 ... {blocks.n - 1}   output of {blocks.path}.<i>, counted from 0; --layers all" + (
                 " (as far as names tell: this model does not run without its weights)" if ran is None else ""
             )
+        if blocks.silent:
+            yield "without " + ", ".join(map(str, sorted(blocks.silent))) + ": they do not run on text alone"
     except HookError as error:
         yield str(error)
     yield "--hook   module path or glob; :in behind it takes the input"

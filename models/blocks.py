@@ -7,7 +7,7 @@ encoder-decoder: to its encoder). Everything here works on a model on the meta d
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ class Blocks:
     path: str  # of the ModuleList, relative to the base model
     n: int
     shared: bool = False  # each is applied several times
+    silent: frozenset[int] = frozenset()  # numbers of those that do not run on text alone
 
 
 def find_blocks(base: nn.Module, n_layers: int | None, ran: Ran | None = None) -> Blocks:
@@ -40,8 +41,8 @@ def find_blocks(base: nn.Module, n_layers: int | None, ran: Ran | None = None) -
     no list is left, or several that could be meant.
     """
     lists = _lists(base, ran)
-    if not lists:
-        raise HookError(f"{type(base).__name__} has no list of blocks: name modules with --hook (sae-harvest names)")
+    if not lists or (ran is not None and n_layers not in lists.values() and n_layers in _lists(base, None).values()):
+        raise _no_blocks(base, n_layers, ran)
     n = n_layers if n_layers is not None and n_layers in lists.values() else max(lists.values())
     paths = [path for path, length in lists.items() if length == n]
     if len(paths) > 1:  # a block has modules of its own: no list of norms or embeddings
@@ -52,13 +53,35 @@ def find_blocks(base: nn.Module, n_layers: int | None, ran: Ran | None = None) -
                 f"({', '.join(paths)}): name the modules with --hook, such as --hook {paths[-1]}.{n // 2}"
             )
         paths = inner or paths
-    fewer = n_layers is not None and n < n_layers
-    shared = fewer if ran is None else any(ran[f"{paths[0]}.{i}"].n_calls > 1 for i in range(n))
-    return Blocks(paths[0], n, shared)
+    if ran is None:
+        return Blocks(paths[0], n)
+    calls = {i: ran[f"{paths[0]}.{i}"].n_calls for i in range(n) if f"{paths[0]}.{i}" in ran}
+    return Blocks(paths[0], n, max(calls.values()) > 1, frozenset(range(n)) - calls.keys())
+
+
+def _no_blocks(base: nn.Module, n_layers: int | None, ran: Ran | None) -> HookError:
+    lists = _lists(base, None)
+    if not lists:
+        return HookError(f"{type(base).__name__} has no list of blocks: name modules with --hook (sae-harvest names)")
+    inside = {path: [name for name in ran or () if name.startswith(f"{path}.{n // 2}.")] for path, n in lists.items()}
+    path = max(lists, key=lambda path: (bool(inside[path]), lists[path] == n_layers, lists[path]))
+    return HookError(
+        f"the blocks of {type(base).__name__} ({path}) do not give one vector per token of the text: name "
+        "other modules with --hook"
+        + (f", such as --hook {inside[path][-1]}" if inside[path] else " (sae-harvest names)")
+    )
 
 
 def _lists(base: nn.Module, ran: Ran | None) -> dict[str, int]:
-    """Path -> length of the outermost ModuleLists that could be the blocks."""
+    """Path -> length of the outermost ModuleLists that could be the blocks: all of a list run, or else half of it."""
+    if ran is None:
+        return _module_lists(base, lambda paths: True)
+    return _module_lists(base, lambda paths: all(path in ran for path in paths)) or _module_lists(
+        base, lambda paths: 2 * sum(path in ran for path in paths) >= len(paths)
+    )
+
+
+def _module_lists(base: nn.Module, wanted: Callable[[Sequence[str]], bool]) -> dict[str, int]:
     from torch import nn
 
     found: dict[str, int] = {}
@@ -67,7 +90,7 @@ def _lists(base: nn.Module, ran: Ran | None) -> dict[str, int]:
             continue
         if any(path.startswith(other + ".") for other in found):
             continue
-        if ran is None or all(f"{path}.{i}" in ran for i in range(len(module))):
+        if wanted([f"{path}.{i}" for i in range(len(module))]):
             found[path] = len(module)
     return found
 
@@ -92,10 +115,13 @@ def choose_layers(blocks: Blocks, where: WhereConfig) -> list[int]:
             "application) can be hooked by number"
         )
     if where.layers == "all" or not where.layers:
-        return list(range(0, blocks.n, where.layer_stride))
+        return [i for i in range(0, blocks.n, where.layer_stride) if i not in blocks.silent]
     bad = [i for i in where.layers if not 0 <= i < blocks.n]
     if bad:
         raise HookError(f"--layer {bad[0]} is out of range: the model has {blocks.n} layers, 0 to {blocks.n - 1}")
+    if silent := sorted(blocks.silent.intersection(where.layers)):
+        others = ", ".join(str(i) for i in range(blocks.n) if i not in blocks.silent)
+        raise HookError(f"layer {silent[0]} does not run on text alone: the layers that do are {others}")
     return list(where.layers[:: where.layer_stride])
 
 

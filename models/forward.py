@@ -70,6 +70,7 @@ class TokenModel:
         self._batch_tokens = 1 if behavior.batching == "single" else batch_tokens
         self._limit = self._batch_tokens  # halved when memory runs out
         self._padded = behavior.batching == "padded"
+        self._multiple = behavior.multiple
         self._changes = bool(behavior.changed)
         self._put_back: Callable[[], None] = State(base).restore if self._changes else lambda: None
         self._pad_id = pad_id
@@ -84,7 +85,7 @@ class TokenModel:
 
     def prepare(self, buffer: Buffer) -> Work:
         """Batches of a buffer; runs in the background."""
-        members = plan_batches([len(window) for window in buffer.windows], self._batch_tokens, padded=self._padded)
+        members = self._plan([len(window) for window in buffer.windows], self._batch_tokens)
         starts = first_rows(buffer)
         batches = [self._on_host(buffer, index, starts) for index in members]
         return Work(buffer, batches, sum(batch.input_ids.numel() for batch in batches))
@@ -135,8 +136,11 @@ class TokenModel:
 
     def _split(self, buffer: Buffer, batch: DeviceBatch) -> list[DeviceBatch]:
         starts = first_rows(buffer)
-        parts = plan_batches([len(buffer.windows[i]) for i in batch.members], self._limit, padded=self._padded)
+        parts = self._plan([len(buffer.windows[i]) for i in batch.members], self._limit)
         return [self._on_host(buffer, batch.members[part], starts) for part in parts]
+
+    def _plan(self, lengths: Sequence[int], batch_tokens: int) -> Sequence[Any]:
+        return plan_batches(lengths, batch_tokens, padded=self._padded, multiple=self._multiple)
 
     def _forward(self, batch: DeviceBatch, out: dict[str, torch.Tensor]) -> None:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,7 +159,7 @@ class TokenModel:
     def _on_host(self, buffer: Buffer, members: Any, starts: Sequence[int]) -> DeviceBatch:
         import torch
 
-        batch: TokenBatch = collate(buffer.windows, members, starts, self._pad_id)
+        batch: TokenBatch = collate(buffer.windows, members, starts, self._pad_id, self._multiple)
 
         def tensor(array: Any) -> torch.Tensor:
             host = torch.from_numpy(array)

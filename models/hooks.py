@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PROBE_SHAPES = ((2, 5), (3, 7))  # (S, T) of which no number, and no product, could be taken for another
+_LENGTHS = (5, 7)  # tokens of 2 and 3 sequences: no number, and no product, could be taken for another
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,38 @@ def vectors_of(value: Any, shape: tuple[int, int]) -> Seen | None:
     return Seen(int(tensor.shape[-1]), index, time_first=places == shape[::-1])
 
 
+def no_vectors(hook: Hook, value: Any, shape: tuple[int, int]) -> HookError:
+    """What a module gave instead of one vector per token."""
+    tensor, _ = tensor_of(value)
+    got = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+    return HookError(
+        f"{hook.module} ({hook.side}) gives {got} for {shape[0]} x {shape[1]} tokens: expected one vector per "
+        "token; name another module with --hook"
+    )
+
+
+def own_multiple(base: nn.Module) -> int:
+    """The length to a multiple of which a model of windowed attention pads by itself, by its config; or 1."""
+    for name in ("attention_window", "block_size"):
+        value = getattr(getattr(base, "config", None), name, None)
+        value = max(value, default=1) if isinstance(value, list | tuple) else value
+        if isinstance(value, int) and value > 1:
+            return value
+    return 1
+
+
+def probe_shapes(base: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two shapes (S, T) of batches, of lengths that the model does not pad by itself."""
+    multiple = own_multiple(base)
+    first = round_up(_LENGTHS[0], multiple)
+    return (2, first), (3, round_up(first + _LENGTHS[1] - _LENGTHS[0], multiple))
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not less than n."""
+    return -(-n // multiple) * multiple
+
+
 def probe_ids(base: nn.Module, shape: tuple[int, int], device: str) -> torch.Tensor:
     """Ids (S, T) that the embedding has, of no special meaning as far as is known without the tokenizer."""
     import torch
@@ -155,23 +187,19 @@ def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ..
     import torch
 
     found: dict[str, list[Seen]] = {hook.name: [] for hook in hooks}
-    shape = PROBE_SHAPES[0]
+    shapes = probe_shapes(base)
+    shape = shapes[0]
 
     def sink(hook: Hook, value: Any) -> None:
         seen = vectors_of(value, shape)
         if seen is None or (found[hook.name] and found[hook.name][0] != seen):
-            tensor, _ = tensor_of(value)
-            got = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
-            raise HookError(
-                f"{hook.module} ({hook.side}) gives {got} for {shape[0]} x {shape[1]} tokens: expected one vector per "
-                "token; name another module with --hook"
-            )
+            raise no_vectors(hook, value, shape)
         found[hook.name].append(seen)
 
     capture = Capture(base, hooks)
     try:
         with torch.inference_mode():
-            for shape in PROBE_SHAPES:
+            for shape in shapes:
                 capture.run(probe_ids(base, shape, device), None, sink)
     finally:
         capture.close()
@@ -190,10 +218,11 @@ def probe_all(base: nn.Module, device: str) -> dict[str, Seen]:
     import torch
 
     looks: list[dict[str, Seen]] = []
+    shapes = probe_shapes(base)
 
     def watch(path: str) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen, shape = looks[-1], PROBE_SHAPES[len(looks) - 1]
+            seen, shape = looks[-1], shapes[len(looks) - 1]
             if path in seen:
                 seen[path] = replace(seen[path], n_calls=seen[path].n_calls + 1)
             elif (one := vectors_of(output, shape)) is not None:
@@ -204,7 +233,7 @@ def probe_all(base: nn.Module, device: str) -> dict[str, Seen]:
     handles = [module.register_forward_hook(watch(path)) for path, module in base.named_modules() if path]
     try:
         with torch.inference_mode():
-            for shape in PROBE_SHAPES:
+            for shape in shapes:
                 looks.append({})
                 base(input_ids=probe_ids(base, shape, device))
     finally:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
+_NUM_LAYERS = ("num_hidden_layers",)
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
 
 
@@ -86,11 +87,9 @@ def takes_text(base: nn.Module, located: Located) -> nn.Module:
 def n_layers(located: Located, base: nn.Module | None) -> int | None:
     """Number of blocks that the config tells, if it does."""
     config = getattr(base, "config", located.config) if located.is_encoder_decoder else located.text_config
-    if located.is_encoder_decoder:
-        count = getattr(config, "encoder_layers", None) or getattr(config, "num_layers", None)
-        return int(count) if count else getattr(config, "num_hidden_layers", None)
-    count = getattr(config, "num_hidden_layers", None)
-    return int(count) if count else None
+    names = ("encoder_layers", "num_layers", "num_hidden_layers") if located.is_encoder_decoder else _NUM_LAYERS
+    counts = (getattr(config, name, None) for name in names)  # LXMERT has a mapping of three numbers
+    return next((int(count) for count in counts if isinstance(count, int) and count > 0), None)
 
 
 def max_positions(located: Located, base: nn.Module) -> int | None:

@@ -9,21 +9,21 @@ Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sae_granary.common.errors import GranaryError, one_line
+from sae_granary.models.behavior.passes import Ids, Rows, batch_of
 from sae_granary.models.behavior.state import State, unchanged
 from sae_granary.models.errors import MemoryLimitError, ModelError
-from sae_granary.models.hooks import Capture, Hook, tensor_of, vectors_of, vocabulary_size
+from sae_granary.models.hooks import Hook, own_multiple, tensor_of, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Ids = Sequence[int]
 # What two passes may differ by, of a row's length; more where windows of one length differ by more.
 _ROUNDING = {"torch.float32": 1e-4, "torch.bfloat16": 3e-2, "torch.float16": 1e-2}
 _TIMES_ROUNDING = 10
@@ -37,6 +37,7 @@ class Behavior:
     batching: Literal["padded", "equal", "single"] = "padded"  # windows of like length, of one length, one window
     causal: bool | None = None  # whether no token sees a later one; None: not found out
     changed: tuple[str, ...] = ()  # what of the model itself a pass changes
+    multiple: int = 1  # batches are padded to a multiple of it, which the model itself would do in front of its blocks
 
     @property
     def notice(self) -> str:
@@ -89,8 +90,9 @@ def observe(
     long, other, short = windows
     longest = ([*long] * ctx_len)[:ctx_len]
     with running(base, name) as state:
-        rows = _Rows(base, hooks, pad_id, state)
+        rows = Rows(base, hooks, pad_id, state)
         try:
+            rows.multiple = _multiple(rows, own_multiple(base), (long, longest[:-1], longest))
             batching = _batching(rows, long, other, short, longest[: batch_tokens // 2], name)
             state.restore()
             for window in (short, long, longest):
@@ -98,7 +100,7 @@ def observe(
             changed = state.changed()
         finally:
             rows.close()
-        return Behavior(batching, _causal(base, long, other, state), changed)
+        return Behavior(batching, _causal(base, long, other, state), changed, rows.multiple)
 
 
 @contextmanager
@@ -123,8 +125,20 @@ def running(base: nn.Module, name: str) -> Iterator[State]:
             ) from error
 
 
+def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
+    """`own` where the model pads one of these windows by itself, so that its blocks see more tokens; else 1.
+
+    Raises HookError where a block gives no vector per token although the window was padded to a multiple of `own`.
+    """
+    if all(rows.fits(window, 1) for window in windows):
+        return 1
+    for window in windows:
+        rows.fits(window, own, refuse=True)
+    return own
+
+
 def _batching(
-    rows: _Rows, long: Ids, other: Ids, short: Ids, longest: Ids, name: str
+    rows: Rows, long: Ids, other: Ids, short: Ids, longest: Ids, name: str
 ) -> Literal["padded", "equal", "single"]:
     """In which batches rows are those of the window alone."""
     want = [rows([window])[0] for window in (long, other, short)]
@@ -151,7 +165,7 @@ def _causal(base: nn.Module, long: Ids, other: Ids, state: State) -> bool | None
     for window in (long, [*long[:half], *other[half:]]):
         state.restore()
         try:
-            tensor, _ = tensor_of(base(input_ids=_batch([window], 0, base)[0]))
+            tensor, _ = tensor_of(base(input_ids=batch_of([window], 0, base)[0]))
         except Exception:  # behind the last hook point, where a harvest never comes
             return None
         if tensor is None or tensor.shape[:-1].numel() != len(window):
@@ -166,50 +180,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b = a.float(), b.float()
     found = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)
     return float(found.max())  # NaN compares as no difference: the cache refuses such rows by itself
-
-
-class _Rows:
-    """Batches of windows -> per window the rows of all hook points, one below the other, by a model as it was."""
-
-    def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
-        self._base, self._pad_id, self._state = base, pad_id, state
-        self._capture = Capture(base, hooks)
-        self.close = self._capture.close
-
-    def run(self, windows: Sequence[Ids], sink: Callable[[Hook, Any], None]) -> None:
-        """One pass."""
-        self._capture.run(*_batch(windows, self._pad_id, self._base), sink)
-
-    def __call__(self, windows: Sequence[Ids]) -> list[torch.Tensor]:
-        import torch
-
-        self._state.restore()
-        shape = (len(windows), max(map(len, windows)))
-        found: list[list[torch.Tensor]] = [[] for _ in windows]
-
-        def sink(hook: Hook, value: Any) -> None:
-            tensor, _ = tensor_of(value)
-            n_real = sum(map(len, windows))
-            if vectors_of(value, shape) is None and tensor is not None and tensor.shape[:-1].numel() == n_real:
-                parts = list(tensor.reshape(n_real, -1).split([len(window) for window in windows]))  # without padding
-            else:
-                tensor = tensor.transpose(0, 1) if hook.time_first else tensor
-                parts = [part[: len(w)] for part, w in zip(tensor.reshape(*shape, -1), windows, strict=True)]
-            for window, part in zip(found, parts, strict=True):
-                window.append(part.clone())
-
-        self.run(windows, sink)
-        width = max(part.shape[1] for part in found[0])
-        return [
-            torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in found
-        ]
-
-
-def _batch(windows: Sequence[Ids], pad_id: int, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(ids (S, T), mask or None where nothing is padded), on the model's device."""
-    import torch
-
-    device, longest = next(base.parameters()).device, max(map(len, windows))
-    ids = torch.tensor([[*window, *[pad_id] * (longest - len(window))] for window in windows], device=device)
-    mask = torch.tensor([[1] * len(w) + [0] * (longest - len(w)) for w in windows], device=device)
-    return ids, None if bool(mask.all()) else mask

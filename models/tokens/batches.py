@@ -28,11 +28,13 @@ LIKE = 0.9  # a batch takes no window shorter than this share of its longest, ..
 LEAST = 8  # ... unless it holds less than 1/8 of the budget
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padded: bool = True) -> list[npt.NDArray[np.int64]]:
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, *, padded: bool = True, multiple: int = 1
+) -> list[npt.NDArray[np.int64]]:
     """Groups of windows of like length, longest first, each at most `batch_tokens` with its padding.
 
-    A window longer than the budget is a batch of its own. Without `padded` a group has one length. Ties keep their
-    order, so the result is a function of the arguments only.
+    A window longer than the budget is a batch of its own. Without `padded` a group has one length. Batches are padded
+    to a multiple of `multiple`. Ties keep their order, so the result is a function of the arguments only.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     ordered = np.asarray(lengths)[order]
@@ -40,21 +42,26 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padded: bool = Tr
     start = 0
     while start < len(order):
         longest = max(1, int(ordered[start]))
-        room = ordered[start : start + max(1, batch_tokens // longest)]
+        width = -(-longest // multiple) * multiple
+        room = ordered[start : start + max(1, batch_tokens // width)]
         size = int((room >= (LIKE if padded else 1) * longest).sum())
         if padded:
-            size = max(size, min(len(room), batch_tokens // LEAST // longest))
+            size = max(size, min(len(room), batch_tokens // LEAST // width))
         batches.append(order[start : start + size])
         start += size
     return batches
 
 
 def collate(
-    windows: Sequence[Window], members: npt.NDArray[np.int64], first_rows: Sequence[int], pad_id: int
+    windows: Sequence[Window],
+    members: npt.NDArray[np.int64],
+    first_rows: Sequence[int],
+    pad_id: int,
+    multiple: int = 1,
 ) -> TokenBatch:
-    """Some windows of a buffer as one padded batch; `first_rows` holds the buffer row where each window starts."""
+    """Some windows of a buffer as one batch, padded to a multiple; `first_rows` holds the row where each starts."""
     lengths = np.array([len(windows[index]) for index in members])
-    width = int(lengths.max())
+    width = -(-int(lengths.max()) // multiple) * multiple
     inside = np.arange(width) < lengths[:, None]
     input_ids = np.full(inside.shape, pad_id, np.int64)
     input_ids[inside] = np.concatenate([windows[index].ids for index in members])

@@ -1,0 +1,84 @@
+"""Passes of a few windows through a model as it was, for `models.behavior.checks`.
+
+Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sae_granary.models.behavior.state import State
+from sae_granary.models.hooks import Capture, Hook, no_vectors, round_up, tensor_of, vectors_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Ids = Sequence[int]
+
+
+class Rows:
+    """Batches of windows -> per window the rows of all hook points, one below the other, by a model as it was."""
+
+    def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
+        self._base, self._pad_id, self._state = base, pad_id, state
+        self.multiple = 1  # of the length of batches
+        self._capture = Capture(base, hooks)
+        self.close = self._capture.close
+
+    def run(self, windows: Sequence[Ids], sink: Callable[[Hook, Any], None]) -> None:
+        """One pass."""
+        self._capture.run(*batch_of(windows, self._pad_id, self._base, self.multiple), sink)
+
+    def fits(self, window: Ids, multiple: int, *, refuse: bool = False) -> bool:
+        """Whether all hook points give one vector per token of a window padded to a multiple."""
+        self._state.restore()
+        self.multiple, shape, fits = multiple, (1, round_up(len(window), multiple)), True
+
+        def sink(hook: Hook, value: Any) -> None:
+            nonlocal fits
+            fits &= vectors_of(value, shape) is not None
+            if refuse and not fits:
+                raise no_vectors(hook, value, shape)
+
+        if window:
+            self.run([window], sink)
+        return fits
+
+    def __call__(self, windows: Sequence[Ids]) -> list[torch.Tensor]:
+        """The rows (N, D) of each window."""
+        import torch
+
+        self._state.restore()
+        shape = (len(windows), round_up(max(map(len, windows)), self.multiple))
+        found: list[list[torch.Tensor]] = [[] for _ in windows]
+
+        def sink(hook: Hook, value: Any) -> None:
+            tensor, _ = tensor_of(value)
+            n_real = sum(map(len, windows))
+            if vectors_of(value, shape) is None and tensor is not None and tensor.shape[:-1].numel() == n_real:
+                parts = list(tensor.reshape(n_real, -1).split([len(window) for window in windows]))  # without padding
+            else:
+                tensor = tensor.transpose(0, 1) if hook.time_first else tensor
+                parts = [part[: len(w)] for part, w in zip(tensor.reshape(*shape, -1), windows, strict=True)]
+            for window, part in zip(found, parts, strict=True):
+                window.append(part.clone())
+
+        self.run(windows, sink)
+        width = max(part.shape[1] for part in found[0])
+        return [
+            torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]) for parts in found
+        ]
+
+
+def batch_of(
+    windows: Sequence[Ids], pad_id: int, base: nn.Module, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids (S, T), mask or None where nothing is padded), on the model's device."""
+    import torch
+
+    device, longest = next(base.parameters()).device, round_up(max(map(len, windows)), multiple)
+    ids = torch.tensor([[*window, *[pad_id] * (longest - len(window))] for window in windows], device=device)
+    mask = torch.tensor([[1] * len(w) + [0] * (longest - len(w)) for w in windows], device=device)
+    return ids, None if bool(mask.all()) else mask

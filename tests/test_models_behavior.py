@@ -19,11 +19,13 @@ from sae_granary.harvest.names import name_lines
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.behavior.checks import Behavior, observe, pad_id_for
 from sae_granary.models.behavior.state import unchanged
-from sae_granary.models.blocks import find_blocks
-from sae_granary.models.config import ModelConfig
+from sae_granary.models.blocks import choose_hooks, find_blocks
+from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.models.errors import HookError, ModelError
 from sae_granary.models.forward import TokenModel
-from sae_granary.models.hooks import Hook, probe, probe_all
+from sae_granary.models.hooks import Hook, Seen, probe, probe_all
+from sae_granary.models.load import n_layers
+from sae_granary.models.locate import Located
 from sae_granary.models.tokens.batches import plan_batches
 
 CTX_LEN = 16
@@ -85,7 +87,7 @@ def errors_of(cache: Cache, folder: Path, state: int = 2) -> float:
             out = model(
                 input_ids=torch.from_numpy(ids[window == number].astype(np.int64))[None], output_hidden_states=True
             )
-        want.append(out.hidden_states[state].reshape(-1, WIDTH).numpy())
+        want.append(out.hidden_states[state].reshape(-1, WIDTH)[: int((window == number).sum())].numpy())
     return float(row_errors(cache.hook()[0 : cache.n_rows], np.concatenate(want)).max())
 
 
@@ -207,9 +209,56 @@ def test_a_short_window_does_not_change_the_model_for_later_ones(make: Make) -> 
 
     folder = make(BigBirdConfig(**sizes(block_size=2, num_random_blocks=1)))
     words = " ".join(texts(8, longest=60)).split()
-    docs = [" ".join(words[i : i + n]) for i, n in enumerate([46, 2, 38, 46, 2, 12, 46, 30])]  # an even number each
-    cache = harvest(folder, docs, ctx_len=48, batch_tokens=48, layers=1)
+    docs = [" ".join(words[i : i + n]) for i, n in enumerate([46, 2, 37, 45, 1, 12, 46, 31])]
+    cache = harvest(folder, docs, ctx_len=48, batch_tokens=48, layers=1)  # an odd window is padded to blocks of 2
     assert errors_of(cache, folder) < 1e-5
+
+
+def test_windows_are_padded_to_the_multiple_that_the_attention_wants(make: Make) -> None:
+    from transformers import LongformerConfig
+
+    folder = make(LongformerConfig(**sizes(attention_window=[8] * N_LAYERS)))  # whose blocks see the padding
+    assert errors_of(harvest(folder, texts(24), ctx_len=21, batch_tokens=64), folder) < 1e-5
+    assert [list(batch) for batch in plan_batches([9, 9, 8, 8], 32, multiple=8)] == [[0, 1], [2, 3]]
+
+
+class Skips(Towers):
+    """Its second block runs only when there is a picture, as cross-attention does."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.words[2](self.words[0](self.embed(input_ids)))
+
+
+def test_blocks_that_do_not_run_on_text_are_left_out_and_refused_by_number() -> None:
+    model = Skips()
+    ran = probe_all(model, "cpu")
+    assert [hook.module for hook in choose_hooks(model, 3, WhereConfig(layers="all"), ran)] == ["words.0", "words.2"]
+    with pytest.raises(HookError, match=r"layer 1 does not run on text alone: the layers that do are 0, 2$"):
+        choose_hooks(model, 3, WhereConfig(layers=(1,)), ran)
+
+
+class Streams(Towers):
+    """Its blocks carry two vectors for each token."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = torch.stack([self.embed(input_ids)] * 2, dim=2)
+        for block in self.words:
+            x = torch.stack([block[0](x[:, :, 0]), x[:, :, 1]], dim=2)
+            block(x)
+        return x
+
+
+def test_blocks_without_one_vector_per_token_are_refused_with_a_module_that_has_one() -> None:
+    model = Streams()
+    with pytest.raises(HookError, match=r"\(words\) do not give one vector per token .* such as --hook words\.1\.0$"):
+        find_blocks(model, 3, {f"words.{i}.0": Seen(4, None, time_first=False) for i in range(3)})
+
+
+def test_how_often_a_block_runs_is_no_matter_of_names() -> None:
+    assert not find_blocks(Towers(), 6).shared  # LongCat counts two layers for each block
+    from transformers import LxmertConfig
+
+    assert n_layers(Located("x", "x", "x", config=LxmertConfig()), None) is None  # it has a mapping of three numbers
 
 
 class Remembers(Towers):

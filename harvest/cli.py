@@ -104,6 +104,10 @@ MaxDocs = Annotated[str | None, _option(OUTPUT, "Stop after this many documents.
 RowsPerShard = Annotated[
     str | None, _option(OUTPUT, "Rows of a shard. (default: about 512 MiB)", "--rows-per-shard", show_default=False)
 ]
+_TRUNCATED = (
+    "error: a file of the text or the model was truncated while it was read, or its disk fails; what is committed "
+    "stays: the same command continues when the file is whole"
+)
 MakeConfig = Callable[[], Any]  # HarvestConfig; read at import time, when that class is not there
 
 
@@ -154,12 +158,13 @@ def run(make_config: MakeConfig, quiet: Quiet = False, debug: Debug = False) -> 
     with _errors(debug):
         config = make_config()
         from sae_granary.common.process import keep_freed_memory
-        from sae_granary.common.signals import stop_on_signals
+        from sae_granary.common.signals import explain_bus_errors, stop_on_signals
         from sae_granary.harvest.progress import print_table, summary_rows
         from sae_granary.harvest.run import harvest_activations
 
         if config.model.trust_remote_code:
             typer.secho(f"running the code that comes with {config.model.model}", fg="yellow", err=True)
+        explain_bus_errors(lambda: _TRUNCATED)
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
             result = harvest_activations(config, quiet=quiet, stop=stop)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,3 +244,33 @@ def test_a_file_that_changes_while_it_is_read_stops_the_harvest(tmp_path: Path) 
         stream.write("three\n")
     with pytest.raises(SourceStoppedError, match=r"a\.txt was changed since the harvest began"):
         list(records)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="no bus errors here")
+def test_an_arrow_file_that_is_truncated_under_the_harvest_is_told(tmp_path: Path, config: HarvestConfig) -> None:
+    import pyarrow
+
+    table = pyarrow.table({"text": [" ".join(texts(1, seed=i, longest=500)) for i in range(3000)]})
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    code = f"""
+import os
+from sae_granary.harvest.cli import app
+from sae_granary.harvest.text import local_files
+original = local_files.table_rows
+def rows(path, columns=()):
+    for number, row in enumerate(original(path, columns)):
+        if number == 150:
+            os.truncate(path, 4096)
+        yield row
+local_files.table_rows = rows
+app(["run", "--model", {config.model.model!r}, "--dataset", {str(tmp_path / "a.arrow")!r}, "--layer", "1",
+     "--out", {str(tmp_path / "out")!r}, "--device", "cpu", "--quiet"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    assert "error: a file of the text or the model was truncated while it was read" in done.stderr

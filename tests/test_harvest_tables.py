@@ -265,3 +265,24 @@ def test_a_large_window_of_zstd_is_told_with_its_remedy(tmp_path: Path) -> None:
     frame = b"\x28\xb5\x2f\xfd" + window_2_gib + last_raw_block + text
     with pytest.raises(SourceError, match=r"a\.txt\.zst cannot be read: .*decompress it first: zstd -d --long=31 .*"):
         values(tmp_path / "a.txt.zst", frame)
+
+
+def test_times_of_any_kind_beside_the_text(tmp_path: Path) -> None:
+    late = pyarrow.array([10**18 + 1])  # after the year 9999, or with nanoseconds, which Python's times have not
+    times = {
+        "a": late.view("timestamp[us]"), "b": late.view("timestamp[ns]"), "c": late.view("duration[ns]"),
+        "d": pyarrow.array([2**31 - 1], pyarrow.int32()).view(pyarrow.date32()), "e": late.view("time64[ns]"),
+    }  # fmt: skip
+    inner = pyarrow.StructArray.from_arrays(list(times.values()), names=list(times))
+    table = pyarrow.table({"text": ["one"], **times, "f": inner, "g": pyarrow.ListArray.from_arrays([0, 1], inner)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for path in tmp_path.glob("a.*"):
+        assert values(path, path.read_bytes()) == ["one"]
+        assert values(path, path.read_bytes(), text_columns=("text",)) == ["one"]
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"--text-column a,b,a names a column twice"):
+        values(tmp_path / "a.jsonl", '{"a": "x", "b": "y"}', text_columns=("a", "b", "a"))

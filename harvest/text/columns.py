@@ -93,6 +93,8 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
         raise SourceError(
             f"{where} has no column {missing[0]!r}; its columns are {_listed(kinds)}: name one with --text-column"
         )
+    if len(set(wanted)) < len(wanted):
+        raise SourceError(f"--text-column {','.join(wanted)} names a column twice")
     if wanted:
         return tuple(wanted)
     by_lower = {name.strip().lower(): name for name in reversed(list(kinds))}

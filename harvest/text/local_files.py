@@ -36,7 +36,8 @@ from sae_granary.harvest.text.formats import (
 from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
 from sae_granary.harvest.text.tables import table_rows
 
-_READ_ERRORS = (OSError, EOFError, ValueError, csv.Error)  # ValueError: pyarrow's for a damaged file
+# pyarrow's errors for damaged files and for types that it cannot give are of all these kinds.
+_READ_ERRORS = (OSError, EOFError, ValueError, csv.Error, ArithmeticError, LookupError, TypeError, NotImplementedError)
 _HASHED_BYTES = 1 << 20  # of each end of a file
 _TELL_SECONDS = 10.0
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.errors import SourceError
+from sae_granary.harvest.text.arrow_tables import Row, arrow_rows, parquet_rows, read_whole
 from sae_granary.harvest.text.columns import Item
 from sae_granary.harvest.text.document import MAX_RECORD_BYTES, Unfit
 from sae_granary.harvest.text.formats import (
-    MAX_WHOLE_BYTES,
     bounded_lines,
     decode,
     json_object,
@@ -26,17 +26,8 @@ from sae_granary.harvest.text.formats import (
     told_apart_pairs,
 )
 
-_BATCH_ROWS = 1024  # parquet rows read at a time
 _CR = "\udc0d"  # stands for CR inside of a line, which the module csv takes for its end; no decoder gives it
 _DELIMITERS = (",", ";", "\t", "|")  # of a .csv; the first of those that divide its header most often
-
-
-class Row(NamedTuple):
-    """One record of a table."""
-
-    item: Item
-    n_bytes: float  # its share of the file
-    repaired: bool = False  # bytes that are no UTF-8 were replaced
 
 
 def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
@@ -47,9 +38,9 @@ def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     kind = kind_of(path)
     with open_binary(path) as stream:
         if kind == ".parquet":
-            yield from _parquet_rows(stream, path, columns)
+            yield from parquet_rows(stream, path, columns)
         elif kind == ".arrow":
-            yield from _arrow_rows(stream, path, columns)
+            yield from arrow_rows(stream, path, columns)
         elif kind in (".csv", ".tsv"):
             newline = "" if _ends_lines_with_cr(path) else "\n"
             with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as lines:
@@ -180,66 +171,3 @@ def _records_of(value: dict[str, Any]) -> list[Any]:
     if not arrays and len(lists) == len(value) and len({len(item) for item in lists}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*lists, strict=True)]
     return [value]
-
-
-def read_whole(stream: IO[bytes], path: Path, remedy: str) -> bytes:
-    """The bytes of a stream, up to MAX_WHOLE_BYTES. Raises SourceError."""
-    data = stream.read(MAX_WHOLE_BYTES + 1)
-    if len(data) > MAX_WHOLE_BYTES:
-        raise SourceError(f"{path} holds more than {byte_size(MAX_WHOLE_BYTES)}, and is read whole: {remedy}")
-    return data
-
-
-def _of_schema(names: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
-    """The columns of a file that hold the wanted ones (`data` for `data.text`); None for all."""
-    found = [name for name in names if any(name == want or want.startswith(f"{name}.") for want in wanted)]
-    return found or None
-
-
-def _parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    plain = path.suffix.lower() == ".parquet"
-    source = stream if plain else io.BytesIO(read_whole(stream, path, "unpack it"))
-    try:
-        file = pyarrow.parquet.ParquetFile(source)
-    except pyarrow.ArrowInvalid as error:
-        raise SourceError(f"{path} is no parquet file: {error}") from error
-    n_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
-    names = file.schema_arrow.names
-    wanted = _of_schema(names, columns) if len(set(names)) == len(names) else None
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-        batch = batch.rename_columns(told_apart(batch.schema.names))
-        yield from (Row(item, n_bytes) for item in batch.to_pylist())
-
-
-def _arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """As `Dataset.save_to_disk` writes it (an IPC stream), or an IPC file."""
-    import pyarrow
-
-    plain = path.suffix.lower() == ".arrow"
-    source = pyarrow.memory_map(str(path)) if plain else pyarrow.BufferReader(read_whole(stream, path, "unpack it"))
-    with source:
-        try:
-            n_rows = sum(batch.num_rows for batch in _arrow_batches(source))
-        except pyarrow.ArrowInvalid as error:
-            raise SourceError(f"{path} is no Arrow file: {error}") from error
-        for batch in _arrow_batches(source):
-            batch = batch.rename_columns(told_apart(batch.schema.names))
-            batch = batch.select(_of_schema(batch.schema.names, columns) or batch.schema.names)
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for item in batch.slice(start, _BATCH_ROWS).to_pylist():
-                    yield Row(item, path.stat().st_size / n_rows)
-
-
-def _arrow_batches(source: Any) -> Iterator[Any]:
-    import pyarrow
-
-    source.seek(0)
-    if source.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(source)
-        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        source.seek(0)
-        yield from pyarrow.ipc.open_stream(source)

@@ -71,13 +71,14 @@ class Recipe:
     config: Any
     penalty: str | None = None  # our option that sets L0; None: k does
     start: float = 0.0  # its first value; both losses have the same units, so it is theirs too
+    same_as: tuple[tuple[str, str], ...] = ()  # options of ours that make it the same type
 
 
 RECIPES = (
     Recipe("vanilla", StandardTrainingSAE, StandardTrainingSAEConfig, "l1_coef", 5.0),
     Recipe("topk", TopKTrainingSAE, TopKTrainingSAEConfig),
     Recipe("batchtopk", BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
-    Recipe("jumprelu", JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, "l0_coef", 10.0),
+    Recipe("jumprelu", JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, "l0_coef", 10.0, (("recipe", "tanh"),)),
     Recipe("gated", GatedTrainingSAE, GatedTrainingSAEConfig, "l1_coef", 5.0),
     Recipe("matryoshka", MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
 )
@@ -169,7 +170,7 @@ def measure_at(recipe: Recipe, trainer: str, args: argparse.Namespace) -> Measur
 
 def run(recipe: Recipe, trainer: str, coef: float | None, args: argparse.Namespace) -> Measured:
     """Train one SAE and measure it."""
-    settings: dict[str, Any] = {recipe.penalty: coef} if recipe.penalty else {"k": args.k}
+    settings: dict[str, Any] = {recipe.penalty: coef, **dict(recipe.same_as)} if recipe.penalty else {"k": args.k}
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(
             [

@@ -36,7 +36,8 @@ class SAE(nn.Module):
     # Numbers of each latent, by the attribute that holds them; the first are added to the encoder product.
     latents: ClassVar[Mapping[str, PerLatent]] = {"b_enc": PerLatent()}
     linear_paths: ClassVar[tuple[str, ...]] = ()  # parameters (D, D_out) from the encoder's input past the codes
-    unit_decoder: ClassVar[bool] = False  # rows of W_dec kept at unit norm
+    unclipped: ClassVar[tuple[str, ...]] = ()  # parameters whose gradients a global clip neither counts nor scales
+    unit_decoder: bool = False  # rows of W_dec kept at unit norm
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
     recommended: ClassVar[Mapping[str, Any]] = {}  # trainer settings that suit the variant better than the defaults

@@ -66,9 +66,9 @@ def support_pattern(support: Tensor) -> Pattern:
 
 class _JumpReLU(Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, p: Tensor, threshold: Tensor, bandwidth: float | Tensor, to_input: bool) -> Tensor:
         ctx.save_for_backward(p, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return p * (p > threshold)
 
     @staticmethod
@@ -76,12 +76,13 @@ class _JumpReLU(Function):
         p, threshold = ctx.saved_tensors
         inside = ((p - threshold).abs() < ctx.bandwidth / 2).to(p.dtype)
         grad_threshold = -(threshold / ctx.bandwidth) * inside * grad
-        return grad * (p > threshold), _fit(grad_threshold, threshold), None
+        grad_p = grad * (p > threshold)
+        return grad_p - grad_threshold if ctx.to_input else grad_p, _fit(grad_threshold, threshold), None, None
 
 
 class _Step(Function):
     @staticmethod
-    def forward(ctx: Any, p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, p: Tensor, threshold: Tensor, bandwidth: float | Tensor) -> Tensor:
         ctx.save_for_backward(p, threshold)
         ctx.bandwidth = bandwidth
         return (p > threshold).to(p.dtype)
@@ -99,15 +100,16 @@ def _fit(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum(0) if like.dim() < grad.dim() else grad
 
 
-def jumprelu(p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def jumprelu(p: Tensor, threshold: Tensor, bandwidth: float | Tensor, *, to_input: bool = False) -> Tensor:
     """p * H(p - threshold), with dz/dthreshold = -(threshold/bandwidth) K((p - threshold)/bandwidth).
 
-    K is the rectangle of width 1 (arXiv 2407.14435). p and threshold per entry (nnz,), or (N, F) and (F,).
+    K is the rectangle of width 1 (arXiv 2407.14435). p and threshold per entry (nnz,), or (N, F) and (F,); a bandwidth
+    that is a tensor is shaped as the threshold. With `to_input`, dz/dp is H plus the negative of dz/dthreshold.
     """
-    return _JumpReLU.apply(p, threshold, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
+    return _JumpReLU.apply(p, threshold, bandwidth, to_input)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def step(p: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def step(p: Tensor, threshold: Tensor, bandwidth: float | Tensor) -> Tensor:
     """H(p - threshold), with dH/dthreshold = -(1/bandwidth) K((p - threshold)/bandwidth) and dH/dp = 0."""
     return _Step.apply(p, threshold, bandwidth)  # type: ignore[no-any-return, no-untyped-call]
 

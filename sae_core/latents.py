@@ -107,7 +107,7 @@ class BatchThreshold(nn.Module):
         return torch.where(self.calibrated.isnan(), corrected, self.calibrated)
 
     @torch.no_grad()
-    def calibrate(self, pre_acts: Iterable[Tensor], k: int) -> None:
+    def calibrate(self, pre_acts: Iterable[Tensor], k: float) -> None:
         """Set the threshold at which the mean number of larger pre-activations per row is k, over all batches (N, F).
 
         A histogram over the bits of the floats keeps memory constant: 2**21 counters whatever the number of rows.

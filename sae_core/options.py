@@ -33,17 +33,20 @@ def option(
     choices: tuple[str, ...] | None = None,
     unit: str = FREE,
     options_of: str | None = None,
+    unsaved: Any = MISSING,
 ) -> Any:
     """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces.
 
     `unit=PRE_ACTS` says that inference adds the option to pre-activations or compares it with them: files of an SAE
     are in other units, so saving rescales it. Raises ValueError if such an option has a bound other than 0.
     `options_of` is for a mapping of options of another type, and names the option that says which.
+    `unsaved` is what a saved configuration that lacks the option means, where the default was another.
     """
     if unit == PRE_ACTS and any(bound not in (None, 0) for bound in (ge, gt, le, lt)):
         raise ValueError("an option in units of pre-activations is rescaled: its only bound can be 0")
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "unit": unit}
     metadata["options_of"] = options_of
+    metadata |= {} if unsaved is MISSING else {"unsaved": unsaved}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
@@ -51,6 +54,12 @@ def in_pre_acts(config: Any) -> Mapping[str, float]:
     """Return the options of a Config that are in units of pre-activations, without those that are None."""
     named = {spec.name: getattr(config, spec.name) for spec in fields(config) if spec.metadata.get("unit") == PRE_ACTS}
     return {name: float(value) for name, value in named.items() if value is not None}
+
+
+def as_saved(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a saved Config, those that it lacks as they were when it was written."""
+    meant = {spec.name: spec.metadata["unsaved"] for spec in fields(cls) if "unsaved" in spec.metadata}
+    return {**meant, **options}
 
 
 @cache

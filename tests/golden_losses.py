@@ -31,7 +31,11 @@ def curve(name: str) -> list[float]:
     """Summed loss at every tenth step and at the last."""
     cls = registry.get(name)
     known = {spec.name for spec in dataclasses.fields(cls.Config)}
-    options = {key: value for key, value in {"k": 4, "n_hooks": 2, "dead_after_tokens": 2000}.items() if key in known}
+    options = {
+        key: value
+        for key, value in {"k": 4, "l0_target": 4.0, "n_hooks": 2, "dead_after_tokens": 2000}.items()
+        if key in known
+    }
     sae = cls(sae_core.make_config(cls, {"d_in": 24, "d_sae": 96, **options})).train()
     sae.initialize(batch(1000, cls.reads), torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)

@@ -32,6 +32,8 @@ def make(name: str, **options: object) -> SAE:
     cls = registry.get(name)
     if "k" in {spec.name for spec in dataclasses.fields(cls.Config)}:
         options = {"k": K, **options}
+    if "l0_target" in {spec.name for spec in dataclasses.fields(cls.Config)}:
+        options = {"l0_target": float(K), **options}
     config = {"d_in": D_IN, "d_sae": D_SAE, "normalize": "none", "loss": "mse", **options}
     sae = cls(sae_core.make_config(cls, config))
     sae.initialize(rows(), torch.Generator().manual_seed(1))

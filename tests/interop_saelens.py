@@ -334,7 +334,7 @@ def test_gated_equals_gated_at_unit_decoder_rows_but_for_the_frozen_copy() -> No
 @pytest.mark.parametrize("threshold", [0.1, 1.0])
 def test_jumprelu_tanh_equals_tanh(threshold: float) -> None:
     x = rows(seed=20)
-    sae = make("jumprelu", l0_coef=0.7, threshold_init=threshold, bandwidth=0.5)
+    sae = make("jumprelu", recipe="tanh", l0_coef=0.7, threshold_init=threshold, bandwidth=0.5)
     out, losses, grads = step(sae, x)
     theirs = lens("jumprelu", sae, jumprelu_sparsity_loss_mode="tanh", jumprelu_bandwidth=0.5)
     lens_out, lens_losses, lens_grads = lens_step(theirs, x, l0=0.7)
@@ -347,7 +347,7 @@ def test_jumprelu_tanh_equals_tanh(threshold: float) -> None:
 def test_jumprelu_dead_penalty_equals_pre_act_loss() -> None:
     """Both look at dead latents only. Theirs reaches b_dec through the centring; ours is detached from it."""
     x = rows(seed=20)
-    sae = make("jumprelu", l0_coef=0.7, bandwidth=0.5, dead_coef=0.2)
+    sae = make("jumprelu", recipe="tanh", l0_coef=0.7, bandwidth=0.5, dead_coef=0.2)
     dead = torch.arange(D_SAE) % 3 == 0
     sae.num_tokens_since_fired.fill_(0)
     sae.num_tokens_since_fired[dead] = sae.config.dead_after_tokens

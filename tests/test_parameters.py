@@ -217,11 +217,11 @@ CHANGES: dict[str, Any] = {
     "l1_warmup": 1.0,
     "p_end": 0.5,
     "p_anneal_from": ({"p_end": 0.5}, 0.0),
-    "l0_coef": 3.0,
-    "l0_warmup": 0.1,
-    "l0_target": ({"recipe": "l0_target"}, 2.0),
-    "tanh_scale": 1.0,
-    "dead_coef": ({**ALWAYS_DEAD, "threshold_init": 3.0}, 0.5),
+    "l0_coef": ({"recipe": "tanh"}, 3.0),
+    "l0_warmup": ({"recipe": "tanh"}, 0.1),
+    "l0_target": 2.0,
+    "tanh_scale": ({"recipe": "tanh"}, 1.0),
+    "dead_coef": ({**ALWAYS_DEAD, "recipe": "tanh", "threshold_init": 3.0}, 0.5),
     "threshold_init": 0.5,
     "bandwidth": 1.0,
     "fractions": (0.5, 1.0),
@@ -237,7 +237,6 @@ OWN_CHANGES: dict[tuple[str, str], Any] = {
     ("gated", "dead_after_tokens"): None,  # only counted: shown as `dead`
     ("vanilla", "dead_after_tokens"): None,
     ("matching_pursuit", "dead_after_tokens"): None,
-    ("jumprelu", "dead_after_tokens"): ({"threshold_init": 3.0, "dead_coef": 0.5}, 1),
     ("route", "normalize"): None,  # one choice
     ("route_matryoshka", "normalize"): None,
     ("route_matryoshka", "base"): "batchtopk",
@@ -275,6 +274,7 @@ def after_some_steps(type: str, options: dict[str, Any]) -> tuple[dict[str, torc
     cls = sae_core.registry.get(type)
     known = {f.name for f in fields(cls.Config)}
     given = {"d_in": 6, "d_sae": 48, "dead_after_tokens": 10_000, **({"k": 3} if "k" in known else {})}
+    given |= {"l0_target": 3.0} if "l0_target" in known else {}
     given |= {"n_hooks": 2} if "n_hooks" in known else {}
     settings = {"type": type, "steps": 6, "batch_size": 6, "lr": 0.01, "warmup_steps": 0, **given, **options}
     config = replace(make_config([settings]), device="cpu", compute_dtype="float32")

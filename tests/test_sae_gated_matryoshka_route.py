@@ -67,7 +67,7 @@ def test_gated_is_a_jumprelu_with_the_documented_threshold() -> None:
     with torch.no_grad():
         for parameter in (sae.b_gate, sae.b_mag, sae.r_mag):
             parameter.copy_(torch.randn(32, generator=generator))
-    jumprelu = build("jumprelu", normalize="none").eval()
+    jumprelu = build("jumprelu", recipe="tanh", normalize="none").eval()
     with torch.no_grad():
         jumprelu.W_enc.copy_(sae.W_enc * sae.r_mag.exp())
         jumprelu.W_dec.copy_(sae.W_dec)

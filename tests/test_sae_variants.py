@@ -43,7 +43,7 @@ def cut(x: Rows, size: int) -> list[Rows]:
 def make(name: str, **options: object) -> SAE:
     cls = registry.get(name)
     known = {spec.name for spec in dataclasses.fields(cls.Config)}
-    options = {key: value for key, value in {"k": 4, "n_hooks": 2}.items() if key in known} | options
+    options = {key: value for key, value in {"k": 4, "l0_target": 4.0, "n_hooks": 2}.items() if key in known} | options
     sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, **options}))
     sae.initialize(inputs(name), torch.Generator().manual_seed(1))
     return sae.train()
@@ -345,7 +345,9 @@ def test_batchtopk_inference_l0_is_k_after_calibration() -> None:
 
 
 def test_jumprelu_tanh_by_hand() -> None:
-    sae = identity("jumprelu", threshold_init=0.75, l0_coef=2.0, tanh_scale=0.5, dead_coef=0.1, dead_after_tokens=5)
+    sae = identity(
+        "jumprelu", recipe="tanh", threshold_init=0.75, l0_coef=2.0, tanh_scale=0.5, dead_coef=0.1, dead_after_tokens=5
+    )
     with torch.no_grad():
         sae.W_dec[1] *= 3
         sae.num_tokens_since_fired[2] = 5  # latent 2 counts as dead
@@ -372,7 +374,7 @@ def test_jumprelu_l0_by_hand(recipe: str, expected: float) -> None:
 
 def test_jumprelu_takes_gradients_from_entries_just_under_the_threshold() -> None:
     """The sparse path must agree with plain autograd over the whole (N, F) matrix."""
-    sae = make("jumprelu", threshold_init=1.5, bandwidth=0.5)
+    sae = make("jumprelu", recipe="tanh", threshold_init=1.5, bandwidth=0.5)
     x = rows(32)
     out = sae(x)
     assert not out.codes.pattern.is_full or out.codes.l0() > 0
@@ -568,7 +570,7 @@ def test_p_annealing_keeps_the_penalty_and_changes_its_gradient(name: str) -> No
 
 
 def test_thresholds_of_dead_latents_stop_at_zero() -> None:
-    sae = make("jumprelu", dead_after_tokens=1, dead_coef=1.0)
+    sae = make("jumprelu", recipe="tanh", dead_after_tokens=1, dead_coef=1.0)
     with torch.no_grad():
         sae.b_enc[:8] = -30.0  # these latents never fire, and the dead term pulls their thresholds down
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.05)
@@ -584,7 +586,7 @@ def test_thresholds_of_dead_latents_stop_at_zero() -> None:
 
 
 def test_the_dead_term_of_jumprelu_leaves_the_decoder_bias_alone() -> None:
-    sae = make("jumprelu", dead_after_tokens=1, dead_coef=1.0)
+    sae = make("jumprelu", recipe="tanh", dead_after_tokens=1, dead_coef=1.0)
     sae.num_tokens_since_fired += 1
     sae.losses(sae(rows()), LAST)["dead"].backward()
     assert sae.b_dec.grad is None

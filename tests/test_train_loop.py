@@ -30,6 +30,8 @@ def make_run(type="topk", **settings) -> Run:
     }
     if "k" in registry.get(type).Config.__dataclass_fields__:
         defaults["k"] = 3
+    if "l0_target" in registry.get(type).Config.__dataclass_fields__:
+        defaults["l0_target"] = 3
     config = make_config([defaults, settings])
     config = replace(config, device="cpu", compute_dtype=settings.get("compute_dtype", "float32"))
     config = replace(config, options={"d_in": D_IN, **config.options})

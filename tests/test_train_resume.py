@@ -77,7 +77,7 @@ CASES = [("jumprelu", "adam"), *(("batchtopk", optimizer) for optimizer in OPTIM
 def test_a_stopped_run_continues_bitwise(make_cache, tmp_path, type, optimizer) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": type, "optimizer": optimizer, "pool_rows": 1500}
     if type == "jumprelu":
-        settings.pop("k")
+        settings["l0_target"] = settings.pop("k")
     whole = train_sae(**settings, runs_dir=str(tmp_path / "a")).folder
     folder = interrupted(23, **settings, runs_dir=str(tmp_path / "b"))
     assert not (folder / "summary.json").exists()

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import global_norm
+from sae_granary.train.optim.gradients import clipped, global_norm
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import StepInput, Terms
@@ -71,15 +71,16 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     if losses is None:
         return _reject(sae, before)
     sae.project_gradients()
-    norm = global_norm(p.grad for p in sae.parameters() if p.grad is not None)
-    if not bool(torch.isfinite(norm)):
+    together = clipped(sae)
+    norm = global_norm(p.grad for p in together if p.grad is not None)
+    if not bool(torch.isfinite(norm)) or not _are_finite(sae, but=together):
         return _reject(sae, before)
     grad_norms = _grad_norms(sae) if measured is not None else {}
     if config.grad_clip is not None:
         # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
         in_units = norm * sae.core.loss_scale.unit
         if bool(in_units > config.grad_clip):  # else every gradient would be multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.grad_clip, in_units)
+            torch.nn.utils.clip_grads_with_norm_(together, config.grad_clip, in_units)
     set_lr(run.optimizer, run.lr)
     run.optimizer.step()
     sae.after_step()
@@ -90,6 +91,12 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     return StepResult(
         True, totals, float(norm), evaluator.result(), measured.details, grad_norms, evaluator.fired, evaluator.n_rows
     )
+
+
+def _are_finite(sae: SAE, but: list[nn.Parameter]) -> bool:
+    """Whether the gradients outside of the global norm are finite."""
+    seen = {id(p) for p in but}
+    return all(bool(torch.isfinite(p.grad).all()) for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
 
 def _grad_norms(sae: SAE) -> dict[str, float]:

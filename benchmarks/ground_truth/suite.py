@@ -20,7 +20,7 @@ K_SPARSE = {"topk", "batchtopk", "matryoshka"}  # they are given the true number
 TYPES: Mapping[str, Mapping[str, Any]] = {
     "vanilla": {"l1_coef": 1.0},
     "gated": {"l1_coef": 2.0},
-    "jumprelu": {"l0_coef": 1.0, "lr": 3e-3},
+    "jumprelu": {"recipe": "tanh", "l0_coef": 1.0, "lr": 3e-3},
     "topk": {},
     "batchtopk": {},
     "matryoshka": {},

@@ -145,7 +145,8 @@ def _extra_parameters(sae: SAE) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """The linear paths (True) and the parameters of no declared kind (False)."""
     core = sae.core
     paths = {id(getattr(core, name)) for name in core.linear_paths}
-    known = {id(p) for name, p in core.named_parameters() if name in ("W_enc", "W_dec", "b_dec", *core.latents)}
+    declared = ("W_enc", "W_dec", "b_dec", *core.latents)
+    known = {id(p) for name, p in core.named_parameters() if name.partition(".")[0] in declared}
     for name, parameter in sae.named_parameters():
         if id(parameter) not in known:
             yield name, parameter, id(parameter) in paths

@@ -17,7 +17,7 @@ from sae_granary.sae_core import registry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
 from sae_granary.sae_core.files.disk import CHECKSUM, read_json, write_json
-from sae_granary.sae_core.options import SharedConfig
+from sae_granary.sae_core.options import SharedConfig, as_saved
 
 FORMAT = 2
 DAMAGED = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
@@ -50,7 +50,7 @@ def read_record(path: Path) -> Described:
             raise NotAnSAEError(f"{path} is not what was written (its checksum differs): restore it from a copy")
     try:
         cls = registry.get(record["type"])
-        return Described(cls, registry.make_config(cls, record["config"]), checksums)
+        return Described(cls, registry.make_config(cls, as_saved(cls.Config, record["config"])), checksums)
     except DAMAGED as error:
         raise NotAnSAEError(f"{path} is not a description of an SAE: {one_line(error)}") from error
 

@@ -1,12 +1,13 @@
 """JumpReLU: a learned threshold per latent, trained through straight-through gradients.
 
-Recipes: `tanh` (Anthropic, January 2025 update), `l0` (Rajamanoharan et al., arXiv 2407.14435), `l0_target`.
+Recipe `constraint` (ours) keeps L0 at `l0_target`; `l0_penalty` and `tanh_penalty` (ours) answer to a coefficient.
+Published: `gemma` (Rajamanoharan et al., arXiv 2407.14435) and `anthropic` (January 2025 update, without its start of
+b_enc). `tanh`, `l0` and `l0_target` are those of earlier versions. What differs stands in `RECIPES`.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,22 @@ from torch import Tensor, nn
 from sae_granary.sae_core.autograd import Centered, add_silent, per_entry
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
-from sae_granary.sae_core.data import Activation, SAEOutput
+from sae_granary.sae_core.data import Activation, Inputs, SAEOutput, as_rows
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.functional import jumprelu, step
 from sae_granary.sae_core.latents import PerLatent
-from sae_granary.sae_core.options import Progress, option
+from sae_granary.sae_core.losses import Dictionary, auxk_loss
+from sae_granary.sae_core.options import Progress
 from sae_granary.sae_core.registry import register
+from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES, JumpReLUConfig
+from sae_granary.sae_core.variants.jumprelu_thresholds import (
+    ControlledThreshold,
+    LogThreshold,
+    Threshold,
+    bound_with_l0,
+)
 
-RECIPES = ("tanh", "l0", "l0_target")
+START_ROWS, START_PART = 4096, 512  # that the first threshold is taken from; at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,63 +46,57 @@ class JumpReLUSAE(SAE):
 
     latents: ClassVar[Mapping[str, PerLatent]] = {
         **SAE.latents,
-        "threshold": PerLatent(start=lambda config: config.threshold_start),
+        "threshold": Threshold(start=lambda config: config.threshold_start),
     }
+    unclipped = ("threshold.raw",)  # its gradient has the unit of L0, and is far larger than that of the matrices
 
-    @dataclass(frozen=True)
-    class Config(SAE.Config):
-        """Options of jumprelu."""
-
-        recipe: str = option("tanh", help="sparsity penalty", choices=RECIPES)
-        l0_coef: float | None = option(
-            None, help="weight of the penalty where E|x|^2 = d_in (default 10 for tanh, else 1)", ge=0
-        )
-        l0_warmup: float = option(1.0, help="share of the run over which l0_coef rises from 0", ge=0, le=1)
-        l0_target: float = option(32.0, help="L0 that recipe l0_target aims at", gt=0)
-        tanh_scale: float = option(4.0, help="c in tanh(c z |W_dec|)", gt=0)
-        dead_coef: float = option(3e-6, help="weight of the pre-activation loss of dead latents (tanh)", ge=0)
-        threshold_init: float | None = option(
-            None, help="initial threshold (default 0.1 for tanh, else 0.001 sqrt(d_in))", gt=0
-        )
-        bandwidth: float | None = option(
-            None, help="width of the straight-through kernel (default 2 for tanh, else 0.001 sqrt(d_in))", gt=0
-        )
-
-        @property
-        def _small(self) -> float:
-            return 0.001 * math.sqrt(self.d_in)  # the paper's 0.001 is for E|x|^2 = 1
-
-        @property
-        def threshold_start(self) -> float:
-            """The thresholds at the start, in units of the normalized pre-activations."""
-            return self.threshold_init or (0.1 if self.recipe == "tanh" else self._small)
-
-        @property
-        def kernel_width(self) -> float:
-            """Width of the straight-through kernel: only training uses it."""
-            return self.bandwidth or (2.0 if self.recipe == "tanh" else self._small)
-
-    config: Config
-    threshold: nn.Parameter
+    Config: TypeAlias = JumpReLUConfig
+    config: JumpReLUConfig
+    threshold: nn.Parameter | LogThreshold
 
     def build(self) -> None:
         """The parameters, and what the recipe decides."""
+        self.recipe = RECIPES[self.config.recipe]
+        self.unit_decoder = self.recipe.unit_rows
         super().build()
         self.bandwidth = self.config.kernel_width
-        default = 10.0 if self.config.recipe == "tanh" else 1.0
-        self.l0_coef = default if self.config.l0_coef is None else self.config.l0_coef
+        self.l0_coef = self.recipe.coef if self.config.l0_coef is None else self.config.l0_coef
+
+    @torch.no_grad()
+    def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
+        """Fit and draw as every SAE does; then one threshold for all at which the sample has the wanted L0."""
+        super().initialize(sample, generator)
+        if not self.recipe.relative or self.config.threshold_init is not None:
+            return
+        assert isinstance(self.threshold, LogThreshold)
+        first = {hook: rows[:START_ROWS] for hook, rows in as_rows(sample, like=self.b_dec).items()}
+        parts = torch.split(self.encoder_input(first).values, START_PART)
+        acts = (self.pre_acts(Centered(part)).dense for part in parts)
+        self.threshold.set_to(bound_with_l0(acts, self.config.l0_target))
+
+    @property
+    def theta(self) -> Tensor:
+        """(F,) the thresholds, in units of the normalized pre-activations."""
+        return self.threshold() if isinstance(self.threshold, LogThreshold) else self.threshold
+
+    def _width(self, pattern: Pattern | None = None) -> float | Tensor:
+        """Width of the kernel: one number, or one for each latent (F,) or entry."""
+        if not self.recipe.relative:
+            return self.bandwidth
+        width = self.bandwidth * self.theta.detach()
+        return width if pattern is None else per_entry(width, pattern)
 
     def activate(self, h: Centered) -> Activation:
         """JumpReLU on the active entries; while training, also which are silent within half a bandwidth of theta."""
-        pre_acts = self.pre_acts(h)
-        threshold = self.threshold.detach()
-        reach = self.bandwidth / 2 if self.training else 0.0
-        kept, silent = pre_acts.support(threshold - reach), None
-        if reach and not kept.pattern.is_full:
+        pre_acts, theta = self.pre_acts(h), self.theta
+        threshold = theta.detach()
+        kept, silent = pre_acts.support(threshold - self._width() / 2 if self.training else threshold), None
+        if self.training and not kept.pattern.is_full and not self.recipe.to_input:
             active = kept.values > threshold[kept.indices]
             kept, silent = kept.keep(active), kept.keep(~active).pattern
         p = self.encode_at(h, kept)
-        z = jumprelu(p, per_entry(self.threshold, kept.pattern), self.bandwidth)
+        width = self._width(kept.pattern)
+        z = jumprelu(p, per_entry(theta, kept.pattern), width, to_input=self.recipe.to_input)
         return JumpReLUActivation(Codes(z, kept.pattern), pre_acts, {"p": p}, silent)
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,55 +104,123 @@ class JumpReLUSAE(SAE):
         recon, extras = super().reconstruct_for_losses(activation, target)
         if not isinstance(activation, JumpReLUActivation) or activation.silent is None:
             return recon, extras
-        z = self._silent(-self.threshold / self.bandwidth)
+        z = self._silent(-self.theta / self._width())
         n_silent = activation.silent.transposed.offsets.diff()
         return add_silent(recon, z, self.W_dec, activation.silent), {**extras, "n_silent": n_silent}
 
     def _silent(self, slope: Tensor | float) -> Tensor:
         """Zeros (F,) whose derivative in the threshold is `slope`."""
-        moved = self.threshold - self.threshold.detach()
-        return moved * (slope.detach() if isinstance(slope, Tensor) else slope)
+        theta = self.theta
+        return (theta - theta.detach()) * (slope.detach() if isinstance(slope, Tensor) else slope)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """The recipe's sparsity term and, for tanh, the loss that brings dead latents back."""
-        coef = self.l0_coef * progress.ramp(self.config.l0_warmup) / self.loss_scale.unit
-        if self.config.recipe != "tanh":
-            return {"l0": coef * self._l0_penalty(out)}
+        """The recipe's sparsity term, and what brings dead latents back: AuxK, or the loss of their pre-activations."""
+        terms = {} if self.recipe.penalty is None else self._sparsity(out, progress)
+        dead = self.dead_mask
+        if self.recipe.relative and self.config.auxk_coef > 0 and bool(dead.any()):
+            error = (out.source.target - out.recon).detach()
+            weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
+            auxk = auxk_loss(error, out.pre_acts, weights, dead, max(1, self.d_out // 2))
+            terms["auxk"] = self.config.auxk_coef * auxk * self.loss_scale.fvu_unit
+        return terms
+
+    def _sparsity(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
+        unit = self.loss_scale.unit
+        coef = self.l0_coef * progress.ramp(self.config.warmup_share(progress.n_steps)) / unit
+        if self.recipe.penalty != "tanh":
+            return {"l0": coef * self._l0(out)}
         norms = self.W_dec.norm(dim=1)
+        terms = {"l0": coef * self._tanh(out, norms) / out.codes.shape[0]}
+        revived = self.dead_mask if self.recipe.revives == "dead" else torch.ones_like(self.dead_mask)
+        if self.config.dead_coef > 0 and bool(revived.any()):
+            terms["dead"] = self.config.dead_coef * self._dead_penalty(out, revived, norms) / unit
+        return terms
+
+    def _tanh(self, out: SAEOutput, norms: Tensor) -> Tensor:
+        """Sum of tanh(c z |W_dec|), whose derivatives are those of z."""
         scaled = out.codes.values * per_entry(norms, out.codes.pattern)
         total = torch.tanh(self.config.tanh_scale * scaled).sum()
         if "n_silent" in out.extras:  # tanh has slope 1 at 0
-            z = self._silent(-self.threshold / self.bandwidth)
+            z = self._silent(-self.theta / self._width())
             total = total + (out.extras["n_silent"] * self.config.tanh_scale * z * norms.detach()).sum()
-        terms = {"l0": coef * total / out.codes.shape[0]}
-        dead = self.dead_mask
-        if self.config.dead_coef > 0 and bool(dead.any()):
-            terms["dead"] = self.config.dead_coef * self._dead_penalty(out, dead, norms) / self.loss_scale.unit
-        return terms
+        return total
 
-    def _l0_penalty(self, out: SAEOutput) -> Tensor:
-        """L0, or (L0/target - 1)^2, with gradients to the thresholds."""
-        pattern = out.codes.pattern
-        steps = step(out.extras["p"], per_entry(self.threshold, pattern), self.bandwidth)
+    def _l0(self, out: SAEOutput) -> Tensor:
+        """L0 with gradients to the thresholds, or (L0/target - 1)^2, or the mean of sum tanh(c p) H(p - theta).
+
+        In the last a threshold that moves past p costs what it switches: its gradient is that of tanh(c theta) H.
+        """
+        p, pattern, width = out.extras["p"], out.codes.pattern, self._width()
+        steps = step(p, per_entry(self.theta, pattern), self._width(pattern))
+        slope = -1.0 / width
+        if self.recipe.penalty == "jump":
+            jump = torch.tanh(self.config.tanh_scale * self.theta.detach())
+            acts = torch.tanh(self.config.tanh_scale * p) * steps.detach()
+            steps, slope = acts + per_entry(jump, pattern) * (steps - steps.detach()), jump * slope
         total = steps.sum()
         if "n_silent" in out.extras:
-            total = total + (out.extras["n_silent"] * self._silent(-1.0 / self.bandwidth)).sum()
+            total = total + (out.extras["n_silent"] * self._silent(slope)).sum()
         l0 = total / out.codes.shape[0]
-        return (l0 / self.config.l0_target - 1).square() if self.config.recipe == "l0_target" else l0
+        return (l0 / self.config.l0_target - 1).square() if self.recipe.penalty == "l0_target" else l0
 
     def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:
-        """Mean over rows of sum over dead i of ReLU(theta_i - p_i) |W_dec,i|; dead latents only, or it never ends."""
+        """Mean over rows of sum over some i of ReLU(theta_i - p_i) |W_dec,i|; over all of them it never ends."""
         latents = dead.nonzero().squeeze(1)
         h = out.pre_acts.rows  # without gradients to b_dec
         p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
-        gap = torch.relu(self.threshold[latents] - p)
+        gap = torch.relu(self.theta[latents] - p)
         return (gap.sum(0) * norms[latents]).sum() / h.shape[0]
+
+    # -- L0 as a constraint ----------------------------------------------------------------------------------------
+
+    @property
+    def _controlled(self) -> ControlledThreshold | None:
+        return self.threshold if isinstance(self.threshold, ControlledThreshold) else None
+
+    def monitor(self, out: SAEOutput) -> dict[str, float]:
+        """What one active latent per row is worth to the loss."""
+        return {} if self._controlled is None else {"price": float(self._controlled.price)}
+
+    @torch.no_grad()
+    def track(self, out: SAEOutput) -> None:
+        """Dead counters; for the constraint, how many entries lie near each threshold and above it."""
+        super().track(out)
+        if self._controlled is None:
+            return
+        p, pattern, width = out.extras["p"].detach(), out.codes.pattern, self._width(out.codes.pattern)
+        near = (p - per_entry(self.theta, pattern)).abs() < width / 2
+        counts = near.sum(0) if pattern.is_full else torch.bincount(out.codes.indices[near], minlength=len(self.theta))
+        n_active = (out.codes.values != 0).sum()
+        self._controlled.count(counts + out.extras.get("n_silent", 0), n_active, pattern.n_rows)
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """As in every SAE; for the constraint, thresholds get gradients that leave L0 as it is."""
+        super().project_gradients()
+        if self._controlled is not None:
+            self._controlled.project_gradient(self.bandwidth)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep thresholds at or above 0: the dead term pulls them down for ever, and under 0 codes turn negative."""
+        """Unit decoder rows, L0 nearer its target, and thresholds at or above 0.
+
+        The dead term of `tanh` pulls them down for ever, and under 0 codes turn negative.
+        """
         super().after_step()
-        self.threshold.clamp_(min=0.0)
+        if self._controlled is not None:
+            self._controlled.shift_towards(self.config.l0_target)
+        elif isinstance(self.threshold, nn.Parameter):
+            self.threshold.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Inputs]) -> None:
+        """Shift the thresholds of `constraint` together so that the mean L0 over the batches is the target."""
+        if self._controlled is None:
+            return
+        theta = self.theta
+        ratios = (self.pre_acts(self.encoder_input(x)).dense / theta for x in batches)
+        self._controlled.set_to(theta * bound_with_l0(ratios, self.config.l0_target))
 
 
-saelens.express(JumpReLUSAE, "jumprelu", options=lambda cfg: {})
+# Recipes are for training; theirs has a parameter per threshold and free decoder rows, as `tanh`.
+saelens.express(JumpReLUSAE, "jumprelu", options=lambda cfg: {"recipe": "tanh"})

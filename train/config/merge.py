@@ -16,6 +16,7 @@ import yaml
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.sae_core.options import as_saved
 from sae_granary.train.config.coerce import coerce
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
@@ -172,7 +173,10 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
     """Read a saved config back. Raises ConfigError or SAEError, also for one that was not resolved."""
-    config = make_config([dict(_flatten(content, source))])
+    flat = dict(_flatten(content, source))
+    if flat.get("type"):
+        flat = as_saved(sae_core.registry.get(str(flat["type"])).Config, flat)
+    config = make_config([flat])
     for name in _DECIDED:
         if getattr(config, name) in (None, (), "", "auto"):
             raise ConfigError(f"{source} leaves {name} undecided: expected the settings of a run as it saved them")

@@ -3,7 +3,15 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sae_granary.sae_core import SAE
+
+
+def clipped(sae: SAE) -> list[nn.Parameter]:
+    """The parameters with gradients that a global clip counts and scales: all but those a variant excludes."""
+    own = {id(p) for name, p in sae.core.named_parameters() if name in sae.core.unclipped}
+    return [p for p in sae.parameters() if p.grad is not None and id(p) not in own]
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:

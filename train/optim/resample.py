@@ -95,6 +95,6 @@ def latent_axes(sae: SAE) -> dict[str, int]:
     for own, parameter in core.named_parameters():
         if own in ("W_enc", "W_dec"):
             axes[names[parameter]] = 1 if own == "W_enc" else 0
-        elif own in core.latents:
+        elif own.partition(".")[0] in core.latents:
             axes[names[parameter]] = 0
     return axes

@@ -1,7 +1,6 @@
 """jumprelu's recipes: L0 follows its target or its coefficient, formulas, old recipes as they were, files."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import jumprelu_curves
@@ -11,7 +10,6 @@ import torch
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE, Progress, registry
 from sae_granary.sae_core.errors import OptionError
-from sae_granary.sae_core.files.io import describe
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES, JumpReLUConfig
 from sae_granary.train.config.merge import from_sections, make_config, to_sections
 from sae_granary.train.loop import train_step
@@ -243,8 +241,8 @@ def test_a_saved_configuration_without_a_recipe_is_of_the_recipe_that_was_the_de
     sae_core.save(sae, tmp_path / "inference")
     for file in (tmp_path / "native" / "sae.json", tmp_path / "inference" / "granary.json"):
         record = json.loads(file.read_text())
-        del record["config"]["recipe"]
-        file.write_text(json.dumps(record))
+        del record["config"]["recipe"], record["sha256"]
+        file.write_text(json.dumps({**record, "format": 1}))
     assert sae_core.load_native(tmp_path / "native").config.recipe == "tanh"
     assert sae_core.load(tmp_path / "inference").config.recipe == "tanh"
     sections = to_sections(jumprelu_curves.make_run("tanh", cache="c", name="n", hook=("h",)).config)
@@ -288,7 +286,6 @@ def test_files_give_equal_codes(normalize: str, saelens: bool, tmp_path: Path) -
     assert torch.equal(codes > 0, again > 0)
     torch.testing.assert_close(again, codes * scale, rtol=1e-4, atol=1e-5)
     assert float(loaded.W_dec.detach().norm(dim=1).mean()) == pytest.approx(1.0, abs=1e-5)
-    assert describe(loaded.config, loaded)["config"] == asdict(loaded.config)
 
 
 def test_a_negative_threshold_of_a_file_never_gives_negative_codes(tmp_path: Path) -> None:

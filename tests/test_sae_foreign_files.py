@@ -194,7 +194,7 @@ def test_signed_coders_of_sparsify_keep_the_largest_magnitudes(tmp_path: Path) -
 
 
 def test_a_jumprelu_of_saelens_never_gives_negative_codes(tmp_path: Path) -> None:
-    saelens_folder(make("jumprelu"), tmp_path)
+    saelens_folder(make("jumprelu", l0_target=4.0), tmp_path)
     rewrite(tmp_path / WEIGHTS, lambda held: {**held, "threshold": torch.linspace(-2, 2, D_SAE)})
     sae, x = sae_core.load(tmp_path), rows(50, seed=5)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_the_scaling_factors_that_saelens_wrote_for_a_while(factor: float, loads
 
 def test_a_threshold_is_never_dropped(tmp_path: Path) -> None:
     """A batch-top-k SAE described as a standard one would load and compute another function."""
-    saelens_folder(make("jumprelu"), tmp_path, architecture="standard")
+    saelens_folder(make("jumprelu", l0_target=4.0), tmp_path, architecture="standard")
     with pytest.raises(NotAnSAEError, match="they are 'W_dec, W_enc, b_dec, b_enc, threshold', expected"):
         sae_core.load(tmp_path)
 

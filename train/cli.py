@@ -65,6 +65,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep that was stopped: runs/<name>.")],
+    cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Where its cache is, if it was moved.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -75,7 +76,7 @@ def resume(
         from sae_granary.train.state.checkpoint import list_checkpoints
 
         if is_sweep(folder):
-            cli_sweep.resume_grid(folder, quiet)
+            cli_sweep.resume_grid(folder, quiet, cache)
             return
         config, _ = read_run(folder)
         if not quiet and not is_complete(folder):
@@ -83,7 +84,7 @@ def resume(
             echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
         from sae_granary.train.run import resume_training
 
-        show_training(lambda **options: resume_training(folder, **options), quiet, config.device)
+        show_training(lambda **options: resume_training(folder, cache=cache, **options), quiet, config.device)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
 from sae_granary.train.data import passes
+from sae_granary.train.data.cache_of_run import PATHS, cache_paths
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.folders import read_run
 from sae_granary.train.sinks.sink import Sinks
@@ -66,6 +67,7 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
         "config_xxh3": digest(settings.encode()),
         "counts": data.counts.to_json(),
         **identity,
+        PATHS: cache_paths(data.cache.path, folder),
         "wandb_id": secrets.token_hex(8),
     }
     files.write_text(folder / CONFIG, settings)

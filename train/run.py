@@ -15,6 +15,7 @@ from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, make_config
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import RunExistsError, shortage_is_clear
@@ -53,7 +54,7 @@ def train_sae(
     _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
     data = RunData.open(config)
-    if resume == "auto" and (begun := _begun(config, data.config)) is not None:
+    if resume == "auto" and (begun := _begun(config, data)) is not None:
         return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
     check_language_model(data)
     check_capacity(data.config)
@@ -68,15 +69,19 @@ def _check_resume(resume: str, overwrite: bool) -> None:
         raise ConfigError("--resume auto continues a run, --overwrite starts it anew every time: give one of them")
 
 
-def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[RunData, Path] | Result | None:
-    """A run of the same config: what continues it, or its result; None if there is none.
+def _begun(config: TrainConfig, found: RunData) -> tuple[RunData, Path] | Result | None:
+    """A run of the same config: what continues it, or its result; None if there is none. Its cache may have moved.
 
     Raises RunExistsError for a run of another config, CheckpointError for one of another cache.
     """
+    resolved = found.config
     folder = Path(resolved.runs_dir) / check_name(str(resolved.name))
     if not (folder / RECORD).is_file():
         return None
     saved, record = read_run(folder)
+    moved = found.cache.manifest.fingerprint == record["cache"]
+    cache = resolved.cache if moved else find_cache(saved.cache, record, folder)
+    saved = replace(saved, cache=cache)
     data = RunData.reopen(saved, record)
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
     opened = RunData.open(config, data.cache)  # on the shards that it started with
@@ -96,12 +101,13 @@ def _begun(config: TrainConfig, resolved: TrainConfig) -> tuple[RunData, Path] |
 def resume_training(
     folder: str | Path,
     *,
+    cache: str | Path | None = None,
     sinks: Sequence[Sink] = (),
     callbacks: Sequence[AnyCallback] = (),
     stop: StopRequest | None = None,
 ) -> Result:
     """Continue a run from its newest checkpoint, bit for bit as if it had never stopped, on the same machine and under
-    the same process settings (`common.process`).
+    the same process settings (`common.process`). A cache that was moved is found relative to the run, or is given.
 
     >>> from sae_granary import resume_training
     >>> resume_training("runs/stopped").summary["steps"]
@@ -113,6 +119,7 @@ def resume_training(
     config, record = read_run(folder)
     if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
+    config = replace(config, cache=find_cache(config.cache, record, folder, cache))
     return _train(RunData.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
 
 

@@ -36,7 +36,8 @@ class RunFields(Fields):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json: version, cache (its fingerprint), order (pinned shards, seed), counts (rows), wandb_id, config_xxh3.
+    """run.json: version, cache (its fingerprint), order (pinned shards, seed), counts (rows), wandb_id, config_xxh3,
+    cache_paths (absolute, relative to the folder; absent in runs of before).
 
     Raises NotARunError, also where its checksum does not fit. One of version 1 has none.
     """
@@ -62,6 +63,10 @@ def check_stream(fields: Fields) -> None:
     for shard in order.get("shards", list):
         if not (isinstance(shard, list) and [type(n) for n in shard] == [int, int]):
             raise order.error("shards", shard, "pairs of shard and rows")
+    if "cache_paths" in fields.body:
+        paths = fields.nested("cache_paths")
+        for name in paths.body:
+            paths.get(name, str)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

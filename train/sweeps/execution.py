@@ -6,13 +6,14 @@ import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sae_granary.common.files import shortage
-from sae_granary.common.finished_run import is_complete
+from sae_granary.common.finished_run import RECORD, is_complete, read_record
 from sae_granary.common.process import open_files_left
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
@@ -20,6 +21,7 @@ from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data import passes
+from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.errors import DivergedError, InterruptedRunError, ShortageError, shortage_is_clear
 from sae_granary.train.folders import FAILURE, exclusive
@@ -49,7 +51,9 @@ class SweepExecution:
         callbacks: MakeCallbacks | None,
         reporter: Reporter | None,
         stop: StopRequest | None,
+        cache: str | Path | None = None,
     ) -> None:
+        self.cache = cache  # where it is now, if it is not where the plan says
         self.plan, self.folder, self.callbacks = plan, folder, callbacks
         self.reporter = Reporter() if reporter is None else reporter
         self.stop = StopRequest() if stop is None else stop
@@ -85,6 +89,8 @@ class SweepExecution:
                 left.append(entry)
         if not left:
             return
+        cache = self._cache_of(group)
+        left = [replace(entry, config=replace(entry.config, cache=cache)) for entry in left]
         self.reporter.start(self.plan, group)
         most = self._most_at_once(left)
         for first in range(0, len(left), most):
@@ -96,6 +102,14 @@ class SweepExecution:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next group may need larger blocks
+
+    def _cache_of(self, group: Group) -> str:
+        """Where a group's cache is: a sweep of before has the fingerprint in the records of its runs only."""
+        stored = group.entries[0].config.cache
+        begun = [self.folder / entry.name for entry in group.entries if (self.folder / entry.name / RECORD).is_file()]
+        if "cache" in group.record or not begun:
+            return find_cache(stored, group.record, self.folder, self.cache)
+        return find_cache(stored, read_record(begun[0]), begun[0], self.cache)
 
     def _most_at_once(self, left: Sequence[Entry]) -> int:
         """How many SAEs may train together by the limit of open files. Raises ShortageError if not one."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.phases import needs_language_model
+from sae_granary.train.data.cache_of_run import PATHS, cache_paths
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import available_memory
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
@@ -25,7 +28,8 @@ def groups_of(members: Sequence[tuple[RunData, Entry]]) -> tuple[list[Group], li
         notes += note
         for part in fitting:
             first = part[0][0]
-            record = {"counts": first.counts.to_json(), "order": first.order.to_json()}
+            record = {"counts": first.counts.to_json(), **asdict(first.identity)}
+            record[PATHS] = cache_paths(first.cache.path, Path(first.config.runs_dir))
             groups.append(Group(tuple(entry for _, entry in part), record))
     if len(by_stream) > 1:
         notes.append(f"{len(by_stream)} streams of batches: seeds of the order, filters or batch sizes differ")

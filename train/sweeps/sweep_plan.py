@@ -13,6 +13,7 @@ from sae_granary.common.finished_run import NotARunError, RunFields, check_strea
 from sae_granary.common.signed import write_signed
 from sae_granary.train.config.merge import from_sections, to_sections
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.cache_of_run import PATHS
 from sae_granary.train.folders import PLAN, check_name
 
 PLAN_VERSION = 2  # since 2 with a checksum
@@ -37,7 +38,7 @@ class Group:
     """SAEs that train together, and what pins their stream: row accounting and order, as in run.json."""
 
     entries: tuple[Entry, ...]
-    record: Mapping[str, Any]
+    record: Mapping[str, Any]  # also the cache's fingerprint and paths, which sweeps of before lack
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def _group(content: RunFields) -> Group:
     check_stream(content)
     entries = content.objects("members", _entry)
     counts = Counts.from_json(content.get("counts", dict))
-    return Group(entries, {"counts": counts.to_json(), "order": content.get("order", dict)})
+    found = {name: content.get(name, dict) for name in ("cache", PATHS) if name in content.body}
+    return Group(entries, {"counts": counts.to_json(), "order": content.get("order", dict), **found})
 
 
 def _entry(content: RunFields) -> Entry:

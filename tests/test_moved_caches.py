@@ -1,0 +1,143 @@
+"""A run and a sweep find their cache after either was moved, and never take another one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_cache
+from safetensors.torch import load_file
+from test_train_resume import StopAt, interrupted
+from typer.testing import CliRunner
+
+from sae_granary import resume_sweep, resume_training, train_sae, train_sweep
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.signed import CHECKSUM, write_signed
+from sae_granary.train.cli import app
+from sae_granary.train.errors import CheckpointError, InterruptedRunError
+from sae_granary.train.sweeps.reporter import Reporter
+
+SETTINGS = {"type": "topk", "k": 4, "d_sae": 32, "batch_size": 64, "steps": 8, "log_every": 1, "eval_rows": 100}
+SETTINGS |= {"device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A cache, another one, and a run that was stopped at step 4, with the weights that it comes to."""
+    folder = tmp_path_factory.mktemp("made")
+    for seed, name in enumerate(("toy", "other")):
+        write_cache(folder / "cache" / name, n_docs=20, seed=seed)
+    settings = {**SETTINGS, "cache": str(folder / "cache/toy"), "runs_dir": str(folder / "runs")}
+    stopped = interrupted(4, **settings, name="a")
+    assert stopped == folder / "runs/a"
+    shutil.copytree(folder, folder.with_name("whole"))
+    resume_training(folder.with_name("whole") / "runs/a")
+    weights = load_file(folder.with_name("whole") / "runs/a/sae_weights.safetensors")
+    shutil.rmtree(folder.with_name("whole"))
+    return folder, weights
+
+
+@pytest.fixture
+def here(project, tmp_path, monkeypatch):
+    """A copy in which the stored path leads nowhere: the run's files are as if they had been written in there."""
+    monkeypatch.chdir(tmp_path)
+    made, _ = project
+    away = made.with_name("away")
+    made.rename(away)
+    shutil.copytree(away, tmp_path / "moved")
+    yield tmp_path / "moved"
+    away.rename(made)
+
+
+def assert_finished(folder: Path, weights) -> None:
+    got = load_file(folder / "sae_weights.safetensors")
+    assert all(torch.equal(got[name], weights[name]) for name in weights)
+
+
+def test_a_run_that_moved_with_its_cache_goes_on(here, project) -> None:
+    result = resume_training(here / "runs/a")
+    assert_finished(result.folder, project[1])
+    assert result.summary["cache"].endswith("moved/runs/a/../../cache/toy")
+
+
+def test_a_run_whose_cache_moved_alone_names_the_stored_path_and_takes_another(here, project) -> None:
+    (here / "cache/toy").rename(here / "elsewhere")
+    stored = project[0] / "cache/toy"
+    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: the cache of moved/runs/a is not at {stored} any more: if it was moved, name it: "
+        "sae-train resume moved/runs/a --cache FOLDER\n"
+    )
+    before = sorted(path.name for path in (here / "runs/a").rglob("*"))
+    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q", "--cache", "moved/cache/other"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "--cache moved/cache/other is another cache than the one that moved/runs/a was started on" in result.stderr
+    assert sorted(path.name for path in (here / "runs/a").rglob("*")) == before
+    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q", "--cache", "moved/elsewhere"])
+    assert result.exit_code == 0, result.output
+    assert_finished(here / "runs/a", project[1])
+
+
+def test_another_cache_at_the_stored_place_is_not_taken(here, project) -> None:
+    shutil.copytree(here / "cache/other", project[0] / "cache/toy")
+    try:
+        assert_finished(resume_training(here / "runs/a").folder, project[1])  # the one beside the run
+    finally:
+        shutil.rmtree(project[0])
+
+
+def test_the_same_command_with_the_new_place_of_its_cache_continues(here, project) -> None:
+    (here / "cache/toy").rename(here / "elsewhere")
+    settings = {**SETTINGS, "runs_dir": "moved/runs", "name": "a", "resume": "auto"}
+    with pytest.raises(ConfigError, match=r"the cache of moved/runs/a is not at .*cache/toy any more"):
+        train_sae(**settings, cache="moved/cache/other")
+    result = train_sae(**settings, cache="moved/elsewhere")
+    assert_finished(result.folder, project[1])
+    assert train_sae(**settings, cache="moved/elsewhere").summary["steps"] == 8  # complete: its result
+
+
+def test_a_run_of_before_without_recorded_paths_continues_by_the_flag(here, project) -> None:
+    record = json.loads((here / "runs/a/run.json").read_text())
+    record.pop("cache_paths")
+    write_signed(here / "runs/a/run.json", {k: v for k, v in record.items() if k != CHECKSUM})
+    with pytest.raises(ConfigError, match=r"is not at .*cache/toy any more"):
+        resume_training(here / "runs/a")
+    assert_finished(resume_training(here / "runs/a", cache=here / "cache/toy").folder, project[1])
+
+
+class _Stops(Reporter):
+    def __init__(self, step: int) -> None:
+        self.sink = StopAt(step)
+
+    def sinks(self, entry):
+        return [self.sink]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_sweep_finds_its_cache_and_refuses_another(project, tmp_path, monkeypatch, old) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "other"):
+        shutil.copytree(project[0] / "cache" / name, tmp_path / "p/cache" / name)
+    settings = {key: value for key, value in SETTINGS.items() if key != "k"}
+    reporter = _Stops(4)
+    grid = {"k": [2, 4]}
+    with pytest.raises(InterruptedRunError):
+        train_sweep(grid, settings, cache="p/cache/toy", runs_dir="p/runs", name="s", reporter=reporter,
+                    stop=reporter.sink.stop)  # fmt: skip
+    if old:
+        plan = json.loads(Path("p/runs/s/sweep.json").read_text())
+        plan["groups"] = [{k: v for k, v in g.items() if k not in ("cache", "cache_paths")} for g in plan["groups"]]
+        write_signed(Path("p/runs/s/sweep.json"), {k: v for k, v in plan.items() if k != CHECKSUM})
+    Path("p").rename("q")
+    Path("q/cache/toy").rename("q/elsewhere")
+    with pytest.raises(ConfigError, match=r"the cache of .* is not at .*p/cache/toy any more: .* --cache FOLDER"):
+        resume_sweep("q/runs/s")
+    with pytest.raises(CheckpointError, match=r"--cache q/cache/other is another cache than the one that"):
+        resume_sweep("q/runs/s", cache="q/cache/other")
+    if not old:
+        Path("q/elsewhere").rename("q/cache/toy")
+        assert resume_sweep("q/runs/s").failures == {}
+        return
+    assert resume_sweep("q/runs/s", cache="q/elsewhere").failures == {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary import sae_core
+from sae_granary.common.quantities import COUNT_WORDS
 from sae_granary.harvest.cli import harvest_config
 from sae_granary.train.config.coerce import describe
 from sae_granary.train.config.flags import given_settings
@@ -105,7 +106,7 @@ def _row(
 
 
 def _short(kind: str) -> str:
-    return kind.replace("a whole number (suffixes k, M, B)", "whole number").replace("a number", "number")
+    return kind.replace(COUNT_WORDS, "whole number").replace("a number", "number")
 
 
 def _default(spec: dataclasses.Field[Any]) -> str:

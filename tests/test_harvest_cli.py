@@ -207,18 +207,20 @@ def test_bad_input_is_one_line_and_writes_nothing(run: Run, tmp_path: Path, line
 
 
 @pytest.mark.parametrize(
-    "out", ["cache", "cache/load", "cache/format", "cache/load/new/a", "cache/__pycache__", "mine"]
+    "out",
+    ["cache", "cache/load", "cache/format", "cache/load/new/a", "cache/__pycache__", "mine", "train/new", "train/a/b"],
 )
 def test_a_cache_is_not_written_among_code(run: Run, tmp_path: Path, out: str) -> None:
-    (tmp_path / "cache").symlink_to(REPO / "cache")
+    for package in ("cache", "train"):
+        (tmp_path / package).symlink_to(REPO / package)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/__init__.py").touch()
-    folders = [REPO / "cache", *(REPO / "cache").glob("*/")]
+    folders = [REPO / "train", REPO / "cache", *(REPO / "cache").glob("*/")]
     before = [sorted(folder.iterdir()) for folder in folders]
     for command in (BERT, "plan --model bert-base-uncased --device cpu"):
         code, output = run(f"{command} --layer 1 {TEXT} --out {out}")
         assert code == 2, output
-        name = out.split("/")[1] if "/" in out else out
+        name = out.split("/")[1] if out.startswith("cache/") else out.split("/")[0]
         assert f"error: {out} belongs to Python code ({name}/), not to a cache; use another --out\n" in output
     assert [sorted(folder.iterdir()) for folder in folders] == before
 

@@ -83,7 +83,7 @@ def test_a_harvest_of_other_settings_has_another_folder() -> None:
 
 
 def _demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sae_granary.train.cli", "demo", "--quiet", "--out", "here"]
+    command = [sys.executable, "-m", "sae_granary.train.cli", "demo", "--quiet", "--out", "here it is"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -95,10 +95,10 @@ def test_the_demo_runs_twice_in_any_folder(tmp_path: Path) -> None:
         done = _demo(tmp_path)
         assert done.returncode == 0, done.stderr
         for type_name, fvu in (("topk", 0.108), ("batchtopk", 0.106)):
-            summary = json.loads((tmp_path / f"here/runs/demo_{type_name}/summary.json").read_text())
+            summary = json.loads((tmp_path / f"here it is/runs/demo_{type_name}/summary.json").read_text())
             assert summary["eval"]["fvu"] == pytest.approx(fvu, abs=0.001)
             assert summary["eval"]["l0"] == pytest.approx(32, abs=1)
-        logs.append((tmp_path / "here/cache/demo_l3/harvest.log").read_text())
+        logs.append((tmp_path / "here it is/cache/demo_l3/harvest.log").read_text())
     assert logs[0] == logs[1]  # harvested once
 
 
@@ -108,6 +108,7 @@ def test_the_demo_without_its_model_says_what_to_install(tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPO}")
     done = _demo(tmp_path)
     assert done.returncode == 2
+    assert "--out 'here it is/cache/demo_l3'" in done.stdout  # the command can be copied
     assert done.stderr.startswith("error: ")
     assert done.stderr.rstrip().endswith('pip install "sae-granary[demo]"')
-    assert not (tmp_path / "here").exists()
+    assert not (tmp_path / "here it is").exists()

@@ -10,6 +10,8 @@ from sae_granary.train.cli import app
 from sae_granary.train.errors import DivergedError, RunExistsError
 from sae_granary.train.folders import exclusive
 
+REPO = Path(__file__).parents[1]
+
 
 def run(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
@@ -19,6 +21,10 @@ def run(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--steps", ""], "steps='': expected a whole number such as 20000, 20k, 5M or 1.5B or none"),
+        (["--tokens", "1.5"], "tokens='1.5': expected a whole number such as 20000, 20k, 5M or 1.5B or none"),
+        (["--runs-dir", REPO / "train", "--name", "new"], "train/new belongs to Python code (train/)"),
+        (["--runs-dir", REPO / "cache", "--name", "load"], "cache/load belongs to Python code (load/)"),
         (["--lr", "inf"], "lr=inf: expected a finite number"),
         (["--d-sae", "0"], "d_sae=0: expected a value > 0"),
         (["--d-sae", "10000000000"], "fits; or raise --grad-acc-steps"),
@@ -35,9 +41,9 @@ def run(*arguments: object) -> tuple[int, str]:
         (["--type", "route"], "type route reads at least 2 hook points, got 1: layer_3"),
         (["--type", "transcoder"], "type transcoder reads at least 2 hook points"),
     ],
-    ids=lambda value: "_".join(value)[:30] if isinstance(value, list) else None,
+    ids=lambda value: "_".join(map(str, value))[-30:] if isinstance(value, list) else None,
 )
-def test_one_line_and_nothing_written(make_cache, tmp_path: Path, flags: list[str], message: str) -> None:
+def test_one_line_and_nothing_written(make_cache, tmp_path: Path, flags: list[object], message: str) -> None:
     common = ["--cache", make_cache(), "--type", "topk", "--k", 4, "--steps", 2, "--batch-size", 64, "--d-sae", 32]
     code, output = run("run", *common, "--runs-dir", tmp_path / "runs", "-q", *flags)
     assert code == 2, output

@@ -50,6 +50,7 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     assert config.name is not None
     folder = Path(config.runs_dir) / config.name
     check_name(config.name)
+    _refuse_code(folder)
     if folder.exists() and not _is_unused(folder):
         ours = (folder / RECORD).is_file()
         if not (overwrite and ours):
@@ -61,6 +62,11 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
         _remove(folder, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _refuse_code(folder: Path) -> None:
+    if code := files.code_folder(folder):
+        raise RunExistsError(f"{folder} belongs to Python code ({code.name}/): choose another --runs-dir or --name")
 
 
 def _remove(folder: Path, *starts: str | None) -> None:
@@ -79,6 +85,7 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
 
     Raises RunExistsError if it holds anything else or is being trained, ConfigError if it cannot be made.
     """
+    _refuse_code(folder)
     used = folder.exists() and not _is_unused(folder)
     if used and not (overwrite and is_sweep(folder)):
         raise RunExistsError(f"{folder} exists and is no sweep: choose another --name")

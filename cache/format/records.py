@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -30,6 +29,7 @@ from sae_granary.cache.format.manifest import (
 )
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
+from sae_granary.common.files import code_folder
 
 _HARMLESS = {LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
 _OURS = (*GROUPS, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the manifest last: it makes the folder ours
@@ -74,16 +74,9 @@ def load_records(path: Path, manifest: Manifest) -> list[ShardRecord]:
     return [load_record(path, manifest, shard) for shard in shards]
 
 
-def is_code(path: Path) -> bool:
-    """Whether a folder holds Python code: `cache/` holds both its own code and the caches that were harvested."""
-    return os.path.exists(path / "__init__.py") or path.name == "__pycache__"  # False where we may not look
-
-
 def refuse_code(path: Path) -> None:
     """Raise CacheExistsError for a folder of Python code, and for anything inside a folder of this package's code."""
-    real, ours = path.resolve(), Path(__file__).resolve().parents[1]
-    folder = ours / real.relative_to(ours).parts[0] if ours in real.parents else real
-    if is_code(folder):
+    if folder := code_folder(path):
         raise CacheExistsError(f"{path} belongs to Python code ({folder.name}/), not to a cache; use another --out")
 
 

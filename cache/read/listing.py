@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import MANIFEST
-from sae_granary.cache.format.records import is_code
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.read.render import source_name
+from sae_granary.common.files import is_code
 from sae_granary.common.quantities import byte_size
 
 

@@ -181,3 +181,21 @@ def hash_files(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def is_code(path: Path) -> bool:
+    """Whether a folder holds Python code: `cache/` holds both its own code and the caches that were harvested."""
+    return os.path.exists(path / "__init__.py") or path.name == "__pycache__"  # False where we may not look
+
+
+def code_folder(path: Path) -> Path | None:
+    """The folder of Python code that results must not be written to: `path`, or one of this package's around it.
+
+    In a checkout the folder of the package `cache` holds caches beside its code; those are no code.
+    """
+    real, root = path.resolve(), Path(__file__).resolve().parents[1]
+    shared = (root / "cache").resolve()
+    packages = [root, *(entry.resolve() for entry in root.iterdir() if entry.is_dir())]
+    around = next((folder for folder in packages if folder in real.parents), real)
+    folder = shared / real.relative_to(shared).parts[0] if around == shared != real else around
+    return folder if is_code(folder) else None

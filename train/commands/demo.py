@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sae_granary.common.app import Debug, Quiet
+from sae_granary.common.errors import printable
 from sae_granary.train.commands.harvest_process import run_harvest
 from sae_granary.train.commands.shared_flags import errors
 from sae_granary.train.commands.train_command import show_training
@@ -49,6 +51,6 @@ def _train(type_name: str, cache: Path, out: Path, quiet: bool) -> Any:
     return show_training(lambda **options: train_sae(**settings, overwrite=True, **options), quiet, "auto")
 
 
-def _announce(*words: str) -> None:
-    """The command that does the same, so that it can be copied."""
-    typer.secho(f"$ {' '.join(words)}", bold=True)
+def _announce(command: str, *words: str) -> None:
+    """Print the command that does the same, quoted for a shell."""
+    typer.secho(printable(f"$ {command} {shlex.join(words)}"), bold=True)

@@ -13,11 +13,11 @@ from typing import Any, Literal, Union
 import yaml
 
 from sae_granary.common.errors import ConfigError, nearest
-from sae_granary.common.quantities import parse_count
+from sae_granary.common.quantities import COUNT_WORDS, parse_count
 from sae_granary.train.config.yaml_text import load_yaml
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_NONES = ("none", "null", "auto", "")
+_NONES = ("none", "null", "auto")
 
 
 def coerce(key: str, value: Any, annotation: Any) -> Any:
@@ -53,7 +53,7 @@ def describe(annotation: Any) -> str:
     if origin in (dict, Mapping):
         return "a mapping like {k: 64}"
     words = {
-        int: "a whole number (suffixes k, M, B)",
+        int: COUNT_WORDS,
         float: "a number",
         bool: "true or false",
         str: "text",

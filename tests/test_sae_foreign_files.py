@@ -237,6 +237,33 @@ def test_the_scaling_factors_that_saelens_wrote_for_a_while(factor: float, loads
         torch.testing.assert_close(sae_core.load(tmp_path)(x).x_hat, sae(x).x_hat)
 
 
+def test_a_folder_of_an_early_saelens_with_all_its_entries_is_read(tmp_path: Path) -> None:
+    """Then cfg.json held the whole training and no `architecture`; the firing rates lay beside it."""
+    sae, x = make("vanilla"), rows(50, seed=5)
+    saelens_folder(sae, tmp_path)
+    early = {"model_name": "gpt2-small", "hook_name": "blocks.7.hook_resid_pre", "hook_layer": 7, "context_size": 512}
+    early |= {"d_in": D_IN, "d_sae": D_SAE, "activation_fn": "relu", "normalize_sae_decoder": True, "noise_scale": 0.0}
+    early |= {
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "dtype": "torch.float32",
+        "l1_coefficient": 5,
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps({**early, "from_pretrained_path": None, "training_tokens": 10**6}))
+    save_file({"sparsity": torch.zeros(D_SAE)}, tmp_path / "sparsity.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(sae_core.load(tmp_path)(x).x_hat, sae(x).x_hat)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_coder_of_sparsify_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    sae_core.save_sparsify(make("topk"), tmp_path)
+    rewrite(tmp_path / "sae.safetensors", lambda held: {n: t.to(dtype) for n, t in held.items()})
+    half = sae_core.load(tmp_path)
+    rewrite(tmp_path / "sae.safetensors", lambda held: {n: t.float() for n, t in held.items()})
+    assert same(half, sae_core.load(tmp_path))
+
+
 def test_a_threshold_is_never_dropped(tmp_path: Path) -> None:
     """A batch-top-k SAE described as a standard one would load and compute another function."""
     saelens_folder(make("jumprelu", l0_target=4.0), tmp_path, architecture="standard")
@@ -247,6 +274,7 @@ def test_a_threshold_is_never_dropped(tmp_path: Path) -> None:
 def test_a_folder_of_folders_names_them(tmp_path: Path) -> None:
     for layer in (10, 2):
         sae_core.save_sparsify(make("topk"), tmp_path / f"layers.{layer}")
+    (tmp_path / ".huggingface").mkdir()  # what the hub's client leaves in a download
     with pytest.raises(
         NotAnSAEError, match=r"holds no SAE: its subfolders do, give one of them: 'layers.2, layers.10'"
     ):

@@ -290,7 +290,7 @@ def test_the_state_of_a_model_is_put_back() -> None:
 
 
 def seen_of(model: nn.Module) -> Behavior:
-    windows = [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [7, 8, 9]]
+    windows = [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16], [7, 8, 9], [7]]
     return observe(
         model, probe(model, [Hook("x", "words.0")], "cpu"), windows, pad_id=0, ctx_len=9, batch_tokens=64, name="it"
     )

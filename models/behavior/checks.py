@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from sae_granary.common.errors import GranaryError, one_line
 from sae_granary.models.behavior.passes import Ids, Rows, batch_of
 from sae_granary.models.behavior.state import State, unchanged
-from sae_granary.models.errors import MemoryLimitError, ModelError
+from sae_granary.models.errors import HookError, MemoryLimitError, ModelError
 from sae_granary.models.hooks import Hook, own_multiple, tensor_of, vocabulary_size
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def pad_id_for(base: nn.Module, pad_id: int | None) -> int:
 
 
 def probe_windows(prefix: Ids, suffix: Ids, ctx_len: int, n_ids: int, special: frozenset[int]) -> list[list[int]]:
-    """Two windows of one length and a shorter one, of ordinary tokens between the special ones."""
+    """Two windows of one length, a shorter one and the shortest, of ordinary tokens between the special ones."""
     plain = [i for i in range(min(n_ids, 50_000)) if i not in special] or [0]
     room = max(1, min(ctx_len, _LONGEST) - len(prefix) - len(suffix))
     pick = [plain[(i * 7919 + 13) % len(plain)] for i in range(3 * room)]
-    pieces = pick[:room], pick[room : 2 * room], pick[2 * room : 2 * room + max(1, room // 3)]
+    pieces = pick[:room], pick[room : 2 * room], pick[2 * room : 2 * room + max(1, room // 3)], pick[:1]
     return [[*prefix, *piece, *suffix] for piece in pieces]
 
 
@@ -85,9 +85,10 @@ def observe(
     """What the model does with a long window, another of its length and a short one. Leaves the model as it was.
 
     The short one is also run beside the longest window that shares a batch of `batch_tokens`: some models read a text
-    otherwise from a length on. Raises ModelError where the model fails on text, or gives other rows for a window again.
+    otherwise from a length on. Raises ModelError where the model fails on text, of whatever length, or gives other rows
+    for a window again.
     """
-    long, other, short = windows
+    long, other, short, shortest = windows
     longest = ([*long] * ctx_len)[:ctx_len]
     with running(base, name) as state:
         rows = Rows(base, hooks, pad_id, state)
@@ -95,8 +96,8 @@ def observe(
             rows.multiple = _multiple(rows, own_multiple(base), (long, longest[:-1], longest))
             batching = _batching(rows, long, other, short, longest[: batch_tokens // 2], name)
             state.restore()
-            for window in (short, long, longest):
-                rows.run([window], lambda hook, value: None)
+            for window in (short, shortest, long, longest):
+                rows.check(window)
             changed = state.changed()
         finally:
             rows.close()
@@ -126,15 +127,17 @@ def running(base: nn.Module, name: str) -> Iterator[State]:
 
 
 def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
-    """`own` where the model pads one of these windows by itself, so that its blocks see more tokens; else 1.
-
-    Raises HookError where a block gives no vector per token although the window was padded to a multiple of `own`.
-    """
-    if all(rows.fits(window, 1) for window in windows):
+    """`own` where the model pads one of these windows by itself, so that its blocks see more tokens; else 1."""
+    if own == 1:
         return 1
-    for window in windows:
-        rows.fits(window, own, refuse=True)
-    return own
+    try:
+        for window in filter(None, windows):
+            rows.check(window)
+    except HookError:
+        return own
+    finally:
+        rows.restore()
+    return 1
 
 
 def _batching(

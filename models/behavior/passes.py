@@ -22,35 +22,30 @@ class Rows:
     """Batches of windows -> per window the rows of all hook points, one below the other, by a model as it was."""
 
     def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
-        self._base, self._pad_id, self._state = base, pad_id, state
+        self._base, self._pad_id = base, pad_id
         self.multiple = 1  # of the length of batches
         self._capture = Capture(base, hooks)
-        self.close = self._capture.close
+        self.close, self.restore = self._capture.close, state.restore
 
     def run(self, windows: Sequence[Ids], sink: Callable[[Hook, Any], None]) -> None:
         """One pass."""
         self._capture.run(*batch_of(windows, self._pad_id, self._base, self.multiple), sink)
 
-    def fits(self, window: Ids, multiple: int, *, refuse: bool = False) -> bool:
-        """Whether all hook points give one vector per token of a window padded to a multiple."""
-        self._state.restore()
-        self.multiple, shape, fits = multiple, (1, round_up(len(window), multiple)), True
+    def check(self, window: Ids) -> None:
+        """One pass. Raises HookError where a hook point gives no vector per token."""
+        shape = (1, round_up(len(window), self.multiple))
 
         def sink(hook: Hook, value: Any) -> None:
-            nonlocal fits
-            fits &= vectors_of(value, shape) is not None
-            if refuse and not fits:
+            if vectors_of(value, shape) is None:
                 raise no_vectors(hook, value, shape)
 
-        if window:
-            self.run([window], sink)
-        return fits
+        self.run([window], sink)
 
     def __call__(self, windows: Sequence[Ids]) -> list[torch.Tensor]:
         """The rows (N, D) of each window."""
         import torch
 
-        self._state.restore()
+        self.restore()
         shape = (len(windows), round_up(max(map(len, windows)), self.multiple))
         found: list[list[torch.Tensor]] = [[] for _ in windows]
 

@@ -165,6 +165,15 @@ def test_an_altered_file_of_ours_is_never_another_sae(form: str, tmp_path: Path)
     assert refused > 90
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_sae_gives_the_same_bytes(form: str, tmp_path: Path) -> None:
+    write, _, _ = FORMS[form]
+    for i in range(8):
+        write(make("topk"), tmp_path / str(i))
+    for path in (tmp_path / "0").iterdir():
+        assert len({(tmp_path / str(i) / path.name).read_bytes() for i in range(8)}) == 1, path.name
+
+
 def test_weights_of_another_sae_beside_the_record_are_refused(tmp_path: Path) -> None:
     for name, k in (("a", 3), ("b", 4)):
         cls = registry.get("topk")

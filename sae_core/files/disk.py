@@ -51,8 +51,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors by name, with their checksum in the header's metadata, and return it."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     checksum = checksum_of(tensors)
+    # One entry: of several the order is random, and the same weights must give the same bytes.
     # Written through open(): safetensors' own writer makes files that only their owner can read.
-    path.write_bytes(save_tensors(tensors, {"format": "pt", CHECKSUM: checksum}))
+    path.write_bytes(save_tensors(tensors, {CHECKSUM: checksum}))
     return checksum
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
+from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES
 
 TOLERANCE = 1e-5
 EXPORTED = ["vanilla", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "abstopk"]
@@ -98,6 +99,18 @@ def test_our_export_encodes_and_decodes_the_same_in_saelens(name: str, normalize
         assert difference(sae(x).x_hat, theirs.decode(acts)) < TOLERANCE
         assert difference(loaded(x).x_hat, theirs(x)) < TOLERANCE
     assert float((acts != 0).sum(1).double().mean()) == pytest.approx(sae.encode(x).l0(), abs=0.05)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_jumprelu_of_every_recipe_has_equal_codes_in_saelens(recipe: str, tmp_path: Path) -> None:
+    sae, x = make("jumprelu", recipe=recipe, normalize="mean+dataset").eval(), rows(seed=50)
+    sae_core.save(sae, tmp_path)
+    theirs, loaded = LensSAE.load_from_disk(tmp_path), sae_core.load(tmp_path)
+    with torch.no_grad():
+        acts, ours = theirs.encode(x), loaded.encode(x).dense()
+    assert torch.equal(acts != 0, ours != 0)
+    assert torch.equal(acts != 0, sae.encode(x).dense() != 0)
+    assert difference(ours, acts) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -370,6 +383,22 @@ def test_jumprelu_l0_equals_step() -> None:
     lens_out, lens_losses, lens_grads = lens_step(theirs, x, l0=0.7)
     assert difference(out.x_hat, lens_out.sae_out) < TOLERANCE
     assert difference(losses["l0"], lens_losses["l0_loss"]) < TOLERANCE
+    assert_equal_gradients(grads, lens_grads)
+
+
+def test_jumprelu_anthropic_equals_tanh_with_ste_to_input() -> None:
+    """Ours trains log theta; the pre-activation loss, which SAELens has for dead latents alone, is off."""
+    x = rows(seed=20)
+    sae = make("jumprelu", recipe="anthropic", l0_coef=0.7, threshold_init=0.3, bandwidth=0.5, dead_coef=0.0)
+    _, losses, grads = step(sae, x)
+    options = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_bandwidth": 0.5, "jumprelu_ste_to_input": True}
+    theirs = lens("jumprelu", **options)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(sae.theta if name == "threshold" else dict(sae.named_parameters())[name])
+    _, lens_losses, lens_grads = lens_step(theirs, x, l0=0.7)
+    assert difference(losses["l0"], lens_losses["l0_loss"]) < TOLERANCE
+    grads["threshold"] = grads.pop("threshold.raw") / sae.theta.detach()
     assert_equal_gradients(grads, lens_grads)
 
 

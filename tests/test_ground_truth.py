@@ -119,7 +119,7 @@ def test_the_truth_itself_scores_perfectly_through_a_cache(tmp_path: Path) -> No
 
     world, data = make("tree")
     experiment.write_cache(tmp_path / "cache", world, data, seed=0)
-    sae = JumpReLUSAE(JumpReLUSAE.Config(d_in=20, d_sae=20, normalize="none", threshold_init=0.15))
+    sae = JumpReLUSAE(JumpReLUSAE.Config(d_in=20, d_sae=20, recipe="tanh", normalize="none", threshold_init=0.15))
     with torch.no_grad():
         sae.W_dec.copy_(torch.from_numpy(world.directions))
         sae.W_enc.copy_(sae.W_dec.t())

@@ -3,9 +3,9 @@
     python -m benchmarks step [--full]
 
 A step is `train.loop.train_step`, as a run takes it, on one batch that is at hand. Sizes: d_in 384, d_sae 12288, k 32,
-batch 2048, fp32. L1 and JumpReLU types are measured at trained density: their biases are set so that about 64 latents
-per row are active. Routed types choose between two hook points. Left out: crosscoder (its encoder is as wide as all
-hook points together) and matching_pursuit (k products by definition).
+batch 2048, fp32. Types without a setting of L0 are measured at trained density: their biases are set so that about 64
+latents per row are active. Routed types choose between two hook points. Left out: crosscoder (its encoder is as wide
+as all hook points together) and matching_pursuit (k products by definition).
 """
 
 import argparse
@@ -98,7 +98,7 @@ def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
     sae = cls(make_config(cls, options)).to(device)
     x = inputs(name, device)
     sae.initialize(x, torch.Generator(device=device).manual_seed(0))
-    if "k" not in known:
+    if "k" not in known and sae.config.wanted_l0 is None:
         _set_density(sae, x)
     if dead:
         _kill(sae.core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable
@@ -112,9 +113,9 @@ class RunLog:
         self._lines.append(f"{stamp} {message.replace(chr(10), ' | ')}\n")
 
     def close(self, *, keep: bool) -> None:
-        """Append the lines to the file."""
+        """Append the lines to the file, if there is room: a full disk has an error of its own to tell."""
         if keep and self._lines and (self._path.is_file() or not self._path.exists()):
-            with self._path.open("a", encoding="utf-8") as stream:
+            with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as stream:
                 stream.writelines(self._lines)
         self._lines = []
 

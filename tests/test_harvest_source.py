@@ -21,6 +21,7 @@ from sae_granary.cache.format.signed import dump_signed
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import HarvestError, SourceStoppedError
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.harvest.text import local_files
 from sae_granary.harvest.text.local_files import FileSource
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 from sae_granary.models.config_files import config_hash
@@ -244,6 +245,14 @@ def test_a_file_that_changes_while_it_is_read_stops_the_harvest(tmp_path: Path) 
         stream.write("three\n")
     with pytest.raises(SourceStoppedError, match=r"a\.txt was changed since the harvest began"):
         list(records)
+
+
+def test_hashing_a_text_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_files, "_TELL_SECONDS", -1.0)
+    (tmp_path / "a.txt").write_bytes(b"the fox\n" * 1000)
+    said: list[str] = []
+    assert FileSource(TextConfig(str(tmp_path / "a.txt")), said.append).identity["dataset_full_xxh3"]
+    assert said == ["hashing the text: 7.8 KiB of 7.8 KiB"]
 
 
 @pytest.mark.slow

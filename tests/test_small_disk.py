@@ -1,0 +1,99 @@
+"""A file system that is really full, and few file descriptors: what is said, what is kept, how it goes on."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import write_cache
+
+from sae_granary import open_cache, resume_training, train_sae
+from sae_granary.common.errors import ConfigError, GranaryError
+from sae_granary.common.files import free_bytes
+from sae_granary.harvest.run import harvest_activations
+from sae_granary.train.callbacks import StepEvent
+from sae_granary.train.errors import ShortageError
+
+SETTINGS = {"type": "topk", "k": 2, "d_sae": 1024, "batch_size": 64, "steps": 6, "save_every": 2, "eval_rows": 200}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """(a folder that is a file system of its own, how to set its size)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if os.geteuid() or not mount("-o", "size=1M"):
+        pytest.skip("needs root: it mounts a small file system")
+    try:
+        yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_training_on_a_full_disk_names_it_and_continues(small_disk, tmp_path) -> None:
+    folder, resize = small_disk
+    settings = {**SETTINGS, "cache": str(write_cache(tmp_path / "toy", n_docs=20, d_in=64))}
+    whole = train_sae(**settings, runs_dir=str(tmp_path / "whole"), name="r").folder
+    with pytest.raises(ConfigError, match=r"disk has 1.0 MiB free, the run's checkpoints need about [\d.]+ MiB"):
+        train_sae(**settings, runs_dir=str(folder), name="r")
+    resize("6M")
+
+    def fill(event: StepEvent) -> None:  # another program's file, after the run has begun
+        if event.step == 3:
+            (folder / "other").write_bytes(bytes(free_bytes(folder) - (200 << 10)))
+
+    needed = r"no space left for .*/disk/r: up to [\d.]+ MiB needed, [\d.]+ (MiB|KiB|B) free; fix this, then run: "
+    with pytest.raises(ShortageError, match=needed + "sae-train resume"):
+        train_sae(**settings, runs_dir=str(folder), name="r", callbacks=[fill])
+    (folder / "other").unlink()
+    found = resume_training(folder / "r").folder / "sae_weights.safetensors"
+    assert found.read_bytes() == (whole / "sae_weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_harvest_on_a_full_disk_names_it_and_continues(small_disk, tmp_path) -> None:
+    folder, resize = small_disk
+    settings = {"model": "demo", "dataset": "demo", "layers": 3, "device": "cpu", "quiet": True, "rows_per_shard": 512}
+    with pytest.raises(GranaryError, match=r"not enough space for .*/disk/c: [\d,]+ bytes are planned and [\d,]+ are"):
+        harvest_activations(**settings, max_tokens=4000, out=folder / "c")
+    resize("7M")
+    (folder / "other").write_bytes(bytes(3 << 20))  # comes between the plan and the writing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae_granary.harvest.run.check_space", lambda prepared: None)
+        with pytest.raises(GranaryError, match=r"free some space and run the same command again"):
+            harvest_activations(**settings, max_tokens=4000, out=folder / "c")
+    committed = open_cache(folder / "c", allow_incomplete=True).n_rows
+    (folder / "other").unlink()
+    resize("64M")
+    result = harvest_activations(**settings, max_tokens=4000, out=folder / "c")
+    assert (result.resumed_rows, committed > 0) == (committed, True)
+    harvest_activations(**settings, max_tokens=4000, out=tmp_path / "whole")
+    assert (open_cache(folder / "c").hook()[:] == open_cache(tmp_path / "whole").hook()[:]).all()
+
+
+@pytest.mark.slow
+def test_24_saes_finish_with_64_descriptors(tmp_path) -> None:
+    cache = write_cache(tmp_path / "toy", n_docs=20, d_in=8)
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from sae_granary import train_sweep
+settings = {SETTINGS | {"d_sae": 24, "k": None, "cache": str(cache)}!r}
+result = train_sweep({{"k": [1, 2, 3], "init_seed": list(range(8))}}, settings, runs_dir={str(tmp_path / "runs")!r})
+print(len(result.rows), len(result.failures))
+"""
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 64
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["24", "0"], done.stderr

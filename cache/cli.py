@@ -80,37 +80,46 @@ def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def verify(
-    path: CachePath,
+    paths: Annotated[list[Path], typer.Argument(help="Folders of caches, e.g. cache/bert_l6.", show_default=False)],
     quick: Annotated[bool, typer.Option("--quick", help="Existence and sizes only, no checksums.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every file of a cache: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
+    """Check every file of caches: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
     with expected_errors(debug):
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
         from sae_granary.cache.read.arrays import truncated_shards
-        from sae_granary.common.quantities import byte_size
         from sae_granary.common.signals import explain_bus_errors
 
         explain_bus_errors(truncated_shards)
-        load_manifest(path)  # no cache at all is an error, not a finding
-        report = _with_progress(path, quick)
+        for path in paths:
+            load_manifest(path)  # no cache at all is an error, not a finding
+        reports = {}
+        for path in paths:
+            reports[path] = _with_progress(path, quick)
+            if not as_json:
+                _print_report(path, reports[path], quick)
         if as_json:
-            print_json(checks.report_json(report))
-        else:
-            console = _console()
-            for finding in report.problems:
-                console.print(_plain(f"{finding.path}: {finding.problem}", "red"), soft_wrap=True)
-            for name in report.foreign:
-                console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
-            checked = "sizes" if quick else f"{len(report.findings)} files, {byte_size(report.n_bytes)}"
-            n = len(report.problems)
-            state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
-            state += "" if report.complete else ", incomplete: the harvest has not finished"
-            console.print(_plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
-    if not report.ok:
+            bodies = [checks.report_json(report) for report in reports.values()]
+            print_json(bodies[0] if len(paths) == 1 else {str(p): b for p, b in zip(reports, bodies, strict=True)})
+    if not all(report.ok for report in reports.values()):
         raise typer.Exit(1)
+
+
+def _print_report(path: Path, report: Report, quick: bool) -> None:
+    from sae_granary.common.quantities import byte_size
+
+    console = _console()
+    for finding in report.problems:
+        console.print(_plain(f"{finding.path}: {finding.problem}", "red"), soft_wrap=True)
+    for name in report.foreign:
+        console.print(_plain(f"{name}: not part of the cache"), soft_wrap=True)
+    checked = "sizes" if quick else f"{len(report.findings)} files, {byte_size(report.n_bytes)}"
+    n = len(report.problems)
+    state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
+    state += "" if report.complete else ", incomplete: the harvest has not finished"
+    console.print(_plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
 
 
 def _with_progress(path: Path, quick: bool) -> Report:

@@ -1,13 +1,18 @@
 """What people type means what they meant: lists where one number belongs, YAML, settings of another type, the help."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
+from conftest import write_cache
 from typer.testing import CliRunner
 
+from sae_granary import open_cache, train_sweep
+from sae_granary.cache.cli import app as cache_app
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import parse_count
 from sae_granary.harvest.cli import app as harvest_app
@@ -15,6 +20,7 @@ from sae_granary.harvest.keywords import make_config as make_harvest
 from sae_granary.train.cli import app as train_app
 from sae_granary.train.config.merge import from_sections, make_config, read_yaml, to_yaml
 from sae_granary.train.config.yaml_text import load_yaml
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.sweeps.grid import check_grid, expand
 
 SETTINGS = Path(__file__).parent / "data" / "settings"
@@ -218,3 +224,52 @@ def test_help_shows_the_flags_people_use_and_help_all_the_rest(monkeypatch, app,
     assert 15 <= len(shown) <= 28 < len(every)
     assert {"--layer", "--device", "--debug", "--help-all"} <= shown
     assert shown.isdisjoint({"--grad-acc-steps", "--rows-per-shard", "--layer-stride"})
+
+
+# -- the wrong kind of folder --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A cache of tokens and a sweep of two runs on it."""
+    folder = tmp_path_factory.mktemp("place")
+    write_cache(folder / "toy", n_docs=20)
+    settings = {"type": "topk", "d_sae": 32, "steps": 2, "batch_size": 64, "device": "cpu", "eval_rows": 64}
+    train_sweep({"k": [2, 4]}, settings, cache=str(folder / "toy"), runs_dir=str(folder / "runs"), name="s")
+    return folder
+
+
+def test_a_sweep_where_a_run_belongs_says_what_to_do(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    names = r"is a sweep of several runs: name one of the folders in it \(toy_layer_3_topk_d32_k2_s0, .*k4_s0\)"
+    assert re.search(names, invoke("export", "runs/s", code=2))
+    assert re.search(names, invoke("push", "runs/s", "me/sae", code=2))
+    run = ["run", "--cache", "toy", "--type", "topk", "-k", 2, "--d-sae", 32, "--steps", 2, "-b", 64, "-q"]
+    assert re.search(names, invoke(*run, "--init-from", "runs/s", code=2))
+    for more in ([], ["--resume", "auto"], ["--overwrite"]):
+        text = invoke(*run, "--name", "s", *more, code=2)
+        assert "runs/s is a sweep: continue it with sae-train resume runs/s, or choose another --name" in text
+    assert (place / "runs/s/sweep.json").is_file()
+
+
+def test_verify_takes_several_caches(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(place / "toy", name)
+    assert invoke("verify", "a", "b", app=cache_app).count(": ok (") == 2
+    shard = max((path for path in Path("b").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = CliRunner().invoke(cache_app, ["verify", "b", "a"])
+    assert result.exit_code == 1
+    assert "a: ok (" in result.output
+    assert re.search(r"b: \d problem", result.output)
+    assert json.loads(CliRunner().invoke(cache_app, ["verify", "a", "b", "--json"]).output).keys() == {"a", "b"}
+    assert "nowhere does not exist" in invoke("verify", "a", "nowhere", app=cache_app, code=2)
+
+
+def test_a_type_that_reads_neighbors_says_why_texts_have_none(place) -> None:
+    opened = open_cache(place / "toy")
+    opened.unit = "text"
+    config = make_config([{"type": "temporal", "cache": "toy", "batch_size": 64}])
+    with pytest.raises(ConfigError, match=r"type temporal ties each token to the one before it, but .*toy holds one"):
+        RunData.open(config, opened)

@@ -51,6 +51,10 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     folder = Path(config.runs_dir) / config.name
     check_name(config.name)
     _refuse_code(folder)
+    if is_sweep(folder):
+        raise RunExistsError(
+            f"{folder} is a sweep: continue it with sae-train resume {folder}, or choose another --name"
+        )
     if folder.exists() and not _is_unused(folder):
         ours = (folder / RECORD).is_file()
         if not (overwrite and ours):
@@ -102,6 +106,14 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
 def is_sweep(folder: Path) -> bool:
     """Whether a folder is that of a sweep."""
     return (folder / PLAN).is_file()
+
+
+def check_one_run(folder: Path) -> None:
+    """Refuse a sweep where one run belongs. Raises ConfigError with the runs in it."""
+    if is_sweep(folder):
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+        named = f"{', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}" or "none yet"
+        raise ConfigError(f"{folder} is a sweep of several runs: name one of the folders in it ({named})")
 
 
 @contextmanager

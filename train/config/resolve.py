@@ -80,6 +80,11 @@ def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int |
 
 def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: Counts) -> TrainConfig:
     """Decide every undecided setting. Raises ConfigError or OptionError for what cannot be; changes nothing on disk."""
+    if sae_core.registry.get(config.type).reads.previous and cache.unit == "text":
+        raise ConfigError(
+            f"type {config.type} ties each token to the one before it, but {cache.path} holds one row per text: "
+            "harvest tokens (sae-harvest run --unit token), or choose another --type"
+        )
     if counts.train < config.batch_size:
         raise ConfigError(
             f"batch_size={config.batch_size:,} is larger than the {counts.train:,} rows to train on "

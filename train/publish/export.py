@@ -13,6 +13,7 @@ from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files import saelens
 from sae_granary.train.errors import RunExistsError
+from sae_granary.train.folders import check_one_run
 
 
 def export(run: Path, to: str, out: Path) -> Path:
@@ -23,6 +24,7 @@ def export(run: Path, to: str, out: Path) -> Path:
     """
     if to not in WRITERS:
         raise ConfigError(f"--to {to!r} is unknown (known: {', '.join(WRITERS)}){nearest(to, WRITERS)}")
+    check_one_run(run)
     sae, metadata = sae_core.load(run), read_metadata(run)
     if out.exists() and any(out.iterdir()):
         raise RunExistsError(f"{out} is not empty: choose another --out")

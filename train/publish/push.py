@@ -17,6 +17,7 @@ from sae_granary.common.finished_run import (
     read_summary,
 )
 from sae_granary.train.errors import TrainError
+from sae_granary.train.folders import check_one_run
 
 FILES = (*SAE_FILES, CONFIG, SUMMARY)
 _HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"  # user/name, or a name alone
@@ -25,6 +26,7 @@ METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "rare", "nev
 
 def files_of(run: Path) -> list[Path]:
     """The files of a run that are published; never checkpoints or logs."""
+    check_one_run(run)
     found = [run / name for name in FILES if (run / name).is_file()]
     if not any(path.name == "sae_weights.safetensors" for path in found):
         raise NotARunError(f"{run} holds no finished SAE: expected sae_weights.safetensors")

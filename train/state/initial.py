@@ -12,6 +12,7 @@ from sae_granary.sae_core import SAE, Rows
 from sae_granary.sae_core.files.fold import fold, unfold
 from sae_granary.sae_core.files.io import NATIVE, OURS
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.folders import check_one_run
 
 COMPARED_ROWS = 1024
 SAME_FVU = 1e-3  # relative
@@ -23,6 +24,7 @@ def load_initial(path: str) -> SAE:
     Raises ConfigError for a folder that holds none.
     """
     folder = Path(path)
+    check_one_run(folder)
     checkpoints = sorted(folder.glob("checkpoints/step_*/sae")) if not (folder / OURS).is_file() else []
     try:
         for native in (folder, folder / "sae", *checkpoints[-1:]):

@@ -15,6 +15,7 @@ from sae_granary.common.errors import nearest
 from sae_granary.common.signed import short
 from sae_granary.sae_core.errors import OptionError
 
+MAX_INT = 2**63 - 1
 NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
 LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of the reconstruction loss
 LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
@@ -72,12 +73,12 @@ def _types(cls: Any) -> dict[str, Any]:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value, perhaps read from JSON, has a declared type. An integer is a float, and fits into 64 bits."""
+    """Whether a value, perhaps read from JSON, has a declared type. An integer is a float."""
     inner = get_args(kind)
     if isinstance(kind, UnionType):
         return any(_is_of(value, each) for each in inner)
     if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
+        return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     if get_origin(kind) is tuple:
@@ -98,6 +99,8 @@ def check(config: Any) -> None:
         if spec.name in types and not _is_of(value, types[spec.name]):
             kind = getattr(types[spec.name], "__name__", str(types[spec.name]))
             raise OptionError(f"{spec.name}={short(value)}: expected {kind}")
+        if isinstance(value, Integral) and abs(int(value)) > MAX_INT:
+            raise OptionError(f"{spec.name}={short(value)}: expected a value <= {MAX_INT}")
         if value is None or not bounds:
             continue
         if isinstance(value, float) and not math.isfinite(value):

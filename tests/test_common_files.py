@@ -20,14 +20,16 @@ REPO = Path(__file__).parents[1]
     ("text", "count"),
     [
         *[("20k", 20_000), ("5M", 5 * 10**6), ("1.5B", 15 * 10**8), ("1g", 10**9), ("2T", 2 * 10**12), ("1_000", 1000)],
-        *[("20,000", 20_000), ("1e6", 10**6), ("7", 7), (" 7 ", 7), ("-1", -1), (".5k", 500), ("0", 0)],
+        *[("1e6", 10**6), ("7", 7), (" 7 ", 7), ("-1", -1), (".5k", 500), ("0", 0)],
     ],
 )
 def test_counts_have_suffixes(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "k", "lots", "1.5", "1.0005k", "5kk", "nan", "inf", "1e9999", "5 M x", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "lots", "1.5", "1.0005k", "5kk", "nan", "inf", "1e9999", "5 M x", "0x10", "16,32", "20,000"]
+)
 def test_what_is_no_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a whole number such as 20000, 20k, 5M or"):
         parse_count(text)

@@ -184,3 +184,16 @@ class WordLengths:
 def test_slow_tokenizers_run_in_processes() -> None:
     tokenize = text_tokenizer(WordLengths(), WordLengths, num_proc=2)
     assert [ids.tolist() for ids in tokenize(["a bb", "ccc", ""])] == [[1, 2], [3], []]
+
+
+def test_a_bos_token_of_id_0_is_a_bos_token() -> None:
+    """SAELens#724: id 0 is that of GPT-NeoX, and no absent one."""
+    gpt2 = tiny_tokenizer("gpt2")
+    assert gpt2.bos_token_id == 0
+
+    def prefix(**options: Any) -> tuple[int, ...]:
+        rules = window_rules(gpt2, TokenConfig(**options), is_decoder=True, max_positions=64, default_len=64)
+        assert 0 in rules.special_ids
+        return rules.prefix
+
+    assert (prefix(), prefix(bos=True), prefix(bos=True, pack=True), prefix(bos=False)) == ((), (0,), (0,), ())

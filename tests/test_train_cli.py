@@ -192,7 +192,7 @@ def test_flags_are_settings() -> None:
     run = get_command(app).commands["run"]
     variant = {"k", "d_sae", "normalize", "loss"}
     commands_only = {"layer", "config", "assignments", "overwrite", "quiet", "debug"}
-    commands_only |= {"layers", "layer_stride", "resume", "dry_run"}
+    commands_only |= {"help_all", "layer_stride", "resume", "dry_run"}
     names = {p.name for p in run.params}
     assert names - commands_only - variant <= set(TRAINER_KEYS)
     assert sorted(names - commands_only) == FROZEN_FLAGS

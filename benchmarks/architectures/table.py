@@ -62,7 +62,7 @@ MEANINGS = {
 
 def _equal(lines: Sequence[Line]) -> Iterable[tuple[str, list[Line]]]:
     def kind(line: Line) -> str:
-        told = f"only `{line['only']}`: all layers are refused" if line.get("only") else ""
+        told = "at the place that the refusal of all layers names" if line.get("only") else ""
         batches = f"batches of {line['batches']}" if line["batches"] else ""
         return ", ".join(filter(None, ("causal" if line["causal"] else "bidirectional", batches, told)))
 
@@ -71,7 +71,7 @@ def _equal(lines: Sequence[Line]) -> Iterable[tuple[str, list[Line]]]:
 
 def _by_reason(lines: Sequence[Line]) -> Iterable[tuple[str, list[Line]]]:
     def kind(line: Line) -> str:
-        text = str(line["why"])
+        text = re.sub(r": give a model that reads text.*|^it: | \(sae-harvest names\)", "", str(line["why"]))
         for pattern, words in REASONS:
             if re.search(pattern, text):
                 return words
@@ -86,9 +86,9 @@ REASONS = (
     (r"million parameters", "Too large at the sizes that are known"),
     (r"Class validation error", "Sizes that do not belong together"),
     (r"Unrecognized configuration class", "No model class for AutoModel"),
-    (r"cannot run on text alone \((ValueError: You (have to|must) specify|TypeError: .*missing|ValueError: Exactly one|"
-     r"ValueError: Bbox|.*'NoneType' object has no|.*NoneType, Parameter)", "It cannot run on text alone: "
-     "pictures, sound or boxes are wanted too"),
+    (r"cannot run on text alone \((ValueError: You (have to|must) specify|TypeError: .*missing|ValueError: Exactly|"
+     r"ValueError: (Bbox|`visual_feats`)|.*'NoneType' object has no|.*NoneType, Parameter)",
+     "It cannot run on text alone: pictures, sound or boxes are wanted too"),
 )  # fmt: skip
 
 
@@ -100,4 +100,4 @@ def _grouped(lines: Iterable[Line], kind: Any) -> Iterable[tuple[str, list[Line]
 
 
 def _names(lines: Iterable[Line]) -> str:
-    return ", ".join(str(line["name"]) for line in lines)
+    return ", ".join(f"{line['name']} (`{line['only']}`)" if line.get("only") else str(line["name"]) for line in lines)

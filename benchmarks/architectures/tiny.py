@@ -68,7 +68,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
     "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
     "mamba2": {"head_dim": 16, "n_groups": 1},
-    "mistral4": {"num_key_value_heads": 4, "rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
+    "mistral4": {
+        "num_key_value_heads": 4,
+        "rope_parameters": ROPE
+        | {"partial_rotary_factor": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8192},
+    },
     "mllama": {"cross_attention_layers": [1]},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "step3p": {"sliding_window": 4},

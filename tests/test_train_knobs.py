@@ -204,7 +204,7 @@ def test_resampled_latents_point_at_their_rows(type) -> None:
     cls = sae_core.registry.get(type)
     several = "n_hooks" in cls.Config.__dataclass_fields__
     options = {"d_in": 6, "d_sae": 16} | ({"n_hooks": 2} if several else {})
-    options |= {"k": 3} if "k" in cls.Config.__dataclass_fields__ else {}
+    options |= {name: 3 for name in ("k", "l0_target") if name in cls.Config.__dataclass_fields__}
     sae = cls(sae_core.make_config(cls, options))
     generator = torch.Generator().manual_seed(0)
 

@@ -76,6 +76,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mllama": {"cross_attention_layers": [1]},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "step3p": {"sliding_window": 4},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }  # by how the model type starts
 
 

@@ -85,7 +85,7 @@ REASONS = (
     (r"requires the (\w+) library", "A library is not installed"),
     (r"million parameters", "Too large at the sizes that are known"),
     (r"Class validation error", "Sizes that do not belong together"),
-    (r"Unrecognized configuration class|Could not find the model neither", "No model class for AutoModel"),
+    (r"Unrecognized configuration class|Could not find \w+ neither", "No model class for AutoModel"),
     (r"cannot run on text alone \((ValueError: You (have to|must) specify|TypeError: .*missing|ValueError: Exactly|"
      r"ValueError: (Bbox|`visual_feats`)|.*'NoneType' object has no|.*NoneType, Parameter)",
      "It cannot run on text alone: pictures, sound or boxes are wanted too"),

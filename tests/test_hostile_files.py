@@ -148,10 +148,8 @@ def test_control_characters_of_a_summary_do_not_reach_the_terminal(tmp_path) -> 
 
 def test_a_console_escapes_whatever_it_prints(capsys) -> None:
     make_console().print(f"[bold]{NASTY}[/bold] ünïcode \u200d 日本", soft_wrap=True)
-    assert (
-        capsys.readouterr().out == r"\x1b[2Jber\rt\x9b1m\u202e ünïcode".replace("ber", r"\x07ber") + " \u200d 日本\n"
-        or True
-    )
+    shown = r"\x1b[2Jbert\x9b1m\u202e ünïcode" + " \u200d 日本\n"  # BEL and CR are taken out by rich
+    assert capsys.readouterr().out == shown
     assert printable("a\nb\tc\x1b\ud800", keep="\n") == "a\nb\\tc\\x1b\\ud800"
 
 

@@ -13,7 +13,7 @@ from sae_granary import sae_core
 from sae_granary.common.finished_run import read_summary
 from sae_granary.sae_core import registry, variants
 from sae_granary.train.cli import app
-from sae_granary.train.config.merge import read_yaml
+from sae_granary.train.config.merge import make_config, read_yaml
 
 TOY = '''
 """Soft threshold: what exceeds a fixed threshold, shrunk by it."""
@@ -74,7 +74,7 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     flags = ["--cache", "toy", "--type", "soft_threshold", "--batch-size", "128", "--set", "shrink=0.2"]
     call("run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
     folder = Path("runs/toy")
-    assert read_yaml(folder / "config.yaml")["shrink"] == 0.2
+    assert make_config([read_yaml(folder / "config.yaml")]).options["shrink"] == 0.2
 
     # evaluated: the summary's numbers are those of the SAE that was saved
     sae = sae_core.load(folder)

@@ -208,6 +208,17 @@ def test_resampled_latents_start_at_the_threshold_of_the_others() -> None:
     assert run.sae.theta[3].item() == pytest.approx(typical, rel=1e-5)
 
 
+def test_a_step_in_double_precision_is_that_of_single() -> None:
+    sae, x = make().double(), rows(seed=3).double()
+    out = sae(x)
+    sum(sae.losses(out, Progress(0, 100)).values()).backward()
+    sae.track(out)
+    sae.project_gradients()
+    expected = by_hand("constraint", x, sae)
+    price = float(expected["fvu"] @ expected["f"].double() / expected["f"].double().square().sum())
+    assert float(sae.threshold.price) == pytest.approx(price, rel=1e-6)
+
+
 def test_averaged_weights_do_not_shift_thresholds() -> None:
     run = trained("constraint", 5)
     ema = Ema(run.sae, 0.5)

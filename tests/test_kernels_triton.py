@@ -192,7 +192,7 @@ ONE_HOOK = [name for name in registry.names() if registry.get(name).reads.one_ro
 @pytest.mark.parametrize("name", ONE_HOOK)
 def test_a_step_of_every_type_is_that_of_the_eager_products(name: str) -> None:
     cls = registry.get(name)
-    known = {"k": 2} if hasattr(cls.Config, "k") else {}
+    known = {option: 2 for option in ("k", "l0_target") if hasattr(cls.Config, option)}
     sae = cls(make_config(cls, {"d_in": 6, "d_sae": 24, **known})).to(DEVICE)
     x = normal(12, 6).to(DEVICE)
     sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(0))

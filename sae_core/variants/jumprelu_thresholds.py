@@ -71,11 +71,11 @@ class ControlledThreshold(LogThreshold):
         """Remove the part of the gradient that changes L0: g <- g - price * f, price = EMA of <g, f> / <f, f>."""
         if self.raw.grad is None:
             return
-        f = self.in_window / (self.n_rows.clamp_min(1) * bandwidth)
+        f = self.in_window.to(self.raw.dtype) / (self.n_rows.clamp_min(1).to(self.raw.dtype) * bandwidth)
         price = (self.raw.grad @ f) / self.speed / f.square().sum().clamp_min(LEAST)
-        first = self.n_steps == 0
-        self.price.lerp_(price, torch.where(first, 1.0, PRICE_EMA))
-        self.slope.lerp_(f.sum(), torch.where(first, 1.0, SLOPE_EMA))
+        first, one = self.n_steps == 0, torch.ones_like(self.price)
+        self.price.lerp_(price, torch.where(first, one, PRICE_EMA))
+        self.slope.lerp_(f.sum(), torch.where(first, one, SLOPE_EMA))
         self.n_steps += 1
         self.raw.grad.sub_(self.speed * self.price * f)
 

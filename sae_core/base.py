@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sae_granary.common.device import float64
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
@@ -111,8 +112,7 @@ class SAE(nn.Module):
         x = as_rows(sample, like=self)
         for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
             normalizer.fit(hook[:MAX_FIT_ROWS])
-        target = self.prepare(x).target[:MAX_FIT_ROWS]
-        rows = target.double()
+        rows = float64(self.prepare(x).target[:MAX_FIT_ROWS])
         variance, mean_square = moments(rows)
         self.loss_variance.copy_(variance)
         self.loss_mean_square.copy_(mean_square)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from sae_granary.common.device import float64
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import kth_largest, row_topk
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
 MAX_MEDIAN_ROWS = 2**15  # that the geometric median looks at
+MEDIAN_ITERATIONS, MEDIAN_TOLERANCE = 100, 1e-5  # at most; of a step, relative to the median's norm
 BLOCK_ENTRIES = 2**18  # of a matrix (F, D) at a time, 1 MiB of float32: what stays in the processor's cache
 
 
@@ -135,16 +137,16 @@ def typical_row(rows: Tensor, how: str) -> Tensor:
     return rows.mean(0) if how == "mean" else torch.zeros_like(rows[0])
 
 
-def geometric_median(rows: Tensor, n_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+def geometric_median(rows: Tensor) -> Tensor:
     """Return the point (D,) with the least summed distance to rows (N, D), by Weiszfeld's iteration in float64."""
-    rows = rows.double()
+    rows = float64(rows)
     median = rows.mean(0)
-    for _ in range(n_iterations):
+    for _ in range(MEDIAN_ITERATIONS):
         weights = 1.0 / (rows - median).norm(dim=1).clamp_min(1e-12)
         updated = (weights[:, None] * rows).sum(0) / weights.sum()
         moved = (updated - median).norm()
         median = updated
-        if moved <= tolerance * median.norm().clamp_min(1e-12):
+        if moved <= MEDIAN_TOLERANCE * median.norm().clamp_min(1e-12):
             break
     return median
 

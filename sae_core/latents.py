@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_granary.common.device import float64, lacks_float64
 from sae_granary.sae_core.options import PRE_ACTS
 
 EMA_DECAY = 0.999
@@ -66,7 +67,7 @@ class SharedThreshold(PerLatent):
 
     def read(self, held: Any, W_dec: Tensor) -> Tensor:
         """Return the threshold, F times."""
-        threshold: Tensor = held.value.to(W_dec.dtype)
+        threshold: Tensor = held.value.to(W_dec.dtype).to(W_dec.device)
         return threshold.expand(len(W_dec)).clone()
 
     @torch.no_grad()
@@ -79,6 +80,7 @@ class BatchThreshold(nn.Module):
     """The inference threshold of batch-wise selections: an EMA while training, a calibration at the end.
 
     E[smallest kept activation], in float64; an EMA that starts at 0 is divided by its weight so far.
+    On a device without float64 the three numbers stay on the CPU.
     """
 
     ema: Tensor
@@ -92,18 +94,24 @@ class BatchThreshold(nn.Module):
         # NaN until a calibration or a loaded file sets it.
         self.register_buffer("calibrated", torch.full((), torch.nan, dtype=torch.float64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchThreshold":
+        if lacks_float64(fn(torch.zeros(())).device):
+            return self
+        moved: BatchThreshold = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
     @torch.no_grad()
     def update(self, kept: Tensor) -> None:
         """Take in the kept activations (nnz,) of one training batch."""
         if kept.numel() == 0:
             return
-        self.ema.mul_(EMA_DECAY).add_(kept.min().double(), alpha=1 - EMA_DECAY)
+        self.ema.mul_(EMA_DECAY).add_(float64(kept.min()), alpha=1 - EMA_DECAY)
         self.n_updates += 1
 
     @property
     def value(self) -> Tensor:
         """The calibrated threshold, else the EMA; 0 before any batch."""
-        corrected = self.ema / (1 - EMA_DECAY ** self.n_updates.double()).clamp_min(1e-300)
+        corrected = self.ema / (1 - EMA_DECAY ** float64(self.n_updates)).clamp_min(1e-300)
         return torch.where(self.calibrated.isnan(), corrected, self.calibrated)
 
     @torch.no_grad()
@@ -121,4 +129,4 @@ class BatchThreshold(nn.Module):
         above = counts.flip(0).cumsum(0).flip(0)  # above[b]: entries in bin b and higher
         lowest = int((above > n_rows * k).sum())  # the first bin whose entries all fit
         edge = torch.tensor(max(lowest, 0) << DROPPED_BITS, dtype=torch.int32).view(torch.float32)
-        self.calibrated.copy_(edge.double())
+        self.calibrated.copy_(edge)

@@ -6,6 +6,7 @@ Shapes: N rows, D width, F = d_sae latents.
 import torch
 from torch import Tensor
 
+from sae_granary.common.device import float64
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.normalize import NO_VARIANCE
 
@@ -32,7 +33,7 @@ class Evaluator:
         """Take in a batch: rows x (N, D), their reconstruction x_hat (N, D) and codes."""
         if x.shape[0] == 0:
             return
-        x, x_hat = x.double(), x_hat.double()
+        x, x_hat = float64(x), float64(x_hat)
         self._update_scatter(x)
         self._squared_error += float((x - x_hat).square().sum())
         self._squares += float(x.square().sum())
@@ -56,7 +57,7 @@ class Evaluator:
 
     def densities(self) -> Tensor:
         """(F,) float64 firing rate of each latent."""
-        return self.fired.double() / max(self.n_rows, 1)
+        return float64(self.fired) / max(self.n_rows, 1)
 
     def result(self) -> dict[str, float | None]:
         """Return the metrics by name.
@@ -76,8 +77,8 @@ class Evaluator:
             "mse": self._squared_error / n,
             "cosine": self._cosine / n,
             "l2_ratio": self._l2_ratio / n,
-            "rare": float((densities < self.dead_threshold).double().mean()),
-            "never_fired": float((densities == 0).double().mean()),
+            "rare": float(float64(densities < self.dead_threshold).mean()),
+            "never_fired": float(float64(densities == 0).mean()),
         }
 
 
@@ -92,5 +93,5 @@ def decoder_max_cosine(W_dec: Tensor, chunk: int = 2048) -> float:
         cosines = (rows[start : start + chunk] @ rows.t()).abs()
         own = torch.arange(cosines.shape[0], device=rows.device)
         cosines[own, own + start] = 0.0
-        total += float(cosines.max(dim=1).values.double().sum())
+        total += float(float64(cosines.max(dim=1).values).sum())
     return total / int(rows.shape[0])

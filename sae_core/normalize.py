@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae_granary.common.device import float64
 from sae_granary.sae_core.errors import NonFiniteError
 
 FIXED_MODES = ("dataset", "mean", "mean+dataset", "none")  # those that can be folded into the weights
@@ -66,7 +67,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def fit(self, sample: Tensor) -> None:
         """Take mean and scale from a sample (N, D) of raw rows. Raises NonFiniteError for NaN, Inf and absurd ones."""
-        rows = sample.double()
+        rows = float64(sample)
         check_scale(rows)
         if self.mode in ("mean", "mean+dataset"):
             self.mean.copy_(rows.mean(0))

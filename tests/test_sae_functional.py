@@ -1,10 +1,13 @@
 """Selections and straight-through gradients, against hand-computed numbers and naive references."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_granary.common import device
 from sae_granary.sae_core.functional import (
     annealed_sparsity,
     geometric_median,
@@ -179,6 +182,22 @@ def test_calibration_with_too_few_positives_keeps_them_all() -> None:
     threshold = BatchThreshold()
     threshold.calibrate([torch.tensor([[1.0, -1.0, -1.0]])], 2)
     assert threshold.value.item() == 0.0
+
+
+def test_the_threshold_stays_on_the_cpu_where_a_device_lacks_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "NO_FLOAT64", {"meta"})
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), BatchThreshold()).to("meta")
+    assert model[0].weight.is_meta
+    assert {name: buffer.device.type for name, buffer in model[1].named_buffers()} == dict.fromkeys(
+        ("ema", "n_updates", "calibrated"), "cpu"
+    )
+
+
+@pytest.mark.parametrize("stage", ["sae_core", "train"])
+def test_float64_is_asked_for_in_one_place(stage: str) -> None:
+    """`x.double()` ends in an error on mps; `common.device.float64` moves x first."""
+    sources = (Path(__file__).parents[1] / stage).rglob("*.py")
+    assert [source.name for source in sources if ".double()" in source.read_text(encoding="utf-8")] == []
 
 
 def test_annealed_sparsity_keeps_its_size_and_pushes_small_activations_harder() -> None:

@@ -1,11 +1,16 @@
-"""Which device computes."""
+"""Which device computes, and the numbers that it lacks."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from sae_granary.common.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+NO_FLOAT64 = {"mps"}  # types of devices
 _KNOWN = "expected auto, cpu, cuda, cuda:N or mps"
 
 
@@ -27,3 +32,13 @@ def choose_device(wanted: str) -> str:
     if match[1] == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps': PyTorch finds no Apple GPU on this machine; give cpu or auto")
     return wanted
+
+
+def lacks_float64(device: torch.device) -> bool:
+    """Whether a device cannot hold float64."""
+    return device.type in NO_FLOAT64
+
+
+def float64(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on its device or, where that has none, on the CPU."""
+    return (x.cpu() if lacks_float64(x.device) else x).double()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from sae_granary.common.device import float64
 from sae_granary.sae_core import SAE, Rows
 from sae_granary.train.state.run_state import Run
 
@@ -29,7 +30,7 @@ def resample_dead(run: Run, batches: Iterable[Rows]) -> int:
     if not len(dead):
         return 0
     parts = [(x, row_losses(run.sae, x)) for x in batches]
-    losses = torch.cat([loss for _, loss in parts]).double().cpu()
+    losses = float64(torch.cat([loss for _, loss in parts]).cpu())
     weights = torch.where(torch.isfinite(losses), losses, 0.0).square()
     n = min(len(dead), int((weights > 0).sum()), 2**24)
     if not n:

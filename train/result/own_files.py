@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.common import files
+from sae_granary.common.device import float64
 from sae_granary.sae_core import SAE, Rows, SAEOutput
 from sae_granary.train.errors import FilesDifferError
 from sae_granary.train.result.evaluate import in_evaluation
@@ -82,7 +83,7 @@ def _check(sae: SAE, folder: Path, rows: Rows) -> None:
 def difference(sae: SAE, other: SAE, rows: Rows) -> Difference:
     """Compare the reconstructions of two SAEs in inference. Each is left in the mode that it was in."""
     first, second = _infer(sae, rows), _infer(other, rows)
-    x, x_hat, again = (t.double() for t in (first.x, first.x_hat, second.x_hat))
+    x, x_hat, again = (float64(t) for t in (first.x, first.x_hat, second.x_hat))
     norms = x.norm(dim=1)
     # A row far shorter than most, or than its reconstruction, is the difference of larger numbers: their rounding.
     scales = torch.stack([norms, norms.median().expand_as(norms), x_hat.norm(dim=1)]).amax(0).clamp_min(1e-30)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
+from sae_granary.common.device import float64
 from sae_granary.sae_core.latents import latent_numbers
 from sae_granary.train.loop import StepResult
 from sae_granary.train.state.clock import Clock
@@ -50,7 +51,7 @@ def finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def mean_passes_since_fired(run: Run) -> float:
     """Steps since a latent fired, averaged over latents."""
-    return float(run.sae.core.num_tokens_since_fired.double().mean()) / run.config.batch_size
+    return float(float64(run.sae.core.num_tokens_since_fired).mean()) / run.config.batch_size
 
 
 def histograms_of(run: Run) -> dict[str, Tensor]:
@@ -60,6 +61,6 @@ def histograms_of(run: Run) -> dict[str, Tensor]:
     return {
         "log10_density": run.density.log10,
         "weights/W_dec_norms": core.W_dec.detach().norm(dim=1),
-        "tokens_since_fired": core.num_tokens_since_fired.double(),
+        "tokens_since_fired": float64(core.num_tokens_since_fired),
         **own,
     }

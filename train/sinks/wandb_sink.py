@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from sae_granary.common.device import float64
 from sae_granary.common.finished_run import CONFIG, SAE_FILES
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.sinks.chart_names import chart_name, charted
@@ -19,7 +20,7 @@ from sae_granary.train.sinks.sink import BaseSink, Histograms, Metrics
 
 def _histogram(values: Tensor) -> tuple[Any, Any]:
     """64 counts and 65 edges of the finite values; equal values, of which numpy makes no bins, get a bin of width 1."""
-    finite = values[values.isfinite()].double().cpu().numpy()
+    finite = float64(values[values.isfinite()].cpu()).numpy()
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_granary.common.device import float64
+
 LOG_FLOOR = 1e-10  # a latent that never fired stands at 10^-10, as SAELens draws it
 
 
@@ -35,13 +37,13 @@ class Density:
     @property
     def log10(self) -> Tensor:
         """(F,) log10 of the firing rates."""
-        return (self.fired.double() / max(self.n_rows, 1) + LOG_FLOOR).log10()
+        return (float64(self.fired) / max(self.n_rows, 1) + LOG_FLOOR).log10()
 
     def numbers(self, dead_threshold: float) -> dict[str, float]:
         """Of the measured batches: mean log10 rate, share of latents under the threshold, share that never fired."""
-        rates = self.fired.double() / max(self.n_rows, 1)
+        rates = float64(self.fired) / max(self.n_rows, 1)
         return {
             "mean_log10_density": float(self.log10.mean()),
-            "density/rare": float((rates < dead_threshold).double().mean()),
-            "density/never_fired": float((self.fired == 0).double().mean()),
+            "density/rare": float(float64(rates < dead_threshold).mean()),
+            "density/never_fired": float(float64(self.fired == 0).mean()),
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sae_granary import sae_core
+from sae_granary.common.device import float64
 from sae_granary.common.errors import ConfigError
 from sae_granary.sae_core import SAE, Rows
 from sae_granary.sae_core.files.fold import fold, unfold
@@ -85,5 +86,5 @@ def _training_fvu(sae: SAE, rows: Rows) -> float:
     training = sae.training
     out = sae.train()(rows)
     sae.train(training)
-    x, x_hat = out.x.double(), out.x_hat.double()
+    x, x_hat = float64(out.x), float64(out.x_hat)
     return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-30))

@@ -48,6 +48,7 @@ from benchmarks import machine
 from benchmarks.table import markdown
 from sae_granary import train_sae
 from sae_granary.common.process import tuned_process
+from sae_granary.sae_core import Rows
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.config.merge import make_config
@@ -245,8 +246,13 @@ def lens_options(recipe: Recipe, config: TrainConfig, coef: float | None) -> dic
 
 def rows_for_theirs(data: RunData) -> Iterator[Tensor]:
     """The first batches for the scale, then every batch of the run from its start."""
-    estimate = (data.inputs(batch.x) for batch in islice(open_stream([data]), ESTIMATE_BATCHES))
-    return chain(estimate, (data.inputs(batch.x) for batch in open_stream([data])))
+    estimate = (only(data.inputs(batch.x)) for batch in islice(open_stream([data]), ESTIMATE_BATCHES))
+    return chain(estimate, (only(data.inputs(batch.x)) for batch in open_stream([data])))
+
+
+def only(rows: Rows) -> Tensor:
+    """The rows of the only hook point."""
+    return next(iter(rows.values()))
 
 
 @torch.no_grad()
@@ -254,7 +260,7 @@ def evaluate(
     recipe: Recipe, data: RunData, folder: Path, coef: float | None, dead: float, seconds: float, k: int
 ) -> Measured:
     """Measure a SAELens folder on the held-out rows."""
-    sae, rows = LensSAE.load_from_disk(folder), list(passes.evaluation(data))
+    sae, rows = LensSAE.load_from_disk(folder), [only(x) for x in passes.evaluation(data)]
     shipped = scores(sae, rows)
     fvu_at = shipped["fvu"]
     if recipe.ours in ("batchtopk", "matryoshka"):

@@ -15,7 +15,7 @@ sae_class = sae_core.registry.get("topk")
 with Loader(rows, batch_size=1024) as batches:  # endless, shuffled; `device="cuda"` puts them on a GPU
     first = next(batches).x
     sae = sae_class(sae_class.Config(d_in=first.shape[1], d_sae=8 * first.shape[1], k=8))
-    sae.initialize(first, torch.Generator().manual_seed(0))  # normalisation, b_dec, weights
+    sae.initialize(first, torch.Generator().manual_seed(0))  # normalization, b_dec, weights
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     for step in range(N_STEPS):
         progress = sae_core.Progress(step, N_STEPS)

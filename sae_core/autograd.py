@@ -182,6 +182,6 @@ def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pa
     return kept, Pattern.of_rows(pattern.row_of[kept], indices[kept], pattern.n_rows, pattern.d_sae)
 
 
-def empty_encoder(d_in: int, d_sae: int, device: torch.device | str | None = None) -> Tensor:
+def empty_encoder(d_in: int, d_sae: int) -> Tensor:
     """An uninitialized W_enc (d_in, d_sae) with latent-contiguous strides."""
-    return torch.empty(d_sae, d_in, device=device).t()
+    return torch.empty(d_sae, d_in).t()

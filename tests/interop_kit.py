@@ -57,7 +57,7 @@ def train(sae: SAE, n_steps: int = 10) -> SAE:
 
 
 def total(losses: Mapping[str, Tensor]) -> Tensor:
-    """What is minimised."""
+    """What is minimized."""
     return torch.stack(list(losses.values())).sum()
 
 

@@ -184,7 +184,7 @@ def test_multi_topk_has_the_same_value_and_reaches_the_encoder_only_here() -> No
     assert "W_enc" not in lens_grads or not lens_grads["W_enc"].any()
 
 
-def test_decoder_projection_and_renormalisation_are_equal() -> None:
+def test_decoder_projection_and_renormalization_are_equal() -> None:
     x, sae = rows(), positive(make("topk", loss="fvu"))
     step(sae, x)
     theirs = coder(sae)

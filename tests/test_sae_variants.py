@@ -279,7 +279,7 @@ def test_a_saelens_folder_without_a_counterpart_is_refused(
 
 
 def identity(name: str, **options: object) -> SAE:
-    """d_in = d_sae = 3, encoder and decoder the identity, b_enc = b_dec = 0, no normalisation."""
+    """d_in = d_sae = 3, encoder and decoder the identity, b_enc = b_dec = 0, no normalization."""
     cls = registry.get(name)
     sae = cls(sae_core.make_config(cls, {"d_in": 3, "d_sae": 3, "normalize": "none", "loss": "mse", **options}))
     with torch.no_grad():

@@ -264,7 +264,7 @@ def test_a_run_starts_from_the_function_of_another(make_cache, tmp_path, type) -
     common |= {} if cls.reads.several else {"hook": "layer_1"}
     common |= {"k": 4} if "k" in cls.Config.__dataclass_fields__ else {}
     first = train_sae(**common, steps=12, lr=0.01, name="first")
-    # Another seed fits the normalisation to other rows; a rate of next to nothing leaves the function as it was.
+    # Another seed fits the normalization to other rows; a rate of next to nothing leaves the function as it was.
     again = train_sae(**common, steps=1, lr=1e-30, warmup_steps=0, name="again", init_from=str(first.folder), seed=7)
     fvu = [run.summary["eval"]["fvu"] for run in (first, again)]
     assert fvu[1] == pytest.approx(fvu[0], rel=0.05)

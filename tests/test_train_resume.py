@@ -61,7 +61,7 @@ def assert_same(a: Path, b: Path) -> None:
     native = [checkpoint.list_checkpoints(f)[-1] for f in (a, b)]
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (native[0] / file).read_bytes() == (native[1] / file).read_bytes(), file
-    states = [{c.name: checkpoint.read_state(c) for c in checkpoint.list_checkpoints(f)} for f in (a, b)]
+    states = [{c.name: checkpoint.read_state(c).body for c in checkpoint.list_checkpoints(f)} for f in (a, b)]
     for name in states[0].keys() & states[1].keys():
         for key in ("score", "tokens", "loader", "rejected", "rejected_in_row"):
             assert states[0][name][key] == states[1][name][key], key
@@ -203,7 +203,7 @@ def test_the_best_checkpoint_is_kept_by_fvu(make_cache, tmp_path) -> None:
     # The rate grows until nothing is left of what was learned: the best checkpoint is an early one.
     settings = {**SETTINGS, "lr": 0.5, "warmup_steps": 59, "lr_schedule": "constant", "save_every": 5}
     result = train_sae(cache=str(make_cache()), type="topk", runs_dir=str(tmp_path), keep=1, keep_best=True, **settings)
-    kept = {p.name: checkpoint.read_state(p)["score"] for p in checkpoint.list_checkpoints(result.folder)}
+    kept = {p.name: checkpoint.read_state(p).body["score"] for p in checkpoint.list_checkpoints(result.folder)}
     saved = [(line["fvu"], line["step"]) for line in read_metrics(result.folder) if line["step"] % 5 == 0]
     fvu, step = min(saved)
     assert step < 60

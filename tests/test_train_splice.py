@@ -284,7 +284,7 @@ def test_kl_finetuning_lowers_the_kl(models: Path, tmp_path: Path, model: str) -
     plain = run_eval(models, tmp_path, "plain", model)["eval"]
     tuned = run_eval(models, tmp_path, "tuned", model, finetune_kl=25_000)["eval"]
     assert tuned["kl"] < 0.95 * plain["kl"]
-    assert tuned["ce_score"] > plain["ce_score"] - 0.01  # the KL is what is minimised
+    assert tuned["ce_score"] > plain["ce_score"] - 0.01  # the KL is what is minimized
     assert tuned["fvu"] < 1.6 * plain["fvu"]
     lines = [json.loads(line) for line in (tmp_path / "runs/tuned/metrics.jsonl").read_text().splitlines()]
     phases = ["losses/kl" in line for line in lines]

@@ -75,7 +75,7 @@ def test_members_equal_runs_alone_bitwise(make_cache, tmp_path) -> None:
     result = train_sweep(grid, settings, runs_dir=str(tmp_path), name="all")
     assert not result.failures
     plan = load_plan(result.folder)
-    assert [len(group.entries) for group in plan.groups] == [5, 2]  # neighbours have an order of their own
+    assert [len(group.entries) for group in plan.groups] == [5, 2]  # neighbors have an order of their own
     assert "vanilla has no k: left out there" in plan.notes
     assert "1 of 8 points equal others: 7 SAEs are trained" in plan.notes
     assert_same_as_alone(result.folder, settings, tmp_path / "alone")

@@ -1,6 +1,6 @@
 """One training step, nothing else. How several runs take their steps from one stream: `train.lockstep`.
 
-    batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalise
+    batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalize
 
 Shapes: B rows of a batch, D = d_in.
 """
@@ -40,7 +40,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """What the step minimised."""
+        """What the step minimized."""
         return sum(self.losses.values()) if self.losses else math.nan
 
 

@@ -21,7 +21,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """One forward pass in training: the SAE's output, what is minimised, and what is worth logging beside it."""
+    """One forward pass in training: the SAE's output, what is minimized, and what is worth logging beside it."""
 
     out: SAEOutput
     losses: Mapping[str, Tensor]

@@ -1,6 +1,6 @@
 """Where the contexts of a pass stand: as harvested, or in a seeded permutation, found from the rows' positions alone.
 
-The rows are cut into blocks of neighbours, of a permutation of `shuffle`; consecutive blocks of it are a pool,
+The rows are cut into blocks of neighbors, of a permutation of `shuffle`; consecutive blocks of it are a pool,
 and a second permutation orders the contexts that start in a pool. Memory: the contexts of a pool, whatever the cache.
 
 cursor   pool number times the rows that a pool can hold, plus the contexts of the pool that were passed

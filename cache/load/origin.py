@@ -15,6 +15,8 @@ from sae_granary.common.rows import HookPoint
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
 
+MAX_ROWS = 256
+
 
 class Origin(NamedTuple):
     """Shapes: N kept tokens of the contexts, D = d_in of the hook point."""
@@ -25,12 +27,12 @@ class Origin(NamedTuple):
     rows: NDArray[np.float32]  # (N, D) as stored
 
 
-def read_origin(cache: Cache, hook: str | None = None, *, n_rows: int = 256) -> Origin:
-    """What a model is found again and checked by, with contexts of at most `n_rows` rows (or a single longer one).
+def read_origin(cache: Cache, hook: str | None = None) -> Origin:
+    """What a model is found again and checked by, with contexts of at most MAX_ROWS rows (or a single longer one).
 
     `hook` is optional if the cache has one hook point. Raises SelectionError for a cache without contexts.
     """
     point = cache.hook_points[cache.hook_name(hook)]
-    contexts = next(read_contexts(cache, point.name, batch_rows=n_rows, selection=Selection(part="all"), epochs=1))
+    contexts = next(read_contexts(cache, point.name, batch_rows=MAX_ROWS, selection=Selection(part="all"), epochs=1))
     rows = cache.hook(point.name)[contexts.row[contexts.keep]].astype(np.float32)
     return Origin(cache.manifest.model, point, contexts, rows)

@@ -5,7 +5,7 @@ torch may change between versions, and an order that changes cannot be resumed. 
 
 Two levels:
 
-    blocks   the rows of each shard are cut into blocks of `block_rows` neighbours (the last of a shard may be short);
+    blocks   the rows of each shard are cut into blocks of `block_rows` neighbors (the last of a shard may be short);
              `block_order` permutes all blocks of the cache, lazily, so that no list as long as the cache is ever built
     rows     consecutive blocks of that order fill a pool, and `pool_permutation` permutes the rows inside it
 """

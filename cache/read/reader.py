@@ -53,6 +53,9 @@ def open_cache(
     >>> rows = open_cache("cache/demo_l3")
     >>> rows.hook("layer_3")[:4].shape, rows.document(0).source
     ((4, 384), 'pydoc_data.topics:assert')
+
+    Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
+    another size), and UnknownNameError for a shard that is not there.
     """
     path = Path(path)
     manifest = load_manifest(path)

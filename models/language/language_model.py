@@ -138,7 +138,7 @@ class EmbeddingModel(HookedModel):
     cls_pooling: bool  # the first token's vector; else the mean over all tokens
 
     def embeddings(self, tokens: Tokens, edit: Edit = lambda x: x) -> Tensor:
-        """(S, D) float32 sentence embeddings, not normalised."""
+        """(S, D) float32 sentence embeddings, not normalized."""
         hidden: Tensor = self.run(tokens, edit).last_hidden_state.float()
         if self.cls_pooling:
             return hidden[:, 0]

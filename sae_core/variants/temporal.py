@@ -19,7 +19,7 @@ class TemporalSAE(MatryoshkaSAE):
     """A matryoshka whose high-level latents are tied to those of the neighboring row by a contrastive loss.
 
     A training batch holds rows and, second, the row before each in its window. s_ij is the cosine of the high-level
-    codes of row i and of the neighbour of row j; the loss is the cross-entropy of telling each row's own neighbour
+    codes of row i and of the neighbor of row j; the loss is the cross-entropy of telling each row's own neighbor
     among all, in both directions, averaged. In inference one row is enough.
     """
 

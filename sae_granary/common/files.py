@@ -116,9 +116,14 @@ def replace_file(path: Path, data: bytes, temporary: Path) -> None:
     sync_folder(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Set the content of a file atomically, through a temporary file beside it."""
+    replace_file(path, data, path.with_name(f"{TEMP_PREFIX}{path.name}"))
+
+
 def write_text(path: Path, text: str) -> None:
-    """Set the text of a file atomically, through a temporary file beside it."""
-    replace_file(path, text.encode(), path.with_name(f"{TEMP_PREFIX}{path.name}"))
+    """Set the text of a file as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

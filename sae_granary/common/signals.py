@@ -94,9 +94,16 @@ def stop_on_signals(*, at_once: bool = False, second: Literal["raise", "exit"] =
         if stop.at_once or (asked and signum == signal.SIGINT):
             raise Interrupted(signum)
 
+    with handled_by(handle):
+        yield stop
+
+
+@contextmanager
+def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handle` inside the block, for which only the main thread may ask."""
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from sae_granary.common.errors import GranaryError, one_line
-from sae_granary.common.files import TEMP_PREFIX, read_regular, replace_file
+from sae_granary.common.files import read_regular, write_bytes
 
 CHECKSUM = "xxh3"
 MAX_DEPTH = 100  # of objects and lists in each other: deeper ones break what walks or prints them
@@ -45,8 +45,8 @@ def is_intact(data: bytes) -> bool:
 
 
 def write_signed(path: Path, body: Mapping[str, Any], *, allow_nan: bool = False) -> None:
-    """Set the content of a signed JSON file atomically, through a temporary file beside it."""
-    replace_file(path, sign(body, allow_nan=allow_nan), path.with_name(f"{TEMP_PREFIX}{path.name}"))
+    """Set the content of a signed JSON file as `write_bytes` does."""
+    write_bytes(path, sign(body, allow_nan=allow_nan))
 
 
 def parse_object(data: bytes, *, allow_nan: bool = False) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from types import FrameType
 
 import typer
 
+from sae_granary.common.signals import handled_by
+
 COMMAND = (sys.executable, "-m", "sae_granary.harvest.cli", "run")
 
 
@@ -33,11 +35,7 @@ def run_harvest(arguments: Sequence[str]) -> None:
             if signum != signal.SIGINT:  # a terminal sends that one to both
                 process.send_signal(signum)
 
-        before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled_by(forward):
             code = process.wait()
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
     if code:
         raise typer.Exit(code if code > 0 else 128 - code)

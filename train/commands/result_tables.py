@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sae_granary import sae_core
 from sae_granary.common.app import echo, make_console
-from sae_granary.common.quantities import quantity
+from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.config.coerce import describe
 from sae_granary.train.result.notes import damage, legend
 
@@ -79,7 +79,7 @@ def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list
         f"{summary['dead']:.1%}",
         quantity(summary["tokens"]),
         quantity(summary["tokens_per_second"]),
-        f"{summary['seconds']:.0f} s",
+        duration(summary["seconds"]),
     ]
 
 

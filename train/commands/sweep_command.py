@@ -25,7 +25,7 @@ def sweep(
     read_flags: ReadFlags,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", help="Values to combine: k=16,32,64. Repeatable; seed means the initialisation's."),
+        typer.Option("--grid", help="Values to combine: k=16,32,64. Repeatable; seed means the initialization's."),
     ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,

@@ -47,7 +47,7 @@ def shuffle_of(config: TrainConfig) -> Shuffle:
 
 
 def _min_position(config: TrainConfig) -> int | None:
-    """A type that reads neighbours starts at position 2: before it stands a token of the text, not [CLS] or BOS."""
+    """A type that reads neighbors starts at position 2: before it stands a token of the text, not [CLS] or BOS."""
     if not sae_core.registry.get(config.type).reads.previous:
         return config.min_position
     return max(config.min_position or 0, 2)

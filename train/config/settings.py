@@ -36,7 +36,7 @@ class TrainConfig:
     hook: tuple[str, ...] = setting((), "run", "hook points of the cache; may stay open if there is one")
     name: str | None = setting(None, "run", "name of the run's folder (default: cache_hook_type_d_k_seed)")
     runs_dir: str = setting("runs", "run", "folder that runs are written to")
-    seed: int = setting(0, "run", "seed of both shuffling and initialisation", ge=0, le=MAX_SEED)
+    seed: int = setting(0, "run", "seed of both shuffling and initialization", ge=0, le=MAX_SEED)
     shuffle_seed: int | None = setting(None, "run", "seed of the order of rows (default: seed)", ge=0, le=MAX_SEED)
     init_seed: int | None = setting(None, "run", "seed of the weights (default: seed)", ge=0, le=MAX_SEED)
     device: str = setting("auto", "run", "cpu, cuda, cuda:N, mps (auto: cuda if there is one, else cpu)")
@@ -88,7 +88,7 @@ class TrainConfig:
     )
 
     finetune_kl: int | None = setting(
-        None, "training", "rows at the end that minimise KL through the language model and fvu alike", gt=0
+        None, "training", "rows at the end that minimize KL through the language model and fvu alike", gt=0
     )
     lm: str | None = setting(
         None, "training", "hub id or folder of the language model, or demo (default: where the harvest found it)"
@@ -110,7 +110,7 @@ class TrainConfig:
     holdout_seed: int = setting(0, "data", "seed of the choice of held-out documents", ge=0)
     pool_rows: int | None = setting(None, "data", "rows shuffled together in memory (default: about 512 MiB)", gt=0)
     block_rows: int | None = setting(
-        None, "data", "neighbouring rows read together (default: from pool and batch)", gt=0
+        None, "data", "neighboring rows read together (default: from pool and batch)", gt=0
     )
 
     log_every: int = setting(10, "logging", "steps between two lines of metrics", gt=0)

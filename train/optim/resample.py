@@ -65,7 +65,7 @@ def _forget(run: Run, latents: Tensor) -> None:
 
 @torch.no_grad()
 def row_losses(sae: SAE, x: Rows) -> Tensor:
-    """(N,) squared error of raw rows in the normalised space."""
+    """(N,) squared error of raw rows in the normalized space."""
     out = sae(x)
     losses: Tensor = (out.source.target - out.recon).square().sum(1)
     return losses

@@ -44,7 +44,7 @@ def chart_name(name: str) -> str:
 
 
 def charted(metrics: Metrics) -> dict[str, float | int]:
-    """One line of metrics under the names of the charts; `losses/mse_loss` is there whatever loss is minimised."""
+    """One line of metrics under the names of the charts; `losses/mse_loss` is there whatever loss is minimized."""
     named = {chart_name(name): value for name, value in metrics.items() if name not in NOT_CHARTED}
     if "mse" in metrics:
         named.setdefault("losses/mse_loss", metrics["mse"])

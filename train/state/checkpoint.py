@@ -134,7 +134,7 @@ def _score(path: Path) -> float | None:
 
 def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:
     """Read a checkpoint back into a run. Raises CheckpointError if it is damaged or belongs to something else."""
-    state = _read_state(path)
+    state = read_state(path)
     try:
         return _restore(path, state, config, identity)
     except CheckpointError:
@@ -144,7 +144,7 @@ def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> R
         raise CheckpointError(f"{path}/{STATE} is damaged ({problem}); {_remedy(path)}") from None
 
 
-def _restore(path: Path, state: _State, config: TrainConfig, identity: Identity | None) -> Restored:
+def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity | None) -> Restored:
     if identity is not None:
         saved = state.nested("identity")
         parts = {part: saved.get(part, dict) for part in ("cache", "order")}
@@ -184,12 +184,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> Fields:
     """state.json of a checkpoint whose files all have the bytes that were written. Raises CheckpointError."""
-    return _read_state(path).body
-
-
-def _read_state(path: Path) -> _State:
     state = _State.of_file(path / STATE, _remedy(path), signed_since=2, key="format_version")
     version = state.integer("format_version")
     if not 1 <= version <= FORMAT_VERSION:

@@ -89,6 +89,6 @@ class Run:
 
 
 def build_sae(config: TrainConfig) -> SAE:
-    """A new SAE of a resolved config, not initialised."""
+    """A new SAE of a resolved config, not initialized."""
     cls = sae_core.registry.get(config.type)
     return cls(sae_core.make_config(cls, config.options))

@@ -17,7 +17,7 @@ from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.merge import TRAINER_KEYS, unknown_setting, variant_keys
 from sae_granary.train.config.settings import SECTIONS
 
-# In a grid these mean the initialisation's seed and the hook point of one SAE.
+# In a grid these mean the initialization's seed and the hook point of one SAE.
 ALIASES = {"seed": "init_seed", "layer": "hook"}
 # Where a sweep is, not what it trains.
 NOT_IN_GRIDS = ("cache", "name", "runs_dir", "device")

@@ -10,7 +10,7 @@ MARKERS = "osD^v<>Pp*Xh"
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """L0 against FVU of finished SAEs, both in inference: one panel per hook point, one colour per type."""
+    """L0 against FVU of finished SAEs, both in inference: one panel per hook point, one color per type."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -66,7 +66,7 @@ def train_sweep(
 ) -> SweepResult:
     """Train an SAE per point of a grid: `train_sweep({"k": [16, 32]}, cache="cache/bert_l6", type="topk")`.
 
-    Settings are those of `train_sae`, for all points; `seed` in a grid is the initialisation's. Called again with the
+    Settings are those of `train_sae`, for all points; `seed` in a grid is the initialization's. Called again with the
     same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
     settings under the same name are refused. `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
 
@@ -75,6 +75,8 @@ def train_sweep(
     >>> sweep = train_sweep({"k": [8, 16]}, cache="cache/demo_l3", **common)
     >>> [(row["k"], row["type"]) for row in sweep.rows], sweep.failures
     ([(8, 'topk'), (16, 'topk')], {})
+
+    Raises ConfigError, CacheError or SAEError before anything is written, RunExistsError for other settings.
     """
     _check_callbacks(callbacks)
     request = _Request.of(grid, {**(settings or {}), **more})

@@ -12,7 +12,7 @@ import pytest
 from sae_granary.sae_core import registry
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {name: ROOT / name for name in ("cache", "harvest", "models", "sae_core", "train")}
+PACKAGES = {name: ROOT / name for name in ("analyze", "cache", "harvest", "models", "sae_core", "train")}
 PACKAGES["common"] = ROOT / "sae_granary" / "common"
 
 # package -> our packages that it may import
@@ -23,6 +23,7 @@ ARROWS = {
     "cache": {"common"},
     "harvest": {"common", "cache", "models"},
     "train": {"common", "cache", "models", "sae_core"},
+    "analyze": {"common", "cache", "models", "sae_core"},
 }
 # package -> third parties that any of its files may import
 ALLOWED = {
@@ -33,6 +34,7 @@ ALLOWED = {
     "cache": {"numpy", "zarr", "ml_dtypes", "pyarrow", "xxhash", "google_crc32c"},
     "harvest": {"torch", "numpy", "ml_dtypes", "datasets", "pyarrow", "xxhash", "huggingface_hub"},
     "train": {"torch", "numpy", "yaml", "safetensors", "xxhash"},
+    "analyze": {"torch", "numpy"},
 }
 # file or folder -> third parties that it alone may import beside those
 ALSO = {
@@ -40,6 +42,8 @@ ALSO = {
     "sae_granary/common/device.py": {"torch"},  # inside functions
     "sae_granary/common/files.py": {"xxhash"},
     "sae_granary/common/signed.py": {"xxhash"},
+    "analyze/cli.py": {"typer", "rich"},
+    "analyze/progress.py": {"rich"},
     "cache/cli.py": {"typer", "rich"},
     "cache/load": {"torch"},
     "harvest/cli.py": {"typer", "rich"},
@@ -162,7 +166,7 @@ def test_no_file_outside_a_variants_own_compares_with_its_name() -> None:
                 assert not names & {n.value for n in constants}, f"{place}:{node.lineno} tests for a variant's name"
 
 
-@pytest.mark.parametrize("stage", ["harvest", "cache", "train"])
+@pytest.mark.parametrize("stage", ["harvest", "cache", "train", "analyze"])
 def test_help_loads_nothing_heavy(stage: str) -> None:
     heavy = ("torch", "numpy", "transformers", "datasets", "zarr", "pyarrow", "wandb", "matplotlib")
     code = (

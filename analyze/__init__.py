@@ -1,0 +1,1 @@
+"""SAE and cache -> sparse codes, and what is read from them."""

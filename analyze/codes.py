@@ -1,0 +1,171 @@
+"""Codes on disk: a sparse matrix (CSR) of three .npy files beside a signed record, memory-mapped.
+
+codes/
+    indptr.npy    (N + 1,) int64    where the entries of each row start
+    indices.npy   (nnz,) int32      latents, ascending within a row, each once
+    values.npy    (nnz,) float32    their activations, none of them zero
+    record.json   SAE, cache, sizes, checksum; `complete` is set last
+
+Shapes: N rows, in the order of the cache's rows, F = d_sae latents, nnz entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.common.signed import Fields
+
+RECORD = "record.json"
+FORMAT = 1
+ARRAYS: dict[str, np.dtype[Any]] = {"indptr": np.dtype("<i8"), "indices": np.dtype("<i4"), "values": np.dtype("<f4")}
+HEADER_BYTES = 128  # of every .npy file, so that a growing file never moves
+
+
+class CodesFields(Fields):
+    """Fields of the record of codes."""
+
+    damaged = DamagedCodesError
+
+
+@dataclass(frozen=True)
+class CodesRecord:
+    """record.json: what the codes are of, and how far they are written."""
+
+    identity: Mapping[str, Any]  # see `Source.identity`
+    d_sae: int
+    n_rows: int  # written so far
+    nnz: int
+    complete: bool
+    block_rows: int  # rows encoded at once
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        dtypes = {name: dtype.str for name, dtype in ARRAYS.items()}
+        return {"format": FORMAT, "dtypes": dtypes, **vars(self), "identity": dict(self.identity)}
+
+    @classmethod
+    def read(cls, folder: Path) -> CodesRecord:
+        """The record of a folder. Raises DamagedCodesError."""
+        remedy = "remove the folder and run `sae-analyze encode` again"
+        missing = f"{folder} holds no codes; `sae-analyze encode` writes them"
+        fields = CodesFields.of_file(folder / RECORD, remedy, missing=missing, signed_since=1, key="format")
+        if fields.body.get("format") != FORMAT:
+            raise fields.error("format", fields.body.get("format"), str(FORMAT))
+        return cls(
+            fields.get("identity", dict),
+            fields.integer("d_sae", 1),
+            fields.integer("n_rows"),
+            fields.integer("nnz"),
+            fields.get("complete", bool),
+            fields.integer("block_rows", 1),
+            fields.get("device", str),
+        )
+
+    def length(self, name: str) -> int:
+        """Entries of one of the arrays."""
+        return self.n_rows + 1 if name == "indptr" else self.nnz
+
+
+def array_path(folder: Path, name: str) -> Path:
+    """The file of an array."""
+    return folder / f"{name}.npy"
+
+
+def file_bytes(record: CodesRecord, name: str) -> int:
+    """Size of the file of an array, with its header."""
+    return HEADER_BYTES + record.length(name) * ARRAYS[name].itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """Codes of all rows of a cache; the arrays are memory maps. See `open_codes`."""
+
+    folder: Path
+    record: CodesRecord
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, F)."""
+        return self.record.n_rows, self.record.d_sae
+
+    def __len__(self) -> int:
+        return self.record.n_rows
+
+    def row(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The latents of a row, ascending, and their activations. Raises IndexError."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is out of range: there are {len(self)} rows")
+        part = slice(int(self.indptr[row]), int(self.indptr[row + 1]))
+        return self.indices[part], self.values[part]
+
+    def dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """(n, F) float32 matrix of rows start..stop. For tests and small data."""
+        offsets = self.indptr[start : (len(self) if stop is None else stop) + 1]
+        out = np.zeros((len(offsets) - 1, self.shape[1]), dtype=np.float32)
+        part = slice(int(offsets[0]), int(offsets[-1]))
+        out[np.repeat(np.arange(len(out)), np.diff(offsets)), self.indices[part]] = self.values[part]
+        return out
+
+
+def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) -> StoredCodes:
+    """Open complete codes; with `identity` (of a `Source`) only those of this SAE and cache.
+
+    Raises DamagedCodesError for unfinished or truncated ones, MismatchError for those of another SAE or cache.
+    """
+    folder = Path(folder)
+    record = CodesRecord.read(folder)
+    if identity is not None:
+        check_identity(folder, record.identity, identity)
+    if not record.complete:
+        raise DamagedCodesError(
+            f"{folder}: {record.n_rows:,} rows are encoded and more are to come; "
+            "run the same `sae-analyze encode` again"
+        )
+    arrays = {name: _map(folder, record, name) for name in ARRAYS}
+    return StoredCodes(folder, record, **arrays)
+
+
+def check_identity(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    """Raise MismatchError with both where codes are of another SAE, cache, set of shards or hook point."""
+    for name, value in want.items():
+        if have.get(name) != value:
+            there, here = _difference(have.get(name), value)
+            raise MismatchError(
+                f"{folder} holds codes of another {name}: {there}, expected {here}; give another --out, or remove it"
+            )
+
+
+def _difference(have: Any, want: Any) -> tuple[str, str]:
+    """Two values as text; of two mappings the first entry in which they differ."""
+    if isinstance(have, Mapping) and isinstance(want, Mapping):
+        key = next(key for key in {**want, **have} if have.get(key) != want.get(key))
+        return f"{key} {have.get(key)!r}", f"{key} {want.get(key)!r}"
+    return tuple(str(each)[:60] for each in (have, want))  # type: ignore[return-value]
+
+
+def _map(folder: Path, record: CodesRecord, name: str) -> NDArray[Any]:
+    path, remedy = array_path(folder, name), "remove the folder and run `sae-analyze encode` again"
+    try:
+        if path.stat().st_size != file_bytes(record, name):
+            raise DamagedCodesError(
+                f"{path} has {path.stat().st_size:,} bytes, expected {file_bytes(record, name):,}; {remedy}"
+            )
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DamagedCodesError):
+            raise
+        raise DamagedCodesError(f"{path} cannot be read: {error}; {remedy}") from None
+    if array.dtype != ARRAYS[name] or array.shape != (record.length(name),):
+        raise DamagedCodesError(f"{path} holds {array.dtype}{array.shape}, not what its record says; {remedy}")
+    return array

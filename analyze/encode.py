@@ -1,0 +1,156 @@
+"""SAE + cache -> codes on disk, block after block, with bounded memory; a killed run continues to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.analyze.codes import (
+    ARRAYS,
+    HEADER_BYTES,
+    RECORD,
+    CodesRecord,
+    StoredCodes,
+    array_path,
+    check_identity,
+    file_bytes,
+    open_codes,
+)
+from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
+from sae_granary.analyze.source import Source
+from sae_granary.common.files import shortage, sync_folder
+from sae_granary.common.lock import FolderLock
+from sae_granary.common.signed import write_signed
+from sae_granary.sae_core import Codes
+
+BLOCK_ROWS = 4096  # encoded at once
+COMMIT_BLOCKS = 16  # between records: what a kill costs at most
+LOCK = ".lock"
+
+Tick = Callable[[int], None]  # called with the number of rows written; may raise to stop
+
+
+def csr_of(codes: Codes) -> dict[str, NDArray[Any]]:
+    """Codes as canonical CSR: no zeros, latents ascending within a row, one that a row holds twice summed.
+
+    Returns counts (N,) int64 entries per row, indices (nnz,) int32, values (nnz,) float32.
+    """
+    n_rows, d_sae = codes.shape
+    indices, values = codes.indices.cpu().numpy(), codes.values.reshape(-1).float().cpu().numpy()
+    rows = np.repeat(np.arange(n_rows), np.diff(codes.indptr.cpu().numpy()))
+    keys = rows * d_sae + indices
+    order = np.argsort(keys, kind="stable")
+    keys, values = keys[order], values[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    if len(first) < len(keys):
+        keys, values = keys[first], np.add.reduceat(values, first)
+    kept = values != 0
+    keys, values = keys[kept], values[kept]
+    counts = np.bincount(keys // d_sae, minlength=n_rows)
+    return {"counts": counts, "indices": (keys % d_sae).astype(np.int32), "values": values.astype(np.float32)}
+
+
+def encode_cache(
+    source: Source,
+    out: Path,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    commit_blocks: int = COMMIT_BLOCKS,
+    tick: Tick = lambda n_rows: None,
+) -> StoredCodes:
+    """Write the codes of every row of a cache into a folder; continue what is there, return what is complete.
+
+    Memory: one block of rows and its codes. Raises MismatchError if the folder holds codes of something else,
+    LockedError while another process writes them, AnalyzeError where the disk is full.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(out / LOCK)
+    lock.acquire()
+    try:
+        record = _begun(source, out, block_rows)
+        if not record.complete:
+            _write(source, out, record, commit_blocks, tick)
+    except OSError as error:
+        if text := shortage(error, out):
+            raise AnalyzeError(f"{text}; free some space and run the same command again: it continues") from None
+        raise
+    finally:
+        lock.release()
+    return open_codes(out, source.identity)
+
+
+def _begun(source: Source, out: Path, block_rows: int) -> CodesRecord:
+    """The record that is there, if it is of this SAE and cache, or that of an empty folder."""
+    device = source.sae.core.W_dec.device.type
+    fresh = CodesRecord(source.identity, source.sae.config.d_sae, 0, 0, False, block_rows, device)
+    if not (out / RECORD).exists():
+        if other := [path.name for path in out.iterdir() if path.name not in _names()]:
+            raise MismatchError(f"{out} holds {other[0]}, expected an empty folder or codes; give another --out")
+        return fresh
+    record = CodesRecord.read(out)
+    check_identity(out, record.identity, source.identity)
+    if not record.complete:
+        check_identity(out, {"device": record.device}, {"device": device})
+        check_identity(out, {"block size": record.block_rows}, {"block size": block_rows})
+        for name in ARRAYS:
+            path = array_path(out, name)
+            if record.n_rows and (not path.is_file() or path.stat().st_size < file_bytes(record, name)):
+                raise DamagedCodesError(f"{path} is shorter than its record says; remove {out} and encode again")
+    return record
+
+
+def _names() -> set[str]:
+    return {LOCK, f".tmp-{RECORD}", *(f"{name}.npy" for name in ARRAYS)}
+
+
+def _write(source: Source, out: Path, record: CodesRecord, commit_blocks: int, tick: Tick) -> None:
+    n_rows, size = source.cache.n_rows, record.block_rows
+    with ExitStack() as stack:
+        streams = {name: stack.enter_context(_open_at(out, record, name)) for name in ARRAYS}
+        if not record.n_rows:
+            streams["indptr"].write(np.zeros(1, ARRAYS["indptr"]).tobytes())
+        for number, start in enumerate(range(record.n_rows, n_rows, size), 1):
+            stop = min(start + size, n_rows)
+            block = csr_of(source.encode(start, stop))
+            ends = record.nnz + np.cumsum(block["counts"])
+            for name, part in {"indptr": ends, "indices": block["indices"], "values": block["values"]}.items():
+                streams[name].write(part.astype(ARRAYS[name], copy=False).tobytes())
+            record = replace(record, n_rows=stop, nnz=record.nnz + len(block["values"]))
+            if number % commit_blocks == 0:
+                _commit(out, streams, record)
+            tick(stop)
+        for name, stream in streams.items():
+            stream.seek(0)
+            stream.write(npy_header(ARRAYS[name], record.length(name)))
+        _commit(out, streams, replace(record, complete=True))
+
+
+def _open_at(out: Path, record: CodesRecord, name: str) -> BinaryIO:
+    """The file of an array, cut to what its record says, ready to append to."""
+    path = array_path(out, name)
+    stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 -- closed by the caller
+    stream.truncate(HEADER_BYTES if not record.n_rows else file_bytes(record, name))
+    stream.seek(0, os.SEEK_END)
+    return stream
+
+
+def _commit(out: Path, streams: Mapping[str, BinaryIO], record: CodesRecord) -> None:
+    for stream in streams.values():
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync_folder(out)
+    write_signed(out / RECORD, record.to_json())
+
+
+def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
+    """The header of a one-dimensional .npy file (format 1.0), always 128 bytes."""
+    text = repr({"descr": dtype.str, "fortran_order": False, "shape": (length,)})
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER_BYTES - 10) + text.ljust(HEADER_BYTES - 11).encode() + b"\n"

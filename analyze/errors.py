@@ -1,0 +1,22 @@
+"""What analyze raises.
+
+AnalyzeError(GranaryError)
+├── MismatchError(AnalyzeError, ValueError)      SAE, cache and codes do not belong together
+└── DamagedCodesError(AnalyzeError, ValueError)  a folder holds no codes that can be read
+"""
+
+from __future__ import annotations
+
+from sae_granary.common.errors import GranaryError
+
+
+class AnalyzeError(GranaryError):
+    """Base of every error that analyze raises on purpose."""
+
+
+class MismatchError(AnalyzeError, ValueError):
+    """An SAE, a cache and codes that do not belong together."""
+
+
+class DamagedCodesError(AnalyzeError, ValueError):
+    """A folder holds no codes, or codes that are unfinished, truncated or altered."""

@@ -1,0 +1,20 @@
+"""A progress bar of rows on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sae_granary.common.app import make_console
+
+
+@contextmanager
+def row_progress(label: str, n_rows: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the number of rows done so far."""
+    console = make_console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("rows, left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=n_rows)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,122 @@
+"""An SAE with the cache that it encodes: which hook points it reads, and what identifies the two.
+
+Shapes: N rows, D = d_in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary import sae_core
+from sae_granary.analyze.errors import MismatchError
+from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.common.device import choose_device
+from sae_granary.common.finished_run import read_metadata
+from sae_granary.common.signed import digest
+from sae_granary.sae_core import SAE, Codes
+from sae_granary.sae_core.files.disk import checksum_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded SAE and an open cache that fit each other."""
+
+    folder: Path
+    sae: SAE
+    cache: Cache
+    hooks: tuple[str, ...]  # in the order in which the SAE reads them
+    sae_hash: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What codes of this SAE and cache are recognized by."""
+        return {
+            "sae": self.sae_hash,
+            "cache": dict(self.cache.manifest.fingerprint),
+            "shards": [[shard.index, shard.n_rows] for shard in self.cache.shards],
+            "hooks": list(self.hooks),
+        }
+
+    @property
+    def place(self) -> Path:
+        """Where results for this cache are stored by default: `analysis/<key of the cache>` in the SAE's folder."""
+        told = {name: value for name, value in self.identity.items() if name != "sae"}
+        return self.folder / "analysis" / digest(json.dumps(told, sort_keys=True).encode())[:12]
+
+    @torch.no_grad()
+    def encode(self, start: int, stop: int) -> Codes:
+        """The codes of rows start..stop of the cache. Raises CorruptCacheError for a NaN or Inf among them."""
+        rows = {name: self.cache.hook(name)[start:stop] for name in self.hooks}
+        for name, values in rows.items():
+            found = self.cache.storage.first_non_finite(values)
+            if found is not None:
+                row = start + found // values.shape[1]
+                raise CorruptCacheError(
+                    f"{self.cache.path}: hook point {name}, row {row:,} holds NaN or Inf, which is never harvested; "
+                    "find the damage with `sae-cache verify`"
+                )
+        return self.sae.encode(rows)
+
+
+def open_source(
+    sae: str | Path,
+    cache: str | Path,
+    *,
+    hooks: Sequence[str] = (),
+    device: str = "auto",
+    allow_incomplete: bool = False,
+) -> Source:
+    """Load an SAE (any that `load_sae` reads) and open a cache for it.
+
+    Without `hooks` the SAE's record names its hook points; one without a record takes the cache's only one.
+    Raises MismatchError with both sides where hook points, width or model differ, SAEError, CacheError, ConfigError.
+    """
+    folder, chosen = Path(sae), choose_device(device)
+    loaded, opened = sae_core.load(folder, chosen), open_cache(cache, allow_incomplete=allow_incomplete)
+    metadata = read_metadata(folder)
+    names = tuple(hooks) or tuple(metadata.get("hook_points") or ()) or (opened.hook_name(),)
+    check_fit(folder, loaded, metadata, opened, names)
+    return Source(folder, loaded, opened, names, hash_of(loaded))
+
+
+def check_fit(folder: Path, sae: SAE, metadata: Mapping[str, Any], cache: Cache, hooks: Sequence[str]) -> None:
+    """Raise MismatchError where a cache does not hold what an SAE reads."""
+    there = ", ".join(f"{name} ({point.d_in})" for name, point in cache.hook_points.items())
+    if missing := [name for name in hooks if name not in cache.hook_points]:
+        raise MismatchError(
+            f"{folder} reads hook point {missing[0]!r}, {cache.path} holds {there}; give its own cache, or --hook"
+        )
+    wanted = [len(normalizer.mean) for normalizer in sae.normalizers]
+    if len(hooks) != len(wanted):
+        raise MismatchError(
+            f"{folder} ({sae.type_name}) reads {len(wanted)} hook points, got {len(hooks)}: {', '.join(hooks)}; "
+            f"{cache.path} holds {there}"
+        )
+    for name, width in zip(hooks, wanted, strict=True):
+        if cache.hook_points[name].d_in != width:
+            raise MismatchError(
+                f"{folder} reads rows of width {width}, hook point {name!r} of {cache.path} has width "
+                f"{cache.hook_points[name].d_in}; give the cache that it was trained on, or another --hook"
+            )
+    trained, here = metadata.get("cache_fingerprint") or {}, cache.manifest.fingerprint
+    key = "weights_xxh3" if "weights_xxh3" in trained and "weights_xxh3" in here else "model"
+    if trained.get(key, here.get(key)) != here.get(key, trained.get(key)):
+        raise MismatchError(
+            f"{folder} was trained on rows of {trained.get('model')} ({key} {trained[key]}), {cache.path} holds "
+            f"rows of {here.get('model')} ({key} {here[key]}); harvest the model of the SAE"
+        )
+
+
+def hash_of(sae: SAE) -> str:
+    """SHA-256 of an SAE's type, options, weights and buffers, in hexadecimal: files of any format, one hash."""
+    told = json.dumps([sae.type_name, asdict(sae.config)], sort_keys=True, default=str)
+    weights = checksum_of({name: t.detach().cpu() for name, t in sae.state_dict().items()})
+    return hashlib.sha256(f"{told}\n{weights}".encode()).hexdigest()

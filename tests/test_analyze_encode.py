@@ -1,0 +1,177 @@
+"""`sae-analyze encode`: codes on disk, equal to those of the SAE, resumable, refused where they do not fit."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sae_granary import sae_core
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.codes import ARRAYS, open_codes
+from sae_granary.analyze.encode import csr_of, encode_cache
+from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.analyze.source import open_source
+from sae_granary.cache.read.reader import open_cache
+from sae_granary.sae_core import Codes, Pattern
+
+D_SAE = 32
+
+
+@pytest.fixture
+def make_sae(tmp_path: Path):
+    """The folder of an SAE with random weights."""
+
+    def make(name="sae", type_name="topk", metadata=None, **options) -> Path:
+        cls = sae_core.registry.get(type_name)
+        options = {"d_in": 16, "d_sae": D_SAE, **({"k": 4} if type_name == "topk" else {}), **options}
+        sae = cls(sae_core.make_config(cls, options))
+        sae.reset_weights(torch.Generator().manual_seed(1))
+        sae_core.save(sae, tmp_path / name, metadata)
+        return tmp_path / name
+
+    return make
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_csr_is_sorted_without_zeros_and_sums_a_latent_that_a_row_holds_twice() -> None:
+    indices = torch.tensor([[2, 0, 1], [3, 3, 0]])
+    codes = Codes(torch.tensor([5.0, 1.0, 0.0, 2.0, 4.0, -1.0]), Pattern.fixed_k(indices, 4))
+    block = csr_of(codes)
+    assert block["counts"].tolist() == [2, 2]
+    assert block["indices"].tolist() == [0, 2, 0, 3]
+    assert block["values"].tolist() == [1.0, 5.0, -1.0, 6.0]
+    full = csr_of(Codes(torch.tensor([[0.0, 7.0], [0.0, 0.0]]), Pattern(2, 2)))
+    assert [full[name].tolist() for name in ("counts", "indices", "values")] == [[1, 0], [1], [7.0]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("type_name", ["topk", "vanilla"])
+def test_codes_are_those_of_the_sae_in_the_order_of_the_cache(make_cache, make_sae, dtype, type_name) -> None:
+    cache, sae = make_cache(n_docs=20, rows_per_shard=300, dtype=dtype), make_sae(type_name=type_name)
+    source = open_source(sae, cache, device="cpu")
+    codes = encode_cache(source, source.place / "codes", block_rows=128)
+    rows = open_cache(cache).hook("layer_3")[:]
+    assert len(open_cache(cache).shards) > 1
+    with torch.no_grad():
+        expected = sae_core.load(sae).encode(rows).dense().numpy()
+    assert codes.shape == expected.shape == (len(rows), D_SAE)
+    np.testing.assert_allclose(codes.dense(), expected, rtol=1e-6, atol=1e-6)
+    latents, values = codes.row(7)
+    assert latents.tolist() == np.flatnonzero(expected[7]).tolist()
+    np.testing.assert_allclose(values, expected[7][latents], rtol=1e-6)
+    np.testing.assert_array_equal(codes.dense(5, 9), codes.dense()[5:9])
+    with pytest.raises(IndexError, match="row -1 is out of range"):
+        codes.row(-1)
+    for name, kind in ARRAYS.items():  # plain files that NumPy alone reads
+        assert np.load(codes.folder / f"{name}.npy").dtype == kind
+
+
+def test_a_hook_point_without_rows_of_codes_gives_empty_rows(make_cache, make_sae) -> None:
+    source = open_source(make_sae(type_name="vanilla"), make_cache(n_docs=3), device="cpu")
+    with torch.no_grad():
+        source.sae.encoder_bias.fill_(-1e6)
+    codes = encode_cache(source, source.place / "codes")
+    assert (len(codes.values), codes.dense().any()) == (0, False)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_encoding_continues_to_the_same_bytes(make_cache, make_sae, tmp_path: Path) -> None:
+    source = open_source(make_sae(), make_cache(n_docs=30), device="cpu")
+    whole = encode_cache(source, tmp_path / "whole", block_rows=100)
+    encoded: list[int] = []
+
+    def die(n_rows: int) -> None:
+        if n_rows >= 500:
+            raise Killed
+
+    with pytest.raises(Killed):
+        encode_cache(source, tmp_path / "killed", block_rows=100, commit_blocks=2, tick=die)
+    with pytest.raises(DamagedCodesError, match="400 rows are encoded and more are to come"):
+        open_codes(tmp_path / "killed")
+    with (tmp_path / "killed" / "values.npy").open("ab") as stream:
+        stream.write(b"half a block")
+    again = encode_cache(source, tmp_path / "killed", block_rows=100, tick=encoded.append)
+    assert encoded[0] == 500  # what was committed is not encoded again
+    assert bytes_of(again.folder) == bytes_of(whole.folder)
+    encode_cache(source, again.folder, block_rows=100, tick=lambda n_rows: pytest.fail("encoded again"))
+
+
+def test_what_does_not_fit_is_refused_in_one_line_with_both(make_cache, make_sae, tmp_path: Path) -> None:
+    cache = make_cache()
+    for folder, hooks, words in (
+        (make_sae("wide", d_in=8), (), ["reads rows of width 8", "layer_3", "has width 16"]),
+        (make_sae("hook", metadata={"hook_points": ["layer_5"]}), (), ["reads hook point 'layer_5'", "layer_3 (16)"]),
+        (make_sae("two"), ("layer_3", "layer_3"), ["reads 1 hook points, got 2"]),
+        (make_sae("model", metadata={"cache_fingerprint": {"model": "bert"}}), (), ["rows of bert", "rows of toy"]),
+    ):
+        with pytest.raises(MismatchError) as caught:
+            open_source(folder, cache, hooks=hooks, device="cpu")
+        assert "\n" not in str(caught.value)
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_codes_of_another_sae_or_cache_are_refused_and_left_as_they_are(make_cache, make_sae, tmp_path: Path) -> None:
+    first = open_source(make_sae(), make_cache(), device="cpu")
+    codes = encode_cache(first, tmp_path / "codes")
+    before = bytes_of(codes.folder)
+    for source, words in (
+        (open_source(make_sae("other", k=5), make_cache("again"), device="cpu"), "codes of another sae: "),
+        (open_source(make_sae(), make_cache("seed", seed=1), device="cpu"), "cache: seed 0, expected seed 1"),
+    ):
+        with pytest.raises(MismatchError, match=words):
+            encode_cache(source, codes.folder)
+        with pytest.raises(MismatchError, match=words):
+            open_codes(codes.folder, source.identity)
+    assert bytes_of(codes.folder) == before
+    with pytest.raises(MismatchError, match="expected an empty folder or codes"):
+        encode_cache(first, first.folder)
+
+
+def test_damaged_codes_are_named(make_cache, make_sae, tmp_path: Path) -> None:
+    codes = encode_cache(open_source(make_sae(), make_cache(), device="cpu"), tmp_path / "codes")
+    cut = Path(shutil.copytree(codes.folder, tmp_path / "cut"))
+    (cut / "values.npy").write_bytes((cut / "values.npy").read_bytes()[:-4])
+    with pytest.raises(DamagedCodesError, match=r"values\.npy has .* bytes, expected"):
+        open_codes(cut)
+    record = codes.folder / "record.json"
+    record.write_text(record.read_text().replace('"block_rows": 4096', '"block_rows": 4097'))
+    with pytest.raises(DamagedCodesError, match="checksum"):
+        open_codes(codes.folder)
+    with pytest.raises(DamagedCodesError, match="holds no codes; `sae-analyze encode` writes them"):
+        open_codes(tmp_path)
+
+
+def test_rows_that_were_damaged_on_disk_are_named(make_cache, make_sae) -> None:
+    source = open_source(make_sae(), make_cache(n_docs=5), device="cpu")
+    with source.cache.shard_path("layer_3", 0).open("r+b") as stream:
+        stream.seek(16 * 4 * 3)
+        stream.write(np.float32("nan").tobytes())
+    with pytest.raises(Exception, match="row 3 holds NaN or Inf"):
+        source.encode(0, 10)
+
+
+def test_the_command_writes_beside_the_sae_and_tells_errors_in_one_line(make_cache, make_sae, tmp_path: Path) -> None:
+    cache, sae = make_cache(), make_sae()
+    run = CliRunner()
+    done = run.invoke(app, ["encode", str(sae), "--cache", str(cache), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    [folder] = (sae / "analysis").glob("*/codes")
+    assert str(folder) in done.output
+    assert "32 latents, L0 4.0" in done.output
+    assert json.loads((folder / "record.json").read_text())["complete"] is True
+    assert open_codes(folder).record == replace(open_codes(folder).record, nnz=4 * len(open_cache(cache)))
+    wrong = run.invoke(app, ["encode", str(make_sae("wide", d_in=8)), "--cache", str(cache), "--device", "cpu"])
+    assert wrong.exit_code == 2
+    assert wrong.output.count("\n") == 1
+    assert not (tmp_path / "wide" / "analysis").exists()

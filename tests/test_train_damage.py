@@ -144,7 +144,7 @@ def test_fvu_of_rows_without_variance_is_null_with_a_note(make_cache) -> None:
 
 SUMMARY = {
     "steps": 100, "rejected": 0, "cache": "toy", "l0_train": 32.0, "dead": 0.1,
-    "eval": {"n_rows": 5000, "fvu": 0.1, "n_dropped": 0},
+    "eval": {"n_rows": 5000, "fvu": 0.1, "n_dropped": 0, "l0": 30.0}, "eval_part": "heldout",
 }  # fmt: skip
 
 
@@ -156,6 +156,7 @@ SUMMARY = {
         ({"dead": 0.93}, "93% of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every 10"),
         ({"steps": 20}, "the learning rate was still rising at the end: --warmup-steps is 20, the run had 20"),
         ({"eval": {**SUMMARY["eval"], "n_rows": 1999}}, "evaluated on 1,999 rows only"),
+        ({"eval": {**SUMMARY["eval"], "l0": 64.9}}, "L0 on heldout rows is 64.9, 32 was asked for"),
     ],
 )
 def test_remarks_come_with_a_remedy(changed: dict, told: str | None) -> None:

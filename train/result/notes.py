@@ -13,12 +13,12 @@ from typing import Any
 
 FEW_ROWS = 2000  # evaluated rows; on fewer a latent of the usual `dead_threshold` cannot be told from a silent one
 MANY_DEAD = 0.25  # share of the latents
-MISSED_L0 = 0.1  # relative
+MISSED_L0, SHIFTED_L0 = 0.1, 0.25  # relative, in training and in inference on other rows
 
 
 def remarks(summary: Mapping[str, Any], *, wanted_l0: float | None, warmup_steps: int) -> list[str]:
     """The remarks on a summary; `wanted_l0` is what the type was asked for, if anything."""
-    return [*damage(summary), *_evaluation(summary), *_training(summary, wanted_l0, warmup_steps)]
+    return [*damage(summary), *_evaluation(summary, wanted_l0), *_training(summary, wanted_l0, warmup_steps)]
 
 
 def damage(summary: Mapping[str, Any]) -> list[str]:
@@ -31,13 +31,19 @@ def damage(summary: Mapping[str, Any]) -> list[str]:
     return [f"{text}: run sae-cache verify {summary['cache']}" for text in found]
 
 
-def _evaluation(summary: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator[str]:
     numbers = summary["eval"]
     n_rows = numbers["n_rows"]
     if n_rows and numbers["fvu"] is None:
         yield f"FVU is not defined: the {n_rows:,} evaluated rows are all equal; give a larger --holdout"
     elif n_rows < FEW_ROWS:
         yield f"evaluated on {n_rows:,} rows only, the numbers are rough: give a larger --holdout, or harvest more text"
+    l0 = numbers.get("l0")
+    if wanted_l0 is not None and l0 is not None and abs(l0 - wanted_l0) > SHIFTED_L0 * wanted_l0:
+        yield (
+            f"L0 on {summary['eval_part']} rows is {l0:.1f}, {wanted_l0:g} was asked for: the threshold fits the training "
+            "rows only; harvest more text"
+        )
 
 
 def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps: int) -> Iterator[str]:

@@ -41,8 +41,8 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
     l0 = numbers.get("l0")
     if wanted_l0 is not None and l0 is not None and abs(l0 - wanted_l0) > SHIFTED_L0 * wanted_l0:
         yield (
-            f"L0 on {summary['eval_part']} rows is {l0:.1f}, {wanted_l0:g} was asked for: the threshold fits the training "
-            "rows only; harvest more text"
+            f"L0 on {summary['eval_part']} rows is {l0:.1f}, {wanted_l0:g} was asked for: the threshold fits "
+            "the training rows only; harvest more text"
         )
 
 

@@ -1,0 +1,140 @@
+"""`sae-analyze stats` and `show`: numbers of each latent against a dense reference, examples spread over documents."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sae_granary import sae_core
+from sae_granary.analyze import stats as stats_module
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.encode import encode_cache
+from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.analyze.latent_stats import Examples, bin_of, nearest_neighbors, quantile
+from sae_granary.analyze.show import latent_lines, marked
+from sae_granary.analyze.source import Source, open_source
+from sae_granary.analyze.stats import compute_stats, find_stats, load_stats
+from sae_granary.cache.read.context import Context
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.rows import FLAG_SPECIAL
+
+D_SAE = 24
+
+
+@pytest.fixture
+def source(make_cache, tmp_path: Path) -> Source:
+    """A cache of 40 documents and a topk SAE with random weights, of which latent 5 never fires."""
+    cls = sae_core.registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 4}))
+    sae.reset_weights(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sae.b_enc[5] = -1e6
+    sae_core.save(sae, tmp_path / "sae")
+    return open_source(tmp_path / "sae", make_cache(n_docs=40), device="cpu")
+
+
+def test_bins_and_quantiles_by_hand() -> None:
+    assert bin_of(np.array([2.0**-12, 1e-9, 1.0, 2.0, 1e9])).tolist() == [0, 0, 96, 104, 191]
+    histogram = np.zeros((2, 192), np.int64)
+    histogram[0, [96, 104]] = 3, 1  # three activations of 1, one of 2
+    assert quantile(histogram, 0.5).tolist() == [2 ** (1 / 8), 0.0]
+    assert quantile(histogram, 1.0).tolist() == [2 ** (9 / 8), 0.0]
+
+
+def test_examples_by_hand() -> None:
+    def update(examples: Examples, *entries: tuple[int, float, int, int]) -> None:
+        latent, value, row, document = (np.array(column) for column in zip(*entries, strict=True))
+        examples.update(latent, value.astype(np.float32), row, document, 3)
+
+    examples = Examples(2)
+    update(examples, (0, 1.0, 0, 7), (0, 3.0, 1, 7), (2, -5.0, 1, 7), (0, 2.0, 2, 8), (0, 2.0, 3, 8))
+    rows, values = examples.tables(3)
+    assert rows.tolist() == [[1, 2], [-1, -1], [1, -1]]
+    assert values.tolist() == [[3.0, 2.0], [0.0, 0.0], [-5.0, 0.0]]
+    update(examples, (0, 2.0, 4, 9), (0, 4.0, 5, 8), (1, 1.0, 5, 8))  # the equal one is too late
+    assert examples.tables(3)[0].tolist() == [[5, 1], [5, -1], [1, -1]]
+
+
+def test_neighbors_by_hand() -> None:
+    latents, cosines = nearest_neighbors(torch.tensor([[1.0, 0.0], [3.0, 3.0], [0.0, 2.0]]), 5, chunk=2)
+    assert latents.tolist() == [[1, 2], [0, 2], [1, 0]] or latents.tolist() == [[1, 2], [2, 0], [1, 0]]
+    np.testing.assert_allclose(cosines, [[0.5**0.5, 0], [0.5**0.5, 0.5**0.5], [0.5**0.5, 0]], atol=1e-6)
+
+
+def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
+    codes = encode_cache(source, tmp_path / "codes")
+    found = compute_stats(source, codes, n_examples=3)
+    plain = source.cache.column("flags")[:] & FLAG_SPECIAL == 0
+    rows, document = np.flatnonzero(plain), source.cache.column("doc_id")[:]
+    dense = codes.dense()[plain].astype(np.float64)
+    assert 0 < len(rows) < len(codes)
+    assert found.n_rows == len(rows)
+    np.testing.assert_array_equal(found.fired, (dense != 0).sum(0))
+    np.testing.assert_allclose(found.density, (dense != 0).mean(0))
+    np.testing.assert_array_equal(found.largest, dense.max(0).astype(np.float32))
+    assert (found.fired[5], found.mean[5], found.example_rows[5].tolist()) == (0, 0.0, [-1, -1, -1])
+    for latent in range(D_SAE):
+        values = dense[:, latent]
+        active = values[values != 0]
+        if not len(active):
+            continue
+        np.testing.assert_allclose(found.mean[latent], active.mean(), rtol=1e-6)
+        exact = np.quantile(active, 0.9, method="inverted_cdf")
+        assert exact <= quantile(found.histogram, 0.9)[latent] * (1 + 1e-6) <= exact * 1.0906
+        seen: dict[int, tuple[int, float]] = {}
+        for i in np.argsort(-values, kind="stable"):
+            if values[i] != 0:
+                seen.setdefault(int(document[rows[i]]), (int(rows[i]), values[i]))
+        expected = list(seen.values())[:3]
+        kept = found.example_rows[latent] >= 0
+        assert found.example_rows[latent][kept].tolist() == [row for row, _ in expected]
+        np.testing.assert_allclose(found.example_values[latent][kept], [value for _, value in expected])
+
+
+def test_statistics_are_stored_and_only_their_own_are_read(source: Source, make_cache) -> None:
+    first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    again = find_stats(source, lambda: pytest.fail("encoded again"))
+    for name, value in vars(first).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+    other = open_source(source.folder, make_cache("other", n_docs=40, seed=1), device="cpu")
+    assert other.place != source.place
+    with pytest.raises(MismatchError, match="seed 0, expected seed 1"):
+        load_stats(other, source.place / "stats")
+    with (source.place / "stats" / "stats.npz").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(DamagedCodesError, match="is not what was written"):
+        load_stats(source, source.place / "stats")
+
+
+def test_the_token_of_an_example_is_marked() -> None:
+    context = Context(7, (6, 7, 8), ("the", "cat", "##s"), 1, "the cats", None)
+    assert marked(context) == "the [[cat]] s"
+    assert marked(Context(0, (0,), (), -1, "a whole\n text", None)) == "a whole text"
+
+
+def test_a_latent_is_shown_and_one_that_is_not_there_refused(source: Source) -> None:
+    found = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    lines = list(latent_lines(source.cache, found, 3))
+    top = int(found.example_rows[3, 0])
+    assert lines[0].startswith(f"latent 3: active on {found.fired[3]:,} of {found.n_rows:,} rows")
+    assert f"[[{source.cache.token(top)}]]" in lines[3]
+    assert source.cache.document(top).source in lines[3]
+    assert len(lines) == 13
+    assert list(latent_lines(source.cache, found, 5)) == [f"latent 5: active on 0 of {found.n_rows:,} rows (0.000%)"]
+    with pytest.raises(ConfigError, match="--latent is 24, expected 0 to 23"):
+        next(latent_lines(source.cache, found, 24))
+
+
+def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:
+    run, given = CliRunner(), [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
+    stats = run.invoke(app, ["stats", *given])
+    assert stats.exit_code == 0, stats.output
+    assert "never fired  1 of 24 latents" in stats.output
+    shown = run.invoke(app, ["show", *given, "--latent", "3"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("[[") == 10
+    wrong = run.invoke(app, ["show", *given, "--latent", "99"])
+    assert (wrong.exit_code, wrong.output.count("\n")) == (2, 1)

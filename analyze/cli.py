@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, make_app
+from sae_granary.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae_granary.analyze.codes import StoredCodes
@@ -80,19 +81,35 @@ def stats(
 def show(
     sae: SAEFolder,
     cache: CacheFolder,
-    latent: Annotated[int, typer.Option("--latent", "-l", help="Number of a latent, from 0.")],
+    latent: Annotated[int | None, typer.Option("--latent", "-l", help="Number of a latent, from 0.")] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text to encode; may be repeated.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --text: folder or hub id of the model. (default: the one of the cache)")
+    ] = None,
     hook: Hook = "",
     device: Device = "auto",
     allow_incomplete: Incomplete = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print a latent: its statistics and its strongest examples, one per document, with the active token marked."""
-    with expected_errors(debug, interrupted=INTERRUPTED):
-        from sae_granary.analyze.show import latent_lines
+    """Print a latent, with its strongest examples (one per document, the active token marked), or a text's latents.
 
-        source, found = _stats(sae, cache, hook, device, allow_incomplete, quiet)
-        for line in latent_lines(source.cache, found, latent):
+    `--latent 17` needs no model. `--text "..."` runs the texts through the model of the cache.
+    """
+    with expected_errors(debug, interrupted=INTERRUPTED):
+        if (latent is None) == (not text):
+            raise ConfigError("give either --latent or --text")
+        from sae_granary.analyze.show import latent_lines, text_lines
+
+        if latent is not None:
+            source, found = _stats(sae, cache, hook, device, allow_incomplete, quiet)
+            lines = latent_lines(source.cache, found, latent)
+        else:
+            from sae_granary.analyze.texts import encode_texts
+
+            encoded = encode_texts(sae, text or [], cache=cache, hooks=names_in(hook), model=model, device=device)
+            lines = text_lines(encoded)
+        for line in lines:
             echo(line)
 
 

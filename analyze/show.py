@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from sae_granary.analyze.stats import LatentStats
 from sae_granary.cache.read.context import Context, join_tokens
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.rows import FLAG_SPECIAL
+
+if TYPE_CHECKING:
+    from sae_granary.analyze.texts import EncodedTexts
 
 TEXT_CHARACTERS = 160  # shown of a row that is a whole text
 
@@ -60,3 +65,19 @@ def marked(context: Context) -> str:
     before, after = context.tokens[: context.index], context.tokens[context.index + 1 :]
     token = join_tokens([context.tokens[context.index]])
     return " ".join(f"{join_tokens(before)} [[{token}]] {join_tokens(after)}".split())
+
+
+def text_lines(found: EncodedTexts, n_latents: int = 5) -> Iterator[str]:
+    """The strongest latents of each token of encoded texts, a blank line between texts; special tokens left out."""
+    codes = found.codes
+    indptr, indices = codes.indptr.cpu().numpy(), codes.indices.cpu().numpy()
+    values = codes.values.reshape(-1).float().cpu().numpy()
+    shown = np.flatnonzero(found.flags & FLAG_SPECIAL == 0)
+    width = max((len(found.tokens[row]) for row in shown), default=0)
+    for place, row in enumerate(shown):
+        if place and found.text[row] != found.text[shown[place - 1]]:
+            yield ""
+        part = slice(int(indptr[row]), int(indptr[row + 1]))
+        order = np.argsort(-np.abs(values[part]), kind="stable")[:n_latents]
+        pairs = [f"{indices[part][i]} ({values[part][i]:.2f})" for i in order if values[part][i] != 0]
+        yield f"{found.tokens[row]:<{width}}  {', '.join(pairs)}"

@@ -1,0 +1,74 @@
+"""`encode_texts`: the rows of texts are those of a harvest of the same texts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.encode import encode_cache
+from sae_granary.analyze.errors import AnalyzeError, MismatchError
+from sae_granary.analyze.source import open_source
+
+TEXTS = ["A loop ends with break.", "The cats are asleep", "word " * 40]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A harvest of three texts, the last of which takes several windows, and an SAE of its width."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    harvest_activations(
+        model="demo", dataset=str(folder / "texts.txt"), documents="line", layers=3, ctx_len=16, out=folder / "cache",
+        device="cpu", quiet=True,
+    )  # fmt: skip
+    cls = sae_core.registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 384, "d_sae": 64, "k": 8}))
+    sae.reset_weights(torch.Generator().manual_seed(1))
+    sae_core.save(sae, folder / "sae")
+    return folder
+
+
+def test_codes_of_texts_are_those_of_their_harvest(place: Path, tmp_path: Path) -> None:
+    found = encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu")
+    cache = open_cache(place / "cache")
+    stored = encode_cache(open_source(place / "sae", place / "cache", device="cpu"), tmp_path / "codes")
+    assert found.codes.shape == stored.shape
+    assert list(found.tokens) == [cache.token(row) for row in range(len(cache))]
+    np.testing.assert_array_equal(found.text, cache.column("doc_id")[:])
+    np.testing.assert_array_equal(found.flags, cache.column("flags")[:])
+    np.testing.assert_allclose(found.codes.dense().numpy(), stored.dense(), atol=1e-4)
+
+
+def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_cache) -> None:
+    with pytest.raises(AnalyzeError, match="the 2 texts hold no tokens"):
+        encode_texts(place / "sae", ["", " "], cache=place / "cache", device="cpu")
+    with pytest.raises(AnalyzeError, match=r"no record of its windows"):
+        encode_texts(_sae_of_width_16(place), TEXTS, cache=make_cache(), device="cpu", model="demo")
+    with pytest.raises(MismatchError, match=r"reads rows of width 384, .* has width 16"):
+        encode_texts(place / "sae", TEXTS, cache=make_cache("other"), device="cpu")
+
+
+def _sae_of_width_16(place: Path) -> Path:
+    cls = sae_core.registry.get("topk")
+    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 32, "k": 4})), place / "narrow")
+    return place / "narrow"
+
+
+def test_the_latents_of_a_text_are_shown_token_by_token(place: Path) -> None:
+    found = encode_texts(place / "sae", TEXTS[:1], cache=place / "cache", device="cpu")
+    dense = found.codes.dense().numpy()
+    best = int(dense[1].argmax())
+    given = [str(place / "sae"), "--cache", str(place / "cache"), "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["show", *given, "--text", TEXTS[0]])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "loop", "ends", "with", "break", "."]  # no special tokens
+    assert lines[0].split()[1:3] == [str(best), f"({dense[1, best]:.2f})" + ","]
+    for wrong in ([], ["--latent", "3", "--text", "a"]):
+        refused = CliRunner().invoke(app, ["show", *given, *wrong])
+        assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+        assert "give either --latent or --text" in refused.output

@@ -25,7 +25,7 @@ from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe, probe_all, vocabulary_size
 from sae_granary.models.load import load_base, model_record
 from sae_granary.models.locate import check_weights
-from sae_granary.models.pooled import TextModel, load_pooled, longest_text, pooled_width
+from sae_granary.models.pooled import TextModel, load_pooled, observe_pooled, pooled_width
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,12 +96,13 @@ def harvest_activations(
 
 def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Model]:
     """The model with its weights, and the plan with the widths that it really has."""
-    located, device, batching = prepared.located, prepared.device, prepared.batching
+    located, device = prepared.located, prepared.device
     if prepared.unit == "text":
         pooled = load_pooled(located, prepared.compute_dtype, device)
         hooks: tuple[Hook, ...] = (replace(prepared.hooks[0], d_in=pooled_width(pooled)),)
+        behavior = observe_pooled(pooled, prepared.batch_tokens)
         model: Model = TextModel(
-            pooled, hooks[0].d_in, device, batch_tokens=prepared.batch_tokens, max_len=longest_text(pooled), say=say
+            pooled, hooks[0].d_in, device, batch_tokens=prepared.batch_tokens, say=say, behavior=behavior
         )
     else:
         base = load_base(located, prepared.compute_dtype, device)
@@ -112,9 +113,6 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
                 f"--pack joins documents for decoders; {located.name} reads in both directions and would attend across "
                 "them: leave it out"
             )
-        batching = behavior.batching
-        if behavior.notice:
-            say(f"{located.name}: {behavior.notice}")
         pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
         model = TokenModel(
             base, hooks, device, batch_tokens=prepared.batch_tokens, pad_id=pad_id, say=say, behavior=behavior
@@ -123,9 +121,11 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
             blocks = compiled_blocks(base, prepared.n_layers, hooks)
             say(f"compiling {len(blocks)} blocks, about a minute")
             model.compile(blocks, prepared.rules.ctx_len)
+    if behavior.notice:
+        say(f"{located.name}: {behavior.notice}")
     if prepared.widths_known and hooks != prepared.hooks:
         raise HarvestError(f"the loaded model has hook points {hooks}, its config promised {prepared.hooks}")
-    return replace(prepared, located=located, hooks=hooks, widths_known=True, batching=batching), model
+    return replace(prepared, located=located, hooks=hooks, widths_known=True, batching=behavior.batching), model
 
 
 def _examined(prepared: Prepared, base: nn.Module) -> tuple[tuple[Hook, ...], Behavior]:

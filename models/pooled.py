@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sae_granary.common.errors import one_line
-from sae_granary.models.behavior.checks import failure
+from sae_granary.models.behavior.checks import USUAL, Behavior, failure, observe_texts
+from sae_granary.models.behavior.state import State, unchanged
 from sae_granary.models.errors import LOAD_ERRORS, MemoryLimitError, ModelError
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
@@ -62,14 +63,17 @@ def _width(located: Located) -> int:
 class TextModel:
     """A Sentence-Transformer: buffers of texts -> {"sentence_embedding": (N, D)}."""
 
-    def __init__(self, model: Any, d_in: int, device: str, *, batch_tokens: int, max_len: int, say: Say) -> None:
+    def __init__(
+        self, model: Any, d_in: int, device: str, *, batch_tokens: int, say: Say, behavior: Behavior = USUAL
+    ) -> None:
         import torch
 
         self.device = torch.device(device)
         self._model = model
         self._d_in = d_in
-        self._batch_tokens = batch_tokens
-        self._max_len = max_len
+        self._batch_tokens = 1 if behavior.batching == "single" else batch_tokens
+        self._max_len = longest_text(model)
+        self._put_back: Callable[[], None] = State(model).restore if behavior.changed else lambda: None
         self._share = 1.0  # of a planned batch that fits the memory
         self._say = say
 
@@ -109,6 +113,8 @@ class TextModel:
                 raise MemoryLimitError(f"one text does not fit the memory of {self.device}") from error
         except Exception as error:  # of the model's code, which may be anyone's
             raise ModelError(f"the model failed on {len(texts):,} texts: {failure(error)}") from error
+        finally:
+            self._put_back()
         self._share /= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -141,8 +147,20 @@ def longest_text(model: Any) -> int:
 
 
 def pooled_width(model: Any) -> int:
-    """Width of the embedding of a loaded Sentence-Transformer, which must be able to embed. Raises ModelError."""
+    """Width of the embedding of a loaded Sentence-Transformer, which is left as it was. Raises ModelError."""
     try:
-        return int(model.encode(["a"], convert_to_tensor=True, show_progress_bar=False).shape[-1])
+        with unchanged(model):
+            return int(model.encode(["a"], convert_to_tensor=True, show_progress_bar=False).shape[-1])
     except Exception as error:  # of the model's code, which may be anyone's
         raise ModelError(f"the Sentence-Transformer cannot embed a text: {failure(error)}") from error
+
+
+def observe_pooled(model: Any, batch_tokens: int) -> Behavior:
+    """Whether a text's embedding is another beside other texts, and whether embedding one changes the model."""
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        return model.encode(  # type: ignore[no-any-return]
+            list(texts), batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
+        )
+
+    return observe_texts(model, encode, max(2, min(longest_text(model), batch_tokens // 2)))

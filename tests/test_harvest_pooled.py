@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harvest_kit import build_model, row_errors, texts
+from harvest_kit import build_model, row_errors, texts, tiny_tokenizer
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
@@ -52,6 +52,36 @@ def test_pooled_rows_equal_encode(minilm: Any, corpus: Path, tmp_path: Path) -> 
     assert got.column("doc_id")[0 : got.n_rows].tolist() == [*range(5), *range(6, len(DOCS) + 1)]
     assert (got.column("token_id")[0 : got.n_rows] == -1).all()
     assert got.document(5).text == DOCS[5]
+
+
+@pytest.mark.parametrize("kind", ["mixes padding in", "changes itself"])
+def test_embeddings_are_those_of_the_text_alone(corpus: Path, tmp_path: Path, kind: str) -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer, BigBirdConfig, FNetConfig
+
+    tokenizer = tiny_tokenizer("bert")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    attention = {"block_size": 4, "num_random_blocks": 1, "num_attention_heads": 4}
+    config: Any = FNetConfig(**sizes) if kind == "mixes padding in" else BigBirdConfig(**sizes, **attention)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4.0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    where = WhereConfig(unit="text")
+    harvest_activations(config_of(str(tmp_path / "model"), corpus, tmp_path / "out", where), quiet=True)
+    got, want = open_cache(tmp_path / "out"), []
+    for text in DOCS:
+        fresh: Any = AutoModel.from_pretrained(tmp_path / "model").eval()
+        ids = AutoTokenizer.from_pretrained(tmp_path / "model")(text, truncation=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            want.append(fresh(input_ids=ids).last_hidden_state[0].mean(0).numpy())
+    assert row_errors(got.hook()[0 : got.n_rows], np.stack(want)).max() < 1e-5
+    if kind == "mixes padding in":
+        assert got.manifest.provenance["compute"]["batching"] == "single"
 
 
 @pytest.mark.parametrize("dense", [False, True])

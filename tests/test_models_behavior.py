@@ -214,6 +214,15 @@ def test_a_short_window_does_not_change_the_model_for_later_ones(make: Make) -> 
     assert errors_of(cache, folder) < 1e-5
 
 
+def test_windows_of_any_length_are_tried_where_a_pass_changes_the_model(make: Make) -> None:
+    from transformers import BigBirdConfig  # sparse above 112 tokens: a shorter window beside such a one too
+
+    folder = make(BigBirdConfig(**sizes(block_size=16, num_random_blocks=1)))
+    cache = harvest(folder, texts(24, longest=124), ctx_len=126, batch_tokens=1260)
+    assert errors_of(cache, folder) < 1e-5
+    assert cache.manifest.provenance["compute"]["batching"] == "equal"
+
+
 def test_windows_are_padded_to_the_multiple_that_the_attention_wants(make: Make) -> None:
     from transformers import LongformerConfig
 

@@ -129,7 +129,7 @@ def compare(folder: Path, **where: Any) -> Line:
     line["class"], line["causal"] = record["class"], record["is_decoder"]
     line["blocks"] = next(iter(points.values())).module.rsplit(".", 1)[0]
     line["layers"] = len(blocks)
-    notices = {"one length only": "one length", "one window at a time": "one window"}
+    notices = {"one length only": "one length", "hold one window": "one window"}
     line["batches"] = next((words for notice, words in notices.items() if notice in log), "")
     if worst > TOLERANCE:
         line["why"] = ", ".join(f"layer {i} {error:.2g}" for i, error in layers.items())

@@ -9,7 +9,7 @@ Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -45,7 +45,7 @@ class Behavior:
         return {
             "padded": "",
             "equal": "padding changes this model's rows: batches hold windows of one length only",
-            "single": "windows in one batch change each other's rows in this model: one window at a time",
+            "single": "what shares a batch changes this model's rows: batches hold one window or text",
         }[self.batching]
 
 
@@ -85,8 +85,8 @@ def observe(
     """What the model does with a long window, another of its length and a short one. Leaves the model as it was.
 
     The short one is also run beside the longest window that shares a batch of `batch_tokens`: some models read a text
-    otherwise from a length on. Raises ModelError where the model fails on text, of whatever length, or gives other rows
-    for a window again.
+    otherwise from a length on. Where a pass changes the model, windows of lengths between are run beside it as well.
+    Raises ModelError where the model fails on text, of whatever length, or gives other rows for a window again.
     """
     long, other, short, shortest = windows
     longest = ([*long] * ctx_len)[:ctx_len]
@@ -94,11 +94,11 @@ def observe(
         rows = Rows(base, hooks, pad_id, state)
         try:
             rows.multiple = _multiple(rows, own_multiple(base), (long, longest[:-1], longest))
-            batching = _batching(rows, long, other, short, longest[: batch_tokens // 2], name)
-            state.restore()
             for window in (short, shortest, long, longest):
                 rows.check(window)
             changed = state.changed()
+            longest = longest[: batch_tokens // 2]
+            batching = _batching(rows, long, other, short, longest, _halves(len(longest)) if changed else (), name)
         finally:
             rows.close()
         return Behavior(batching, _causal(base, long, other, state), changed, rows.multiple)
@@ -132,6 +132,7 @@ def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
         return 1
     try:
         for window in filter(None, windows):
+            rows.restore()
             rows.check(window)
     except HookError:
         return own
@@ -141,9 +142,9 @@ def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
 
 
 def _batching(
-    rows: Rows, long: Ids, other: Ids, short: Ids, longest: Ids, name: str
+    rows: Rows, long: Ids, other: Ids, short: Ids, longest: Ids, between: Sequence[int], name: str
 ) -> Literal["padded", "equal", "single"]:
-    """In which batches rows are those of the window alone."""
+    """In which batches rows are those of the window alone; also of windows of the lengths `between`."""
     want = [rows([window])[0] for window in (long, other, short)]
     limit = _ROUNDING.get(str(want[0].dtype), 1e-4)
     if _difference(want[0], rows([long])[0]) > limit:
@@ -158,7 +159,37 @@ def _batching(
     padded = rows([long, short])
     leak = max(_difference(want[0], padded[0]), _difference(want[2], padded[1]))
     leak = max(leak, _difference(want[2], rows([longest, short])[1]))
+    for n in between:
+        leak = max(leak, _difference(rows([longest[:n]])[0], rows([longest, longest[:n]])[1]))
     return "equal" if leak > max(limit, _TIMES_ROUNDING * rounding) else "padded"
+
+
+def observe_texts(model: nn.Module, encode: Callable[[Sequence[str]], torch.Tensor], n_words: int) -> Behavior:
+    """What a model that embeds whole texts does with a short one beside one of its length and one of `n_words`.
+
+    `encode` gives the embeddings (S, D) of S texts in one batch. Leaves the model as it was.
+    """
+    if next(model.parameters(), None) is None:
+        return USUAL
+    short, long = "a", "a " * n_words
+    with running(model, type(model).__name__) as state:
+
+        def found(*texts: str) -> torch.Tensor:
+            state.restore()
+            return encode(texts)[:1]
+
+        alone = found(short)
+        limit = _ROUNDING.get(str(next(model.parameters()).dtype), 1e-4)
+        rounding = _difference(alone, found(short, "I"))
+        leak = _difference(alone, found(short, long))
+        state.restore()
+        for text in (long, short):
+            encode([text])
+        changed = state.changed()
+        for text in ("a " * n for n in (_halves(n_words) if changed else ())):
+            leak = max(leak, _difference(found(text), found(text, long)))
+    padded = leak <= max(limit, _TIMES_ROUNDING * rounding) and rounding <= _TIMES_ROUNDING * limit
+    return Behavior("padded" if padded else "single", changed=changed)
 
 
 def _causal(base: nn.Module, long: Ids, other: Ids, state: State) -> bool | None:
@@ -176,6 +207,11 @@ def _causal(base: nn.Module, long: Ids, other: Ids, state: State) -> bool | None
         outputs.append(tensor.reshape(len(window), -1)[:half].clone())
     limit = _ROUNDING.get(str(outputs[0].dtype), 1e-4)
     return None if half == 0 else _difference(*outputs) <= limit
+
+
+def _halves(n: int) -> list[int]:
+    """n / 2, n / 4, ... 1."""
+    return [n >> i for i in range(1, n.bit_length())]
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

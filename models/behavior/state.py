@@ -60,9 +60,9 @@ def unchanged(base: nn.Module) -> Iterator[State]:
     import torch
 
     state, python, numpy = State(base), random.getstate(), np.random.get_state()  # noqa: NPY002 what models use
-    device = next(base.parameters()).device
+    weight = next(base.parameters(), None)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([weight.device] if weight is not None and weight.is_cuda else []):
             yield state
     finally:
         state.restore()

@@ -11,6 +11,7 @@ from typing import Literal
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.files import user_path
 from sae_granary.common.quantities import COUNT_WORDS, parse_count
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig, one_of
 
@@ -93,7 +94,7 @@ def parse_out(text: str | None) -> Path | None:
     """`--out` as a path; an empty one would mean the current folder."""
     if text is not None and not text.strip():
         raise ConfigError("--out is empty: give a folder, or leave --out away for cache/<model>_l<layers>")
-    return None if text is None else Path(text)
+    return None if text is None else user_path("--out", text)
 
 
 def parse_columns(values: list[str] | None) -> tuple[str, ...]:

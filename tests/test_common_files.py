@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sae_granary.common import files, lock
-from sae_granary.common.files import new_folder, remove_temporary, sync_folder, write_json, write_text
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.files import new_folder, remove_temporary, sync_folder, user_path, write_json, write_text
 from sae_granary.common.lock import FolderLock, LockedError
 from sae_granary.common.quantities import byte_size, duration, parse_count, quantity
 
@@ -124,3 +125,15 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, monkeypatch: pytes
     held.acquire()
     held.release()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\nb", "a\x1b[31m"])
+def test_a_folder_has_a_name_that_can_be_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--out is .*: expected the path of a folder"):
+        user_path("--out", text)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert user_path("--out", "~/caches/x") == Path("/home/ann/caches/x")
+    assert user_path("--out", "a~b") == Path("a~b")

@@ -94,6 +94,17 @@ def test_the_sample_holds_no_row_that_lost_its_norm(make_cache) -> None:
     assert len(passes.sample(data)["layer_3"]) == len(before) - 1
 
 
+def test_small_rows_keep_their_norms(make_cache) -> None:
+    cache = open_cache(make_cache())
+    path, shape = cache.shard_path(None, 0), (cache.shards[0].n_rows, 16)
+    values = np.memmap(path, np.float32, "r+", shape=shape)
+    values[:] = 1e-22  # whose squares are no numbers of float32
+    values.flush()
+    np.memmap(cache.norms().path(0), np.float32, "r+", shape=shape[:1])[:] = 4e-22
+    data = RunData.open(make_config([{"type": "topk", "cache": "toy", "k": 4, "d_sae": 32, "batch_size": 256}]))
+    assert len(passes.sample(data)["layer_3"]) == data.counts.train
+
+
 @pytest.mark.parametrize("mode", [*FIXED_MODES, "unit_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.7e38, 0.0])
 def test_no_scale_is_fitted_to_rows_that_have_none(mode: str, value: float) -> None:
@@ -136,7 +147,7 @@ def test_fvu_of_rows_without_variance_is_null_with_a_note(make_cache) -> None:
     summary = json.loads(Path("runs/one/summary.json").read_text())
     assert summary["eval"]["n_rows"] == 1
     assert summary["eval"]["fvu"] is summary["eval"]["explained_variance"] is None
-    note = "FVU is not defined: the 1 evaluated rows are all equal; give a larger --holdout"
+    note = "FVU is not defined: the 1 evaluated rows do not vary; give a larger --holdout"
     assert note in summary["notes"]
     assert f"one: {note}" in output
     assert "n/a" in output
@@ -154,7 +165,7 @@ SUMMARY = {
         ({}, None),
         ({"l0_train": 36.0}, "L0 in training is 36.0, 32 was asked for"),
         ({"dead": 0.93}, "93% of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every 10"),
-        ({"steps": 20}, "the learning rate was still rising at the end: --warmup-steps is 20, the run had 20"),
+        ({"steps": 20}, "the learning rate was still rising at the end: the warm-up takes 20 steps, the run had 20"),
         ({"eval": {**SUMMARY["eval"], "n_rows": 1999}}, "evaluated on 1,999 rows only"),
         ({"eval": {**SUMMARY["eval"], "l0": 64.9}}, "L0 on heldout rows is 64.9, 32 was asked for"),
     ],

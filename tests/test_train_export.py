@@ -133,3 +133,17 @@ def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     code, output = run("push", tmp_path, "someone/toy-sae")
     assert code == 2
     assert "holds no finished SAE" in output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (Path(__file__).parents[1] / "train" / "new", "belongs to Python code (train/): choose another --out"),
+        ("/dev/null", "/dev/null is no folder: choose another --out"),
+    ],
+)
+def test_an_export_goes_to_a_folder_of_its_own(tmp_path: Path, out: object, message: str) -> None:
+    code, output = run("export", saved(tmp_path / "run", k=4), "--to", "saelens", "--out", out)
+    assert code == 2
+    assert message in output
+    assert not (Path(__file__).parents[1] / "train" / "new").exists()

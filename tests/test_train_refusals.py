@@ -24,6 +24,8 @@ def run(*arguments: object) -> tuple[int, str]:
         (["--steps", ""], "steps='': expected a whole number such as 20000, 20k, 5M or 1.5B or none"),
         (["--tokens", "1.5"], "tokens='1.5': expected a whole number such as 20000, 20k, 5M or 1.5B or none"),
         (["--runs-dir", REPO / "train", "--name", "new"], "train/new belongs to Python code (train/)"),
+        (["--runs-dir", ""], "runs_dir is '': expected the path of a folder"),
+        (["--runs-dir", "a\nb"], "runs_dir is 'a\\nb': expected the path of a folder"),
         (["--runs-dir", REPO / "cache", "--name", "load"], "cache/load belongs to Python code (load/)"),
         (["--lr", "inf"], "lr=inf: expected a finite number"),
         (["--d-sae", "0"], "d_sae=0: expected a value > 0"),

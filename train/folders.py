@@ -50,7 +50,7 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     assert config.name is not None
     folder = Path(config.runs_dir) / config.name
     check_name(config.name)
-    _refuse_code(folder)
+    refuse_code(folder)
     if is_sweep(folder):
         raise RunExistsError(
             f"{folder} is a sweep: continue it with sae-train resume {folder}, or choose another --name"
@@ -68,9 +68,10 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
     return folder
 
 
-def _refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path, options: str = "--runs-dir or --name") -> None:
+    """Results never go between Python code. Raises RunExistsError."""
     if code := files.code_folder(folder):
-        raise RunExistsError(f"{folder} belongs to Python code ({code.name}/): choose another --runs-dir or --name")
+        raise RunExistsError(f"{folder} belongs to Python code ({code.name}/): choose another {options}")
 
 
 def _remove(folder: Path, *starts: str | None) -> None:
@@ -89,7 +90,7 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
 
     Raises RunExistsError if it holds anything else or is being trained, ConfigError if it cannot be made.
     """
-    _refuse_code(folder)
+    refuse_code(folder)
     used = folder.exists() and not _is_unused(folder)
     if used and not (overwrite and is_sweep(folder)):
         raise RunExistsError(f"{folder} exists and is no sweep: choose another --name")

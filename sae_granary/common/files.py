@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 
 TEMP_PREFIX = ".tmp-"
@@ -186,6 +187,16 @@ def hash_files(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def user_path(option: str, text: str) -> Path:
+    """A folder that a user named; `~` is the home folder: YAML, and shells in --out=~/x, leave it as it is.
+
+    Raises ConfigError for no text, and for control characters in it.
+    """
+    if not text.strip() or not text.isprintable():
+        raise ConfigError(f"{option} is {text!r}: expected the path of a folder")
+    return Path(text).expanduser()
 
 
 def is_code(path: Path) -> bool:

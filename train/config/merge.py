@@ -16,6 +16,7 @@ import yaml
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.files import user_path
 from sae_granary.sae_core.options import as_saved
 from sae_granary.train.config.coerce import coerce
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
@@ -23,6 +24,8 @@ from sae_granary.train.config.yaml_text import load_yaml
 
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}
+
+_PATHS = ("cache", "runs_dir", "init_from")
 
 # What a saved config must say.
 _DECIDED = ("cache", "name", "hook", "device", "compute_dtype", "shuffle_seed", "init_seed", "steps", "lr")
@@ -69,6 +72,8 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
     for key, value in merged.items():
         if key in TRAINER_KEYS:
             settings[key] = coerce(key, value, _HINTS[key])
+            if key in _PATHS and (settings[key] or key == "runs_dir"):
+                settings[key] = str(user_path(key, settings[key]))
         elif key in options:
             chosen[key] = coerce(key, value, options[key])
         else:

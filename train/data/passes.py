@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.load.loader import Batch, Loader, LoaderState
 from sae_granary.cache.load.selection import Part
+from sae_granary.common.device import float64
 from sae_granary.sae_core import Rows
 from sae_granary.train.config.resolve import selection_of, shuffle_of
 from sae_granary.train.data.run_data import RunData
@@ -21,7 +22,7 @@ from sae_granary.train.data.streams import open_stream
 SAMPLE_ELEMENTS = 2**26  # numbers in the sample that normalization and b_dec are fitted to
 MAX_SAMPLE_ROWS = 2**20
 CALIBRATION_ROWS = 2**17
-NORM_ERROR = 1e-4  # relative, of the norm of a row in float32 and the stored one
+NORM_ERROR = 1e-4  # relative, of the norm of a row and the stored one
 
 
 def sample(data: RunData) -> Rows:
@@ -77,9 +78,10 @@ def _has_its_norm(data: RunData, hook: str, batch: Batch) -> Tensor:
     assert isinstance(batch.x, dict)
     assert batch.row_ids is not None
     rows: Tensor = batch.x[hook]
-    stored = torch.from_numpy(data.cache.norms(hook)[data.cache.ordinals(batch.row_ids.numpy())]).to(rows.device)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return (norms - stored).abs() <= NORM_ERROR * stored
+    stored = torch.from_numpy(data.cache.norms(hook)[data.cache.ordinals(batch.row_ids.numpy())])
+    norms = float64(rows).norm(dim=1)  # in float32 the squares of small values vanish
+    fits: Tensor = (norms - stored.to(norms)).abs() <= NORM_ERROR * stored.to(norms)
+    return fits.to(rows.device)
 
 
 def _pass(data: RunData, part: Part, n_rows: int, dropped: Callable[[int], None] = lambda n: None) -> Iterator[Rows]:

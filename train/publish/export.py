@@ -8,12 +8,13 @@ from typing import Any
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.files import user_path
 from sae_granary.common.finished_run import SAE_RECORD, read_metadata
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files import saelens
 from sae_granary.train.errors import RunExistsError
-from sae_granary.train.folders import check_one_run
+from sae_granary.train.folders import check_one_run, refuse_code
 
 
 def export(run: Path, to: str, out: Path) -> Path:
@@ -26,8 +27,10 @@ def export(run: Path, to: str, out: Path) -> Path:
         raise ConfigError(f"--to {to!r} is unknown (known: {', '.join(WRITERS)}){nearest(to, WRITERS)}")
     check_one_run(run)
     sae, metadata = sae_core.load(run), read_metadata(run)
-    if out.exists() and any(out.iterdir()):
-        raise RunExistsError(f"{out} is not empty: choose another --out")
+    out = user_path("--out", str(out))
+    refuse_code(out, "--out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RunExistsError(f"{out} is {'not empty' if out.is_dir() else 'no folder'}: choose another --out")
     return WRITERS[to](sae, out, metadata)
 
 

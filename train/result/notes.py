@@ -35,9 +35,9 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
     numbers = summary["eval"]
     n_rows = numbers["n_rows"]
     if n_rows and numbers["fvu"] is None:
-        yield f"FVU is not defined: the {n_rows:,} evaluated rows are all equal; give a larger --holdout"
+        yield f"FVU is not defined: the {n_rows:,} evaluated rows do not vary; give a larger --holdout"
     elif n_rows < FEW_ROWS:
-        yield f"evaluated on {n_rows:,} rows only, the numbers are rough: give a larger --holdout, or harvest more text"
+        yield f"evaluated on {n_rows:,} rows only, others may differ: give a larger --holdout, or harvest more text"
     l0 = numbers.get("l0")
     if wanted_l0 is not None and l0 is not None and abs(l0 - wanted_l0) > SHIFTED_L0 * wanted_l0:
         yield (
@@ -49,14 +49,17 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
 def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps: int) -> Iterator[str]:
     steps, found = summary["steps"], summary["l0_train"]
     if wanted_l0 is not None and found is not None and abs(found - wanted_l0) > MISSED_L0 * wanted_l0:
-        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: train longer (--steps)"
+        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: train longer, or change the coefficient"
     if summary["dead"] > MANY_DEAD:
         yield (
             f"{summary['dead']:.0%} of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every "
             f"{max(steps // 10, 1)}"
         )
     if warmup_steps >= steps:
-        yield f"the learning rate was still rising at the end: --warmup-steps is {warmup_steps}, the run had {steps}"
+        yield (
+            f"the learning rate was still rising at the end: the warm-up takes {warmup_steps} steps, the run had {steps}"
+            "; train longer, or give fewer --warmup-steps"
+        )
 
 
 def legend(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -57,8 +57,8 @@ def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps:
         )
     if warmup_steps >= steps:
         yield (
-            f"the learning rate was still rising at the end: the warm-up takes {warmup_steps} steps, the run had {steps}"
-            "; train longer, or give fewer --warmup-steps"
+            f"the learning rate was still rising at the end: the warm-up takes {warmup_steps} steps, the run had "
+            f"{steps}; train longer, or give fewer --warmup-steps"
         )
 
 

@@ -114,6 +114,8 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
     for batch in batches:
         for i in range(len(batch)):
             ids = torch.from_numpy(batch.token_id[i][batch.real[i]])[None]
+            if ids.shape[1] == 2:  # nothing is predicted, and the mean over nothing is NaN
+                continue
             labels = ids.clone()
             labels[0, :2] = -100  # BOS keeps its clean activation, and what it predicts does not count
             total += float(reference(input_ids=ids, labels=labels).loss.detach()) * (ids.shape[1] - 2)
@@ -203,11 +205,11 @@ def test_the_gradient_is_that_of_the_loss(models: Path) -> None:
     sae.b_dec.requires_grad_()
     batch.terms(sae, Progress(0, 10)).losses["kl"].backward()
     direction = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    for step in (1e-2, -1e-2):
+    for step in (2e-3, -2e-3):
         with torch.no_grad():
             sae.b_dec.copy_(step * direction)
         losses.append(float(batch.terms(sae, Progress(0, 10)).losses["kl"].detach()))
-    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(sae.b_dec.grad @ direction), rel=2e-2)
+    assert (losses[0] - losses[1]) / 4e-3 == pytest.approx(float(sae.b_dec.grad @ direction), rel=2e-2)
 
 
 def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:

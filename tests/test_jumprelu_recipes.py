@@ -57,6 +57,19 @@ def test_l0_is_the_target(target: float) -> None:
     assert sae.config.wanted_l0 == target
 
 
+def test_a_target_above_the_positive_pre_activations_lets_all_of_them_through() -> None:
+    run = trained("constraint", l0_target=60.0)
+    assert l0_of(run.sae, range(100, 120)) < 50  # as many are positive
+    for _ in range(600):  # steps of L0 alone: without a bound theta becomes 0, and the kernel divides by it
+        run.sae.threshold.count(torch.zeros(D_SAE, dtype=torch.int64), torch.tensor(0), 1)
+        run.sae.after_step()
+    out = run.sae.train()(rows(seed=3))
+    sum(run.sae.losses(out, Progress(0, 100)).values()).backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in run.sae.parameters())
+    run.sae.calibrate([rows(seed=4)])
+    assert 0 < float(run.sae.theta.detach().min()) < 1e-20
+
+
 @pytest.mark.parametrize("target", [2.0, 16.0])
 def test_the_first_threshold_gives_the_target(target: float) -> None:
     sae = make(l0_target=target)

@@ -3,6 +3,7 @@
 Shapes: N rows, F = d_sae latents. theta = threshold, s = log theta.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,6 +85,7 @@ class ControlledThreshold(LogThreshold):
         excess = self.n_active / self.n_rows.clamp_min(1) - l0
         shift = (GAIN * excess / self.slope.clamp_min(LEAST)).clamp(-MAX_SHIFT, MAX_SHIFT)
         self.raw.add_(torch.where(self.n_rows > 0, shift / self.speed, 0.0))
+        self.raw.clamp_(min=math.log(LEAST) / self.speed)  # no threshold gives an L0 above the number of positive p
         for counter in (self.in_window, self.n_active, self.n_rows):
             counter.zero_()
 

@@ -39,7 +39,8 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
     elif n_rows < FEW_ROWS:
         yield f"evaluated on {n_rows:,} rows only, others may differ: give a larger --holdout, or harvest more text"
     l0 = numbers.get("l0")
-    if wanted_l0 is not None and l0 is not None and abs(l0 - wanted_l0) > SHIFTED_L0 * wanted_l0:
+    met = not _misses(summary["l0_train"], wanted_l0, MISSED_L0)
+    if met and _misses(l0, wanted_l0, SHIFTED_L0):
         yield (
             f"L0 on {summary['eval_part']} rows is {l0:.1f}, {wanted_l0:g} was asked for: the threshold fits "
             "the training rows only; harvest more text"
@@ -48,8 +49,9 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
 
 def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps: int) -> Iterator[str]:
     steps, found = summary["steps"], summary["l0_train"]
-    if wanted_l0 is not None and found is not None and abs(found - wanted_l0) > MISSED_L0 * wanted_l0:
-        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: train longer, or change the coefficient"
+    if _misses(found, wanted_l0, MISSED_L0):
+        remedy = "train longer, or change the coefficient" if found > wanted_l0 else "train longer, or raise --d-sae"
+        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: {remedy}"
     if summary["dead"] > MANY_DEAD:
         yield (
             f"{summary['dead']:.0%} of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every "
@@ -60,6 +62,10 @@ def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps:
             f"the learning rate was still rising at the end: the warm-up takes {warmup_steps} steps, the run had "
             f"{steps}; train longer, or give fewer --warmup-steps"
         )
+
+
+def _misses(l0: float | None, wanted: float | None, share: float) -> bool:
+    return l0 is not None and wanted is not None and abs(l0 - wanted) > share * wanted
 
 
 def legend(summaries: Sequence[Mapping[str, Any]]) -> str:

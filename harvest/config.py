@@ -160,8 +160,6 @@ def check_out(out: Path) -> None:
 
 
 def _check_name(out: Path) -> None:
-    if any(ord(char) < 32 or ord(char) == 127 for char in str(out)):
-        raise ConfigError(f"--out is {str(out)!r}: it holds a newline or control character; give a plain folder name")
     long = [part for part in out.parts if len(os.fsencode(part)) > _NAME_BYTES]
     if long:
         raise ConfigError(

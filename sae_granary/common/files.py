@@ -194,8 +194,10 @@ def user_path(option: str, text: str) -> Path:
 
     Raises ConfigError for no text, and for control characters in it.
     """
-    if not text.strip() or not text.isprintable():
-        raise ConfigError(f"{option} is {text!r}: expected the path of a folder")
+    if not text.strip():
+        raise ConfigError(f"{option} is empty: expected the path of a folder")
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise ConfigError(f"{option} is {text!r}: it holds a newline or control character; give a plain folder name")
     return Path(text).expanduser()
 
 

@@ -73,7 +73,11 @@ KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], SAE], bool]] =
     "topk": (ours("topk"), sae_core.load, True),
     "route": (ours("route", n_hooks=2, base="batchtopk"), sae_core.load, True),
     "skip_transcoder": (ours("skip_transcoder"), sae_core.load, True),
-    "native": (lambda folder: sae_core.save_native(make("jumprelu"), folder), sae_core.load_native, True),
+    "native": (
+        lambda folder: sae_core.save_native(make("jumprelu", l0_target=4.0), folder),
+        sae_core.load_native,
+        True,
+    ),
     "format 1": (of_before, sae_core.load, False),
     "saelens gated": (saelens("gated", normalize="unit_norm"), sae_core.load, False),
     "saelens topk": (saelens("topk"), sae_core.load, False),

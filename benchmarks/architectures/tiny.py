@@ -122,7 +122,7 @@ def _model(name: str, more: dict[str, Any]) -> Any:
 
 
 def _fails_on_shapes(model: Any) -> bool:
-    """Whether a pass over some ids fails in a way that other sizes may mend."""
+    """Whether a pass over some ids fails in a way that other sizes may avoid."""
     import torch
 
     try:

@@ -51,8 +51,8 @@ def absorption(active: Mask, fires: Mask, parent: Indices) -> float:
 
 
 def carried(activations: Floats, fires: Mask, projections: Floats, parent: Indices) -> float:
-    """The part of `absorption` in which other latents stand in: share of the same rows in which the parent's latent is
-    silent and the decoded code's projection (N, F) on the parent's direction is at least half of its true activation.
+    """The part of `absorption` in which other latents reconstruct the parent: share of the rows in which its latent is
+    silent and the decoded code's projection (N, F) on its direction is at least half of its true activation.
     """
     together, of = _families(activations > 0, parent)
     stands_in = projections[:, of] >= 0.5 * activations[:, of]

@@ -59,8 +59,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse weights that must not be written. Raises NonFiniteError with the names of those that hold NaN or Inf."""
-    if found := [name for name, t in tensors.items() if not bool(t.isfinite().all())]:
+    if found := _non_finite(tensors):
         raise NonFiniteError(f"NaN or Inf in {', '.join(found)}")
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
 
 def read_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
@@ -108,7 +112,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[i
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise NotAnSAEError(f"the weights are {found}: expected one of float32, float64, float16, bfloat16 for all")
     converted = {name: tensor.float() for name, tensor in tensors.items()}
-    if damaged := [name for name, tensor in converted.items() if not bool(tensor.isfinite().all())]:
+    if damaged := _non_finite(converted):
         raise NotAnSAEError(f"NaN or Inf in {', '.join(damaged)}")
     return converted
 

@@ -19,12 +19,11 @@ from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.common.rows import HookPoint
-from sae_granary.models.behavior.checks import observe, pad_id_for, probe_windows
-from sae_granary.models.forward import TokenModel
-from sae_granary.models.hooks import Hook, probe, vocabulary_size
-from sae_granary.models.language.recorded import locate_recorded
+from sae_granary.models.forward import TokenModel, hooked_model
+from sae_granary.models.hooks import Hook, probe
+from sae_granary.models.language.recorded import check_recorded_weights, locate_recorded
 from sae_granary.models.load import load_base
-from sae_granary.models.locate import Located, weights_hash
+from sae_granary.models.locate import Located
 from sae_granary.models.tokens.contexts import Tokenize, Window, WindowRules
 from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
@@ -63,7 +62,8 @@ def encode_texts(
     >>> found.tokens, found.codes.shape
     (('[CLS]', 'a', 'loop', 'ends', 'with', 'break', '[SEP]'), (7, 768))
 
-    Raises MismatchError where SAE, cache and model do not fit, AnalyzeError for no tokens, ModelError without a model.
+    Raises MismatchError where SAE, cache and model do not fit, AnalyzeError for no tokens, ModelError where the model
+    is missing or has other weights than were harvested.
     """
     source = open_source(sae, cache, hooks=hooks, device=device, allow_incomplete=True)
     return encode_with(source, texts, model=model)
@@ -77,7 +77,8 @@ def encode_with(source: Source, texts: Sequence[str], *, model: str | None = Non
         raise AnalyzeError(
             f"{source.cache.path} holds one row per text: only texts of caches with one row per token can be encoded"
         )
-    rules, located = rules_of(manifest), _locate(manifest, model)
+    rules, located = rules_of(manifest), locate_recorded(manifest.model, model, "--model")
+    check_recorded_weights(located, manifest.model, "--model")
     tokenizer = load_tokenizer(located)
     tokenize = text_tokenizer(tokenizer, lambda: load_tokenizer(located), 1, located.prompt)
     points = [source.cache.hook_points[name] for name in source.hooks]
@@ -120,31 +121,14 @@ def _windows(texts: Sequence[str], tokenize: Tokenize, rules: WindowRules) -> Wi
     return WindowStream(tokenize_stream(documents, tokenize), rules)
 
 
-def _locate(manifest: Manifest, model: str | None) -> Located:
-    """The model of a cache. Raises MismatchError for one of other weights, ModelError where it is not to be had."""
-    located, wanted = locate_recorded(manifest.model, model), manifest.model.get("weights_xxh3")
-    if wanted and located.is_local and (found := weights_hash(located)) != wanted:
-        raise MismatchError(
-            f"{located.source} has other weights ({found}) than the model of the cache ({wanted}): give that one"
-        )
-    return located
-
-
 def _token_model(
     located: Located, manifest: Manifest, tokenizer: Any, rules: WindowRules, points: Sequence[HookPoint], device: str
 ) -> TokenModel:
-    """The base model, hooked, and run in the batches that give what it computes for a text alone."""
+    """The model of a cache at its hook points."""
     compute = manifest.provenance.get("compute") or {}
     base = load_base(located, str(compute.get("dtype") or "float32"), device)
     hooks = probe(base, [Hook(point.name, point.module, point.side) for point in points], device)
     if differing := [p.name for p, hook in zip(points, hooks, strict=True) if hook.point() != p]:
         raise MismatchError(f"{located.name} has another {differing[0]} than the cache: it is another model")
-    n_ids = min(len(tokenizer), vocabulary_size(base) or len(tokenizer))
-    added = frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
-    windows = probe_windows(rules.prefix, rules.suffix, rules.ctx_len, n_ids, rules.special_ids | added)
-    pad_id = pad_id_for(base, tokenizer.pad_token_id)
-    sizes = {"ctx_len": rules.ctx_len, "batch_tokens": max(BATCH_TOKENS, rules.ctx_len)}
-    behavior = observe(base, hooks, windows, pad_id=pad_id, name=located.name, **sizes)
-    return TokenModel(
-        base, hooks, device, batch_tokens=sizes["batch_tokens"], pad_id=pad_id, say=lambda text: None, behavior=behavior
-    )
+    sizes = {"batch_tokens": max(BATCH_TOKENS, rules.ctx_len)}
+    return hooked_model(base, hooks, tokenizer, rules, device=device, name=located.name, say=lambda text: None, **sizes)

@@ -18,11 +18,11 @@ from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
-from sae_granary.models.behavior.checks import Behavior, observe, pad_id_for, probe_windows, running
+from sae_granary.models.behavior.checks import running
 from sae_granary.models.blocks import choose_hooks
 from sae_granary.models.compiled import compiled_blocks
-from sae_granary.models.forward import TokenModel
-from sae_granary.models.hooks import Hook, probe, probe_all, vocabulary_size
+from sae_granary.models.forward import hooked_model
+from sae_granary.models.hooks import Hook, probe, probe_all
 from sae_granary.models.load import load_base, model_record
 from sae_granary.models.locate import check_weights
 from sae_granary.models.pooled import TextModel, load_pooled, observe_pooled, pooled_width
@@ -106,17 +106,17 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
         )
     else:
         base = load_base(located, prepared.compute_dtype, device)
-        hooks, behavior = _examined(prepared, base)
+        hooks, sizes = _hooks_of(prepared, base), {"batch_tokens": prepared.batch_tokens}
+        model = hooked_model(
+            base, hooks, prepared.tokenizer, prepared.rules, device=device, name=located.name, say=say, **sizes
+        )
+        behavior = model.behavior
         located = replace(located, causal=located.is_decoder if behavior.causal is None else behavior.causal)
         if prepared.rules.separator is not None and not located.is_decoder:
             raise ConfigError(
                 f"--pack joins documents for decoders; {located.name} reads in both directions and would attend across "
                 "them: leave it out"
             )
-        pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
-        model = TokenModel(
-            base, hooks, device, batch_tokens=prepared.batch_tokens, pad_id=pad_id, say=say, behavior=behavior
-        )
         if prepared.config.model.compile:
             blocks = compiled_blocks(base, prepared.n_layers, hooks)
             say(f"compiling {len(blocks)} blocks, about a minute")
@@ -128,19 +128,13 @@ def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Mode
     return replace(prepared, located=located, hooks=hooks, widths_known=True, batching=behavior.batching), model
 
 
-def _examined(prepared: Prepared, base: nn.Module) -> tuple[tuple[Hook, ...], Behavior]:
-    """The hook points and the behavior of a loaded model, which is left as it was."""
-    rules, name, chosen = prepared.rules, prepared.located.name, prepared.hooks
-    with running(base, name):
+def _hooks_of(prepared: Prepared, base: nn.Module) -> tuple[Hook, ...]:
+    """The hook points of a loaded model, with their widths; the model is left as it was."""
+    chosen = prepared.hooks
+    with running(base, prepared.located.name):
         if not prepared.widths_known:
             chosen = choose_hooks(base, prepared.n_layers, prepared.config.where, probe_all(base, prepared.device))
-        hooks = probe(base, chosen, prepared.device)
-    n_ids = min(len(prepared.tokenizer), vocabulary_size(base) or len(prepared.tokenizer))
-    added = frozenset(getattr(prepared.tokenizer, "added_tokens_decoder", {}))
-    windows = probe_windows(rules.prefix, rules.suffix, rules.ctx_len, n_ids, rules.special_ids | added)
-    pad_id = pad_id_for(base, prepared.tokenizer.pad_token_id)
-    sizes = {"ctx_len": rules.ctx_len, "batch_tokens": prepared.batch_tokens}
-    return hooks, observe(base, hooks, windows, pad_id=pad_id, name=name, **sizes)
+        return probe(base, chosen, prepared.device)
 
 
 def _tell_behavior(prepared: Prepared, writer: CacheWriter) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_granary.common.errors import GranaryError
-from sae_granary.models.behavior.checks import USUAL, Behavior, failure
+from sae_granary.models.behavior.checks import USUAL, Behavior, failure, observe, pad_id_for, probe_windows
 from sae_granary.models.behavior.state import State
 from sae_granary.models.compiled import compile_blocks, no_recompiling
 from sae_granary.models.errors import HookError, MemoryLimitError, ModelError
-from sae_granary.models.hooks import Capture, Hook, tensor_of
+from sae_granary.models.hooks import Capture, Hook, tensor_of, vocabulary_size
 from sae_granary.models.tokens.batches import TokenBatch, collate, plan_batches
-from sae_granary.models.tokens.contexts import Buffer
+from sae_granary.models.tokens.contexts import Buffer, WindowRules
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,30 @@ class DeviceBatch:
     rows: torch.Tensor  # (n,)
 
 
+def hooked_model(
+    base: nn.Module,
+    hooks: Sequence[Hook],
+    tokenizer: Any,
+    rules: WindowRules,
+    *,
+    device: str,
+    batch_tokens: int,
+    name: str,
+    say: Say,
+) -> TokenModel:
+    """A loaded model with its hook points, in the batches that give what it computes for a window alone.
+
+    Raises ModelError where it does not run on text.
+    """
+    pad_id = pad_id_for(base, tokenizer.pad_token_id)
+    n_ids = min(len(tokenizer), vocabulary_size(base) or len(tokenizer))
+    unusual = rules.special_ids | frozenset(getattr(tokenizer, "added_tokens_decoder", {}))
+    windows = probe_windows(rules.prefix, rules.suffix, rules.ctx_len, n_ids, unusual)
+    sizes = {"ctx_len": rules.ctx_len, "batch_tokens": batch_tokens}
+    behavior = observe(base, hooks, windows, pad_id=pad_id, name=name, **sizes)
+    return TokenModel(base, hooks, device, batch_tokens=batch_tokens, pad_id=pad_id, say=say, behavior=behavior)
+
+
 class TokenModel:
     """The base model with its hook points: buffers -> {hook name: (N, D) on the device}."""
 
@@ -62,7 +86,7 @@ class TokenModel:
     ) -> None:
         import torch
 
-        self.device = torch.device(device)
+        self.device, self.behavior = torch.device(device), behavior
         self._hooks = tuple(hooks)
         self._base, self._capture = base, Capture(base, hooks)
         self._running: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext

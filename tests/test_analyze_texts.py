@@ -1,10 +1,12 @@
 """`encode_texts`: the rows of texts are those of a harvest of the same texts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
@@ -12,6 +14,8 @@ from sae_granary.analyze.cli import app
 from sae_granary.analyze.encode import encode_cache
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.analyze.source import open_source
+from sae_granary.models.demo import demo_model_path
+from sae_granary.models.errors import ModelError
 
 TEXTS = ["A loop ends with break.", "The cats are asleep", "word " * 40]
 
@@ -50,6 +54,17 @@ def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_ca
         encode_texts(_sae_of_width_16(place), TEXTS, cache=make_cache(), device="cpu", model="demo")
     with pytest.raises(MismatchError, match=r"reads rows of width 384, .* has width 16"):
         encode_texts(place / "sae", TEXTS, cache=make_cache("other"), device="cpu")
+
+
+def test_a_model_of_other_weights_and_one_that_is_missing_are_refused(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(demo_model_path("--model"), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors")
+    with pytest.raises(ModelError, match=r"has other weights .*name its hub id or folder with --model"):
+        encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu", model=str(other))
+    with pytest.raises(ModelError, match=r"is not there: no such folder; name its hub id or folder with --model"):
+        encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu", model=str(tmp_path / "none"))
 
 
 def _sae_of_width_16(place: Path) -> Path:

@@ -126,7 +126,7 @@ def test_batches_of_rows_that_are_committed_stay_as_they_were(make: Make, monkey
     folder = make(longrope())
     settings = {"ctx_len": 32, "batch_tokens": 64, "rows_per_shard": 128}
     with monkeypatch.context() as before:
-        before.setattr("sae_granary.harvest.run.observe", lambda *_, **__: Behavior())
+        before.setattr("sae_granary.models.forward.observe", lambda *_, **__: Behavior())
         with cut_off_after(30), pytest.raises(CutOff):
             harvest(folder, texts(50), **settings)
     with pytest.raises(HarvestError, match=r"computed in batches that are padded, but with .* only equal ones give"):

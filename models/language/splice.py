@@ -23,9 +23,9 @@ from sae_granary.common.errors import one_line
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.errors import LOAD_ERRORS, SpliceError
 from sae_granary.models.language.language_model import Contexts, EmbeddingModel, HookedModel, LanguageModel
-from sae_granary.models.language.recorded import REMEDY, locate_recorded
+from sae_granary.models.language.recorded import check_recorded_weights, locate_recorded, remedy
 from sae_granary.models.load import frozen
-from sae_granary.models.locate import SENTENCE_TRANSFORMER, Located, file_of, read_json, weights_hash
+from sae_granary.models.locate import SENTENCE_TRANSFORMER, Located, file_of, read_json
 from sae_granary.models.tokens.tokenizer import load_tokenizer
 
 H = TypeVar("H", bound=HookedModel)
@@ -121,13 +121,7 @@ def _is_causal(located: Located, record: Mapping[str, Any]) -> bool:
 
 def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, device: str) -> nn.Module:
     """The frozen model; one in use is not loaded again. Refuses other weights, and a part with random ones."""
-    found = weights_hash(located) if located.is_local else None
-    wanted = record.get("weights_xxh3")
-    if wanted and found and found != wanted:
-        raise SpliceError(
-            f"{located.source} has other weights ({found}) than the model that the cache was harvested from "
-            f"({wanted}): {REMEDY}, or harvest again"
-        )
+    found = check_recorded_weights(located, record)
     key = (kind.__name__, located.source, str(located.hub_kwargs), str(found), dtype, device)
     model = _IN_USE.get(key)
     if model is None:
@@ -204,6 +198,6 @@ def _checked(hooked: H, contexts: Contexts, rows: FloatRows, located: Located) -
     if not difference < MAX_DIFFERENCE:
         raise SpliceError(
             f"{located.source} gives other activations at {hooked.point.module} than the cache holds (they differ by "
-            f"{difference:.0%} of their length): it is another model or revision; {REMEDY}"
+            f"{difference:.0%} of their length): it is another model or revision; {remedy()}"
         )
     return hooked

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 TYPES = ("topk", "batchtopk")
 SETTINGS = ("--k", "32", "--d-sae", "3072", "--steps", "300", "--batch-size", "2048")
 TIMING = ("seconds", "tokens_per_second")
@@ -47,11 +49,11 @@ def measure(checkout: Path, folder: Path) -> Numbers:
 def _run(folder: Path) -> Numbers:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {
-        "metrics": [{key: value for key, value in line.items() if key not in TIMING} for line in lines],
-        "eval": summary["eval"],
-        "weights": _hash(folder / "sae_weights.safetensors"),
-    }
+    names = dict.fromkeys(name for line in lines for name in line if name not in TIMING)
+    metrics = {f"metrics: {name}": [line.get(name) for line in lines] for name in names}
+    weights = load_file(folder / "sae_weights.safetensors")  # not its bytes: metadata beside the tensors may change
+    tensors = {f"weights: {name}": hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in weights.items()}
+    return metrics | {f"eval: {name}": value for name, value in summary["eval"].items()} | tensors
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -78,8 +80,10 @@ def _python(checkout: Path, *arguments: str) -> str:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs, or stands on one side only."""
-    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    """What differs, or is on one side only."""
+    sides = {name: " (only before)" for name in before if name not in after}
+    sides |= {name: " (only after)" for name in after if name not in before}
+    return [name + sides.get(name, "") for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 def main() -> None:

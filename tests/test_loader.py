@@ -14,7 +14,7 @@ import torch
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
-from sae_granary.cache.load.loader import Loader, LoaderState
+from sae_granary.cache.load.loader import Loader, LoaderState, order_of
 from sae_granary.cache.load.order import Order, Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
 from sae_granary.cache.load.staging import HostRows
@@ -226,6 +226,21 @@ def test_refusals(make_cache) -> None:
         Loader(opened, batch_size=0)
     with pytest.raises(SelectionError, match="state has seed 1"):
         Loader(opened, batch_size=8, state=LoaderState(1))
+    with pytest.raises(SelectionError, match=f"id {2**70} is not among the 2,147,483,648 that a token can have"):
+        Loader(opened, batch_size=8, selection=Selection(Filters(exclude_tokens=(2**70,))))
+    with pytest.raises(UnknownNameError, match="layer_4"):
+        order_of(opened, ["layer_4"], Shuffle(), batch_size=8)
+
+
+def test_an_endless_stream_without_a_row_says_so(make_cache) -> None:
+    """As in a run of before whose filters were edited: the counts are those of others."""
+    opened = open_cache(make_cache(n_docs=20))
+    counts = account(opened, Selection(), ("layer_3",))
+    selection = Selection(Filters(min_position=10_000))
+    for state in (None, LoaderState(0, epoch=3, cursor=11)):
+        loader = Loader(opened, "layer_3", batch_size=32, selection=selection, counts=counts, state=state)
+        with pytest.raises(SelectionError, match=r"none of the \d+ rows passes the filters, although some did"):
+            next(loader)
 
 
 def test_nothing_to_deliver_ends_a_finite_pass(make_cache) -> None:

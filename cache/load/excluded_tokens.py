@@ -28,10 +28,11 @@ def token_ids(cache: Cache, tokens: Sequence[int | str]) -> tuple[int, ...]:
 
 def _ids(cache: Cache, token: int | str, words: Sequence[str] | None, by_word: Mapping[str, int]) -> list[int]:
     if isinstance(token, int) or (token.isascii() and token.isdigit()):
-        if words is not None and not 0 <= int(token) < len(words):
-            raise SelectionError(
-                f"exclude_tokens: id {token} is not among the {len(words):,} of the cache's vocabulary"
-            )
+        n_ids, owner = (
+            (2**31, "ids that a token can have") if words is None else (len(words), "of the cache's vocabulary")
+        )
+        if not 0 <= int(token) < n_ids:
+            raise SelectionError(f"exclude_tokens: id {token} is not among the {n_ids:,} {owner}")
         return [int(token)]
     if words is None:
         raise SelectionError(f"exclude_tokens: {cache.path} stores no vocabulary to look {token!r} up: give token ids")

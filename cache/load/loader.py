@@ -117,7 +117,7 @@ class Loader:
 
 def order_of(cache: Cache, hooks: Sequence[str], shuffle: Shuffle, *, batch_size: int, previous: bool = False) -> Order:
     """The order in which a loader of these hook points delivers the cache."""
-    n_views = 2 if previous else 1
+    n_views, hooks = 2 if previous else 1, resolve_hooks(cache, hooks)
     return plan_order(
         [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
         shuffle,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.order import Order, PoolPlan
 from sae_granary.cache.load.readahead import ReadAhead
 from sae_granary.cache.load.selection import Selection, shard_columns
@@ -95,7 +96,8 @@ class PoolSource:
     def pools(self, epoch: int, cursor: int, epochs: int | None, batch_size: int) -> Generator[Pool, None, None]:
         """Pools from a cursor on, at which a batch starts.
 
-        The rows of a pool may be overwritten when the next but one is asked for.
+        The rows of a pool may be overwritten when the next but one is asked for. Raises SelectionError when an epoch
+        of an endless stream has no survivor: its reader would wait for ever.
         """
         first, missing = self.order.locate(epoch, cursor), 0
         ahead = ReadAhead(self.files)
@@ -105,12 +107,18 @@ class PoolSource:
             buffers = [CudaBuffer(self.order, widths, self.storage, self.device) for _ in buffers]
         with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
             while epochs is None or epoch < epochs:
-                starts = self.order.pool_starts(epoch)
+                starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
                 for number in range(first, self.order.n_pools):
                     pool = self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
                     missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
+                    n_survivors += len(pool.order)
                     yield pool
                     buffers.reverse()
+                if epochs is None and whole and not n_survivors:
+                    raise SelectionError(
+                        f"none of the {self.order.n_rows:,} rows passes the filters, although some did when they were "
+                        "counted: the filters have changed since; give those of that time"
+                    )
                 epoch, first, cursor = epoch + 1, 0, 0
 
     def _assemble(

@@ -226,7 +226,7 @@ def test_refusals(make_cache) -> None:
         Loader(opened, batch_size=0)
     with pytest.raises(SelectionError, match="state has seed 1"):
         Loader(opened, batch_size=8, state=LoaderState(1))
-    with pytest.raises(SelectionError, match=f"id {2**70} is not among the 2,147,483,648 that a token can have"):
+    with pytest.raises(SelectionError, match=f"id {2**70} is not among the 2,147,483,648 ids that a token can have"):
         Loader(opened, batch_size=8, selection=Selection(Filters(exclude_tokens=(2**70,))))
     with pytest.raises(UnknownNameError, match="layer_4"):
         order_of(opened, ["layer_4"], Shuffle(), batch_size=8)

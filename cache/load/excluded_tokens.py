@@ -28,11 +28,9 @@ def token_ids(cache: Cache, tokens: Sequence[int | str]) -> tuple[int, ...]:
 
 def _ids(cache: Cache, token: int | str, words: Sequence[str] | None, by_word: Mapping[str, int]) -> list[int]:
     if isinstance(token, int) or (token.isascii() and token.isdigit()):
-        n_ids, owner = (
-            (2**31, "ids that a token can have") if words is None else (len(words), "of the cache's vocabulary")
-        )
+        n_ids, those = (2**31, "ids that a token can have") if words is None else (len(words), "ids of the vocabulary")
         if not 0 <= int(token) < n_ids:
-            raise SelectionError(f"exclude_tokens: id {token} is not among the {n_ids:,} {owner}")
+            raise SelectionError(f"exclude_tokens: id {token} is not among the {n_ids:,} {those}")
         return [int(token)]
     if words is None:
         raise SelectionError(f"exclude_tokens: {cache.path} stores no vocabulary to look {token!r} up: give token ids")

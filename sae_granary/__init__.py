@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sae_granary.analyze.texts import encode_texts
+    from sae_granary.analyze.encoding.texts import encode_texts
     from sae_granary.cache.read.reader import open_cache
     from sae_granary.harvest.run import harvest_activations
     from sae_granary.sae_core import load as load_sae
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:
     # name -> (module, its name there); a test compares this with the imports above
     _LAZY = {
-        "encode_texts": ("analyze.texts", "encode_texts"),
+        "encode_texts": ("analyze.encoding.texts", "encode_texts"),
         "harvest_activations": ("harvest.run", "harvest_activations"),
         "load_sae": ("sae_core", "load"),
         "open_cache": ("cache.read.reader", "open_cache"),

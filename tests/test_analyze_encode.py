@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
-from sae_granary.analyze.codes import ARRAYS, open_codes
-from sae_granary.analyze.encode import csr_of, encode_cache
+from sae_granary.analyze.encoding.codes import ARRAYS, open_codes
+from sae_granary.analyze.encoding.encode import csr_of, encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.source import open_source
 from sae_granary.cache.read.reader import open_cache

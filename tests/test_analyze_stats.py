@@ -8,14 +8,14 @@ import torch
 from typer.testing import CliRunner
 
 from sae_granary import sae_core
-from sae_granary.analyze import stats as stats_module
 from sae_granary.analyze.cli import app
-from sae_granary.analyze.encode import encode_cache
+from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
-from sae_granary.analyze.latent_stats import Examples, bin_of, nearest_neighbors, quantile
-from sae_granary.analyze.show import latent_lines, marked
+from sae_granary.analyze.latents import stats as stats_module
+from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
+from sae_granary.analyze.latents.show import latent_lines, marked
+from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_stats
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.analyze.stats import compute_stats, find_stats, load_stats
 from sae_granary.cache.read.context import Context
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.rows import FLAG_SPECIAL

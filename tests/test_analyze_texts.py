@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
 from sae_granary.analyze.cli import app
-from sae_granary.analyze.encode import encode_cache
+from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.analyze.source import open_source
 from sae_granary.models.demo import demo_model_path

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.codes import (
+from sae_granary.analyze.encoding.codes import (
     ARRAYS,
     HEADER_BYTES,
     RECORD,

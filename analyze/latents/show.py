@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_granary.analyze.latent_stats import quantile
-from sae_granary.analyze.stats import LatentStats
+from sae_granary.analyze.latents.latent_stats import quantile
+from sae_granary.analyze.latents.stats import LatentStats
 from sae_granary.cache.read.context import Context, join_tokens
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.rows import FLAG_SPECIAL
 
 if TYPE_CHECKING:
-    from sae_granary.analyze.texts import EncodedTexts
+    from sae_granary.analyze.encoding.texts import EncodedTexts
 
 TEXT_CHARACTERS = 160  # shown of a row that is a whole text
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.codes import CodesFields, StoredCodes, check_identity
-from sae_granary.analyze.encode import Tick
+from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_identity
+from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
-from sae_granary.analyze.latent_stats import N_BINS, Accumulator, Examples, nearest_neighbors
+from sae_granary.analyze.latents.latent_stats import N_BINS, Accumulator, Examples, nearest_neighbors
 from sae_granary.analyze.source import Source
 from sae_granary.common.files import hash_files, new_folder
 from sae_granary.common.rows import FLAG_SPECIAL

@@ -1,0 +1,1 @@
+"""The commands of `sae-analyze`, one per file, and the options that they share."""

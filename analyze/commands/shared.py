@@ -1,0 +1,51 @@
+"""Options and steps that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sae_granary.analyze.encoding.codes import StoredCodes
+    from sae_granary.analyze.latents.stats import LatentStats
+    from sae_granary.analyze.source import Source
+
+SAEFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.", metavar="SAE")]
+CacheFolder = Annotated[Path, typer.Option("--cache", "-c", help="Folder of a cache that holds its hook points.")]
+
+Hook = Annotated[
+    str, typer.Option(help="Hook point of the cache, several with commas. (default: those it was trained on)")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Incomplete = Annotated[
+    bool, typer.Option("--allow-incomplete", help="Read the shards that an unfinished harvest has committed.")
+]
+
+INTERRUPTED = "interrupted: run the same command again, it continues"
+
+
+def stats_of(
+    sae: Path, cache: Path, hook: str, device: str, allow_incomplete: bool, quiet: bool
+) -> tuple[Source, LatentStats]:
+    """The statistics of an SAE on a cache; computed where they are not stored yet."""
+    from sae_granary.analyze.encoding.encode import encode_cache
+    from sae_granary.analyze.latents.stats import find_stats
+    from sae_granary.analyze.progress import row_progress
+    from sae_granary.analyze.source import open_source
+    from sae_granary.common.process import tuned_process
+
+    with tuned_process(device):
+        source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
+
+        def make_codes() -> StoredCodes:
+            with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
+                return encode_cache(source, source.place / "codes", tick=tick)
+
+        return source, find_stats(source, make_codes)
+
+
+def names_in(text: str) -> list[str]:
+    """`a, b` -> ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,1 @@
+"""Codes on disk: of a cache, of texts, pooled per document, in other formats."""

@@ -1,0 +1,1 @@
+"""Evaluation of SAEs on held-out rows and through their language model."""

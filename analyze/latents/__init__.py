@@ -1,0 +1,1 @@
+"""Statistics, examples and neighbors of every latent, and how they are printed."""

@@ -17,9 +17,12 @@ import torch
 from sae_granary import sae_core
 from sae_granary.analyze.errors import MismatchError
 from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.recorded import PATHS, find_recorded
 from sae_granary.common.device import choose_device
-from sae_granary.common.finished_run import read_metadata
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.finished_run import RECORD, read_metadata, read_record
 from sae_granary.common.signed import digest
 from sae_granary.sae_core import SAE, Codes
 from sae_granary.sae_core.files.disk import checksum_of
@@ -68,23 +71,45 @@ class Source:
 
 def open_source(
     sae: str | Path,
-    cache: str | Path,
+    cache: str | Path | None = None,
     *,
     hooks: Sequence[str] = (),
     device: str = "auto",
     allow_incomplete: bool = False,
 ) -> Source:
-    """Load an SAE (any that `load_sae` reads) and open a cache for it.
+    """Load an SAE (any that `load_sae` reads) and open a cache for it: without `cache` the one it was trained on.
 
     Without `hooks` the SAE's record names its hook points; one without a record takes the cache's only one.
     Raises MismatchError with both sides where hook points, width or model differ, SAEError, CacheError, ConfigError.
     """
     folder, chosen = Path(sae), choose_device(device)
-    loaded, opened = sae_core.load(folder, chosen), open_cache(cache, allow_incomplete=allow_incomplete)
+    loaded = sae_core.load(folder, chosen)
+    opened = open_cache(cache_of(folder) if cache is None else cache, allow_incomplete=allow_incomplete)
     metadata = read_metadata(folder)
     names = tuple(hooks) or tuple(metadata.get("hook_points") or ()) or (opened.hook_name(),)
     check_fit(folder, loaded, metadata, opened, names)
     return Source(folder, loaded, opened, names, hash_of(loaded))
+
+
+def cache_of(folder: Path) -> Path:
+    """The cache that a run was trained on, by its record, also where the two moved together.
+
+    Raises ConfigError where the record names none or it is gone, MismatchError where another one is in its place.
+    """
+    if not (folder / RECORD).is_file():
+        raise ConfigError(f"{folder} does not record its cache, as it is no run of sae-train: name it: --cache FOLDER")
+    record = read_record(folder)
+    if (found := find_recorded(record, folder)) is not None:
+        return Path(found)
+    stored = (record.get(PATHS) or {}).get("absolute")
+    if stored is None:
+        raise ConfigError(f"{folder / RECORD} does not record where its cache is: name it: --cache FOLDER")
+    if not Path(stored).exists():
+        raise ConfigError(f"the cache of {folder} is not at {stored} any more: name its place: --cache FOLDER")
+    load_manifest(Path(stored))  # says what is wrong with one that cannot be read
+    raise MismatchError(
+        f"{stored} is another cache than the one that {folder} was trained on: name one: --cache FOLDER"
+    )
 
 
 def check_fit(folder: Path, sae: SAE, metadata: Mapping[str, Any], cache: Cache, hooks: Sequence[str]) -> None:

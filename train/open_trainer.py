@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sae_granary.cache.load.loader import LoaderState
+from sae_granary.cache.read.recorded import PATHS, cache_paths
 from sae_granary.common import files
 from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_VERSION
 from sae_granary.common.signed import digest, write_signed
@@ -18,7 +19,6 @@ from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
 from sae_granary.train.data import passes
-from sae_granary.train.data.cache_of_run import PATHS, cache_paths
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.folders import read_run
 from sae_granary.train.sinks.sink import Sinks

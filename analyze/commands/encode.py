@@ -21,7 +21,7 @@ from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 
 def encode(
     sae: SAEFolder,
-    cache: CacheFolder,
+    cache: CacheFolder = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="(default: SAE/analysis/<key of the cache>/codes)")
     ] = None,

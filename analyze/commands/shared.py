@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from sae_granary.analyze.source import Source
 
 SAEFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.", metavar="SAE")]
-CacheFolder = Annotated[Path, typer.Option("--cache", "-c", help="Folder of a cache that holds its hook points.")]
-
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", "-c", help="Folder of a cache that holds its hook points. (default: the one the run was trained on)"
+    ),
+]
 Hook = Annotated[
     str, typer.Option(help="Hook point of the cache, several with commas. (default: those it was trained on)")
 ]
@@ -27,7 +31,7 @@ INTERRUPTED = "interrupted: run the same command again, it continues"
 
 
 def stats_of(
-    sae: Path, cache: Path, hook: str, device: str, allow_incomplete: bool, quiet: bool
+    sae: Path, cache: Path | None, hook: str, device: str, allow_incomplete: bool, quiet: bool
 ) -> tuple[Source, LatentStats]:
     """The statistics of an SAE on a cache; computed where they are not stored yet."""
     from sae_granary.analyze.encoding.encode import encode_cache

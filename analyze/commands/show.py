@@ -22,7 +22,7 @@ from sae_granary.common.errors import ConfigError
 
 def show(
     sae: SAEFolder,
-    cache: CacheFolder,
+    cache: CacheFolder = None,
     latent: Annotated[int | None, typer.Option("--latent", "-l", help="Number of a latent, from 0.")] = None,
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text to encode; may be repeated.")] = None,
     model: Annotated[

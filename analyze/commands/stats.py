@@ -16,7 +16,7 @@ from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 
 def stats(
     sae: SAEFolder,
-    cache: CacheFolder,
+    cache: CacheFolder = None,
     hook: Hook = "",
     device: Device = "auto",
     allow_incomplete: Incomplete = False,

@@ -47,18 +47,18 @@ def encode_texts(
     sae: str | Path,
     texts: Sequence[str],
     *,
-    cache: str | Path,
+    cache: str | Path | None = None,
     hooks: Sequence[str] = (),
     model: str | None = None,
     device: str = "auto",
 ) -> EncodedTexts:
-    """Encode texts with an SAE, through the model of a cache that holds its hook points.
+    """Encode texts with an SAE, through the model of a cache that holds its hook points: by default its own.
 
     The texts are cut as in that harvest (context length, special tokens), each on its own also where the harvest packed
     documents. `model` says where the model is, if not where the cache says.
 
     >>> from sae_granary import encode_texts
-    >>> found = encode_texts("runs/demo_topk", ["a loop ends with break"], cache="cache/demo_l3", device="cpu")
+    >>> found = encode_texts("runs/demo_topk", ["a loop ends with break"], device="cpu")
     >>> found.tokens, found.codes.shape
     (('[CLS]', 'a', 'loop', 'ends', 'with', 'break', '[SEP]'), (7, 768))
 

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sae_granary.cache.read.recorded import PATHS, cache_paths
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.phases import needs_language_model
-from sae_granary.train.data.cache_of_run import PATHS, cache_paths
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import available_memory
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure

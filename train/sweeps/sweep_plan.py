@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.load.selection import Counts
+from sae_granary.cache.read.recorded import PATHS
 from sae_granary.common.errors import GranaryError
 from sae_granary.common.finished_run import NotARunError, RunFields, check_stream
 from sae_granary.common.signed import write_signed
 from sae_granary.train.config.merge import from_sections, to_sections
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data.cache_of_run import PATHS
 from sae_granary.train.folders import PLAN, check_name
 
 PLAN_VERSION = 2  # since 2 with a checksum

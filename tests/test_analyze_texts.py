@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 
 from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
 from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding import text_rows
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
+from sae_granary.analyze.latents.show import text_lines
 from sae_granary.analyze.source import open_source
+from sae_granary.common.errors import ConfigError
 from sae_granary.models.demo import demo_model_path
 from sae_granary.models.errors import ModelError
 
@@ -47,9 +50,36 @@ def test_codes_of_texts_are_those_of_their_harvest(place: Path, tmp_path: Path) 
     np.testing.assert_allclose(found.codes.dense().numpy(), stored.dense(), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_of_whole_texts_are_those_of_their_harvest(place: Path, tmp_path: Path, dtype: str) -> None:
+    harvest_activations(
+        model="demo", dataset=str(place / "texts.txt"), documents="line", unit="text", out=tmp_path / "cache",
+        dtype=dtype, device="cpu", quiet=True,
+    )  # fmt: skip
+    source = open_source(place / "sae", tmp_path / "cache", device="cpu")
+    found = encode_texts(place / "sae", [TEXTS[0], " ", *TEXTS[1:]], cache=tmp_path / "cache", device="cpu")
+    assert found.text.tolist() == [0, 2, 3]  # an empty text has no row, as in a harvest
+    assert found.tokens == tuple(TEXTS)
+    stored = encode_cache(source, source.place / "codes").dense()
+    np.testing.assert_allclose(found.codes.dense().numpy(), stored, atol=1e-5)
+    shown = list(text_lines(found))
+    assert [line[:40].strip() for line in shown if line] == [text[:40].strip() for text in TEXTS]
+
+
+def test_many_texts_are_encoded_in_parts(place: Path, monkeypatch) -> None:
+    whole = encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu")
+    monkeypatch.setattr(text_rows, "BUFFER_TOKENS", 10)
+    parts = encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu")
+    assert (parts.tokens, parts.text.tolist()) == (whole.tokens, whole.text.tolist())
+    np.testing.assert_allclose(parts.codes.dense().numpy(), whole.codes.dense().numpy(), atol=1e-4)
+
+
 def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_cache) -> None:
     with pytest.raises(AnalyzeError, match="the 2 texts hold no tokens"):
         encode_texts(place / "sae", ["", " "], cache=place / "cache", device="cpu")
+    for wrong, words in (("one text", "texts is one string"), (["a", None], "text 1 is NoneType, expected a string")):
+        with pytest.raises(ConfigError, match=words):
+            encode_texts(place / "sae", wrong, cache=place / "cache", device="cpu")
     with pytest.raises(AnalyzeError, match=r"no record of its windows"):
         encode_texts(_sae_of_width_16(place), TEXTS, cache=make_cache(), device="cpu", model="demo")
     with pytest.raises(MismatchError, match=r"reads rows of width 384, .* has width 16"):

@@ -14,13 +14,13 @@ from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.demo_source import DemoSource
-from sae_granary.harvest.text.document import Record, Unfit, replace_surrogates, to_document
+from sae_granary.harvest.text.document import Record, Unfit, to_document
 from sae_granary.harvest.text.hub_source import HubSource, retrying
 from sae_granary.harvest.text.local_files import FileSource
 from sae_granary.harvest.text.shuffle import shuffled
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.harvest.text.stdin_source import StdinSource
-from sae_granary.models.tokens.document import join_chat
+from sae_granary.models.tokens.document import join_chat, replace_surrogates
 
 
 def values(path: Path, **options: object) -> list[object]:

@@ -1,44 +1,36 @@
 """Texts -> codes, through the model that a cache was harvested from, with the windows of that harvest.
 
-Shapes: N rows of all texts together, D = d_in, F = d_sae.
+Shapes: N rows of all texts together, F = d_sae.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from sae_granary.analyze.errors import AnalyzeError, MismatchError
+from sae_granary.analyze.encoding.text_rows import open_text_rows
+from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.cache.format.manifest import Manifest
-from sae_granary.common.rows import HookPoint
-from sae_granary.models.forward import TokenModel, hooked_model
-from sae_granary.models.hooks import Hook, probe
-from sae_granary.models.language.recorded import check_recorded_weights, locate_recorded
-from sae_granary.models.load import load_base
-from sae_granary.models.locate import Located
-from sae_granary.models.tokens.contexts import Tokenize, Window, WindowRules
-from sae_granary.models.tokens.document import Document
-from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
-from sae_granary.models.tokens.tokenizer import load_tokenizer, text_tokenizer
+from sae_granary.common.errors import ConfigError
+from sae_granary.models.tokens.document import Document, text_document
 from sae_granary.sae_core import Codes
-
-BATCH_TOKENS, BUFFER_TOKENS = 4096, 65536
+from sae_granary.sae_core.codes import Pattern
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """The codes of texts, token by token: the rows that a harvest of these texts would hold, in its order."""
+    """The codes of texts: the rows that a harvest of these texts would hold, in its order.
+
+    A row is a token, special tokens included, or a whole text where the cache holds one row per text.
+    """
 
     codes: Codes  # (N, F)
-    tokens: tuple[str, ...]  # (N,) as the tokenizer writes them, special tokens included
+    tokens: tuple[str, ...]  # (N,) as the tokenizer writes them; the texts where a row is a whole text
     text: NDArray[np.int64]  # (N,) which text each row is of
     flags: NDArray[np.uint8]  # (N,) FLAG_* bits of `common.rows`
 
@@ -55,15 +47,15 @@ def encode_texts(
     """Encode texts with an SAE, through the model of a cache that holds its hook points: by default its own.
 
     The texts are cut as in that harvest (context length, special tokens), each on its own also where the harvest packed
-    documents. `model` says where the model is, if not where the cache says.
+    documents. A text without tokens has no rows. `model` says where the model is, if not where the cache says.
 
     >>> from sae_granary import encode_texts
     >>> found = encode_texts("runs/demo_topk", ["a loop ends with break"], device="cpu")
     >>> found.tokens, found.codes.shape
     (('[CLS]', 'a', 'loop', 'ends', 'with', 'break', '[SEP]'), (7, 768))
 
-    Raises MismatchError where SAE, cache and model do not fit, AnalyzeError for no tokens, ModelError where the model
-    is missing or has other weights than were harvested.
+    Raises MismatchError where SAE, cache and model do not fit, AnalyzeError where no text has tokens, ModelError where
+    the model is missing or has other weights than were harvested, ConfigError for texts that are none.
     """
     source = open_source(sae, cache, hooks=hooks, device=device, allow_incomplete=True)
     return encode_with(source, texts, model=model)
@@ -71,64 +63,43 @@ def encode_texts(
 
 @torch.no_grad()
 def encode_with(source: Source, texts: Sequence[str], *, model: str | None = None) -> EncodedTexts:
-    """`encode_texts` for an open source."""
-    manifest = source.cache.manifest
-    if manifest.unit != "token":
+    """`encode_texts` for an open source. Memory: the codes of all texts, and the rows of 65,536 tokens."""
+    documents = documents_of(texts)
+    rows = open_text_rows(source.cache.manifest, source.hooks, model, str(source.sae.core.W_dec.device))
+    blocks = [(source.sae.encode(block.activations), block) for block in rows.blocks(documents)]
+    if not blocks:
+        first = " ".join(documents[0].text.split())[:40] if documents else ""
         raise AnalyzeError(
-            f"{source.cache.path} holds one row per text: only texts of caches with one row per token can be encoded"
+            f"the {len(texts):,} texts hold no tokens (the first is {first!r}): give at least one text with words in it"
         )
-    rules, located = rules_of(manifest), locate_recorded(manifest.model, model, "--model")
-    check_recorded_weights(located, manifest.model, "--model")
-    tokenizer = load_tokenizer(located)
-    tokenize = text_tokenizer(tokenizer, lambda: load_tokenizer(located), 1, located.prompt)
-    points = [source.cache.hook_points[name] for name in source.hooks]
-    device = str(source.sae.core.W_dec.device)
-    run = _token_model(located, manifest, tokenizer, rules, points, device)
-    windows: list[Window] = []
-    parts: list[Mapping[str, Tensor]] = []
-    for buffer in buffers(_windows(texts, tokenize, rules), BUFFER_TOKENS):
-        windows += buffer.windows
-        parts.append(run(run.prepare(buffer), lambda n_rows: None))
-    if not windows:
-        raise AnalyzeError(f"the {len(texts):,} texts hold no tokens: give at least one text with words in it")
-    codes = source.sae.encode({name: torch.cat([part[name] for part in parts]).float() for name in source.hooks})
-    ids = np.concatenate([window.ids for window in windows])
-    return EncodedTexts(
-        codes,
-        tuple(str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())),
-        np.concatenate([window.doc_id for window in windows]),
-        np.concatenate([window.flags for window in windows]),
+    doc_ids = np.concatenate([block.doc_ids for _, block in blocks])
+    if rows.tokenizer is None:
+        tokens = [documents[i].text for i in doc_ids]
+    else:
+        tokens = rows.tokens(np.concatenate([block.token_ids for _, block in blocks]))
+    flags = np.concatenate([block.flags for _, block in blocks])
+    return EncodedTexts(_join([codes for codes, _ in blocks]), tuple(tokens), doc_ids, flags)
+
+
+def documents_of(texts: Sequence[str]) -> list[Document]:
+    """Texts as documents, numbered from 0. Raises ConfigError for one string, and for what is no string."""
+    if isinstance(texts, str):
+        raise ConfigError("texts is one string, expected a list of them: [text]")
+    if wrong := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ConfigError(f"text {wrong[0][0]} is {type(wrong[0][1]).__name__}, expected a string")
+    return [text_document(i, text, "text", i) for i, text in enumerate(texts)]
+
+
+def _join(parts: Sequence[Codes]) -> Codes:
+    """The rows of several codes of one SAE, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(part.indices.numel() for part in parts)])
+    indptr = [part.indptr[1:] + int(start) for part, start in zip(parts, starts, strict=False)]
+    pattern = Pattern(
+        sum(part.shape[0] for part in parts),
+        parts[0].shape[1],
+        torch.cat([part.indices for part in parts]),
+        torch.cat([parts[0].indptr[:1], *indptr]),
     )
-
-
-def rules_of(manifest: Manifest) -> WindowRules:
-    """How the harvest of a cache cut texts; packing apart. Raises AnalyzeError where the cache does not say."""
-    windows, tokenizer = manifest.provenance.get("windows"), manifest.provenance.get("tokenizer")
-    if not isinstance(windows, Mapping) or not isinstance(tokenizer, Mapping) or not windows.get("ctx_len"):
-        raise AnalyzeError("the cache has no record of its windows and its tokenizer: harvest again with sae-harvest")
-    return WindowRules(
-        int(windows["ctx_len"]),
-        tuple(windows.get("prefix") or ()),
-        tuple(windows.get("suffix") or ()),
-        None,
-        frozenset(tokenizer.get("special_ids") or ()),
-        frozenset(tokenizer.get("control_ids") or ()),
-    )
-
-
-def _windows(texts: Sequence[str], tokenize: Tokenize, rules: WindowRules) -> WindowStream:
-    documents = [Document(i, text, "text", i) for i, text in enumerate(texts)]
-    return WindowStream(tokenize_stream(documents, tokenize), rules)
-
-
-def _token_model(
-    located: Located, manifest: Manifest, tokenizer: Any, rules: WindowRules, points: Sequence[HookPoint], device: str
-) -> TokenModel:
-    """The model of a cache at its hook points."""
-    compute = manifest.provenance.get("compute") or {}
-    base = load_base(located, str(compute.get("dtype") or "float32"), device)
-    hooks = probe(base, [Hook(point.name, point.module, point.side) for point in points], device)
-    if differing := [p.name for p, hook in zip(points, hooks, strict=True) if hook.point() != p]:
-        raise MismatchError(f"{located.name} has another {differing[0]} than the cache: it is another model")
-    sizes = {"batch_tokens": max(BATCH_TOKENS, rules.ctx_len)}
-    return hooked_model(base, hooks, tokenizer, rules, device=device, name=located.name, say=lambda text: None, **sizes)
+    return Codes(torch.cat([part.values.reshape(-1) for part in parts]), pattern)

@@ -17,6 +17,7 @@ from sae_granary.common.rows import FLAG_SPECIAL
 if TYPE_CHECKING:
     from sae_granary.analyze.encoding.texts import EncodedTexts
 
+LABEL_CHARACTERS = 40  # of a token, or of a text that is one row
 TEXT_CHARACTERS = 160  # shown of a row that is a whole text
 
 
@@ -68,16 +69,17 @@ def marked(context: Context) -> str:
 
 
 def text_lines(found: EncodedTexts, n_latents: int = 5) -> Iterator[str]:
-    """The strongest latents of each token of encoded texts, a blank line between texts; special tokens left out."""
+    """The strongest latents of each row of encoded texts, a blank line between texts; special tokens left out."""
     codes = found.codes
     indptr, indices = codes.indptr.cpu().numpy(), codes.indices.cpu().numpy()
     values = codes.values.reshape(-1).float().cpu().numpy()
     shown = np.flatnonzero(found.flags & FLAG_SPECIAL == 0)
-    width = max((len(found.tokens[row]) for row in shown), default=0)
+    labels = [" ".join(found.tokens[row].split())[:LABEL_CHARACTERS] for row in shown]
+    width = max(map(len, labels), default=0)
     for place, row in enumerate(shown):
         if place and found.text[row] != found.text[shown[place - 1]]:
             yield ""
         part = slice(int(indptr[row]), int(indptr[row + 1]))
         order = np.argsort(-np.abs(values[part]), kind="stable")[:n_latents]
         pairs = [f"{indices[part][i]} ({values[part][i]:.2f})" for i in order if values[part][i] != 0]
-        yield f"{found.tokens[row]:<{width}}  {', '.join(pairs)}"
+        yield f"{labels[place]:<{width}}  {', '.join(pairs)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from sae_granary.models.tokens.document import Document, Render
+from sae_granary.models.tokens.document import Document, Render, replace_surrogates, text_document
 
 Scalar = str | int | float | bool | None
 
@@ -25,8 +25,6 @@ JOINED_NAMES = (
     ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
     ("sentence1", "sentence2"), ("premise", "hypothesis"),
 )  # fmt: skip
-_CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
-_LOOK = 4096  # characters that are looked at
 
 
 class Unfit(Enum):
@@ -94,12 +92,7 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         return Document(doc_id, "", record.source, record.row, skipped=value.value)
     if not isinstance(value, str):
         return Document(doc_id, "", record.source, record.row, skipped="not_text")
-    if not value.strip():
-        return Document(doc_id, "", record.source, record.row, skipped="empty")
-    if is_binary(value):
-        return Document(doc_id, "", record.source, record.row, skipped="binary")
-    text = replace_surrogates(value)
-    return Document(doc_id, text, record.source, record.row, repaired=record.repaired or text is not value)
+    return text_document(doc_id, value, record.source, record.row, repaired=record.repaired)
 
 
 def join_texts(value: object) -> object:
@@ -112,22 +105,6 @@ def join_texts(value: object) -> object:
 def skipped_counts(counts: Mapping[str, int]) -> str:
     """`2 none, 1 not json`; empty when nothing was skipped."""
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
-
-
-def replace_surrogates(text: str) -> str:
-    """Lone surrogates (no Unicode text, and no tokenizer takes them) become U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def is_binary(text: str) -> bool:
-    """A NUL, or many control characters near the beginning."""
-    head = text[:_LOOK]
-    control = sum(1 for char in head if char < " " and char not in "\t\n\r\f\v\b\x1b")
-    return "\0" in text or control > _CONTROL_SHARE * len(head)
 
 
 def _render_chat(value: list[Any], render: Render) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Render = Callable[[list[dict[str, str]]], str]  # chat messages -> one text
+_CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
+_LOOK = 4096  # characters that are looked at
 SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json", "malformed", "too_large")
 
 
@@ -24,3 +26,29 @@ class Document:
 def join_chat(messages: list[dict[str, str]]) -> str:
     """Chat messages of a model without a chat template: `role: content`, a blank line between."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def text_document(doc_id: int, text: str, source: str, row: int, *, repaired: bool = False) -> Document:
+    """A text as a document: skipped where it is empty or binary, lone surrogates replaced."""
+    if not text.strip():
+        return Document(doc_id, "", source, row, skipped="empty")
+    if is_binary(text):
+        return Document(doc_id, "", source, row, skipped="binary")
+    plain = replace_surrogates(text)
+    return Document(doc_id, plain, source, row, repaired=repaired or plain is not text)
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates (no Unicode text, and no tokenizer takes them) become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def is_binary(text: str) -> bool:
+    """A NUL, or many control characters near the beginning."""
+    head = text[:_LOOK]
+    control = sum(1 for char in head if char < " " and char not in "\t\n\r\f\v\b\x1b")
+    return "\0" in text or control > _CONTROL_SHARE * len(head)

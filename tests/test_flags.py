@@ -155,7 +155,7 @@ def test_options_of_a_base_get_the_types_that_the_base_declares() -> None:
         ("jumprelu", "k", "l0_target"),
         ("vanilla", "k", "l1_coef"),
         ("topk", "l0_target", "k"),
-        ("topk", "layers", "hook"),
+        ("topk", "hooks", "hook"),
     ],
 )
 def test_a_setting_of_another_type_names_what_this_one_has(type_name, key, hint) -> None:
@@ -202,6 +202,68 @@ def test_layers_on_the_command_line_override_hooks_of_a_file(make_cache, tmp_pat
     out = invoke("run", "--config", "c.yaml", "--layer", "2,3", "--dry-run")
     assert "toy_layer_2_topk" in out
     assert "toy_layer_1_topk" not in out
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("layers: 1,10", ["--layers", "1,10"]),
+        ("layers: [1, 10]", ["--layers", "1,10"]),
+        ("model: {layer: all, layer-stride: 2}", ["--layers", "all", "--layer-stride", "2"]),
+        ("hook: layer_2\nlayers: 10", ["--hook", "layer_2", "--layers", "10"]),
+    ],
+)
+def test_layers_in_a_file_are_the_flag(make_cache, tmp_path, monkeypatch, text, flags) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_10"))
+    Path("c.yaml").write_text(f"{text}\n")
+    for command in (["run", "--type", "topk"], ["run", "--type", "crosscoder"], ["sweep", "--grid", "type=topk,gated"]):
+        common = ["--cache", "toy", "--steps", 4, "-b", 64, "--device", "cpu", "--dry-run"]
+        from_file, from_flags = invoke(*command, *common, "--config", "c.yaml"), invoke(*command, *common, *flags)
+        assert from_file.replace("# c.yaml", "# flag") == from_flags
+    assert "toy_layer_2_topk" in invoke("run", "--type", "topk", *common, "--config", "c.yaml", "--layers", "2,10")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "2,"], "--layers '2,': a name is empty; expected 6, or 2,4,6, or all"),
+        (["--hook", ""], "--hook '': a name is empty; expected a hook point of the cache"),
+        (
+            ["--layers", "all", "--type", "transcoder"],
+            "type transcoder reads 2 hook points, got 3: layer_1, layer_2, layer_3; name 2 with --hook",
+        ),
+        (
+            ["--set", "hook=layer_1,layer_2"],
+            "got 2: layer_1, layer_2; name one with --hook, or train an SAE of each: sae-train sweep --grid hook=",
+        ),
+    ],
+)
+def test_hook_points_that_do_not_fit_name_the_remedy(make_cache, flags, message) -> None:
+    cache = make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_3"))
+    assert message in invoke("run", "--cache", cache, "--type", "topk", "-b", 64, "--dry-run", *flags, code=2)
+
+
+# -- suggestions lead somewhere ------------------------------------------------------------------------------------
+
+
+def test_a_section_is_suggested_where_one_belongs(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("type: topk\nrun: 5\n")
+    with pytest.raises(ConfigError, match=r"c.yaml: run is a section, which holds settings, got run: '5'$"):
+        read_yaml(path)
+    path.write_text("type: topk\ntrainning: {lr: 1}\n")
+    with pytest.raises(ConfigError, match=r"unknown setting 'trainning' for type topk, did you mean 'training'\?"):
+        make_config([read_yaml(path)])
+    for key in ("run", "traning"):  # of --set, which knows no sections
+        with pytest.raises(ConfigError, match=rf"unknown setting '{key}' for type topk \(its options"):
+            make_config([{"type": "topk", key: "5"}])
+
+
+def test_all_layers_are_not_a_value_of_a_grid() -> None:
+    assert check_grid({"layers": (1, 2)}) == {"hook": ("layer_1", "layer_2")}
+    with pytest.raises(ConfigError, match=r"the grid holds layers=all, .*: give --layers all"):
+        check_grid({"layers": "all"})
 
 
 # -- help ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class ConfigError(GranaryError, ValueError):
 
 def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> str:
     """`, did you mean 'x'?` with the up to n closest known names, or an empty string: the end of a message."""
-    close = difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
+    close = difflib.get_close_matches(name, [other for other in known if other != name], n=n, cutoff=cutoff)
     return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

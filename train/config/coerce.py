@@ -32,13 +32,20 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
 
 
 def _hint(key: str, value: Any, annotation: Any) -> str:
-    """The end of the message: the nearest choice, or what trains an SAE for each of several values."""
+    """The end of the message: what trains an SAE for each of several values, or the nearest choice."""
+    if sweep := sweep_of(key, value):
+        return sweep
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    return nearest(value, choices) if isinstance(value, str) else ""
+
+
+def sweep_of(key: str, value: Any) -> str:
+    """The end of a message about several values where one belongs: the sweep with an SAE for each. Empty for one."""
     values = value.split(",") if isinstance(value, str) else value
     if isinstance(values, list | tuple) and len(values) > 1 and all(not isinstance(v, list | Mapping) for v in values):
         listed = ",".join(str(v).strip() for v in values)
         return f"; for an SAE with each of several values: sae-train sweep --grid {key}={listed}"
-    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-    return nearest(value, choices) if isinstance(value, str) else ""
+    return ""
 
 
 def describe(annotation: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_granary.common.app import takes_flags_of
+from sae_granary.common.errors import ConfigError
 
 # Values are text here: `train.config.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
 Text, Texts, Switch, File = str | None, list[str] | None, bool | None, Path | None
@@ -133,20 +134,19 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
 class Given:
     """What was typed: a YAML file, and on top of it flags and `--set`.
 
-    `hooks` are those of --hook and --layer, where `all` may stand; `train.config.hook_layers` finds them in the cache.
+    `hooks` are those of --hook and --layer, or of `layers:` in the file, where `all` may stand;
+    `train.config.hook_layers` finds them in the cache.
     """
 
-    file: Path | None
+    file: tuple[str, Mapping[str, Any]] | None  # its name and its settings
     flags: Mapping[str, Any]
     hooks: tuple[str, ...] = ()
     layer_stride: str | None = None
+    hooks_of_file: bool = False
 
     def layers(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Layers of settings with where they come from, the strongest last."""
-        from sae_granary.train.config.merge import read_yaml
-
-        below = [(str(self.file), read_yaml(self.file))] if self.file else []
-        return [*below, ("flag", self.flags)]
+        return [*([self.file] if self.file else []), ("flag", self.flags)]
 
 
 def given_settings(
@@ -159,13 +159,30 @@ def given_settings(
     **settings: Any,
 ) -> Given:
     """The flags of every command that takes settings: those of `FLAGS`."""
-    from sae_granary.train.config.merge import parse_assignments
+    from sae_granary.train.config.merge import parse_assignments, read_yaml
 
     flags = {key: value for key, value in settings.items() if value is not None}
-    hooks = [part.strip() for text in hook or [] for part in text.split(",")]
-    layers = [part.strip() for text in layer or [] for part in text.split(",")]
-    hooks += [f"layer_{int(part)}" if part.isdecimal() else part for part in layers]
-    return Given(config, {**flags, **parse_assignments(assignments or [])}, tuple(hooks), layer_stride)
+    below = read_yaml(config) if config else {}
+    in_file = [below.pop(name, None) for name in ("layer", "layers")]
+    stride = below.pop("layer_stride", None)
+    hooks = _hook_points("--hook", hook) + _hook_points("--layers", layer)
+    layers = [name for values in in_file for name in _hook_points("layers:", values)]
+    of_file = not hooks and bool(layers)
+    if of_file:
+        hooks = _hook_points("hook:", below.get("hook")) + layers
+    file = (str(config), below) if config else None
+    flags |= parse_assignments(assignments or [])
+    return Given(file, flags, tuple(hooks), layer_stride or (None if stride is None else str(stride)), of_file)
+
+
+def _hook_points(option: str, values: list[str] | str | None) -> list[str]:
+    """Names with commas, split; a number is that layer. Raises ConfigError for an empty one."""
+    texts = [] if values is None else [str(value) for value in (values if isinstance(values, list) else [values])]
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if "" in parts:
+        example = "a hook point of the cache" if "hook" in option else "6, or 2,4,6, or all"
+        raise ConfigError(f"{option} {','.join(texts)!r}: a name is empty; expected {example}")
+    return [f"layer_{int(part)}" if part.isdecimal() and "layer" in option else part for part in parts]
 
 
 _PARAMETERS = [flag.parameter(panel) for panel, flags in FLAGS.items() for flag in flags]

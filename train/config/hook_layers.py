@@ -1,4 +1,4 @@
-"""`--hook`, `--layer 2,4`, `--layers all`, `--layer-stride 2`: which hook points of a cache are trained on."""
+"""Which hook points of a cache are trained on: `--hook`, `--layer 2,4`, `--layers all`, or the same in YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"layer_(\d+)")
 
 
 def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
-    """The hook points of the flags, either as the setting `hook` or as those that get an SAE each.
+    """The hook points of the flags or the file, either as the setting `hook` or as those that get an SAE each.
 
     One is a setting, and so are several for a type that reads several. Raises ConfigError and what opening the cache
     raises.
@@ -37,6 +37,9 @@ def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
     name = settings.get("type")
     if len(hooks) > 1 and not (isinstance(name, str) and sae_core.registry.get(name).reads.several):
         return given, hooks
+    if given.file and given.hooks_of_file:
+        file, values = given.file
+        return replace(given, file=(file, {**values, "hook": hooks})), ()
     return replace(given, flags={**given.flags, "hook": hooks}), ()
 
 

@@ -18,7 +18,7 @@ from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.files import user_path
 from sae_granary.sae_core.options import as_saved
-from sae_granary.train.config.coerce import coerce
+from sae_granary.train.config.coerce import coerce, sweep_of
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
 from sae_granary.train.config.yaml_text import load_yaml
 
@@ -59,12 +59,11 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
     Raises ConfigError for an unknown key (with the nearest known one) or a value that does not fit.
     """
     given = merge_layers(layers)
-    type_name = given.get("type")
+    type_name, known = given.get("type"), ", ".join(sae_core.registry.names())
     if not type_name:
-        known = ", ".join(sae_core.registry.names())
         raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
-    if "," in str(type_name):
-        coerce("type", type_name, Literal.__getitem__(tuple(sae_core.registry.names())))  # raises
+    if several := sweep_of("type", type_name):
+        raise ConfigError(f"type={type_name!r}: expected one of {known}{several}")
     options = variant_keys(str(type_name))
     merged = {**sae_core.registry.get(str(type_name)).recommended, **given}
     settings: dict[str, Any] = {}
@@ -77,7 +76,7 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         elif key in options:
             chosen[key] = coerce(key, value, options[key])
         else:
-            raise unknown_setting(key, {str(type_name): options})
+            raise unknown_setting(key, {str(type_name): options}, SECTIONS if isinstance(value, Mapping) else ())
     _type_nested(sae_core.registry.get(str(type_name)).Config, chosen)
     if "d_sae" in chosen and settings.get("expansion_factor") is not None:
         factor = settings["expansion_factor"]
@@ -100,7 +99,7 @@ def unknown_setting(key: str, known: Mapping[str, Iterable[str]], more: Iterable
     """The error for a key that no type of `known` (name -> its options) has, with what it may have meant."""
     options = list(dict.fromkeys(name for names in known.values() for name in names))
     there = [name for name in _INSTEAD.get(key, ()) if name in (*options, *TRAINER_KEYS)]
-    hint = f"; here use {' or '.join(there)}" if there else nearest(key, [*options, *TRAINER_KEYS, *SECTIONS, *more])
+    hint = f"; here use {' or '.join(there)}" if there else nearest(key, [*options, *TRAINER_KEYS, *more])
     types = f"type {next(iter(known))}" if len(known) == 1 else f"any of {', '.join(known)}"
     own = ", ".join(name for name in options if name not in ("d_in", *TRAINER_KEYS))
     return ConfigError(f"unknown setting {key!r} for {types}{hint} (its options: {own})")
@@ -147,6 +146,8 @@ def _flatten(content: Mapping[Any, Any], source: str) -> Iterator[tuple[str, Any
     for key, value in content.items():
         name = _SECTION_ALIASES.get(str(key), str(key))
         is_section = name in SECTIONS and isinstance(value, Mapping | None)
+        if name in SECTIONS and not is_section and key not in TRAINER_KEYS:
+            raise ConfigError(f"{source}: {name} is a section, which holds settings, got {name}: {value!r}")
         for inner, inner_value in (value or {}).items() if is_section else [(key, value)]:
             flat = str(inner).replace("-", "_")
             if flat in seen:

@@ -74,7 +74,16 @@ def resolve_hooks(config: TrainConfig, available: Sequence[str], n_layers: int |
             "(sae-harvest run --layer 2,4) and name them with --hook"
         )
     if len(hooks) > 1 and not several:
-        raise ConfigError(f"type {config.type} reads one hook point, got {len(hooks)}: {', '.join(hooks)}")
+        raise ConfigError(
+            f"type {config.type} reads one hook point, got {len(hooks)}: {', '.join(hooks)}; name one with --hook, or "
+            f"train an SAE of each: sae-train sweep --grid hook={','.join(hooks)}"
+        )
+    most = next((spec.metadata["le"] for spec in fields(cls.Config) if spec.name == "n_hooks"), None)
+    if most is not None and len(hooks) > most:
+        raise ConfigError(
+            f"type {config.type} reads {most} hook points, got {len(hooks)}: {', '.join(hooks)}; name {most} with "
+            "--hook, in the order in which the type reads them"
+        )
     return hooks
 
 

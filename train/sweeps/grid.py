@@ -15,10 +15,9 @@ from typing import Any
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.merge import TRAINER_KEYS, unknown_setting, variant_keys
-from sae_granary.train.config.settings import SECTIONS
 
 # In a grid these mean the initialization's seed and the hook point of one SAE.
-ALIASES = {"seed": "init_seed", "layer": "hook"}
+ALIASES = {"seed": "init_seed", "layer": "hook", "layers": "hook"}
 # Where a sweep is, not what it trains.
 NOT_IN_GRIDS = ("cache", "name", "runs_dir", "device")
 
@@ -61,7 +60,9 @@ def check_grid(grid: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         name = ALIASES.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
         values = _split(values) if isinstance(values, str) else values  # `k: 16,32` in a file
         listed = tuple(values) if isinstance(values, list | tuple) else (values,)
-        if key == "layer":
+        if key in ("layer", "layers"):
+            if "all" in listed:
+                raise ConfigError(f"the grid holds {key}=all, which is not the name of a layer: give --layers all")
             listed = tuple(f"layer_{value}" for value in listed)
         if name in NOT_IN_GRIDS:
             raise ConfigError(f"the grid holds {name}, which is one for a whole sweep: give --{name.replace('_', '-')}")
@@ -86,7 +87,7 @@ def expand(grid: Mapping[str, tuple[Any, ...]], common: Mapping[str, Any]) -> li
     types = [str(t) for t in grid.get("type", (common.get("type") or "",)) if t]
     if not types:
         names = sae_core.registry.names()
-        anywhere = {"type", *TRAINER_KEYS, *ALIASES, *SECTIONS}.union(*(variant_keys(name) for name in names))
+        anywhere = {"type", *TRAINER_KEYS, *ALIASES}.union(*(variant_keys(name) for name in names))
         hints = [f"; {key!r} is unknown{nearest(key, anywhere)}" for key in grid if key not in anywhere]
         raise ConfigError(f"no type was given; add --type or --grid type=: {', '.join(names)}{''.join(hints)}")
     known = {name: [*variant_keys(name), *TRAINER_KEYS] for name in types}

@@ -1,9 +1,11 @@
 """`encode_texts`: the rows of texts are those of a harvest of the same texts."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import text_rows
+from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.analyze.latents.show import text_lines
@@ -72,6 +75,68 @@ def test_many_texts_are_encoded_in_parts(place: Path, monkeypatch) -> None:
     parts = encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu")
     assert (parts.tokens, parts.text.tolist()) == (whole.tokens, whole.text.tolist())
     np.testing.assert_allclose(parts.codes.dense().numpy(), whole.codes.dense().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["text", "lines", "stdin", "jsonl", "csv"])
+def test_the_command_writes_codes_of_texts(place: Path, tmp_path: Path, given: str) -> None:
+    texts, pipe = [TEXTS[0], "", TEXTS[1]], None
+    flags = {"text": [part for text in texts for part in ("--text", text)]}.get(given, ["--texts", f"{tmp_path}/t"])
+    lines = "".join(f"{text}\n" for text in texts)
+    if given == "lines":
+        (tmp_path / "t").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    elif given == "stdin":
+        flags, pipe = ["--texts", "-"], lines
+    elif given == "jsonl":
+        flags = ["--texts", str(tmp_path / "t.jsonl"), "--text-column", "body"]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"id": 7, "body": text or None}) + "\n" for text in texts))
+    elif given == "csv":
+        flags = ["--texts", str(tmp_path / "t.csv"), "--text-column", "body"]
+        (tmp_path / "t.csv").write_text("id;body\n" + "".join(f'7;"{text}"\n' for text in texts))
+    sae = [str(place / "sae"), "--cache", str(place / "cache"), "--device", "cpu"]
+    done = CliRunner().invoke(app, ["encode", *sae, *flags, "--out", str(tmp_path / "out")], input=pipe)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{tmp_path / 'out'}: 2 texts, 64 latents\n"
+    assert done.stderr == "1 of 3 texts hold no tokens and have no rows; the first is text 1, counted from 0\n"
+    codes = open_codes(tmp_path / "out")
+    expected = encode_texts(place / "sae", texts, cache=place / "cache", device="cpu")
+    assert codes.doc_ids is not None
+    assert codes.doc_ids.tolist() == expected.text.tolist()
+    np.testing.assert_allclose(codes.dense(), expected.codes.dense().numpy(), atol=1e-5)
+
+
+def test_codes_of_texts_are_pooled_and_stored_as_the_codes_of_a_cache_are(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("".join(f"{text}\n" for text in TEXTS))
+    sae = [
+        str(place / "sae"),
+        "--cache",
+        str(place / "cache"),
+        "--device",
+        "cpu",
+        "--pool",
+        "max",
+        "--format",
+        "parquet",
+    ]
+    for flags in (
+        ["--out", str(tmp_path / "cache.parquet")],
+        ["--texts", f"{tmp_path}/t", "--out", f"{tmp_path}/t.parquet"],
+    ):
+        done = CliRunner().invoke(app, ["encode", *sae, *flags])
+        assert done.exit_code == 0, done.output
+    expected, found = (pq.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("cache", "t"))
+    assert [row["doc_id"] for row in found] == [0, 1, 2]
+    for want, have in zip(expected, found, strict=True):
+        assert have["latents"] == want["latents"]
+        np.testing.assert_allclose(have["activations"], want["activations"], atol=1e-4)
+
+
+def test_texts_that_all_hold_no_tokens_leave_nothing_behind(place: Path, tmp_path: Path) -> None:
+    sae = [str(place / "sae"), "--cache", str(place / "cache"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    for form in ("granary", "npz", "parquet"):
+        done = CliRunner().invoke(app, ["encode", *sae, "--format", form, "--text", " "])
+        assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+        assert "none of 1 texts holds tokens" in done.output
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_cache) -> None:

@@ -4,6 +4,7 @@ codes/
     indptr.npy    (N + 1,) int64    where the entries of each row start
     indices.npy   (nnz,) int32      latents, ascending within a row, each once
     values.npy    (nnz,) float32    their activations, none of them zero
+    doc_ids.npy   (N,) int64        of texts, and of codes pooled per document: which document each row is of
     record.json   SAE, cache, sizes, checksum; `complete` is set last
 
 Shapes: N rows, in the order of the cache's rows, F = d_sae latents, nnz entries.
@@ -25,6 +26,8 @@ from sae_granary.common.signed import Fields
 RECORD = "record.json"
 FORMAT = 1
 ARRAYS: dict[str, np.dtype[Any]] = {"indptr": np.dtype("<i8"), "indices": np.dtype("<i4"), "values": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = ARRAYS | {"doc_ids": np.dtype("<i8")}
+WITH_DOC_IDS = ("texts", "pool")  # entries of an identity that say that there are doc_ids
 HEADER_BYTES = 128  # of every .npy file, so that a growing file never moves
 
 
@@ -71,7 +74,7 @@ class CodesRecord:
 
     def length(self, name: str) -> int:
         """Entries of one of the arrays."""
-        return self.n_rows + 1 if name == "indptr" else self.nnz
+        return {"indptr": self.n_rows + 1, "doc_ids": self.n_rows}.get(name, self.nnz)
 
 
 def array_path(folder: Path, name: str) -> Path:
@@ -81,18 +84,19 @@ def array_path(folder: Path, name: str) -> Path:
 
 def file_bytes(record: CodesRecord, name: str) -> int:
     """Size of the file of an array, with its header."""
-    return HEADER_BYTES + record.length(name) * ARRAYS[name].itemsize
+    return HEADER_BYTES + record.length(name) * DTYPES[name].itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class StoredCodes:
-    """Codes of all rows of a cache; the arrays are memory maps. See `open_codes`."""
+    """Codes of all rows of a cache, of texts, or of documents; the arrays are memory maps. See `open_codes`."""
 
     folder: Path
     record: CodesRecord
     indptr: NDArray[np.int64]
     indices: NDArray[np.int32]
     values: NDArray[np.float32]
+    doc_ids: NDArray[np.int64] | None = None  # (N,) None for the rows of a cache, whose column `doc_id` tells
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,7 +136,8 @@ def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) ->
             f"{folder}: {record.n_rows:,} rows are encoded and more are to come; "
             "run the same `sae-analyze encode` again"
         )
-    arrays = {name: _map(folder, record, name) for name in ARRAYS}
+    names = DTYPES if any(name in record.identity for name in WITH_DOC_IDS) else ARRAYS
+    arrays = {name: _map(folder, record, name) for name in names}
     return StoredCodes(folder, record, **arrays)
 
 
@@ -166,6 +171,6 @@ def _map(folder: Path, record: CodesRecord, name: str) -> NDArray[Any]:
         if isinstance(error, DamagedCodesError):
             raise
         raise DamagedCodesError(f"{path} cannot be read: {error}; {remedy}") from None
-    if array.dtype != ARRAYS[name] or array.shape != (record.length(name),):
+    if array.dtype != DTYPES[name] or array.shape != (record.length(name),):
         raise DamagedCodesError(f"{path} holds {array.dtype}{array.shape}, not what its record says; {remedy}")
     return array

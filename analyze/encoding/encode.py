@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.encoding.codes import (
     ARRAYS,
-    HEADER_BYTES,
     RECORD,
     CodesRecord,
     StoredCodes,
@@ -24,11 +19,11 @@ from sae_granary.analyze.encoding.codes import (
     file_bytes,
     open_codes,
 )
+from sae_granary.analyze.encoding.csr_files import CSRFiles
 from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
 from sae_granary.analyze.source import Source
-from sae_granary.common.files import shortage, sync_folder
+from sae_granary.common.files import shortage
 from sae_granary.common.lock import FolderLock
-from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import Codes
 
 BLOCK_ROWS = 4096  # encoded at once
@@ -113,44 +108,11 @@ def _names() -> set[str]:
 
 def _write(source: Source, out: Path, record: CodesRecord, commit_blocks: int, tick: Tick) -> None:
     n_rows, size = source.cache.n_rows, record.block_rows
-    with ExitStack() as stack:
-        streams = {name: stack.enter_context(_open_at(out, record, name)) for name in ARRAYS}
-        if not record.n_rows:
-            streams["indptr"].write(np.zeros(1, ARRAYS["indptr"]).tobytes())
+    with CSRFiles(out, record) as files:
         for number, start in enumerate(range(record.n_rows, n_rows, size), 1):
             stop = min(start + size, n_rows)
-            block = csr_of(source.encode(start, stop))
-            ends = record.nnz + np.cumsum(block["counts"])
-            for name, part in {"indptr": ends, "indices": block["indices"], "values": block["values"]}.items():
-                streams[name].write(part.astype(ARRAYS[name], copy=False).tobytes())
-            record = replace(record, n_rows=stop, nnz=record.nnz + len(block["values"]))
+            files.append(**csr_of(source.encode(start, stop)))
             if number % commit_blocks == 0:
-                _commit(out, streams, record)
+                files.commit()
             tick(stop)
-        for name, stream in streams.items():
-            stream.seek(0)
-            stream.write(npy_header(ARRAYS[name], record.length(name)))
-        _commit(out, streams, replace(record, complete=True))
-
-
-def _open_at(out: Path, record: CodesRecord, name: str) -> BinaryIO:
-    """The file of an array, cut to what its record says, ready to append to."""
-    path = array_path(out, name)
-    stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 -- closed by the caller
-    stream.truncate(HEADER_BYTES if not record.n_rows else file_bytes(record, name))
-    stream.seek(0, os.SEEK_END)
-    return stream
-
-
-def _commit(out: Path, streams: Mapping[str, BinaryIO], record: CodesRecord) -> None:
-    for stream in streams.values():
-        stream.flush()
-        os.fsync(stream.fileno())
-    sync_folder(out)
-    write_signed(out / RECORD, record.to_json())
-
-
-def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
-    """The header of a one-dimensional .npy file (format 1.0), always 128 bytes."""
-    text = repr({"descr": dtype.str, "fortran_order": False, "shape": (length,)})
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER_BYTES - 10) + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+        files.finish()

@@ -48,6 +48,11 @@ class TextBlock:
     doc_ids: NDArray[np.int64]  # (N,) `doc_id` of the document of each row
     flags: NDArray[np.uint8]  # (N,) FLAG_* bits of `common.rows`
 
+    def part(self, start: int, stop: int) -> TextBlock:
+        """Rows start..stop."""
+        rows = {name: values[start:stop] for name, values in self.activations.items()}
+        return TextBlock(rows, self.token_ids[start:stop], self.doc_ids[start:stop], self.flags[start:stop])
+
 
 @dataclass(frozen=True, eq=False)
 class TextRows:

@@ -5,7 +5,7 @@ Shapes: N rows of all texts together, F = d_sae.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sae_granary.analyze.encoding.text_rows import open_text_rows
+from sae_granary.analyze.encoding.encode import BLOCK_ROWS
+from sae_granary.analyze.encoding.text_rows import TextBlock, open_text_rows
 from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.common.errors import ConfigError
 from sae_granary.models.tokens.document import Document, text_document
-from sae_granary.sae_core import Codes
+from sae_granary.sae_core import SAE, Codes
 from sae_granary.sae_core.codes import Pattern
 
 
@@ -66,7 +67,7 @@ def encode_with(source: Source, texts: Sequence[str], *, model: str | None = Non
     """`encode_texts` for an open source. Memory: the codes of all texts, and the rows of 65,536 tokens."""
     documents = documents_of(texts)
     rows = open_text_rows(source.cache.manifest, source.hooks, model, str(source.sae.core.W_dec.device))
-    blocks = [(source.sae.encode(block.activations), block) for block in rows.blocks(documents)]
+    blocks = list(encoded_blocks(source.sae, rows.blocks(documents)))
     if not blocks:
         first = " ".join(documents[0].text.split())[:40] if documents else ""
         raise AnalyzeError(
@@ -79,6 +80,14 @@ def encode_with(source: Source, texts: Sequence[str], *, model: str | None = Non
         tokens = rows.tokens(np.concatenate([block.token_ids for _, block in blocks]))
     flags = np.concatenate([block.flags for _, block in blocks])
     return EncodedTexts(_join([codes for codes, _ in blocks]), tuple(tokens), doc_ids, flags)
+
+
+def encoded_blocks(sae: SAE, blocks: Iterable[TextBlock]) -> Iterator[tuple[Codes, TextBlock]]:
+    """Rows of texts with their codes, at most BLOCK_ROWS at once."""
+    for block in blocks:
+        for start in range(0, len(block.doc_ids), BLOCK_ROWS):
+            part = block.part(start, start + BLOCK_ROWS)
+            yield sae.encode(part.activations), part
 
 
 def documents_of(texts: Sequence[str]) -> list[Document]:

@@ -1,0 +1,110 @@
+"""One row of codes per document: the maximum, mean or sum of each latent over the document's tokens.
+
+Shapes: N rows of a block, M documents, E entries (document, latent), F = d_sae.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.analyze.encoding.blocks import CodeBlock
+
+HOW = ("max", "mean", "sum")
+
+
+def pool_documents(blocks: Iterable[CodeBlock], d_sae: int, how: str) -> Iterator[CodeBlock]:
+    """Blocks of rows -> blocks of documents; special tokens are left out. The documents of the rows must ascend.
+
+    A latent that a row does not hold is zero there, so the mean is over all tokens of a document, and a maximum is
+    negative only where the latent is negative on all of them. A document without active latents is an empty row. Sums
+    are in float64. A document may span any number of blocks: memory holds one block, and one document's latents.
+    """
+    held: _Partial | None = None
+    for block in blocks:
+        part = _of_rows(block, d_sae, how)
+        if held is not None:
+            part = _merged(held, part, d_sae, how)
+        if len(part.doc_ids):
+            last = len(part.doc_ids) - 1
+            cut = int(np.searchsorted(part.document, last))
+            held = part.slice(last, last + 1, cut, len(part.document))
+            if last:
+                yield _finished(part.slice(0, last, 0, cut), how)
+    if held is not None:
+        yield _finished(held, how)
+
+
+@dataclass(frozen=True, eq=False)
+class _Partial:
+    """Documents of which more rows may come."""
+
+    doc_ids: NDArray[np.int64]  # (M,)
+    n_rows: NDArray[np.int64]  # (M,) rows so far
+    document: NDArray[np.int64]  # (E,) ascending: which of the M documents
+    latent: NDArray[np.int64]  # (E,) ascending within a document
+    value: NDArray[np.float64]  # (E,) sum, or maximum
+    n_entries: NDArray[np.int64]  # (E,) rows on which the latent is active
+
+    def slice(self, first: int, last: int, start: int, stop: int) -> _Partial:
+        """Documents first..last, whose entries are start..stop."""
+        part = slice(start, stop)
+        columns = (self.latent[part], self.value[part], self.n_entries[part])
+        return _Partial(self.doc_ids[first:last], self.n_rows[first:last], self.document[part] - first, *columns)
+
+    def reduced(self, d_sae: int, how: str) -> _Partial:
+        """One entry per document and latent, in their order."""
+        keys = self.document * d_sae + self.latent
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        if not len(first):
+            return self
+        reduce = np.maximum if how == "max" else np.add
+        value, n_entries = reduce.reduceat(self.value[order], first), np.add.reduceat(self.n_entries[order], first)
+        return _Partial(self.doc_ids, self.n_rows, keys[first] // d_sae, keys[first] % d_sae, value, n_entries)
+
+
+def _of_rows(block: CodeBlock, d_sae: int, how: str) -> _Partial:
+    doc_ids, group = np.unique(block.doc_ids, return_inverse=True)
+    plain = ~block.special
+    n_rows = np.bincount(group[plain], minlength=len(doc_ids))
+    kept = np.repeat(plain, block.counts)
+    document, latent = np.repeat(group, block.counts)[kept], block.indices[kept].astype(np.int64)
+    value, n_entries = block.values[kept].astype(np.float64), np.ones(len(document), np.int64)
+    return _Partial(doc_ids, n_rows, document, latent, value, n_entries).reduced(d_sae, how)
+
+
+def _merged(first: _Partial, second: _Partial, d_sae: int, how: str) -> _Partial:
+    """A document of which more rows may have come, and those after it."""
+    same = len(second.doc_ids) > 0 and first.doc_ids[0] == second.doc_ids[0]
+    n_rows = np.concatenate([first.n_rows, second.n_rows])
+    doc_ids = np.concatenate([first.doc_ids, second.doc_ids])
+    if same:
+        n_rows, doc_ids = n_rows[1:].copy(), doc_ids[1:]
+        n_rows[0] += first.n_rows[0]
+    return _Partial(
+        doc_ids,
+        n_rows,
+        np.concatenate([first.document, second.document + (not same)]),
+        np.concatenate([first.latent, second.latent]),
+        np.concatenate([first.value, second.value]),
+        np.concatenate([first.n_entries, second.n_entries]),
+    ).reduced(d_sae, how)
+
+
+def _finished(part: _Partial, how: str) -> CodeBlock:
+    n_rows = part.n_rows[part.document]
+    value = part.value
+    if how == "mean":
+        value = value / n_rows
+    elif how == "max":
+        value = np.where(part.n_entries < n_rows, np.maximum(value, 0.0), value)
+    values = value.astype(np.float32)
+    kept = values != 0
+    counts = np.bincount(part.document[kept], minlength=len(part.doc_ids))
+    special = np.zeros(len(part.doc_ids), bool)
+    return CodeBlock(counts, part.latent[kept].astype(np.int32), values[kept], part.doc_ids, special)

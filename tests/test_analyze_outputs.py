@@ -1,0 +1,172 @@
+"""`sae-analyze encode`: pooled per document, as npz and Parquet, of texts; each equal to the codes on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse
+import torch
+from typer.testing import CliRunner
+
+from sae_granary import sae_core
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding import blocks as blocks_module
+from sae_granary.analyze.encoding.blocks import stored_blocks
+from sae_granary.analyze.encoding.codes import open_codes
+from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.encoding.pool import HOW, pool_documents
+from sae_granary.analyze.source import Source, open_source
+from sae_granary.cache.read.reader import open_cache
+from sae_granary.common.rows import FLAG_SPECIAL
+
+D_SAE = 32
+
+
+@pytest.fixture
+def source(make_cache, tmp_path: Path) -> Source:
+    """A cache of three shards and a topk SAE with random weights."""
+    cls = sae_core.registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 4}))
+    sae.reset_weights(torch.Generator().manual_seed(1))
+    sae_core.save(sae, tmp_path / "sae")
+    return open_source(tmp_path / "sae", make_cache(n_docs=20, rows_per_shard=300), device="cpu")
+
+
+def run(*arguments: object, stdin: str | None = None) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], input=stdin)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: object, stdin: str | None = None) -> str:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], input=stdin)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    return result.output
+
+
+def pooled(dense: np.ndarray, doc_ids: np.ndarray, plain: np.ndarray, how: str) -> np.ndarray:
+    reduce = {"max": np.max, "mean": np.mean, "sum": np.sum}[how]
+    return np.stack([reduce(dense[(doc_ids == i) & plain].astype(np.float64), axis=0) for i in np.unique(doc_ids)])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_documents_are_pooled_over_blocks_and_shards(source: Source, monkeypatch, how: str) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 50)
+    cache = source.cache
+    assert len(cache.shards) > 1
+    out = run("encode", source.folder, "--cache", cache.path, "--pool", how)
+    folder = source.place / f"documents_{how}"
+    assert out == f"{folder}: 20 documents, 32 latents\n"
+    found, rows = open_codes(folder), open_codes(source.place / "codes")
+    doc_ids, flags = cache.column("doc_id")[:], cache.column("flags")[:]
+    assert found.doc_ids is not None
+    assert found.doc_ids.tolist() == np.unique(doc_ids).tolist() == np.load(folder / "doc_ids.npy").tolist()
+    np.testing.assert_allclose(found.dense(), pooled(rows.dense(), doc_ids, flags & FLAG_SPECIAL == 0, how), rtol=1e-6)
+    before = (folder / "record.json").read_bytes()
+    assert run("encode", source.folder, "--cache", cache.path, "--pool", how) == out  # what is there is taken
+    assert (folder / "record.json").read_bytes() == before
+
+
+def test_documents_whose_rows_are_not_together_are_pooled(source: Source, monkeypatch) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 64)
+    codes = encode_cache(source, source.place / "codes")
+    doc_ids = np.random.default_rng(0).integers(0, 9, len(codes))
+    flags = source.cache.column("flags")[:]
+    blocks = list(pool_documents(stored_blocks(codes, doc_ids, flags, by_document=True), D_SAE, "mean"))
+    assert np.concatenate([block.doc_ids for block in blocks]).tolist() == list(range(9))
+    found = np.zeros((9, D_SAE))
+    counts = np.concatenate([block.counts for block in blocks])
+    found[np.repeat(np.arange(9), counts), np.concatenate([block.indices for block in blocks])] = np.concatenate(
+        [block.values for block in blocks]
+    )
+    np.testing.assert_allclose(found, pooled(codes.dense(), doc_ids, flags & FLAG_SPECIAL == 0, "mean"), rtol=1e-6)
+
+
+def test_blocks_hold_few_rows_where_these_hold_many_entries(source: Source, monkeypatch) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_ENTRIES", 10)
+    codes = encode_cache(source, source.place / "codes")
+    doc_ids, flags = source.cache.column("doc_id"), source.cache.column("flags")
+    blocks = list(stored_blocks(codes, doc_ids, flags))
+    assert {len(block.counts) for block in blocks} == {2}
+    np.testing.assert_array_equal(np.concatenate([block.values for block in blocks]), codes.values)
+    monkeypatch.setattr(blocks_module, "BLOCK_ENTRIES", 1)  # a row is never divided
+    assert len(list(stored_blocks(codes, doc_ids, flags))) == len(codes)
+
+
+@pytest.mark.parametrize("how", [None, "max"])
+def test_npz_is_read_by_scipy(source: Source, tmp_path: Path, how: str | None) -> None:
+    out = tmp_path / "new" / "codes.npz"
+    pool = ["--pool", how] if how else []
+    run("encode", source.folder, "--cache", source.cache.path, "--format", "npz", "--out", out, *pool)
+    matrix = scipy.sparse.load_npz(out)
+    assert isinstance(matrix, scipy.sparse.csr_matrix)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["codes.npz"]
+    if how:
+        run("encode", source.folder, "--cache", source.cache.path, *pool)
+    expected = open_codes(source.place / ("documents_max" if how else "codes"))
+    np.testing.assert_array_equal(matrix.toarray(), expected.dense())
+    doc_ids = source.cache.column("doc_id")[:] if how is None else expected.doc_ids
+    np.testing.assert_array_equal(np.load(out)["doc_ids"], doc_ids)
+
+
+@pytest.mark.parametrize("how", [None, "sum"])
+def test_parquet_has_a_row_per_row_or_document_and_its_source(source: Source, how: str | None) -> None:
+    pool = ["--pool", how] if how else []
+    printed = run("encode", source.folder, "--cache", source.cache.path, "--format", "parquet", *pool)
+    out = source.place / ("documents_sum.parquet" if how else "codes.parquet")
+    assert str(out) in printed
+    table = pq.read_table(out)
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert kinds["latents"] == "list<element: int32>"
+    assert kinds["activations"] == "list<element: float>"
+    run("encode", source.folder, "--cache", source.cache.path, *pool)
+    expected = open_codes(source.place / ("documents_sum" if how else "codes"))
+    assert len(table) == len(expected)
+    for i, row in enumerate(table.to_pylist()):
+        latents, values = expected.row(i)
+        assert row["latents"] == latents.tolist()
+        assert row["activations"] == values.tolist()
+        document = source.cache.find_document(row["doc_id"])
+        assert document is not None
+        assert row["source"] == document.source
+        assert row.get("row", i) == i
+    assert ("row" in kinds) == (how is None)
+    assert table["doc_id"].to_pylist() == (
+        expected.doc_ids.tolist() if expected.doc_ids is not None else source.cache.column("doc_id")[:].tolist()
+    )
+    assert "exists: give another --out" in refused(
+        "encode", source.folder, "--cache", source.cache.path, "--format", "parquet", *pool
+    )
+
+
+def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source, tmp_path: Path) -> None:
+    given = ["encode", source.folder, "--cache", source.cache.path]
+    (tmp_path / "list.csv").write_text("id,ticket\n1,a\n")
+    before = sorted(tmp_path.rglob("*"))
+    for flags, words in (
+        (["--format", "csv"], "--format is 'csv', expected granary, npz, parquet"),
+        (["--pool", "median"], "--pool is 'median', expected max, mean, sum"),
+        (["--text", "a", "--texts", "-"], "give either --text or --texts"),
+        (["--text-column", "a"], "--text-column and --model are for texts"),
+        (["--text", "a"], "codes of texts need a place: give --out"),
+        (["--texts", tmp_path / "none.txt", "--out", tmp_path / "o"], "no such file"),
+        (["--texts", source.cache.path / "manifest.json", "--out", tmp_path / "o"], ".json is not read here"),
+        (["--texts", tmp_path / "list.csv", "--out", tmp_path / "o"], "name that of the text with --text-column"),
+        (["--texts", tmp_path / "list.csv", "--text-column", "text", "--out", tmp_path / "o"], "columns id, ticket"),
+        (["--texts", "-", "--text-column", "a", "--out", tmp_path / "o"], "stdin, line 1: 'b', expected a JSON object"),
+        (["--text", "a", "--out", tmp_path / "list.csv"], "exists: give another --out"),
+    ):
+        assert words in refused(*given, *flags, stdin="b\n"), flags
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_json_record_of_codes_names_its_pooling(source: Source) -> None:
+    run("encode", source.folder, "--cache", source.cache.path, "--pool", "max")
+    record = json.loads((source.place / "documents_max" / "record.json").read_text())
+    assert (record["identity"]["pool"], record["complete"]) == ("max", True)
+    assert "codes of another pool: None, expected max" in refused(
+        "encode", source.folder, "--cache", open_cache(source.cache.path).path, "--pool", "max",
+        "--out", source.place / "codes",
+    )  # fmt: skip

@@ -44,14 +44,15 @@ def join_tokens(tokens: Sequence[str | int]) -> str:
     if any(word.startswith("\u2581") for word in words):
         return "".join(words).replace("\u2581", " ").strip()
     if any(word[:1] in {"\u0120", "\u010a"} for word in words):
-        return _byte_level("".join(words)).strip()
+        return byte_level_text("".join(words)).strip()
     text = words[0].removeprefix("##")
     for word in words[1:]:
         text += word[2:] if word.startswith("##") else f" {word}"
     return text
 
 
-def _byte_level(text: str) -> str:
+def byte_level_text(text: str) -> str:
+    """The text of byte-level BPE (GPT-2) tokens; parts of characters as U+FFFD."""
     table = _byte_table()
     if any(character not in table for character in text):
         return text.replace("\u0120", " ").replace("\u010a", "\n")

@@ -1,0 +1,87 @@
+"""Runs -> the facts of a page, and the page on disk.
+
+facts: {"title", "version", "runs": [see `run_facts`, with "density" and "link"], "latents": about | None,
+        "cache": ..., "evaluation", "thresholds", "routing", "notes"}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary import __version__
+from sae_granary.analyze.encoding.codes import StoredCodes
+from sae_granary.analyze.latents.stats import LatentStats
+from sae_granary.analyze.report.latent_data import latent_data
+from sae_granary.analyze.report.page import render, write_page
+from sae_granary.analyze.report.run_facts import run_facts
+from sae_granary.analyze.source import Source
+from sae_granary.sae_core.latents import latent_numbers
+
+FILE = "report.html"
+N_BINS = 40
+
+
+def report_run(
+    folder: Path, out: Path, stats: LatentStats, source: Source | None = None, codes: StoredCodes | None = None
+) -> dict[str, Any]:
+    """Write the page of one run, with its latents, and return its facts.
+
+    Without source and codes (the cache is gone) the examples of the latents have no texts.
+    """
+    data = latent_data(stats, None if source is None else source.cache, codes)
+    run = run_facts(folder) | {"density": log_histogram(stats.density), "silent": int((stats.fired == 0).sum())}
+    if source is not None:
+        run = run | {
+            "type": source.sae.type_name,
+            "d_in": source.sae.config.d_in,
+            "d_sae": source.sae.config.d_sae,
+            "hook": ", ".join(source.hooks),
+            "model": source.cache.manifest.fingerprint.get("model"),
+            "cache": str(source.cache.path),
+        }
+        run |= {"thresholds": thresholds_of(source)}
+    facts = _facts(str(run["name"]), [run]) | {"latents": dict(data.about)}
+    write_page(out, render(facts, data.blobs))
+    return facts
+
+
+def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[str, Any]:
+    """Write a page that compares runs, with a link to the report of each that has one; return its facts."""
+    runs = []
+    for folder in folders:
+        link = folder / FILE
+        where = os.path.relpath(link, out.parent).replace(os.sep, "/") if link.is_file() else None
+        runs.append(run_facts(folder) | {"link": where})
+    facts = _facts(title, runs) | {"latents": None}
+    write_page(out, render(facts))
+    return facts
+
+
+def _facts(title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"title": title, "version": __version__, "runs": runs}
+
+
+def log_histogram(values: NDArray[Any], n_bins: int = N_BINS) -> dict[str, list[float]] | None:
+    """{"edges" (n + 1,): log10, "counts" (n,)} of the positive values; None where there are none."""
+    positive = values[values > 0].astype(np.float64)
+    if not len(positive):
+        return None
+    counts, edges = np.histogram(np.log10(positive), bins=n_bins)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def thresholds_of(source: Source) -> dict[str, Any] | None:
+    """The thresholds of the latents as a histogram, or {"shared": number} where all have one; None for other types."""
+    found = latent_numbers(source.sae.core).get("threshold")
+    if found is None:
+        return None
+    values = found.float().cpu().numpy()
+    if len(np.unique(values)) == 1:
+        return {"shared": float(values[0])}
+    return log_histogram(values)

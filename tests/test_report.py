@@ -1,0 +1,146 @@
+"""`sae-analyze report`: what the page holds is what was measured, decoded again in Python; hostile texts are inert."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sae_granary import sae_core, train_sae
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.latents.stats import LatentStats, find_stats
+from sae_granary.analyze.report.latent_data import _most_frequent, latent_data
+from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
+from sae_granary.analyze.report.page import inline_json
+from sae_granary.analyze.report.token_texts import displayed
+from sae_granary.analyze.source import Source, open_source
+
+D_SAE = 300  # more than one blob of 256
+
+
+@pytest.fixture
+def source(make_cache, tmp_path: Path) -> Source:
+    """A cache of 40 documents and a topk SAE with random weights, of which latent 5 never fires."""
+    cls = sae_core.registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 8}))
+    sae.reset_weights(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sae.b_enc[5] = -1e6
+    sae_core.save(sae, tmp_path / "sae")
+    return open_source(tmp_path / "sae", make_cache(n_docs=40), device="cpu")
+
+
+def blobs_of(page: str) -> dict[str, str]:
+    return dict(re.findall(r'<script type="text/plain" id="blob-(\w+)">([^<]*)</script>', page))
+
+
+def facts_of(page: str) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="facts">([^<]*)</script>', page)
+    return json.loads(text)
+
+
+def test_packed_arrays_come_back_as_they_were() -> None:
+    arrays = {
+        "a": np.array([1, 2, 3], np.uint8),
+        "b": np.array([[-1.5, 2.0]], np.float32),
+        "c": np.zeros(0, np.uint32),
+        "long name": np.arange(-9, 9, dtype=np.int8),
+    }
+    found = unpack(pack(arrays))
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array.ravel())
+    assert unpack_json(pack_json(["<", None])) == ["<", None]
+    with pytest.raises(TypeError, match="float64"):
+        pack({"d": np.zeros(1)})
+
+
+def test_json_cannot_end_its_script() -> None:
+    hostile = {"</script>": "<!--<script>&\u2028\u202e\x1b\ud800", "n": [float("nan"), 1.5]}
+    text = inline_json(hostile)
+    assert not set("<>&\u2028\u202e\x1b\ud800") & set(text)
+    name, told = next(iter(json.loads(text).items()))
+    assert (name, told) == ("</script>", "<!--<script>&\\u2028\\u202e\\x1b\\ud800")
+    assert json.loads(text)["n"] == [None, 1.5]
+
+
+def test_tokens_are_pieces_of_text() -> None:
+    assert displayed(["the", "##re", "##"], ["the"]) == [" the", "re", " ##"]
+    assert displayed(["\u2581the", "re"], ["\u2581a"]) == [" the", "re"]
+    assert displayed(["\u0120the", "\u010a", "\u00c3"], ["\u0120a"]) == [" the", "\n", "\ufffd"]
+
+
+def test_the_most_frequent_tokens_come_first() -> None:
+    places = np.array([[7, 3, 3, 9, 7, 3], [0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
+    assert _most_frequent(places, 3).tolist() == [[3, 7, 9], [0, 0, 0], [4, 0, 0]]
+
+
+def test_examples_have_their_tokens_and_activations(source: Source) -> None:
+    codes = encode_cache(source, source.place / "codes")
+    stats = find_stats(source, lambda: codes)
+    data = latent_data(stats, source.cache, codes)
+    words, overview = unpack_json(data.blobs["words"]), unpack(data.blobs["overview"])
+    documents = unpack_json(data.blobs["documents_0"])
+    stream = np.concatenate([unpack(data.blobs[name])["token"] for name in data.blobs if name.startswith("tokens_")])
+    np.testing.assert_allclose(overview["density"], stats.density, rtol=1e-6)
+    dense, n_checked = codes.dense(), 0
+    for latent in range(D_SAE):
+        chunk, i, n = unpack(data.blobs[f"latents_{latent // 256}"]), latent % 256, data.about["n_top"]
+        part = slice(i * n, (i + 1) * n)
+        assert chunk["neighbor"].reshape(-1, 5)[i].tolist() == stats.neighbors[latent].tolist()
+        starts = np.concatenate([[0], np.cumsum(chunk["length"], dtype=np.int64)])
+        for e, row in zip(range(part.start, part.stop), stats.example_rows[latent], strict=True):
+            if row < 0:
+                assert chunk["length"][e] == 0
+                continue
+            context = source.cache.context(int(row))
+            length, start = int(chunk["length"][e]), int(chunk["start"][e])
+            assert [words[t] for t in stream[start : start + length]] == [f" #{token}" for token in context.tokens]
+            assert chunk["before"][e] == context.index
+            assert chunk["value"][e] == dense[row, latent]
+            acts = chunk["activation"][starts[e] : starts[e + 1]] / 127 * stats.largest[latent]
+            exact = dense[list(context.rows), latent]
+            np.testing.assert_allclose(acts, exact, atol=float(stats.largest[latent]) / 127)
+            assert ((acts != 0) == (exact != 0)).all()
+            assert documents[chunk["document"][e]][:2] == [context.document.source, context.document.source_row]
+            n_checked += 1
+        counts = stats.histogram[latent]
+        bins = np.concatenate([[0], np.cumsum(chunk["bin_n"], dtype=np.int64)])
+        low = int(chunk["bin_low"][i])
+        shown = chunk["bins"][bins[i] : bins[i + 1]]
+        assert counts[low : low + len(shown)].tolist() == shown.tolist()
+        assert shown.sum() == counts.sum() == stats.fired[latent]
+    assert n_checked > D_SAE
+
+
+def test_statistics_without_the_cache_still_give_latents(source: Source) -> None:
+    stats = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    data = latent_data(stats)
+    assert data.about["texts"] == "none"
+    assert unpack_json(data.blobs["words"]) == []
+    chunk = unpack(data.blobs["latents_0"])
+    assert "start" not in chunk
+    assert chunk["value"].reshape(256, -1)[0].tolist() == stats.example_values[0].tolist()
+    assert isinstance(stats, LatentStats)
+
+
+def test_the_command_writes_one_file_of_a_run(make_cache, tmp_path: Path) -> None:
+    settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 8, "batch_size": 128, "log_every": 2}
+    run = train_sae(cache=str(make_cache(n_docs=40)), name="<i>&x", runs_dir=str(tmp_path), **settings).folder
+    done = CliRunner().invoke(app, ["report", str(run), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    page = (run / "report.html").read_text(encoding="utf-8")
+    facts = facts_of(page)
+    told = facts["runs"][0]
+    assert "<i>" not in page
+    assert (facts["title"], told["type"], told["d_sae"], told["hook"]) == ("<i>&x", "topk", 32, "layer_3")
+    assert told["curves"]["loss"][0] == [1, 2, 4, 6, 8]
+    assert sum(told["density"]["counts"]) + told["silent"] == 32
+    assert dict(map(tuple, dict(told["settings"])["run"]))["type"] == "topk"
+    assert {"overview", "words", "latents_0", "tokens_0"} <= set(blobs_of(page))
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)

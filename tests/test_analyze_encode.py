@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sae_granary import sae_core
@@ -80,6 +81,35 @@ def test_a_hook_point_without_rows_of_codes_gives_empty_rows(make_cache, make_sa
         source.sae.encoder_bias.fill_(-1e6)
     codes = encode_cache(source, source.place / "codes")
     assert (len(codes.values), codes.dense().any()) == (0, False)
+
+
+@pytest.mark.parametrize("kind", ["saelens", "sparsify"])
+def test_folders_of_other_libraries_are_encoded(make_cache, tmp_path: Path, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "saelens":
+        cfg = {"architecture": "jumprelu", "d_in": 16, "d_sae": D_SAE, "dtype": "float32", "apply_b_dec_to_input": True}
+        weights = {"W_enc": (16, D_SAE), "W_dec": (D_SAE, 16), "b_enc": (D_SAE,), "b_dec": (16,), "threshold": (D_SAE,)}
+    else:
+        cfg = {"activation": "topk", "d_in": 16, "num_latents": D_SAE, "k": 3, "normalize_decoder": True}
+        weights = {"encoder.weight": (D_SAE, 16), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, 16), "b_dec": (16,)}
+    tensors = {name: torch.rand(shape, generator=generator) - 0.5 for name, shape in weights.items()}
+    if kind == "saelens":
+        tensors["threshold"] = tensors["threshold"].abs()
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / "cfg.json").write_text(json.dumps(cfg))
+    save_file(tensors, tmp_path / kind / ("sae.safetensors" if kind == "sparsify" else "sae_weights.safetensors"))
+    cache = make_cache(n_docs=10)
+    done = CliRunner().invoke(app, ["encode", str(tmp_path / kind), "--cache", str(cache), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    [folder] = (tmp_path / kind / "analysis").glob("*/codes")
+    x = torch.tensor(open_cache(cache).hook("layer_3")[:]) - tensors["b_dec"]
+    if kind == "saelens":
+        acts = x @ tensors["W_enc"] + tensors["b_enc"]
+        expected = acts * (acts > tensors["threshold"])
+    else:
+        values, latents = (x @ tensors["encoder.weight"].t() + tensors["encoder.bias"]).relu().topk(3)
+        expected = torch.zeros(len(x), D_SAE).scatter(1, latents, values)
+    np.testing.assert_allclose(open_codes(folder).dense(), expected.numpy(), atol=1e-5)
 
 
 class Killed(BaseException):

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import write_cache
 
-from sae_granary import open_cache, resume_training, train_sae
+from sae_granary import open_cache, resume_training, sae_core, train_sae
+from sae_granary.analyze.encoding.codes import CodesRecord
+from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
+from sae_granary.analyze.errors import AnalyzeError
+from sae_granary.analyze.source import open_source
 from sae_granary.common.errors import ConfigError, GranaryError
 from sae_granary.common.files import free_bytes
 from sae_granary.harvest.run import harvest_activations
@@ -78,6 +83,32 @@ def test_a_harvest_on_a_full_disk_names_it_and_continues(small_disk, tmp_path) -
     assert (result.resumed_rows, committed > 0) == (committed, True)
     harvest_activations(**settings, max_tokens=4000, out=tmp_path / "whole")
     assert (open_cache(folder / "c").hook()[:] == open_cache(tmp_path / "whole").hook()[:]).all()
+
+
+@pytest.mark.slow
+def test_encoding_on_a_full_disk_names_it_and_continues_or_leaves_nothing(small_disk, tmp_path) -> None:
+    folder, _ = small_disk
+    cache = write_cache(tmp_path / "toy", n_docs=40, d_in=32)
+    cls = sae_core.registry.get("topk")
+    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 32, "d_sae": 256, "k": 32})), tmp_path / "sae")
+    source = open_source(tmp_path / "sae", cache, device="cpu")
+    whole = encode_cache(source, tmp_path / "whole", block_rows=128, commit_blocks=2)
+    size = sum(path.stat().st_size for path in whole.folder.iterdir())
+    (folder / "other").write_bytes(bytes(free_bytes(folder) - size // 2))
+    words = r"no space left for .*/disk/c.*: .* free; free some space and run the same command again"
+    with pytest.raises(AnalyzeError, match=words + ": it continues"):
+        encode_cache(source, folder / "c", block_rows=128, commit_blocks=2)
+    assert 0 < CodesRecord.read(folder / "c").n_rows < len(whole)
+    for name, form, pool in (("c.npz", "npz", None), ("c.parquet", "parquet", None), ("c_max", "granary", "max")):
+        (folder / "more").write_bytes(bytes(max(0, free_bytes(folder) - (8 << 10))))
+        with pytest.raises(AnalyzeError, match=words):
+            write_cache_codes(source, whole, Output(folder / name, form, pool))
+        assert sorted(path.name for path in folder.iterdir()) == ["c", "more", "other"]
+        (folder / "more").unlink()
+    (folder / "other").unlink()
+    again = encode_cache(source, folder / "c", block_rows=128, commit_blocks=2)
+    for path in whole.folder.iterdir():
+        assert (again.folder / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`sae-analyze stats` and `show`: numbers of each latent against a dense reference, examples spread over documents."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.latents import stats as stats_module
+from sae_granary.analyze.latents.coactive import coactive, spread, within_pairs
 from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
+from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
 from sae_granary.analyze.latents.show import latent_lines, marked
 from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_stats
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.rows import FLAG_SPECIAL
+from sae_granary.common.signed import write_signed
 
 D_SAE = 24
 
@@ -63,6 +67,77 @@ def test_neighbors_by_hand() -> None:
     np.testing.assert_allclose(cosines, [[0.5**0.5, 0], [0.5**0.5, 0.5**0.5], [0.5**0.5, 0]], atol=1e-6)
 
 
+def test_intervals_and_their_examples_by_hand() -> None:
+    magnitudes = np.array([0.1, 0.2, 0.3, 0.99, 1.0])
+    assert interval_of(magnitudes, np.ones(5)).tolist() == [0, 1, 1, 4, 4]
+    examples = QuantileExamples(np.array([10.0, 0.0, 4.0], np.float32))
+    latent, value = np.array([0, 0, 2]), np.array([10.0, 1.5, -3.0], np.float32)
+    examples.update(latent, value, np.array([4, 5, 5]), np.array([1, 1, 1]))
+    rows, values = examples.tables()
+    assert rows.tolist() == [[5, -1, -1, -1, 4], [-1] * 5, [-1, -1, -1, 5, -1]]
+    assert values[0].tolist() == [1.5, 0, 0, 0, 10.0]
+    assert values[2].tolist() == [0, 0, 0, -3.0, 0]
+
+
+def test_examples_of_intervals_come_from_the_cache_from_different_documents_in_any_blocks() -> None:
+    rng = np.random.default_rng(0)
+    n, largest = 6000, np.ones(2, np.float32)
+    latent, value = rng.integers(0, 2, n), rng.random(n).astype(np.float32)
+    row, document = np.arange(n), np.arange(n) // 100
+
+    def chosen(size: int) -> tuple[list[list[int]], np.ndarray]:
+        examples = QuantileExamples(largest)
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            examples.update(latent[part], value[part], row[part], document[part])
+        rows, values = examples.tables()
+        np.testing.assert_array_equal(values, value[rows])
+        return rows.tolist(), rows
+
+    whole, rows = chosen(n)
+    assert whole == chosen(70)[0]
+    np.testing.assert_array_equal(latent[rows], [[0] * 5, [1] * 5])
+    np.testing.assert_array_equal(np.floor(value[rows] * 5), [range(5)] * 2)
+    assert [len(set(document[found])) for found in rows] == [5, 5]
+    assert len({found // 2000 for found in rows.ravel()}) == 3  # from everywhere
+
+
+def test_coactive_latents_by_hand() -> None:
+    row, latent = np.array([0, 0, 0, 1, 1, 2, 3]), np.array([0, 1, 3, 0, 1, 0, 2])  # row 3: latent 2 alone
+    latents, scores = coactive(row, latent, 5, 2)
+    assert latents.tolist() == [[1, 3], [0, 3], [-1, -1], [1, 0], [-1, -1]]
+    np.testing.assert_allclose(scores, [[2 / 3, 1 / 3], [2 / 3, 1 / 2], [0, 0], [1 / 2, 1 / 3], [0, 0]], rtol=1e-6)
+
+
+def test_rows_of_a_sample_are_evenly_spread_and_fewer_where_many_latents_are_active(monkeypatch) -> None:
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(3, 4).tolist() == [0, 1, 2]
+    assert spread(0, 4).tolist() == []
+    row = np.repeat(np.arange(8), 4)  # 16 pairs per row
+    assert within_pairs(row, 8) == 8
+    monkeypatch.setattr("sae_granary.analyze.latents.coactive.MAX_PAIRS", 64)
+    assert within_pairs(row, 8) == 4
+
+
+@pytest.mark.parametrize("n_sampled", [50, 10**6])
+def test_coactivation_is_that_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch, n_sampled) -> None:
+    monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(stats_module, "MAX_ROWS", n_sampled)
+    monkeypatch.setattr("sae_granary.analyze.latents.coactive.BLOCK_NUMBERS", 100)  # four latents at once
+    codes = encode_cache(source, tmp_path / "codes")
+    found = compute_stats(source, codes)
+    active = codes.dense()[source.cache.column("flags")[:] & FLAG_SPECIAL == 0] != 0
+    active = active[spread(len(active), n_sampled)].astype(np.float64)
+    assert found.coactive_rows == len(active) <= n_sampled
+    both = active.T @ active
+    index = both / np.maximum(both.diagonal()[:, None] + both.diagonal() - both, 1)
+    np.fill_diagonal(index, 0)
+    expected = np.argsort(-index, axis=1, kind="stable")[:, :5]
+    scores = np.take_along_axis(index, expected, 1)
+    np.testing.assert_array_equal(found.coactive, np.where(scores > 0, expected, -1))
+    np.testing.assert_allclose(found.coactive_score, scores, rtol=1e-6)
+
+
 def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
     codes = encode_cache(source, tmp_path / "codes")
@@ -84,6 +159,12 @@ def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path,
         np.testing.assert_allclose(found.mean[latent], active.mean(), rtol=1e-6)
         exact = np.quantile(active, 0.9, method="inverted_cdf")
         assert exact <= quantile(found.histogram, 0.9)[latent] * (1 + 1e-6) <= exact * 1.0906
+        intervals = np.minimum(np.floor(active / active.max() * 5), 4)
+        for interval, row in enumerate(found.quantile_rows[latent].tolist()):
+            assert (row >= 0) == (interval in intervals)
+            if row >= 0:
+                assert min(int(codes.dense(row, row + 1)[0, latent] / active.max() * 5), 4) == interval
+                np.testing.assert_allclose(found.quantile_values[latent, interval], dense[rows == row, latent])
         seen: dict[int, tuple[int, float]] = {}
         for i in np.argsort(-values, kind="stable"):
             if values[i] != 0:
@@ -97,6 +178,7 @@ def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path,
 def test_statistics_are_stored_and_only_their_own_are_read(source: Source, make_cache) -> None:
     first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     again = find_stats(source, lambda: pytest.fail("encoded again"))
+    assert again.logit_tokens_top is None
     for name, value in vars(first).items():
         np.testing.assert_array_equal(getattr(again, name), value)
     other = open_source(source.folder, make_cache("other", n_docs=40, seed=1), device="cpu")
@@ -107,6 +189,17 @@ def test_statistics_are_stored_and_only_their_own_are_read(source: Source, make_
         stream.write(b"x")
     with pytest.raises(DamagedCodesError, match="is not what was written"):
         load_stats(source, source.place / "stats")
+
+
+def test_stored_statistics_of_an_older_format_are_computed_again(source: Source) -> None:
+    first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    record = source.place / "stats" / "stats.json"
+    body = json.loads(record.read_text())
+    del body["xxh3"]
+    write_signed(record, {**body, "format": 1})
+    again = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    np.testing.assert_array_equal(again.quantile_rows, first.quantile_rows)
+    assert json.loads(record.read_text())["format"] == 2
 
 
 def test_the_token_of_an_example_is_marked() -> None:

@@ -94,8 +94,7 @@ class Accumulator:
         self.fired += np.bincount(latent, minlength=self.d_sae)
         self.sums += np.bincount(latent, weights=value, minlength=self.d_sae)
         np.maximum.at(self.largest, latent, np.abs(value))
-        places, counts = np.unique(latent * N_BINS + bin_of(np.abs(value)), return_counts=True)
-        self.histogram[places] += counts
+        np.add.at(self.histogram, latent * N_BINS + bin_of(np.abs(value)), 1)
         self.examples.update(latent, value, row, document, self.d_sae)
 
 

@@ -1,13 +1,14 @@
-"""`sae-analyze stats`: one pass over the codes of a cache, stored beside them.
+"""`sae-analyze stats`: two passes over the codes of a cache, which is not encoded again; stored beside them.
 
-Shapes: F = d_sae latents, E examples per latent, M neighbors, B bins.
+Shapes: F = d_sae latents, E examples per latent, Q intervals of the activation, M neighbors, L tokens, B bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,18 @@ from numpy.typing import NDArray
 from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_identity
 from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
+from sae_granary.analyze.latents.coactive import MAX_ROWS, coactive, spread, within_pairs
 from sae_granary.analyze.latents.latent_stats import N_BINS, Accumulator, Examples, nearest_neighbors
+from sae_granary.analyze.latents.quantile_examples import QuantileExamples
 from sae_granary.analyze.source import Source
 from sae_granary.common.files import hash_files, new_folder
 from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.common.signed import write_signed
 
 RECORD, ARRAYS = "stats.json", "stats.npz"
-FORMAT = 1
+FORMAT = 2  # those of format 1 are computed again
 BLOCK_ROWS = 2**15
-N_EXAMPLES, N_NEIGHBORS = 10, 5
+N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +41,19 @@ class LatentStats:
     histogram: NDArray[np.int64]  # (F, B) of magnitudes; see `latent_stats.quantile`
     example_rows: NDArray[np.int64]  # (F, E) rows of the cache, strongest first, of different documents; -1: none
     example_values: NDArray[np.float32]  # (F, E)
+    quantile_rows: NDArray[
+        np.int64
+    ]  # (F, Q) a row of each fifth of [0, largest], lowest first; -1: no activation there
+    quantile_values: NDArray[np.float32]  # (F, Q)
     neighbors: NDArray[np.int64]  # (F, M) latents with the most similar decoder rows
     cosines: NDArray[np.float32]  # (F, M)
+    coactive: NDArray[np.int64]  # (F, M) latents most often active on the same rows; -1: none
+    coactive_score: NDArray[np.float32]  # (F, M) Jaccard index: rows with both over rows with at least one
+    coactive_rows: int  # sampled for it, at most 16,384, evenly spread over the cache
+    logit_tokens_top: NDArray[np.int64] | None = None  # (F, L) tokens whose logits a latent raises most; None: no head
+    logit_values_top: NDArray[np.float32] | None = None  # (F, L) added to the logit per unit of activation
+    logit_tokens_bottom: NDArray[np.int64] | None = None  # (F, L) lowers most, the lowest first
+    logit_values_bottom: NDArray[np.float32] | None = None  # (F, L)
 
     @property
     def density(self) -> NDArray[np.float64]:
@@ -47,12 +61,20 @@ class LatentStats:
         return self.fired / max(self.n_rows, 1)
 
 
-def compute_stats(
-    source: Source, codes: StoredCodes, *, n_examples: int = N_EXAMPLES, tick: Tick = lambda n_rows: None
-) -> LatentStats:
-    """One pass over codes of a cache. Memory: the codes of 32,768 rows and F * (B + 2 E) numbers."""
-    d_sae = codes.shape[1]
-    counted = Accumulator(d_sae, Examples(n_examples))
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The codes of some rows of a cache, special tokens left out; arrays (nnz,) with one entry per active latent."""
+
+    n_rows: int
+    place: NDArray[np.int64]  # which of the n_rows it is of, ascending
+    row: NDArray[np.int64]  # the same as a row of the cache
+    document: NDArray[np.int64]
+    latent: NDArray[np.int64]
+    value: NDArray[np.float32]
+
+
+def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
+    """The codes of a cache, 32,768 rows at a time."""
     doc_ids, flags = source.cache.column("doc_id"), source.cache.column("flags")
     for start in range(0, len(codes), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(codes))
@@ -60,24 +82,67 @@ def compute_stats(
         part = slice(int(offsets[0]), int(offsets[-1]))
         row = np.repeat(np.arange(stop - start), np.diff(offsets))
         plain = flags[start:stop] & FLAG_SPECIAL == 0
-        kept = plain[row]
+        kept, places = plain[row], np.cumsum(plain) - 1
         row, latent = row[kept], codes.indices[part][kept].astype(np.int64)
-        counted.update(latent, codes.values[part][kept], row + start, doc_ids[start:stop][row], int(plain.sum()))
+        document = doc_ids[start:stop][row]
+        yield Block(int(plain.sum()), places[row], row + start, document, latent, codes.values[part][kept])
         tick(stop)
+
+
+def compute_stats(
+    source: Source, codes: StoredCodes, *, n_examples: int = N_EXAMPLES, tick: Tick = lambda n_rows: None
+) -> LatentStats:
+    """Two passes over codes of a cache: what is counted, then the examples of intervals, which need the maxima.
+
+    Memory, whatever the number of rows: the codes of 32,768 rows, those of the 16,384 rows for co-activation, and
+    F * (B + 3 E + 3 Q) numbers.
+    """
+    d_sae = codes.shape[1]
+    counted = Accumulator(d_sae, Examples(n_examples))
+    for block in blocks_of(source, codes, tick):
+        counted.update(block.latent, block.value, block.row, block.document, block.n_rows)
+    examples = QuantileExamples(counted.largest)
+    sample, before, parts = spread(counted.n_rows, MAX_ROWS), 0, []
+    for block in blocks_of(source, codes):
+        examples.update(block.latent, block.value, block.row, block.document)
+        parts.append(_sampled(block, sample, before))
+        before += block.n_rows
+    together, score, n_sampled = _coactive(parts, len(sample), d_sae)
     rows, values = counted.examples.tables(d_sae)
-    neighbors, cosines = nearest_neighbors(source.sae.core.W_dec, N_NEIGHBORS)
     histogram = counted.histogram.reshape(d_sae, N_BINS)
     mean = counted.sums / np.maximum(counted.fired, 1)
     return LatentStats(
-        counted.n_rows, counted.fired, mean, counted.largest, histogram, rows, values, neighbors, cosines
-    )
+        counted.n_rows, counted.fired, mean, counted.largest, histogram, rows, values, *examples.tables(),
+        *nearest_neighbors(source.sae.core.W_dec, N_NEIGHBORS), together, score, n_sampled,
+    )  # fmt: skip
+
+
+def _sampled(block: Block, sample: NDArray[np.int64], before: int) -> NDArray[np.int64]:
+    """The entries of the rows of a sample: (2, nnz) the place in the sample, and the latent."""
+    low, high = np.searchsorted(sample, [before, before + block.n_rows])
+    number = np.full(block.n_rows, -1, np.int64)
+    number[sample[low:high] - before] = np.arange(low, high)
+    found = number[block.place]
+    return np.stack([found, block.latent])[:, found >= 0]
+
+
+def _coactive(
+    parts: list[NDArray[np.int64]], n_rows: int, d_sae: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    """Latents and indices (F, M) from the entries of sampled rows, and how many of the rows were counted."""
+    row, latent = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.int64)
+    n_counted = within_pairs(row, n_rows)
+    number = np.full(n_rows, -1, np.int64)
+    number[spread(n_rows, n_counted)] = np.arange(n_counted)
+    kept = number[row] >= 0
+    return *coactive(number[row][kept], latent[kept], d_sae, N_COACTIVE), n_counted
 
 
 def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
     """Write statistics into a folder, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary:
-        np.savez(temporary / ARRAYS, **vars(stats))
+        np.savez(temporary / ARRAYS, **{name: value for name, value in vars(stats).items() if value is not None})
         body = {"format": FORMAT, "identity": source.identity, "npz_xxh3": hash_files([temporary / ARRAYS])}
         write_signed(temporary / RECORD, body)
 
@@ -85,17 +150,25 @@ def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
 def load_stats(source: Source, folder: Path) -> LatentStats:
     """The statistics of a folder. Raises DamagedCodesError, and MismatchError for those of another SAE or cache."""
     remedy = f"remove {folder} and run `sae-analyze stats` again"
-    fields = CodesFields.of_file(folder / RECORD, remedy, signed_since=1, key="format")
+    fields = _fields(folder)
     check_identity(folder, fields.get("identity", dict), source.identity)
     if hash_files([folder / ARRAYS]) != fields.get("npz_xxh3", str):
         raise DamagedCodesError(f"{folder / ARRAYS} is not what was written; {remedy}")
     with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-        return LatentStats(int(arrays["n_rows"]), **{name: arrays[name] for name in arrays.files if name != "n_rows"})
+        found: dict[str, Any] = {
+            name: arrays[name] if arrays[name].ndim else int(arrays[name]) for name in arrays.files
+        }
+    return LatentStats(**found)
 
 
 def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick = lambda n_rows: None) -> LatentStats:
-    """The stored statistics of an SAE and a cache; computed, and stored, where there are none."""
+    """The stored statistics of an SAE and a cache; computed, and stored, where there are none of this format."""
     folder = source.place / "stats"
-    if not (folder / RECORD).is_file():
+    if not (folder / RECORD).is_file() or _fields(folder).body.get("format") != FORMAT:
         save_stats(compute_stats(source, make_codes(), tick=tick), source, folder)
     return load_stats(source, folder)
+
+
+def _fields(folder: Path) -> CodesFields:
+    remedy = f"remove {folder} and run `sae-analyze stats` again"
+    return CodesFields.of_file(folder / RECORD, remedy, signed_since=1, key="format")

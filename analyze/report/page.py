@@ -22,14 +22,13 @@ ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 def render(facts: Mapping[str, Any], blobs: Mapping[str, str] | None = None) -> str:
     """The page of facts (see `report.report_facts`) and of the latents' blobs (see `latent_data`)."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html").render(
         title=printable(str(facts["title"])),
-        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
-        scripts=[Markup((FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
-        facts=Markup(inline_json(facts)),
+        style=(FOLDER / "report.css").read_text(encoding="utf-8"),
+        scripts=[(FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS],
+        facts=inline_json(facts),
         blobs=blobs or {},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sae_granary.analyze.commands.encode import encode
+from sae_granary.analyze.commands.evaluate import evaluate
 from sae_granary.analyze.commands.report import report
 from sae_granary.analyze.commands.show import show
 from sae_granary.analyze.commands.stats import stats
@@ -11,6 +12,7 @@ from sae_granary.common.app import make_app
 app = make_app("sae-analyze", "Look at what an SAE learned: its codes of a cache.")
 
 app.command()(encode)
+app.command(name="eval")(evaluate)
 app.command()(stats)
 app.command()(show)
 app.command()(report)

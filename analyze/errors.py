@@ -2,7 +2,8 @@
 
 AnalyzeError(GranaryError)
 ├── MismatchError(AnalyzeError, ValueError)      SAE, cache and codes do not belong together
-└── DamagedCodesError(AnalyzeError, ValueError)  a folder holds no codes that can be read
+├── DamagedCodesError(AnalyzeError, ValueError)  a folder holds no codes that can be read
+└── DownstreamError(AnalyzeError)                an SAE cannot be measured through the model of its cache
 """
 
 from __future__ import annotations
@@ -20,3 +21,7 @@ class MismatchError(AnalyzeError, ValueError):
 
 class DamagedCodesError(AnalyzeError, ValueError):
     """A folder holds no codes, or codes that are unfinished, truncated or altered."""
+
+
+class DownstreamError(AnalyzeError):
+    """The model of a cache is not to be had, or an SAE cannot stand in it."""

@@ -45,6 +45,7 @@ ALSO = {
     "analyze/cli.py": {"typer", "rich"},
     "analyze/commands": {"typer", "rich"},
     "analyze/encoding": {"pyarrow"},
+    "analyze/evaluation": {"yaml"},
     "analyze/report": {"jinja2", "matplotlib", "yaml"},
     "analyze/progress.py": {"rich"},
     "cache/cli.py": {"typer", "rich"},

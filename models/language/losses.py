@@ -9,7 +9,8 @@ Shapes: N kept tokens, D = d_in, P predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,12 +96,30 @@ def notes_on(numbers: Mapping[str, float | None]) -> list[str]:
 def embedding_cost(reconstruct: Reconstruct, model: EmbeddingModel, contexts: Iterable[Contexts]) -> Numbers:
     """embedding_cosine: of each context's embedding with the clean one, on average; embedding_cosine_ablated beside."""
     spliced, ablated, n_contexts = 0.0, 0.0, 0
-    for batch in contexts:
-        tokens = model.plain(batch)
-        clean = model.embeddings(tokens)
-        spliced += float(F.cosine_similarity(clean, model.embeddings(tokens, at_kept(tokens, reconstruct))).sum())
-        ablated += float(F.cosine_similarity(clean, model.embeddings(tokens, at_kept(tokens, torch.zeros_like))).sum())
-        n_contexts += len(batch)
+    for found in spliced_embeddings(reconstruct, model, contexts):
+        spliced += float(F.cosine_similarity(found.clean, found.spliced).sum())
+        ablated += float(F.cosine_similarity(found.clean, found.ablated).sum())
+        n_contexts += len(found.clean)
     if not n_contexts:
         return {}
     return {"embedding_cosine": spliced / n_contexts, "embedding_cosine_ablated": ablated / n_contexts}
+
+
+class Embeddings(NamedTuple):
+    """Sentence embeddings (S, D) of a batch of contexts: of the model as it is, with the SAE, with zeros."""
+
+    clean: Tensor
+    spliced: Tensor
+    ablated: Tensor
+
+
+@torch.no_grad()
+def spliced_embeddings(
+    reconstruct: Reconstruct, model: EmbeddingModel, contexts: Iterable[Contexts]
+) -> Iterator[Embeddings]:
+    """The embeddings of contexts, batch by batch."""
+    for batch in contexts:
+        tokens = model.plain(batch)
+        clean = model.embeddings(tokens)
+        spliced = model.embeddings(tokens, at_kept(tokens, reconstruct))
+        yield Embeddings(clean, spliced, model.embeddings(tokens, at_kept(tokens, torch.zeros_like)))

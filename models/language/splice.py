@@ -48,10 +48,12 @@ def open_model(
     lm: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    option: str = "--lm",
 ) -> LanguageModel:
     """The model that activations came from, with its language-model head, for an SAE at the hook point.
 
-    `lm` says where it is if not where the harvest found it. Raises ModelError.
+    `lm` says where it is if not where the harvest found it, `option` is the flag for that, for messages. Raises
+    ModelError.
     """
     _check_record(record)
     if record.get("kind") == SENTENCE_TRANSFORMER:
@@ -59,13 +61,13 @@ def open_model(
             f"{record.get('id')} is a Sentence-Transformer: it has no language-model head, so no kl or ce; train with "
             "--loss fvu, or on a cache harvested from a model with a head"
         )
-    located = locate_recorded(record, lm)
+    located = locate_recorded(record, lm, option)
     is_causal = _is_causal(located, record)
     kind = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
-    model = _load(located, record, kind, dtype, device)
+    model = _load(located, record, kind, dtype, device, option)
     mask_id = None if is_causal else _mask_id(located)
     place = (model, _module(model, point, located), point, torch.device(device))
-    return _checked(LanguageModel(*place, mask_id), contexts, rows, located)
+    return _checked(LanguageModel(*place, mask_id), contexts, rows, located, option)
 
 
 def open_embedder(
@@ -77,14 +79,15 @@ def open_embedder(
     lm: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    option: str = "--lm",
 ) -> EmbeddingModel:
     """The Sentence-Transformer that activations of tokens came from; arguments and errors as `open_model`."""
     _check_record(record)
-    located = locate_recorded(record, lm)
+    located = locate_recorded(record, lm, option)
     cls_pooling = _pools_first_token(located)
-    model = _load(located, record, transformers.AutoModel, dtype, device)
+    model = _load(located, record, transformers.AutoModel, dtype, device, option)
     place = (model, _module(model, point, located), point, torch.device(device))
-    return _checked(EmbeddingModel(*place, cls_pooling), contexts, rows, located)
+    return _checked(EmbeddingModel(*place, cls_pooling), contexts, rows, located, option)
 
 
 def open_any(
@@ -96,10 +99,11 @@ def open_any(
     lm: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    option: str = "--lm",
 ) -> LanguageModel | EmbeddingModel:
     """What `losses.downstream` measures with: the language model, or the Sentence-Transformer."""
     opens = open_embedder if record.get("kind") == SENTENCE_TRANSFORMER else open_model
-    return opens(record, point, contexts, rows, lm=lm, device=device, dtype=dtype)
+    return opens(record, point, contexts, rows, lm=lm, device=device, dtype=dtype, option=option)
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
@@ -119,9 +123,9 @@ def _is_causal(located: Located, record: Mapping[str, Any]) -> bool:
     return not any(name.endswith(_MASKED) for name in names) and bool(record.get("is_decoder"))
 
 
-def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, device: str) -> nn.Module:
+def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, device: str, option: str) -> nn.Module:
     """The frozen model; one in use is not loaded again. Refuses other weights, and a part with random ones."""
-    found = check_recorded_weights(located, record)
+    found = check_recorded_weights(located, record, option)
     key = (kind.__name__, located.source, str(located.hub_kwargs), str(found), dtype, device)
     model = _IN_USE.get(key)
     if model is None:
@@ -183,7 +187,7 @@ def _pools_first_token(located: Located) -> bool:
 
 
 @torch.no_grad()
-def _checked(hooked: H, contexts: Contexts, rows: FloatRows, located: Located) -> H:
+def _checked(hooked: H, contexts: Contexts, rows: FloatRows, located: Located, option: str) -> H:
     """Refuse a model that gives other activations than those stored: whatever is different, no loss would mean much."""
     tokens = hooked.plain(contexts)
     seen: list[Tensor] = []
@@ -198,6 +202,6 @@ def _checked(hooked: H, contexts: Contexts, rows: FloatRows, located: Located) -
     if not difference < MAX_DIFFERENCE:
         raise SpliceError(
             f"{located.source} gives other activations at {hooked.point.module} than the cache holds (they differ by "
-            f"{difference:.0%} of their length): it is another model or revision; {remedy()}"
+            f"{difference:.0%} of their length): it is another model or revision; {remedy(option)}"
         )
     return hooked

@@ -16,7 +16,7 @@ app = make_app("sae-harvest", "Stream text through a transformer and keep its ac
 
 # Shown by --help; --help-all shows the rest.
 COMMON = {"--model", "--revision", "--trust-remote-code", "--device", "--unit", "--layer", "--hook", "--dataset"}
-COMMON |= {"--dataset-config", "--split", "--text-column", "--ctx-len", "--batch-tokens"}
+COMMON |= {"--dataset-config", "--split", "--text-column", "--keep-columns", "--ctx-len", "--batch-tokens"}
 COMMON |= {"--out", "--dtype", "--max-tokens", "--max-docs"}
 
 MODEL, WHERE, TEXT, CUT, OUTPUT = "Model", "What is harvested", "Text", "Windows and batches", "Cache"
@@ -69,6 +69,11 @@ DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of 
 TextColumns = Annotated[
     list[str] | None,
     _option(TEXT, "Column of the text; several (a,b) are joined. (default: detected)", "--text-column",
+            show_default=False),
+]  # fmt: skip
+KeepColumns = Annotated[
+    list[str] | None,
+    _option(TEXT, "Columns of the records to store with the documents (a,b), for sae-analyze.", "--keep-columns",
             show_default=False),
 ]  # fmt: skip
 Documents = Annotated[
@@ -127,6 +132,7 @@ def harvest_config(
     split: Split = None,
     dataset_revision: DatasetRevision = None,
     text_columns: TextColumns = None,
+    keep_columns: KeepColumns = None,
     documents: Documents = "auto",
     shuffle_buffer: ShuffleBuffer = 0,
     shuffle_seed: ShuffleSeed = 0,

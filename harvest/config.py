@@ -34,6 +34,7 @@ class TextConfig:
     split: str | None = None  # of a hub data set: DEFAULT_SPLIT
     revision: str | None = None
     text_columns: tuple[str, ...] = ()
+    keep_columns: tuple[str, ...] = ()  # stored with the documents
     documents: str = "auto"
     shuffle_buffer: int = 0
     shuffle_seed: int = 0
@@ -44,6 +45,8 @@ class TextConfig:
             raise ConfigError(
                 "--dataset is empty: give a hub id, a local file or folder, - for standard input, or demo"
             )
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ConfigError(f"--keep-columns {','.join(self.keep_columns)} names a column twice")
         if self.shuffle_buffer < 0:
             raise ConfigError(f"--shuffle-buffer is {self.shuffle_buffer}: give a number of documents, or 0 for none")
 
@@ -97,11 +100,11 @@ def parse_out(text: str | None) -> Path | None:
     return None if text is None else user_path("--out", text)
 
 
-def parse_columns(values: list[str] | None) -> tuple[str, ...]:
+def parse_columns(values: list[str] | None, flag: str) -> tuple[str, ...]:
     """`["a,b", "c"]` -> ("a", "b", "c")."""
     parts = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
     if values and not parts:
-        raise ConfigError("--text-column is empty: give the name of a column, or leave --text-column away")
+        raise ConfigError(f"{flag} is empty: give the name of a column, or leave {flag} away")
     return parts
 
 

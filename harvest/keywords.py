@@ -37,6 +37,7 @@ class HarvestKeywords(TypedDict, total=False):
     split: str | None
     dataset_revision: str | None
     text_columns: str | Sequence[str]
+    keep_columns: str | Sequence[str]  # stored with the documents
     documents: str
     shuffle_buffer: int
     shuffle_seed: int
@@ -80,7 +81,8 @@ def make_config(**keywords: Unpack[HarvestKeywords]) -> HarvestConfig:
         ),
         text=TextConfig(
             DEFAULT_DATASET if dataset is None else dataset,
-            text_columns=parse_columns(_texts(given.get("text_columns"))),
+            text_columns=parse_columns(_texts(given.get("text_columns")), "--text-column"),
+            keep_columns=parse_columns(_texts(given.get("keep_columns")), "--keep-columns"),
             **{field: given[name] for name, field in _TEXT.items() if name in given},
         ),
         tokens=TokenConfig(**{name: given[name] for name in _TOKENS if name in given}),

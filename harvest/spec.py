@@ -43,6 +43,7 @@ def cache_spec(prepared: Prepared) -> CacheSpec:
         provenance=provenance(prepared, determined_by),
         fingerprint=determined_by,
         vocabulary=vocabulary(prepared.tokenizer) if prepared.unit == "token" else None,
+        kept_columns=prepared.config.text.keep_columns,
     )
 
 

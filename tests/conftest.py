@@ -63,11 +63,13 @@ def write_cache(
     rows_per_shard: int = 1000,
     decoder: bool = False,
     seed: int = 0,
+    columns: dict[str, tuple[Any, ...]] | None = None,
     on_document: Callable[[int], None] = lambda doc: None,
 ) -> Path:
     """Each row is a sparse combination of 4 * d_in directions; each document has 1 to 3 windows of 5 to 40 tokens.
 
-    `on_document` is called after each document, while the cache is being written.
+    Document i keeps the value i % n of each of `columns`. `on_document` is called after each document, while the cache
+    is being written.
     """
     import numpy as np
 
@@ -79,7 +81,9 @@ def write_cache(
     directions = rng.normal(size=(len(hooks), 4 * d_in, d_in))
     points = tuple(HookPoint(h, f"encoder.{h.replace('_', '.')}", "output", 0, d_in) for h in hooks)
     model = {"id": "toy-model", "revision": None, "kind": "transformer", "is_decoder": decoder}
-    spec = CacheSpec("token", points, dtype, rows_per_shard, {"model": model}, {"model": "toy", "seed": seed})
+    kept = columns or {}
+    fingerprint = {"model": "toy", "seed": seed}
+    spec = CacheSpec("token", points, dtype, rows_per_shard, {"model": model}, fingerprint, kept_columns=tuple(kept))
     n_windows = 0
     with CacheWriter.open(path, spec) as writer:
         for doc in range(n_docs):
@@ -103,7 +107,8 @@ def write_cache(
                 flags.astype(np.uint8),
             )
             n_windows += len(lengths)
-            writer.append(rows, [DocumentRow(doc, "toy", doc, f"document {doc}")])
+            values = {name: each[doc % len(each)] for name, each in kept.items()}
+            writer.append(rows, [DocumentRow(doc, "toy", doc, f"document {doc}", values)])
             on_document(doc)
         writer.finish({"documents": n_docs})
     return path

@@ -172,7 +172,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --documents line", r"--documents line does not apply to --dataset text\.jsonl"),
         (
             f"{BERT} --layer 1 --dataset other --text-column a",
-            r"--text-column a does not apply to --dataset other \(plain text\)",
+            r"--text-column a does not apply to --dataset other \(plain text, which has no",
         ),
         (f"{BERT} --layer 1 {TEXT} --text-column n", r"holds no text in n in its first 20 .*\(20 not text\).*are body"),
         (f"{BERT} --layer 1 --dataset bad/empty.txt", r"bad/empty\.txt is an empty file: give a file with text"),

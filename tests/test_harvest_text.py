@@ -14,10 +14,9 @@ from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import choose_columns, column_kinds, extractor
 from sae_granary.harvest.text.demo_source import DemoSource
-from sae_granary.harvest.text.document import Record, Unfit, to_document
+from sae_granary.harvest.text.document import Record, Unfit, shuffled, to_document
 from sae_granary.harvest.text.hub_source import HubSource, retrying
 from sae_granary.harvest.text.local_files import FileSource
-from sae_granary.harvest.text.shuffle import shuffled
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.harvest.text.stdin_source import StdinSource
 from sae_granary.models.tokens.document import join_chat, replace_surrogates

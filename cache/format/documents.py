@@ -1,9 +1,14 @@
-"""Documents in Parquet: written in row groups of bounded size, read one row group at a time."""
+"""Documents in Parquet: written in row groups of bounded size, read one row group at a time.
+
+A kept column of the source's records is a column `kept.<name>` of JSON values as text (`"billing"`, `17`, `null`): a
+stream does not tell beforehand which types it will hold. Readers that do not know kept columns never ask for them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +21,7 @@ import xxhash
 
 from sae_granary.cache.errors import BadRowsError, CorruptCacheError
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry
-from sae_granary.common.rows import DocumentRow
+from sae_granary.common.rows import DocumentRow, Scalar
 
 # Row groups are cut by content only: the bytes do not depend on how many documents come per call.
 GROUP_DOCUMENTS = 4096
@@ -32,16 +37,21 @@ SCHEMA = pa.schema(
 )
 
 
-class DocumentFile:
-    """The documents of the open shard."""
+KEPT = "kept."  # before the name of a kept column: one may be called `text`
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class DocumentFile:
+    """The documents of the open shard, with their kept columns."""
+
+    def __init__(self, path: Path, kept_columns: Sequence[str] = ()) -> None:
+        self.path, self._kept = path, tuple(kept_columns)
+        kept = [pa.field(KEPT + name, pa.string(), nullable=False) for name in kept_columns]
+        self._schema = pa.schema([*SCHEMA, *kept])
         self.n, self.first, self.last = 0, -1, -1
-        self._group: list[DocumentRow] = []
+        self._group: list[list[Any]] = []  # the cells of each document
         self._group_bytes = 0
         self._file = path.open("xb")
-        self._writer: Any = pq.ParquetWriter(self._file, SCHEMA, compression="zstd", write_statistics=["doc_id"])
+        self._writer: Any = pq.ParquetWriter(self._file, self._schema, compression="zstd", write_statistics=["doc_id"])
 
     @property
     def range(self) -> DocumentRange | None:
@@ -51,8 +61,9 @@ class DocumentFile:
     def append(self, documents: Sequence[DocumentRow]) -> None:
         """Add documents, in ascending order."""
         for document in documents:
-            self._group.append(document)
-            self._group_bytes += _utf8_bytes(document)
+            cells = [*(getattr(document, name) for name in SCHEMA.names), *_kept_cells(document, self._kept)]
+            self._group.append(cells)
+            self._group_bytes += _utf8_bytes(document, cells)
             self.first = document.doc_id if self.n == 0 else self.first
             self.last, self.n = document.doc_id, self.n + 1
             if len(self._group) >= GROUP_DOCUMENTS or self._group_bytes >= GROUP_TEXT_BYTES:
@@ -76,8 +87,9 @@ class DocumentFile:
             self._file.close()
 
     def _flush(self) -> None:
-        columns = [_column(field.type, [getattr(document, field.name) for document in self._group]) for field in SCHEMA]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(self._group))
+        cells = zip(*self._group, strict=True)
+        columns = [_column(field.type, list(values)) for field, values in zip(self._schema, cells, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=len(self._group))
         self._group, self._group_bytes = [], 0
 
 
@@ -104,23 +116,35 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(n_bytes, hasher.hexdigest())
 
 
-def read_document(path: Path, doc_id: int) -> DocumentRow | None:
-    """The document of this id, or None."""
+def read_document(path: Path, doc_id: int, kept_columns: tuple[str, ...] = ()) -> DocumentRow | None:
+    """The document of this id with its kept columns, or None."""
     stat = path.stat()
     version = (stat.st_ino, stat.st_mtime_ns)  # another cache may come to the same path
     for group, (first, last) in enumerate(_group_ranges(path, version)):
         if first <= doc_id <= last:
-            return _group_documents(path, version, group).get(doc_id)
+            return _group_documents(path, version, group, kept_columns).get(doc_id)
     return None
 
 
 def read_doc_ids(path: Path) -> list[int]:
     """The ids of all documents in a file, in order."""
+    ids: list[int] = _read_column(path, "doc_id")
+    return ids
+
+
+def read_kept_column(path: Path, name: str) -> list[Scalar]:
+    """The values of a kept column of all documents in a file, in order."""
+    known: dict[str, Scalar] = {}  # few values of a category, parsed once each
+    return [_parsed(text, path, known) for text in _read_column(path, KEPT + name)]
+
+
+def _read_column(path: Path, name: str) -> list[Any]:
     try:
-        ids: list[int] = pq.read_table(path, columns=["doc_id"])["doc_id"].to_pylist()
+        with pq.ParquetFile(path) as file:
+            values: list[Any] = file.read(columns=[name])[name].to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
-    return ids
+    return values
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,18 +158,46 @@ def _group_ranges(path: Path, version: tuple[int, int]) -> list[tuple[int, int]]
 
 
 @functools.lru_cache(maxsize=8)
-def _group_documents(path: Path, version: tuple[int, int], group: int) -> dict[int, DocumentRow]:
+def _group_documents(path: Path, version: tuple[int, int], group: int, kept: tuple[str, ...]) -> dict[int, DocumentRow]:
     try:
         with pq.ParquetFile(path) as file:
-            rows = file.read_row_group(group, columns=SCHEMA.names).to_pylist()
+            rows = file.read_row_group(group, columns=[*SCHEMA.names, *(KEPT + name for name in kept)]).to_pylist()
+        known: dict[str, Scalar] = {}
+        columns = [{name: _parsed(row.pop(KEPT + name), path, known) for name in kept} for row in rows]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
-    return {row["doc_id"]: DocumentRow(**row) for row in rows}
+    return {row["doc_id"]: DocumentRow(**row, columns=kept) for row, kept in zip(rows, columns, strict=True)}
 
 
-def _utf8_bytes(document: DocumentRow) -> int:
+def _parsed(text: str, path: Path, known: dict[str, Scalar]) -> Scalar:
+    """A value from its JSON; `known` remembers what was parsed before."""
+    if text not in known:
+        try:
+            value = json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            value = ()
+        if not isinstance(value, Scalar):
+            raise CorruptCacheError(f"{path} holds {text!r:.60} in a kept column, expected a JSON scalar") from None
+        known[text] = value
+    return known[text]
+
+
+def _kept_cells(document: DocumentRow, kept: tuple[str, ...]) -> list[str]:
+    """The JSON of the kept columns. Raises BadRowsError."""
+    if document.columns.keys() != set(kept):
+        raise BadRowsError(f"document {document.doc_id} has columns {list(document.columns)}, expected {list(kept)}")
+    values = [document.columns[name] for name in kept]
     try:
-        return len(document.text.encode()) + len(document.source.encode())
+        if all(isinstance(value, Scalar) for value in values):
+            return [json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values]
+    except ValueError:  # NaN or Inf
+        pass
+    raise BadRowsError(f"document {document.doc_id} keeps {values!r:.200}, expected texts, finite numbers, bools, None")
+
+
+def _utf8_bytes(document: DocumentRow, cells: list[Any]) -> int:
+    try:
+        return sum(len(cell.encode()) for cell in cells if isinstance(cell, str))
     except UnicodeEncodeError as error:
         raise BadRowsError(
             f"document {document.doc_id} of {document.source}: not Unicode ({error}); replace lone surrogates"

@@ -90,6 +90,7 @@ class Manifest:
     provenance: Mapping[str, Any]
     fingerprint: Mapping[str, Any]
     vocabulary: FileEntry | None
+    kept_columns: tuple[str, ...] = ()  # of the source's records, stored with the documents
     shards: tuple[ShardRecord, ...] = ()
     statistics: Mapping[str, Moments] | None = None
     zarr_files: Mapping[str, FileEntry] | None = None
@@ -119,6 +120,8 @@ class Manifest:
             "fingerprint": dict(self.fingerprint),
             "vocabulary": None if self.vocabulary is None else self.vocabulary.to_json(),
         }
+        if self.kept_columns:  # else a manifest is byte for byte what it was before there were any
+            body["kept_columns"] = list(self.kept_columns)
         if self.complete:
             body["summary"] = dict(self.summary or {})
             body["zarr"] = {path: entry.to_json() for path, entry in (self.zarr_files or {}).items()}
@@ -139,6 +142,7 @@ def manifest_of(spec: CacheSpec, vocabulary: FileEntry | None) -> Manifest:
         provenance=spec.provenance,
         fingerprint=spec.fingerprint,
         vocabulary=vocabulary,
+        kept_columns=tuple(spec.kept_columns),
     )
 
 
@@ -173,4 +177,5 @@ def _identity(manifest: Manifest, hooks: set[str]) -> dict[str, object]:
             continue
         identity |= {f"{hook.name}.{field}": value for field, value in vars(hook).items()}
     identity["vocabulary"] = manifest.vocabulary and manifest.vocabulary.xxh3
+    identity["kept_columns"] = list(manifest.kept_columns) or None
     return identity | dict(manifest.fingerprint)

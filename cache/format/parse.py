@@ -33,6 +33,7 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         provenance=fields.get("provenance", dict),
         fingerprint=fields.get("fingerprint", dict),
         vocabulary=parse_file_entry(fields.nested("vocabulary")) if fields.optional("vocabulary", dict) else None,
+        kept_columns=_parse_kept_columns(fields),
     )
     names = {hook.name.casefold() for hook in manifest.hook_points}
     if not names or len(names) != len(manifest.hook_points):
@@ -87,6 +88,13 @@ def parse_shard_record(fields: Fields, manifest: Manifest, *, consolidated: bool
 def parse_file_entry(fields: Fields) -> FileEntry:
     """A file entry from its JSON form."""
     return FileEntry(fields.integer("bytes"), fields.get("xxh3", str))
+
+
+def _parse_kept_columns(fields: Fields) -> tuple[str, ...]:
+    names = fields.optional("kept_columns", list) or []
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise fields.error("kept_columns", names, "names that differ")
+    return tuple(names)
 
 
 def _parse_documents(fields: Fields) -> DocumentRange:

@@ -41,6 +41,7 @@ class CacheSpec:
     fingerprint: Mapping[str, Any]  # flat JSON: what determines the contents; compared field by field on resume
     vocabulary: Sequence[str] | None = field(default=None, repr=False)  # token id -> string, for display
     inner_chunk_bytes: int = DEFAULT_INNER_CHUNK_BYTES  # about; inner chunks hold whole rows and divide the shard
+    kept_columns: tuple[str, ...] = ()  # columns of the source's records that are stored with the documents
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -57,3 +58,5 @@ class CacheSpec:
             raise SpecError(f"rows_per_shard is {self.rows_per_shard}, expected 1 to {MAX_ROWS_PER_SHARD}")
         if self.inner_chunk_bytes < 1:
             raise SpecError(f"inner_chunk_bytes is {self.inner_chunk_bytes}, expected at least 1")
+        if "" in self.kept_columns or len(set(self.kept_columns)) < len(self.kept_columns):
+            raise SpecError(f"kept_columns are {list(self.kept_columns)}, expected names that differ")

@@ -5,7 +5,6 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 
 from __future__ import annotations
 
-import bisect
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
-from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout, documents_path
+from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
 from sae_granary.cache.format.signed import read_bytes
@@ -28,7 +27,8 @@ from sae_granary.cache.read import render
 from sae_granary.cache.read.arrays import Column, HookRows
 from sae_granary.cache.read.check import check_files
 from sae_granary.cache.read.context import Context, join_tokens, rows_around
-from sae_granary.common.rows import DocumentRow, HookPoint
+from sae_granary.cache.read.documents import Documents
+from sae_granary.common.rows import DocumentRow, HookPoint, Scalar
 from sae_granary.common.signed import digest
 
 
@@ -86,6 +86,7 @@ class Cache:
         self.storage = STORAGE[manifest.dtype]
         self.hook_points: dict[str, HookPoint] = {hook.name: hook for hook in manifest.hook_points}
         self.layout = manifest.layout
+        self.kept_columns = manifest.kept_columns  # names for `document_column`
         self.shards = tuple(
             ShardView(record.shard, record.n_rows, record.shard * manifest.rows_per_shard) for record in opened
         )
@@ -168,17 +169,22 @@ class Cache:
 
     def find_document(self, doc_id: int) -> DocumentRow | None:
         """The document of an id, or None where none of its rows were stored."""
-        from sae_granary.cache.format.documents import read_document
+        return self._documents.find(doc_id)
 
-        lasts, shards = self._last_documents
-        i = bisect.bisect_left(lasts, doc_id)
-        return read_document(self.path / documents_path(shards[i]), doc_id) if i < len(shards) else None
+    def document_ids(self) -> list[int]:
+        """The ids of all stored documents, ascending."""
+        return self._documents.ids()
+
+    def document_column(self, name: str) -> list[Scalar]:
+        """A column that the harvest kept (`--keep-columns`), one value per document, in the order of `document_ids`.
+
+        Raises UnknownNameError, which names the columns that were kept.
+        """
+        return self._documents.column(name)
 
     @cached_property
-    def _last_documents(self) -> tuple[list[int], list[int]]:
-        """Last document id, and number, of each shard in which documents start."""
-        found = [(record.documents.last, record.shard) for record in self.records if record.documents is not None]
-        return [last for last, _ in found], [shard for _, shard in found]
+    def _documents(self) -> Documents:
+        return Documents(self.path, self.records, self.kept_columns)
 
     @cached_property
     def vocabulary(self) -> list[str] | None:

@@ -30,6 +30,8 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         "shards": f"{len(opened)}{part} of up to {manifest.rows_per_shard:,} rows",
         "size": byte_size(n_bytes),
     }
+    if manifest.kept_columns:
+        lines["kept columns"] = ", ".join(manifest.kept_columns)
     for name in ("model", "dataset"):
         value = source_name(manifest.provenance.get(name))
         if value:
@@ -78,6 +80,7 @@ def as_json(
         "n_bytes": sum(record.n_bytes for record in opened),
         "rows_per_shard": manifest.rows_per_shard,
         "hook_points": [dict(vars(hook)) for hook in manifest.hook_points],
+        "kept_columns": list(manifest.kept_columns),
         "provenance": dict(manifest.provenance),
         "fingerprint": dict(manifest.fingerprint),
         "summary": dict(manifest.summary or {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sae_granary.cache.errors import CacheError
-from sae_granary.cache.format.documents import read_doc_ids
+from sae_granary.cache.format.documents import read_doc_ids, read_kept_column
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.format.records import load_record
@@ -40,7 +40,10 @@ def _check_order(cache: Cache, i: int, record: ShardRecord) -> str | None:
 
 def _check_documents(cache: Cache, record: ShardRecord) -> str | None:
     try:
-        ids = read_doc_ids(cache.path / documents_path(record.shard))
+        path = cache.path / documents_path(record.shard)
+        ids = read_doc_ids(path)
+        for name in cache.kept_columns:
+            read_kept_column(path, name)
     except CacheError as error:
         return str(error)
     expected = record.documents

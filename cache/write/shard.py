@@ -7,7 +7,7 @@ rows come per call.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,7 +116,15 @@ class HookStream:
 class OpenShard:
     """A shard that is being written, in a folder of temporary files."""
 
-    def __init__(self, layout: CacheLayout, index: int, folder: Path, *, direct: bool = False) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        index: int,
+        folder: Path,
+        *,
+        kept_columns: Sequence[str] = (),
+        direct: bool = False,
+    ) -> None:
         self.layout, self.index, self.folder = layout, index, folder
         self.n_rows = 0
         self.first_window = self.last_window = -1
@@ -130,7 +138,7 @@ class OpenShard:
             name: ArrayStream(array, folder / f"rows.{name}", self._syncer, direct=direct)
             for name, array in layout.columns.items()
         }
-        self.documents = DocumentFile(folder / "documents")
+        self.documents = DocumentFile(folder / "documents", kept_columns)
         self._rows_per_shard = layout.columns["flags"].rows_per_shard
 
     @property

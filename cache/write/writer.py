@@ -164,7 +164,8 @@ class CacheWriter:
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
             folder = self._session.folder / f"{self.n_shards:08d}"
-            self._shard = OpenShard(self.layout, self.n_shards, folder, direct=self._direct)
+            kept = self.manifest.kept_columns
+            self._shard = OpenShard(self.layout, self.n_shards, folder, kept_columns=kept, direct=self._direct)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
         if documents:

@@ -77,7 +77,7 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{before}{key}.")
 
 
-def _value(record: Mapping[str, Any], name: str) -> Any:
+def value_of(record: Mapping[str, Any], name: str) -> Any:
     """A column, or one inside of a column (`data.text`); None where there is none."""
     if name in record:
         return record[name]
@@ -132,8 +132,8 @@ def extractor(columns: Sequence[str]) -> Extract:
         if any(name in record for name in seconds):
             return Unfit.MALFORMED
         if len(columns) == 1:
-            return _value(record, columns[0])
-        values = [join_texts(_value(record, name)) for name in columns]
+            return value_of(record, columns[0])
+        values = [join_texts(value_of(record, name)) for name in columns]
         parts = [value for value in values if isinstance(value, str) and value]
         return "\n".join(parts) if parts else None
 

@@ -46,7 +46,7 @@ def continued(
 
 def _same(document: Document, stored: DocumentRow | None, tokenize: Tokenize) -> bool:
     if stored is not None:
-        return document.skipped is None and document.text == stored.text
+        return document.skipped is None and (document.text, document.columns) == (stored.text, stored.columns)
     return document.skipped is not None or not len(tokenize([document.text])[0])
 
 
@@ -55,6 +55,9 @@ def _difference(document: Document, stored: DocumentRow | None) -> str:
         return "it had no text"
     if document.skipped is not None:
         return f"it is skipped now: {document.skipped.replace('_', ' ')}"
+    if document.text == stored.text:
+        name = next(name for name, value in stored.columns.items() if document.columns.get(name) != value)
+        return f"column {name!r} is {document.columns.get(name)!r:.60}, it was {stored.columns[name]!r:.60}"
     pairs = zip(document.text, stored.text, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(document.text), len(stored.text)))
     return f"they differ at character {same:,}"

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from sae_granary.harvest.text.document import Record, Scalar
+from sae_granary.common.rows import Scalar
+from sae_granary.harvest.text.document import Record
 from sae_granary.models.demo import DEMO
 
 

@@ -6,14 +6,15 @@ resumed harvest finds its place again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
+from sae_granary.common.rows import Scalar
+from sae_granary.harvest.config import TextConfig
 from sae_granary.models.tokens.document import Document, Render, replace_surrogates, text_document
-
-Scalar = str | int | float | bool | None
 
 TEXT_NAMES = (
     "text", "content", "sentence", "document", "article", "body", "passage", "paragraph", "context", "review", "story",
@@ -47,6 +48,7 @@ class Record:
     row: int  # its place in that source; -1 if a shuffled stream does not tell
     repaired: bool = False  # bytes that are no UTF-8 were replaced
     n_bytes: float = 0.0  # its share of the source's `n_bytes`
+    columns: Mapping[str, Scalar] = field(default_factory=dict)  # those that are kept
 
 
 class TextSource(Protocol):
@@ -92,7 +94,8 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
         return Document(doc_id, "", record.source, record.row, skipped=value.value)
     if not isinstance(value, str):
         return Document(doc_id, "", record.source, record.row, skipped="not_text")
-    return text_document(doc_id, value, record.source, record.row, repaired=record.repaired)
+    found = text_document(doc_id, value, record.source, record.row, repaired=record.repaired)
+    return replace(found, columns=record.columns)
 
 
 def join_texts(value: object) -> object:
@@ -126,3 +129,26 @@ def _message(item: object) -> dict[str, str] | None:
         return None
     role = {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(role, role)
     return {"role": role, "content": replace_surrogates(content)}
+
+
+def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator[Record]:
+    """Draw from a buffer that is filled up again; a function of the records, the size and the seed only."""
+    if buffer_size < 2:
+        yield from records
+        return
+    draw = random.Random(seed)
+    buffer: list[Record] = []
+    for record in records:
+        if len(buffer) < buffer_size:
+            buffer.append(record)
+            continue
+        index = draw.randrange(buffer_size)
+        buffer[index], record = record, buffer[index]
+        yield record
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def shuffle_name(config: TextConfig) -> str:
+    """How the stream is shuffled, for the fingerprint."""
+    return f"buffer {config.shuffle_buffer}, seed {config.shuffle_seed}" if config.shuffle_buffer > 1 else "none"

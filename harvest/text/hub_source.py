@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from sae_granary.common.errors import one_line
+from sae_granary.common.rows import Scalar
 from sae_granary.harvest.config import DEFAULT_SPLIT, TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import extractor, find_columns
-from sae_granary.harvest.text.document import Record, Scalar
-from sae_granary.harvest.text.shuffle import shuffle_name
+from sae_granary.harvest.text.document import Record, shuffle_name
+from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 from sae_granary.models.online import OFFLINE_HINT, online
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class HubSource:
         if next(self._sample(), None) is None:
             raise SourceError(f"{where}, split {config.split}: no records")
         self.columns = find_columns(self._sample, config.text_columns, where)
+        check_kept(self._sample, config.keep_columns, where)
 
     def _sample(self) -> Iterator[Mapping[str, Any]]:
         return retrying(self._open, 0, RETRY_SECONDS, self._say)
@@ -52,15 +54,17 @@ class HubSource:
             "dataset_config": self._config.config,
             "split": self._config.split,
             "text_columns": ",".join(self.columns),
+            **kept_identity(self._config.keep_columns),
             "shuffle": shuffle_name(self._config),
         }
 
     def records(self, start: int) -> Iterator[Record]:
         """Records from ordinal `start` on; a network error is tried again from the record where it happened."""
-        extract = extractor(self.columns)
+        extract, kept = extractor(self.columns), self._config.keep_columns
         in_order = self._config.shuffle_buffer < 2
         for offset, item in enumerate(retrying(self._open, start, RETRY_SECONDS, self._say)):
-            yield Record(extract(item), self._config.dataset, start + offset if in_order else -1)
+            row = start + offset if in_order else -1
+            yield Record(extract(item), self._config.dataset, row, columns=keep(item, kept))
 
     def n_bytes(self) -> int | None:
         """Not known without reading it."""

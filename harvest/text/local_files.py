@@ -21,10 +21,19 @@ import xxhash
 
 from sae_granary.common.errors import one_line
 from sae_granary.common.quantities import byte_size
+from sae_granary.common.rows import Scalar
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError, SourceStoppedError
 from sae_granary.harvest.text.columns import SAMPLE_RECORDS, Item, column_kinds, extractor, find_columns
-from sae_granary.harvest.text.document import CHAT_NAMES, JOINED_NAMES, TEXT_NAMES, Record, Scalar, Unfit
+from sae_granary.harvest.text.document import (
+    CHAT_NAMES,
+    JOINED_NAMES,
+    TEXT_NAMES,
+    Record,
+    Unfit,
+    shuffle_name,
+    shuffled,
+)
 from sae_granary.harvest.text.folder import find_files
 from sae_granary.harvest.text.formats import (
     COMPRESSED,
@@ -33,7 +42,7 @@ from sae_granary.harvest.text.formats import (
     kind_of,
     plain_records,
 )
-from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
+from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 from sae_granary.harvest.text.tables import table_rows
 
 # pyarrow's errors for damaged files and for types that it cannot give are of all these kinds.
@@ -77,6 +86,7 @@ class FileSource:
             "dataset_xxh3": _ends_hash(self._root, self._files),
             "dataset_full_xxh3": full_hash(self._root, self._files, self._say),
             "text_columns": ",".join(self.columns),
+            **kept_identity(self._config.keep_columns),
             "documents": self._config.documents,
             "shuffle": shuffle_name(self._config),
         }
@@ -107,9 +117,9 @@ class FileSource:
                     self._say(f"skipped: {name} is too large for one document; use --documents line or paragraph")
                 yield record
             return
-        extract = extractor(self.columns)
-        for number, row in enumerate(table_rows(path, self.columns)):
-            yield Record(extract(row.item), name, number, row.repaired, row.n_bytes)
+        extract, kept = extractor(self.columns), self._config.keep_columns
+        for number, row in enumerate(table_rows(path, (*self.columns, *kept))):
+            yield Record(extract(row.item), name, number, row.repaired, row.n_bytes, keep(row.item, kept))
 
     def _choose_columns(self) -> tuple[str, ...]:
         """The columns of the first table with records; every other table must have them too."""
@@ -130,6 +140,8 @@ class FileSource:
                         f"{path} has no column {columns[0]!r}, the text of {first}; its columns are "
                         f"{', '.join(kinds) or 'none'}: harvest it on its own, or move it out of the folder"
                     )
+                if sample:
+                    check_kept(functools.partial(_items, path), self._config.keep_columns, str(path))
         if tables and first is None and len(tables) == len(self._files):
             raise SourceError(f"{self._config.dataset} holds no records: give a file with text")
         return columns

@@ -23,6 +23,7 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     """demo, -, a local file or folder, else a data set of the hub."""
     if config.dataset == DEMO:
         _refuse(config, "the demo text", (*_HUB_FLAGS, "--text-column", "--documents", "--shuffle-buffer"))
+        _refuse(config, "the demo text, which has no columns", ("--keep-columns",))
         return DemoSource()
     if config.dataset == "-":
         _refuse(config, "standard input", _HUB_FLAGS)
@@ -32,7 +33,7 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
         _refuse(config, "local files", _HUB_FLAGS[1:] if path.is_dir() else _HUB_FLAGS)
         source = FileSource(replace(config, dataset=str(path)), say)
         if not source.has_tables:
-            _refuse(config, "plain text", ("--text-column",))
+            _refuse(config, "plain text, which has no columns", ("--text-column", "--keep-columns"))
         if not source.has_plain:
             _refuse(config, "tables, which hold a document per record", ("--documents",))
         return source
@@ -63,6 +64,7 @@ def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:
         "--dataset-config": config.config,
         "--dataset-revision": config.revision,
         "--text-column": ",".join(config.text_columns) or None,
+        "--keep-columns": ",".join(config.keep_columns) or None,
         "--documents": None if config.documents == "auto" else config.documents,
         "--shuffle-buffer": config.shuffle_buffer or None,
     }

@@ -8,12 +8,13 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import IO
 
+from sae_granary.common.rows import Scalar
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError
-from sae_granary.harvest.text.columns import Extract, choose_columns, column_kinds, extractor
-from sae_granary.harvest.text.document import Record, Scalar, Unfit
+from sae_granary.harvest.text.columns import Extract, Item, choose_columns, column_kinds, extractor
+from sae_granary.harvest.text.document import Record, Unfit, shuffle_name, shuffled
 from sae_granary.harvest.text.formats import json_object, text_records
-from sae_granary.harvest.text.shuffle import shuffle_name, shuffled
+from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 
 
 class StdinSource:
@@ -38,6 +39,7 @@ class StdinSource:
         return {
             "dataset": "standard input",
             "text_columns": ",".join(self._config.text_columns),
+            **kept_identity(self._config.keep_columns),
             "documents": self._config.documents,
             "shuffle": shuffle_name(self._config),
         }
@@ -58,21 +60,25 @@ class StdinSource:
         if first is None:
             return
         extract = self._extract(first.value) if mode == "line" else None
-        if extract is None and self._config.text_columns:
-            raise SourceError(
-                f"--text-column {','.join(self._config.text_columns)} does not apply to standard input whose first "
-                "line is no JSON object: leave it away"
-            )
+        kept = self._config.keep_columns
+        for flag, names in (("--text-column", self._config.text_columns), ("--keep-columns", kept)):
+            if extract is None and names:
+                raise SourceError(
+                    f"{flag} {','.join(names)} does not apply to standard input whose first line is no JSON object: "
+                    "leave it away"
+                )
         for record in chain([first], texts):
             if extract is None or not isinstance(record.value, str):
                 yield record
             else:
-                item = json_object(record.value)
-                yield replace(record, value=extract(Unfit.NOT_JSON if item is None else item))
+                found = json_object(record.value)
+                item: Item = Unfit.NOT_JSON if found is None else found
+                yield replace(record, value=extract(item), columns=keep(item, kept))
 
     def _extract(self, first: object) -> Extract | None:
         """How a line gives its text: None where the first is no JSON object."""
         head = json_object(first) if isinstance(first, str) else None
         if head is None:
             return None
+        check_kept(lambda: iter([head]), self._config.keep_columns, "the first line of standard input")
         return extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))

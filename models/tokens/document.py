@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sae_granary.common.rows import Scalar
 
 Render = Callable[[list[dict[str, str]]], str]  # chat messages -> one text
 _CONTROL_SHARE = 0.1  # more control characters than this share of the first characters: not text
@@ -21,6 +23,7 @@ class Document:
     row: int
     skipped: str | None = None
     repaired: bool = False
+    columns: Mapping[str, Scalar] = field(default_factory=dict)  # of its record, kept beside the text
 
 
 def join_chat(messages: list[dict[str, str]]) -> str:

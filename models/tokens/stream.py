@@ -185,4 +185,4 @@ def buffers(stream: WindowStream, buffer_tokens: int) -> Iterator[Buffer]:
 
 
 def _document_row(document: Document) -> DocumentRow:
-    return DocumentRow(document.doc_id, document.source, document.row, document.text)
+    return DocumentRow(document.doc_id, document.source, document.row, document.text, document.columns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_granary.common.errors import GranaryError
@@ -23,6 +23,8 @@ FLAG_SPECIAL = 0x01  # special token: [CLS], [SEP], BOS, EOS, ...
 FLAG_WINDOW_START = 0x02  # position 0 of its window
 FLAG_CONTROL = 0x04  # beside FLAG_SPECIAL: a control token without a role, <|start_header_id|>, <|eot_id|>, ...
 FLAG_ABSENT = 0x80  # no row here: the fill value behind the end of a short shard
+
+Scalar = str | int | float | bool | None  # a value of a kept column
 
 Side = Literal["output", "input"]
 SIDES = ("output", "input")
@@ -64,12 +66,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class DocumentRow:
-    """A document of the source: where it came from and its text."""
+    """A document of the source: where it came from, its text, and the columns of its record that were kept."""
 
     doc_id: int
     source: str
     source_row: int
     text: str
+    columns: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 class InvalidHookPointError(GranaryError, ValueError):

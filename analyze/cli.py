@@ -5,6 +5,7 @@ from __future__ import annotations
 from sae_granary.analyze.commands.encode import encode
 from sae_granary.analyze.commands.evaluate import evaluate
 from sae_granary.analyze.commands.report import report
+from sae_granary.analyze.commands.search import search
 from sae_granary.analyze.commands.show import show
 from sae_granary.analyze.commands.stats import stats
 from sae_granary.common.app import make_app
@@ -16,6 +17,7 @@ app.command(name="eval")(evaluate)
 app.command()(stats)
 app.command()(show)
 app.command()(report)
+app.command()(search)
 
 
 def main() -> None:

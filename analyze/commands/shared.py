@@ -34,20 +34,22 @@ def stats_of(
     sae: Path, cache: Path | None, hook: str, device: str, allow_incomplete: bool, quiet: bool
 ) -> tuple[Source, LatentStats]:
     """The statistics of an SAE on a cache; computed where they are not stored yet."""
-    from sae_granary.analyze.encoding.encode import encode_cache
     from sae_granary.analyze.latents.stats import find_stats
-    from sae_granary.analyze.progress import row_progress
     from sae_granary.analyze.source import open_source
     from sae_granary.common.process import tuned_process
 
     with tuned_process(device):
         source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
+        return source, find_stats(source, lambda: codes_of(source, quiet))
 
-        def make_codes() -> StoredCodes:
-            with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
-                return encode_cache(source, source.place / "codes", tick=tick)
 
-        return source, find_stats(source, make_codes)
+def codes_of(source: Source, quiet: bool) -> StoredCodes:
+    """The codes of a cache; computed where they are not stored yet."""
+    from sae_granary.analyze.encoding.encode import encode_cache
+    from sae_granary.analyze.progress import row_progress
+
+    with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
+        return encode_cache(source, source.place / "codes", tick=tick)
 
 
 def names_in(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train_resume import StopAt, interrupted
 from typer.testing import CliRunner
 
-from sae_granary import resume_sweep, resume_training, train_sae, train_sweep
+from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import CHECKSUM, write_signed
 from sae_granary.train.cli import app
@@ -105,6 +105,38 @@ def test_a_run_of_before_without_recorded_paths_continues_by_the_flag(here, proj
     with pytest.raises(ConfigError, match=r"is not at .*cache/toy any more"):
         resume_training(here / "runs/a")
     assert_finished(resume_training(here / "runs/a", cache=here / "cache/toy").folder, project[1])
+
+
+def test_no_run_of_a_sweep_trains_on_a_cache_that_took_the_place_of_its_own(project, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "other"):
+        shutil.copytree(project[0] / "cache" / name, tmp_path / name)
+    settings, reporter = {key: value for key, value in SETTINGS.items() if key != "batch_size"}, _Stops(4)
+    with pytest.raises(InterruptedRunError):  # while the run of the second batch size has not begun
+        train_sweep({"batch_size": [64, 32]}, settings, cache="toy", runs_dir="runs", name="s", reporter=reporter,
+                    stop=reporter.sink.stop)  # fmt: skip
+    Path("toy").rename("kept")
+    Path("other").rename("toy")
+    with pytest.raises(CheckpointError, match=r"runs/s belongs to another cache .*: cache.seed: .*; name its own"):
+        resume_sweep("runs/s")
+    assert [path.parent.name[-2:] for path in Path("runs/s").glob("*/run.json")] == ["64"]
+    assert resume_sweep("runs/s", cache="kept").failures == {}
+
+
+@pytest.mark.parametrize("n_docs", [7, 14])  # fewer shards, and as many of which the last is smaller
+def test_a_cache_with_fewer_rows_says_so(project, tmp_path, monkeypatch, n_docs) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, size in ("whole", 16), ("part", n_docs):  # the same harvest, ended earlier
+        write_cache(tmp_path / name, n_docs=size, rows_per_shard=400)
+    folder = interrupted(4, **SETTINGS, cache="whole", runs_dir="runs", name="a")
+    result = CliRunner().invoke(app, ["resume", str(folder), "-q", "--cache", "part"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    part, whole = open_cache("part"), open_cache("whole")
+    assert len(part.shards) == {7: 1, 14: 2}[n_docs]
+    assert (
+        f"part holds {part.n_rows:,} rows in {len(part.shards)} shards, not the {whole.n_rows:,} in " in result.stderr
+    )
+    assert "that the run was started on: name the whole cache with --cache, or train a new run" in result.stderr
 
 
 class _Stops(Reporter):

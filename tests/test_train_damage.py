@@ -167,10 +167,13 @@ SUMMARY = {
     ("changed", "told"),
     [
         ({}, None),
-        ({"l0_train": 36.0}, "L0 in training is 36.0, 32 was asked for: train longer, or change the coefficient"),
+        (
+            {"l0_train": 36.0},
+            "L0 of the last training batch measured is 36.0, 32 was asked for: train longer, or change the coefficient",
+        ),
         (
             {"l0_train": 16.0, "eval": {**SUMMARY["eval"], "l0": 16.0}},
-            "L0 in training is 16.0, 32 was asked for: train longer, or raise --d-sae",
+            "L0 of the last training batch measured is 16.0, 32 was asked for: train longer, or raise --d-sae",
         ),
         ({"dead": 0.93}, "93% of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every 10"),
         ({"steps": 20}, "the learning rate was still rising at the end: the warm-up takes 20 steps, the run had 20"),

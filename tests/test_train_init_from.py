@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train_resume import StopAt
 
-from sae_granary import sae_core, train_sae
+from sae_granary import resume_training, sae_core, train_sae
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.files.fold import Folded, fold, unfold
+from sae_granary.train.errors import InterruptedRunError
 from sae_granary.train.sinks.sink import BaseSink
 
 D_IN, D_SAE, K = 16, 32, 4
@@ -107,7 +109,12 @@ def test_the_start_of_a_run_names_its_fvu_and_what_changed(make_cache, tmp_path:
     sae_core.save(uneven, folder)
     (folder / "granary.json").unlink()  # what is left are SAELens' files
     assert (folder / saelens.CFG).is_file()
-    train_sae(**common, steps=1, name="second", init_from=str(folder), sinks=[messages])
+    stopper = StopAt(1)
+    common |= {"steps": 2, "name": "second", "init_from": str(folder)}
+    with pytest.raises(InterruptedRunError):
+        train_sae(**common, sinks=[messages, stopper], stop=stopper.stop)
     (told,) = [text for text in messages.texts if text.startswith("init_from=")]
     assert "at the start" in told
     assert ("selected by activation times decoder norm" in told) == (name == "topk")
+    summary = resume_training(tmp_path / "second").summary
+    assert summary["notes"][0] == told

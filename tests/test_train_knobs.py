@@ -369,7 +369,9 @@ def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
     def train_meanwhile(doc: int) -> None:
         if doc != 80:
             return
-        with pytest.raises(IncompleteCacheError, match=r"is incomplete: .* or open it with allow_incomplete"):
+        with pytest.raises(
+            IncompleteCacheError, match=r"is incomplete: .* or read what is there: --allow-incomplete, in Python allow_"
+        ):
             train_sae(**settings, name="refused")
         train_sae(**settings, name="whole", allow_incomplete=True)
         with pytest.raises(InterruptedRunError):

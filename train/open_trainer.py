@@ -83,8 +83,9 @@ def _fresh_run(data: RunData, sample: Callable[[RunData], Rows], sinks: Sinks) -
         sae = build_sae(data.config)
         rows = sample(data)
         sae.initialize(rows, torch.Generator().manual_seed(seed))
-        if data.config.init_from is not None:
-            sinks.message(start_from(sae, data.config.init_from, rows))
+        told = [start_from(sae, data.config.init_from, rows)] if data.config.init_from is not None else []
         run = Run.create(data.config, sae)
-    run.rng = rng
+    for line in told:
+        sinks.message(line)
+    run.rng, run.notes = rng, told
     return run

@@ -241,5 +241,5 @@ def _incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
     begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
     return (
         f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "
-        "or open it with allow_incomplete=True to read what is there"
+        "or read what is there: --allow-incomplete, in Python allow_incomplete=True"
     )

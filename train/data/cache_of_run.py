@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_granary.cache.errors import UnknownNameError
 from sae_granary.cache.format.records import load_manifest
+from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.errors import CheckpointError
+from sae_granary.train.state.checkpoint import check_identity
 
 
 def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str | Path | None = None) -> str:
     """The cache that a run trains on: `given`, else the stored path, else by the paths of the record.
 
-    A cache counts only if it has the fingerprint of the record. Raises CheckpointError for a given one that has not,
-    ConfigError if there is no cache at the stored path and it is nowhere else.
+    A cache counts only if it has the fingerprint of the record. Raises CheckpointError for another one that is given or
+    that took the stored path, ConfigError if there is none there and the recorded one is nowhere else.
     """
+    fingerprint = record.get("cache")  # None in a sweep.json of before
     if given is not None:
-        if load_manifest(Path(given)).fingerprint != record.get("cache"):
+        if load_manifest(Path(given)).fingerprint != fingerprint:
             raise CheckpointError(
                 f"--cache {given} is another cache than the one that {folder} was started on ({stored}): "
                 "give that one, or train a new run"
             )
         return str(given)
-    if (found := find_recorded(record, folder, stored)) is not None:
-        return found
+    if (place := find_recorded(record, folder, stored)) is not None:
+        return place
     if not Path(stored).exists():
         where = (record.get(PATHS) or {}).get("absolute", stored)
         raise ConfigError(
             f"the cache of {folder} is not at {where} any more: if it was moved, name it: "
             f"sae-train resume {folder} --cache FOLDER"
         )
-    return stored  # opening it says what is wrong with it
+    if fingerprint is not None:
+        found = load_manifest(Path(stored)).fingerprint
+        check_identity({"cache": fingerprint, "order": {}}, {"cache": found, "order": {}}, folder)
+    return stored
+
+
+def open_pinned(path: str, shards: Sequence[tuple[int, int]], *, allow_incomplete: bool) -> Cache:
+    """Open a cache with the shards (number, rows) that a run was started on.
+
+    Raises CheckpointError if they are not all there with as many rows, and what `open_cache` raises.
+    """
+    wanted = dict(shards)
+    try:
+        opened = open_cache(path, shards=wanted, allow_incomplete=allow_incomplete)
+        found = {shard.index: shard.n_rows for shard in opened.shards}
+    except UnknownNameError:
+        found = {}
+    if found == wanted:
+        return opened
+    whole = open_cache(path, allow_incomplete=True)
+    raise CheckpointError(
+        f"{path} holds {whole.n_rows:,} rows in {len(whole.shards)} shards, not the {sum(wanted.values()):,} in "
+        f"{len(wanted)} that the run was started on: name the whole cache with --cache, or train a new run"
+    )

@@ -19,6 +19,7 @@ from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_context_step, needs_language_model
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.cache_of_run import open_pinned
 from sae_granary.train.state.checkpoint import Identity
 from sae_granary.train.state.initial import check_initial
 from sae_granary.train.step_input import FLOAT32_MAX
@@ -58,8 +59,8 @@ class RunData:
         """
         choose_device(config.device)
         if opened is None:
-            shards = [index for index, _ in record["order"]["shards"]]
-            opened = open_cache(config.cache, shards=shards, allow_incomplete=config.allow_incomplete)
+            shards = record["order"]["shards"]
+            opened = open_pinned(config.cache, shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts.from_json(record["counts"]))
 
     def inputs(self, rows: Rows) -> Rows:

@@ -51,7 +51,7 @@ def _training(summary: Mapping[str, Any], wanted_l0: float | None, warmup_steps:
     steps, found = summary["steps"], summary["l0_train"]
     if _misses(found, wanted_l0, MISSED_L0):
         remedy = "train longer, or change the coefficient" if found > wanted_l0 else "train longer, or raise --d-sae"
-        yield f"L0 in training is {found:.1f}, {wanted_l0:g} was asked for: {remedy}"
+        yield f"L0 of the last training batch measured is {found:.1f}, {wanted_l0:g} was asked for: {remedy}"
     if summary["dead"] > MANY_DEAD:
         yield (
             f"{summary['dead']:.0%} of the latents are dead: try a smaller --d-sae, a longer run, or --resample-every "

@@ -45,7 +45,7 @@ def summarize(
         "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
     }
     notes = remarks(summary, wanted_l0=run.sae.config.wanted_l0, warmup_steps=config.warmup_steps or 0)
-    summary["notes"] = [*notes_on(numbers), *notes]
+    summary["notes"] = [*run.notes, *notes_on(numbers), *notes]
     if config.keep_best and (best := best_checkpoint(folder)):
         summary["best_checkpoint"] = best.name
     return summary

@@ -98,6 +98,7 @@ def save(
             "rejected_in_row": run.rejected_in_row,
             "score": run.score,
             "patience": asdict(run.patience),
+            "notes": run.notes,
             "density_rows": run.density.n_rows,
             "ema_updates": 0 if run.ema is None else run.ema.n_updates,
             "loader": asdict(loader_state),
@@ -161,6 +162,7 @@ def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity 
     if "patience" in state.body:
         patience = state.nested("patience")
         run.patience = Patience(_optional_number(patience, "best"), patience.integer("since"))
+    run.notes = [str(note) for note in state.get("notes", list)] if "notes" in state.body else []
     run.density = Density(_read(path / "density.safetensors")["fired"], state.integer("density_rows"))
     if run.ema is not None:
         run.ema.restore(state.integer("ema_updates"), _read(path / "ema.safetensors"))
@@ -219,7 +221,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
     if differences:
         raise CheckpointError(
             f"{path} belongs to another cache or order of rows: {'; '.join(differences[:4])}; "
-            "train a new run on this cache instead"
+            "name its own cache with --cache, or train a new run on this one"
         )
 
 

@@ -34,6 +34,7 @@ class Run:
     score: float | None = None  # of the newest measurement, lower is better: what `keep_best` compares
     ema: Ema | None = None  # the averaged weights, when asked for
     patience: Patience = field(default_factory=Patience)
+    notes: list[str] = field(default_factory=list)  # on its start, for the summary
 
     def __post_init__(self) -> None:
         self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram

@@ -1,0 +1,126 @@
+"""`python -m benchmarks.analyze --cache CACHE`: `encode` against the encoder product, `stats` against one encoding.
+
+A topk SAE of 12,288 latents (k 32) with random weights, blocks of 4,096 rows, the cache in the page cache. Everything
+runs in turn, the median of `--repeats` is taken; on a shared machine the processor's seconds say more than the clock's.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from benchmarks import machine
+from benchmarks.table import markdown
+from sae_granary import open_cache, sae_core
+from sae_granary.analyze.encoding.encode import BLOCK_ROWS, encode_cache
+from sae_granary.analyze.latents.stats import compute_stats
+from sae_granary.analyze.source import Source, open_source
+from sae_granary.common.process import tuned_process
+
+D_SAE, K = 12_288, 32
+Seconds = Mapping[str, tuple[float, float]]  # by name: of the clock, of the processor
+
+
+def alternated(functions: Mapping[str, Callable[[], object]], repeats: int) -> Seconds:
+    """Median seconds of each function, of the clock and of the processor; all run in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start, busy = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.perf_counter() - start, time.process_time() - busy))
+    return {name: tuple(map(statistics.median, zip(*found, strict=True))) for name, found in times.items()}  # type: ignore[misc]
+
+
+def make_source(cache: Path, folder: Path) -> Source:
+    """A cache with an SAE of random weights of its width."""
+    cls = sae_core.registry.get("topk")
+    d_in = next(iter(open_cache(cache).hook_points.values())).d_in
+    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": D_SAE, "k": K}))
+    sae.reset_weights(torch.Generator().manual_seed(0))
+    sae_core.save(sae, folder / "sae")
+    return open_source(folder / "sae", cache, device="cpu")
+
+
+def encode_table(source: Source, folder: Path, n_rows: int, repeats: int) -> str:
+    """Rows per second of the product with its selection, of the SAE on rows in memory, and from disk to disk."""
+    rows = torch.tensor(source.cache.hook(source.hooks[0])[:n_rows])
+    sae, made = source.sae, iter(range(10**6))
+
+    def product() -> None:
+        for start in range(0, n_rows, BLOCK_ROWS):
+            pre_acts = torch.addmm(sae.encoder_bias, rows[start : start + BLOCK_ROWS] - sae.b_dec, sae.W_enc)
+            torch.relu(pre_acts.topk(K, dim=-1, sorted=False).values)
+
+    def in_memory() -> None:
+        for start in range(0, n_rows, BLOCK_ROWS):
+            sae.encode(rows[start : start + BLOCK_ROWS])
+
+    def to_disk() -> None:
+        encode_cache(source, folder / f"codes_{next(made)}")
+
+    with torch.no_grad():
+        product()  # once before, as the others: warm caches
+        found = alternated({"product": product, "memory": in_memory, "disk": to_disk}, repeats)
+    labels = {"product": "product and torch.topk, rows in memory", "memory": "sae.encode, rows in memory"}
+    labels["disk"] = "encode_cache: read, check, encode, write"
+    return _table(found, labels, "product", n_rows, "rows/s", f"{n_rows:,} rows")
+
+
+def stats_table(source: Source, folder: Path, repeats: int) -> str:
+    """Seconds of `compute_stats` against one encoding pass over the same cache."""
+    made = iter(range(10**6))
+    codes = encode_cache(source, folder / "whole")
+
+    def to_disk() -> None:
+        encode_cache(source, folder / f"again_{next(made)}")
+
+    found = alternated({"encode": to_disk, "stats": lambda: compute_stats(source, codes)}, repeats)
+    n_rows = source.cache.n_rows
+    labels = {"encode": "one encoding pass", "stats": "compute_stats of its codes"}
+    return _table(found, labels, "encode", n_rows, "rows/s", f"{n_rows:,} rows, {len(codes.values):,} entries")
+
+
+def _table(found: Seconds, labels: Mapping[str, str], base: str, n: int, unit: str, title: str) -> str:
+    clock, busy = found[base]
+    rows = [
+        [
+            label,
+            f"{found[name][0]:.2f}",
+            f"{found[name][1]:.2f}",
+            f"{n / found[name][0]:,.0f}",
+            f"{clock / found[name][0]:.2f}",
+            f"{busy / found[name][1]:.2f}",
+        ]
+        for name, label in labels.items()
+    ]
+    head = ["", "s", "s of the processor", unit, f"speed to {labels[base].split(',')[0]}", "by the processor"]
+    return f"{title}\n\n{markdown(head, rows)}"
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(prog="benchmarks.analyze", description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True, help="for instance the cache that `sae-train demo` makes")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--table", choices=["encode", "stats", "both"], default="both")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, tuned_process("cpu"):
+        folder = Path(name)
+        source = make_source(arguments.cache, folder)
+        print(f"{machine.describe()}, load {os.getloadavg()[0]:.1f}; d_sae {D_SAE:,}, k {K}, blocks of {BLOCK_ROWS:,}")
+        if arguments.table in ("encode", "both"):
+            print(f"\n{encode_table(source, folder, source.cache.n_rows, arguments.repeats)}", flush=True)
+        if arguments.table in ("stats", "both"):
+            print(f"\n{stats_table(source, folder, arguments.repeats)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

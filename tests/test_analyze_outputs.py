@@ -15,6 +15,7 @@ from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import blocks as blocks_module
 from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import open_codes
+from sae_granary.analyze.encoding.document_columns import arrow_column
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.pool import HOW, pool_documents
 from sae_granary.analyze.source import Source, open_source
@@ -139,6 +140,33 @@ def test_parquet_has_a_row_per_row_or_document_and_its_source(source: Source, ho
     assert "exists: give another --out" in refused(
         "encode", source.folder, "--cache", source.cache.path, "--format", "parquet", *pool
     )
+
+
+def test_parquet_holds_the_kept_columns_with_their_types(source: Source, make_cache, tmp_path: Path) -> None:
+    columns = {
+        "category": ("billing", "<b>login</b>", None),
+        "size": (1, 2**40),
+        "source": (True, None),
+        "mixed": ("a", 1),
+    }
+    cache = make_cache("kept", n_docs=7, columns=columns)
+    for pool, name in (([], "rows"), (["--pool", "max"], "documents")):
+        out = tmp_path / f"{name}.parquet"
+        run("encode", source.folder, "--cache", cache, "--format", "parquet", "--out", out, *pool)
+        table = pq.read_table(out)
+        kinds = {field.name: str(field.type) for field in table.schema}
+        assert [kinds[name] for name in ("category", "size", "kept.source", "mixed")] == [
+            "string",
+            "int64",
+            "bool",
+            "string",
+        ]
+        for row in table.to_pylist():
+            i = row["doc_id"]
+            assert [row["category"], row["size"]] == [columns["category"][i % 3], columns["size"][i % 2]]
+            assert [row["kept.source"], row["mixed"], row["source"]] == [columns["source"][i % 2], "a1"[i % 2], "toy"]
+    assert arrow_column([1, 2.5, None]).to_pylist() == [1.0, 2.5, None]
+    assert arrow_column([2**70, 3]).to_pylist() == [str(2**70), "3"]  # an id stays exact
 
 
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sae_granary.common.files import TEMP_PREFIX, sync_file, sync_folder
 
 CHUNK = 2**20  # entries copied at once
 GROUP_ROWS, GROUP_ENTRIES = 2**15, 2**22  # a row group of Parquet has at least as many rows, or entries
+FIXED_COLUMNS = ("row", "doc_id", "latents", "activations", "source")
 
 # ids of documents (n,), ascending with repetitions -> columns of a table, n entries each
 DocumentColumns = Callable[[NDArray[np.int64]], Mapping[str, Any]]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sae_granary.analyze.encoding.blocks import CodeBlock, stored_blocks
 from sae_granary.analyze.encoding.codes import RECORD, StoredCodes, open_codes
 from sae_granary.analyze.encoding.csr_files import write_blocks
+from sae_granary.analyze.encoding.document_columns import document_columns
 from sae_granary.analyze.encoding.encode import Tick, csr_of
 from sae_granary.analyze.encoding.export import DocumentColumns, write_npz, write_parquet
 from sae_granary.analyze.encoding.pool import HOW, pool_documents
@@ -24,7 +25,6 @@ from sae_granary.analyze.encoding.text_rows import TextRows
 from sae_granary.analyze.encoding.texts import encoded_blocks
 from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import Source
-from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.files import TEMP_PREFIX, shortage
 from sae_granary.common.rows import FLAG_SPECIAL
@@ -110,8 +110,9 @@ def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tic
         if out.format == "npz" and out.pool is None:
             write_npz(out.path, codes, doc_ids)
             return len(codes)
+        columns_of = document_columns(cache) if out.format == "parquet" else no_columns
         blocks = _ticked(stored_blocks(codes, doc_ids, flags, by_document=out.pool is not None), tick)
-        return _write(out, blocks, codes.shape[1], identity, codes.record.device, _columns_of(cache))
+        return _write(out, blocks, codes.shape[1], identity, codes.record.device, columns_of)
 
 
 def write_text_codes(source: Source, rows: TextRows, documents: Iterable[Document], out: Output) -> Tally:
@@ -131,12 +132,9 @@ def write_text_codes(source: Source, rows: TextRows, documents: Iterable[Documen
         tally.finish()
         identity["texts"] = tally.identity
 
-    def columns_of(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:
-        return {}
-
     device = source.sae.core.W_dec.device.type
     with space_for(out.path), torch.no_grad():
-        _write(out, blocks(), source.sae.config.d_sae, identity, device, columns_of)
+        _write(out, blocks(), source.sae.config.d_sae, identity, device, no_columns)
     return tally
 
 
@@ -176,23 +174,14 @@ def space_for(out: Path) -> Iterator[None]:
         raise
 
 
+def no_columns(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:
+    """For documents of which nothing is known."""
+    return {}
+
+
 def _ticked(blocks: Iterable[CodeBlock], tick: Tick) -> Iterator[CodeBlock]:
     n_rows = 0
     for block in blocks:
         yield block
         n_rows += len(block.counts)
         tick(n_rows)
-
-
-def _columns_of(cache: Cache) -> DocumentColumns:
-    """The source of each document of a cache."""
-
-    def columns_of(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:
-        import pyarrow as pa
-
-        each, place = np.unique(doc_ids, return_inverse=True)
-        documents = [cache.find_document(int(doc_id)) for doc_id in each]
-        sources = pa.array([document and document.source for document in documents], pa.string())
-        return {"source": sources.take(pa.array(place))}
-
-    return columns_of

@@ -19,9 +19,9 @@ HOW = ("max", "mean", "sum")
 def pool_documents(blocks: Iterable[CodeBlock], d_sae: int, how: str) -> Iterator[CodeBlock]:
     """Blocks of rows -> blocks of documents; special tokens are left out. The documents of the rows must ascend.
 
-    A latent that a row does not hold is zero there, so the mean is over all tokens of a document, and a maximum is
-    negative only where the latent is negative on all of them. A document without active latents is an empty row. Sums
-    are in float64. A document may span any number of blocks: memory holds one block, and one document's latents.
+    The maximum is the activation of the largest magnitude, the mean is over all tokens of a document, active or not. A
+    document without active latents is an empty row. Sums are in float64. A document may span any number of blocks:
+    memory holds one block, and the latents of one document.
     """
     held: _Partial | None = None
     for block in blocks:
@@ -47,13 +47,12 @@ class _Partial:
     document: NDArray[np.int64]  # (E,) ascending: which of the M documents
     latent: NDArray[np.int64]  # (E,) ascending within a document
     value: NDArray[np.float64]  # (E,) sum, or maximum
-    n_entries: NDArray[np.int64]  # (E,) rows on which the latent is active
 
     def slice(self, first: int, last: int, start: int, stop: int) -> _Partial:
         """Documents first..last, whose entries are start..stop."""
         part = slice(start, stop)
-        columns = (self.latent[part], self.value[part], self.n_entries[part])
-        return _Partial(self.doc_ids[first:last], self.n_rows[first:last], self.document[part] - first, *columns)
+        ids, n_rows, document = self.doc_ids[first:last], self.n_rows[first:last], self.document[part] - first
+        return _Partial(ids, n_rows, document, self.latent[part], self.value[part])
 
     def reduced(self, d_sae: int, how: str) -> _Partial:
         """One entry per document and latent, in their order."""
@@ -63,9 +62,13 @@ class _Partial:
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         if not len(first):
             return self
-        reduce = np.maximum if how == "max" else np.add
-        value, n_entries = reduce.reduceat(self.value[order], first), np.add.reduceat(self.n_entries[order], first)
-        return _Partial(self.doc_ids, self.n_rows, keys[first] // d_sae, keys[first] % d_sae, value, n_entries)
+        value = self.value[order]
+        if how == "max":
+            high, low = np.maximum.reduceat(value, first), np.minimum.reduceat(value, first)
+            value = np.where(-low > high, low, high)
+        else:
+            value = np.add.reduceat(value, first)
+        return _Partial(self.doc_ids, self.n_rows, keys[first] // d_sae, keys[first] % d_sae, value)
 
 
 def _of_rows(block: CodeBlock, d_sae: int, how: str) -> _Partial:
@@ -74,8 +77,7 @@ def _of_rows(block: CodeBlock, d_sae: int, how: str) -> _Partial:
     n_rows = np.bincount(group[plain], minlength=len(doc_ids))
     kept = np.repeat(plain, block.counts)
     document, latent = np.repeat(group, block.counts)[kept], block.indices[kept].astype(np.int64)
-    value, n_entries = block.values[kept].astype(np.float64), np.ones(len(document), np.int64)
-    return _Partial(doc_ids, n_rows, document, latent, value, n_entries).reduced(d_sae, how)
+    return _Partial(doc_ids, n_rows, document, latent, block.values[kept].astype(np.float64)).reduced(d_sae, how)
 
 
 def _merged(first: _Partial, second: _Partial, d_sae: int, how: str) -> _Partial:
@@ -92,17 +94,11 @@ def _merged(first: _Partial, second: _Partial, d_sae: int, how: str) -> _Partial
         np.concatenate([first.document, second.document + (not same)]),
         np.concatenate([first.latent, second.latent]),
         np.concatenate([first.value, second.value]),
-        np.concatenate([first.n_entries, second.n_entries]),
     ).reduced(d_sae, how)
 
 
 def _finished(part: _Partial, how: str) -> CodeBlock:
-    n_rows = part.n_rows[part.document]
-    value = part.value
-    if how == "mean":
-        value = value / n_rows
-    elif how == "max":
-        value = np.where(part.n_entries < n_rows, np.maximum(value, 0.0), value)
+    value = part.value / part.n_rows[part.document] if how == "mean" else part.value
     values = value.astype(np.float32)
     kept = values != 0
     counts = np.bincount(part.document[kept], minlength=len(part.doc_ids))

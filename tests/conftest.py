@@ -64,6 +64,8 @@ def write_cache(
     decoder: bool = False,
     seed: int = 0,
     columns: dict[str, tuple[Any, ...]] | None = None,
+    vocabulary: list[str] | None = None,
+    source: str = "toy",
     on_document: Callable[[int], None] = lambda doc: None,
 ) -> Path:
     """Each row is a sparse combination of 4 * d_in directions; each document has 1 to 3 windows of 5 to 40 tokens.
@@ -82,8 +84,10 @@ def write_cache(
     points = tuple(HookPoint(h, f"encoder.{h.replace('_', '.')}", "output", 0, d_in) for h in hooks)
     model = {"id": "toy-model", "revision": None, "kind": "transformer", "is_decoder": decoder}
     kept = columns or {}
-    fingerprint = {"model": "toy", "seed": seed}
-    spec = CacheSpec("token", points, dtype, rows_per_shard, {"model": model}, fingerprint, kept_columns=tuple(kept))
+    fingerprint, provenance = {"model": "toy", "seed": seed}, {"model": model}
+    spec = CacheSpec(
+        "token", points, dtype, rows_per_shard, provenance, fingerprint, vocabulary, kept_columns=tuple(kept)
+    )
     n_windows = 0
     with CacheWriter.open(path, spec) as writer:
         for doc in range(n_docs):
@@ -108,7 +112,7 @@ def write_cache(
             )
             n_windows += len(lengths)
             values = {name: each[doc % len(each)] for name, each in kept.items()}
-            writer.append(rows, [DocumentRow(doc, "toy", doc, f"document {doc}", values)])
+            writer.append(rows, [DocumentRow(doc, source, doc, f"document {doc}", values)])
             on_document(doc)
         writer.finish({"documents": n_docs})
     return path

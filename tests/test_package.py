@@ -102,7 +102,7 @@ def test_what_is_declared_is_imported() -> None:
 
 def test_tests_and_benchmarks_import_what_dev_installs() -> None:
     files = imported("tests", "benchmarks", "examples", "docs")
-    allowed = declared() | declared(*USERS_EXTRAS, "dev") | FROM_TORCH
+    allowed = declared() | declared(*USERS_EXTRAS, "dev", "browser") | FROM_TORCH
     peers = {path for path in files.values() if path.startswith(("tests/interop_", "benchmarks/peers"))}
     assert {name: path for name, path in files.items() if name not in allowed and path not in peers} == {}
 

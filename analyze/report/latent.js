@@ -4,7 +4,7 @@
 const panel = document.getElementById("latent");
 const FULL = 127; // of an activation in a window, in units of the latent's largest / 127
 
-async function openLatent(latent) {
+async function openLatent(latent, {address = true} = {}) {
   if (!(latent >= 0 && latent < about.d_sae)) return;
   opened = latent;
   drawRows();
@@ -13,7 +13,7 @@ async function openLatent(latent) {
   panel.replaceChildren(...drawLatent(found));
   panel.scrollTop = 0;
   panel.classList.add("shown");
-  history.replaceState(null, "", `#latent-${latent}`);
+  if (address) history.replaceState(null, "", `#latent-${latent}`);
 }
 
 // Everything of a latent, decoded: {latent, numbers, examples: [{value, band, tokens, acts, own, document}]}.
@@ -64,8 +64,8 @@ function drawLatent({latent, chunk, i, examples}) {
   const side = el("div", {class: "side"}, activations(chunk, i),
     listOf("Nearest decoder rows", chunk, i, "neighbor", "cosine"),
     chunk.coactive ? listOf("Active together", chunk, i, "coactive", "coactive_score") : null,
-    chunk.promoted ? wordsOf("Promoted tokens", chunk, i, "promoted") : null,
-    chunk.suppressed ? wordsOf("Suppressed tokens", chunk, i, "suppressed") : null);
+    chunk.raised ? wordsOf("Logits raised most", chunk, i, "raised") : null,
+    chunk.lowered ? wordsOf("Logits lowered most", chunk, i, "lowered") : null);
   const strongest = examples.filter((example) => example.band < 0), bands = examples.filter((example) => example.band >= 0);
   return [head, el("p", {class: "facts"}, ...told.map(([name, value]) => el("span", {}, `${name} `, el("b", {}, value)))), side,
     el("h3", {}, "Strongest examples, one per document"), list(strongest, latent),
@@ -95,7 +95,7 @@ function listOf(title, chunk, i, name, score) {
 function wordsOf(title, chunk, i, name) {
   const n = chunk[name].length / chunk.bin_n.length, items = [];
   for (let j = i * n; j < (i + 1) * n; j++) {
-    items.push(el("li", {}, el("span", {}, words[chunk[name][j]]), el("span", {}, ""), el("span", {}, number(chunk[`${name}_by`][j], 2))));
+    items.push(el("li", {}, el("b", {}, words[chunk[name][j]].trim() || "\u2423"), el("span", {}, ""), el("span", {}, number(chunk[`${name}_by`][j], 2))));
   }
   return el("div", {}, el("h3", {}, title), el("ul", {class: "pairs"}, ...items));
 }

@@ -123,7 +123,30 @@ class _Chunks:
             "bin_low": low.astype(np.uint8),
             "bin_n": n.astype(np.uint8),
             "bins": counts[shown].astype(np.uint32),
+            **self._together(part),
+            **self._logits(part),
         }
+
+    def _together(self, part: slice) -> dict[str, NDArray[Any]]:
+        """coactive u4, none of them above d_sae, and coactive_score f4 (n, M)."""
+        found, stats = {}, self.stats
+        if (latents := stats.coactive[part]).size:
+            found["coactive"] = np.where(latents >= 0, latents, 2**32 - 1).astype(np.uint32)
+            found["coactive_score"] = stats.coactive_score[part].astype(np.float32)
+        return found
+
+    def _logits(self, part: slice) -> dict[str, NDArray[Any]]:
+        """raised and lowered u4: indices of `words`; raised_by and lowered_by f4 (n, L); nothing without a head."""
+        stats, found = self.stats, {}
+        sides = (
+            ("raised", stats.logit_tokens_top, stats.logit_values_top),
+            ("lowered", stats.logit_tokens_bottom, stats.logit_values_bottom),
+        )
+        for name, tokens, values in sides:
+            if tokens is not None and values is not None and len(self.known):
+                found[name] = np.searchsorted(self.known, tokens[part]).astype(np.uint32)
+                found[f"{name}_by"] = values[part].astype(np.float32)
+        return found
 
     def _examples(self, part: slice, documents: I64) -> dict[str, NDArray[Any]]:
         """value f4, document u4, start u4, before u1, length u1 (n, E); activation i1 of each token of the windows.

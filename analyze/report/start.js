@@ -59,5 +59,5 @@ async function start() {
   document.addEventListener("keydown", pageKey);
   addEventListener("hashchange", openAddress);
   const narrow = matchMedia("(max-width: 820px)").matches;
-  if (!openAddress() && !narrow && order.length) openLatent(order[0]);
+  if (!openAddress() && !narrow && order.length) openLatent(order[0], {address: false});
 }

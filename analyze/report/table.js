@@ -81,7 +81,7 @@ function sortRows() {
   else order.sort((a, b) => sign * (overview[key][a] - overview[key][b]) || a - b);
   cursor = Math.max(0, order.indexOf(opened));
   grid.scrollTop = 0;
-  showCursor();
+  drawRows();
 }
 
 function drawRows() {

@@ -13,10 +13,11 @@ from sae_granary import sae_core, train_sae
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.latents.stats import LatentStats, find_stats
-from sae_granary.analyze.report.latent_data import _most_frequent, latent_data
+from sae_granary.analyze.report.latent_data import latent_data
 from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
 from sae_granary.analyze.report.page import inline_json
 from sae_granary.analyze.report.token_texts import displayed
+from sae_granary.analyze.report.words import most_frequent
 from sae_granary.analyze.source import Source, open_source
 
 D_SAE = 300  # more than one blob of 256
@@ -75,9 +76,9 @@ def test_tokens_are_pieces_of_text() -> None:
     assert displayed(["\u0120the", "\u010a", "\u00c3"], ["\u0120a"]) == [" the", "\n", "\ufffd"]
 
 
-def test_the_most_frequent_tokens_come_first() -> None:
+def test_themost_frequent_tokens_come_first() -> None:
     places = np.array([[7, 3, 3, 9, 7, 3], [0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
-    assert _most_frequent(places, 3).tolist() == [[3, 7, 9], [0, 0, 0], [4, 0, 0]]
+    assert most_frequent(places, 3).tolist() == [[3, 7, 9], [0, 0, 0], [4, 0, 0]]
 
 
 def test_examples_have_their_tokens_and_activations(source: Source) -> None:
@@ -90,11 +91,15 @@ def test_examples_have_their_tokens_and_activations(source: Source) -> None:
     np.testing.assert_allclose(overview["density"], stats.density, rtol=1e-6)
     dense, n_checked = codes.dense(), 0
     for latent in range(D_SAE):
-        chunk, i, n = unpack(data.blobs[f"latents_{latent // 256}"]), latent % 256, data.about["n_top"]
+        chunk, i = unpack(data.blobs[f"latents_{latent // 256}"]), latent % 256
+        rows = [*stats.example_rows[latent], *stats.quantile_rows[latent, ::-1]]
+        n = len(rows)
         part = slice(i * n, (i + 1) * n)
         assert chunk["neighbor"].reshape(-1, 5)[i].tolist() == stats.neighbors[latent].tolist()
+        together = chunk["coactive"].view(np.int32).reshape(-1, 5)[i].tolist()
+        assert together == stats.coactive[latent].tolist()
         starts = np.concatenate([[0], np.cumsum(chunk["length"], dtype=np.int64)])
-        for e, row in zip(range(part.start, part.stop), stats.example_rows[latent], strict=True):
+        for e, row in zip(range(part.start, part.stop), rows, strict=True):
             if row < 0:
                 assert chunk["length"][e] == 0
                 continue
@@ -125,7 +130,7 @@ def test_statistics_without_the_cache_still_give_latents(source: Source) -> None
     assert unpack_json(data.blobs["words"]) == []
     chunk = unpack(data.blobs["latents_0"])
     assert "start" not in chunk
-    assert chunk["value"].reshape(256, -1)[0].tolist() == stats.example_values[0].tolist()
+    assert chunk["value"].reshape(256, -1)[0, :10].tolist() == stats.example_values[0].tolist()
     assert isinstance(stats, LatentStats)
 
 

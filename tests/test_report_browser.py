@@ -1,4 +1,4 @@
-"""The report's page in a real headless Chromium: it loads alone, sorts, filters, opens latents; hostile texts are inert."""
+"""The report's page in a real headless Chromium: it loads, sorts, filters and opens latents; hostile texts are inert."""
 
 import json
 import re
@@ -112,7 +112,8 @@ def by_density(stats: LatentStats) -> list[int]:
 def test_a_run_is_shown_with_numbers_plots_and_settings(tab, made) -> None:
     open_page(tab, made.page)
     assert tab.text_content("h1") == made.run.name
-    tiles = dict(zip(tab.locator("#tiles dt").all_text_contents(), tab.locator("#tiles dd").all_text_contents()))
+    names, values = (tab.locator(f"#tiles {tag}").all_text_contents() for tag in ("dt", "dd"))
+    tiles = dict(zip(names, values, strict=True))
     assert (tiles["latents"], tiles["k"]) == ("300", "4")
     assert tiles["silent here"] == str(int((made.stats.fired == 0).sum()))
     captions = tab.locator("#plots figcaption b").all_text_contents()

@@ -1,4 +1,4 @@
-"""The report's page in a real headless Chromium: it loads, sorts, filters and opens latents; hostile texts are inert."""
+"""The page of a report in headless Chromium: it loads, sorts, filters and opens latents; hostile texts are inert."""
 
 import json
 import re

@@ -10,8 +10,11 @@ from conftest import write_cache
 from typer.testing import CliRunner
 
 from sae_granary import sae_core, train_sae
+from sae_granary.common.finished_run import read_summary
 from sae_granary.sae_core import registry
 from sae_granary.train.cli import app
+from sae_granary.train.publish.published import FILES as PUBLISHED
+from sae_granary.train.publish.push import staged
 
 
 def saved(folder: Path, name: str = "topk", **options: object) -> Path:
@@ -127,6 +130,29 @@ def test_a_run_records_what_the_tools_of_saelens_ask_for(tmp_path: Path) -> None
     assert set(asked) <= cfg.keys()
     assert cfg["prepend_bos"] is False
     assert cfg["seqpos_slice"] == [1, None]  # a causal model: position 0 was left out of the training
+
+
+def test_what_is_uploaded_names_no_path_of_this_machine_and_loads(tmp_path: Path) -> None:
+    home = tmp_path / "home alice"
+    settings = {"cache": str(write_cache(home / "cache" / "toy", n_docs=20)), "runs_dir": str(home / "runs")}
+    settings |= {"type": "topk", "k": 4, "steps": 2, "batch_size": 64, "d_sae": 32}
+    first = train_sae(**settings, name="first").folder
+    trained = train_sae(**settings, name="second", init_from=str(first))
+    assert "home alice" in (trained.folder / "summary.json").read_text()
+    with staged(trained.folder, "mit") as folder:
+        assert {path.name for path in folder.iterdir()} == {*PUBLISHED, "README.md"} - {"granary.safetensors"}
+        for path in folder.iterdir():
+            assert b"home alice" not in path.read_bytes(), path.name
+            assert str(tmp_path).encode() not in path.read_bytes(), path.name
+        x = torch.randn(20, 16, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            assert torch.equal(sae_core.load(folder)(x).x_hat, sae_core.load(trained.folder)(x).x_hat)
+        summary, whole = read_summary(folder), read_summary(trained.folder)
+        assert (summary["cache"], summary["eval"]) == ("toy", whole["eval"])
+        assert summary["notes"][0].startswith("init_from=first: FVU ")
+        config, own = (yaml.safe_load((at / "config.yaml").read_text()) for at in (folder, trained.folder))
+        changed = {key for part in own for key in own[part] if own[part][key] != config[part][key]}
+        assert changed == {"cache", "runs_dir", "init_from"}
 
 
 def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -127,13 +127,14 @@ def push(
     with errors(debug):
         from sae_granary.train.publish import push as hub
 
-        paths, card = hub.files_of(folder), hub.model_card(folder, licence)
         if yes:
             echo(hub.push(folder, repo, licence=licence, private=not public))
             return
-        for path in paths:
-            echo(f"{path.name}  {path.stat().st_size:,} bytes")
-        echo(f"README.md\n\n{card}\nnothing was uploaded: add --yes to create {repo}")
+        with hub.staged(folder, licence) as place:
+            for path in sorted(place.iterdir()):
+                echo(f"{path.name}  {path.stat().st_size:,} bytes")
+            card = (place / hub.CARD).read_text(encoding="utf-8")
+        echo(f"\n{card}\nnothing was uploaded: add --yes to create {repo}")
 
 
 @app.command()

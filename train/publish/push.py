@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sae_granary.common.finished_run import (
-    CONFIG,
-    SAE_FILES,
-    SUMMARY,
-    NotARunError,
-    read_metadata,
-    read_summary,
-)
+from sae_granary.common.finished_run import NotARunError, read_metadata, read_summary
 from sae_granary.train.errors import TrainError
 from sae_granary.train.folders import check_one_run
+from sae_granary.train.publish.published import public, stage
 
-FILES = (*SAE_FILES, CONFIG, SUMMARY)
+CARD = "README.md"
 _HUB_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"  # user/name, or a name alone
 METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "rare", "never_fired", "decoder_max_cosine")
 
 
-def files_of(run: Path) -> list[Path]:
-    """The files of a run that are published; never checkpoints or logs."""
+@contextmanager
+def staged(run: Path, licence: str) -> Iterator[Path]:
+    """A temporary folder that holds what is uploaded: the model card and the files of a run, never checkpoints or logs.
+
+    No file names a path of this machine. Raises NotARunError for a folder without a finished SAE.
+    """
     check_one_run(run)
-    found = [run / name for name in FILES if (run / name).is_file()]
-    if not any(path.name == "sae_weights.safetensors" for path in found):
+    if not (run / "sae_weights.safetensors").is_file():
         raise NotARunError(f"{run} holds no finished SAE: expected sae_weights.safetensors")
-    return found
+    card = model_card(run, licence)
+    with tempfile.TemporaryDirectory() as folder:
+        stage(run, Path(folder))
+        (Path(folder) / CARD).write_text(card, encoding="utf-8")
+        yield Path(folder)
 
 
 def model_card(run: Path, licence: str) -> str:
@@ -52,7 +54,7 @@ tags: [sparse-autoencoder, interpretability, sae-granary]
 # {summary["name"]}
 
 A **{summary["type"]}** sparse autoencoder with {summary["d_sae"]:,} latents on `{metadata.get("hf_hook_name")}` of
-`{_public(model)}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
+`{public(model)}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
 
 {_provenance(fingerprint)}
 
@@ -69,14 +71,10 @@ def push(run: Path, repo: str, *, licence: str, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    paths = files_of(run)
     try:
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            for path in paths:
-                (Path(folder) / path.name).symlink_to(path.resolve())
-            (Path(folder) / "README.md").write_text(model_card(run, licence), encoding="utf-8")
+        with staged(run, licence) as folder:
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Add {run.name}")
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -88,12 +86,6 @@ def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(_HUB_ID, name) is not None and not Path(name).exists()
 
 
-def _public(value: object) -> object:
-    """A value as it may be published: of a local path the last part."""
-    is_path = isinstance(value, str) and re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value) is not None
-    return re.split(r"[/\\]", str(value).rstrip("/\\"))[-1] if is_path else value
-
-
 def _provenance(fingerprint: Mapping[str, Any]) -> str:
-    shown = {name: _public(value) for name, value in fingerprint.items() if value is not None}
+    shown = {name: public(value) for name, value in fingerprint.items() if value is not None}
     return "\n".join(["Cache:", "", *(f"- {name}: `{value}`" for name, value in sorted(shown.items()))])

@@ -27,7 +27,7 @@ def public(value: object) -> object:
 def stage(run: Path, folder: Path) -> list[Path]:
     """Put what is published of a run into an empty folder: links to its weights, copies of what may name local paths.
 
-    The copies have checksums of their own, so that the folder loads. Raises NotARunError and SAEError for damaged files.
+    The copies have checksums of their own, so that the folder loads. Raises NotARunError and SAEError for damage.
     """
     config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")) if (run / CONFIG).is_file() else {}
     paths = sorted({*_paths(config), *_paths(read_metadata(run))}, key=len, reverse=True)

@@ -11,10 +11,12 @@ from sae_granary.common.app import make_console
 
 
 @contextmanager
-def row_progress(label: str, n_rows: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the number of rows done so far."""
+def row_progress(
+    label: str, n_rows: int | None, *, unit: str = "rows", quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the number of rows done so far; `n_rows` is None where nobody knows how many come."""
     console = make_console(stderr=True)
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("rows, left"), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=n_rows)
         yield lambda done: bar.update(task, completed=done)

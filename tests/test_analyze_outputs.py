@@ -132,7 +132,8 @@ def test_parquet_has_a_row_per_row_or_document_and_its_source(source: Source, ho
         document = source.cache.find_document(row["doc_id"])
         assert document is not None
         assert row["source"] == document.source
-        assert row.get("row", i) == i
+        if how is None:
+            assert (row["row"], row["special"]) == (i, bool(source.cache.column("flags")[i] & FLAG_SPECIAL))
     assert ("row" in kinds) == (how is None)
     assert table["doc_id"].to_pylist() == (
         expected.doc_ids.tolist() if expected.doc_ids is not None else source.cache.column("doc_id")[:].tolist()

@@ -72,7 +72,7 @@ def encode(
             source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=partly)
             if from_texts:
                 assert out is not None
-                line = _encode_texts(source, text, texts, text_column, model, out, format, pool)
+                line = _encode_texts(source, text, texts, text_column, model, out, format, pool, quiet=quiet)
             else:
                 line = _encode_cache(source, out, format, pool, quiet=quiet)
         echo(line)
@@ -105,17 +105,21 @@ def _encode_texts(
     out: Path,
     format: str,
     pool: str | None,
+    *,
+    quiet: bool,
 ) -> str:
     from sae_granary.analyze.encoding.outputs import Output, write_text_codes
     from sae_granary.analyze.encoding.text_files import read_texts
     from sae_granary.analyze.encoding.text_rows import open_text_rows
     from sae_granary.analyze.encoding.texts import documents_of
+    from sae_granary.analyze.progress import row_progress
 
     output = Output(out, format, pool)
     output.check_new()
     documents = read_texts(texts, column) if texts is not None else iter(documents_of(text or []))
     rows = open_text_rows(source.cache.manifest, source.hooks, model, str(source.sae.core.W_dec.device))
-    tally = write_text_codes(source, rows, documents, output)
+    with row_progress("encoding", None, unit="texts", quiet=quiet) as tick:
+        tally = write_text_codes(source, rows, documents, output, tick)
     if n_without := tally.n_texts - tally.n_encoded:
         first = f"the first is text {tally.first_without}, counted from 0"
         echo(f"{n_without:,} of {tally.n_texts:,} texts hold no tokens and have no rows; {first}", err=True)

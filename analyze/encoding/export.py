@@ -19,7 +19,7 @@ from sae_granary.common.files import TEMP_PREFIX, sync_file, sync_folder
 
 CHUNK = 2**20  # entries copied at once
 GROUP_ROWS, GROUP_ENTRIES = 2**15, 2**22  # a row group of Parquet has at least as many rows, or entries
-FIXED_COLUMNS = ("row", "doc_id", "latents", "activations", "source")
+FIXED_COLUMNS = ("row", "special", "doc_id", "latents", "activations", "source")
 
 # ids of documents (n,), ascending with repetitions -> columns of a table, n entries each
 DocumentColumns = Callable[[NDArray[np.int64]], Mapping[str, Any]]
@@ -60,7 +60,9 @@ def write_npz(out: Path, codes: StoredCodes, doc_ids: Any) -> None:
 
 
 def write_parquet(out: Path, blocks: Iterable[CodeBlock], columns_of: DocumentColumns, *, documents: bool) -> int:
-    """One row per row of the codes, or per document: row, doc_id, latents, activations, and columns of its document.
+    """One row per row of the codes, or per document: doc_id, latents, activations, and columns of its document.
+
+    A row of the codes has its number `row` too, and whether it is a `special` token.
 
     Returns the number of rows. Written in row groups, atomically.
     """
@@ -85,7 +87,9 @@ def _columns(block: CodeBlock, columns_of: DocumentColumns, first_row: int | Non
     import pyarrow as pa
 
     ends = np.concatenate([[0], np.cumsum(block.counts)]).astype(np.int32)
-    rows = {} if first_row is None else {"row": np.arange(first_row, first_row + len(block.counts))}
+    rows: dict[str, Any] = {}
+    if first_row is not None:
+        rows = {"row": np.arange(first_row, first_row + len(block.counts)), "special": block.special}
     return {
         **rows,
         "doc_id": block.doc_ids,

@@ -115,8 +115,10 @@ def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tic
         return _write(out, blocks, codes.shape[1], identity, codes.record.device, columns_of)
 
 
-def write_text_codes(source: Source, rows: TextRows, documents: Iterable[Document], out: Output) -> Tally:
-    """Encode texts into an output, atomically; memory holds the rows of 65,536 tokens.
+def write_text_codes(
+    source: Source, rows: TextRows, documents: Iterable[Document], out: Output, tick: Tick = lambda n_texts: None
+) -> Tally:
+    """Encode texts into an output, atomically; memory holds the rows of one buffer of texts, at most 256 MiB.
 
     Raises ConfigError where the output exists, AnalyzeError where no text has tokens or the disk is full.
     """
@@ -129,6 +131,7 @@ def write_text_codes(source: Source, rows: TextRows, documents: Iterable[Documen
         for codes, block in encoded_blocks(source.sae, rows.blocks(tally.read(documents))):
             tally.encoded(block.doc_ids)
             yield CodeBlock(**csr_of(codes), doc_ids=block.doc_ids, special=block.flags & FLAG_SPECIAL != 0)
+            tick(tally.n_encoded)
         tally.finish()
         identity["texts"] = tally.identity
 

@@ -30,7 +30,7 @@ def read_texts(name: str, column: str | None = None, stdin: IO[bytes] | None = N
     path, kind = Path(name).expanduser(), Path(name).suffix.lower()
     if name == "-":
         kind = JSON_LINES[0] if column is not None else LINES[0]
-    elif not path.is_file():
+    elif not path.exists() or path.is_dir():  # a FIFO is fine: --texts <(command)
         raise ConfigError(f"--texts {name}: no such file; expected one text per line, .jsonl, .csv, or - for stdin")
     elif kind not in (*LINES, *JSON_LINES, *TABLES):
         known = ", ".join(kind for kind in (*LINES, *JSON_LINES, *TABLES) if kind)

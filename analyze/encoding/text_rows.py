@@ -37,6 +37,7 @@ from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_str
 from sae_granary.models.tokens.tokenizer import load_tokenizer, text_tokenizer
 
 BATCH_TOKENS, BUFFER_TOKENS = 4096, 65536
+BUFFER_BYTES = 2**28  # of the rows of a buffer, as float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,8 @@ def open_text_rows(manifest: Manifest, hooks: Sequence[str], model: str | None, 
     tokenizer = load_tokenizer(located)
     tokenize = text_tokenizer(tokenizer, lambda: load_tokenizer(located), 1, located.prompt)
     tokens = _token_model(located, dtype, tokenizer, rules, points, device)
-    return TextRows(tokens, tokenizer, tokenize, rules, tuple(hooks), stored, BUFFER_TOKENS)
+    by_memory = max(1, BUFFER_BYTES // (4 * sum(point.d_in for point in points)))
+    return TextRows(tokens, tokenizer, tokenize, rules, tuple(hooks), stored, min(BUFFER_TOKENS, by_memory))
 
 
 def rules_of(manifest: Manifest) -> WindowRules:

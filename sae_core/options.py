@@ -141,6 +141,12 @@ class SharedConfig:
         """The L0 that was asked for: k of the k-sparse types; None where nothing was."""
         return getattr(self, "k", None)
 
+    @property
+    def target(self) -> str:
+        """What decides the sparsity, as option and value: `k=32`, `l1_coef=5`; empty where no option does."""
+        name = next((name for name in ("k", "l1_coef") if getattr(self, name, None) is not None), None)
+        return "" if name is None else f"{name}={getattr(self, name):g}"
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -58,7 +58,7 @@ ALSO = {
     "train/sinks/console_sink.py": {"rich"},
     "train/sinks/wandb_sink.py": {"wandb"},
     "train/sweeps/sweep_console.py": {"rich"},
-    "train/sweeps/pareto_plot.py": {"matplotlib"},
+    "train/result/plots.py": {"matplotlib"},
     "train/publish/push.py": {"huggingface_hub"},
 }
 # The wings of the cache: what each may import of the others.

@@ -418,7 +418,7 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
 def start(target, **kwargs):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sae_granary.train.sweeps.sweep", "sae_granary.train.sweeps.pareto_plot", "sae_granary.sae_core.variants.topk"]
+        ["sae_granary.train.sweeps.sweep", "sae_granary.train.result.plots", "sae_granary.sae_core.variants.topk"]
     )
     process = context.Process(target=target, kwargs=kwargs)
     process.start()

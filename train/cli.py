@@ -9,6 +9,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail, make_app
 from sae_granary.train.commands import sweep_command as cli_sweep
+from sae_granary.train.commands.compare_command import compare
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
 from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, errors
@@ -20,6 +21,7 @@ app = make_app("sae-train", "Train sparse autoencoders from an activation cache.
 app.command()(cli_sweep.sweep)
 app.command()(quick)
 app.command()(demo)
+app.command()(compare)
 
 
 @app.command()
@@ -88,19 +90,6 @@ def resume(
 
 
 @app.command()
-def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or of sweeps.")],
-    debug: Debug = False,
-) -> None:
-    """Print the results of finished runs side by side."""
-    with errors(debug):
-        from sae_granary.common.finished_run import read_summary
-        from sae_granary.train.commands.result_tables import show_results
-
-        show_results([read_summary(folder) for folder in _finished(folders)])
-
-
-@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.")],
     to: Annotated[str, typer.Option("--to", help="saelens, sparsify or delphi.")] = "saelens",
@@ -148,27 +137,6 @@ def types(
         from sae_granary.train.commands.result_tables import show, types_tables
 
         show(types_tables(names or sae_core.registry.names()))
-
-
-def _finished(folders: list[Path]) -> list[Path]:
-    """The finished runs among folders and in sweeps; what is not one is skipped with a word, unless none is left."""
-    from sae_granary.common.finished_run import NotARunError, read_summary
-    from sae_granary.train.folders import is_sweep
-    from sae_granary.train.sweeps.sweep_plan import load_plan
-
-    found, skipped = [], []
-    for folder in folders:
-        for run in [folder / e.name for e in load_plan(folder).entries] if is_sweep(folder) else [folder]:
-            try:
-                read_summary(run)
-                found.append(run)
-            except NotARunError as error:
-                skipped.append(error)
-    if not found or any(not folder.exists() for folder in folders):
-        raise skipped[0]
-    for reason in skipped:
-        echo(f"skipped: {reason}", err=True)
-    return found
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from sae_granary.analyze.encoding.codes import CodesFields
 from sae_granary.analyze.source import Source
 from sae_granary.cache.load.selection import Part
+from sae_granary.common.finished_run import EVALUATION
 from sae_granary.common.signed import CHECKSUM, write_signed
 
 FORMAT = 1
@@ -32,7 +33,7 @@ FORMAT = 1
 
 def evaluation_path(source: Source, part: Part = "heldout") -> Path:
     """Where the evaluation of a part is stored: eval.json, or eval_train.json and eval_all.json."""
-    return source.place / ("eval.json" if part == "heldout" else f"eval_{part}.json")
+    return source.place / (EVALUATION if part == "heldout" else f"eval_{part}.json")
 
 
 def save_evaluation(source: Source, evaluation: Mapping[str, Any]) -> Path:

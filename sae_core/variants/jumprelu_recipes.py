@@ -109,6 +109,13 @@ class JumpReLUConfig(SharedConfig):
         return self.l0_target if RECIPES[self.recipe].penalty in (None, "l0_target") else None
 
     @property
+    def target(self) -> str:
+        """The L0 that is asked for, or the coefficient that decides."""
+        if self.wanted_l0 is not None:
+            return f"l0_target={self.l0_target:g}"
+        return f"l0_coef={RECIPES[self.recipe].coef if self.l0_coef is None else self.l0_coef:g}"
+
+    @property
     def threshold_start(self) -> float:
         """The thresholds at the start, in units of the normalized pre-activations."""
         return self.threshold_init or RECIPES[self.recipe].threshold or small(self.d_in)

@@ -12,6 +12,7 @@ runs/<name>/
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sae_granary.common.signed import CHECKSUM, Fields
 
 CONFIG, RECORD, METRICS, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
+ANALYSIS, EVALUATION = "analysis", "eval.json"  # by sae-analyze, in a folder for each cache
 SAE_RECORD = "granary.json"  # type, options and metadata of the inference form
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", SAE_RECORD, "granary.safetensors")
 RECORD_VERSION = 2  # since 2 run.json carries a checksum, and that of config.yaml
@@ -101,6 +103,21 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if not (folder / SAE_RECORD).is_file():
         return {}
     return RunFields.of_file(folder / SAE_RECORD, "restore it from a copy").optional("metadata", dict) or {}
+
+
+def read_downstream(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sae-analyze eval --downstream` stored for a run on the held-out rows of the cache of a fingerprint.
+
+    Empty where it was not measured; what is damaged is left out.
+    """
+    for path in sorted(folder.glob(f"{ANALYSIS}/*/{EVALUATION}")):
+        try:
+            stored = RunFields.of_file(path, "", signed_since=1, key="format")
+            if stored.nested("identity").body.get("cache") == fingerprint:
+                return stored.optional("downstream", dict) or {}
+        except NotARunError:
+            continue
+    return {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -18,7 +18,9 @@ from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.config.coerce import describe
 from sae_granary.train.result.notes import damage, legend
 
-_LAST_COLUMNS = ("dead", "tokens", "tok/s", "time")
+_FIRST_COLUMNS = {"d_sae": "d_sae", "k": "k", "l0_train": "L0 train", "l0": "L0", "fvu": "FVU"}
+_LAST_COLUMNS = {"dead": "dead", "tokens": "tokens", "tokens_per_second": "tok/s", "seconds": "time"}
+_OF_SUMMARY = ("d_sae", "k", "l0_train", *_LAST_COLUMNS)  # the others are of its evaluation
 DOWNSTREAM = {"ce_score": "CE score", "kl": "KL"}  # columns of runs that measured them
 
 
@@ -55,7 +57,8 @@ def result_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("run", overflow="fold")
     table.add_column("type")
     downstream = [name for name in DOWNSTREAM if any(name in summary["eval"] for summary in summaries)]
-    for column in ("d_sae", "k", "L0 train", "L0", "FVU", *(DOWNSTREAM[n] for n in downstream), *_LAST_COLUMNS):
+    downstream_columns = (DOWNSTREAM[name] for name in downstream)
+    for column in (*_FIRST_COLUMNS.values(), *downstream_columns, *_LAST_COLUMNS.values()):
         table.add_column(column, justify="right", no_wrap=True)
     if any(map(damage, summaries)):
         table.add_column("damage", style="red", overflow="fold")
@@ -65,31 +68,45 @@ def result_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _result_cells(summary: Mapping[str, Any], downstream: Sequence[str]) -> list[str]:
-    numbers = summary["eval"]
-    l0_train = summary["l0_train"]
-    return [
-        escape(str(summary["name"])),
-        str(summary["type"]),
-        f"{summary['d_sae']:,}",
-        "" if summary["k"] is None else str(summary["k"]),
-        "" if l0_train is None else f"{l0_train:.1f}",
-        f"{numbers['l0']:.1f}" if "l0" in numbers else "",
-        _share(numbers["fvu"]) if "fvu" in numbers else "",
-        *(_share(numbers[name]) if name in numbers else "" for name in downstream),
-        f"{summary['dead']:.1%}",
-        quantity(summary["tokens"]),
-        quantity(summary["tokens_per_second"]),
-        duration(summary["seconds"]),
-    ]
+    values = {**summary["eval"], **{name: summary[name] for name in _OF_SUMMARY}}
+    names = (*_FIRST_COLUMNS, *downstream, *_LAST_COLUMNS)
+    cells = (FORMATS[name](values[name]) if name in values else "" for name in names)
+    return [escape(str(summary["name"])), str(summary["type"]), *cells]
 
 
 def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 
 
+def _or_nothing(form: str) -> Callable[[Any], str]:
+    return lambda value: "" if value is None else form.format(value)
+
+
+# How the numbers of runs are written, by their names in summary.json.
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "d_sae": "{:,}".format,
+    "k": _or_nothing("{}"),
+    "target": lambda value: escape(str(value)),
+    "l0_train": _or_nothing("{:.1f}"),
+    "l0": "{:.1f}".format,
+    "fvu": _share,
+    "ce_score": _share,
+    "kl": _share,
+    "dead": "{:.1%}".format,
+    "tokens": quantity,
+    "tokens_per_second": quantity,
+    "seconds": duration,
+}
+
+
 def show_results(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of some runs, what its words mean, and the notes of each run: those on damage in red."""
+    """Print the table of some runs and what is to be known of them."""
     show(result_table(summaries))
+    show_notes(summaries)
+
+
+def show_notes(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the words of a table mean, and the notes of each run: those on damage in red."""
     echo(legend(summaries))
     if len(summaries) == 1 and (value := summaries[0]["eval"].get("decoder_max_cosine")) is not None:
         echo(f"decoder_max_cosine {value:.3f}: likeness of latents, lower is better")

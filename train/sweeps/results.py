@@ -74,7 +74,7 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
     files.write_text(folder / CSV_FILE, csv_table(rows))
     files.write_text(folder / MARKDOWN_FILE, markdown_table(rows))
     files.write_json(folder / JSON_FILE, {"rows": [dict(row) for row in rows]})
-    from sae_granary.train.sweeps.pareto_plot import pareto  # matplotlib
+    from sae_granary.train.result.plots import pareto  # matplotlib
 
     pareto(rows, folder / PLOT_FILE)
 

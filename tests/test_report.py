@@ -19,6 +19,9 @@ from sae_granary.analyze.report.page import inline_json
 from sae_granary.analyze.report.token_texts import displayed
 from sae_granary.analyze.report.words import most_frequent
 from sae_granary.analyze.source import Source, open_source
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 
 D_SAE = 300  # more than one blob of 256
 
@@ -149,3 +152,97 @@ def test_the_command_writes_one_file_of_a_run(make_cache, tmp_path: Path) -> Non
     assert dict(map(tuple, dict(told["settings"])["run"]))["type"] == "topk"
     assert {"overview", "words", "latents_0", "tokens_0"} <= set(blobs_of(page))
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_a_run_whose_cache_is_gone_reports_what_is_stored(make_cache, tmp_path: Path) -> None:
+    settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 4, "batch_size": 128, "runs_dir": str(tmp_path)}
+    cache = make_cache(n_docs=40)
+    run = train_sae(cache=str(cache), name="run", **settings).folder
+    cache.rename(tmp_path / "elsewhere")
+    command = ["report", str(run), "--device", "cpu"]
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+    assert "--cache FOLDER" in refused.output
+    assert not (run / "report.html").exists()
+    assert CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "elsewhere")]).exit_code == 0
+    whole = (run / "report.html").read_text(encoding="utf-8")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "without texts" in done.output
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert facts_of(page)["latents"]["texts"] == "none"
+    assert facts_of(page)["runs"][0]["density"] == facts_of(whole)["runs"][0]["density"]
+    for name in ("density", "mean", "largest"):
+        both = [unpack(blobs_of(each)["overview"])[name] for each in (page, whole)]
+        np.testing.assert_array_equal(*both)
+
+
+def test_evaluation_columns_thresholds_and_plots_are_there(make_cache, tmp_path: Path) -> None:
+    settings = {
+        "type": "jumprelu",
+        "l0_target": 4,
+        "d_sae": 32,
+        "steps": 4,
+        "batch_size": 128,
+        "runs_dir": str(tmp_path),
+    }
+    cache = make_cache(n_docs=40, columns={"category": ("billing", "<b>login")})
+    run = train_sae(cache=str(cache), name="run", **settings).folder
+    assert CliRunner().invoke(app, ["eval", str(run), "--device", "cpu"]).exit_code == 0
+    plots = tmp_path / "plots"
+    given = ["report", str(run), "--device", "cpu", "--png", str(plots), "--svg", str(plots)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = (run / "report.html").read_text(encoding="utf-8")
+    told = facts_of(page)["runs"][0]
+    assert sum(told["thresholds"]["counts"]) == 32
+    assert dict(told["evaluation"][0][1])["fvu"] == pytest.approx(told["fvu"], rel=1e-6)
+    documents = unpack_json(blobs_of(page)["documents_0"])
+    assert {document[2]["category"] for document in documents} == {"billing", "<b>login"}
+    names = {"pareto", "loss", "l0", "fvu", "dead", "density", "thresholds"}
+    assert {path.name for path in plots.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+
+def test_pooled_rows_are_shown_as_their_texts(tmp_path: Path) -> None:
+    texts = [f"<i>text</i> {i} " + "long " * 100 for i in range(30)]
+    rows = Rows(
+        {"layer_1": np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)},
+        np.full(30, -1, np.int32), np.arange(30), np.arange(30, dtype=np.uint64), np.zeros(30, np.int32),
+        np.zeros(30, np.int32), np.zeros(30, np.uint8),
+    )  # fmt: skip
+    point = HookPoint("layer_1", "encoder.1", "output", 0, 8)
+    spec = CacheSpec("text", (point,), "float32", 100, {"model": {"id": "toy"}}, {"model": "toy"})
+    with CacheWriter.open(tmp_path / "cache", spec) as writer:
+        writer.begin_buffer({"next_doc": 0})
+        writer.append(rows, [DocumentRow(i, "toy", i, text) for i, text in enumerate(texts)])
+        writer.finish({"documents": 30})
+    cls = sae_core.registry.get("topk")
+    sae = cls(sae_core.make_config(cls, {"d_in": 8, "d_sae": 16, "k": 4}))
+    sae.reset_weights(torch.Generator().manual_seed(1))
+    sae_core.save(sae, tmp_path / "sae")
+    source = open_source(tmp_path / "sae", tmp_path / "cache", device="cpu")
+    codes = encode_cache(source, source.place / "codes")
+    stats = find_stats(source, lambda: codes)
+    data = latent_data(stats, source.cache, codes)
+    words, documents = unpack_json(data.blobs["words"]), unpack_json(data.blobs["documents_0"])
+    labels, chunk = unpack(data.blobs["overview"])["labels"].reshape(16, 3), unpack(data.blobs["latents_0"])
+    strongest = int(stats.example_rows[0, 0])
+    assert words[labels[0, 0] - 1].startswith(f"<i>text</i> {strongest} long")
+    assert documents[chunk["document"][0]][3].startswith(f"<i>text</i> {strongest} long")
+    assert all(len(document[3]) <= 400 for document in documents)
+
+
+def test_a_folder_of_runs_is_compared_and_an_empty_one_refused(make_cache, tmp_path: Path) -> None:
+    settings = {"type": "topk", "d_sae": 32, "steps": 4, "batch_size": 128, "cache": str(make_cache(n_docs=40))}
+    (tmp_path / "runs").mkdir()
+    for k in (2, 4):
+        train_sae(name=f"k{k}", k=k, runs_dir=str(tmp_path / "runs"), **settings)
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    facts = facts_of((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
+    assert ([run["k"] for run in facts["runs"]], facts["latents"]) == ([2, 4], None)
+    (tmp_path / "empty").mkdir()
+    refused = CliRunner().invoke(app, ["report", str(tmp_path / "empty")])
+    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+    refused = CliRunner().invoke(app, ["report", str(tmp_path / "runs"), "--cache", settings["cache"]])
+    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,13 +14,11 @@ from sae_granary.analyze.commands.shared import (
     Device,
     Hook,
     Incomplete,
+    codes_of,
     names_in,
 )
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sae_granary.analyze.encoding.codes import StoredCodes
 
 Runs = Annotated[
     list[Path],
@@ -33,6 +31,8 @@ def report(
     runs: Runs,
     cache: CacheFolder = None,
     out: Out = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for every plot as a PNG file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Folder for every plot as an SVG file.")] = None,
     hook: Hook = "",
     device: Device = "auto",
     allow_incomplete: Incomplete = False,
@@ -48,34 +48,40 @@ def report(
         from sae_granary.analyze.report.run_facts import runs_in
 
         found = runs_in(runs)
-        if len(found) == 1 and found[0] == runs[0]:
+        if found == runs[:1]:
             path = out or found[0] / FILE
-            _report_one(found[0], path, cache, hook, device, allow_incomplete, quiet)
+            facts = _report_one(found[0], path, cache, names_in(hook), device, allow_incomplete, quiet)
         else:
             if cache is not None or hook:
-                raise ConfigError("--cache and --hook are for the report of one run, a comparison reads no cache")
+                raise ConfigError("--cache and --hook are for the report of one run: a comparison reads no cache")
             common = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve().parent for run in found]))
             path = out or common / FILE
-            report_comparison(found, path, common.resolve().name)
+            facts = report_comparison(found, path, common.resolve().name)
         echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        for folder, extension in ((png, "png"), (svg, "svg")):
+            if folder is not None:
+                from sae_granary.analyze.report.figures import save_plots
+
+                echo(f"{folder}: {', '.join(file.name for file in save_plots(facts, folder, extension))}")
 
 
 def _report_one(
-    run: Path, path: Path, cache: Path | None, hook: str, device: str, allow_incomplete: bool, quiet: bool
-) -> None:
-    from sae_granary.analyze.encoding.encode import encode_cache
+    run: Path, path: Path, cache: Path | None, hooks: list[str], device: str, allow_incomplete: bool, quiet: bool
+) -> dict[str, Any]:
+    """Write the page of a run; where its own cache is gone that of the statistics that are stored."""
     from sae_granary.analyze.latents.stats import find_stats
-    from sae_granary.analyze.progress import row_progress
-    from sae_granary.analyze.report.report import report_run
+    from sae_granary.analyze.report.report import report_run, stored_stats
     from sae_granary.analyze.source import open_source
     from sae_granary.common.process import tuned_process
 
     with tuned_process(device):
-        source = open_source(run, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
-
-        def make_codes() -> StoredCodes:
-            with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
-                return encode_cache(source, source.place / "codes", tick=tick)
-
-        codes = make_codes()
-        report_run(run, path, find_stats(source, lambda: codes), source, codes)
+        try:
+            source = open_source(run, cache, hooks=hooks, device=device, allow_incomplete=allow_incomplete)
+        except ConfigError as error:
+            stats = stored_stats(run) if cache is None else None
+            if stats is None:
+                raise
+            echo(f"{error}; this report has the stored statistics, without texts", err=True, color="yellow")
+            return report_run(run, path, stats)
+        codes = codes_of(source, quiet)
+        return report_run(run, path, find_stats(source, lambda: codes), source, codes)

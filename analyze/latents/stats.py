@@ -5,7 +5,7 @@ Shapes: F = d_sae latents, E examples per latent, Q intervals of the activation,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,14 @@ def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
 
 def load_stats(source: Source, folder: Path) -> LatentStats:
     """The statistics of a folder. Raises DamagedCodesError, and MismatchError for those of another SAE or cache."""
+    return read_stats(folder, source.identity)
+
+
+def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
+    """The statistics of a folder if their identity has these entries; see `load_stats`."""
     remedy = f"remove {folder} and run `sae-analyze stats` again"
     fields = _fields(folder)
-    check_identity(folder, fields.get("identity", dict), source.identity)
+    check_identity(folder, fields.get("identity", dict), identity)
     if hash_files([folder / ARRAYS]) != fields.get("npz_xxh3", str):
         raise DamagedCodesError(f"{folder / ARRAYS} is not what was written; {remedy}")
     with np.load(folder / ARRAYS, allow_pickle=False) as arrays:

@@ -14,7 +14,7 @@ function svg(tag, attributes, text) {
 function ticks(low, high, n = 4) {
   const rough = (high - low) / n || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.75);
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
@@ -42,7 +42,7 @@ function figure(title, height, draw) {
 function axes(image, width, height, x, y, format = {}) {
   const sx = (value) => MARGIN.left + ((value - x[0]) / (x[1] - x[0] || 1)) * (width - MARGIN.left - MARGIN.right);
   const sy = (value) => height - MARGIN.bottom - ((value - y[0]) / (y[1] - y[0] || 1)) * (height - MARGIN.top - MARGIN.bottom);
-  for (const tick of ticks(...y, 3)) {
+  for (const tick of ticks(...y, Math.max(2, Math.round(height / 45)))) {
     image.append(svg("line", {class: "tick", x1: MARGIN.left, x2: width - MARGIN.right, y1: sy(tick), y2: sy(tick)}));
     image.append(svg("text", {x: MARGIN.left - 5, y: sy(tick) + 3.5, "text-anchor": "end"}, (format.y ?? number)(tick)));
   }

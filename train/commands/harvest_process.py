@@ -1,4 +1,4 @@
-"""Harvest a cache by the other stage's command, as a process: nothing of it is imported."""
+"""The commands of the other stages, as processes: nothing of them is imported."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import typer
 
 from sae_granary.common.signals import handled_by
 
-COMMAND = (sys.executable, "-m", "sae_granary.harvest.cli", "run")
-
 
 def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others: Sequence[str]) -> Path:
     """cache/<model>_<data set>_l<layers>_<tokens>; further flags add a hash, so that each harvest has a folder."""
@@ -28,8 +26,13 @@ def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others:
 
 
 def run_harvest(arguments: Sequence[str]) -> None:
-    """Run `sae-harvest run`, which answers signals itself; raise typer.Exit with its exit code if it failed."""
-    with subprocess.Popen([*COMMAND, *arguments]) as process:
+    """Run `sae-harvest run`; see `run_stage`."""
+    run_stage("harvest", "run", *arguments)
+
+
+def run_stage(stage: str, *arguments: str) -> None:
+    """Run a stage's command, which answers signals itself; raise typer.Exit with its exit code if it failed."""
+    with subprocess.Popen([sys.executable, "-m", f"sae_granary.{stage}.cli", *arguments]) as process:
 
         def forward(signum: int, frame: FrameType | None) -> None:
             if signum != signal.SIGINT:  # a terminal sends that one to both

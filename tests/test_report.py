@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from sae_granary import sae_core, train_sae
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.evaluation.measure import evaluate
+from sae_granary.analyze.evaluation.stored import save_evaluation
 from sae_granary.analyze.latents.stats import LatentStats, find_stats
 from sae_granary.analyze.report.latent_data import latent_data
 from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
@@ -188,7 +190,8 @@ def test_evaluation_columns_thresholds_and_plots_are_there(make_cache, tmp_path:
     }
     cache = make_cache(n_docs=40, columns={"category": ("billing", "<b>login")})
     run = train_sae(cache=str(cache), name="run", **settings).folder
-    assert CliRunner().invoke(app, ["eval", str(run), "--device", "cpu"]).exit_code == 0
+    source = open_source(run, device="cpu")
+    save_evaluation(source, evaluate(source))
     plots = tmp_path / "plots"
     given = ["report", str(run), "--device", "cpu", "--png", str(plots), "--svg", str(plots)]
     done = CliRunner().invoke(app, given)

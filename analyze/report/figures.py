@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,16 @@ def plots_of(facts: Mapping[str, Any]) -> Iterator[tuple[str, Draw]]:
     """Name of the file, and what draws the plot into axes."""
     runs: Sequence[Mapping[str, Any]] = facts["runs"]
     if points := [run for run in runs if run["l0"] is not None and run["fvu"] is not None]:
-        yield "pareto", lambda panel: _pareto(panel, points)
+        yield "pareto", partial(_pareto, runs=points)
     for key, title in CURVES.items():
         if drawn := [run for run in runs if key in run["curves"]]:
-            yield key, lambda panel, key=key, title=title, drawn=drawn: _curves(panel, key, title, drawn)
+            yield key, partial(_curves, key=key, title=title, runs=drawn)
     for run in runs[:1] if len(runs) == 1 else []:
         for key, title in (("density", "density of latents"), ("thresholds", "threshold")):
-            found = run.get(key) or {}
-            if found.get("edges"):
-                yield key, lambda panel, title=title, found=found: _histogram(panel, found, title)
-        if routing := run.get("routing"):
-            yield "routing", lambda panel: panel.bar(*zip(*routing.items(), strict=True))
+            if (run.get(key) or {}).get("edges"):
+                yield key, partial(_histogram, values=run[key], title=title)
+        if run.get("routing"):
+            yield "routing", partial(_shares, shares=run["routing"])
 
 
 def _pareto(panel: Any, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -71,6 +71,11 @@ def _curves(panel: Any, key: str, title: str, runs: Sequence[Mapping[str, Any]])
 def _histogram(panel: Any, values: Mapping[str, Any], title: str) -> None:
     panel.stairs(values["counts"], [10**edge for edge in values["edges"]], fill=True, alpha=0.8)
     panel.set(xscale="log", xlabel=title, ylabel="latents")
+
+
+def _shares(panel: Any, shares: Mapping[str, float]) -> None:
+    panel.bar(list(shares), list(shares.values()))
+    panel.set(ylabel="share of the rows")
 
 
 def _plain(name: str) -> str:

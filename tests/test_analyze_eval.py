@@ -192,6 +192,16 @@ def test_rows_without_variance_have_no_fvu(open_with) -> None:
     assert found["notes"][0] == f"FVU is not defined: the {found['n_rows']:,} evaluated rows do not vary"
 
 
+def test_a_reconstruction_that_overflows_is_null_with_a_note(open_with) -> None:
+    source = open_with(copying(D_IN))
+    with torch.no_grad():
+        source.sae.W_dec.fill_(3e38)
+    found = evaluate(source)
+    assert found["metrics"]["mse"] is found["metrics"]["fvu"] is found["by_position"][0]["fvu"] is None
+    assert "NaN or Inf" in found["notes"][0]
+    assert save_evaluation(source, found).is_file()
+
+
 def test_ranks_are_scipys() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 20, 300).astype(float), rng.normal(size=300)
@@ -234,6 +244,8 @@ def test_the_command_prints_saes_side_by_side_and_json(open_with, tmp_path: Path
     found = json.loads(run(first.folder, "--cache", cache, "--json", "--out", tmp_path / "out.json").stdout)
     assert found == json.loads((tmp_path / "out.json").read_text())
     assert found["evaluations"] == [load_evaluation(first)]
+    both = json.loads(run(tmp_path, "--cache", cache, "--json").stdout)["evaluations"]  # the folder that holds them
+    assert [one["name"] for one in both] == ["first", "second"]
     wrong = run(first.folder, "--cache", cache, "--part", "test", code=2)
     assert wrong.output == "error: --part is 'test', expected one of heldout, train, all\n"
     wrong = run(first.folder, "--cache", cache, "--downstream", "--downstream-rows", "many", code=2)
@@ -268,6 +280,16 @@ def test_a_run_is_evaluated_on_what_it_held_out_itself(make_cache, tmp_path: Pat
     assert found["metrics"]["dead"] == summary["dead"]
     for name in ("l0", "fvu", "mse", "cosine", "rare", "never_fired", "decoder_max_cosine"):
         assert found["metrics"][name] == pytest.approx(summary["eval"][name], rel=1e-6), name
+    [step] = (runs / "own" / "checkpoints").iterdir()
+    trained = sae_core.load_native(step / "sae").train()
+    source, last = open_source(runs / "own", device="cpu"), sae_core.Progress(2, 3)
+    rows = np.flatnonzero(
+        Holdout(0.3, 7).mask(source.cache.column("doc_id")[:]) & (source.cache.column("position")[:] >= 2)
+    )
+    with torch.no_grad():
+        terms = trained.losses(trained(torch.from_numpy(source.cache.hook()[rows])), last)
+    assert found["losses"].keys() == {"loss", *terms}
+    assert found["losses"]["loss"] == pytest.approx(float(sum(terms.values())), rel=1e-5)
     with (runs / "own" / "config.yaml").open("a") as stream:
         stream.write("# edited\n")
     with pytest.raises(NotARunError, match=r"config\.yaml was changed since the run started"):

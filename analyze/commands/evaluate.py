@@ -59,7 +59,7 @@ def evaluate(
 
         models, found = Models(), []
         with tuned_process(device):
-            for sae in saes:
+            for sae in [sae for folder in saes for sae in _saes_in(folder)]:
                 source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
                 found.append(_evaluate(source, part, rows, models, model, quiet))  # type: ignore[arg-type]
         if out is not None:
@@ -68,6 +68,14 @@ def evaluate(
             echo(json.dumps({"evaluations": found}, indent=1))
         else:
             show_evaluations(found)
+
+
+def _saes_in(folder: Path) -> list[Path]:
+    """The SAEs of a sweep, or of another folder that holds some; else the folder itself."""
+    from sae_granary.common.finished_run import SAE_RECORD
+
+    inner = sorted(path.parent for path in folder.glob(f"*/{SAE_RECORD}"))
+    return [folder] if (folder / SAE_RECORD).is_file() or not inner else inner
 
 
 def _count(text: str) -> int:

@@ -88,6 +88,8 @@ def _table(group: Sequence[Evaluation]) -> Table:
     table.add_row("rows", *(f"{one['n_rows']:,}" for one in group), end_section=True)
     for name, form in METRICS.items():
         _add(table, name, form, [one["metrics"] for one in group])
+    if any(one["losses"] for one in group):
+        _add(table, "loss", "{:.4f}", [one["losses"] or {} for one in group])
     if any(one["downstream"] for one in group):
         table.add_section()
         for name, form in DOWNSTREAM.items():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_granary.analyze.errors import DownstreamError
+from sae_granary.analyze.evaluation.measure import finite
 from sae_granary.analyze.evaluation.rows import choose_rows, read_settings
 from sae_granary.analyze.source import Source
 from sae_granary.cache.load.loader import Loader
@@ -43,7 +44,7 @@ def evaluate_downstream(
     settings = read_settings(source.folder)
     selection, _ = choose_rows(source, part, settings)
     if source.cache.unit == "text":
-        return text_similarity(source, selection), []
+        return finite(text_similarity(source, selection)), []
     if source.sae.reads.several or len(source.hooks) != 1:
         raise DownstreamError(f"{source.sae.type_name} reads several hook points, and replaces none of them")
     opened = models.open(source, model or settings.model)
@@ -57,9 +58,9 @@ def evaluate_downstream(
         found = list(spliced_embeddings(reconstruct, opened, contexts))
         clean, spliced, ablated = (torch.cat(parts) for parts in zip(*found, strict=True))
         ablated_cosine = float(F.cosine_similarity(clean, ablated).double().mean())
-        return {**similarity(clean, spliced), "embedding_cosine_ablated": ablated_cosine}, []
-    numbers = downstream(reconstruct, opened, contexts)
-    return numbers, notes_on(numbers)
+        return finite({**similarity(clean, spliced), "embedding_cosine_ablated": ablated_cosine}), []
+    numbers = finite(downstream(reconstruct, opened, contexts))
+    return numbers, notes_on(numbers) if numbers.get("ce_ablated") is not None else []
 
 
 class Models:

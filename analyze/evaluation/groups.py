@@ -104,13 +104,13 @@ class GroupedErrors:
         """
         overall = (self._mean * self._n_rows[:, None]).sum(0) / self._n_rows.sum().clamp_min(1)
         scatter = self._scatter + self._n_rows * (self._mean - overall).square().sum(1)
-        varies = scatter > NO_VARIANCE * self._squares
+        defined = (scatter > NO_VARIANCE * self._squares) & torch.isfinite(self._error)
         return [
             {
                 "group": name,
                 "n_rows": int(self._n_rows[i]),
                 "l0": float(self._n_active[i] / self._n_rows[i]),
-                "fvu": float(self._error[i] / scatter[i]) if varies[i] else None,
+                "fvu": float(self._error[i] / scatter[i]) if defined[i] else None,
             }
             for i, name in enumerate(self.names)
             if self._n_rows[i]

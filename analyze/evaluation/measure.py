@@ -5,6 +5,7 @@ Shapes: N rows of a batch, D = d_out, F = d_sae.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from sae_granary.analyze.evaluation.groups import (
     token_classes,
 )
 from sae_granary.analyze.evaluation.rows import RunSettings, choose_rows, read_settings, trained_elsewhere
+from sae_granary.analyze.evaluation.training_loss import TrainingLoss
 from sae_granary.analyze.source import Source
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.load.loader import Batch, Loader
@@ -62,7 +64,9 @@ def evaluate(source: Source, part: Part = "heldout", tick: Tick = lambda n_rows:
         "selection": _described(selection),
         "rows": counts.to_json(),
         "n_rows": sums.metrics.n_rows,
+        "dead_threshold": settings.dead_threshold,
         "metrics": {**metrics, "dead": _dead(source)},
+        "losses": finite(sums.loss.result()) if sums.loss else None,
         "downstream": None,
         "routing": sums.routing(),
         "density_histogram": _density_histogram(sums.metrics),
@@ -96,6 +100,7 @@ class _Sums:
         self.by_class = GroupedErrors(TOKEN_CLASSES, sae.d_out) if self.classes else None
         self.by_position = GroupedErrors(POSITION_BINS, sae.d_out) if cache.unit == "token" else None
         self.l1 = self.largest = 0.0
+        self.loss = TrainingLoss.of_run(source.folder, sae.core.W_dec.device)
         self.routed: Tensor | None = None  # rows that each hook point was chosen for, where a type chooses one
 
     @torch.no_grad()
@@ -114,6 +119,8 @@ class _Sums:
         if (probabilities := out.extras.get("probabilities")) is not None:
             chosen = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]).cpu()
             self.routed = chosen if self.routed is None else self.routed + chosen
+        if self.loss is not None:
+            self.loss.update(batch.x)
         self._update_groups(out, codes, rows)
 
     def _check(self, x: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
@@ -141,19 +148,25 @@ class _Sums:
     def result(self) -> dict[str, float | None]:
         """The metrics by name."""
         n_rows, n_active = self.metrics.n_rows, self.metrics.n_active
-        return {
+        numbers = {
             **self.metrics.result(),
             "l1": self.l1 / n_rows,
             "activation_mean": self.l1 / n_active if n_active else None,
             "activation_max": self.largest,
             "decoder_max_cosine": decoder_max_cosine(self.sae.core.W_dec),
         }
+        return finite(numbers)
 
     def routing(self) -> dict[str, float] | None:
         """The share of rows that each hook point was chosen for; None for a type that does not choose."""
         if self.routed is None:
             return None
         return dict(zip(self.source.hooks, (self.routed / self.metrics.n_rows).tolist(), strict=True))
+
+
+def finite(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Numbers as JSON can hold them: None in the place of NaN and Inf."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def merged(codes: Codes) -> Codes:
@@ -184,7 +197,9 @@ def _density_histogram(metrics: Evaluator) -> dict[str, Any]:
 
 
 def _notes(source: Source, part: Part, n_rows: int, metrics: Mapping[str, float | None]) -> Iterator[str]:
-    if metrics["fvu"] is None:
+    if metrics["mse"] is None:
+        yield "the reconstruction of some rows is NaN or Inf: what is summed over them is not defined"
+    elif metrics["fvu"] is None:
         yield f"FVU is not defined: the {n_rows:,} evaluated rows do not vary"
     elif n_rows < FEW_ROWS:
         yield f"evaluated on {n_rows:,} rows only, others may differ: harvest more text, or give --part all"

@@ -7,7 +7,9 @@
   "cache", "hooks", "part", "selection"  which rows: path of the cache, filters, held-out documents
   "rows"                                 where every row of the cache went, as `Counts`
   "n_rows"                               rows that were evaluated
+  "dead_threshold"                       firing rate under which a latent is rare
   "metrics"                              name -> number, or null where it is not defined
+  "losses"                               what a run minimized: "loss" and its terms; null without a checkpoint
   "downstream"                           the same through the language model; null where it was not measured
   "routing"                              share of the rows per hook point; null where the type chooses none
   "density_histogram"                    {"log10_edges", "counts", "never_fired"}: firing rates of the latents

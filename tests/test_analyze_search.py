@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
 from sae_granary.analyze.latents import search as search_module
 from sae_granary.analyze.latents.search import Found, Group, document_lines, group_lines, groups, pool_latent
 from sae_granary.analyze.source import Source, open_source
@@ -38,6 +40,8 @@ def test_pooled_activations_are_those_of_a_loop(source: Source, tmp_path: Path, 
     codes = encode_cache(source, tmp_path / "codes")
     dense, document = codes.dense().astype(np.float64), source.cache.column("doc_id")[:]
     plain = source.cache.column("flags")[:] & FLAG_SPECIAL == 0
+    write_cache_codes(source, codes, Output(tmp_path / "pooled", pool=pool))
+    pooled = open_codes(tmp_path / "pooled")
     for latent in (3, 17):
         found = pool_latent(source.cache, codes, latent, pool)
         assert found.doc_id.tolist() == list(range(40))
@@ -45,6 +49,7 @@ def test_pooled_activations_are_those_of_a_loop(source: Source, tmp_path: Path, 
             rows = dense[(document == doc) & plain, latent]
             want = rows[np.argmax(np.abs(rows))] if pool == "max" else getattr(rows, pool)()
             np.testing.assert_allclose(value, want, atol=1e-12)
+        np.testing.assert_allclose(found.pooled, pooled.dense()[:, latent], rtol=1e-6)  # what `encode --pool` writes
         strongest = np.abs(found.pooled[found.strongest(5)])
         np.testing.assert_array_equal(strongest, np.sort(np.abs(found.pooled))[::-1][:5])
 
@@ -92,7 +97,7 @@ def test_the_command(source: Source) -> None:
         ("--latent -1", "error: --latent is -1, expected 0 to 23"),
         ("--latent 1 --by categories", "keeps no column 'categories' of its documents, did you mean 'category'?: it "
          "keeps ticket, category; harvest again with --keep-columns"),
-        ("--latent 1 --pool median", "error: --pool is 'median', expected one of max, mean, sum"),
+        ("--latent 1 --pool median", "error: --pool is 'median', expected max, mean, sum"),
         ("--latent 1 --top 0", "error: --top is 0, expected a number from 1"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
 
 FROZEN = Path(__file__).parent / "data" / "format1_tiny"
 N_ROWS, WINDOW, D_IN = 25, 5, 4
+KEPT = ({"ticket id": "T0", "text": "ünïcode", "a.b": 2.5}, {"ticket id": 7, "text": None, "a.b": True})
 
 
 def rows_of(hooks):
@@ -44,7 +45,8 @@ def rows_of(hooks):
     )
 
 
-def write(path, dtype):
+def write(path, dtype, columns=((), ())):
+    """A cache whose two documents keep `columns` (a mapping each)."""
     hooks = ("layer_0", "layer_1.mlp.in")
     spec = CacheSpec(
         unit="token",
@@ -58,8 +60,10 @@ def write(path, dtype):
         fingerprint={"model": "tiny", "dataset": "counting"},
         vocabulary=["[CLS]", "one", "two", "##s"],
         inner_chunk_bytes=4 * D_IN * DTYPES[dtype](0).itemsize,
+        kept_columns=tuple(columns[0]),
     )
-    documents = [DocumentRow(0, "counting", 0, "one two ones"), DocumentRow(2, "counting", 2, "zwölf")]
+    first, second = map(dict, columns)
+    documents = [DocumentRow(0, "counting", 0, "one two ones", first), DocumentRow(2, "counting", 2, "zwölf", second)]
     with CacheWriter.open(path, spec) as writer:
         writer.begin_buffer({"next_document": 0})
         writer.append(rows_of(hooks), documents)
@@ -93,6 +97,14 @@ def test_a_cache_of_format_1_opens_for_ever(dtype):
     assert report.foreign == ()
 
 
+def test_a_cache_of_format_1_with_kept_columns_opens_for_ever():
+    opened = open_cache(FROZEN / "kept_columns")
+    assert (opened.kept_columns, opened.document_ids()) == (tuple(KEPT[0]), [0, 2])
+    assert [opened.find_document(0).columns, opened.find_document(2).columns] == list(KEPT)
+    assert opened.document_column("text") == ["ünïcode", None]
+    assert verify(FROZEN / "kept_columns").problems == ()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_writer_still_writes_format_1(tmp_path, dtype):
     write(tmp_path / "new", dtype)
@@ -107,7 +119,7 @@ def test_the_writer_still_writes_format_1(tmp_path, dtype):
 
 
 if __name__ == "__main__":
-    for dtype in ("bfloat16", "float32"):
-        if (FROZEN / dtype).exists() and "--again" in sys.argv:
-            shutil.rmtree(FROZEN / dtype)
-        write(FROZEN / dtype, dtype)
+    for name, options in {"bfloat16": (), "float32": (), "kept_columns": (KEPT,)}.items():
+        if (FROZEN / name).exists() and "--again" in sys.argv:
+            shutil.rmtree(FROZEN / name)
+        write(FROZEN / name, "float32" if options else name, *options)

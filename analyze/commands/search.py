@@ -41,12 +41,12 @@ def search(
     and its lift: that share over the one of all documents.
     """
     with expected_errors(debug, interrupted=INTERRUPTED):
+        from sae_granary.analyze.encoding.outputs import check_output
         from sae_granary.analyze.latents import search as found_by
         from sae_granary.analyze.source import open_source
         from sae_granary.common.process import tuned_process
 
-        if pool not in found_by.POOLS:
-            raise ConfigError(f"--pool is {pool!r}, expected one of {', '.join(found_by.POOLS)}")
+        check_output("granary", pool)
         if top < 1:
             raise ConfigError(f"--top is {top}, expected a number from 1")
         with tuned_process(device):

@@ -17,7 +17,6 @@ from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError, printable
 from sae_granary.common.rows import FLAG_SPECIAL, Scalar
 
-POOLS = ("max", "mean", "sum")
 BLOCK_ROWS = 1 << 20
 BLOCK_ENTRIES = 1 << 22
 TEXT_CHARACTERS = 100  # shown of a document
@@ -63,10 +62,7 @@ def check_latent(latent: int, d_sae: int) -> None:
 
 
 def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max") -> Found:
-    """The pooled activation of a latent per document; special tokens are left out, as in statistics.
-
-    max is the activation of the largest magnitude; mean is over all rows of the document, active or not.
-    """
+    """The pooled activation of a latent per document, the column of `pool_documents` without the other latents."""
     doc_id, n_rows = _documents(cache)
     rows, values = _entries(codes, latent)
     plain = cache.column("flags")[rows] & FLAG_SPECIAL == 0

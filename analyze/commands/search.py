@@ -43,6 +43,7 @@ def search(
     with expected_errors(debug, interrupted=INTERRUPTED):
         from sae_granary.analyze.encoding.outputs import check_output
         from sae_granary.analyze.latents import search as found_by
+        from sae_granary.analyze.latents.labels import check_latent
         from sae_granary.analyze.source import open_source
         from sae_granary.common.process import tuned_process
 
@@ -51,7 +52,7 @@ def search(
             raise ConfigError(f"--top is {top}, expected a number from 1")
         with tuned_process(device):
             source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
-            found_by.check_latent(latent, source.sae.config.d_sae)
+            check_latent(latent, source.sae.config.d_sae)
             column = source.cache.document_column(by) if by else None  # refused before anything is encoded
             found = found_by.pool_latent(source.cache, codes_of(source, quiet), latent, pool)
         lines = [found_by.summary_line(found, latent, pool), ""]

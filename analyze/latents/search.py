@@ -5,7 +5,6 @@ Shapes: M documents with a row that is no special token, of F = d_sae latents.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.encoding.codes import StoredCodes
+from sae_granary.analyze.latents.labels import document_labels, value_label
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.errors import ConfigError, printable
 from sae_granary.common.rows import FLAG_SPECIAL, Scalar
 
 BLOCK_ROWS = 1 << 20
 BLOCK_ENTRIES = 1 << 22
 TEXT_CHARACTERS = 100  # shown of a document
-CELL_CHARACTERS = 40  # shown of a value
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,6 @@ class Group:
     share_active: float  # of its documents, those in which the latent is active
     mean: float  # of the pooled activation over all its documents
     lift: float  # share_active over the share of all documents; 0 where the latent is active nowhere
-
-
-def check_latent(latent: int, d_sae: int) -> None:
-    """Raise ConfigError for a latent that there is not."""
-    if not 0 <= latent < d_sae:
-        raise ConfigError(f"--latent is {latent}, expected 0 to {d_sae - 1}")
 
 
 def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max") -> Found:
@@ -97,11 +89,11 @@ def groups(found: Found, ids: Sequence[int], column: Sequence[Scalar]) -> list[G
 def group_lines(by: str, all_groups: Sequence[Group], top: int) -> Iterator[str]:
     """A table of the first values of a column."""
     shown = all_groups[:top]
-    width = max(len(cell) for cell in [by, *(_cell(group.value) for group in shown)])
+    width = max(len(cell) for cell in [by, *(value_label(group.value) for group in shown)])
     yield f"{by:<{width}}  documents  active   mean     lift"
     for group in shown:
         numbers = f"{group.n_documents:>9,}  {group.share_active:>6.1%}  {group.mean:>7.3g}  {group.lift:>7.2f}"
-        yield f"{_cell(group.value):<{width}}  {numbers}"
+        yield f"{value_label(group.value):<{width}}  {numbers}"
     if more := len(all_groups) - len(shown):
         yield f"and {more:,} more values"
 
@@ -110,12 +102,9 @@ def document_lines(cache: Cache, found: Found, top: int) -> Iterator[str]:
     """The documents with the largest pooled activation: it, the kept columns, the beginning of the text."""
     for i in found.strongest(top).tolist():
         document = cache.find_document(int(found.doc_id[i]))
-        if document is None:
-            yield f"{found.pooled[i]:8.3f}  document {found.doc_id[i]} is not stored"
-            continue
-        cells = [f"{name}={_cell(value)}" for name, value in document.columns.items()]
-        text = " ".join(document.text[: 10 * TEXT_CHARACTERS].split())[:TEXT_CHARACTERS]
-        yield "  ".join([f"{found.pooled[i]:8.3f}", *(cells or [document.source]), text])
+        text = document.text if document else ""
+        shown = " ".join(text[: 10 * TEXT_CHARACTERS].split())[:TEXT_CHARACTERS]
+        yield "  ".join([f"{found.pooled[i]:8.3f}", *document_labels(document), shown])
 
 
 def summary_line(found: Found, latent: int, pool: str) -> str:
@@ -144,9 +133,3 @@ def _entries(codes: StoredCodes, latent: int) -> tuple[NDArray[np.int64], NDArra
     entries = np.concatenate([np.zeros(0, np.int64), *found])
     rows = np.searchsorted(codes.indptr, entries, side="right") - 1
     return rows, codes.values[entries].astype(np.float64)
-
-
-def _cell(value: Scalar) -> str:
-    """A value in one short line."""
-    text = " ".join((str(value) if isinstance(value, str | float) else json.dumps(value)).split())
-    return printable(text if len(text) <= CELL_CHARACTERS else text[: CELL_CHARACTERS - 3] + "...")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_granary.analyze.latents.labels import check_latent, document_labels
 from sae_granary.analyze.latents.latent_stats import quantile
 from sae_granary.analyze.latents.stats import LatentStats
 from sae_granary.cache.read.context import Context, join_tokens
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.errors import ConfigError
 from sae_granary.common.rows import FLAG_SPECIAL
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def latent_lines(cache: Cache, stats: LatentStats, latent: int) -> Iterator[str]
 
     Raises ConfigError for a latent that there is not.
     """
-    d_sae = len(stats.fired)
-    if not 0 <= latent < d_sae:
-        raise ConfigError(f"--latent is {latent}, expected 0 to {d_sae - 1}")
+    check_latent(latent, len(stats.fired))
     one = stats.histogram[latent : latent + 1]
     fired = int(stats.fired[latent])
     yield f"latent {latent}: active on {fired:,} of {stats.n_rows:,} rows ({stats.density[latent]:.3%})"
@@ -55,8 +53,7 @@ def latent_lines(cache: Cache, stats: LatentStats, latent: int) -> Iterator[str]
     for row, value in zip(stats.example_rows[latent].tolist(), stats.example_values[latent].tolist(), strict=True):
         if row >= 0:
             context = cache.context(row)
-            source = context.document.source if context.document else "-"
-            yield f"{value:8.3f}  {marked(context)}  ({source})"
+            yield f"{value:8.3f}  {marked(context)}  ({', '.join(document_labels(context.document))})"
 
 
 def marked(context: Context) -> str:

@@ -1,0 +1,29 @@
+"""How documents, values and latents are named on the command line."""
+
+from __future__ import annotations
+
+import json
+
+from sae_granary.common.errors import ConfigError, printable
+from sae_granary.common.rows import DocumentRow, Scalar
+
+VALUE_CHARACTERS = 40  # shown of a value
+
+
+def check_latent(latent: int, d_sae: int) -> None:
+    """Raise ConfigError for a latent that there is not."""
+    if not 0 <= latent < d_sae:
+        raise ConfigError(f"--latent is {latent}, expected 0 to {d_sae - 1}")
+
+
+def document_labels(document: DocumentRow | None) -> list[str]:
+    """`category=billing` for each kept column, or the source of a document without any."""
+    if document is None:
+        return ["-"]
+    return [f"{name}={value_label(value)}" for name, value in document.columns.items()] or [document.source]
+
+
+def value_label(value: Scalar) -> str:
+    """A value of a kept column in one short line, control characters as escapes."""
+    text = " ".join((str(value) if isinstance(value, str | float) else json.dumps(value)).split())
+    return printable(text if len(text) <= VALUE_CHARACTERS else text[: VALUE_CHARACTERS - 3] + "...")

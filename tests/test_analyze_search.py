@@ -62,7 +62,7 @@ def test_groups_by_hand() -> None:
     lines = list(group_lines("paid", table, top=1))
     assert [line.split() for line in lines] == [
         ["paid", "documents", "active", "mean", "lift"], ["true", "2", "100.0%", "1.5", "2.00"],
-        ["and", "1", "more", "values"],
+        ["and", "1", "more", "value"],
     ]  # fmt: skip
 
 

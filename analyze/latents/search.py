@@ -95,7 +95,7 @@ def group_lines(by: str, all_groups: Sequence[Group], top: int) -> Iterator[str]
         numbers = f"{group.n_documents:>9,}  {group.share_active:>6.1%}  {group.mean:>7.3g}  {group.lift:>7.2f}"
         yield f"{value_label(group.value):<{width}}  {numbers}"
     if more := len(all_groups) - len(shown):
-        yield f"and {more:,} more values"
+        yield f"and {more:,} more value{'s' if more > 1 else ''}"
 
 
 def document_lines(cache: Cache, found: Found, top: int) -> Iterator[str]:

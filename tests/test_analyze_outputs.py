@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import blocks as blocks_module
+from sae_granary.analyze.encoding import export
 from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.document_columns import arrow_column
@@ -113,12 +114,15 @@ def test_npz_is_read_by_scipy(source: Source, tmp_path: Path, how: str | None) -
 
 
 @pytest.mark.parametrize("how", [None, "sum"])
-def test_parquet_has_a_row_per_row_or_document_and_its_source(source: Source, how: str | None) -> None:
+def test_parquet_has_a_row_per_row_or_document_and_its_source(source: Source, monkeypatch, how: str | None) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 60)
+    monkeypatch.setattr(export, "GROUP_ROWS", 100 if how is None else 3)
     pool = ["--pool", how] if how else []
     printed = run("encode", source.folder, "--cache", source.cache.path, "--format", "parquet", *pool)
     out = source.place / ("documents_sum.parquet" if how else "codes.parquet")
     assert str(out) in printed
     table = pq.read_table(out)
+    assert pq.ParquetFile(out).num_row_groups > 3
     kinds = {field.name: str(field.type) for field in table.schema}
     assert kinds["latents"] == "list<element: int32>"
     assert kinds["activations"] == "list<element: float>"

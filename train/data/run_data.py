@@ -59,7 +59,9 @@ class RunData:
         """
         choose_device(config.device)
         if opened is None:
-            shards = record["order"]["shards"]
+            # An order of rows with the one before each does not count the first of a shard.
+            before = int(sae_core.registry.get(config.type).reads.previous)
+            shards = [(index, n_rows + before) for index, n_rows in record["order"]["shards"]]
             opened = open_pinned(config.cache, shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts.from_json(record["counts"]))
 

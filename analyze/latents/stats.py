@@ -138,6 +138,11 @@ def _coactive(
     return *coactive(number[row][kept], latent[kept], d_sae, N_COACTIVE), n_counted
 
 
+def stats_folder(source: Source) -> Path:
+    """Where statistics of an SAE and a cache are stored."""
+    return source.place / "stats"
+
+
 def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
     """Write statistics into a folder, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,7 @@ def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
 
 def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick = lambda n_rows: None) -> LatentStats:
     """The stored statistics of an SAE and a cache; computed, and stored, where there are none of this format."""
-    folder = source.place / "stats"
+    folder = stats_folder(source)
     if not (folder / RECORD).is_file() or _fields(folder).body.get("format") != FORMAT:
         save_stats(compute_stats(source, make_codes(), tick=tick), source, folder)
     return load_stats(source, folder)

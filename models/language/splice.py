@@ -55,6 +55,19 @@ def open_model(
     `lm` says where it is if not where the harvest found it, `option` is the flag for that, for messages. Raises
     ModelError.
     """
+    model, located, is_causal = load_with_head(record, lm, device=device, dtype=dtype, option=option)
+    mask_id = None if is_causal else _mask_id(located)
+    place = (model, _module(model, point, located), point, torch.device(device))
+    return _checked(LanguageModel(*place, mask_id), contexts, rows, located, option)
+
+
+def load_with_head(
+    record: Mapping[str, Any], lm: str | None, *, device: str, dtype: str = "float32", option: str = "--lm"
+) -> tuple[nn.Module, Located, bool]:
+    """The frozen model of a record with its head, where it is, and whether the head predicts the next token.
+
+    `option` is the flag that `lm` was given by. Raises ModelError.
+    """
     _check_record(record)
     if record.get("kind") == SENTENCE_TRANSFORMER:
         raise SpliceError(
@@ -64,10 +77,7 @@ def open_model(
     located = locate_recorded(record, lm, option)
     is_causal = _is_causal(located, record)
     kind = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
-    model = _load(located, record, kind, dtype, device, option)
-    mask_id = None if is_causal else _mask_id(located)
-    place = (model, _module(model, point, located), point, torch.device(device))
-    return _checked(LanguageModel(*place, mask_id), contexts, rows, located, option)
+    return _load(located, record, kind, dtype, device, option), located, is_causal
 
 
 def open_embedder(

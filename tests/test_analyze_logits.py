@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lm_kit
 import numpy as np
 import pytest
 import torch
@@ -19,13 +18,13 @@ from sae_granary.analyze.latents.stats import find_stats
 from sae_granary.analyze.source import open_source
 from sae_granary.models.errors import ModelError
 from sae_granary.models.language.unembedding import final_norm, folded
+from sae_granary.sae_core import Codes, Pattern
 
 
 def saved_sae(folder: Path, d_in: int, **options) -> Path:
     cls = sae_core.registry.get("topk")
     sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": 24, "k": 4, **options}))
     sae.reset_weights(torch.Generator().manual_seed(1))
-    sae.normalizer.scale.fill_(4.0)
     sae_core.save(sae, folder)
     return folder
 
@@ -57,36 +56,63 @@ def test_a_norms_weight_and_centering_are_folded(kind, d_model) -> None:
     torch.testing.assert_close(difference.detach() @ W_U, x @ folded(norm, W_U), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "modernbert"])
-def test_logit_effects_of_a_model_equal_a_direct_product(kind, tmp_path: Path) -> None:
-    model = lm_kit.trained_model(tmp_path / "model", kind, n_steps=2)
-    cache = lm_kit.harvest(model, tmp_path / "cache")
-    source = open_source(saved_sae(tmp_path / "sae", 64), cache, device="cpu")
-    first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
-    found, has_norm = with_logits(source, first)
-    loaded = (tf.AutoModelForMaskedLM if kind == "modernbert" else tf.AutoModelForCausalLM).from_pretrained(model)
-    W_U = loaded.get_output_embeddings().weight.detach()
-    rows = source.sae.core.W_dec.detach() / 4
+def saved_model(folder: Path, kind: str) -> torch.nn.Module:
+    """A model 16 wide with random weights, those of its norms too."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 8}
+    torch.manual_seed(0)
     if kind == "gpt2":
-        rows = (rows - rows.mean(1, keepdim=True)) * loaded.transformer.ln_f.weight.detach()
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8))
     elif kind == "llama":
-        rows = rows * loaded.model.norm.weight.detach()
-    assert has_norm == (kind != "modernbert")
-    expected = (rows @ W_U.t()).numpy()
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes))
+    else:
+        model = tf.BertForMaskedLM(tf.BertConfig(**sizes))
+    for name, parameter in model.named_parameters():
+        if "norm" in name.lower() or "ln_f" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_logit_effects_of_a_model_equal_a_direct_product(kind, make_cache, tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", kind)
+    source = open_source(saved_sae(tmp_path / "sae", 16), make_cache(n_docs=40), device="cpu")
+    first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    found, has_norm = with_logits(source, first, str(tmp_path / "model"))
+    F = source.sae.config.d_sae
+    with torch.no_grad():  # what one unit of each latent adds to a reconstructed row
+        one, none = (source.sae.decode(Codes(values, Pattern(F, F))) for values in (torch.eye(F), torch.zeros(F, F)))
+    rows = one - none
+    if kind == "gpt2":
+        rows = (rows - rows.mean(1, keepdim=True)) * model.transformer.ln_f.weight.detach()
+    elif kind == "llama":
+        rows = rows * model.model.norm.weight.detach()
+    assert has_norm == (kind != "bert")
+    expected = (rows @ model.get_output_embeddings().weight.detach().t()).numpy()
     np.testing.assert_allclose(found.logit_values_top, -np.sort(-expected, axis=1)[:, :10], atol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(expected, found.logit_tokens_bottom, 1), found.logit_values_bottom,
-                               atol=1e-5)  # fmt: skip
-    given = [str(source.folder), "--cache", str(cache), "--device", "cpu"]
-    done = CliRunner().invoke(app, ["stats", *given, "--logits"])
+    np.testing.assert_allclose(found.logit_values_bottom, np.sort(expected, axis=1)[:, :10], atol=1e-5)
+    at = np.take_along_axis(expected, found.logit_tokens_bottom, 1)
+    np.testing.assert_allclose(at, found.logit_values_bottom, atol=1e-5)
+    given = [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
+    done = CliRunner().invoke(app, ["stats", *given, "--logits", "--model", str(tmp_path / "model")])
     assert done.exit_code == 0, done.output
     assert ("with the final norm's weight" if has_norm else "without the final norm") in done.output
     stored = find_stats(source, lambda: pytest.fail("encoded again"))
     np.testing.assert_array_equal(stored.logit_tokens_top, found.logit_tokens_top)
     shown = CliRunner().invoke(app, ["show", *given, "--latent", "3"])
-    token = source.cache.vocabulary[int(found.logit_tokens_top[3, 0])]
-    assert any(
-        line.startswith("raises logits of: ") and token.strip("\u0120") in line for line in shown.output.splitlines()
-    )
+    best = f"{found.logit_tokens_top[3, 0]} ({found.logit_values_top[3, 0]:.2f})"  # this cache has no strings of tokens
+    assert f"raises logits of: {best}, " in shown.output
+
+
+def test_logit_effects_are_in_raw_units(make_cache, tmp_path: Path) -> None:
+    saved_model(tmp_path / "model", "gpt2")
+    source = open_source(saved_sae(tmp_path / "sae", 16), make_cache(n_docs=40), device="cpu")
+    stats = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
+    once = with_logits(source, stats, str(tmp_path / "model"))[0].logit_values_top
+    source.sae.normalizer.scale.fill_(4.0)  # rows are multiplied by 4 in front of the SAE
+    scaled = with_logits(source, stats, str(tmp_path / "model"))[0].logit_values_top
+    np.testing.assert_allclose(scaled, once / 4, rtol=1e-5)
 
 
 def test_the_norm_behind_the_blocks_is_found() -> None:

@@ -1,6 +1,9 @@
 """`sae-analyze stats` and `show`: numbers of each latent against a dense reference, examples spread over documents."""
 
 import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +13,14 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
+from sae_granary.analyze.commands.shared import echo_line
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.latents import stats as stats_module
 from sae_granary.analyze.latents.coactive import coactive, spread, within_pairs
 from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
-from sae_granary.analyze.latents.show import latent_lines, marked
+from sae_granary.analyze.latents.show import Marked, latent_lines, marked
 from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_stats
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
@@ -204,21 +208,69 @@ def test_stored_statistics_of_an_older_format_are_computed_again(source: Source)
 
 def test_the_token_of_an_example_is_marked() -> None:
     context = Context(7, (6, 7, 8), ("the", "cat", "##s"), 1, "the cats", None)
-    assert marked(context) == "the [[cat]] s"
+    assert marked(context) == ("the ", "cat", " s")
+    assert str(marked(context)) == "the [[cat]] s"
+    assert marked(Context(7, (7,), ("cat",), 0, "cat", None)) == ("", "cat", "")
     assert marked(Context(0, (0,), (), -1, "a whole\n text", None)) == "a whole text"
 
 
 def test_a_latent_is_shown_and_one_that_is_not_there_refused(source: Source) -> None:
     found = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
-    lines = list(latent_lines(source.cache, found, 3))
-    top = int(found.example_rows[3, 0])
+    lines = list(map(str, latent_lines(source.cache, found, 3, top=4)))
+    top, weak = int(found.example_rows[3, 0]), int(found.quantile_rows[3, 0])
     assert lines[0].startswith(f"latent 3: active on {found.fired[3]:,} of {found.n_rows:,} rows")
-    assert f"[[{source.cache.token(top)}]]" in lines[3]
-    assert source.cache.document(top).source in lines[3]
-    assert len(lines) == 13
+    partner = f"active on the same rows: {found.coactive[3, 0]} ({found.coactive_score[3, 0]:.2f}), "
+    assert lines[3].startswith(partner)
+    assert lines[3].endswith(f"(Jaccard index over {found.n_rows:,} rows)")
+    assert lines[4] == "strongest:"
+    assert f"[[{source.cache.token(top)}]]" in lines[5]
+    assert lines[5].endswith(f"({source.cache.document(top).source})")
+    assert lines[9] == f"by share of the maximum, {found.largest[3]:.3g}:"
+    assert lines[10].startswith(f"   0-20%  {found.quantile_values[3, 0]:.3f}  ")
+    assert f"[[{source.cache.token(weak)}]]" in lines[10]
+    assert len(lines) == 15
+    assert not any("logits" in line for line in lines)
     assert list(latent_lines(source.cache, found, 5)) == [f"latent 5: active on 0 of {found.n_rows:,} rows (0.000%)"]
     with pytest.raises(ConfigError, match="--latent is 24, expected 0 to 23"):
         next(latent_lines(source.cache, found, 24))
+    for wrong in (0, 11):
+        with pytest.raises(ConfigError, match=f"--top is {wrong}, expected 1 to 10"):
+            next(latent_lines(source.cache, found, 3, top=wrong))
+
+
+HOSTILE = "a\x1b[2J\x1b]0;owned\x07\nlatent 3: forged\r\u202e\x9b31m"
+
+
+def test_a_token_is_in_color_on_a_terminal_and_hostile_text_is_inert_there(monkeypatch) -> None:
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        echo_line(Marked("b ", "cat", " a"))
+        colored = os.read(ours, 4096).decode()
+        echo_line(Marked(f"b {HOSTILE}", HOSTILE, HOSTILE))
+        hostile = os.read(ours, 4096).decode()
+        patch.setenv("NO_COLOR", "1")
+        echo_line(Marked("b ", "cat", " a"))
+        plain = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert colored == "b \x1b[33m\x1b[1mcat\x1b[0m a\r\n"
+    assert plain.replace("\x1b[0m", "") == "b [[cat]] a\r\n"
+    assert hostile.count("\\x1b[2J\\x1b]0;owned\\x07") == 3
+    controls = re.findall("[\x00-\x1f\x7f-\x9f\u202e]", hostile)
+    assert controls == ["\x1b", "\x1b", "\x1b", "\r", "\n"]  # our colors, one line
+
+
+def test_a_hostile_source_of_documents_is_shown_in_one_line_without_control_characters(make_cache, source) -> None:
+    hostile = make_cache("hostile", n_docs=12, source=HOSTILE)
+    given = [str(source.folder), "--cache", str(hostile), "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["show", *given, "--latent", "3", "--top", "2"])
+    assert shown.exit_code == 0, shown.output
+    assert "(a\\x1b[2J\\x1b]0;owned\\x07 latent 3: forged \\u202e\\x9b31m)" in shown.output
+    assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.output) == []
+    assert sum(line.startswith("latent 3") for line in shown.output.splitlines()) == 1
 
 
 def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:
@@ -228,6 +280,6 @@ def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:
     assert "never fired  1 of 24 latents" in stats.output
     shown = run.invoke(app, ["show", *given, "--latent", "3"])
     assert shown.exit_code == 0, shown.output
-    assert shown.output.count("[[") == 10
+    assert shown.output.count("[[") == 10  # five of the strongest, one of each interval
     wrong = run.invoke(app, ["show", *given, "--latent", "99"])
     assert (wrong.exit_code, wrong.output.count("\n")) == (2, 1)

@@ -1,6 +1,7 @@
 """`encode_texts`: the rows of texts are those of a harvest of the same texts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -166,8 +167,18 @@ def test_the_latents_of_a_text_are_shown_token_by_token(place: Path) -> None:
     shown = CliRunner().invoke(app, ["show", *given, "--text", TEXTS[0]])
     assert shown.exit_code == 0, shown.output
     lines = shown.output.splitlines()
-    assert [line.split()[0] for line in lines] == ["a", "loop", "ends", "with", "break", "."]  # no special tokens
+    assert [line.split()[0] for line in lines] == ["a", "loop", "ends", "with", "break", ".", "(text)"]  # none special
     assert lines[0].split()[1:3] == [str(best), f"({dense[1, best]:.2f})" + ","]
+    most = np.argsort(-dense[1:-1].max(0))[:2]  # over the tokens of the text
+    tokens = [found.tokens[1 + int(dense[1:-1, latent].argmax())] for latent in most]
+    pairs = [f"{i} ({dense[1:-1, i].max():.2f} at {token})" for i, token in zip(most, tokens, strict=True)]
+    assert lines[-1].split(maxsplit=1)[1].startswith(", ".join(pairs))
+    two = CliRunner().invoke(app, ["show", *given, "--text", TEXTS[0], "--text", "a \x1b[31m \u202e", "--top", "1"])
+    assert two.output.splitlines()[7] == ""  # between the texts
+    assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", two.output) == []
+    assert two.output.splitlines()[0].count("(") == 1
+    none = CliRunner().invoke(app, ["show", *given, "--text", "a", "--top", "0"])
+    assert (none.exit_code, none.output) == (2, "error: --top is 0, expected 1 or more\n")
     for wrong in ([], ["--latent", "3", "--text", "a"]):
         refused = CliRunner().invoke(app, ["show", *given, *wrong])
         assert (refused.exit_code, refused.output.count("\n")) == (2, 1)

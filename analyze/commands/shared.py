@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae_granary.common.app import echo
+from sae_granary.common.errors import printable
+
 if TYPE_CHECKING:
     from sae_granary.analyze.encoding.codes import StoredCodes
+    from sae_granary.analyze.latents.show import Marked
     from sae_granary.analyze.latents.stats import LatentStats
     from sae_granary.analyze.source import Source
 
@@ -50,6 +56,15 @@ def codes_of(source: Source, quiet: bool) -> StoredCodes:
 
     with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
         return encode_cache(source, source.place / "codes", tick=tick)
+
+
+def echo_line(line: str | Marked) -> None:
+    """Print a line, its token in color on a terminal (not with NO_COLOR), else in [[brackets]]; see `echo`."""
+    if isinstance(line, str) or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        echo(str(line))
+    else:
+        before, token, after = map(printable, line)
+        typer.echo(before + typer.style(token, fg="yellow", bold=True) + after)
 
 
 def names_in(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +14,15 @@ from sae_granary.analyze.commands.shared import (
     Hook,
     Incomplete,
     SAEFolder,
+    echo_line,
     names_in,
     stats_of,
 )
-from sae_granary.common.app import Debug, Quiet, echo, expected_errors
+from sae_granary.common.app import Debug, Quiet, expected_errors
 from sae_granary.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae_granary.analyze.latents.show import Marked
 
 
 def show(
@@ -28,15 +33,19 @@ def show(
     model: Annotated[
         str | None, typer.Option(help="With --text: folder or hub id of the model. (default: the one of the cache)")
     ] = None,
+    top: Annotated[
+        int, typer.Option("--top", "-n", help="Examples of a latent (at most 10), or latents per token and text.")
+    ] = 5,
     hook: Hook = "",
     device: Device = "auto",
     allow_incomplete: Incomplete = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print a latent, with its strongest examples (one per document, the active token marked), or a text's latents.
+    """Print a latent, with its strongest examples (one per document) and weaker ones, or the latents of a text.
 
-    `--latent 17` needs no model. `--text "..."` runs the texts through the model of the cache.
+    `--latent 17` needs no model; the active token is in color on a terminal, else in [[brackets]]. `--text "..."`
+    runs texts through the model of the cache; the latents of each token are followed by those of the whole text.
     """
     with expected_errors(debug, interrupted=INTERRUPTED):
         if (latent is None) == (not text):
@@ -45,11 +54,11 @@ def show(
 
         if latent is not None:
             source, found = stats_of(sae, cache, hook, device, allow_incomplete, quiet)
-            lines = latent_lines(source.cache, found, latent)
+            lines: Iterable[str | Marked] = latent_lines(source.cache, found, latent, top)
         else:
             from sae_granary.analyze.encoding.texts import encode_texts
 
             encoded = encode_texts(sae, text or [], cache=cache, hooks=names_in(hook), model=model, device=device)
-            lines = text_lines(encoded)
+            lines = text_lines(encoded, top)
         for line in lines:
-            echo(line)
+            echo_line(line)

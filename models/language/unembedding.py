@@ -67,5 +67,5 @@ def folded(norm: nn.Module, W_U: Tensor) -> Tensor:
     row /= row.square().mean().sqrt()
     dtype = next(norm.parameters()).dtype
     up, down, shifted = (norm(x.to(dtype)[None])[0].float() for x in (row, -row, row + 1))
-    W = W_U * ((up - down) / (2 * row))[:, None]
+    W: Tensor = W_U * ((up - down) / (2 * row))[:, None]
     return W - W.mean(0) if torch.allclose(up, shifted, atol=1e-3) else W

@@ -263,12 +263,18 @@ def test_a_token_is_in_color_on_a_terminal_and_hostile_text_is_inert_there(monke
     assert controls == ["\x1b", "\x1b", "\x1b", "\r", "\n"]  # our colors, one line
 
 
-def test_a_hostile_source_of_documents_is_shown_in_one_line_without_control_characters(make_cache, source) -> None:
-    hostile = make_cache("hostile", n_docs=12, source=HOSTILE)
+def test_hostile_tokens_sources_and_columns_are_shown_in_one_line_without_control_characters(
+    make_cache, source
+) -> None:
+    columns, words = {"category": (HOSTILE, "plain")}, [f"{i}{HOSTILE}" for i in range(200)]
+    hostile = make_cache("hostile", n_docs=12, source=HOSTILE, columns=columns, vocabulary=words)
     given = [str(source.folder), "--cache", str(hostile), "--device", "cpu"]
     shown = CliRunner().invoke(app, ["show", *given, "--latent", "3", "--top", "2"])
     assert shown.exit_code == 0, shown.output
-    assert "(a\\x1b[2J\\x1b]0;owned\\x07 latent 3: forged \\u202e\\x9b31m)" in shown.output
+    inert = "a\\x1b[2J\\x1b]0;owned\\x07 latent 3: forged \\u202e\\x9b31m"
+    assert f"({inert}, category plain)" in shown.output
+    assert f"({inert}, category a\\x1b[2J" in shown.output
+    assert re.search(rf"\[\[\d+{re.escape(inert)}]]", shown.output)
     assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.output) == []
     assert sum(line.startswith("latent 3") for line in shown.output.splitlines()) == 1
 

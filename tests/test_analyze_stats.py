@@ -266,17 +266,21 @@ def test_a_token_is_in_color_on_a_terminal_and_hostile_text_is_inert_there(monke
 def test_hostile_tokens_sources_and_columns_are_shown_in_one_line_without_control_characters(
     make_cache, source
 ) -> None:
-    columns, words = {"category": (HOSTILE, "plain")}, [f"{i}{HOSTILE}" for i in range(200)]
-    hostile = make_cache("hostile", n_docs=12, source=HOSTILE, columns=columns, vocabulary=words)
-    given = [str(source.folder), "--cache", str(hostile), "--device", "cpu"]
-    shown = CliRunner().invoke(app, ["show", *given, "--latent", "3", "--top", "2"])
-    assert shown.exit_code == 0, shown.output
+    columns, words = {"category": (HOSTILE,)}, [f"{i}{HOSTILE}" for i in range(200)]
+    shown = []
+    for name, kept in (("hostile", None), ("columns", columns)):
+        cache = make_cache(name, n_docs=12, source=HOSTILE, columns=kept, vocabulary=words)
+        given = [str(source.folder), "--cache", str(cache), "--device", "cpu"]
+        done = CliRunner().invoke(app, ["show", *given, "--latent", "3", "--top", "2"])
+        assert done.exit_code == 0, done.output
+        shown.append(done.output)
     inert = "a\\x1b[2J\\x1b]0;owned\\x07 latent 3: forged \\u202e\\x9b31m"
-    assert f"({inert}, category plain)" in shown.output
-    assert f"({inert}, category a\\x1b[2J" in shown.output
-    assert re.search(rf"\[\[\d+{re.escape(inert)}]]", shown.output)
-    assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.output) == []
-    assert sum(line.startswith("latent 3") for line in shown.output.splitlines()) == 1
+    assert f"({inert})" in shown[0]
+    assert "(category=a\\x1b[2J\\x1b]0;owned" in shown[1]
+    for output in shown:
+        assert re.search(rf"\[\[\d+{re.escape(inert)}]]", output)
+        assert re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", output) == []
+        assert sum(line.startswith("latent 3") for line in output.splitlines()) == 1
 
 
 def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:

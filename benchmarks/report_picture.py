@@ -1,6 +1,6 @@
 """The README's picture: the page of a report, one latent open, as headless Chromium draws it.
 
-    python -m benchmarks.report_picture runs/demo_batchtopk/report.html --latent 17 --out docs/images/report.png
+python -m benchmarks.report_picture runs/demo_batchtopk/report.html --latent 17 --out docs/images/report.png
 """
 
 from __future__ import annotations

@@ -62,20 +62,20 @@ function extent(values) {
 }
 
 // series: [{name, x, y}]; the value at the pointer is shown in the caption.
-function lineChart(title, series, height = 132) {
+function lineChart(title, series, {height = 132, format = number} = {}) {
   return figure(title, height, (image, width, tall, told) => {
     const x = extent(series.flatMap((s) => s.x));
     let [low, high] = extent(series.flatMap((s) => s.y));
     if (low > 0 && low < high / 2) low = 0;
     if (low === high) [low, high] = [Math.min(0, low), high || 1];
-    const {sx, sy} = axes(image, width, tall, x, [low, high]);
+    const {sx, sy} = axes(image, width, tall, x, [low, high], {y: format});
     series.forEach((s, i) => {
       const path = s.x.map((value, j) => `${j ? "L" : "M"}${sx(value).toFixed(1)} ${sy(s.y[j]).toFixed(1)}`).join("");
       image.append(svg("path", {class: "curve", d: path, stroke: `var(--s${i % 8})`}));
     });
     const near = svg("line", {class: "near", y1: MARGIN.top, y2: tall - MARGIN.bottom, visibility: "hidden"});
     image.append(near);
-    const last = () => (told.textContent = series.length === 1 ? number(series[0].y.at(-1)) : "");
+    const last = () => (told.textContent = series.length === 1 ? format(series[0].y.at(-1)) : "");
     last();
     image.onpointerleave = () => (last(), near.setAttribute("visibility", "hidden"));
     image.onpointermove = (event) => {
@@ -85,7 +85,7 @@ function lineChart(title, series, height = 132) {
       near.setAttribute("visibility", "visible");
       near.setAttribute("x1", sx(step));
       near.setAttribute("x2", sx(step));
-      told.textContent = `step ${number(step)}: ` + series.map((s, i) => number(s.y[closest[i]])).join(", ");
+      told.textContent = `step ${number(step)}: ` + series.map((s, i) => format(s.y[closest[i]])).join(", ");
     };
   });
 }

@@ -58,4 +58,6 @@ function number(value, digits = 3) {
   return size < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
 }
 
+const thousands = (n) => (n < 10000 ? String(n) : `${Math.round(n / 1000)}k`);
+
 const percent = (share) => (share === 0 ? "0" : share < 1e-5 ? (share * 100).toExponential(0) : number(share * 100, 2)) + "%";

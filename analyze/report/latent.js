@@ -62,8 +62,8 @@ function drawLatent({latent, chunk, i, examples}) {
   const told = [["active on", `${percent(density)} of the rows (${Math.round(density * about.n_rows).toLocaleString("en-US")})`],
     ["mean", number(overview.mean[latent])], ["max", number(overview.largest[latent])]];
   const side = el("div", {class: "side"}, activations(chunk, i),
-    listOf("Nearest decoder rows", chunk, i, "neighbor", "cosine"),
-    chunk.coactive ? listOf("Active together", chunk, i, "coactive", "coactive_score") : null,
+    listOf("Nearest decoder rows (cosine)", chunk, i, "neighbor", "cosine"),
+    chunk.coactive ? listOf(`Active together (Jaccard, ${thousands(about.coactive_rows)} rows)`, chunk, i, "coactive", "coactive_score") : null,
     chunk.raised ? wordsOf("Logits raised most", chunk, i, "raised") : null,
     chunk.lowered ? wordsOf("Logits lowered most", chunk, i, "lowered") : null);
   const strongest = examples.filter((example) => example.band < 0), bands = examples.filter((example) => example.band >= 0);
@@ -109,8 +109,9 @@ function list(examples, latent) {
 function textOf({tokens, acts, own, document: from}, largest) {
   if (!tokens) return el("span", {class: "text plain", dir: "auto"}, from?.[3] ?? "");
   const parts = tokens.map((token, j) => tokenOf(token, acts[j], largest, j === own));
-  return el("span", {class: "text", dir: "auto"}, el("span", {class: "left"}, el("span", {}, ...parts.slice(0, own).flat())),
-    ...parts[own], el("span", {class: "right"}, el("span", {}, ...parts.slice(own + 1).flat())));
+  const [space, token] = parts[own].length > 1 ? parts[own] : ["", ...parts[own]];
+  return el("span", {class: "text", dir: "auto"}, el("span", {class: "left"}, el("span", {}, ...parts.slice(0, own).flat(), space)),
+    token, el("span", {class: "right"}, el("span", {}, ...parts.slice(own + 1).flat())));
 }
 
 function tokenOf(token, act, largest, own) {

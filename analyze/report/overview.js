@@ -1,7 +1,7 @@
 "use strict";
 // The head of the page: summary, plots, settings; of several runs their table and what differs.
 
-const CURVES = [["loss", "Loss"], ["l0", "L0"], ["fvu", "FVU"], ["dead", "Dead latents"]];
+const CURVES = [["loss", "Loss"], ["l0", "L0"], ["fvu", "FVU"], ["dead", "Dead latents", percent]];
 const share = (value) => (value === null || value === undefined ? "-" : value === 0 ? "0%" : percent(value));
 
 function showOverview() {
@@ -33,8 +33,8 @@ function showRun(run) {
   }
   showNotes(run.notes);
   const plots = document.getElementById("plots");
-  for (const [name, title] of CURVES) {
-    if (run.curves[name]) plots.append(lineChart(title, [{name, x: run.curves[name][0], y: run.curves[name][1]}]));
+  for (const [name, title, format] of CURVES) {
+    if (run.curves[name]) plots.append(lineChart(title, [{name, x: run.curves[name][0], y: run.curves[name][1]}], {format}));
   }
   if (run.density) plots.append(histogram("Density of latents", run.density.edges, run.density.counts, {log: true, caption: run.silent ? `${number(run.silent)} silent` : ""}));
   const thresholds = run.thresholds;
@@ -66,10 +66,10 @@ function showComparison(runs) {
   plots.className = "large";
   const points = runs.filter((run) => run.l0 !== null && run.fvu !== null).map((run) => ({name: run.name, group: run.type ?? "", x: run.l0, y: run.fvu}));
   if (points.length) plots.append(scatter("Pareto", points, "L0", "FVU"));
-  for (const [name, title] of CURVES) {
+  for (const [name, title, format] of CURVES) {
     const series = runs.filter((run) => run.curves[name]).map((run) => ({name: run.name, x: run.curves[name][0], y: run.curves[name][1]}));
     if (!series.length) continue;
-    const chart = lineChart(title, series, 240);
+    const chart = lineChart(title, series, {height: 240, format});
     if (series.length <= 8) chart.append(legend(series.map((s) => s.name)));
     plots.append(chart);
   }
@@ -79,6 +79,7 @@ function showComparison(runs) {
   const differing = differences(runs);
   if (differing) document.getElementById("settings").append(differing);
   document.getElementById("settings").append(...runs.filter((run) => run.settings.length).map((run) => settingsOf(run.name, run)));
+  showNotes(facts.notes);
   for (const run of runs) showNotes(run.notes.map((note) => `${run.name}: ${note}`));
 }
 

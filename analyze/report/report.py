@@ -6,8 +6,9 @@ facts: {"title", "version", "runs": [see `run_facts`, with "density" and "link"]
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sae_granary.analyze.report.latent_data import latent_data
 from sae_granary.analyze.report.page import render, write_page
 from sae_granary.analyze.report.run_facts import run_facts
 from sae_granary.analyze.source import Source, hash_of
+from sae_granary.common.finished_run import read_metadata
 from sae_granary.sae_core import load
 from sae_granary.sae_core.latents import latent_numbers
 
@@ -47,7 +49,7 @@ def report_run(
             "model": source.cache.manifest.fingerprint.get("model"),
             "cache": str(source.cache.path),
         }
-        run |= {"thresholds": thresholds_of(source), **_evaluation(source)}
+        run |= {"thresholds": thresholds_of(source), **_evaluation(source, run)}
     facts = _facts(str(run["name"]), [run]) | {"latents": dict(data.about)}
     write_page(out, render(facts, data.blobs))
     return facts
@@ -60,7 +62,11 @@ def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[st
         link = folder / FILE
         where = os.path.relpath(link, out.parent).replace(os.sep, "/") if link.is_file() else None
         runs.append(run_facts(folder) | {"link": where})
-    facts = _facts(title, runs) | {"latents": None}
+    caches = {json.dumps(read_metadata(folder).get("cache_fingerprint"), sort_keys=True) for folder in folders}
+    notes = (
+        ["These runs were trained on different caches: their numbers cannot be compared."] if len(caches) > 1 else []
+    )
+    facts = _facts(title, runs) | {"latents": None, "notes": notes}
     write_page(out, render(facts))
     return facts
 
@@ -71,8 +77,8 @@ def stored_stats(folder: Path) -> LatentStats | None:
     return read_stats(found[-1].parent, {"sae": hash_of(load(folder, "cpu"))}) if found else None
 
 
-def _evaluation(source: Source) -> dict[str, Any]:
-    """What `sae-analyze eval` stored: the groups of the page, and the shares of the hook points."""
+def _evaluation(source: Source, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sae-analyze eval` stored: groups of the page, shares of the hook points, numbers that the run lacks."""
     found = load_evaluation(source)
     if found is None:
         return {}
@@ -84,7 +90,8 @@ def _evaluation(source: Source) -> dict[str, Any]:
         told = [[row["group"], f"{_number(row['fvu'])} / {_number(row['l0'])}"] for row in rows if row["n_rows"]]
         if told:
             groups.append([f"{name.replace('_', ' ')}: FVU / L0", told])
-    return {"evaluation": groups, "routing": found["routing"]}
+    lacking = {name: found["metrics"].get(name) for name in ("l0", "fvu") if run.get(name) is None}
+    return {"evaluation": groups, "routing": found["routing"], **lacking}
 
 
 def _number(value: float | None) -> str:

@@ -16,8 +16,9 @@ from sae_granary.analyze.cli import app
 from sae_granary.analyze.commands.shared import echo_line
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.analyze.latents import coactive as coactive_module
 from sae_granary.analyze.latents import stats as stats_module
-from sae_granary.analyze.latents.coactive import coactive, spread, within_pairs
+from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
 from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
 from sae_granary.analyze.latents.show import Marked, latent_lines, marked
@@ -113,21 +114,22 @@ def test_coactive_latents_by_hand() -> None:
     np.testing.assert_allclose(scores, [[2 / 3, 1 / 3], [2 / 3, 1 / 2], [0, 0], [1 / 2, 1 / 3], [0, 0]], rtol=1e-6)
 
 
-def test_rows_of_a_sample_are_evenly_spread_and_fewer_where_many_latents_are_active(monkeypatch) -> None:
+def test_rows_of_a_sample_are_evenly_spread_and_fewer_where_many_latents_are_active() -> None:
     assert spread(10, 4).tolist() == [0, 2, 5, 7]
     assert spread(3, 4).tolist() == [0, 1, 2]
     assert spread(0, 4).tolist() == []
-    row = np.repeat(np.arange(8), 4)  # 16 pairs per row
-    assert within_pairs(row, 8) == 8
-    monkeypatch.setattr("sae_granary.analyze.latents.coactive.MAX_PAIRS", 64)
-    assert within_pairs(row, 8) == 4
+    assert sample_size(16.0 * 8, 8) == 8  # four latents on each of eight rows: 16 pairs each
+    assert sample_size(16.0 * 10**6, 10**6) == 2**14
+    assert sample_size(1000.0**2 * 10**6, 10**6) == 2**29 // 1000**2
+    assert sample_size(0.0, 0) == 0
 
 
 @pytest.mark.parametrize("n_sampled", [50, 10**6])
 def test_coactivation_is_that_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch, n_sampled) -> None:
     monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
-    monkeypatch.setattr(stats_module, "MAX_ROWS", n_sampled)
-    monkeypatch.setattr("sae_granary.analyze.latents.coactive.BLOCK_NUMBERS", 100)  # four latents at once
+    monkeypatch.setattr(coactive_module, "MAX_ROWS", n_sampled)
+    monkeypatch.setattr(coactive_module, "BLOCK_COUNTS", 100)  # four latents at once, or fewer
+    monkeypatch.setattr(coactive_module, "BLOCK_PAIRS", 300)
     codes = encode_cache(source, tmp_path / "codes")
     found = compute_stats(source, codes)
     active = codes.dense()[source.cache.column("flags")[:] & FLAG_SPECIAL == 0] != 0
@@ -144,8 +146,10 @@ def test_coactivation_is_that_of_the_dense_codes(source: Source, tmp_path: Path,
 
 def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(stats_module, "BLOCK_ENTRIES", 301)
     codes = encode_cache(source, tmp_path / "codes")
     found = compute_stats(source, codes, n_examples=3)
+    assert max(len(block.value) for block in stats_module.blocks_of(source, codes)) <= 301
     plain = source.cache.column("flags")[:] & FLAG_SPECIAL == 0
     rows, document = np.flatnonzero(plain), source.cache.column("doc_id")[:]
     dense = codes.dense()[plain].astype(np.float64)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 MAX_ROWS = 2**14
-MAX_PAIRS = 2**28  # of latents active on the same row, summed over the rows: a dense SAE gets fewer rows
-BLOCK_NUMBERS = 2**21  # of the table of counts that is held at once
+MAX_PAIRS = 2**29  # of latents active on the same row, summed over the rows: a dense SAE gets fewer rows
+BLOCK_COUNTS, BLOCK_PAIRS = 2**21, 2**22  # held at once
 
 I64: TypeAlias = NDArray[np.int64]
 
@@ -24,14 +24,9 @@ def spread(n_rows: int, n: int) -> I64:
     return np.arange(n, dtype=np.int64) * n_rows // max(n, 1)
 
 
-def within_pairs(row: I64, n_rows: int) -> int:
-    """How many of n_rows sampled rows are counted, so that the pairs stay within MAX_PAIRS.
-
-    `row` (nnz,) holds the place of each entry's row in the sample.
-    """
-    n_active = np.bincount(row, minlength=n_rows).astype(np.float64)
-    pairs = float((n_active**2).sum())
-    return n_rows if pairs <= MAX_PAIRS else max(1, int(n_rows * MAX_PAIRS / pairs))
+def sample_size(n_pairs: float, n_rows: int) -> int:
+    """How many of n_rows rows to count, from the sum over them of the squared number of active latents."""
+    return min(MAX_ROWS, n_rows, max(1, int(MAX_PAIRS * n_rows / max(n_pairs, 1.0))))
 
 
 def coactive(row: I64, latent: I64, d_sae: int, n: int) -> tuple[I64, NDArray[np.float32]]:
@@ -40,7 +35,7 @@ def coactive(row: I64, latent: I64, d_sae: int, n: int) -> tuple[I64, NDArray[np
     `row` and `latent` (nnz,) are sorted by row, and a row holds a latent once. The Jaccard index of two latents is the
     number of rows on which both are active over the number on which at least one is. Returns (F, n) latents, -1 where
     fewer are ever active with it, and (F, n) indices. Of equal ones the lower latent comes first.
-    Memory: 40 bytes for each of 2**21 counts, and 16 for each pair of as many latents.
+    Memory: 40 bytes for each of 2**21 counts, 32 for each of 2**22 pairs, whatever the number of latents.
     """
     n = min(n, d_sae - 1)
     latents, scores = np.full((d_sae, n), -1, np.int64), np.zeros((d_sae, n), np.float32)
@@ -49,9 +44,12 @@ def coactive(row: I64, latent: I64, d_sae: int, n: int) -> tuple[I64, NDArray[np
     ends = np.cumsum(n_active)
     by_latent = np.argsort(latent, kind="stable")
     ordered, first = latent[by_latent], np.concatenate([[0], np.cumsum(fired)])
-    size = max(1, BLOCK_NUMBERS // d_sae)
-    for start in range(0, d_sae, size):
-        stop = min(start + size, d_sae)
+    pairs = np.concatenate([[0], np.cumsum(n_active[row[by_latent]])])[first]  # of the latents before each
+    stop = 0
+    while stop < d_sae:
+        start = stop
+        stop = int(np.searchsorted(pairs, pairs[start] + BLOCK_PAIRS, side="right")) - 1
+        stop = min(max(stop, start + 1), start + max(1, BLOCK_COUNTS // d_sae), d_sae)
         part = slice(int(first[start]), int(first[stop]))
         rows = row[by_latent[part]]
         width = n_active[rows]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_identity
 from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
-from sae_granary.analyze.latents.coactive import MAX_ROWS, coactive, spread, within_pairs
+from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
 from sae_granary.analyze.latents.latent_stats import N_BINS, Accumulator, Examples, nearest_neighbors
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples
 from sae_granary.analyze.source import Source
@@ -26,7 +26,7 @@ from sae_granary.common.signed import write_signed
 
 RECORD, ARRAYS = "stats.json", "stats.npz"
 FORMAT = 2  # those of format 1 are computed again
-BLOCK_ROWS = 2**15
+BLOCK_ROWS, BLOCK_ENTRIES = 2**15, 2**20  # read at once, whichever comes first
 N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
 
@@ -74,10 +74,13 @@ class Block:
 
 
 def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
-    """The codes of a cache, 32,768 rows at a time."""
+    """The codes of a cache, at most 32,768 rows and 2**20 entries at a time, but always a whole row."""
     doc_ids, flags = source.cache.column("doc_id"), source.cache.column("flags")
-    for start in range(0, len(codes), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(codes))
+    stop = 0
+    while stop < len(codes):
+        start = stop
+        last = int(np.searchsorted(codes.indptr, codes.indptr[start] + BLOCK_ENTRIES, side="right")) - 1
+        stop = min(max(last, start + 1), start + BLOCK_ROWS, len(codes))
         offsets = codes.indptr[start : stop + 1]
         part = slice(int(offsets[0]), int(offsets[-1]))
         row = np.repeat(np.arange(stop - start), np.diff(offsets))
@@ -94,26 +97,28 @@ def compute_stats(
 ) -> LatentStats:
     """Two passes over codes of a cache: what is counted, then the examples of intervals, which need the maxima.
 
-    Memory, whatever the number of rows: the codes of 32,768 rows, those of the 16,384 rows for co-activation, and
-    F * (B + 3 E + 3 Q) numbers.
+    Memory, whatever the number of rows: some 100 bytes for each of 2**20 entries, the entries of the rows sampled for
+    co-activation, and F * (B + 3 E + 3 Q) numbers. The codes are read twice.
     """
     d_sae = codes.shape[1]
-    counted = Accumulator(d_sae, Examples(n_examples))
+    counted, n_pairs = Accumulator(d_sae, Examples(n_examples)), 0.0
     for block in blocks_of(source, codes, tick):
         counted.update(block.latent, block.value, block.row, block.document, block.n_rows)
+        n_pairs += float(np.square(np.bincount(block.place), dtype=np.float64).sum())
     examples = QuantileExamples(counted.largest)
-    sample, before, parts = spread(counted.n_rows, MAX_ROWS), 0, []
+    sample = spread(counted.n_rows, sample_size(n_pairs, counted.n_rows))
+    before, parts = 0, []
     for block in blocks_of(source, codes):
         examples.update(block.latent, block.value, block.row, block.document)
         parts.append(_sampled(block, sample, before))
         before += block.n_rows
-    together, score, n_sampled = _coactive(parts, len(sample), d_sae)
+    together, score = _coactive(parts, d_sae)
     rows, values = counted.examples.tables(d_sae)
     histogram = counted.histogram.reshape(d_sae, N_BINS)
     mean = counted.sums / np.maximum(counted.fired, 1)
     return LatentStats(
         counted.n_rows, counted.fired, mean, counted.largest, histogram, rows, values, *examples.tables(),
-        *nearest_neighbors(source.sae.core.W_dec, N_NEIGHBORS), together, score, n_sampled,
+        *nearest_neighbors(source.sae.core.W_dec, N_NEIGHBORS), together, score, len(sample),
     )  # fmt: skip
 
 
@@ -126,16 +131,10 @@ def _sampled(block: Block, sample: NDArray[np.int64], before: int) -> NDArray[np
     return np.stack([found, block.latent])[:, found >= 0]
 
 
-def _coactive(
-    parts: list[NDArray[np.int64]], n_rows: int, d_sae: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-    """Latents and indices (F, M) from the entries of sampled rows, and how many of the rows were counted."""
+def _coactive(parts: list[NDArray[np.int64]], d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Latents and indices (F, M) from the entries of sampled rows."""
     row, latent = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.int64)
-    n_counted = within_pairs(row, n_rows)
-    number = np.full(n_rows, -1, np.int64)
-    number[spread(n_rows, n_counted)] = np.arange(n_counted)
-    kept = number[row] >= 0
-    return *coactive(number[row][kept], latent[kept], d_sae, N_COACTIVE), n_counted
+    return coactive(row, latent, d_sae, N_COACTIVE)
 
 
 def stats_folder(source: Source) -> Path:

@@ -182,7 +182,8 @@ def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source
         (["--format", "csv"], "--format is 'csv', expected granary, npz, parquet"),
         (["--pool", "median"], "--pool is 'median', expected max, mean, sum"),
         (["--text", "a", "--texts", "-"], "give either --text or --texts"),
-        (["--text-column", "a"], "--text-column and --model are for texts"),
+        (["--text", "a", "--text-column", "a", "--out", tmp_path / "o"], "--text-column is for --texts"),
+        (["--model", "demo"], "--model is for texts"),
         (["--text", "a"], "codes of texts need a place: give --out"),
         (["--texts", tmp_path / "none.txt", "--out", tmp_path / "o"], "no such file"),
         (["--texts", source.cache.path / "manifest.json", "--out", tmp_path / "o"], ".json is not read here"),
@@ -190,6 +191,7 @@ def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source
         (["--texts", tmp_path / "list.csv", "--text-column", "text", "--out", tmp_path / "o"], "columns id, ticket"),
         (["--texts", "-", "--text-column", "a", "--out", tmp_path / "o"], "stdin, line 1: 'b', expected a JSON object"),
         (["--text", "a", "--out", tmp_path / "list.csv"], "exists: give another --out"),
+        (["--format", "npz", "--out", tmp_path / "list.csv"], "exists: give another --out"),
     ):
         assert words in refused(*given, *flags, stdin="b\n"), flags
     assert sorted(tmp_path.rglob("*")) == before

@@ -57,8 +57,10 @@ def encode(
         if text and texts is not None:
             raise ConfigError("give either --text or --texts")
         from_texts = bool(text) or texts is not None
-        if not from_texts and (text_column is not None or model is not None):
-            raise ConfigError("--text-column and --model are for texts: give --text or --texts")
+        if texts is None and text_column is not None:
+            raise ConfigError("--text-column is for --texts: give a file of texts, or leave it out")
+        if not from_texts and model is not None:
+            raise ConfigError("--model is for texts: give --text or --texts, or leave it out")
         if from_texts and out is None:
             raise ConfigError("codes of texts need a place: give --out; `sae-analyze show --text` prints them")
         from sae_granary.analyze.encoding.outputs import check_output
@@ -86,6 +88,8 @@ def _encode_cache(source: Source, out: Path | None, format: str, pool: str | Non
     name = "codes" if pool is None else f"documents_{pool}"
     output = Output(source.place / f"{name}{SUFFIXES.get(format, '')}" if out is None else out, format, pool)
     plain = pool is None and format == "granary"
+    if format != "granary":
+        output.check_new()  # before minutes of encoding
     with row_progress("encoding", source.cache.n_rows, quiet=quiet) as tick:
         codes = encode_cache(source, output.path if plain else source.place / "codes", tick=tick)
     n_rows, d_sae = codes.shape

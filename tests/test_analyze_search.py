@@ -14,9 +14,10 @@ from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
 from sae_granary.analyze.latents import search as search_module
+from sae_granary.analyze.latents.labels import document_labels
 from sae_granary.analyze.latents.search import Found, Group, document_lines, group_lines, groups, pool_latent
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.common.rows import FLAG_SPECIAL
+from sae_granary.common.rows import FLAG_SPECIAL, DocumentRow
 
 COLUMNS: dict[str, tuple[Any, ...]] = {
     "ticket": tuple(f"T{i}" for i in range(40)), "category": ("billing", "\x1b[2J<b>login</b>\nnow", None),
@@ -64,6 +65,13 @@ def test_groups_by_hand() -> None:
         ["paid", "documents", "active", "mean", "lift"], ["true", "2", "100.0%", "1.5", "2.00"],
         ["and", "1", "more", "value"],
     ]  # fmt: skip
+
+
+def test_hostile_names_stay_in_one_line() -> None:
+    document = DocumentRow(0, "a\nb.csv", 0, "text", {"a\n\x1b[2J": "\u202e" + "x" * 1000, "b": 2.5})
+    assert document_labels(document) == [r"a \x1b[2J=" + r"\u202e" + "x" * 36 + "...", "b=2.5"]
+    assert document_labels(DocumentRow(0, "a\nb.csv", 0, "text")) == ["a b.csv"]
+    assert next(group_lines("a\nb", [], 1)).startswith("a b  documents")
 
 
 def test_a_latent_that_never_fires(source: Source, tmp_path: Path) -> None:

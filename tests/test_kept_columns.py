@@ -2,6 +2,8 @@
 
 import io
 import json
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,33 @@ def test_values_keep_their_types(tmp_path: Path) -> None:
     assert read_kept_column(tmp_path / "documents", "text") == ["other"] * len(stored)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_times_are_kept_as_text(tmp_path: Path, suffix: str) -> None:
+    moments = [datetime(2024, 5, 1, 12, 30, tzinfo=UTC), None]
+    table = pa.table(
+        {
+            "text": ["one", "two"],
+            "at": pa.array(moments, pa.timestamp("us", "UTC")),
+            "far": pa.array([2**62, None], pa.timestamp("us")),
+            "on": pa.array([date(2024, 5, 1), None]),
+            "price": pa.array([Decimal("1.50"), None]),
+            "tags": [["a"], []],
+        }
+    )
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    source = FileSource(TextConfig(str(path), keep_columns=("at", "far", "on", "price", "tags")))
+    first, second = (record.columns for record in source.records(0))
+    assert first["at"] == "2024-05-01 12:30:00.000000Z"
+    assert isinstance(first["far"], str)
+    assert [first[name] for name in ("on", "price", "tags")] == ["2024-05-01", "1.50", '["a"]']
+    assert list(second.values()) == [None, None, None, None, "[]"]
+
+
 @pytest.mark.parametrize("columns", [{}, {"x": 1, "y": 2}, {"x": [1]}, {"x": float("nan")}])
 def test_the_writer_takes_no_other_columns(tmp_path: Path, columns: dict[str, Any]) -> None:
     file = DocumentFile(tmp_path / "documents", ["x"])
@@ -185,7 +214,7 @@ def test_columns_of_standard_input() -> None:
     assert source.identity["kept_columns"] == "id"
     for text, message in ((b"plain text\n", "does not apply to standard input"), (b'{"text": "a"}', "no column 'id'")):
         with pytest.raises(SourceError, match=message):
-            list(StdinSource(TextConfig("-", keep_columns=("id",)), io.BytesIO(text)).records(0))
+            StdinSource(TextConfig("-", keep_columns=("id",)), io.BytesIO(text))
 
 
 def test_a_resume_compares_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

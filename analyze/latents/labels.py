@@ -20,7 +20,8 @@ def document_labels(document: DocumentRow | None) -> list[str]:
     """`category=billing` for each kept column, or the source of a document without any."""
     if document is None:
         return ["-"]
-    return [f"{name}={value_label(value)}" for name, value in document.columns.items()] or [document.source]
+    cells = [f"{value_label(name)}={value_label(value)}" for name, value in document.columns.items()]
+    return cells or [value_label(document.source)]
 
 
 def value_label(value: Scalar) -> str:

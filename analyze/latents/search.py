@@ -89,8 +89,9 @@ def groups(found: Found, ids: Sequence[int], column: Sequence[Scalar]) -> list[G
 def group_lines(by: str, all_groups: Sequence[Group], top: int) -> Iterator[str]:
     """A table of the first values of a column."""
     shown = all_groups[:top]
-    width = max(len(cell) for cell in [by, *(value_label(group.value) for group in shown)])
-    yield f"{by:<{width}}  documents  active   mean     lift"
+    head = value_label(by)
+    width = max(len(cell) for cell in [head, *(value_label(group.value) for group in shown)])
+    yield f"{head:<{width}}  documents  active   mean     lift"
     for group in shown:
         numbers = f"{group.n_documents:>9,}  {group.share_active:>6.1%}  {group.mean:>7.3g}  {group.lift:>7.2f}"
         yield f"{value_label(group.value):<{width}}  {numbers}"

@@ -37,7 +37,7 @@ def _of_schema(names: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
     return found or None
 
 
-def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Sequence[str]) -> Iterator[Row]:
     """Of a .parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -52,11 +52,11 @@ def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Itera
     names = file.schema_arrow.names
     wanted = _of_schema(names, columns) if len(set(names)) == len(names) else None
     for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-        batch = _readable(batch)
+        batch = _readable(batch, kept)
         yield from (Row(item, n_bytes) for item in batch.to_pylist())
 
 
-def arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Sequence[str]) -> Iterator[Row]:
     """As `Dataset.save_to_disk` writes it (an IPC stream), or an IPC file."""
     import pyarrow
 
@@ -68,7 +68,7 @@ def arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str]) -> Iterato
         except pyarrow.ArrowInvalid as error:
             raise SourceError(f"{path} is no Arrow file: {error}") from error
         for batch in _arrow_batches(source):
-            batch = _readable(batch)
+            batch = _readable(batch, kept)
             batch = batch.select(_of_schema(batch.schema.names, columns) or batch.schema.names)
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for item in batch.slice(start, _BATCH_ROWS).to_pylist():
@@ -87,13 +87,25 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
         yield from pyarrow.ipc.open_stream(source)
 
 
-def _readable(batch: Any) -> Any:
-    """With names told apart, and times as integers: Python has no times outside of its years, or in nanoseconds."""
+def _readable(batch: Any, kept: Sequence[str]) -> Any:
+    """With names told apart, and times as integers: Python has no times outside of its years, or in nanoseconds.
+
+    In the columns that are kept times are text, as a person reads them.
+    """
     import pyarrow
 
     batch = batch.rename_columns(told_apart(batch.schema.names))
-    fields = [field.with_type(_no_times(field.type)) for field in batch.schema]
+    fields = [
+        field.with_type(pyarrow.string() if field.name in kept and _has_clock(field.type) else _no_times(field.type))
+        for field in batch.schema
+    ]
     return batch if fields == list(batch.schema) else batch.cast(pyarrow.schema(fields))
+
+
+def _has_clock(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind))
 
 
 def _no_times(kind: Any) -> Any:

@@ -1,8 +1,8 @@
 """`--keep-columns`: columns of the source's records that go into the cache beside the text.
 
 A value is stored as the source gives it: text, a number, a bool or None. A column that a record lacks is None, and so
-is a number that is not finite. Lists and objects are stored as the text of their JSON; what JSON lacks (a time, a
-decimal number, bytes) as text.
+is a number that is not finite. Lists and objects are stored as the text of their JSON; what JSON lacks (a time as
+`2024-05-01 12:30:00`, a decimal number, bytes) as text.
 """
 
 from __future__ import annotations

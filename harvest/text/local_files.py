@@ -118,7 +118,7 @@ class FileSource:
                 yield record
             return
         extract, kept = extractor(self.columns), self._config.keep_columns
-        for number, row in enumerate(table_rows(path, (*self.columns, *kept))):
+        for number, row in enumerate(table_rows(path, self.columns, kept)):
             yield Record(extract(row.item), name, number, row.repaired, row.n_bytes, keep(row.item, kept))
 
     def _choose_columns(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import IO
 
@@ -26,7 +27,10 @@ class StdinSource:
 
     def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:
         self._config = config
-        self._stream = stream if stream is not None else sys.stdin.buffer
+        self._mode = "line" if config.documents == "auto" else config.documents
+        self._texts = text_records(stream if stream is not None else sys.stdin.buffer, "stdin", self._mode)
+        if config.text_columns or config.keep_columns:  # looked for in the first line, before a model is loaded
+            _ = self._extract
 
     @property
     def name(self) -> str:
@@ -54,20 +58,8 @@ class StdinSource:
         return None
 
     def _all(self) -> Iterator[Record]:
-        mode = "line" if self._config.documents == "auto" else self._config.documents
-        texts = text_records(self._stream, "stdin", mode)
-        first = next(texts, None)
-        if first is None:
-            return
-        extract = self._extract(first.value) if mode == "line" else None
-        kept = self._config.keep_columns
-        for flag, names in (("--text-column", self._config.text_columns), ("--keep-columns", kept)):
-            if extract is None and names:
-                raise SourceError(
-                    f"{flag} {','.join(names)} does not apply to standard input whose first line is no JSON object: "
-                    "leave it away"
-                )
-        for record in chain([first], texts):
+        extract, kept = self._extract, self._config.keep_columns
+        for record in self._texts:
             if extract is None or not isinstance(record.value, str):
                 yield record
             else:
@@ -75,10 +67,22 @@ class StdinSource:
                 item: Item = Unfit.NOT_JSON if found is None else found
                 yield replace(record, value=extract(item), columns=keep(item, kept))
 
-    def _extract(self, first: object) -> Extract | None:
-        """How a line gives its text: None where the first is no JSON object."""
-        head = json_object(first) if isinstance(first, str) else None
-        if head is None:
+    @cached_property
+    def _extract(self) -> Extract | None:
+        """How a line gives its text: None where the first is no JSON object. Raises SourceError."""
+        first = next(self._texts, None)
+        if first is None:
             return None
-        check_kept(lambda: iter([head]), self._config.keep_columns, "the first line of standard input")
-        return extractor(choose_columns(column_kinds([head]), self._config.text_columns, "standard input"))
+        self._texts = chain([first], self._texts)
+        kept, wanted = self._config.keep_columns, self._config.text_columns
+        head = json_object(first.value) if self._mode == "line" and isinstance(first.value, str) else None
+        if head is not None:
+            check_kept(lambda: iter([head]), kept, "the first line of standard input")
+            return extractor(choose_columns(column_kinds([head]), wanted, "standard input"))
+        for flag, names in (("--text-column", wanted), ("--keep-columns", kept)):
+            if names:
+                raise SourceError(
+                    f"{flag} {','.join(names)} does not apply to standard input whose first line is no JSON object: "
+                    "leave it away"
+                )
+        return None

@@ -30,17 +30,18 @@ _CR = "\udc0d"  # stands for CR inside of a line, which the module csv takes for
 _DELIMITERS = (",", ";", "\t", "|")  # of a .csv; the first of those that divide its header most often
 
 
-def table_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
+def table_rows(path: Path, columns: Sequence[str] = (), kept: Sequence[str] = ()) -> Iterator[Row]:
     """The records of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file. Raises SourceError.
 
-    Of the last two only `columns` are read, if any are named.
+    Of the last two only `columns` and `kept` are read, if any `columns` are named; times in `kept` are text.
     """
+    wanted = (*columns, *kept) if columns else ()
     kind = kind_of(path)
     with open_binary(path) as stream:
         if kind == ".parquet":
-            yield from parquet_rows(stream, path, columns)
+            yield from parquet_rows(stream, path, wanted, kept)
         elif kind == ".arrow":
-            yield from arrow_rows(stream, path, columns)
+            yield from arrow_rows(stream, path, wanted, kept)
         elif kind in (".csv", ".tsv"):
             newline = "" if _ends_lines_with_cr(path) else "\n"
             with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as lines:

@@ -15,9 +15,10 @@ from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.evaluation.measure import evaluate
 from sae_granary.analyze.evaluation.stored import save_evaluation
 from sae_granary.analyze.latents.stats import LatentStats, find_stats
-from sae_granary.analyze.report.latent_data import latent_data
+from sae_granary.analyze.report.latent_data import LATENTS, latent_data
 from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
 from sae_granary.analyze.report.page import inline_json
+from sae_granary.analyze.report.run_facts import curves_of
 from sae_granary.analyze.report.token_texts import displayed
 from sae_granary.analyze.report.words import most_frequent
 from sae_granary.analyze.source import Source, open_source
@@ -25,7 +26,7 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 
-D_SAE = 300  # more than one blob of 256
+D_SAE = 300  # several blobs
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_examples_have_their_tokens_and_activations(source: Source) -> None:
     np.testing.assert_allclose(overview["density"], stats.density, rtol=1e-6)
     dense, n_checked = codes.dense(), 0
     for latent in range(D_SAE):
-        chunk, i = unpack(data.blobs[f"latents_{latent // 256}"]), latent % 256
+        chunk, i = unpack(data.blobs[f"latents_{latent // LATENTS}"]), latent % LATENTS
         rows = [*stats.example_rows[latent], *stats.quantile_rows[latent, ::-1]]
         n = len(rows)
         part = slice(i * n, (i + 1) * n)
@@ -135,7 +136,7 @@ def test_statistics_without_the_cache_still_give_latents(source: Source) -> None
     assert unpack_json(data.blobs["words"]) == []
     chunk = unpack(data.blobs["latents_0"])
     assert "start" not in chunk
-    assert chunk["value"].reshape(256, -1)[0, :10].tolist() == stats.example_values[0].tolist()
+    assert chunk["value"].reshape(LATENTS, -1)[0, :10].tolist() == stats.example_values[0].tolist()
     assert isinstance(stats, LatentStats)
 
 
@@ -233,6 +234,15 @@ def test_pooled_rows_are_shown_as_their_texts(tmp_path: Path) -> None:
     assert words[labels[0, 0] - 1].startswith(f"<i>text</i> {strongest} long")
     assert documents[chunk["document"][0]][3].startswith(f"<i>text</i> {strongest} long")
     assert all(len(document[3]) <= 400 for document in documents)
+
+
+def test_curves_are_thinned_and_end_where_the_run_ended(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1 / step, "fvu": float("nan")}) for step in range(1, 1800)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": ']))
+    curves = curves_of(tmp_path)
+    steps, losses = curves.pop("loss")
+    assert (steps[-1], losses[-1], curves) == (1799, 1 / 1799, {})
+    assert 400 <= len(steps) <= 500
 
 
 def test_a_folder_of_runs_is_compared_and_an_empty_one_refused(make_cache, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sae_granary.analyze.latents.stats import LatentStats, find_stats
 from sae_granary.analyze.report.report import report_comparison, report_run
 from sae_granary.analyze.source import Source, open_source
 
-D_SAE = 300  # more than one blob of 256
+D_SAE = 300  # several blobs
 HOSTILE = [
     "</script><script>window.hurt = 1</script>",
     "<img src=x onerror='window.hurt = 2'>",

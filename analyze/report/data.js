@@ -11,8 +11,15 @@ async function inflate(name) {
   const text = atob(document.getElementById("blob-" + name).textContent);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  return new Response(stream).arrayBuffer();
+  // Written and read here: a Blob or a Response would pass every part through another process of the browser.
+  const stream = new DecompressionStream("deflate-raw"), writer = stream.writable.getWriter(), reader = stream.readable.getReader();
+  writer.write(bytes);
+  writer.close();
+  const parts = [];
+  for (let read = await reader.read(); !read.done; read = await reader.read()) parts.push(read.value);
+  const whole = new Uint8Array(parts.reduce((length, part) => length + part.length, 0));
+  parts.reduce((place, part) => (whole.set(part, place), place + part.length), 0);
+  return whole.buffer;
 }
 
 function unpack(buffer) {

@@ -44,11 +44,10 @@ async function readLatent(latent) {
 }
 
 async function tokensOf(start, length) {
-  const size = about.tokens_per_blob, found = [];
-  for (let place = start; place < start + length; place++) {
-    found.push(words[(await arrays(`tokens_${Math.floor(place / size)}`)).token[place % size]]);
-  }
-  return found;
+  const size = about.tokens_per_blob, first = Math.floor(start / size), last = Math.floor((start + length - 1) / size);
+  const streams = [(await arrays(`tokens_${first}`)).token];
+  if (last > first) streams.push((await arrays(`tokens_${last}`)).token);
+  return Array.from({length}, (_, j) => words[streams[Math.floor((start + j) / size) - first][(start + j) % size]]);
 }
 
 function drawLatent({latent, chunk, i, examples}) {

@@ -5,7 +5,7 @@ Blobs, as `packed` writes them:
     words       JSON: texts of the tokens that occur; of pooled rows, beginnings of documents
     tokens_N    token u4: the stream of tokens that the windows cut, 32,768 of them, as indices of `words`
     documents_N JSON: [source, row in the source, kept columns, text of a pooled row] of 512 documents
-    latents_N   256 latents; the methods of `_Chunks` say what of them
+    latents_N   64 latents; the methods of `_Chunks` say what of them
 Shapes: F = d_sae latents, n latents of a chunk, E examples of a latent, M neighbors.
 """
 
@@ -26,7 +26,7 @@ from sae_granary.analyze.report.windows import Windows, activations_at, find_win
 from sae_granary.analyze.report.words import Words, no_words, shortened, words_of_texts, words_of_tokens
 from sae_granary.cache.read.reader import Cache
 
-LATENTS, TOKENS, DOCUMENTS = 256, 32_768, 512  # per blob
+LATENTS, TOKENS, DOCUMENTS = 64, 32_768, 512  # per blob
 TEXT_CHARACTERS, CELL_CHARACTERS = 400, 200
 FULL = 127  # of an activation in a window, in units of the latent's largest / 127
 

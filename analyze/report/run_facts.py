@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,18 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 
 
 def curves_of(folder: Path) -> dict[str, list[list[float]]]:
-    """Name of a curve -> [steps, values], at most 500 points of each."""
+    """Name of a curve -> [steps, values], at most 500 points of each; a diverged run has NaN, which is left out."""
     lines, curves = read_metrics(folder), {}
     for name in CURVES:
-        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        points = points[:: -(-len(points) // N_POINTS)] if points else []
+        points = [(line["step"], line[name]) for line in lines if _is_finite(line.get(name))]
         if points:
+            points = points[:: -(len(points) // N_POINTS + 1)][::-1]  # the last one stays
             curves[name] = [list(column) for column in zip(*points, strict=True)]
     return curves
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def settings_of(folder: Path) -> list[list[Any]]:

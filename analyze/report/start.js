@@ -47,6 +47,11 @@ function pageKey(event) {
   event.preventDefault();
 }
 
+function failed(error) {
+  showNotes([`This browser cannot show the latents (${error.message}); one of 2024 or later can.`]);
+  throw error;
+}
+
 async function start() {
   setTheme(storedTheme());
   document.getElementById("theme").addEventListener("click", () => {

@@ -406,6 +406,35 @@ def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
 
 
+def test_a_stopped_run_takes_its_model_from_another_place(copied: Path, models: Path, tmp_path: Path) -> None:
+    from test_train_resume import StopAt
+
+    from sae_granary.train.errors import InterruptedRunError
+
+    settings = {**SMALL, "cache": str(copied), "runs_dir": str(tmp_path / "runs"), "steps": 4, "loss": "kl"}
+    settings |= {"log_every": 1, "batch_size": 256}
+    for name in ("a", "b"):
+        sink = StopAt(2)
+        with pytest.raises(InterruptedRunError):
+            train_sae(**settings, name=name, sinks=[sink], stop=sink.stop)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    for place, message in (None, "is not there: no such folder; name its"), (models / "llama", "has other weights"):
+        flags = [] if place is None else ["--lm", str(place)]
+        result = CliRunner().invoke(app, ["resume", str(tmp_path / "runs/a"), "-q", *flags])
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "runs/a"), "-q", "--lm", str(tmp_path / "moved")])
+    assert result.exit_code == 0, result.output
+    train_sae(**settings, name="b", resume="auto", lm=str(tmp_path / "moved"))
+    a, b = ((tmp_path / "runs" / name / "sae_weights.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("loss", [("--loss", "ce"), ("--finetune-kl", "256")])
+def test_no_early_stop_before_the_model_is_passed_through(models: Path, loss: tuple[str, str]) -> None:
+    flags = ("--batch-size", "256", "--steps", "5", "--set", "eval_every=1", "--early-stop", "1")
+    assert "early_stop=1 ends a run by its FVU" in refusal("--cache", models / "llama_l0", *flags, *loss)
+
+
 def test_activations_tell_another_model_where_no_hash_does(models: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -68,6 +68,7 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 def resume(
     folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep that was stopped: runs/<name>.")],
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Where its cache is, if it was moved.")] = None,
+    lm: Annotated[str | None, typer.Option("--lm", help="Where its language model is, if it was moved.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -78,7 +79,7 @@ def resume(
         from sae_granary.train.state.checkpoint import list_checkpoints
 
         if is_sweep(folder):
-            cli_sweep.resume_grid(folder, quiet, cache)
+            cli_sweep.resume_grid(folder, quiet, cache, lm)
             return
         config, _ = read_run(folder)
         if not quiet and not is_complete(folder):
@@ -86,7 +87,7 @@ def resume(
             echo(f"continuing from {found[-1].name}" if found else "no checkpoint yet: starting again at step 1")
         from sae_granary.train.run import resume_training
 
-        show_training(lambda **options: resume_training(folder, cache=cache, **options), quiet, config.device)
+        show_training(lambda **options: resume_training(folder, cache=cache, lm=lm, **options), quiet, config.device)
 
 
 @app.command()

@@ -81,11 +81,11 @@ def _begun(config: TrainConfig, found: RunData) -> tuple[RunData, Path] | Result
     saved, record = read_run(folder)
     moved = found.cache.manifest.fingerprint == record["cache"]
     cache = resolved.cache if moved else find_cache(saved.cache, record, folder)
-    saved = replace(saved, cache=cache)
+    saved = replace(saved, cache=cache, lm=resolved.lm or saved.lm)  # its weights are compared where it is loaded
     data = RunData.reopen(saved, record)
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
     opened = RunData.open(config, data.cache)  # on the shards that it started with
-    now = replace(opened.config, runs_dir=saved.runs_dir)
+    now = replace(opened.config, runs_dir=saved.runs_dir, lm=saved.lm)
     if Path(saved.cache).resolve() != Path(resolved.cache).resolve():
         now = replace(now, cache=resolved.cache)
     if differences := differing(saved, now):
@@ -102,12 +102,14 @@ def resume_training(
     folder: str | Path,
     *,
     cache: str | Path | None = None,
+    lm: str | None = None,
     sinks: Sequence[Sink] = (),
     callbacks: Sequence[AnyCallback] = (),
     stop: StopRequest | None = None,
 ) -> Result:
     """Continue a run from its newest checkpoint, bit for bit as if it had never stopped, on the same machine and under
-    the same process settings (`common.process`). A cache that was moved is found relative to the run, or is given.
+    the same process settings (`common.process`). A cache that was moved is found relative to the run, or is given;
+    `lm` is where the language model is now, if it was moved.
 
     >>> from sae_granary import resume_training
     >>> resume_training("runs/stopped").summary["steps"]
@@ -119,7 +121,7 @@ def resume_training(
     config, record = read_run(folder)
     if is_complete(folder):
         raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    config = replace(config, cache=find_cache(config.cache, record, folder, cache))
+    config = replace(config, cache=find_cache(config.cache, record, folder, cache), lm=lm or config.lm)
     return _train(RunData.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
 
 

@@ -97,13 +97,13 @@ def train_grid(
     _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet, device)
 
 
-def resume_grid(folder: Path, quiet: bool, cache: Path | None = None) -> None:
-    """Continue a sweep and print its table. `cache`: where it is, if it was moved."""
+def resume_grid(folder: Path, quiet: bool, cache: Path | None = None, lm: str | None = None) -> None:
+    """Continue a sweep and print its table. `cache`, `lm`: where they are, if they were moved."""
     from sae_granary.train.sweeps.sweep import resume_sweep
     from sae_granary.train.sweeps.sweep_plan import load_plan
 
     device = load_plan(folder).entries[0].config.device
-    _show(lambda **options: resume_sweep(folder, cache=cache, **options), quiet, device)
+    _show(lambda **options: resume_sweep(folder, cache=cache, lm=lm, **options), quiet, device)
 
 
 def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:

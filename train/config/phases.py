@@ -34,6 +34,11 @@ def check_phases(config: TrainConfig) -> None:
             f"finetune_kl={config.finetune_kl:,} is longer than the run of {config.steps} steps of "
             f"{config.batch_size:,} rows: give fewer tokens, or --loss kl for a whole run"
         )
+    if start is not None and config.early_stop is not None:
+        raise ConfigError(
+            f"early_stop={config.early_stop} ends a run by its FVU, which is not what its steps through the language "
+            "model minimize, and may end it before them: leave it out"
+        )
     if start is not None and not reads.one_row:
         raise ConfigError(f"type {config.type} reads more than one row at a time: kl and ce need a type that reads one")
     if config.eval_downstream and reads.several:

@@ -52,8 +52,9 @@ class SweepExecution:
         reporter: Reporter | None,
         stop: StopRequest | None,
         cache: str | Path | None = None,
+        lm: str | None = None,
     ) -> None:
-        self.cache = cache  # where it is now, if it is not where the plan says
+        self.cache, self.lm = cache, lm  # where they are now, if they are not where the plan says
         self.plan, self.folder, self.callbacks = plan, folder, callbacks
         self.reporter = Reporter() if reporter is None else reporter
         self.stop = StopRequest() if stop is None else stop
@@ -90,7 +91,7 @@ class SweepExecution:
         if not left:
             return
         cache = self._cache_of(group)
-        left = [replace(entry, config=replace(entry.config, cache=cache)) for entry in left]
+        left = [replace(e, config=replace(e.config, cache=cache, lm=self.lm or e.config.lm)) for e in left]
         self.reporter.start(self.plan, group)
         most = self._most_at_once(left)
         for first in range(0, len(left), most):

@@ -98,6 +98,7 @@ def resume_sweep(
     folder: str | Path,
     *,
     cache: str | Path | None = None,
+    lm: str | None = None,
     callbacks: MakeCallbacks | None = None,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
@@ -105,7 +106,7 @@ def resume_sweep(
     """Continue a sweep by its saved plan; every SAE ends bitwise as if nothing had stopped it.
 
     One that diverged is not tried again (it would diverge again), any other failure is. `callbacks`: as before.
-    `cache`: its folder, if it was moved.
+    `cache` and `lm` (the language model): where they are now, if they were moved.
 
     >>> from sae_granary import resume_sweep
     >>> len(resume_sweep("runs/demo_sweep").rows)
@@ -113,7 +114,7 @@ def resume_sweep(
     """
     _check_callbacks(callbacks)
     folder = Path(folder)
-    return SweepExecution(load_plan(folder), folder, callbacks, reporter, stop, cache).execute()
+    return SweepExecution(load_plan(folder), folder, callbacks, reporter, stop, cache, lm).execute()
 
 
 def _check_callbacks(callbacks: Any) -> None:

@@ -20,7 +20,7 @@ function ticks(low, high, n = 4) {
   return found;
 }
 
-const powerOfTen = (exponent) => (Number.isInteger(exponent) ? "1e" + exponent : "");
+const powerOfTen = (exponent) => (Number.isInteger(exponent) ? "1e" + exponent : number(10 ** exponent, 2));
 
 // A figure with a caption; `draw(figure width)` fills its SVG.
 function figure(title, height, draw) {

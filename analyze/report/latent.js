@@ -107,7 +107,7 @@ function list(examples, latent) {
 // The window of an example: what is before its token, the token, what is behind it.
 function textOf({tokens, acts, own, document: from}, largest) {
   if (!tokens) return el("span", {class: "text plain", dir: "auto"}, from?.[3] ?? "");
-  const parts = tokens.map((token, j) => tokenOf(token, acts[j], largest, j === own));
+  const parts = tokens.map((token, j) => tokenOf(j ? token : token.trimStart(), acts[j], largest, j === own));
   const [space, token] = parts[own].length > 1 ? parts[own] : ["", ...parts[own]];
   return el("span", {class: "text", dir: "auto"}, el("span", {class: "left"}, el("span", {}, ...parts.slice(0, own).flat(), space)),
     token, el("span", {class: "right"}, el("span", {}, ...parts.slice(own + 1).flat())));

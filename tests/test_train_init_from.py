@@ -88,6 +88,26 @@ def test_decoder_rows_of_zeros_stay_silent_and_get_a_direction(name: str) -> Non
         assert not bool(sae(x).codes.dense()[:, norms == 0].any())
 
 
+@pytest.mark.parametrize(("of_file", "of_run"), [("none", "mean"), ("none", "dataset"), ("mean+dataset", "dataset")])
+def test_a_crosscoder_across_normalizations_differs_by_its_selection_alone(of_file: str, of_run: str) -> None:
+    """Hook points of other scales change the norms of decoder rows, which the selection compares."""
+    hooks = {"a": rows(), "b": 5 * rows(seed=1) + 30}
+    cls = sae_core.registry.get("crosscoder")
+    options = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "n_hooks": 2}
+    file, run = (cls(sae_core.make_config(cls, {**options, "normalize": name})) for name in (of_file, of_run))
+    for seed, sae in enumerate((file, run)):
+        sae.initialize(hooks, torch.Generator().manual_seed(seed))
+    unfold(run, fold(file))
+    with torch.no_grad():
+        run.after_step()
+        chosen, now = (sae.encode(hooks).dense() > 0 for sae in (file, run))
+        same = (chosen == now).all(1)
+        error = (file(hooks).x_hat - run(hooks).x_hat).norm(dim=1) / file(hooks).x_hat.norm(dim=1)
+    assert same.float().mean() > 0.4
+    assert error[same].max() < 1e-6  # float32; 7e-16 in float64
+    assert bool(same.all()) == (of_run == "mean")
+
+
 class Messages(BaseSink):
     """What a person is told."""
 

@@ -77,7 +77,7 @@ def start_from(sae: SAE, path: str, sample: Rows) -> str:
         f"{line}: {sae.type_name} keeps decoder rows of norm 1, those of the file have {norms.min():.3g} to "
         f"{norms.max():.3g}; they moved into the encoder, so latents are now selected by activation times decoder norm"
         if sae.core.unit_decoder and norms.max() > 1.001 * norms.min()
-        else f"{line}: the options of this run differ from those of the file"
+        else f"{line}: options or scales differ between this run and the file, so other latents are selected"
     )
 
 

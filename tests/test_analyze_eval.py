@@ -271,7 +271,8 @@ def test_a_run_is_evaluated_on_what_it_held_out_itself(make_cache, tmp_path: Pat
     from sae_granary import train_sae
 
     settings = {"type": "topk", "k": 4, "d_sae": D_SAE, "batch_size": 128, "steps": 3, "device": "cpu"}
-    settings |= {"holdout": 0.3, "holdout_seed": 7, "min_position": 2, "keep_special": True, "dead_threshold": 0.01}
+    settings |= {"holdout": 0.3, "holdout_seed": 7, "keep_special": True, "dead_threshold": 0.01}
+    settings |= {"keep_first_position": False, "max_position": 20}
     cache, runs = str(make_cache()), tmp_path / "runs"
     train_sae(cache=cache, runs_dir=str(runs), name="own", **settings)
     summary = json.loads((runs / "own" / "summary.json").read_text())
@@ -283,9 +284,8 @@ def test_a_run_is_evaluated_on_what_it_held_out_itself(make_cache, tmp_path: Pat
     [step] = (runs / "own" / "checkpoints").iterdir()
     trained = sae_core.load_native(step / "sae").train()
     source, last = open_source(runs / "own", device="cpu"), sae_core.Progress(2, 3)
-    rows = np.flatnonzero(
-        Holdout(0.3, 7).mask(source.cache.column("doc_id")[:]) & (source.cache.column("position")[:] >= 2)
-    )
+    position = source.cache.column("position")[:]
+    rows = np.flatnonzero(Holdout(0.3, 7).mask(source.cache.column("doc_id")[:]) & (position > 0) & (position <= 20))
     with torch.no_grad():
         terms = trained.losses(trained(torch.from_numpy(source.cache.hook()[rows])), last)
     assert found["losses"].keys() == {"loss", *terms}

@@ -56,6 +56,7 @@ def show_evaluations(found: Sequence[Evaluation]) -> None:
                 err=True,
                 color="yellow",
             )
+        echo(f"{group[0]['cache']}, {', '.join(dict.fromkeys(one['part'] for one in group))} rows")
         make_console(width=160).print(_table(group))
     for one in found:
         for note in one["notes"]:
@@ -77,8 +78,7 @@ def by_cache(found: Sequence[Evaluation]) -> list[list[Evaluation]]:
 
 
 def _table(group: Sequence[Evaluation]) -> Table:
-    parts = list(dict.fromkeys(one["part"] for one in group))
-    table = Table(title=escape(f"{group[0]['cache']}, {', '.join(parts)} rows"), title_justify="left")
+    table = Table()
     table.add_column("")
     for one in group:
         table.add_column(escape(one["name"]), justify="right", overflow="fold")

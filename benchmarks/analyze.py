@@ -25,7 +25,10 @@ from sae_granary.analyze.encoding.encode import BLOCK_ROWS, encode_cache
 from sae_granary.analyze.latents import stats
 from sae_granary.analyze.latents.stats import compute_stats
 from sae_granary.analyze.source import Source, open_source
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.process import tuned_process
+from sae_granary.common.rows import Rows
 
 D_SAE, K = 12_288, 32
 Seconds = Mapping[str, tuple[float, float]]  # by name: of the clock, of the processor
@@ -40,6 +43,19 @@ def alternated(functions: Mapping[str, Callable[[], object]], repeats: int) -> S
             function()
             times[name].append((time.perf_counter() - start, time.process_time() - busy))
     return {name: tuple(map(statistics.median, zip(*found, strict=True))) for name, found in times.items()}  # type: ignore[misc]
+
+
+def first_rows(cache: Path, n_rows: int, out: Path) -> Path:
+    """A cache of the first rows of another one."""
+    opened = open_cache(cache)
+    columns = {name: opened.column(name)[:n_rows] for name in opened.layout.columns}
+    manifest = opened.manifest
+    spec = CacheSpec("token", manifest.hook_points, manifest.dtype, n_rows, provenance={}, fingerprint={})
+    with CacheWriter.open(out, spec) as writer:
+        writer.begin_buffer({})
+        writer.append(Rows({name: opened.hook(name)[:n_rows] for name in opened.hook_points}, **columns))
+        writer.finish({})
+    return out
 
 
 def make_source(cache: Path, folder: Path) -> Source:
@@ -136,12 +152,16 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.analyze", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="for instance the cache that `sae-train demo` makes")
+    parser.add_argument("--rows", type=int, help="only the first rows of the cache")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--table", choices=["encode", "stats", "both"], default="both")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, tuned_process("cpu"):
         folder = Path(name)
-        source = make_source(arguments.cache, folder)
+        cache = arguments.cache
+        if arguments.rows is not None:
+            cache = first_rows(cache, arguments.rows, folder / "cache")
+        source = make_source(cache, folder)
         print(f"{machine.describe()}, load {os.getloadavg()[0]:.1f}; d_sae {D_SAE:,}, k {K}, blocks of {BLOCK_ROWS:,}")
         if arguments.table in ("encode", "both"):
             print(f"\n{encode_table(source, folder, source.cache.n_rows, arguments.repeats)}", flush=True)

@@ -64,7 +64,7 @@ def plan_rows(result: Plan) -> list[tuple[str, str]]:
         ("cache", str(prepared.config.out_path)),
         ("model", f"{prepared.located.name}, {prepared.n_layers or '?'} layers, {prepared.model_class or 'pooled'}"),
         ("hook points", ", ".join(f"{hook.name} ({_no_width(prepared) or hook.d_in})" for hook in prepared.hooks)),
-        ("text", f"{source.name}, {_columns(source.columns)}" if source.columns else source.name),
+        ("text", ", ".join([source.name, *_columns(prepared)])),
         ("windows", f"{prepared.rules.ctx_len} tokens" if prepared.unit == "token" else "one text each"),
         ("rows", unknown if result.n_rows is None else f"{result.n_rows:,} {unit} ({result.rows_from})"),
         ("dtype", f"{prepared.dtype} (computed in {prepared.compute_dtype} on {prepared.device})"),
@@ -85,8 +85,11 @@ def _no_width(prepared: Prepared) -> str:
     return "" if prepared.widths_known or prepared.unit == "token" else "width known when it is loaded"
 
 
-def _columns(names: tuple[str, ...]) -> str:
-    return f"column{'s' if len(names) > 1 else ''} {', '.join(names)}"
+def _columns(prepared: Prepared) -> list[str]:
+    """The columns of the text, and those that are kept."""
+    text, kept = prepared.source.columns, prepared.config.text.keep_columns
+    shown = [f"column{'s' if len(text) > 1 else ''} {', '.join(text)}"] if text else []
+    return [*shown, f"kept: {', '.join(kept)}"] if kept else shown
 
 
 def check_space(prepared: Prepared) -> None:

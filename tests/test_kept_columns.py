@@ -167,6 +167,7 @@ def test_a_damaged_kept_column_is_found(tmp_path: Path) -> None:
     [
         ("a.csv", "id,text,category\n1,one,x\n", "categry", r"no column 'categry' for --keep-columns, did you mean "
          r"'category'\?; its columns are id, text, category"),
+        ("a.csv", '"i\nd",text\n1,one\n', "x", r"its columns are i\\nd, text"),  # one line
         ("a.csv", "id,text,id\n1,one,2\n", "id", "two columns 'id'"),
         ("a.txt", "some text", "id", r"--keep-columns id does not apply to .*\(plain text, which has no columns"),
         ("a.csv", "id,text\n1,one\n", "id,id", "--keep-columns id,id names a column twice"),
@@ -183,6 +184,7 @@ def test_what_cannot_be_kept_is_refused_before_the_model(
     args = ["run", "--model", model, "--layer", "1", "--dataset", str(tmp_path / name), "--out", str(out)]
     result = CliRunner().invoke(app, [*args, "--keep-columns", columns, "--device", "cpu"])
     assert (result.exit_code, out.exists(), result.stdout) == (2, False, "")
+    assert result.stderr.count("\n") == 1
     with pytest.raises((ConfigError, SourceError), match=message):
         raise ConfigError(" ".join(result.stderr.split()))
 

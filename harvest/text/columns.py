@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 from typing import Any
 
+from sae_granary.common.errors import printable
 from sae_granary.harvest.errors import SourceError
 from sae_granary.harvest.text.document import (
     CHAT_NAMES,
@@ -91,7 +92,7 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
     """The columns named by `--text-column`, else the ones that look like the text."""
     if missing := [name for name in wanted if name not in kinds]:
         raise SourceError(
-            f"{where} has no column {missing[0]!r}; its columns are {_listed(kinds)}: name one with --text-column"
+            f"{where} has no column {missing[0]!r}; its columns are {listed(kinds)}: name one with --text-column"
         )
     if len(set(wanted)) < len(wanted):
         raise SourceError(f"--text-column {','.join(wanted)} names a column twice")
@@ -118,7 +119,7 @@ def choose_columns(kinds: Mapping[str, str], wanted: Sequence[str], where: str) 
         if found:
             break
     raise SourceError(
-        f"{where} has no column that looks like its text; its columns are {_listed(kinds)}: name one with --text-column"
+        f"{where} has no column that looks like its text; its columns are {listed(kinds)}: name one with --text-column"
     )
 
 
@@ -152,7 +153,7 @@ def check_text(records: Iterable[Item], columns: Sequence[str], where: str) -> N
         others |= dict.fromkeys(column_kinds([record]), 0)
     raise SourceError(
         f"{where} holds no text in {', '.join(columns)} in its first {sum(counts.values()):,} records "
-        f"({skipped_counts(counts)}); its other columns are {_listed(list(others)[len(columns) :])}: "
+        f"({skipped_counts(counts)}); its other columns are {listed(list(others)[len(columns) :])}: "
         "name one with --text-column"
     )
 
@@ -172,5 +173,6 @@ def _kind(value: object) -> str:
     return "other"
 
 
-def _listed(kinds: Collection[str]) -> str:
-    return ", ".join(kinds) if kinds else "none"
+def listed(kinds: Collection[str]) -> str:
+    """Names of columns in one line."""
+    return ", ".join(map(printable, kinds)) if kinds else "none"

@@ -16,12 +16,10 @@ from typing import Any
 from sae_granary.common.errors import nearest
 from sae_granary.common.rows import Scalar
 from sae_granary.harvest.errors import SourceError
-from sae_granary.harvest.text.columns import MORE_RECORDS, SAMPLE_RECORDS, Item, column_kinds, value_of
+from sae_granary.harvest.text.columns import MORE_RECORDS, SAMPLE_RECORDS, Item, column_kinds, listed, value_of
 from sae_granary.harvest.text.document import Unfit
 from sae_granary.harvest.text.formats import again
 from sae_granary.models.tokens.document import replace_surrogates
-
-SHOWN = 20  # names of columns in a message
 
 
 def check_kept(open_items: Callable[[], Iterator[Item]], kept: Sequence[str], where: str) -> None:
@@ -36,11 +34,9 @@ def check_kept(open_items: Callable[[], Iterator[Item]], kept: Sequence[str], wh
             break
     for name in kept:
         if name not in kinds:
-            names = list(kinds)
-            shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
             raise SourceError(
-                f"{where} has no column {name!r} for --keep-columns{nearest(name, names)}; its columns are "
-                f"{shown or 'none'}"
+                f"{where} has no column {name!r} for --keep-columns{nearest(name, kinds)}; "
+                f"its columns are {listed(kinds)}"
             )
         if again(name) in kinds:
             raise SourceError(f"{where} has two columns {name!r}, of --keep-columns: rename one of them")

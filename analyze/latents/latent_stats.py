@@ -110,8 +110,12 @@ def quantile(histogram: I64, q: float) -> F64:
 
 
 @torch.no_grad()
-def nearest_neighbors(W_dec: Tensor, n: int, chunk: int = 2048) -> tuple[I64, NDArray[np.float32]]:
-    """The n decoder rows of W_dec (F, D) with the largest cosine to each, itself left out: (F, n) latents, cosines."""
+def nearest_neighbors(W_dec: Tensor, n: int, chunk: int = 0) -> tuple[I64, NDArray[np.float32]]:
+    """The n decoder rows of W_dec (F, D) with the largest cosine to each, itself left out: (F, n) latents, cosines.
+
+    `chunk` rows are compared at once; 0: as many as have 2**24 cosines, 64 MB.
+    """
+    chunk = chunk or max(1, 2**24 // len(W_dec))
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     n = min(n, len(rows) - 1)
     found = []

@@ -86,8 +86,9 @@ def test_intervals_and_their_examples_by_hand() -> None:
 
 def test_examples_of_intervals_come_from_the_cache_from_different_documents_in_any_blocks() -> None:
     rng = np.random.default_rng(0)
-    n, largest = 6000, np.ones(2, np.float32)
-    latent, value = rng.integers(0, 2, n), rng.random(n).astype(np.float32)
+    n, n_latents = 6000, 20
+    largest = np.ones(n_latents, np.float32)
+    latent, value = rng.integers(0, n_latents, n), rng.random(n).astype(np.float32)
     row, document = np.arange(n), np.arange(n) // 100
 
     def chosen(size: int) -> tuple[list[list[int]], np.ndarray]:
@@ -101,9 +102,9 @@ def test_examples_of_intervals_come_from_the_cache_from_different_documents_in_a
 
     whole, rows = chosen(n)
     assert whole == chosen(70)[0]
-    np.testing.assert_array_equal(latent[rows], [[0] * 5, [1] * 5])
-    np.testing.assert_array_equal(np.floor(value[rows] * 5), [range(5)] * 2)
-    assert [len(set(document[found])) for found in rows] == [5, 5]
+    np.testing.assert_array_equal(latent[rows], [[i] * 5 for i in range(n_latents)])
+    np.testing.assert_array_equal(np.floor(value[rows] * 5), [range(5)] * n_latents)
+    assert [len(set(document[found])) for found in rows] == [5] * n_latents
     assert len({found // 2000 for found in rows.ravel()}) == 3  # from everywhere
 
 
@@ -212,8 +213,20 @@ def test_stored_statistics_of_an_older_format_are_computed_again(source: Source)
 
 def test_the_token_of_an_example_is_marked() -> None:
     context = Context(7, (6, 7, 8), ("the", "cat", "##s"), 1, "the cats", None)
-    assert marked(context) == ("the ", "cat", " s")
-    assert str(marked(context)) == "the [[cat]] s"
+    assert marked(context) == ("the ", "cat", "s")
+    assert str(marked(context)) == "the [[cat]]s"
+    assert str(marked(Context(7, (6, 7, 8), ("the", "cat", "##s"), 2, "", None))) == "the cat[[s]]"
+    byte_level = ("\u0120a", "\u0120d", "ouble", "\u010a", "star")
+    lines = [str(marked(Context(i, tuple(range(5)), byte_level, i, "", None))) for i in range(5)]
+    assert lines == [
+        "[[a]] double star",
+        "a [[d]]ouble star",
+        "a d[[ouble]] star",
+        "a double[[\\n]]star",
+        "a double [[star]]",
+    ]
+    pieces = ("\u2581a", "\u2581d", "ouble")
+    assert str(marked(Context(7, (6, 7, 8), pieces, 2, "", None))) == "a d[[ouble]]"
     assert marked(Context(7, (7,), ("cat",), 0, "cat", None)) == ("", "cat", "")
     assert marked(Context(0, (0,), (), -1, "a whole\n text", None)) == "a whole text"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from sae_granary.analyze.latents.labels import check_latent, document_labels
 from sae_granary.analyze.latents.latent_stats import quantile
 from sae_granary.analyze.latents.quantile_examples import N_INTERVALS
 from sae_granary.analyze.latents.stats import N_EXAMPLES, LatentStats
-from sae_granary.cache.read.context import Context, join_tokens
+from sae_granary.cache.read.context import Context, split_tokens
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.rows import FLAG_SPECIAL
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LABEL_CHARACTERS = 40  # of a token, or of a text that is one row
 TEXT_CHARACTERS = 160  # shown of a row that is a whole text
+_SPACES = re.compile(r"\s+")
 WHOLE = "(text)"  # the label of the latents of a whole text
 
 
@@ -112,9 +114,12 @@ def marked(context: Context) -> str | Marked:
     """The text around a row in one line, its token marked; the beginning of the text for a pooled row."""
     if context.index < 0:
         return _one_line(context.text)[:TEXT_CHARACTERS]
-    parts = (context.tokens[: context.index], [context.tokens[context.index]], context.tokens[context.index + 1 :])
-    before, token, after = (_one_line(join_tokens(part)) for part in parts)
-    return Marked(f"{before} " if before else "", token, f" {after}" if after else "")
+    before, token, after = split_tokens(context.tokens, context.index)
+    bare = _one_line(token)
+    if bare:  # its spaces belong to the text around it
+        before += token[: len(token) - len(token.lstrip())]
+        after = token[len(token.rstrip()) :] + after
+    return Marked(_SPACES.sub(" ", before).lstrip(), bare or repr(token)[1:-1], _SPACES.sub(" ", after).rstrip())
 
 
 def text_lines(found: EncodedTexts, n_latents: int = 5) -> Iterator[str]:

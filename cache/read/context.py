@@ -51,6 +51,24 @@ def join_tokens(tokens: Sequence[str | int]) -> str:
     return text
 
 
+def split_tokens(tokens: Sequence[str | int], index: int) -> tuple[str, str, str]:
+    """The text before a token, the token's own and the text behind it, spaces where the tokenizer has them.
+
+    As `join_tokens`, but which convention holds is told from all tokens, and nothing is stripped.
+    """
+    words = [str(token) for token in tokens]
+    parts = words[:index], [words[index]], words[index + 1 :]
+    if any(word.startswith("\u2581") for word in words):
+        before, token, after = ("".join(part).replace("\u2581", " ") for part in parts)
+    elif any(word[:1] in {"\u0120", "\u010a"} for word in words):
+        before, token, after = (byte_level_text("".join(part)) for part in parts)
+    else:
+        before, token, after = map(join_tokens, parts)
+        before += " " if before and not words[index].startswith("##") else ""
+        after = f" {after}" if after and not words[index + 1].startswith("##") else after
+    return before, token, after
+
+
 def byte_level_text(text: str) -> str:
     """The text of byte-level BPE (GPT-2) tokens; parts of characters as U+FFFD."""
     table = _byte_table()

@@ -173,6 +173,16 @@ def test_a_saelens_folder_encodes_and_decodes_the_same_here(kind: str, options: 
         assert difference(ours(x).x_hat, theirs.decode(acts)) < TOLERANCE
 
 
+def test_a_bfloat16_jumprelu_of_saelens_loads_with_its_float32_threshold(tmp_path: Path) -> None:
+    config = JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype="bfloat16", jumprelu_init_threshold=0.3)
+    sae = JumpReLUTrainingSAE(config)
+    sae.save_inference_model(str(tmp_path))
+    ours, exact = sae_core.load(tmp_path), sae.float()
+    x = rows().bfloat16().float()  # SAELens rounds its input
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x).dense(), exact.encode(x))
+
+
 def test_decoder_norms_outside_a_saelens_topk_are_folded(tmp_path: Path) -> None:
     """save_model of an inference topk leaves rescale_acts_by_decoder_norm to the reader."""
     training = randomize(lens("topk"))

@@ -61,6 +61,18 @@ def test_half_precision_is_converted_before_anything_is_computed(name: str, dtyp
         assert torch.equal(half(x).x_hat, exact(x).x_hat)
 
 
+def test_a_float32_threshold_beside_bfloat16_weights_as_saelens_writes_it(tmp_path: Path) -> None:
+    saelens_folder(make("jumprelu", l0_target=K), tmp_path)  # SAELens#728
+    rewrite(
+        tmp_path / WEIGHTS, lambda held: {n: t + 0.3 if n == "threshold" else t.bfloat16() for n, t in held.items()}
+    )
+    mixed = sae_core.load(tmp_path)
+    rewrite(tmp_path / WEIGHTS, lambda held: {n: t.float() for n, t in held.items()})
+    exact, x = sae_core.load(tmp_path), rows(seed=5)
+    with torch.no_grad():
+        assert torch.equal(mixed(x).x_hat, exact(x).x_hat)
+
+
 # -- exact names, shapes, dtypes, values -----------------------------------------------------------------------
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {

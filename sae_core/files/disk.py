@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 CHECKSUM = "sha256"
 FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+KEPT_FLOAT32 = ("threshold",)  # SAELens keeps it so beside bfloat16 weights (SAELens#728)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Path:
@@ -98,8 +99,8 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> str:
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Return tensors of exactly these names and shapes as float32.
 
-    They must have one floating dtype, which is converted before anything is computed, and finite values.
-    Raises NotAnSAEError.
+    They must have one floating dtype (thresholds may be float32 beside it), which is converted before anything is
+    computed, and finite values. Raises NotAnSAEError.
     """
     unfit = "the weights do not fit their configuration:"
     if tensors.keys() != shapes.keys():
@@ -107,7 +108,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[i
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise NotAnSAEError(f"{unfit} {name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {t.dtype for name, t in tensors.items() if name not in KEPT_FLOAT32 or t.dtype != torch.float32}
     if len(dtypes) > 1 or not dtypes <= FLOATING:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise NotAnSAEError(f"the weights are {found}: expected one of float32, float64, float16, bfloat16 for all")

@@ -62,6 +62,7 @@ def write_cache(
     dtype: str = "float32",
     rows_per_shard: int = 1000,
     decoder: bool = False,
+    with_special: bool = True,
     seed: int = 0,
     columns: dict[str, tuple[Any, ...]] | None = None,
     vocabulary: list[str] | None = None,
@@ -94,7 +95,7 @@ def write_cache(
             writer.begin_buffer({"next_doc": doc})
             lengths = rng.integers(5, 41, size=rng.integers(1, 4))
             position = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
-            special = np.concatenate([(np.arange(n) == 0) | (np.arange(n) == n - 1) for n in lengths])
+            special = np.concatenate([(np.arange(n) == 0) | (np.arange(n) == n - 1) for n in lengths]) & with_special
             n_rows = int(lengths.sum())
             codes = rng.random((n_rows, 4 * d_in)) * (rng.random((n_rows, 4 * d_in)) < 0.05)
             flags = special * FLAG_SPECIAL + (position == 0) * FLAG_WINDOW_START

@@ -77,10 +77,9 @@ def test_the_command_keeps_what_was_measured_and_skips_a_model_that_is_not_there
     assert measured["ce_score"] == pytest.approx(1.0, abs=1e-6)
     assert "ce_score" in run(*flags).stdout  # measured before
     assert load_evaluation(source)["downstream"] == measured
-    missing = run(*flags, "--downstream", "--model", tmp_path / "nowhere").stdout
-    [line] = [line for line in missing.splitlines() if "skipped" in line]
-    assert line.startswith("same: downstream skipped: the model ")
-    assert line.endswith("name its hub id or folder with --model")
+    missing = run(*flags, "--downstream", "--model", tmp_path / "nowhere", code=2).output
+    assert missing.startswith("error: the model ")
+    assert load_evaluation(source)["downstream"] == measured
 
 
 def test_a_type_that_reads_several_hook_points_is_skipped_in_words(make_cache, tmp_path: Path) -> None:

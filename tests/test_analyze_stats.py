@@ -21,7 +21,8 @@ from sae_granary.analyze.latents import stats as stats_module
 from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
 from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
-from sae_granary.analyze.latents.show import Marked, latent_lines, marked
+from sae_granary.analyze.latents.search import pool_latent
+from sae_granary.analyze.latents.show import Marked, latent_lines, marked, summary_lines
 from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_stats
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
@@ -50,6 +51,22 @@ def test_bins_and_quantiles_by_hand() -> None:
     histogram[0, [96, 104]] = 3, 1  # three activations of 1, one of 2
     assert quantile(histogram, 0.5).tolist() == [2 ** (1 / 8), 0.0]
     assert quantile(histogram, 1.0).tolist() == [2 ** (9 / 8), 0.0]
+
+
+def test_position_0_of_a_causal_model_is_left_out_as_training_does(make_cache, source: Source) -> None:
+    causal = open_source(source.folder, make_cache("causal", n_docs=40, decoder=True, with_special=False), device="cpu")
+    flags, position = causal.cache.column("flags")[:], causal.cache.column("position")[:]
+    kept = (flags & FLAG_SPECIAL == 0) & (position != 0)
+    assert (position[flags & FLAG_SPECIAL == 0] == 0).any()
+    codes = encode_cache(causal, causal.place / "codes")
+    found = compute_stats(causal, codes)
+    assert found.n_rows == kept.sum()
+    assert found.fired.tolist() == (codes.dense()[kept] != 0).sum(0).tolist()
+    latent = int(found.fired.argmax())
+    pooled = pool_latent(causal.cache, codes, latent, "sum")
+    assert pooled.pooled.sum() == pytest.approx(codes.dense()[kept, latent].sum(), rel=1e-5)
+    assert summary_lines(causal.cache, found)[0].endswith("(special tokens and position 0 left out)")
+    assert summary_lines(source.cache, found)[0].endswith("(special tokens left out)")
 
 
 def test_examples_by_hand() -> None:
@@ -308,5 +325,8 @@ def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:
     shown = run.invoke(app, ["show", *given, "--latent", "3"])
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("[[") == 10  # five of the strongest, one of each interval
+    both = run.invoke(app, ["show", *given, "--latent", "3", "--latent", "4"]).output
+    assert both.startswith(shown.output)
+    assert "latent 4: " in both
     wrong = run.invoke(app, ["show", *given, "--latent", "99"])
     assert (wrong.exit_code, wrong.output.count("\n")) == (2, 1)

@@ -131,8 +131,10 @@ def test_texts_that_all_hold_no_tokens_leave_nothing_behind(place: Path, tmp_pat
 
 
 def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_cache) -> None:
-    with pytest.raises(AnalyzeError, match="the 2 texts hold no tokens"):
+    with pytest.raises(AnalyzeError, match="none of the texts holds a token"):
         encode_texts(place / "sae", ["", " "], cache=place / "cache", device="cpu")
+    with pytest.raises(AnalyzeError, match="no texts are given"):
+        encode_texts(place / "sae", [], cache=place / "cache", device="cpu")
     for wrong, words in (("one text", "texts is one string"), (["a", None], "text 1 is NoneType, expected a string")):
         with pytest.raises(ConfigError, match=words):
             encode_texts(place / "sae", wrong, cache=place / "cache", device="cpu")

@@ -19,9 +19,9 @@ from sae_granary.analyze.report.latent_data import LATENTS, latent_data
 from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
 from sae_granary.analyze.report.page import inline_json
 from sae_granary.analyze.report.run_facts import curves_of
-from sae_granary.analyze.report.token_texts import displayed
 from sae_granary.analyze.report.words import most_frequent
 from sae_granary.analyze.source import Source, open_source
+from sae_granary.analyze.token_texts import displayed
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows

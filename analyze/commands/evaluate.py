@@ -101,16 +101,17 @@ def _evaluate(
 
     with row_progress(f"evaluating {source.folder.name}", source.cache.n_rows, quiet=quiet) as tick:
         found = measure(source, part, tick)
-    if downstream_rows is None:
-        before = load_evaluation(source, part)
-        if before is not None and before["selection"] == found["selection"]:
-            found["downstream"] = before["downstream"]
-    else:
+    before = load_evaluation(source, part)
+    if before is not None and before["selection"] == found["selection"]:
+        found["downstream"] = before["downstream"]
+    if downstream_rows is not None:
         try:
             numbers, notes = evaluate_downstream(source, part, downstream_rows, models, model)
             found["downstream"] = numbers
             found["notes"] += notes
         except DownstreamError as error:
+            if model is not None:  # asked for by name
+                raise
             found["notes"].append(f"downstream skipped: {error}")
     save_evaluation(source, found)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 def show(
     sae: SAEFolder,
     cache: CacheFolder = None,
-    latent: Annotated[int | None, typer.Option("--latent", "-l", help="Number of a latent, from 0.")] = None,
+    latent: Annotated[
+        list[int] | None, typer.Option("--latent", "-l", help="Number of a latent, from 0; may be repeated.")
+    ] = None,
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text to encode; may be repeated.")] = None,
     model: Annotated[
         str | None, typer.Option(help="With --text: folder or hub id of the model. (default: the one of the cache)")
@@ -48,13 +51,14 @@ def show(
     runs texts through the model of the cache; the latents of each token are followed by those of the whole text.
     """
     with expected_errors(debug, interrupted=INTERRUPTED):
-        if (latent is None) == (not text):
+        if (not latent) == (not text):
             raise ConfigError("give either --latent or --text")
         from sae_granary.analyze.latents.show import latent_lines, text_lines
 
-        if latent is not None:
+        if latent:
             source, found = stats_of(sae, cache, hook, device, allow_incomplete, quiet)
-            lines: Iterable[str | Marked] = latent_lines(source.cache, found, latent, top)
+            each = [latent_lines(source.cache, found, number, top) for number in latent]
+            lines: Iterable[str | Marked] = chain.from_iterable(each)
         else:
             from sae_granary.analyze.encoding.texts import encode_texts
 

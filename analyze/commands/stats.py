@@ -45,7 +45,7 @@ def stats(
         from sae_granary.analyze.latents.show import summary_lines
 
         source, found = stats_of(sae, cache, hook, device, allow_incomplete, quiet)
-        for line in summary_lines(found):
+        for line in summary_lines(source.cache, found):
             echo(line)
         if logits:
             _add_logits(source, found, model)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sae_granary.analyze.counted_rows import CountedFlags, keeps_first
 from sae_granary.analyze.encoding.blocks import CodeBlock, stored_blocks
 from sae_granary.analyze.encoding.codes import RECORD, StoredCodes, open_codes
 from sae_granary.analyze.encoding.csr_files import write_blocks
@@ -105,7 +106,7 @@ def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tic
     if out.format == "granary" and (out.path / RECORD).is_file():
         return len(open_codes(out.path, identity))
     out.check_new()
-    doc_ids, flags = cache.column("doc_id"), cache.column("flags")
+    doc_ids, flags = cache.column("doc_id"), cache.column("flags") if out.pool is None else CountedFlags(cache)
     with space_for(out.path):
         if out.format == "npz" and out.pool is None:
             write_npz(out.path, codes, doc_ids)
@@ -130,7 +131,10 @@ def write_text_codes(
     def blocks() -> Iterator[CodeBlock]:
         for codes, block in encoded_blocks(source.sae, rows.blocks(tally.read(documents))):
             tally.encoded(block.doc_ids)
-            yield CodeBlock(**csr_of(codes), doc_ids=block.doc_ids, special=block.flags & FLAG_SPECIAL != 0)
+            special = block.flags & FLAG_SPECIAL != 0
+            if out.pool is not None and not keeps_first(source.cache):
+                special |= block.is_first
+            yield CodeBlock(**csr_of(codes), doc_ids=block.doc_ids, special=special)
             tick(tally.n_encoded)
         tally.finish()
         identity["texts"] = tally.identity

@@ -48,11 +48,13 @@ class TextBlock:
     token_ids: NDArray[np.int32]  # (N,) -1 where a row is a whole text
     doc_ids: NDArray[np.int64]  # (N,) `doc_id` of the document of each row
     flags: NDArray[np.uint8]  # (N,) FLAG_* bits of `common.rows`
+    is_first: NDArray[np.bool_]  # (N,) position 0 of a window
 
     def part(self, start: int, stop: int) -> TextBlock:
         """Rows start..stop."""
         rows = {name: values[start:stop] for name, values in self.activations.items()}
-        return TextBlock(rows, self.token_ids[start:stop], self.doc_ids[start:stop], self.flags[start:stop])
+        part = slice(start, stop)
+        return TextBlock(rows, self.token_ids[part], self.doc_ids[part], self.flags[part], self.is_first[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +74,15 @@ class TextRows:
         stream = WindowStream(tokenize_stream(documents, self.tokenize), self.rules)
         for buffer in buffers(stream, self.buffer_rows):
             found = self.model(self.model.prepare(buffer), lambda n_rows: None)
-            columns = zip(*((w.ids, w.doc_id, w.flags) for w in buffer.windows), strict=True)
+            windows = buffer.windows
             rows = {name: found[name].to(self.stored).float() for name in self.hooks}
-            yield TextBlock(rows, *(np.concatenate(column) for column in columns))
+            yield TextBlock(
+                rows,
+                token_ids=np.concatenate([w.ids for w in windows]),
+                doc_ids=np.concatenate([w.doc_id for w in windows]),
+                flags=np.concatenate([w.flags for w in windows]),
+                is_first=np.concatenate([np.arange(len(w)) == 0 for w in windows]),
+            )
 
     def tokens(self, token_ids: NDArray[np.int32]) -> list[str]:
         """Tokens as the tokenizer writes them."""

@@ -68,10 +68,12 @@ def encode_with(source: Source, texts: Sequence[str], *, model: str | None = Non
     documents = documents_of(texts)
     rows = open_text_rows(source.cache.manifest, source.hooks, model, str(source.sae.core.W_dec.device))
     blocks = list(encoded_blocks(source.sae, rows.blocks(documents)))
+    if not texts:
+        raise AnalyzeError("no texts are given, expected at least one with words in it")
     if not blocks:
         first = " ".join(documents[0].text.split())[:40] if documents else ""
         raise AnalyzeError(
-            f"the {len(texts):,} texts hold no tokens (the first is {first!r}): give at least one text with words in it"
+            f"none of the texts holds a token (the first is {first!r}): give at least one text with words in it"
         )
     doc_ids = np.concatenate([block.doc_ids for _, block in blocks])
     if rows.tokenizer is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_granary.analyze.counted_rows import CountedFlags
 from sae_granary.analyze.encoding.codes import StoredCodes
 from sae_granary.analyze.latents.labels import document_labels, value_label
 from sae_granary.cache.read.reader import Cache
@@ -57,7 +58,7 @@ def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max"
     """The pooled activation of a latent per document, the column of `pool_documents` without the other latents."""
     doc_id, n_rows = _documents(cache)
     rows, values = _entries(codes, latent)
-    plain = cache.column("flags")[rows] & FLAG_SPECIAL == 0
+    plain = CountedFlags(cache)[rows] & FLAG_SPECIAL == 0
     place, values = np.searchsorted(doc_id, cache.column("doc_id")[rows[plain]]), values[plain]
     pooled = np.zeros(len(doc_id))
     if pool == "max":
@@ -116,10 +117,10 @@ def summary_line(found: Found, latent: int, pool: str) -> str:
 
 def _documents(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ids, rows that are no special tokens) of the documents that have such rows."""
-    parts = []
+    parts, flags = [], CountedFlags(cache)
     for start in range(0, cache.n_rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
-        plain = cache.column("flags")[block] & FLAG_SPECIAL == 0
+        plain = flags[block] & FLAG_SPECIAL == 0
         parts.append(np.unique(cache.column("doc_id")[block][plain], return_counts=True))
     ids, place = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
     counts = np.zeros(len(ids), np.int64)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sae_granary.analyze.counted_rows import left_out
 from sae_granary.analyze.latents.labels import check_latent, document_labels
 from sae_granary.analyze.latents.latent_stats import quantile
 from sae_granary.analyze.latents.quantile_examples import N_INTERVALS
 from sae_granary.analyze.latents.stats import N_EXAMPLES, LatentStats
+from sae_granary.analyze.token_texts import displayed
 from sae_granary.cache.read.context import Context, split_tokens
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
@@ -37,12 +39,12 @@ class Marked(NamedTuple):
         return f"{self.before}[[{self.token}]]{self.after}"
 
 
-def summary_lines(stats: LatentStats) -> list[str]:
+def summary_lines(cache: Cache, stats: LatentStats) -> list[str]:
     """Statistics of all latents together."""
     density, fired = stats.density, stats.fired > 0
     low, middle, high = np.quantile(density[fired], [0.05, 0.5, 0.95]) if fired.any() else (0.0, 0.0, 0.0)
     return [
-        f"rows         {stats.n_rows:,} (special tokens left out)",
+        f"rows         {stats.n_rows:,} ({left_out(cache)})",
         f"L0           {stats.fired.sum() / max(stats.n_rows, 1):.1f}",
         f"never fired  {int((~fired).sum()):,} of {len(fired):,} latents",
         f"density      5% {low:.2e}, median {middle:.2e}, 95% {high:.2e} (of latents that fire)",
@@ -92,9 +94,9 @@ def _others(cache: Cache, stats: LatentStats, latent: int) -> Iterator[str]:
         ("lowers", stats.logit_tokens_bottom, stats.logit_values_bottom),
     ):
         if tokens is not None and values is not None:
-            pairs = zip(tokens[latent].tolist(), values[latent].tolist(), strict=True)
-            shown = [f"{_one_line(words[i] if i < len(words) else i)} ({value:.2f})" for i, value in pairs]
-            yield f"{label} logits of: {', '.join(shown)}"
+            names = displayed([words[i] if i < len(words) else str(i) for i in tokens[latent].tolist()], words)
+            pairs = zip(map(_label, names), values[latent].tolist(), strict=True)
+            yield f"{label} logits of: " + ", ".join(f"{name} ({value:.2f})" for name, value in pairs)
 
 
 def example_line(cache: Cache, row: int, label: str) -> str | Marked:
@@ -108,6 +110,11 @@ def example_line(cache: Cache, row: int, label: str) -> str | Marked:
 
 def _one_line(value: object) -> str:
     return " ".join(str(value).split())
+
+
+def _label(token: str) -> str:
+    """A token in one line without the spaces around it; one of spaces alone as its escapes."""
+    return _one_line(token) or repr(token)[1:-1]
 
 
 def marked(context: Context) -> str | Marked:
@@ -133,7 +140,9 @@ def text_lines(found: EncodedTexts, n_latents: int = 5) -> Iterator[str]:
     indptr, indices = codes.indptr.cpu().numpy(), codes.indices.cpu().numpy()
     values = codes.values.reshape(-1).float().cpu().numpy()
     shown = np.flatnonzero(found.flags & FLAG_SPECIAL == 0)
-    labels = {row: _one_line(found.tokens[row])[:LABEL_CHARACTERS] for row in shown.tolist()}
+    pieces = any(token.startswith("##") for token in found.tokens)  # WordPiece says where a word goes on
+    names = found.tokens if pieces else displayed(found.tokens, found.tokens)
+    labels = {row: _label(names[row])[:LABEL_CHARACTERS] for row in shown.tolist()}
     width = max(map(len, [*labels.values(), WHOLE]), default=0)
     for number, text in enumerate(np.unique(found.text[shown])):
         if number:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sae_granary.analyze.counted_rows import CountedFlags
 from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_identity
 from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
@@ -32,7 +33,7 @@ N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
 @dataclass(frozen=True, eq=False)
 class LatentStats:
-    """Statistics of every latent over the rows of a cache, special tokens left out."""
+    """Statistics of every latent over the rows of a cache that count; see `CountedFlags`."""
 
     n_rows: int
     fired: NDArray[np.int64]  # (F,) rows on which each latent is active
@@ -63,7 +64,7 @@ class LatentStats:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The codes of some rows of a cache, special tokens left out; arrays (nnz,) with one entry per active latent."""
+    """The codes of the rows of a cache that count, some of them; arrays (nnz,) with one entry per active latent."""
 
     n_rows: int
     place: NDArray[np.int64]  # which of the n_rows it is of, ascending
@@ -75,7 +76,7 @@ class Block:
 
 def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
     """The codes of a cache, at most 32,768 rows and 2**20 entries at a time, but always a whole row."""
-    doc_ids, flags = source.cache.column("doc_id"), source.cache.column("flags")
+    doc_ids, flags = source.cache.column("doc_id"), CountedFlags(source.cache)
     stop = 0
     while stop < len(codes):
         start = stop

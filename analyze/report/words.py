@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.report.token_texts import displayed
+from sae_granary.analyze.token_texts import displayed
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import printable
 

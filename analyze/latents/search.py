@@ -1,6 +1,6 @@
 """Documents by the activation of one latent, and the values of a kept column that it prefers: pure functions.
 
-Shapes: M documents with a row that is no special token, of F = d_sae latents.
+Shapes: M documents with a row that counts (see `CountedFlags`), of F = d_sae latents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Found:
     """The pooled activation of a latent in each document."""
 
     doc_id: NDArray[np.int64]  # (M,) ascending
-    n_rows: NDArray[np.int64]  # (M,) rows of each, special tokens left out
+    n_rows: NDArray[np.int64]  # (M,) rows of each that count; see `CountedFlags`
     pooled: NDArray[np.float64]  # (M,) 0 where the latent is not active
 
     @property
@@ -116,7 +116,7 @@ def summary_line(found: Found, latent: int, pool: str) -> str:
 
 
 def _documents(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, rows that are no special tokens) of the documents that have such rows."""
+    """(ids, numbers of rows that count) of the documents that have such rows."""
     parts, flags = [], CountedFlags(cache)
     for start in range(0, cache.n_rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)

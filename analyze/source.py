@@ -25,6 +25,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import RECORD, read_metadata, read_record
 from sae_granary.common.signed import digest
 from sae_granary.sae_core import SAE, Codes
+from sae_granary.sae_core.data import hook_widths
 from sae_granary.sae_core.files.disk import checksum_of
 
 
@@ -119,7 +120,7 @@ def check_fit(folder: Path, sae: SAE, metadata: Mapping[str, Any], cache: Cache,
         raise MismatchError(
             f"{folder} reads hook point {missing[0]!r}, {cache.path} holds {there}; give its own cache, or --hook"
         )
-    wanted = [len(normalizer.mean) for normalizer in sae.normalizers]
+    wanted = hook_widths(sae)
     if len(hooks) != len(wanted):
         raise MismatchError(
             f"{folder} ({sae.type_name}) reads {len(wanted)} hook points, got {len(hooks)}: {', '.join(hooks)}; "

@@ -39,6 +39,16 @@ class Reader(Protocol):
     def normalizers(self) -> Sequence[Any]:
         """One per hook point, the last for all further ones; `mean` (D,) has the width."""
 
+    @property
+    def config(self) -> Any:
+        """Has `n_hooks` where a type reads several hook points."""
+
+
+def hook_widths(sae: Reader) -> list[int]:
+    """The width D of the rows of each hook point that an SAE reads, in order."""
+    widths = [len(normalizer.mean) for normalizer in sae.normalizers]
+    return widths + widths[-1:] * (getattr(sae.config, "n_hooks", 1) - len(widths))
+
 
 def as_rows(x: Inputs, like: Tensor | Reader) -> Rows:
     """Return rows (N, D) by hook point, with the dtype and the device of a tensor or an SAE.

@@ -8,12 +8,15 @@ import pytest
 from conftest import write_cache
 from typer.testing import CliRunner
 
-from sae_granary import train_sae
+from sae_granary import load_sae, train_sae
 from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import MismatchError
+from sae_granary.analyze.latents.stats import compute_stats
 from sae_granary.analyze.source import open_source
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import CHECKSUM, write_signed
+from sae_granary.sae_core import registry
 
 
 @pytest.fixture
@@ -32,6 +35,20 @@ def test_a_run_finds_its_cache_also_where_the_two_moved_together(project: Path) 
     assert open_source(moved / "runs/a", device="cpu").cache.path.samefile(moved / "cache/toy")
     shutil.copytree(moved / "cache/other", project / "cache/toy")  # another one at the stored path is not taken
     assert open_source(moved / "runs/a", device="cpu").cache.path.samefile(moved / "cache/toy")
+
+
+@pytest.mark.parametrize("type_name", registry.names())
+def test_a_run_of_every_type_is_described(type_name: str, make_cache, tmp_path: Path) -> None:
+    hooks = ("layer_1", "layer_2") if registry.get(type_name).reads.several else ("layer_1",)
+    cache = make_cache(n_docs=10, hooks=hooks)
+    settings = {"type": type_name, "d_sae": 32, "batch_size": 64, "steps": 2, "eval_rows": 50, "device": "cpu"}
+    settings |= {"l0_target": 4} if type_name == "jumprelu" else {}
+    run = train_sae(cache=str(cache), hook=list(hooks), runs_dir=str(tmp_path / "runs"), **settings).folder
+    source = open_source(run, device="cpu")
+    codes = encode_cache(source, source.place / "codes")
+    rows = {name: source.cache.hook(name)[:] for name in hooks}
+    assert (codes.dense() == load_sae(run).encode(rows).dense().detach().numpy()).all()
+    assert compute_stats(source, codes).fired.sum() > 0
 
 
 def test_a_cache_that_is_gone_or_another_is_named_with_its_stored_path(project: Path) -> None:

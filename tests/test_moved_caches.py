@@ -58,7 +58,7 @@ def assert_finished(folder: Path, weights) -> None:
 def test_a_run_that_moved_with_its_cache_goes_on(here, project) -> None:
     result = resume_training(here / "runs/a")
     assert_finished(result.folder, project[1])
-    assert result.summary["cache"].endswith("moved/runs/a/../../cache/toy")
+    assert result.summary["cache"].endswith("moved/cache/toy")
 
 
 def test_a_run_whose_cache_moved_alone_names_the_stored_path_and_takes_another(here, project) -> None:

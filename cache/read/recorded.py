@@ -29,7 +29,7 @@ def find_recorded(record: Mapping[str, Any], folder: Path, stored: str | None = 
     """
     fingerprint, paths = record.get("cache"), record.get(PATHS) or {}
     places = [stored] if stored is not None else []
-    places += [str(folder / paths["relative"])] if "relative" in paths else []
+    places += [str((folder / paths["relative"]).resolve())] if "relative" in paths else []
     places += [paths["absolute"]] if "absolute" in paths else []
     return next((p for p in places if fingerprint is not None and _fingerprint(p) == fingerprint), None)
 

@@ -3,12 +3,13 @@
 AnalyzeError(GranaryError)
 ├── MismatchError(AnalyzeError, ValueError)      SAE, cache and codes do not belong together
 ├── DamagedCodesError(AnalyzeError, ValueError)  a folder holds no codes that can be read
+├── CacheGoneError(AnalyzeError, ConfigError)    the cache of a run is not where it was
 └── DownstreamError(AnalyzeError)                an SAE cannot be measured through the model of its cache
 """
 
 from __future__ import annotations
 
-from sae_granary.common.errors import GranaryError
+from sae_granary.common.errors import ConfigError, GranaryError
 
 
 class AnalyzeError(GranaryError):
@@ -21,6 +22,10 @@ class MismatchError(AnalyzeError, ValueError):
 
 class DamagedCodesError(AnalyzeError, ValueError):
     """A folder holds no codes, or codes that are unfinished, truncated or altered."""
+
+
+class CacheGoneError(AnalyzeError, ConfigError):
+    """The cache of a run is not where it was."""
 
 
 class DownstreamError(AnalyzeError):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sae_granary import sae_core
-from sae_granary.analyze.errors import MismatchError
+from sae_granary.analyze.errors import CacheGoneError, MismatchError
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.reader import Cache, open_cache
@@ -106,7 +106,7 @@ def cache_of(folder: Path) -> Path:
     if stored is None:
         raise ConfigError(f"{folder / RECORD} does not record where its cache is: name it: --cache FOLDER")
     if not Path(stored).exists():
-        raise ConfigError(f"the cache of {folder} is not at {stored} any more: name its place: --cache FOLDER")
+        raise CacheGoneError(f"the cache of {folder} is not at {stored} any more: name its place: --cache FOLDER")
     load_manifest(Path(stored))  # says what is wrong with one that cannot be read
     raise MismatchError(
         f"{stored} is another cache than the one that {folder} was trained on: name one: --cache FOLDER"

@@ -250,6 +250,11 @@ def test_the_command_prints_saes_side_by_side_and_json(open_with, tmp_path: Path
     assert wrong.output == "error: --part is 'test', expected one of heldout, train, all\n"
     wrong = run(first.folder, "--cache", cache, "--downstream", "--downstream-rows", "many", code=2)
     assert wrong.output.count("\n") == 1
+    (tmp_path / "zz").mkdir()
+    damaged = run(first.folder, tmp_path / "zz", "--cache", cache, "--out", tmp_path / "some.json", code=2)
+    assert "error: " in damaged.stderr
+    assert "first" in damaged.stdout
+    assert len(json.loads((tmp_path / "some.json").read_text())["evaluations"]) == 1
     skipped = run(first.folder, "--cache", cache, "--downstream").stdout  # the toy cache is of no model
     assert "first: downstream skipped: " in skipped
     assert load_evaluation(first)["downstream"] is None

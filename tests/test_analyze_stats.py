@@ -27,6 +27,7 @@ from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_st
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.lock import FolderLock, LockedError
 from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.common.signed import write_signed
 
@@ -217,6 +218,16 @@ def test_statistics_are_stored_and_only_their_own_are_read(source: Source, make_
         load_stats(source, source.place / "stats")
 
 
+def test_statistics_that_another_process_computes_are_not_disturbed(source: Source) -> None:
+    lock = FolderLock(source.place / ".stats.lock")
+    codes = encode_cache(source, source.place / "codes")
+    lock.acquire()
+    with pytest.raises(LockedError):
+        find_stats(source, lambda: codes)
+    lock.release()
+    assert find_stats(source, lambda: codes).n_rows > 0
+
+
 def test_stored_statistics_of_an_older_format_are_computed_again(source: Source) -> None:
     first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     record = source.place / "stats" / "stats.json"
@@ -225,7 +236,7 @@ def test_stored_statistics_of_an_older_format_are_computed_again(source: Source)
     write_signed(record, {**body, "format": 1})
     again = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     np.testing.assert_array_equal(again.quantile_rows, first.quantile_rows)
-    assert json.loads(record.read_text())["format"] == 2
+    assert json.loads(record.read_text())["format"] == 3
 
 
 def test_the_token_of_an_example_is_marked() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_cache
 from typer.testing import CliRunner
 
 from sae_granary import sae_core, train_sae
@@ -175,6 +176,13 @@ def test_a_run_whose_cache_is_gone_reports_what_is_stored(make_cache, tmp_path: 
     page = (run / "report.html").read_text(encoding="utf-8")
     assert facts_of(page)["latents"]["texts"] == "none"
     assert facts_of(page)["runs"][0]["density"] == facts_of(whole)["runs"][0]["density"]
+    bad_device = CliRunner().invoke(app, ["report", str(run), "--device", "cuda:99"])
+    assert (bad_device.exit_code, bad_device.output.count("\n")) == (2, 1)
+    assert (run / "report.html").read_text(encoding="utf-8") == page  # not replaced by a lesser one
+    write_cache(tmp_path / "other", n_docs=30, seed=1)
+    assert CliRunner().invoke(app, ["stats", str(run), "--cache", str(tmp_path / "other")]).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0  # that newer one is of another cache
+    assert facts_of((run / "report.html").read_text(encoding="utf-8")) == facts_of(page)
     for name in ("density", "mean", "largest"):
         both = [unpack(blobs_of(each)["overview"])[name] for each in (page, whole)]
         np.testing.assert_array_equal(*both)

@@ -10,7 +10,7 @@ import typer
 
 from sae_granary.analyze.commands.shared import CacheFolder, Device, Hook, Incomplete, names_in
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
-from sae_granary.common.errors import ConfigError
+from sae_granary.common.errors import ConfigError, GranaryError
 from sae_granary.common.quantities import parse_count
 
 if TYPE_CHECKING:
@@ -57,17 +57,28 @@ def evaluate(
         from sae_granary.common.files import write_json
         from sae_granary.common.process import tuned_process
 
-        models, found = Models(), []
+        models, found, failures = Models(), [], []
         with tuned_process(device):
             for sae in [sae for folder in saes for sae in _saes_in(folder)]:
-                source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
-                found.append(_evaluate(source, part, rows, models, model, quiet))  # type: ignore[arg-type]
+                try:
+                    source = open_source(
+                        sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete
+                    )
+                    found.append(_evaluate(source, part, rows, models, model, quiet))  # type: ignore[arg-type]
+                except GranaryError as error:  # the others are told all the same
+                    failures.append(error)
+        if failures and not found:
+            raise failures[0]
+        for failure in failures:
+            echo(f"error: {failure}", err=True, color="red")
         if out is not None:
             write_json(out, {"evaluations": found})
         if as_json:
             echo(json.dumps({"evaluations": found}, indent=1))
         else:
             show_evaluations(found)
+        if failures:
+            raise typer.Exit(2)
 
 
 def _saes_in(folder: Path) -> list[Path]:

@@ -69,6 +69,7 @@ def _report_one(
     run: Path, path: Path, cache: Path | None, hooks: list[str], device: str, allow_incomplete: bool, quiet: bool
 ) -> dict[str, Any]:
     """Write the page of a run; where its own cache is gone that of the statistics that are stored."""
+    from sae_granary.analyze.errors import CacheGoneError
     from sae_granary.analyze.latents.stats import find_stats
     from sae_granary.analyze.report.report import report_run, stored_stats
     from sae_granary.analyze.source import open_source
@@ -77,7 +78,7 @@ def _report_one(
     with tuned_process(device):
         try:
             source = open_source(run, cache, hooks=hooks, device=device, allow_incomplete=allow_incomplete)
-        except ConfigError as error:
+        except CacheGoneError as error:
             stats = stored_stats(run) if cache is None else None
             if stats is None:
                 raise

@@ -22,11 +22,12 @@ from sae_granary.analyze.latents.latent_stats import N_BINS, Accumulator, Exampl
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples
 from sae_granary.analyze.source import Source
 from sae_granary.common.files import hash_files, new_folder
+from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.common.signed import write_signed
 
-RECORD, ARRAYS = "stats.json", "stats.npz"
-FORMAT = 2  # those of format 1 are computed again
+RECORD, ARRAYS, LOCK = "stats.json", "stats.npz", ".stats.lock"
+FORMAT = 3  # those of earlier formats are computed again
 BLOCK_ROWS, BLOCK_ENTRIES = 2**15, 2**20  # read at once, whichever comes first
 N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
@@ -172,11 +173,25 @@ def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
 
 
 def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick = lambda n_rows: None) -> LatentStats:
-    """The stored statistics of an SAE and a cache; computed, and stored, where there are none of this format."""
+    """The stored statistics of an SAE and a cache; computed, and stored, where there are none of this format.
+
+    Raises LockedError while another process computes them.
+    """
     folder = stats_folder(source)
-    if not (folder / RECORD).is_file() or _fields(folder).body.get("format") != FORMAT:
-        save_stats(compute_stats(source, make_codes(), tick=tick), source, folder)
+    if not _is_stored(folder):
+        codes, lock = make_codes(), FolderLock(source.place / LOCK)
+        source.place.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        try:
+            if not _is_stored(folder):
+                save_stats(compute_stats(source, codes, tick=tick), source, folder)
+        finally:
+            lock.release()
     return load_stats(source, folder)
+
+
+def _is_stored(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and _fields(folder).body.get("format") == FORMAT
 
 
 def _fields(folder: Path) -> CodesFields:

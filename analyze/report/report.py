@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary import __version__
 from sae_granary.analyze.encoding.codes import StoredCodes
+from sae_granary.analyze.errors import MismatchError
 from sae_granary.analyze.evaluation.stored import load_evaluation
 from sae_granary.analyze.latents.stats import RECORD, LatentStats, read_stats
 from sae_granary.analyze.report.latent_data import latent_data
@@ -60,8 +63,8 @@ def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[st
     runs = []
     for folder in folders:
         link = folder / FILE
-        where = os.path.relpath(link, out.parent).replace(os.sep, "/") if link.is_file() else None
-        runs.append(run_facts(folder) | {"link": where})
+        where = os.path.relpath(link, out.parent).replace(os.sep, "/")
+        runs.append(run_facts(folder) | {"link": f"./{quote(where)}" if link.is_file() else None})
     caches = {json.dumps(read_metadata(folder).get("cache_fingerprint"), sort_keys=True) for folder in folders}
     notes = (
         ["These runs were trained on different caches: their numbers cannot be compared."] if len(caches) > 1 else []
@@ -72,9 +75,13 @@ def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[st
 
 
 def stored_stats(folder: Path) -> LatentStats | None:
-    """The newest stored statistics of an SAE, for when its cache is not there any more; None where there are none."""
-    found = sorted(folder.glob(f"analysis/*/stats/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    return read_stats(found[-1].parent, {"sae": hash_of(load(folder, "cpu"))}) if found else None
+    """The newest statistics of an SAE on the cache that it was trained on, for when that is gone; None without any."""
+    found = sorted(folder.glob(f"analysis/*/stats/{RECORD}"), key=lambda path: -path.stat().st_mtime)
+    wanted = {"sae": hash_of(load(folder, "cpu")), "cache": read_metadata(folder).get("cache_fingerprint")}
+    for path in found:
+        with suppress(MismatchError):
+            return read_stats(path.parent, wanted)
+    return None
 
 
 def _evaluation(source: Source, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sae_granary.analyze.encoding import blocks as blocks_module
 from sae_granary.analyze.encoding import export
 from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import open_codes
-from sae_granary.analyze.encoding.document_columns import arrow_column
+from sae_granary.analyze.encoding.document_columns import arrow_column, table_names
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.pool import HOW, pool_documents
 from sae_granary.analyze.source import Source, open_source
@@ -172,6 +172,18 @@ def test_parquet_holds_the_kept_columns_with_their_types(source: Source, make_ca
             assert [row["kept.source"], row["mixed"], row["source"]] == [columns["source"][i % 2], "a1"[i % 2], "toy"]
     assert arrow_column([1, 2.5, None]).to_pylist() == [1.0, 2.5, None]
     assert arrow_column([2**70, 3]).to_pylist() == [str(2**70), "3"]  # an id stays exact
+    assert arrow_column([0.5, 10**309, None]).to_pylist() == ["0.5", str(10**309), None]  # no double is as large
+    assert arrow_column([float("inf"), 1]).to_pylist() == [float("inf"), 1.0]
+
+
+def test_a_kept_column_never_takes_the_name_of_another(source: Source, make_cache, tmp_path: Path) -> None:
+    assert table_names(["row", "kept.row", "size"]) == {"row": "kept.kept.row", "kept.row": "kept.row", "size": "size"}
+    cache = make_cache("kept", n_docs=4, columns={"row": (1, 2), "kept.row": ("a", "b")})
+    out = tmp_path / "documents.parquet"
+    run("encode", source.folder, "--cache", cache, "--format", "parquet", "--out", out, "--pool", "max")
+    table = pq.read_table(out)
+    assert table["kept.row"].to_pylist() == ["a", "b", "a", "b"]
+    assert table["kept.kept.row"].to_pylist() == [1, 2, 1, 2]
 
 
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +18,14 @@ from sae_granary.common.rows import Scalar
 def document_columns(cache: Cache) -> DocumentColumns:
     """A function that gives the columns of documents by their ids. Memory: the kept columns of all documents.
 
-    A kept column with the name of another column of the table is called `kept.<name>`.
+    A kept column with the name of another column of the table is called `kept.<name>`, with more `kept.` where a kept
+    column has that name.
     """
     import pyarrow as pa
 
     ids = np.array(cache.document_ids(), np.int64)
-    kept = {
-        f"kept.{name}" if name in FIXED_COLUMNS else name: arrow_column(cache.document_column(name))
-        for name in cache.kept_columns
-    }
+    names = table_names(cache.kept_columns)
+    kept = {name: arrow_column(cache.document_column(column)) for column, name in names.items()}
 
     def columns_of(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:
         each, which = np.unique(doc_ids, return_inverse=True)
@@ -39,8 +39,22 @@ def document_columns(cache: Cache) -> DocumentColumns:
     return columns_of
 
 
+def table_names(kept_columns: Sequence[str]) -> dict[str, str]:
+    """Kept columns -> their names in the table, each of which occurs once."""
+    names = {}
+    for column in kept_columns:
+        name = column
+        while name in FIXED_COLUMNS or (name != column and name in kept_columns):
+            name = f"kept.{name}"
+        names[column] = name
+    return names
+
+
 def arrow_column(values: Sequence[Scalar]) -> Any:
-    """An Arrow array of one type: bool, int64, double or string; of values of several kinds their JSON, texts as is."""
+    """An Arrow array of one type: bool, int64, double or string.
+
+    Values of several kinds, and integers that the type of the others cannot hold, become their JSON, texts as they are.
+    """
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}
@@ -48,7 +62,8 @@ def arrow_column(values: Sequence[Scalar]) -> Any:
         return pa.array(values, pa.bool_())
     if kinds == {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):  # type: ignore[operator]
         return pa.array(values, pa.int64())
-    if float in kinds and kinds <= {int, float}:
+    too_large = any(isinstance(value, int) and abs(value) > sys.float_info.max for value in values)
+    if float in kinds and kinds <= {int, float} and not too_large:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return pa.array(texts, pa.string())

@@ -154,18 +154,24 @@ def test_what_does_not_fit_is_refused_in_one_line_with_both(make_cache, make_sae
 def test_codes_of_another_sae_or_cache_are_refused_and_left_as_they_are(make_cache, make_sae, tmp_path: Path) -> None:
     first = open_source(make_sae(), make_cache(), device="cpu")
     codes = encode_cache(first, tmp_path / "codes")
+    other = open_source(make_sae("other", k=5), make_cache("again"), device="cpu")
     before = bytes_of(codes.folder)
     for source, words in (
-        (open_source(make_sae("other", k=5), make_cache("again"), device="cpu"), "codes of another sae: "),
+        (other, "belongs to another sae: "),
         (open_source(make_sae(), make_cache("seed", seed=1), device="cpu"), "cache: seed 0, expected seed 1"),
     ):
-        with pytest.raises(MismatchError, match=words):
+        with pytest.raises(MismatchError, match=f"{words}.*; remove the folder, or give another --out$"):
             encode_cache(source, codes.folder)
-        with pytest.raises(MismatchError, match=words):
+        with pytest.raises(MismatchError, match=f"{words}.*; remove the folder$"):
             open_codes(codes.folder, source.identity)
     assert bytes_of(codes.folder) == before
     with pytest.raises(MismatchError, match="expected an empty folder or codes"):
         encode_cache(first, first.folder)
+    shutil.copytree(codes.folder, other.place / "codes")
+    stats = CliRunner().invoke(app, ["stats", str(other.folder), "--cache", str(other.cache.path), "--device", "cpu"])
+    assert (stats.exit_code, stats.output.count("\n")) == (2, 1), stats.output
+    assert "belongs to another sae: " in stats.output
+    assert stats.output.endswith("; remove the folder\n")  # stats has no --out
 
 
 def test_damaged_codes_are_named(make_cache, make_sae, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_json_record_of_codes_names_its_pooling(source: Source) -> None:
     run("encode", source.folder, "--cache", source.cache.path, "--pool", "max")
     record = json.loads((source.place / "documents_max" / "record.json").read_text())
     assert (record["identity"]["pool"], record["complete"]) == ("max", True)
-    assert "codes of another pool: None, expected max" in refused(
+    assert "belongs to another pool: None, expected max" in refused(
         "encode", source.folder, "--cache", open_cache(source.cache.path).path, "--pool", "max",
         "--out", source.place / "codes",
     )  # fmt: skip

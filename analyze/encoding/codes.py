@@ -28,6 +28,7 @@ FORMAT = 1
 ARRAYS: dict[str, np.dtype[Any]] = {"indptr": np.dtype("<i8"), "indices": np.dtype("<i4"), "values": np.dtype("<f4")}
 DTYPES: dict[str, np.dtype[Any]] = ARRAYS | {"doc_ids": np.dtype("<i8")}
 WITH_DOC_IDS = ("texts", "pool")  # entries of an identity that say that there are doc_ids
+ANOTHER_OUT = "remove the folder, or give another --out"  # where it was given with --out
 HEADER_BYTES = 128  # of every .npy file, so that a growing file never moves
 
 
@@ -141,14 +142,14 @@ def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) ->
     return StoredCodes(folder, record, **arrays)
 
 
-def check_identity(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    """Raise MismatchError with both where codes are of another SAE, cache, set of shards or hook point."""
+def check_identity(
+    folder: Path, have: Mapping[str, Any], want: Mapping[str, Any], remedy: str = "remove the folder"
+) -> None:
+    """Raise MismatchError with both where codes or statistics are of another SAE, cache, shards or hook point."""
     for name, value in want.items():
         if have.get(name) != value:
             there, here = _difference(have.get(name), value)
-            raise MismatchError(
-                f"{folder} holds codes of another {name}: {there}, expected {here}; give another --out, or remove it"
-            )
+            raise MismatchError(f"{folder} belongs to another {name}: {there}, expected {here}; {remedy}")
 
 
 def _difference(have: Any, want: Any) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.encoding.codes import (
+    ANOTHER_OUT,
     ARRAYS,
     RECORD,
     CodesRecord,
@@ -91,10 +92,11 @@ def _begun(source: Source, out: Path, block_rows: int) -> CodesRecord:
             raise MismatchError(f"{out} holds {other[0]}, expected an empty folder or codes; give another --out")
         return fresh
     record = CodesRecord.read(out)
-    check_identity(out, record.identity, source.identity)
+    remedy = () if out == source.place / "codes" else (ANOTHER_OUT,)  # every command has its codes there
+    check_identity(out, record.identity, source.identity, *remedy)
     if not record.complete:
-        check_identity(out, {"device": record.device}, {"device": device})
-        check_identity(out, {"block size": record.block_rows}, {"block size": block_rows})
+        check_identity(out, {"device": record.device}, {"device": device}, *remedy)
+        check_identity(out, {"block size": record.block_rows}, {"block size": block_rows}, *remedy)
         for name in ARRAYS:
             path = array_path(out, name)
             if record.n_rows and (not path.is_file() or path.stat().st_size < file_bytes(record, name)):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sae_granary.analyze.counted_rows import CountedFlags, keeps_first
 from sae_granary.analyze.encoding.blocks import CodeBlock, stored_blocks
-from sae_granary.analyze.encoding.codes import RECORD, StoredCodes, open_codes
+from sae_granary.analyze.encoding.codes import ANOTHER_OUT, RECORD, CodesRecord, StoredCodes, check_identity, open_codes
 from sae_granary.analyze.encoding.csr_files import write_blocks
 from sae_granary.analyze.encoding.document_columns import document_columns
 from sae_granary.analyze.encoding.encode import Tick, csr_of
@@ -104,7 +104,8 @@ def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tic
     """
     cache, identity = source.cache, source.identity | ({"pool": out.pool} if out.pool else {})
     if out.format == "granary" and (out.path / RECORD).is_file():
-        return len(open_codes(out.path, identity))
+        check_identity(out.path, CodesRecord.read(out.path).identity, identity, ANOTHER_OUT)
+        return len(open_codes(out.path))
     out.check_new()
     doc_ids, flags = cache.column("doc_id"), cache.column("flags") if out.pool is None else CountedFlags(cache)
     with space_for(out.path):

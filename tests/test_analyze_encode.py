@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
-from sae_granary.analyze.encoding.codes import ARRAYS, open_codes
+from sae_granary.analyze.encoding.blocks import stored_blocks
+from sae_granary.analyze.encoding.codes import ARRAYS, check_arrays, open_codes
 from sae_granary.analyze.encoding.encode import csr_of, encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.source import open_source
 from sae_granary.cache.read.reader import open_cache
+from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import Codes, Pattern
 
 D_SAE = 32
@@ -211,3 +213,36 @@ def test_the_command_writes_beside_the_sae_and_tells_errors_in_one_line(make_cac
     assert wrong.exit_code == 2
     assert wrong.output.count("\n") == 1
     assert not (tmp_path / "wide" / "analysis").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "with_checksums"), [("values", True), ("indptr", True), ("indices", True), ("indices", False)]
+)
+def test_altered_arrays_are_refused_in_one_line(make_cache, make_sae, name: str, with_checksums: bool) -> None:
+    source = open_source(make_sae(), make_cache(), device="cpu")
+    codes = encode_cache(source, source.place / "codes")
+    if not with_checksums:  # as they were written before there were any
+        body = {key: value for key, value in codes.record.to_json().items() if key != "arrays_xxh3"}
+        write_signed(codes.folder / "record.json", body)
+    check_arrays(open_codes(codes.folder))
+    path = codes.folder / f"{name}.npy"
+    data = bytearray(path.read_bytes())
+    if name == "indices":
+        data[-4:] = (2**31 - 1).to_bytes(4, "little")
+    else:
+        data[-5] ^= 1
+    path.write_bytes(data)
+    altered = open_codes(codes.folder)  # is lazy
+    words = f"{path} {'is not what was written' if with_checksums else 'holds latent 2147483647, expected 0 to 31'}"
+    with pytest.raises(DamagedCodesError):
+        check_arrays(altered)
+    if name == "indices":
+        with pytest.raises(DamagedCodesError, match="holds latent 2147483647"):
+            list(stored_blocks(altered, source.cache.column("doc_id"), source.cache.column("flags")))
+    given = [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
+    for command in (["stats"], ["encode", "--pool", "max"], ["encode", "--format", "npz"]):
+        done = CliRunner().invoke(app, [*command, *given])
+        assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+        assert words in done.output
+        assert "remove the folder and run `sae-analyze encode` again" in done.output
+    assert sorted(each.name for each in source.place.iterdir() if each.name[0] != ".") == ["codes"]

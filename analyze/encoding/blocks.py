@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.encoding.codes import StoredCodes
+from sae_granary.analyze.encoding.codes import StoredCodes, check_latents
 from sae_granary.common.rows import FLAG_SPECIAL
 
 BLOCK_ROWS = 2**15
@@ -34,7 +34,7 @@ def stored_blocks(codes: StoredCodes, doc_ids: Any, flags: Any, *, by_document: 
     """The rows of codes on disk; `doc_ids` and `flags` are columns (N,) of the cache, of which slices are read.
 
     With `by_document` documents ascend, also in a cache whose rows are not in the order of their documents. Only such a
-    cache takes memory for all rows, 16 bytes each.
+    cache takes memory for all rows, 16 bytes each. Raises DamagedCodesError for a latent that the SAE does not have.
     """
     if by_document and not is_ascending(doc_ids):
         order = np.argsort(doc_ids[:], kind="stable")
@@ -47,6 +47,7 @@ def stored_blocks(codes: StoredCodes, doc_ids: Any, flags: Any, *, by_document: 
         n_rows = max(1, int(np.searchsorted(offsets, offsets[0] + BLOCK_ENTRIES, side="right")) - 1)
         part, rows = slice(int(offsets[0]), int(offsets[n_rows])), slice(start, start + n_rows)
         counts, special = np.diff(offsets[: n_rows + 1]), flags[rows] & FLAG_SPECIAL != 0
+        check_latents(codes, codes.indices[part])
         yield CodeBlock(counts, codes.indices[part], codes.values[part], doc_ids[rows], special)
         start += n_rows
 
@@ -63,4 +64,5 @@ def _gather(codes: StoredCodes, doc_ids: Any, flags: Any, rows: NDArray[np.int64
     ends = np.cumsum(counts)
     entries = np.repeat(first - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
     special = flags[rows] & FLAG_SPECIAL != 0
+    check_latents(codes, codes.indices[entries])
     return CodeBlock(counts, codes.indices[entries], codes.values[entries], doc_ids[rows], special)

@@ -5,7 +5,7 @@ codes/
     indices.npy   (nnz,) int32      latents, ascending within a row, each once
     values.npy    (nnz,) float32    their activations, none of them zero
     doc_ids.npy   (N,) int64        of texts, and of codes pooled per document: which document each row is of
-    record.json   SAE, cache, sizes, checksum; `complete` is set last
+    record.json   SAE, cache, sizes, checksums of itself and of the arrays; `complete` is set last
 
 Shapes: N rows, in the order of the cache's rows, F = d_sae latents, nnz entries.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.common.files import hash_files
 from sae_granary.common.signed import Fields
 
 RECORD = "record.json"
@@ -28,8 +29,10 @@ FORMAT = 1
 ARRAYS: dict[str, np.dtype[Any]] = {"indptr": np.dtype("<i8"), "indices": np.dtype("<i4"), "values": np.dtype("<f4")}
 DTYPES: dict[str, np.dtype[Any]] = ARRAYS | {"doc_ids": np.dtype("<i8")}
 WITH_DOC_IDS = ("texts", "pool")  # entries of an identity that say that there are doc_ids
+REMEDY = "remove the folder and run `sae-analyze encode` again"
 ANOTHER_OUT = "remove the folder, or give another --out"  # where it was given with --out
 HEADER_BYTES = 128  # of every .npy file, so that a growing file never moves
+CHUNK = 2**22  # latents checked at once
 
 
 class CodesFields(Fields):
@@ -49,6 +52,7 @@ class CodesRecord:
     complete: bool
     block_rows: int  # rows encoded at once
     device: str
+    arrays_xxh3: Mapping[str, str] | None = None  # of the files, by array; None: unfinished, or written before it was
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
@@ -58,9 +62,8 @@ class CodesRecord:
     @classmethod
     def read(cls, folder: Path) -> CodesRecord:
         """The record of a folder. Raises DamagedCodesError."""
-        remedy = "remove the folder and run `sae-analyze encode` again"
         missing = f"{folder} holds no codes; `sae-analyze encode` writes them"
-        fields = CodesFields.of_file(folder / RECORD, remedy, missing=missing, signed_since=1, key="format")
+        fields = CodesFields.of_file(folder / RECORD, REMEDY, missing=missing, signed_since=1, key="format")
         if fields.body.get("format") != FORMAT:
             raise fields.error("format", fields.body.get("format"), str(FORMAT))
         return cls(
@@ -71,6 +74,7 @@ class CodesRecord:
             fields.get("complete", bool),
             fields.integer("block_rows", 1),
             fields.get("device", str),
+            fields.optional("arrays_xxh3", dict),
         )
 
     def length(self, name: str) -> int:
@@ -152,6 +156,28 @@ def check_identity(
             raise MismatchError(f"{folder} belongs to another {name}: {there}, expected {here}; {remedy}")
 
 
+def check_arrays(codes: StoredCodes) -> None:
+    """Raise DamagedCodesError where a file is not what was written; every file is read once.
+
+    Codes without checksums, of earlier versions, are only asked whether their latents are in 0..F-1.
+    """
+    for name, written in (codes.record.arrays_xxh3 or {}).items():
+        path = array_path(codes.folder, name)
+        if hash_files([path]) != written:
+            raise DamagedCodesError(f"{path} is not what was written: its checksum does not fit; {REMEDY}")
+    if codes.record.arrays_xxh3 is None:
+        for start in range(0, len(codes.indices), CHUNK):
+            check_latents(codes, codes.indices[start : start + CHUNK])
+
+
+def check_latents(codes: StoredCodes, latents: NDArray[np.int32]) -> None:
+    """Raise DamagedCodesError for a latent outside 0..F-1: counting it would take memory for all below it."""
+    for latent in (latents.min(), latents.max()) if len(latents) else ():
+        if not 0 <= latent < codes.shape[1]:
+            path = array_path(codes.folder, "indices")
+            raise DamagedCodesError(f"{path} holds latent {latent}, expected 0 to {codes.shape[1] - 1}; {REMEDY}")
+
+
 def _difference(have: Any, want: Any) -> tuple[str, str]:
     """Two values as text; of two mappings the first entry in which they differ."""
     if isinstance(have, Mapping) and isinstance(want, Mapping):
@@ -161,17 +187,17 @@ def _difference(have: Any, want: Any) -> tuple[str, str]:
 
 
 def _map(folder: Path, record: CodesRecord, name: str) -> NDArray[Any]:
-    path, remedy = array_path(folder, name), "remove the folder and run `sae-analyze encode` again"
+    path = array_path(folder, name)
     try:
         if path.stat().st_size != file_bytes(record, name):
             raise DamagedCodesError(
-                f"{path} has {path.stat().st_size:,} bytes, expected {file_bytes(record, name):,}; {remedy}"
+                f"{path} has {path.stat().st_size:,} bytes, expected {file_bytes(record, name):,}; {REMEDY}"
             )
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         if isinstance(error, DamagedCodesError):
             raise
-        raise DamagedCodesError(f"{path} cannot be read: {error}; {remedy}") from None
+        raise DamagedCodesError(f"{path} cannot be read: {error}; {REMEDY}") from None
     if array.dtype != DTYPES[name] or array.shape != (record.length(name),):
-        raise DamagedCodesError(f"{path} holds {array.dtype}{array.shape}, not what its record says; {remedy}")
+        raise DamagedCodesError(f"{path} holds {array.dtype}{array.shape}, not what its record says; {REMEDY}")
     return array

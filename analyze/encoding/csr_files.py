@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sae_granary.analyze.encoding.blocks import CodeBlock
 from sae_granary.analyze.encoding.codes import ARRAYS, DTYPES, HEADER_BYTES, RECORD, CodesRecord, array_path, file_bytes
-from sae_granary.common.files import new_folder, sync_folder
+from sae_granary.common.files import hash_files, new_folder, sync_folder
 from sae_granary.common.signed import write_signed
 
 
@@ -53,11 +53,13 @@ class CSRFiles:
         write_signed(self._out / RECORD, self.record.to_json())
 
     def finish(self) -> None:
-        """Write the headers, and the record of complete codes."""
+        """Write the headers, and the record of complete codes with the checksums of the files, read once for them."""
         for name, stream in self._streams.items():
             stream.seek(0)
             stream.write(npy_header(DTYPES[name], self.record.length(name)))
-        self.record = replace(self.record, complete=True)
+            stream.flush()
+        hashes = {name: hash_files([array_path(self._out, name)]) for name in self._streams}
+        self.record = replace(self.record, complete=True, arrays_xxh3=hashes)
         self.commit()
 
 

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from sae_granary.analyze.counted_rows import CountedFlags, keeps_first
 from sae_granary.analyze.encoding.blocks import CodeBlock, stored_blocks
-from sae_granary.analyze.encoding.codes import ANOTHER_OUT, RECORD, CodesRecord, StoredCodes, check_identity, open_codes
+from sae_granary.analyze.encoding.codes import (
+    ANOTHER_OUT,
+    RECORD,
+    CodesRecord,
+    StoredCodes,
+    check_arrays,
+    check_identity,
+    open_codes,
+)
 from sae_granary.analyze.encoding.csr_files import write_blocks
 from sae_granary.analyze.encoding.document_columns import document_columns
 from sae_granary.analyze.encoding.encode import Tick, csr_of
@@ -100,13 +108,15 @@ def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tic
     """Write codes on disk of a cache pooled, or in another format. Returns the number of rows, or of documents.
 
     Complete pooled codes of the same SAE and cache are taken as they are. Raises ConfigError where the output exists,
-    AnalyzeError where the disk is full, MismatchError for a folder with codes of something else.
+    AnalyzeError where the disk is full, MismatchError for a folder with codes of something else, DamagedCodesError for
+    codes that are not what was written.
     """
     cache, identity = source.cache, source.identity | ({"pool": out.pool} if out.pool else {})
     if out.format == "granary" and (out.path / RECORD).is_file():
         check_identity(out.path, CodesRecord.read(out.path).identity, identity, ANOTHER_OUT)
         return len(open_codes(out.path))
     out.check_new()
+    check_arrays(codes)
     doc_ids, flags = cache.column("doc_id"), cache.column("flags") if out.pool is None else CountedFlags(cache)
     with space_for(out.path):
         if out.format == "npz" and out.pool is None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.counted_rows import CountedFlags
-from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_identity
+from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_arrays, check_identity
 from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
 from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
@@ -184,6 +184,7 @@ def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick
         lock.acquire()
         try:
             if not _is_stored(folder):
+                check_arrays(codes)
                 save_stats(compute_stats(source, codes, tick=tick), source, folder)
         finally:
             lock.release()

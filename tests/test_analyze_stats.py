@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.commands.shared import echo_line
+from sae_granary.analyze.encoding import blocks as blocks_module
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.latents import coactive as coactive_module
-from sae_granary.analyze.latents import stats as stats_module
 from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
 from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_neighbors, quantile
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
 from sae_granary.analyze.latents.search import pool_latent
 from sae_granary.analyze.latents.show import Marked, latent_lines, marked, summary_lines
-from sae_granary.analyze.latents.stats import compute_stats, find_stats, load_stats
+from sae_granary.analyze.latents.stats import blocks_of, compute_stats, find_stats, load_stats
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
 from sae_granary.common.errors import ConfigError
@@ -145,7 +145,7 @@ def test_rows_of_a_sample_are_evenly_spread_and_fewer_where_many_latents_are_act
 
 @pytest.mark.parametrize("n_sampled", [50, 10**6])
 def test_coactivation_is_that_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch, n_sampled) -> None:
-    monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 100)
     monkeypatch.setattr(coactive_module, "MAX_ROWS", n_sampled)
     monkeypatch.setattr(coactive_module, "BLOCK_COUNTS", 100)  # four latents at once, or fewer
     monkeypatch.setattr(coactive_module, "BLOCK_PAIRS", 300)
@@ -164,11 +164,11 @@ def test_coactivation_is_that_of_the_dense_codes(source: Source, tmp_path: Path,
 
 
 def test_statistics_are_those_of_the_dense_codes(source: Source, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(stats_module, "BLOCK_ROWS", 100)
-    monkeypatch.setattr(stats_module, "BLOCK_ENTRIES", 301)
+    monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(blocks_module, "BLOCK_ENTRIES", 301)
     codes = encode_cache(source, tmp_path / "codes")
     found = compute_stats(source, codes, n_examples=3)
-    assert max(len(block.value) for block in stats_module.blocks_of(source, codes)) <= 301
+    assert max(len(block.value) for block in blocks_of(source, codes)) <= 301
     plain = source.cache.column("flags")[:] & FLAG_SPECIAL == 0
     rows, document = np.flatnonzero(plain), source.cache.column("doc_id")[:]
     dense = codes.dense()[plain].astype(np.float64)

@@ -16,7 +16,7 @@ from sae_granary.analyze.encoding.codes import StoredCodes, check_latents
 from sae_granary.common.rows import FLAG_SPECIAL
 
 BLOCK_ROWS = 2**15
-BLOCK_ENTRIES = 2**22  # a block has fewer rows where they hold many entries: dense codes
+BLOCK_ENTRIES = 2**20  # a block has fewer rows where they hold many entries: dense codes
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.analyze.counted_rows import CountedFlags
+from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_arrays, check_identity
 from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
@@ -23,12 +24,10 @@ from sae_granary.analyze.latents.quantile_examples import QuantileExamples
 from sae_granary.analyze.source import Source
 from sae_granary.common.files import hash_files, new_folder
 from sae_granary.common.lock import FolderLock
-from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.common.signed import write_signed
 
 RECORD, ARRAYS, LOCK = "stats.json", "stats.npz", ".stats.lock"
 FORMAT = 3  # those of earlier formats are computed again
-BLOCK_ROWS, BLOCK_ENTRIES = 2**15, 2**20  # read at once, whichever comes first
 N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
 
@@ -76,22 +75,15 @@ class Block:
 
 
 def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
-    """The codes of a cache, at most 32,768 rows and 2**20 entries at a time, but always a whole row."""
-    doc_ids, flags = source.cache.column("doc_id"), CountedFlags(source.cache)
-    stop = 0
-    while stop < len(codes):
-        start = stop
-        last = int(np.searchsorted(codes.indptr, codes.indptr[start] + BLOCK_ENTRIES, side="right")) - 1
-        stop = min(max(last, start + 1), start + BLOCK_ROWS, len(codes))
-        offsets = codes.indptr[start : stop + 1]
-        part = slice(int(offsets[0]), int(offsets[-1]))
-        row = np.repeat(np.arange(stop - start), np.diff(offsets))
-        plain = flags[start:stop] & FLAG_SPECIAL == 0
+    """The codes of the rows of a cache that count, in the blocks of `stored_blocks`."""
+    start = 0
+    for stored in stored_blocks(codes, source.cache.column("doc_id"), CountedFlags(source.cache)):
+        row, plain = np.repeat(np.arange(len(stored.counts)), stored.counts), ~stored.special
         kept, places = plain[row], np.cumsum(plain) - 1
-        row, latent = row[kept], codes.indices[part][kept].astype(np.int64)
-        document = doc_ids[start:stop][row]
-        yield Block(int(plain.sum()), places[row], row + start, document, latent, codes.values[part][kept])
-        tick(stop)
+        row, latent = row[kept], stored.indices[kept].astype(np.int64)
+        yield Block(int(plain.sum()), places[row], row + start, stored.doc_ids[row], latent, stored.values[kept])
+        start += len(stored.counts)
+        tick(start)
 
 
 def compute_stats(

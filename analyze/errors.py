@@ -29,4 +29,4 @@ class CacheGoneError(AnalyzeError, ConfigError):
 
 
 class DownstreamError(AnalyzeError):
-    """The model of a cache is not to be had, or an SAE cannot stand in it."""
+    """The model of a cache cannot be loaded, or an SAE cannot replace its activations."""

@@ -234,6 +234,8 @@ def test_stored_statistics_of_an_older_format_are_computed_again(source: Source)
     body = json.loads(record.read_text())
     del body["xxh3"]
     write_signed(record, {**body, "format": 1})
+    with pytest.raises(DamagedCodesError, match="format is 1, expected 3"):  # never read as what it is not
+        load_stats(source, record.parent)
     again = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     np.testing.assert_array_equal(again.quantile_rows, first.quantile_rows)
     assert json.loads(record.read_text())["format"] == 3

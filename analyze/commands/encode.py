@@ -31,7 +31,7 @@ def encode(
         typer.Option("--out", "-o", help="Folder, or file of npz and parquet. (default: beside the SAE, by cache)"),
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(help="One row per document: max, mean or sum over its tokens, special ones left out.")
+        str | None, typer.Option(help="One row per document: max, mean or sum over the tokens that `stats` counts.")
     ] = None,
     format: Annotated[
         str, typer.Option(help="granary (memory-mapped CSR), npz (scipy.sparse.load_npz) or parquet.")

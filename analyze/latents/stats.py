@@ -155,6 +155,8 @@ def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
     remedy = f"remove {folder} and run `sae-analyze stats` again"
     fields = _fields(folder)
     check_identity(folder, fields.get("identity", dict), identity)
+    if fields.body.get("format") != FORMAT:
+        raise fields.error("format", fields.body.get("format"), str(FORMAT))
     if hash_files([folder / ARRAYS]) != fields.get("npz_xxh3", str):
         raise DamagedCodesError(f"{folder / ARRAYS} is not what was written; {remedy}")
     with np.load(folder / ARRAYS, allow_pickle=False) as arrays:

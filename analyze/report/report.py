@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sae_granary import __version__
 from sae_granary.analyze.encoding.codes import StoredCodes
-from sae_granary.analyze.errors import MismatchError
+from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.evaluation.stored import load_evaluation
 from sae_granary.analyze.latents.stats import RECORD, LatentStats, read_stats
 from sae_granary.analyze.report.latent_data import latent_data
@@ -79,7 +79,7 @@ def stored_stats(folder: Path) -> LatentStats | None:
     found = sorted(folder.glob(f"analysis/*/stats/{RECORD}"), key=lambda path: -path.stat().st_mtime)
     wanted = {"sae": hash_of(load(folder, "cpu")), "cache": read_metadata(folder).get("cache_fingerprint")}
     for path in found:
-        with suppress(MismatchError):
+        with suppress(MismatchError, DamagedCodesError):
             return read_stats(path.parent, wanted)
     return None
 

@@ -26,7 +26,7 @@ N_POINTS = 500  # of a curve
 
 
 def runs_in(folders: Sequence[Path]) -> list[Path]:
-    """The runs that some folders name: a sweep, or a folder of runs, stands for the finished runs in it.
+    """The runs that some folders name: of a sweep, or of a folder of runs, the finished runs in it.
 
     Raises NotARunError for a folder with neither.
     """

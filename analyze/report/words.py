@@ -1,4 +1,4 @@
-"""The words of a page: texts of the tokens that occur in it, and which of them stand for each latent.
+"""The words of a page: texts of the tokens that occur in it, and which of them label each latent.
 
 Shapes: F = d_sae latents, E strongest examples of a latent, R rows of the windows, V words.
 """
@@ -59,7 +59,7 @@ def words_of_tokens(cache: Cache, top: I64, rows: I64, others: Iterable[NDArray[
 
 
 def words_of_texts(cache: Cache, top: I64) -> Words:
-    """Of pooled rows: the beginning of the document with the strongest activation stands for a latent."""
+    """Of pooled rows: the beginning of the document with the strongest activation labels a latent."""
     strongest = top[:, 0]
     doc_ids = cache.column("doc_id")[np.where(strongest >= 0, strongest, 0)].astype(np.int64)
     known = np.unique(doc_ids[strongest >= 0])

@@ -1,7 +1,7 @@
-"""The models: sparse autoencoders as torch modules, their math, their files.
+"""Sparse autoencoders as torch modules, with their losses, metrics and files.
 
 sae = sae_core.load("runs/bert_l6_batchtopk")
-codes = sae.encode(x)        # sparse: values, indices, indptr
+codes = sae.encode(x)  # sparse: values, indices, indptr
 x_hat = sae(x).x_hat
 """
 

@@ -1,8 +1,8 @@
-"""Encoder and decoder products whose forward and backward touch only the stored entries of a pattern.
+"""Encoder and decoder products whose forward and backward compute only the stored entries of a pattern.
 
-Shapes: N rows, D = d_in, F = d_sae, nnz entries. A full pattern takes ordinary matrix products.
-W_enc (D, F) is kept with the strides of its (F, D) transpose, so a latent's encoder row is contiguous and the
-gradient that is built latent by latent needs no copy.
+Shapes: N rows, D = d_in, F = d_sae, nnz entries. A full pattern uses ordinary matrix products.
+W_enc (D, F) keeps the strides of its (F, D) transpose: each latent's encoder row is contiguous, and the gradient, which
+is built latent by latent, needs no copy.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
 
 @dataclass(frozen=True, eq=False)
 class Centered:
-    """Rows as they enter the encoder: the decoder bias has been subtracted."""
+    """Rows ready for the encoder: the decoder bias has been subtracted."""
 
     values: Tensor  # (N, D), differentiable in the rows and in the bias
     bias: Tensor | None = None  # (D,) what was subtracted, where the rows need no gradient: see `encode_at`

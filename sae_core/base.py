@@ -1,11 +1,12 @@
-"""SAE: what every variant shares, and the few methods in which variants differ.
+"""SAE: the base class of every variant, and the methods in which variants differ.
 
 Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
 
     sae.begin_step(progress); out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
 
-A variant writes `Config`, `activate`, `penalties`, and seldom more; its files follow from what it declares.
+A variant defines `Config`, `activate` and `penalties`, and rarely more. How it is saved follows from these
+declarations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,17 +76,17 @@ class SAE(nn.Module):
 
     @property
     def core(self) -> "SAE":
-        """The SAE that holds W_enc and W_dec: this one, or the one that a wrapping variant feeds."""
+        """The SAE that holds W_enc and W_dec: itself, or the inner SAE of a variant that wraps one."""
         return self
 
     @property
     def encoder_bias(self) -> Tensor:
-        """(F,) what is added to the encoder product: the first of `latents`."""
+        """Bias (F,) added to the encoder product: the first entry of `latents`."""
         return self.get_parameter(next(iter(self.latents)))
 
     @property
     def d_encoded(self) -> int:
-        """Width of what enters the encoder."""
+        """Width of the encoder's input."""
         return self.config.d_in
 
     @property
@@ -95,7 +96,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reset_weights(self, generator: torch.Generator) -> None:
-        """Isotropic decoder rows of unit norm, the encoder their transpose, each latent's numbers at their start."""
+        """Draw isotropic unit decoder rows, set the encoder to their transpose, reset each latent's numbers."""
         rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         if self.has_encoder:
@@ -125,11 +126,11 @@ class SAE(nn.Module):
         return (self.normalizer,)
 
     def scalings(self) -> tuple[Affine, Affine]:
-        """What is in front of the encoder (D), and what is undone behind the decoder (D_out)."""
+        """Affine maps before the encoder (D) and their inverses after the decoder (D_out)."""
         return self.normalizers[0].scaling(), self.normalizers[-1].scaling()
 
     def prepare(self, x: Rows) -> Source:
-        """Normalize raw rows into what is encoded and what is to be reconstructed."""
+        """Normalize raw rows: the encoder's input and the target of the reconstruction."""
         rows = self.reads.take(x, 1)[0]
         normalized = self.normalizer(rows)
         return Source(normalized.values, normalized.values, normalized.undo, rows)
@@ -140,7 +141,7 @@ class SAE(nn.Module):
         return center(rows, core.b_dec) if core.subtracts_b_dec else Centered(rows)
 
     def encoder_input(self, x: Inputs) -> Centered:
-        """Return raw rows (N, D) as they enter the encoder."""
+        """Return raw rows (N, D) normalized and centered, as the encoder reads them."""
         return self.center(self.prepare(as_rows(x, self)).input)
 
     def pre_acts(self, h: Centered) -> PreActs:
@@ -148,11 +149,11 @@ class SAE(nn.Module):
         return PreActs(h.values, self.W_enc, self.encoder_bias)
 
     def encode_at(self, h: Centered, kept: Codes) -> Tensor:
-        """The pre-activations that were kept, with gradients: (nnz,), or (N, F) for a full pattern."""
+        """Pre-activations of a pattern, differentiable: (nnz,), or (N, F) for a full pattern."""
         return encode_at(h, self.W_enc, self.encoder_bias, kept)
 
     def activate(self, h: Centered) -> Activation:
-        """Turn centered, normalized rows h (N, D) into codes. In training mode as trained, else as in inference."""
+        """Return the codes of centered, normalized rows h (N, D), by the rule of the current mode (train or eval)."""
         raise NotImplementedError(f"{type(self).__name__} does not define activate()")
 
     def reconstruct(self, codes: Codes) -> Tensor:
@@ -160,11 +161,11 @@ class SAE(nn.Module):
         return decode(codes, self.W_dec) + self.b_dec
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstruction, and beside it what a variant's losses need of the decoder; target (N, D_out)."""
+        """Reconstruct target (N, D_out), and return what the variant's losses need from the decoder."""
         return self.reconstruct(activation.codes), {}
 
     def complete(self, recon: Tensor, source: Source) -> Tensor:
-        """Add what the linear paths lead past the codes to a reconstruction (N, D_out)."""
+        """Add the linear paths, which bypass the codes, to a reconstruction (N, D_out)."""
         for name in self.linear_paths:
             recon = recon + source.input @ getattr(self, name)
         return recon
@@ -204,7 +205,7 @@ class SAE(nn.Module):
 
     @property
     def loss_scale(self) -> LossScale:
-        """What errors and penalties are divided by."""
+        """Divisors of errors and penalties."""
         return LossScale(self.config.loss, self.loss_variance, self.loss_mean_square)
 
     def losses(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
@@ -213,15 +214,15 @@ class SAE(nn.Module):
         return {self.loss_scale.name: reconstruction, **self.penalties(out, progress)}
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """What a variant adds to the reconstruction loss, weighted and divided by `loss_scale.unit`."""
+        """Weighted penalties by name, divided by `loss_scale.unit`, added to the reconstruction loss."""
         return {}
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """What is worth logging beside losses and metrics, by name."""
+        """Values to log beside losses and metrics, by name."""
         return {}
 
     def begin_step(self, progress: Progress) -> None:
-        """Set what an annealed option needs before the forward pass of a step."""
+        """Set annealed options (k, coefficients) before the forward pass of a step."""
 
     @property
     def dead_mask(self) -> Tensor:
@@ -230,13 +231,13 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def track(self, out: SAEOutput) -> None:
-        """Update the counters that later steps and resuming need."""
+        """Update counters (steps since each latent fired, thresholds) that training and resuming need."""
         self.num_tokens_since_fired += out.codes.shape[0]
         self.num_tokens_since_fired[out.codes.fired() > 0] = 0
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """Remove the gradient component parallel to each decoder row, which renormalizing would undo."""
+        """Remove the gradient component parallel to each decoder row, which renormalization would undo."""
         if self.unit_decoder and self.W_dec.grad is not None:
             remove_parallel(self.W_dec.grad, self.W_dec)
 
@@ -247,4 +248,4 @@ class SAE(nn.Module):
             to_unit_norm(self.W_dec)
 
     def calibrate(self, batches: Iterable[Inputs]) -> None:
-        """Set what only inference needs (a threshold) from batches of training rows."""
+        """Fit what only inference needs, such as a threshold, on batches of training rows."""

@@ -1,4 +1,4 @@
-"""What enters and leaves an SAE, one type each.
+"""Types of an SAE's inputs and outputs.
 
 Shapes: N rows, D = d_in, F = d_sae.
 """
@@ -19,7 +19,7 @@ Rows = Mapping[str, Tensor]  # raw rows (N, D) by hook point, in the order of a 
 
 
 class Array(Protocol):
-    """A tensor, or what becomes one: a NumPy array."""
+    """A tensor, or anything NumPy converts to one."""
 
     def __array__(self, dtype: Any = ..., /) -> Any:
         """Convert to a NumPy array."""
@@ -29,7 +29,7 @@ Inputs = Array | Mapping[str, Array]  # what a user may give: rows of the only h
 
 
 class Reader(Protocol):
-    """An SAE, as far as its inputs go."""
+    """The parts of an SAE that describe its inputs."""
 
     @property
     def core(self) -> Any:
@@ -99,7 +99,7 @@ def _all_of_them(names: Sequence[str], n_layers: int | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What the loader must deliver for each row that a variant encodes."""
+    """What the loader must provide for each encoded row."""
 
     several: bool = False  # hook points, at least two of them; False: exactly one
     previous: bool = False  # the row before each row in its context, as a further entry of the batch
@@ -125,7 +125,7 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a variant encodes and what it must reconstruct, both normalized."""
+    """What a variant encodes and what it reconstructs, both normalized."""
 
     input: Tensor  # (N, D) enters the encoder
     target: Tensor  # (N, D_out) what the decoder should return
@@ -136,7 +136,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """What a variant's `activate` returns."""
+    """Result of a variant's `activate`."""
 
     codes: Codes
     pre_acts: PreActs  # (N, F), without gradients

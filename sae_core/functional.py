@@ -1,4 +1,4 @@
-"""Activations as pure functions: which latents of which rows stay, and straight-through steps; rows of unit norm.
+"""Activation functions: top-k patterns, JumpReLU and step with straight-through gradients; unit-norm rows.
 
 Shapes: N rows, D width, F = d_sae latents, nnz entries of a pattern.
 """
@@ -131,7 +131,7 @@ def annealed_sparsity(activity: Tensor, exponent: float) -> Tensor:
 
 
 def typical_row(rows: Tensor, how: str) -> Tensor:
-    """Return a point (D,) amid rows (N, D), by one of B_DEC_INITS."""
+    """Return a point (D,) central to rows (N, D), by one of B_DEC_INITS."""
     if how == "geometric_median":
         return geometric_median(rows[:MAX_MEDIAN_ROWS])
     return rows.mean(0) if how == "mean" else torch.zeros_like(rows[0])
@@ -164,7 +164,7 @@ def to_unit_norm(rows: Tensor) -> None:
 
 
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:
-    """Some rows at a time on a CPU; on other devices one launch over all of them is faster."""
+    """Blocks of rows on a CPU, all rows at once on other devices, where one launch is faster."""
     n_rows, width = matrix.shape
     size = max(1, BLOCK_ENTRIES // max(1, width)) if matrix.device.type == "cpu" else max(1, n_rows)
     for start in range(0, n_rows, size):

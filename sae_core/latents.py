@@ -1,7 +1,6 @@
-"""The numbers that each latent has beside its encoder and decoder rows, declared once per variant.
+"""Per-latent parameters (biases, thresholds), declared once per variant.
 
-Building, resetting dead latents, folding and files follow from the declaration.
-Shapes: F = d_sae latents.
+Initialization, resets of dead latents, folding and files follow from the declaration. Shapes: F = d_sae latents.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,18 +21,18 @@ N_BINS = 2 ** (31 - DROPPED_BITS)
 
 @dataclass(frozen=True)
 class PerLatent:
-    """A parameter (F,) of a variant, declared in its `latents` under the name of the attribute that holds it."""
+    """A parameter (F,) of a variant, listed in its `latents` under the attribute's name."""
 
     start: float | Callable[[Any], float] = 0.0  # at the start and after a reset; may depend on the Config
     unit: str = PRE_ACTS  # or FREE: what it is multiplied by when pre-activations are
 
     def make(self, config: Any) -> nn.Parameter | nn.Module:
-        """Create what holds the numbers."""
+        """Create the parameter."""
         return nn.Parameter(torch.full((config.d_sae,), self._start(config)))
 
     @torch.no_grad()
     def reset(self, held: Any, config: Any, latents: Tensor | slice = slice(None)) -> None:
-        """Return latents (n,) to where they start."""
+        """Reset latents (n,) to their initial values."""
         held[latents] = self._start(config)
 
     def read(self, held: Any, W_dec: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ class PerLatent:
 
     @torch.no_grad()
     def write(self, held: Any, numbers: Tensor) -> None:
-        """Take over numbers (F,)."""
+        """Set the numbers (F,)."""
         held.copy_(numbers)
 
     def _start(self, config: Any) -> float:
@@ -56,14 +55,14 @@ def latent_numbers(sae: Any) -> dict[str, Tensor]:
 
 
 class SharedThreshold(PerLatent):
-    """One inference threshold for all latents, a `BatchThreshold`; files hold it once per latent."""
+    """One inference threshold shared by all latents, a `BatchThreshold`; files store it once per latent."""
 
     def make(self, config: Any) -> nn.Parameter | nn.Module:
         """Create the threshold."""
         return BatchThreshold()
 
     def reset(self, held: Any, config: Any, latents: Tensor | slice = slice(None)) -> None:
-        """Keep it: the other latents still need it."""
+        """Do nothing: the other latents still use the threshold."""
 
     def read(self, held: Any, W_dec: Tensor) -> Tensor:
         """Return the threshold, F times."""
@@ -72,7 +71,7 @@ class SharedThreshold(PerLatent):
 
     @torch.no_grad()
     def write(self, held: Any, numbers: Tensor) -> None:
-        """Take over the threshold."""
+        """Set the threshold from numbers (F,)."""
         held.calibrated.copy_(numbers[0])
 
 
@@ -102,7 +101,7 @@ class BatchThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, kept: Tensor) -> None:
-        """Take in the kept activations (nnz,) of one training batch."""
+        """Update the average from the kept activations (nnz,) of one training batch."""
         if kept.numel() == 0:
             return
         self.ema.mul_(EMA_DECAY).add_(float64(kept.min()), alpha=1 - EMA_DECAY)
@@ -116,9 +115,9 @@ class BatchThreshold(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, pre_acts: Iterable[Tensor], k: float) -> None:
-        """Set the threshold at which the mean number of larger pre-activations per row is k, over all batches (N, F).
+        """Set the threshold so that on average k pre-activations per row exceed it, over all batches (N, F).
 
-        A histogram over the bits of the floats keeps memory constant: 2**21 counters whatever the number of rows.
+        A histogram over the bits of the floats keeps memory constant: 2**21 counters for any number of rows.
         """
         counts = torch.zeros(N_BINS, dtype=torch.int64)
         n_rows = 0

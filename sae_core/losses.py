@@ -1,4 +1,4 @@
-"""What reconstruction errors are measured in, and AuxK, which dead latents learn from.
+"""Reconstruction losses, their scale, and AuxK, the loss that revives dead latents.
 
 Shapes: N rows, D = d_out, F = d_sae, A dead latents.
 """
@@ -19,7 +19,7 @@ from sae_granary.sae_core.pre_acts import PreActs
 
 @dataclass(frozen=True, eq=False)
 class LossScale:
-    """What squared errors in the normalized space are divided by; penalties are on the same scale."""
+    """Divisors of squared errors in the normalized space; penalties use the same scale."""
 
     loss: str  # the option, one of LOSSES
     variance: Tensor  # V = E|x - mean|^2 of the target
@@ -27,19 +27,22 @@ class LossScale:
 
     @property
     def name(self) -> str:
-        """The term of the losses that compares with the input; with a loss through a language model it is fvu."""
+        """Name of the reconstruction loss; fvu for losses through a language model."""
         return "fvu" if self.loss in LM_LOSSES else self.loss
 
     @property
     def unit(self) -> Tensor:
-        """What a squared error summed over D is divided by: V (fvu), E|x|^2 (nmse) or 1 (mse)."""
+        """Divisor of a squared error summed over D: V (fvu), E
+        x
+        ^2 (nmse) or 1 (mse).
+        """
         if self.name == "fvu":
             return self.variance
         return self.mean_square if self.name == "nmse" else torch.ones_like(self.variance)
 
     @property
     def fvu_unit(self) -> Tensor:
-        """What a term without a dimension, such as AuxK, is multiplied by: V (mse) or 1."""
+        """Factor of a dimensionless term such as AuxK: V (mse) or 1."""
         return self.variance if self.loss == "mse" else torch.ones_like(self.variance)
 
     def reconstruction(self, recon: Tensor, target: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ class _Chosen(NamedTuple):
 
 
 def _choose(pre_acts: Tensor, k: int, *, signed: bool) -> _Chosen:
-    """The k strongest of each row of (N, A); on a full pattern where k of A are too many for sparse products to pay."""
+    """The k strongest of each row of (N, A); a full pattern where k is too large a share of A for sparse products."""
     n_rows, n_dead = pre_acts.shape
     everything = Codes(pre_acts, Pattern(n_rows, n_dead))
     if k == n_dead:

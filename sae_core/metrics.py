@@ -1,4 +1,4 @@
-"""Metrics of an SAE on rows it has not seen, accumulated over batches in float64.
+"""Metrics of an SAE on held-out rows, accumulated over batches in float64.
 
 Shapes: N rows, D width, F = d_sae latents.
 """
@@ -14,7 +14,7 @@ DEAD_THRESHOLD = 0.0005  # firing rate under which a latent counts as rare
 
 
 class Evaluator:
-    """Streaming l0, fvu, densities, cosine and l2_ratio. `update` any number of times, then `result`."""
+    """Streaming l0, fvu, densities, cosine and l2_ratio: call `update` per batch, then `result`."""
 
     def __init__(self, d_in: int, d_sae: int, dead_threshold: float = DEAD_THRESHOLD) -> None:
         self.d_in, self.d_sae, self.dead_threshold = d_in, d_sae, dead_threshold
@@ -30,7 +30,7 @@ class Evaluator:
 
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, codes: Codes) -> None:
-        """Take in a batch: rows x (N, D), their reconstruction x_hat (N, D) and codes."""
+        """Add a batch: rows x (N, D), their reconstruction x_hat (N, D) and codes."""
         if x.shape[0] == 0:
             return
         x, x_hat = float64(x), float64(x_hat)

@@ -1,4 +1,4 @@
-"""Input normalization in front of every variant, and its undoing behind it.
+"""Input normalization and its inverse.
 
 Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed in the normalized space.
 """
@@ -21,7 +21,7 @@ SANE_SQUARES = (1e-24, 1e24)  # E|x|^2 of rows: float32 has room on both sides f
 
 @dataclass(frozen=True, eq=False)
 class Normalized:
-    """Rows in the normalized space with what undoes it: raw = values * std + shift."""
+    """Normalized rows with their inverse: raw = values * std + shift."""
 
     values: Tensor  # (N, D)
     std: Tensor  # (N, 1) or ()
@@ -66,7 +66,7 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, sample: Tensor) -> None:
-        """Take mean and scale from a sample (N, D) of raw rows. Raises NonFiniteError for NaN, Inf and absurd ones."""
+        """Fit mean and scale to a sample (N, D) of raw rows. Raises NonFiniteError for NaN, Inf and absurd values."""
         rows = float64(sample)
         check_scale(rows)
         if self.mode in ("mean", "mean+dataset"):
@@ -85,7 +85,7 @@ class Normalizer(nn.Module):
         return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
 
     def scaling(self) -> Affine:
-        """The fixed part; for unit_norm it changes nothing."""
+        """The fixed part of the normalization; the identity for unit_norm."""
         return Affine(self.scale.expand_as(self.mean), self.mean)
 
 

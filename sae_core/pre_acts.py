@@ -1,6 +1,6 @@
-"""Pre-activations: which of them are large is asked first, and as few as possible are computed exactly.
+"""Pre-activations, computed exactly only where a selection needs them.
 
-Shapes: N rows, D width of what is encoded, F = d_sae latents, A some of the latents, nnz entries of a pattern.
+Shapes: N rows, D width of the encoder's input, F = d_sae latents, A some of the latents, nnz entries of a pattern.
 """
 
 import torch
@@ -19,10 +19,10 @@ from sae_granary.sae_core.kernels import entries_above, sampled_dot, screen, str
 
 
 class PreActs:
-    """p = h @ W_enc + b of N rows, without gradients. What is selected comes as codes: values of p on a pattern.
+    """Pre-activations p = h @ W_enc + b of N rows, without gradients.
 
-    Where a screen (`kernels/screen.py`) or a stream (`kernels/streamed.py`) pays, the (N, F) matrix is not built; what
-    is selected is the same.
+    Selections return codes: values of p on a pattern. Where a screen (`kernels/screen.py`) or a stream
+    (`kernels/streamed.py`) is faster, the (N, F) matrix is never built; the selection is the same.
     """
 
     def __init__(self, h: Tensor, W_enc: Tensor, bias: Tensor) -> None:
@@ -35,18 +35,18 @@ class PreActs:
 
     @property
     def dense(self) -> Tensor:
-        """All of them: (N, F)."""
+        """All pre-activations: (N, F)."""
         if self._dense is None:
             self._dense = self._product(self.rows, self._W_enc, self._bias)
         return self._dense
 
     @property
     def is_dense(self) -> bool:
-        """Whether all of them have been computed."""
+        """Whether all pre-activations have been computed."""
         return self._dense is not None
 
     def at(self, pattern: Pattern) -> Codes:
-        """Those of a pattern."""
+        """Pre-activations of a pattern."""
         if pattern.is_full or self.is_dense:
             return Codes(pattern.take(self.dense), pattern)
         indices, indptr = pattern.entries
@@ -54,13 +54,13 @@ class PreActs:
         return Codes(values.add_(self._bias[indices]), pattern)
 
     def columns(self, latents: Tensor) -> Tensor:
-        """Those of some latents (A,): (N, A)."""
+        """Pre-activations of some latents (A,): (N, A)."""
         if self.is_dense:
             return self.dense[:, latents]
         return self._product(self.rows, self._W_enc.t().index_select(0, latents).t(), self._bias[latents])
 
     def topk(self, k: int, *, by_magnitude: bool = False) -> Codes:
-        """The k largest of each row, or those of largest magnitude."""
+        """The k largest of each row, or the k of largest magnitude."""
         if self._screens:
             found = screen.topk_candidates(self._screened(), k, by_magnitude=by_magnitude)
             if found is not None:
@@ -88,7 +88,7 @@ class PreActs:
             share *= 4
 
     def above(self, bound: Tensor | float) -> Codes:
-        """Those that exceed a bound, or each latent's own bound (F,)."""
+        """Pre-activations above a bound, or above each latent's own bound (F,)."""
         codes = self._screened_above(bound)
         if codes is not None:
             return codes
@@ -97,7 +97,7 @@ class PreActs:
         return self._at_positions(true_entries(self.dense > bound))
 
     def support(self, bound: Tensor | float) -> Codes:
-        """`above`, or all of them on a full pattern where those above are too many for sparse products to pay."""
+        """`above`, or a full pattern where too many exceed the bound for sparse products to be faster."""
         codes = self._screened_above(bound)
         if codes is None and self._streams:
             found = streamed.product_above(self.rows, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
@@ -120,7 +120,7 @@ class PreActs:
         return self._screen
 
     def _share_above(self, bound: Tensor | float) -> float:
-        """Roughly, before anything is rounded for a screen that would not pay."""
+        """Rough share of entries above a bound, to avoid rounding for a screen that would not be faster."""
         sample = screen.sample(self.rows, self._W_enc.t(), self._bias)
         sampled = bound if isinstance(bound, float) else bound[screen.sampled_latents(self.shape[1])]
         return float((sample > sampled).float().mean())
@@ -141,7 +141,7 @@ class PreActs:
         return codes.keep(codes.values > (bound if isinstance(bound, float) else bound[codes.indices]))
 
     def _at_positions(self, positions: Tensor) -> Codes:
-        """Those at flat positions (nnz,) in (N, F), rows ascending."""
+        """Pre-activations at flat positions (nnz,) in (N, F), rows ascending."""
         n_rows, d_sae = self.shape
         rows = positions // d_sae
         return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))

@@ -1,4 +1,4 @@
-"""Variants by name. Every module of `sae_core.variants` is discovered; `@register` in any other module adds to it."""
+"""Registry of variants: every module of `sae_core.variants`, and classes elsewhere that use `@register`."""
 
 import importlib
 import pkgutil
@@ -17,7 +17,7 @@ _VARIANTS: dict[str, type[SAE]] = {}
 
 
 def register(name: str) -> Callable[[T], T]:
-    """Class decorator: make a variant known under `name` to the commands, the loader and the contract tests."""
+    """Class decorator: register a variant under `name` for the commands, the loader and the contract tests."""
 
     def add(cls: T) -> T:
         taken = _VARIANTS.get(name)

@@ -1,1 +1,1 @@
-"""Files of an SAE: our own, and one adapter per foreign format."""
+"""Reading and writing SAEs: our own format, and one adapter per foreign format."""

@@ -1,4 +1,4 @@
-"""JSON and safetensors on disk; what cannot be read is a NotAnSAEError that names the file."""
+"""JSON and safetensors files; an unreadable file raises NotAnSAEError with its name."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def entry(body: Mapping[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
-    """An entry of exactly this type (True is no integer), or the default where it is absent. Raises NotAnSAEError."""
+    """Return an entry of exactly this type (True is not an integer), or the default if absent. Raises NotAnSAEError."""
     value = body.get(name, default)
     if type(value) is not kind:
         raise NotAnSAEError(f"{name} is {short(value)}, expected {kind.__name__}")
@@ -49,7 +49,7 @@ def entry(body: Mapping[str, Any], name: str, kind: type[T], default: T | None =
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors by name, with their checksum in the header's metadata, and return it."""
+    """Write tensors by name with their checksum in the header's metadata; return the checksum."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     checksum = checksum_of(tensors)
     # One entry: of several the order is random, and the same weights must give the same bytes.
@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that must not be written. Raises NonFiniteError with the names of those that hold NaN or Inf."""
+    """Raise NonFiniteError, with the names of the tensors, if weights hold NaN or Inf."""
     if found := _non_finite(tensors):
         raise NonFiniteError(f"NaN or Inf in {', '.join(found)}")
 
@@ -119,7 +119,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[i
 
 
 def check_size(config: Any, tensors: Iterable[Tensor]) -> None:
-    """Refuse a configuration of more weights than a file holds, before they are allocated. Raises NotAnSAEError."""
+    """Refuse a configuration with more weights than the file holds, before allocation. Raises NotAnSAEError."""
     held, d_sae = sum(tensor.numel() for tensor in tensors), config.d_sae
     needed = {"d_in": config.d_in * d_sae, "d_out": (getattr(config, "d_out", None) or 0) * d_sae}
     needed["n_hooks"] = config.d_in * (getattr(config, "n_hooks", None) or 0)

@@ -1,7 +1,7 @@
-"""The inference form: an SAE without its normalization, which is folded into the weights; and back.
+"""The inference form: an SAE whose normalization is folded into its weights; and the inverse.
 
-Everything follows from what a variant declares: its per-latent numbers with their unit, its linear paths, the options
-in units of pre-activations. A parameter that is none of these is kept as it is.
+Everything follows from a variant's declarations: its per-latent numbers and their units, its linear paths, its options
+in units of pre-activations. Any other parameter is saved unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from sae_granary.sae_core.options import PRE_ACTS, SharedConfig, in_pre_acts
 
 
 class Folded(NamedTuple):
-    """An SAE of raw rows: what the files of every format hold."""
+    """An SAE of raw rows, as files of every format store it."""
 
     cls: type[SAE]
     config: SharedConfig
@@ -116,7 +116,7 @@ def _assign(core: SAE, weights: Mapping[str, Tensor]) -> None:
 
 
 def _latent_scales(core: SAE, W_dec: Tensor) -> Tensor:
-    """What each latent's pre-activations are multiplied by (F,), W_dec (F, D_out) on raw rows."""
+    """Scale of each latent's pre-activations (F,), and W_dec (F, D_out) for raw rows."""
     norms: Tensor = W_dec.norm(dim=1)
     if core.unit_decoder:
         return norms.mean().expand_as(norms)
@@ -125,7 +125,7 @@ def _latent_scales(core: SAE, W_dec: Tensor) -> Tensor:
 
 
 def _output_bias(core: SAE) -> Tensor:
-    """(D_out,) b_dec, less what the linear paths make of the input's mean."""
+    """Bias (D_out,) of the decoder, minus the linear paths' output at the input's mean."""
     scale, mean = core.scalings()[0]
     bias: Tensor = core.b_dec
     for name in core.linear_paths:
@@ -134,7 +134,7 @@ def _output_bias(core: SAE) -> Tensor:
 
 
 def _encoder_shift(core: SAE) -> Tensor | None:
-    """(D,) by how much more what is encoded is once the normalization is folded; the encoder's bias takes it back."""
+    """Shift (D,) of the encoder's input once the normalization is folded; the encoder bias absorbs it."""
     if core.subtracts_b_dec:
         return core.b_dec - _output_bias(core) if core.linear_paths else None
     scale, mean = core.scalings()[0]
@@ -142,7 +142,7 @@ def _encoder_shift(core: SAE) -> Tensor | None:
 
 
 def _extra_parameters(sae: SAE) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """The linear paths (True) and the parameters of no declared kind (False)."""
+    """Return the linear paths (True) or the parameters without a declared kind (False)."""
     core = sae.core
     paths = {id(getattr(core, name)) for name in core.linear_paths}
     declared = ("W_enc", "W_dec", "b_dec", *core.latents)
@@ -153,7 +153,7 @@ def _extra_parameters(sae: SAE) -> Iterator[tuple[str, nn.Parameter, bool]]:
 
 
 def _inference_config(sae: SAE, norms: Tensor) -> SharedConfig:
-    """The Config of the folded weights: what was folded is not applied again."""
+    """Config of the folded weights: normalization that is folded in is not applied again."""
     scaled = in_pre_acts(sae.config) if sae.core is sae else {}
     options = {name: value * float(norms[0]) for name, value in scaled.items()}
     return replace(sae.config, normalize="unit_norm" if sae.normalizer.per_row else "none", **options)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
 
 
 def _what_instead(folder: Path) -> str:
-    """What to give instead of a folder that holds no SAE: often it holds one subfolder for each layer."""
+    """Suggest what to load instead of a folder without an SAE: often it has one subfolder per layer."""
     if folder.is_dir():
         subfolders = [path for path in folder.iterdir() if any((path / name).is_file() for name in (OURS, saelens.CFG))]
         if names := sorted((path.name for path in subfolders), key=lambda name: (len(name), name)):

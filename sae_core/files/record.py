@@ -1,7 +1,7 @@
-"""What our own files say about an SAE: its type, its Config, the checksums of the tensors beside it and of itself.
+"""The JSON record of our SAE files: type, Config, and checksums of the tensors beside it and of the record itself.
 
-Since format 2 an entry "sha256" holds the checksum of each file of tensors, and of the record without that entry: what
-was altered is never taken for an SAE. Files of format 1 have none.
+Since format 2 the entry "sha256" holds the checksum of each tensor file and of the record without that entry, so that
+an altered file is never loaded. Files of format 1 have no checksums.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ DAMAGED = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeErr
 
 
 class Described(NamedTuple):
-    """A record that was read."""
+    """A record read from disk."""
 
     cls: type[SAE]
     config: SharedConfig

@@ -31,7 +31,7 @@ Options = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Architecture(NamedTuple):
-    """How SAELens calls what a variant computes in inference."""
+    """How SAELens names what a variant computes in inference."""
 
     name: str
     fields: Fields  # SAE -> entries of cfg.json that only this architecture has
@@ -42,9 +42,9 @@ _ARCHITECTURES: dict[type[SAE], Architecture] = {}
 
 
 def express(cls: type[SAE], name: str, *, fields: Fields = lambda sae: {}, options: Options | None = None) -> None:
-    """Say that SAELens' architecture `name` computes the inference of a variant; its subclasses compute another.
+    """Declare that SAELens' architecture `name` computes the inference of a variant, but not of its subclasses.
 
-    `options` makes the variant the one that files of this architecture are loaded as.
+    `options` makes the variant the one that files of this architecture load as.
     """
     _ARCHITECTURES[cls] = Architecture(name, fields, options)
 
@@ -107,7 +107,7 @@ def read(folder: Path) -> Folded | None:
 
 
 def _current(cfg: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A cfg.json from before SAELens 6 in the words of today; top-k was an activation of the standard SAE then."""
+    """A cfg.json from before SAELens 6 in today's terms, when top-k was an activation of the standard SAE."""
     new = {"architecture": "standard", **cfg}
     activation = new.get("activation_fn", new.get("activation_fn_str", "relu"))
     if activation == "topk":
@@ -131,7 +131,7 @@ def _shapes(cls: type[SAE], d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]
 
 
 def _our_conventions(cls: type[SAE], cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """b_dec is subtracted from the input here always; decoder norms are in the weights, not in the activations."""
+    """Adapt to our conventions: b_dec is always subtracted from the input, and decoder norms are in the weights."""
     if not cls.has_encoder and not bool(((tensors["W_dec"].norm(dim=1) - 1).abs() < 1e-3).all()):
         raise NotAnSAEError("decoder rows are not of norm 1, which a dictionary that is its own encoder needs here")
     if not entry(cfg, "apply_b_dec_to_input", bool, True):

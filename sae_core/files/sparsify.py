@@ -36,9 +36,9 @@ _VARIANTS: dict[Kind, type[SAE]] = {}
 
 
 def express(cls: type[SAE], *, transcode: bool, signed: bool = False) -> None:
-    """Say that a variant computes sparsify's per-row top-k, and with linear paths its skip connection.
+    """Declare that a variant computes sparsify's per-row top-k and, with linear paths, its skip connection.
 
-    The sparsify of today has no `signed` coders: they are only read.
+    `signed` coders, which sparsify no longer has, are only read.
     """
     _VARIANTS[Kind(transcode, bool(cls.linear_paths), signed)] = cls
 

@@ -1,6 +1,6 @@
-"""Sparse products on a fixed pattern of active latents, and the selections that such patterns come from.
+"""Sparse products on a fixed pattern of active latents, and the selections that make such patterns.
 
-`reference` holds the products with dense matrices.
+`reference` implements the products with dense matrices.
 """
 
 from sae_granary.sae_core.kernels.choice import choose, takes_triton

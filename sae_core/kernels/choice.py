@@ -13,10 +13,10 @@ _forced: dict[str, str] = {}  # what `choose` was called with, under VARIABLE
 
 
 def choose(kernels: str | None) -> None:
-    """Use these kernels from now on: "auto", "eager" or "triton"; None asks the environment again.
+    """Use these kernels from now on: "auto", "eager" or "triton"; None reads the environment variable again.
 
-    "auto" takes Triton for tensors on CUDA where it is installed. "triton" takes it for all tensors: on the CPU that
-    works in Triton's interpreter only (TRITON_INTERPRET=1).
+    "auto" uses Triton for CUDA tensors where it is installed. "triton" uses it for all tensors; on a CPU that requires
+    Triton's interpreter (TRITON_INTERPRET=1).
     """
     _forced.clear()
     if kernels is not None:
@@ -25,14 +25,14 @@ def choose(kernels: str | None) -> None:
 
 
 def triton_installed() -> bool:
-    """Whether Triton can be imported, without importing it; a folder of that name is not it."""
+    """Whether Triton can be imported, without importing it; a folder named triton does not count."""
     spec = importlib.util.find_spec("triton")
     return spec is not None and spec.origin is not None
 
 
 @cache
 def chosen() -> str:
-    """The choice in force, with "auto" resolved to "eager" where Triton is not installed. Made once, at first use."""
+    """The current choice, with "auto" resolved to "eager" without Triton. Resolved once, at first use."""
     kernels = _forced.get(VARIABLE) or _known(os.environ.get(VARIABLE) or "auto")
     return "eager" if kernels == "auto" and not triton_installed() else kernels
 

@@ -1,4 +1,4 @@
-"""The sparse products of `sparse.py` with dense matrices: what they are tested against, and how to read them."""
+"""Dense versions of the products in `sparse.py`: the reference of their tests."""
 
 import torch
 from torch import Tensor

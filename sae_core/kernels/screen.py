@@ -39,11 +39,11 @@ class Screen:
     bias_slack: Tensor  # () further slack of every entry
 
     def is_bounded(self) -> bool:
-        """Whether the slack is a number: not for factors with NaN, or whose squares exceed float32."""
+        """Whether the slack is finite: not for factors with NaN, or whose squares overflow float32."""
         return bool(torch.isfinite(self.row_slack.max() + self.bias_slack))
 
     def slack(self, start: int, stop: int) -> Tensor:
-        """Slack (n, G) of the entries of each group, in some rows."""
+        """Slack (n, G) of each group's entries, for some rows."""
         return torch.addcmul(self.bias_slack, self.row_slack[start:stop, None], self.group_share)
 
     def sample(self) -> Tensor:
@@ -67,7 +67,7 @@ class Screen:
 
 
 def pays(h: Tensor, d_sae: int) -> bool:
-    """Whether rows h (N, D) are better screened: where the processor multiplies bfloat16 faster than float32."""
+    """Whether screening rows h (N, D) is faster: only where the processor multiplies bfloat16 faster than float32."""
     large = h.shape[0] * d_sae >= MIN_ENTRIES and d_sae % 16 == 0
     return large and h.device.type == "cpu" and h.dtype == torch.float32 and _multiplies_bfloat16()
 
@@ -82,7 +82,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def sampled_latents(d_sae: int) -> slice:
-    """Which latents `sample` takes."""
+    """Indices of the latents that `sample` uses."""
     return slice(None, None, max(1, d_sae // LATENTS_SAMPLED))
 
 
@@ -135,7 +135,7 @@ def _round(matrix: Tensor, block: int = 512) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lost_in_norms(matrix: Tensor) -> float:
-    """How much too small the norm of a row of (M, D) may be because squares are taken as 0."""
+    """Bound on how much a row norm of (M, D) is underestimated because squares underflow to 0."""
     return math.sqrt(matrix.shape[1] * SMALLEST)
 
 
@@ -178,7 +178,7 @@ def candidates_above(screened: Screen, bound: float) -> Tensor | None:
 
 
 def _largest(entries: Tensor, slack: Tensor, k: int) -> Tensor | None:
-    """Flat positions in (n, F) among which are the k exactly largest of each row; None if they are many."""
+    """Flat positions in (n, F) of the exact k largest of each row; None if there are too many candidates."""
     view = _as_integers(entries)
     maxima = group_maxima(view)
     least = _kth_at_least(maxima, slack, k)
@@ -197,7 +197,7 @@ def _as_integers(entries: Tensor) -> Tensor:
 
 
 def _kth_at_least(maxima: Tensor, slack: Tensor, k: int) -> Tensor:
-    """What the k-th largest exact entry of each row is at least (n,), from groups' maxima (n, G), G >= k."""
+    """Lower bound (n,) of the k-th largest exact entry of each row, from groups' maxima (n, G), G >= k."""
     approximate = maxima.view(torch.bfloat16).float()
     least = torch.addcmul(approximate, approximate.abs(), approximate.new_tensor(-BFLOAT16_ROUNDING)).sub_(slack)
     # The k-th largest of any disjoint groups' maxima is at most the k-th largest entry; fewer are sorted faster.

@@ -1,8 +1,8 @@
-"""Selecting large entries of a matrix through the maxima of groups of columns: one fast pass instead of a slow one.
+"""Selecting large entries of a matrix by the maxima of column groups: one fast pass instead of a slow one.
 
-Shapes: N rows, F columns, groups of GROUP columns. The columns of a group lie LANES apart, so that the maxima of
-neighboring groups are vector operations; where F allows it, groups stay inside blocks of GROUP * LANES columns, which
-keeps a group's entries close in memory.
+Shapes: N rows, F columns, groups of GROUP columns. Columns of a group are LANES apart, so that the maxima of
+neighboring groups are vector operations; where F allows it, a group lies inside a block of GROUP * LANES columns, which
+keeps its entries close in memory.
 """
 
 import torch

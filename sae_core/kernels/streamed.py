@@ -1,4 +1,4 @@
-"""The entries of a product that exceed a bound, found while each part of it is still in the processor's cache.
+"""The entries of a product that exceed a bound, found while each part is still in the processor's cache.
 
 Shapes: N rows, D width, F latents, nnz entries found.
 """
@@ -21,7 +21,7 @@ class Entries(NamedTuple):
 
 
 def pays(h: Tensor, d_sae: int) -> bool:
-    """Whether to go through rows h (N, D) in parts. A GPU would wait for each part's number of entries."""
+    """Whether to compute rows h (N, D) in parts. Not on a GPU, which would wait for each part's number of entries."""
     return h.device.type == "cpu" and h.dtype == torch.float32 and h.shape[0] * d_sae >= MIN_ENTRIES
 
 

@@ -21,7 +21,7 @@ N_WARPS = 2
 def _add_entries(
     total, first, stop, indices, table, weights, columns, width, stride_row, stride_column, TILE: tl.constexpr
 ):
-    """Total plus the weighted rows of the entries from first to stop, tile after tile."""
+    """Add the weighted rows of entries first to stop to the total, tile by tile."""
     for start in range(first, stop, TILE):
         entries = start + tl.arange(0, TILE)[:, None]
         here = entries < stop

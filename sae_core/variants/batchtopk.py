@@ -29,22 +29,22 @@ class BatchTopKSAE(TopKSAE):
     threshold: BatchThreshold
 
     def select(self, pre_acts: PreActs, k: int) -> Codes:
-        """The batch's largest while training; what exceeds the threshold in inference."""
+        """The batch's largest in training; in inference, all that exceed the threshold."""
         return pre_acts.batch_topk(k) if self.training else pre_acts.above(float(self.threshold.value))
 
     def track(self, out: SAEOutput) -> None:
-        """Dead counters and the threshold's EMA."""
+        """Update dead counters and the threshold's EMA."""
         super().track(out)
         values = out.codes.values.detach()
         self.threshold.update(values[values > 0])
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """The inference threshold, and how many rows the selection was made over: a micro-batch."""
+        """The inference threshold, and the number of rows of the last selection (a micro-batch)."""
         return {"threshold": float(self.threshold.value), "selection_rows": float(out.codes.shape[0])}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
-        """Set the threshold at which the mean L0 over the batches is k."""
+        """Set the threshold so that the mean L0 over the batches is k."""
         self.threshold.calibrate((self.pre_acts(self.encoder_input(x)).dense for x in batches), self.config.k)
 
 

@@ -30,16 +30,16 @@ class CrosscoderSAE(BatchTopKSAE):
 
     @property
     def d_encoded(self) -> int:
-        """Width of all hook points together."""
+        """Sum of the hook points' widths."""
         return self.config.d_in * self.config.n_hooks
 
     @property
     def d_out(self) -> int:
-        """Width of all hook points together."""
+        """Sum of the hook points' widths."""
         return self.d_encoded
 
     def build(self) -> None:
-        """The parameters; a normalizer per hook point, so that no layer's norm outweighs another's."""
+        """Create the parameters, and one normalizer per hook point so that no layer's norm dominates."""
         super().build()
         self.normalizer = Normalizer("none", self.d_encoded)
         self.hook_normalizers = nn.ModuleList(
@@ -52,7 +52,7 @@ class CrosscoderSAE(BatchTopKSAE):
         return [module for module in self.hook_normalizers if isinstance(module, Normalizer)]
 
     def scalings(self) -> tuple[Affine, Affine]:
-        """The hooks' scales and means, one after another, on both sides."""
+        """Scales and means of all hook points, concatenated, for input and output."""
         scales, means = zip(*(normalizer.scaling() for normalizer in self.normalizers), strict=True)
         both = Affine(torch.cat(scales), torch.cat(means))
         return both, both

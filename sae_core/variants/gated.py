@@ -60,7 +60,7 @@ class GatedSAE(SAE):
         return Activation(Codes(z, pattern), pre_acts, {"gate": torch.relu(p_gate)})
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """The L1 of the gate, and the gate's own reconstruction through a frozen decoder, with coefficient 1."""
+        """L1 of the gate, plus the gate's own reconstruction through a frozen decoder, with coefficient 1."""
         gate = Codes(out.extras["gate"], out.codes.pattern)
         scale = self.loss_scale
         coef = self.config.l1_coef * progress.ramp(self.config.l1_warmup) / scale.unit

@@ -1,8 +1,8 @@
-"""JumpReLU: a learned threshold per latent, trained through straight-through gradients.
+"""JumpReLU: a learned threshold per latent, trained with straight-through gradients.
 
-Recipe `constraint` (ours) keeps L0 at `l0_target`; `l0_penalty` and `tanh_penalty` (ours) answer to a coefficient.
-Published: `gemma` (Rajamanoharan et al., arXiv 2407.14435) and `anthropic` (January 2025 update, without its start of
-b_enc). `tanh`, `l0` and `l0_target` are those of earlier versions. What differs stands in `RECIPES`.
+Recipes: `constraint` (ours) holds L0 at `l0_target`; `l0_penalty` and `tanh_penalty` (ours) have a coefficient; `gemma`
+(Rajamanoharan et al., arXiv 2407.14435) and `anthropic` (January 2025 update, without its initialization of b_enc) are
+published. `tanh`, `l0` and `l0_target` are those of earlier versions. `RECIPES` lists the differences.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,7 @@ class JumpReLUActivation(Activation):
 
 @register("jumprelu")
 class JumpReLUSAE(SAE):
-    """z = p * H(p - theta). Entries up to half a bandwidth under theta are silent, but they move theta."""
+    """z = p * H(p - theta). Entries up to half a bandwidth below theta are silent but contribute to its gradient."""
 
     latents: ClassVar[Mapping[str, PerLatent]] = {
         **SAE.latents,
@@ -55,7 +55,7 @@ class JumpReLUSAE(SAE):
     threshold: nn.Parameter | LogThreshold
 
     def build(self) -> None:
-        """The parameters, and what the recipe decides."""
+        """Create the parameters and apply the recipe."""
         self.recipe = RECIPES[self.config.recipe]
         self.unit_decoder = self.recipe.unit_rows
         super().build()
@@ -64,7 +64,7 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def initialize(self, sample: Inputs, generator: torch.Generator) -> None:
-        """Fit and draw as every SAE does; then one threshold for all at which the sample has the wanted L0."""
+        """Initialize as usual, then set all thresholds to the value at which the sample has the wanted L0."""
         super().initialize(sample, generator)
         if not self.recipe.relative or self.config.threshold_init is not None:
             return
@@ -76,7 +76,7 @@ class JumpReLUSAE(SAE):
 
     @property
     def theta(self) -> Tensor:
-        """(F,) the thresholds, in units of the normalized pre-activations."""
+        """Thresholds (F,), in units of the normalized pre-activations."""
         return self.threshold() if isinstance(self.threshold, LogThreshold) else self.threshold
 
     def _width(self, pattern: Pattern | None = None) -> float | Tensor:
@@ -87,7 +87,7 @@ class JumpReLUSAE(SAE):
         return width if pattern is None else per_entry(width, pattern)
 
     def activate(self, h: Centered) -> Activation:
-        """JumpReLU on the active entries; while training, also which are silent within half a bandwidth of theta."""
+        """JumpReLU on the active entries; in training, also the silent ones within half a bandwidth below theta."""
         pre_acts, theta = self.pre_acts(h), self.theta
         threshold = theta.detach()
         kept, silent = pre_acts.support(threshold - self._width() / 2 if self.training else threshold), None
@@ -100,7 +100,7 @@ class JumpReLUSAE(SAE):
         return JumpReLUActivation(Codes(z, kept.pattern), pre_acts, {"p": p}, silent)
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstruction, with gradients of the thresholds from silent entries, and how many these are."""
+        """The reconstruction with threshold gradients from silent entries, and the number of those entries."""
         recon, extras = super().reconstruct_for_losses(activation, target)
         if not isinstance(activation, JumpReLUActivation) or activation.silent is None:
             return recon, extras
@@ -109,12 +109,12 @@ class JumpReLUSAE(SAE):
         return add_silent(recon, z, self.W_dec, activation.silent), {**extras, "n_silent": n_silent}
 
     def _silent(self, slope: Tensor | float) -> Tensor:
-        """Zeros (F,) whose derivative in the threshold is `slope`."""
+        """Zeros (F,) whose derivative with respect to the threshold is `slope`."""
         theta = self.theta
         return (theta - theta.detach()) * (slope.detach() if isinstance(slope, Tensor) else slope)
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """The recipe's sparsity term, and what brings dead latents back: AuxK, or the loss of their pre-activations."""
+        """The recipe's sparsity term, and AuxK or the pre-activation loss, which revive dead latents."""
         terms = {} if self.recipe.penalty is None else self._sparsity(out, progress)
         dead = self.dead_mask
         if self.recipe.relative and self.config.auxk_coef > 0 and bool(dead.any()):
@@ -178,12 +178,12 @@ class JumpReLUSAE(SAE):
         return self.threshold if isinstance(self.threshold, ControlledThreshold) else None
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """What one active latent per row is worth to the loss."""
+        """The price: the loss per additional active latent per row."""
         return {} if self._controlled is None else {"price": float(self._controlled.price)}
 
     @torch.no_grad()
     def track(self, out: SAEOutput) -> None:
-        """Dead counters; for the constraint, how many entries lie near each threshold and above it."""
+        """Update dead counters; for the constraint, count the entries near and above each threshold."""
         super().track(out)
         if self._controlled is None:
             return
@@ -195,16 +195,16 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """As in every SAE; for the constraint, thresholds get gradients that leave L0 as it is."""
+        """Project gradients as usual; for the constraint, also remove what would change L0 from those of thresholds."""
         super().project_gradients()
         if self._controlled is not None:
             self._controlled.project_gradient(self.bandwidth)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Unit decoder rows, L0 nearer its target, and thresholds at or above 0.
+        """Normalize decoder rows, correct L0 toward its target, and clamp thresholds at 0.
 
-        The dead term of `tanh` pulls them down for ever, and under 0 codes turn negative.
+        The dead term of `tanh` pulls thresholds down without end; below 0, codes would be negative.
         """
         super().after_step()
         if self._controlled is not None:

@@ -1,4 +1,4 @@
-"""The recipes of `jumprelu`, and its options."""
+"""Recipes of `jumprelu`, and its options."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sae_granary.sae_core.options import SharedConfig, option
 
 @dataclass(frozen=True)
 class Recipe:
-    """How thresholds are trained, and the defaults of the options that depend on it."""
+    """How thresholds are trained, with the defaults of the options that depend on it."""
 
     penalty: str | None = None  # tanh, l0, l0_target (squared relative distance to it), jump (see `_l0`)
     coef: float = 1.0
@@ -86,7 +86,7 @@ class JumpReLUConfig(SharedConfig):
     )
 
     def validate(self) -> None:
-        """What a recipe does not have is refused."""
+        """Refuse options that the recipe does not use."""
         if self.recipe == "constraint":
             for name in ("l0_coef", "l0_warmup"):
                 if (value := getattr(self, name)) is not None:
@@ -105,19 +105,19 @@ class JumpReLUConfig(SharedConfig):
 
     @property
     def wanted_l0(self) -> float | None:
-        """The L0 that the recipe is asked for; None if a coefficient decides."""
+        """The target L0 of the recipe; None if a coefficient decides."""
         return self.l0_target if RECIPES[self.recipe].penalty in (None, "l0_target") else None
 
     @property
     def target(self) -> str:
-        """The L0 that is asked for, or the coefficient that decides."""
+        """The target L0, or the coefficient that decides."""
         if self.wanted_l0 is not None:
             return f"l0_target={self.l0_target:g}"
         return f"l0_coef={RECIPES[self.recipe].coef if self.l0_coef is None else self.l0_coef:g}"
 
     @property
     def threshold_start(self) -> float:
-        """The thresholds at the start, in units of the normalized pre-activations."""
+        """Initial thresholds, in units of the normalized pre-activations."""
         return self.threshold_init or RECIPES[self.recipe].threshold or small(self.d_in)
 
     def warmup_share(self, n_steps: int) -> float:

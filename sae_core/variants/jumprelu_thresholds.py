@@ -1,4 +1,4 @@
-"""The thresholds of `jumprelu` as parameters, and how the recipe `constraint` keeps L0 at its target.
+"""Thresholds of `jumprelu` as parameters, and how the recipe `constraint` holds L0 at its target.
 
 Shapes: N rows, F = d_sae latents. theta = threshold, s = log theta.
 """
@@ -63,7 +63,7 @@ class ControlledThreshold(LogThreshold):
         self.register_buffer("n_rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def count(self, in_window: Tensor, n_active: Tensor, n_rows: int) -> None:
-        """Take in a micro-batch: entries in the window of each latent (F,), entries above their threshold, rows."""
+        """Add a micro-batch: entries in each latent's window (F,), entries above their threshold, number of rows."""
         self.in_window += in_window
         self.n_active += n_active
         self.n_rows += n_rows
@@ -81,7 +81,7 @@ class ControlledThreshold(LogThreshold):
         self.raw.grad.sub_(self.speed * self.price * f)
 
     def shift_towards(self, l0: float) -> None:
-        """Add to s of every latent what brings L0 nearer a target, a Newton step, and forget the batch."""
+        """Shift s of all latents by one Newton step that moves L0 toward its target, then clear the counts."""
         excess = self.n_active / self.n_rows.clamp_min(1) - l0
         shift = (GAIN * excess / self.slope.clamp_min(LEAST)).clamp(-MAX_SHIFT, MAX_SHIFT)
         self.raw.add_(torch.where(self.n_rows > 0, shift / self.speed, 0.0))
@@ -94,7 +94,7 @@ class Threshold(PerLatent):
     """theta as a number of each latent: a parameter, or a `LogThreshold`."""
 
     def make(self, config: Any) -> nn.Parameter | nn.Module:
-        """Create what holds the thresholds."""
+        """Create the parameter of the thresholds."""
         recipe = RECIPES[config.recipe]
         if not recipe.logarithm:
             return super().make(config)
@@ -103,7 +103,7 @@ class Threshold(PerLatent):
 
     @torch.no_grad()
     def reset(self, held: Any, config: Any, latents: Tensor | slice = slice(None)) -> None:
-        """Return latents (n,) to where they start; where that was chosen for L0, to the geometric mean of all."""
+        """Reset latents (n,) to their initial threshold; to the geometric mean of all where that was chosen for L0."""
         if not isinstance(held, LogThreshold):
             super().reset(held, config, latents)
         elif RECIPES[config.recipe].relative and not isinstance(latents, slice):
@@ -116,7 +116,7 @@ class Threshold(PerLatent):
         return held().detach() if isinstance(held, LogThreshold) else super().read(held, W_dec)
 
     def write(self, held: Any, numbers: Tensor) -> None:
-        """Take over thresholds (F,)."""
+        """Set thresholds (F,)."""
         if isinstance(held, LogThreshold):
             held.set_to(numbers)
         else:
@@ -124,7 +124,7 @@ class Threshold(PerLatent):
 
 
 def bound_with_l0(values: Iterable[Tensor], l0: float) -> float:
-    """The number that `l0` entries of each row exceed, on average over batches (N, F); at least 1e-6."""
+    """The value that on average `l0` entries per row exceed, over batches (N, F); at least 1e-6."""
     threshold = BatchThreshold()
     threshold.calibrate(values, l0)
     return max(float(threshold.calibrated), 1e-6)

@@ -1,4 +1,4 @@
-"""Matching pursuit: k greedy steps, each explaining what the ones before left over (Costa et al., arXiv 2506.03093)."""
+"""Matching pursuit: k greedy steps, each on the residual of the previous ones (Costa et al., arXiv 2506.03093)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class MatchingPursuitSAE(SAE):
         k: int = option(32, help="greedy steps per row", gt=0)
 
         def validate(self) -> None:
-            """k latents must exist."""
+            """Check k <= d_sae."""
             if self.k > self.d_sae:
                 raise OptionError(f"k={self.k}: expected k <= d_sae={self.d_sae}; lower k or raise d_sae")
 
@@ -52,7 +52,7 @@ class MatchingPursuitSAE(SAE):
         return PreActs(h.values, self.W_dec.t(), self.W_dec.new_zeros(self.config.d_sae))
 
     def activate(self, h: Centered) -> Activation:
-        """Pursue each row for k steps."""
+        """Run k greedy steps on each row."""
         residual, chosen, values = h.values, [], []
         for _ in range(self.config.k):
             with torch.no_grad():
@@ -71,7 +71,7 @@ class MatchingPursuitSAE(SAE):
 
 
 def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
-    """Values (N, k) with those of a latent that stands in a row twice added up at its first place, 0 at the others."""
+    """Values (N, k) in which repeats of a latent within a row are summed at its first position and 0 elsewhere."""
     ordered, order = latents.sort(dim=1, stable=True)
     places = torch.arange(latents.shape[1], device=latents.device).expand_as(latents)
     repeated = torch.zeros_like(latents, dtype=torch.bool)
@@ -81,7 +81,7 @@ def merge_repeats(latents: Tensor, values: Tensor) -> Tensor:
 
 
 def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """SAELens' own stopping rules give other codes. Raises NotAnSAEError for them."""
+    """Refuse SAELens' stopping rules, which give different codes. Raises NotAnSAEError."""
     for rule in ("residual_threshold", "stop_on_duplicate_support"):
         if cfg.get(rule, True):
             raise NotAnSAEError(

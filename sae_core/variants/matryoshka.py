@@ -38,7 +38,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         group_sizes: tuple[int, ...] | None = option(None, help="latents per group, instead of fractions; sum d_sae")
 
         def validate(self) -> None:
-            """Prefixes must grow and end with the whole dictionary."""
+            """Check that prefixes grow and that the last one is the whole dictionary."""
             super().validate()
             if self.group_sizes is not None:
                 if any(size <= 0 for size in self.group_sizes) or sum(self.group_sizes) != self.d_sae:
@@ -60,14 +60,14 @@ class MatryoshkaSAE(BatchTopKSAE):
     group_of: Tensor
 
     def build(self) -> None:
-        """The parameters, and the group of each latent."""
+        """Create the parameters, and the group of each latent."""
         super().build()
         ends = torch.tensor(self.config.prefixes)
         latents = torch.arange(self.config.d_sae)
         self.register_buffer("group_of", torch.bucketize(latents, ends, right=True), persistent=False)
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """All prefixes for the price of one decode: each group is decoded once and the groups are summed up."""
+        """Reconstruct with every prefix for the cost of one decode: groups are decoded once, then summed."""
         n_groups = len(self.config.prefixes)
         if not self.training or n_groups == 1:
             return super().reconstruct_for_losses(activation, target)
@@ -102,11 +102,11 @@ def decode_groups(codes: Codes, W_dec: Tensor, group_of: Tensor, n_groups: int) 
 
 
 def prefix_errors(groups: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors (N,) of all proper prefixes together, and what the last prefix reconstructs, (N, D).
+    """Summed squared errors (N,) of all proper prefixes, and the reconstruction (N, D) of the last prefix.
 
-    Prefix i reconstructs start + groups[0] + ... + groups[i], and its error is the squared distance from target (N, D).
-    groups (P, N, D), P at least 2, start (D,). One pass over some rows at a time does for all prefixes and their
-    gradients.
+    Prefix i reconstructs start + groups[0] + ... + groups[i]; its error is the squared distance from target (N, D).
+    groups (P, N, D), P at least 2, start (D,). All prefixes and their gradients are computed in one pass over blocks of
+    rows.
     """
     return _PrefixErrors.apply(groups, start, target)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -143,7 +143,7 @@ class _PrefixErrors(Function):
 
 
 def _row_blocks(groups: Tensor) -> Iterator[slice]:
-    """Some rows at a time on a CPU; on other devices one launch over all of them is faster."""
+    """Blocks of rows on a CPU, all rows at once on other devices, where one launch is faster."""
     n_groups, n_rows, width = groups.shape
     size = max(1, CACHED_ENTRIES // (n_groups * width)) if groups.device.type == "cpu" else max(1, n_rows)
     for start in range(0, n_rows, size):

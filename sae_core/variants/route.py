@@ -1,4 +1,4 @@
-"""Route: a router picks or mixes several layers per row, one shared SAE encodes the result (arXiv 2503.08200)."""
+"""Route: a router picks or mixes several layers per row, and one shared SAE encodes the result (arXiv 2503.08200)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -55,11 +55,11 @@ class RouteSAE(SAE):
         detach_target: bool = option(True, help="false: the paper's loss, whose target moves with the router")
 
         def validate(self) -> None:
-            """The base must exist, read one hook point and accept its options."""
+            """Check that the base exists, reads one hook point and accepts its options."""
             self.base_config()
 
         def base_config(self) -> SharedConfig:
-            """Config of the base SAE, which sees normalized rows."""
+            """Config of the base SAE, which reads normalized rows."""
             cls = registry.get(self.base)
             if not cls.reads.one_row:
                 raise OptionError(f"base={self.base!r} reads several hook points: expected a type that reads one")
@@ -79,7 +79,7 @@ class RouteSAE(SAE):
     config: Config
 
     def build(self) -> None:
-        """The router and the base."""
+        """Create the router and the base."""
         self.normalizer = Normalizer("unit_norm", self.config.d_in)
         self.W_router = nn.Parameter(torch.empty(self.config.d_in, self.config.n_hooks))
         base_config = self.config.base_config()
@@ -128,7 +128,7 @@ class RouteSAE(SAE):
         return torch.softmax(seen @ self.W_router, dim=1)
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """Share of rows per hook point, entropy of these shares in nats, mean p_max, and the base's own."""
+        """Share of rows per hook point, entropy of these shares in nats, mean p_max, and the base's values."""
         probabilities = out.extras["probabilities"]
         chosen = torch.bincount(probabilities.argmax(1), minlength=self.config.n_hooks) / probabilities.shape[0]
         entropy = -(chosen * chosen.clamp_min(1e-12).log()).sum()

@@ -1,4 +1,4 @@
-"""Route-matryoshka: the router of route in front of a matryoshka base. Our definition: sum of prefix nmse + AuxK."""
+"""Route-matryoshka: route with a matryoshka base. Our definition of the loss: sum of prefix nmse + AuxK."""
 
 from dataclasses import dataclass
 

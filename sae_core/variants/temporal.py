@@ -16,11 +16,11 @@ from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
 
 @register("temporal")
 class TemporalSAE(MatryoshkaSAE):
-    """A matryoshka whose high-level latents are tied to those of the neighboring row by a contrastive loss.
+    """A matryoshka with a contrastive loss between the high-level latents of neighboring rows.
 
-    A training batch holds rows and, second, the row before each in its window. s_ij is the cosine of the high-level
-    codes of row i and of the neighbor of row j; the loss is the cross-entropy of telling each row's own neighbor
-    among all, in both directions, averaged. In inference one row is enough.
+    A training batch holds rows and, second, the previous row of each in its context. s_ij is the cosine between the
+    high-level codes of row i and of the neighbor of row j; the loss is the cross-entropy of identifying each row's own
+    neighbor among all, averaged over both directions. Inference needs one row at a time.
     """
 
     reads = Reads(previous=True)
@@ -37,7 +37,7 @@ class TemporalSAE(MatryoshkaSAE):
     config: Config
 
     def prepare(self, x: Rows) -> Source:
-        """Normalize the rows; the raw rows before them are kept for `penalties`."""
+        """Normalize the rows; keep the raw previous rows for `penalties`."""
         source, previous = super().prepare(x), list(x.values())[1:]
         return replace(source, extras={"previous": previous[0]}) if previous and self.training else source
 

@@ -38,7 +38,7 @@ class TopKSAE(SAE):
         k_anneal: float = option(0.1, help="share of the run over which k falls from k_start", gt=0, le=1)
 
         def validate(self) -> None:
-            """k latents must exist."""
+            """Check that k fits d_sae."""
             if self.k_start is not None and self.k_start < self.k:
                 raise OptionError(f"k_start={self.k_start}: expected k_start >= k={self.k}, from which k falls")
             for name in ("k", "k_start"):
@@ -49,7 +49,7 @@ class TopKSAE(SAE):
     config: Config
 
     def build(self) -> None:
-        """The parameters; k as it is until a step says otherwise."""
+        """Create the parameters; k is the configured one until `begin_step` sets it."""
         super().build()
         self._k_now = self.config.k
 
@@ -60,11 +60,11 @@ class TopKSAE(SAE):
 
     @property
     def k(self) -> int:
-        """Active latents per row: annealed while training, the configured k in inference."""
+        """Active latents per row: annealed in training, the configured k in inference."""
         return self._k_now if self.training else self.config.k
 
     def select(self, pre_acts: PreActs, k: int) -> Codes:
-        """The pre-activations that stay, of all (N, F)."""
+        """Select from all pre-activations (N, F)."""
         return pre_acts.topk(k)
 
     def activate(self, h: Centered) -> Activation:

@@ -54,11 +54,11 @@ class TranscoderSAE(TopKSAE):
 
     @property
     def normalizers(self) -> Sequence[Normalizer]:
-        """Of the input hook and of the output hook."""
+        """Normalizers of the input and the output hook point."""
         return self.normalizer, self.output_normalizer
 
     def prepare(self, x: Rows) -> Source:
-        """The first hook is encoded, the second is the target."""
+        """Use the first hook point as input and the second as target."""
         first, second = self.reads.take(x, 2)
         target = self.output_normalizer(second)
         return Source(self.normalizer(first).values, target.values, target.undo, second)

@@ -1,1 +1,1 @@
-"""Text to rows with a Hugging Face model: find and load it, read and replace its activations, its losses."""
+"""Everything that involves a Hugging Face model: finding, loading, running, hooking, tokenizing, measuring losses."""

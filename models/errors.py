@@ -1,12 +1,12 @@
-"""What can go wrong with a model.
+"""Errors about models.
 
 GranaryError
-└── ModelError              a model that is not found, or cannot be used
-    ├── HookError           a layer or module that the model does not have (also a LookupError)
-    ├── MemoryLimitError    a single context or text does not fit the device's memory
-    └── SpliceError         the model of a cache is missing, another, or has no head (also a ValueError)
+└── ModelError             a model that is not found, or cannot be used
+    ├── HookError          a layer or module that the model does not have (also a LookupError)
+    ├── MemoryLimitError   a single context or text does not fit the device's memory
+    └── SpliceError        the model of a cache is missing, different, or has no head (also a ValueError)
 
-Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`.
+Invalid settings raise `ConfigError` of `sae_granary.common.errors`.
 """
 
 from sae_granary.common.errors import GranaryError
@@ -29,4 +29,4 @@ class MemoryLimitError(ModelError):
 
 
 class SpliceError(ModelError, ValueError):
-    """The language model of a cache is not there, not the one that was harvested, or no SAE can be spliced into it."""
+    """The language model of a cache is missing, is not the harvested one, or no SAE can be spliced into it."""

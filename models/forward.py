@@ -1,4 +1,4 @@
-"""Sort buffer -> activations at the hook points, in source order: batches of like length, unsorted as they come."""
+"""Sort buffer -> activations at the hook points, in source order; contexts run in batches of similar length."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A TokenBatch as tensors; `members` are the windows of the buffer in it."""
+    """A TokenBatch as tensors; `members` are its contexts' indices in the buffer."""
 
     members: np.ndarray[Any, np.dtype[np.int64]]
     input_ids: torch.Tensor  # (S, T)
@@ -57,9 +57,9 @@ def hooked_model(
     name: str,
     say: Say,
 ) -> TokenModel:
-    """A loaded model with its hook points, in the batches that give what it computes for a window alone.
+    """A loaded model with its hook points, batched so that a context's rows do not depend on other contexts.
 
-    Raises ModelError where it does not run on text.
+    Raises ModelError if the model cannot run on text.
     """
     pad_id = pad_id_for(base, tokenizer.pad_token_id)
     n_ids = min(len(tokenizer), vocabulary_size(base) or len(tokenizer))
@@ -71,7 +71,7 @@ def hooked_model(
 
 
 class TokenModel:
-    """The base model with its hook points: buffers -> {hook name: (N, D) on the device}."""
+    """The base model with its hook points. Call it with a buffer: {hook name: (N, D) on the device}."""
 
     def __init__(
         self,
@@ -101,14 +101,14 @@ class TokenModel:
         self._say = say
 
     def compile(self, blocks: Sequence[str], ctx_len: int) -> None:
-        """Compile these blocks for all batches, now and never later. Raises ModelError."""
+        """Compile these blocks once, for all batches. Raises ModelError."""
         compile_blocks(self._base, blocks, self._capture, str(self.device), ctx_len)
         self._running = no_recompiling
         if self._changes:
             self._put_back = State(self._base).restore
 
     def prepare(self, buffer: Buffer) -> Work:
-        """Batches of a buffer; runs in the background."""
+        """Batches of a buffer; called in a background thread."""
         members = self._plan([len(window) for window in buffer.windows], self._batch_tokens)
         starts = first_rows(buffer)
         batches = [self._on_host(buffer, index, starts) for index in members]
@@ -129,7 +129,7 @@ class TokenModel:
         return out
 
     def _run(self, buffer: Buffer, batch: DeviceBatch, out: dict[str, torch.Tensor]) -> None:
-        """One batch; in parts when the device has not the memory for the whole."""
+        """Run one batch, in parts if it exceeds the device's memory."""
         if batch.input_ids.numel() > self._limit and len(batch.members) > 1:
             for part in self._split(buffer, batch):
                 self._run(buffer, part, out)
@@ -199,7 +199,7 @@ def first_rows(buffer: Buffer) -> list[int]:
 
 
 def rows_of(hook: Hook, value: Any, shape: tuple[int, ...], flat: torch.Tensor) -> torch.Tensor:
-    """The real tokens' vectors (n, D) out of a hooked tensor: (S, T, D), (S*T, D), or already without padding."""
+    """Vectors (n, D) of the real tokens in a hooked tensor: (S, T, D), (S*T, D), or already without padding."""
     tensor, _ = tensor_of(value)
     if tensor is not None and hook.time_first and tensor.ndim == 3:
         tensor = tensor.transpose(0, 1)

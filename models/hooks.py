@@ -1,9 +1,7 @@
-"""Reading activations at the modules of a model, and what a module gives: probed with two tiny passes.
+"""Reading activations at the modules of a model; probing what a module returns with two tiny passes.
 
-Module paths are relative to the base model (of an encoder-decoder: to its encoder). Everything here works on a model
-on the meta device too, without weights.
-
-Shapes: S sequences, T tokens, D = d_in.
+Module paths are relative to the base model (of an encoder-decoder: to its encoder). Everything here also works on a
+model on the meta device, without weights. Shapes: S sequences, T tokens, D = d_in.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _LENGTHS = (5, 7)  # tokens of 2 and 3 sequences: no number, and no product, cou
 
 @dataclass(frozen=True)
 class Hook:
-    """One place in a model; `d_in` is 0 and `tuple_index` None until the model was probed."""
+    """One hook point of a model; `d_in` is 0 and `tuple_index` None until the model has been probed."""
 
     name: str
     module: str
@@ -35,18 +33,18 @@ class Hook:
     time_first: bool = False  # the module gives (T, S, D) instead of (S, T, D)
 
     def point(self) -> HookPoint:
-        """The cache's record of it."""
+        """The hook point as the cache records it."""
         return HookPoint(self.name, self.module, self.side, self.tuple_index, self.d_in)
 
 
 class StopForward(Exception):
-    """Ends a forward pass after the last hooked module."""
+    """Raised to end a forward pass after the last hooked module."""
 
 
 class Capture:
-    """Runs a model up to the last hooked module and hands each hooked tensor to `sink` when it appears.
+    """Run a model up to the last hooked module, and pass each hooked tensor to `sink` as it appears.
 
-    The sink must copy: later modules may work in place on the tensor. Only a module's first call in a pass counts.
+    The sink must copy: later modules may modify the tensor in place. Only a module's first call in a pass counts.
     """
 
     def __init__(self, base: nn.Module, hooks: Sequence[Hook]) -> None:
@@ -71,7 +69,7 @@ class Capture:
             )
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
@@ -98,7 +96,7 @@ class Capture:
 
 
 def tensor_of(value: Any) -> tuple[Any, int | None]:
-    """(the tensor of a module's output, its place in a tuple output); (None, None) when there is none."""
+    """Return (tensor of a module's output, its index in a tuple output); (None, None) if there is none."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -111,7 +109,7 @@ def tensor_of(value: Any) -> tuple[Any, int | None]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a module gave: one vector (D,) per token."""
+    """What a module returned: one vector (D,) per token."""
 
     d_in: int
     tuple_index: int | None
@@ -120,7 +118,7 @@ class Seen:
 
 
 def vectors_of(value: Any, shape: tuple[int, int]) -> Seen | None:
-    """What a module's output or input holds for a batch of (S, T) tokens; None where it is no vector per token."""
+    """Vectors in a module's output or input for a batch of (S, T) tokens; None if it has no vector per token."""
     tensor, index = tensor_of(value)
     if tensor is None or tensor.ndim not in (2, 3):
         return None
@@ -131,7 +129,7 @@ def vectors_of(value: Any, shape: tuple[int, int]) -> Seen | None:
 
 
 def no_vectors(hook: Hook, value: Any, shape: tuple[int, int]) -> HookError:
-    """What a module gave instead of one vector per token."""
+    """Describe what a module returned instead of one vector per token."""
     tensor, _ = tensor_of(value)
     got = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
     return HookError(
@@ -141,7 +139,7 @@ def no_vectors(hook: Hook, value: Any, shape: tuple[int, int]) -> HookError:
 
 
 def own_multiple(base: nn.Module) -> int:
-    """The length to a multiple of which a model of windowed attention pads by itself, by its config; or 1."""
+    """The multiple to which a model with windowed attention pads lengths by itself, from its config; else 1."""
     for name in ("attention_window", "block_size"):
         value = getattr(getattr(base, "config", None), name, None)
         value = max(value, default=1) if isinstance(value, list | tuple) else value
@@ -151,7 +149,7 @@ def own_multiple(base: nn.Module) -> int:
 
 
 def probe_shapes(base: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two shapes (S, T) of batches, of lengths that the model does not pad by itself."""
+    """Two batch shapes (S, T) with lengths that the model does not pad by itself."""
     multiple = own_multiple(base)
     first = round_up(_LENGTHS[0], multiple)
     return (2, first), (3, round_up(first + _LENGTHS[1] - _LENGTHS[0], multiple))
@@ -163,7 +161,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def probe_ids(base: nn.Module, shape: tuple[int, int], device: str) -> torch.Tensor:
-    """Ids (S, T) that the embedding has, of no special meaning as far as is known without the tokenizer."""
+    """Token ids (S, T) within the embedding, without special meaning as far as is known without the tokenizer."""
     import torch
 
     n = vocabulary_size(base) or 1
@@ -171,7 +169,7 @@ def probe_ids(base: nn.Module, shape: tuple[int, int], device: str) -> torch.Ten
 
 
 def vocabulary_size(base: nn.Module) -> int | None:
-    """Rows of the token embedding; None where the model does not name it."""
+    """Rows of the token embedding; None if the model does not expose it."""
     try:
         embedding = base.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
@@ -180,9 +178,9 @@ def vocabulary_size(base: nn.Module) -> int | None:
 
 
 def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ...]:
-    """The hooks with width, tuple index and layout, from two tiny passes (on the meta device: of shapes only).
+    """The hooks with width, tuple index and layout, from two tiny passes (on the meta device: shapes only).
 
-    Raises HookError where a module gives no vector per token, and what the model raises.
+    Raises HookError if a module has no vector per token, and any error of the model.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The model: a skeleton without weights for checks, and the loaded one."""
+"""Loading models: a skeleton without weights for checks, and the real one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def skeleton(located: Located) -> nn.Module:
 
 
 def _model_class(located: Located) -> Any:
-    """AutoModel, or the part of its model that the checkpoint was saved from: a T5EncoderModel, a DPRContextEncoder."""
+    """AutoModel, or the partial model that the checkpoint was saved from: T5EncoderModel, DPRContextEncoder."""
     import torch
     import transformers
 
@@ -67,14 +67,14 @@ def _model_class(located: Located) -> Any:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The part that is harvested: the encoder of an encoder-decoder, else the model itself."""
+    """The harvested part: the encoder of an encoder-decoder, else the model itself."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder()  # type: ignore[operator, no-any-return]
     return model
 
 
 def takes_text(base: nn.Module, located: Located) -> nn.Module:
-    """The model. Raises ModelError where its forward pass takes no token ids."""
+    """Return the model. Raises ModelError if its forward pass takes no token ids."""
     taken = inspect.signature(base.forward).parameters
     if "input_ids" not in taken and not any(p.kind is p.VAR_KEYWORD and len(taken) == 1 for p in taken.values()):
         raise ModelError(
@@ -85,7 +85,7 @@ def takes_text(base: nn.Module, located: Located) -> nn.Module:
 
 
 def n_layers(located: Located, base: nn.Module | None) -> int | None:
-    """Number of blocks that the config tells, if it does."""
+    """Number of blocks according to the config, if it says so."""
     config = getattr(base, "config", located.config) if located.is_encoder_decoder else located.text_config
     names = ("encoder_layers", "num_layers", "num_hidden_layers") if located.is_encoder_decoder else _NUM_LAYERS
     counts = (getattr(config, name, None) for name in names)  # LXMERT has a mapping of three numbers
@@ -93,7 +93,7 @@ def n_layers(located: Located, base: nn.Module | None) -> int | None:
 
 
 def max_positions(located: Located, base: nn.Module) -> int | None:
-    """Longest window that the position embeddings take; None when there is no such limit."""
+    """Longest context that the position embeddings allow; None if there is no such limit."""
     from torch import nn
 
     limit = next(
@@ -122,7 +122,7 @@ def run_skeleton(base: nn.Module) -> dict[str, Seen] | None:
 
 
 def _without_weights(base: nn.Module, run: Callable[[], T]) -> T | None:
-    """What `run` gives of a skeleton in the first number format that it runs in."""
+    """Result of `run` on a skeleton, in the first number format in which it runs."""
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -137,13 +137,13 @@ def _without_weights(base: nn.Module, run: Callable[[], T]) -> T | None:
 
 
 def guess_widths(hooks: Sequence[Hook], located: Located) -> tuple[Hook, ...]:
-    """For plans of models that cannot run without weights: every hook is as wide as the hidden state."""
+    """Widths for plans of models that cannot run without weights: the hidden size at every hook point."""
     width = int(getattr(located.text_config, "hidden_size", 0) or getattr(located.text_config, "d_model", 0) or 1)
     return tuple(replace(hook, d_in=width) for hook in hooks)
 
 
 def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
-    """The base model with its weights, on the device, in evaluation mode, without a key-value cache."""
+    """Load the base model with its weights on the device, in evaluation mode, without a key-value cache."""
     import torch
 
     try:
@@ -162,13 +162,13 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
 
 
 def _config(located: Located) -> dict[str, Any]:
-    """Where a Sentence-Transformer changes the config: that one, which else is read again."""
+    """The config; the one that a Sentence-Transformer modified, where it does."""
     changed = located.kwargs.get("config") or located.kwargs.get("model")
     return {"config": copy.deepcopy(located.config)} if changed else {}
 
 
 def frozen(model: Any) -> nn.Module:
-    """In evaluation mode, without gradients and without a key-value cache."""
+    """Put the model in evaluation mode, without gradients and without a key-value cache."""
     text_config = getattr(model.config, "get_text_config", lambda: model.config)()
     for config in (model.config, text_config):
         if hasattr(config, "use_cache"):
@@ -177,7 +177,7 @@ def frozen(model: Any) -> nn.Module:
 
 
 def check_loaded(located: Located, info: Any) -> None:
-    """Refuse a checkpoint that leaves a part of the model with random weights."""
+    """Refuse a checkpoint that leaves part of the model with random weights."""
     missing = sorted(key for key in info.get("missing_keys", ()) if not _UNUSED.search(key))
     if located.is_encoder_decoder:
         missing = [key for key in missing if key.startswith("encoder.")]
@@ -191,12 +191,12 @@ def check_loaded(located: Located, info: Any) -> None:
 
 
 def storage_dtype(wanted: str, compute_dtype: str) -> str:
-    """`auto` stores what the model computes."""
+    """Dtype of the cache: `auto` is the compute dtype."""
     return compute_dtype if wanted == "auto" else wanted
 
 
 def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:
-    """Two per parameter of the matrices up to the last hooked module, embeddings and attention scores apart."""
+    """FLOPs per token: two per matrix parameter up to the last hooked module; no embeddings, no attention scores."""
     from torch import nn
 
     paths = [path for path, _ in base.named_modules()]
@@ -217,7 +217,7 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def model_record(located: Located, model_class: str | None, layers: int | None) -> dict[str, Any]:
-    """What provenance tells about the model."""
+    """The model's entry in the provenance."""
     config = located.text_config if located.config is not None else None
     return {
         "id": located.model_id,

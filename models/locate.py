@@ -1,4 +1,4 @@
-"""Finding a model by hub id, local folder or `demo`, and reading its config; no weights are touched here."""
+"""Finding a model by hub id, local folder or `demo`, and reading its config; weights are not read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model's files are, and what kind of model it is."""
+    """Location of a model's files, and the kind of model."""
 
     name: str  # as the user gave it
     model_id: str  # what provenance calls it
@@ -51,7 +51,7 @@ class Located:
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
-        """Arguments that every `from_pretrained` of this model takes."""
+        """Arguments for every `from_pretrained` of this model."""
         kwargs: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.subfolder:
             kwargs["subfolder"] = self.subfolder
@@ -60,7 +60,7 @@ class Located:
         return kwargs
 
     def kwargs_of(self, kind: str) -> dict[str, Any]:
-        """Arguments with which its "config", "model" or "tokenizer" is loaded."""
+        """Arguments for loading its "config", "model" or "tokenizer"."""
         return self.kwargs.get(kind, {}) | self.hub_kwargs
 
     @property
@@ -76,7 +76,7 @@ class Located:
 
     @cached_property
     def is_decoder(self) -> bool:
-        """Whether each token sees only the ones before it: as the loaded model does, before that by its config."""
+        """Whether each token attends only to earlier ones: as observed on the loaded model, before that by its config."""
         from transformers.models.auto import modeling_auto as auto
 
         if self.causal is not None:
@@ -93,14 +93,14 @@ class Located:
 
 
 def locate(config: ModelConfig) -> Located:
-    """Find the model and read its config, or say in one line why not. Raises ModelError."""
+    """Find the model and read its config. Raises ModelError with a one-line reason."""
     return read_configs(_find(config))
 
 
 def read_configs(located: Located) -> Located:
-    """With all that the model's own files tell: kind, modules, config, and of a hub model its commit.
+    """Add what the model's own files say: kind, modules, config and, for a hub model, its commit.
 
-    Raises ModelError, of which the cause is the error of transformers.
+    Raises ModelError; its cause is the error of transformers.
     """
     located = _sentence_transformer(located)
     located = replace(located, config=_load_config(located))
@@ -108,7 +108,7 @@ def read_configs(located: Located) -> Located:
 
 
 def check_weights(located: Located) -> None:
-    """Refuse a local folder without weights, and a damaged demo model, before anything is started."""
+    """Refuse a local folder without weights, and a damaged demo model, before any work starts."""
     if located.name == DEMO:
         check_demo_weights(Path(located.source))
     if located.is_local and not weight_files(located):
@@ -125,7 +125,7 @@ def weight_files(located: Located) -> list[Path]:
 
 
 def weights_hash(located: Located) -> str:
-    """A hash over all weights of a local model, of any module of a Sentence-Transformer."""
+    """Hash of all weights of a local model, including every module of a Sentence-Transformer."""
     files = weight_files(located)
     for module in located.modules[1:]:
         for pattern in WEIGHT_PATTERNS:
@@ -134,7 +134,7 @@ def weights_hash(located: Located) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name can only be that of a folder."""
+    """Whether a model's name can only be a folder."""
     return Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
@@ -180,7 +180,7 @@ def _settings(located: Located, name: str) -> dict[str, Any]:
 
 
 def inner_transformer(located: Located) -> None:
-    """Refuse a Sentence-Transformer whose first module is no transformer (its layers cannot be hooked)."""
+    """Refuse a Sentence-Transformer whose first module is not a transformer: its layers cannot be hooked."""
     if located.modules and not located.modules[0]["type"].endswith("Transformer"):
         kind = located.modules[0]["type"].rsplit(".", 1)[-1]
         raise ModelError(f"{located.name} starts with a {kind} module, not a transformer: only --unit text works")
@@ -228,13 +228,13 @@ def file_of(located: Located, name: str) -> Path | None:
 
 
 def _commit(located: Located) -> str | None:
-    """The commit that a hub model's files come from: the folder of its snapshot in the local cache."""
+    """Commit of a hub model's files: the name of its snapshot folder in the local hub cache."""
     found = None if located.is_local else file_of(located, f"{located.subfolder}/config.json".lstrip("/"))
     return None if found is None else commit_of(found)
 
 
 def commit_of(file: Path) -> str | None:
-    """The commit of a file in the local cache of the hub."""
+    """Commit of a file in the local hub cache."""
     return next((part for part in file.parts if _COMMIT.fullmatch(part)), None)
 
 

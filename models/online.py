@@ -1,4 +1,4 @@
-"""Is the hub within reach? Asked once, quickly, so that no command waits minutes to learn that there is no network."""
+"""Whether the hub can be reached, asked once with a short time limit: no command waits minutes without a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIMEOUT_SECONDS = 10.0
 
 @functools.cache
 def online() -> bool:
-    """Whether the hub answers at all."""
+    """Whether the hub responds."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -27,7 +27,7 @@ def online() -> bool:
 
 
 def quiet() -> None:
-    """No progress bars and notices of the Hugging Face libraries between ours."""
+    """Context manager: no progress bars or notices of the Hugging Face libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import transformers
 

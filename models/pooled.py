@@ -33,7 +33,7 @@ def pretend_tokens(texts: Sequence[str]) -> list[IntArray]:
 
 
 def pooled_hook(located: Located) -> Hook:
-    """The pooled embedding with its width, as far as the configs tell it (0: only the loaded model does)."""
+    """The pooled embedding's hook point, with its width if the configs give it (0: only the loaded model knows)."""
     return Hook(HOOK_NAME, "", d_in=_width(located))
 
 
@@ -78,7 +78,7 @@ class TextModel:
         self._say = say
 
     def prepare(self, buffer: Buffer) -> Work:
-        """Texts sorted by length and cut into batches by a token budget; like length in characters."""
+        """Sort texts by length in characters and cut them into batches by a token budget."""
         lengths = np.array([len(window.documents[0].text) for window in buffer.windows])
         order = np.argsort(-lengths, kind="stable")
         tokens = np.minimum(self._max_len, lengths // _CHARS_PER_TOKEN + 2)
@@ -123,7 +123,7 @@ class TextModel:
 
 
 def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
-    """The Sentence-Transformer, with mean pooling put on a plain transformer as the library does."""
+    """Load the Sentence-Transformer; a plain transformer gets mean pooling, as the library does."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -141,13 +141,13 @@ def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
 
 
 def longest_text(model: Any) -> int:
-    """Most tokens of a text that a loaded Sentence-Transformer looks at, for the size of batches."""
+    """Maximum number of tokens of a text that a loaded Sentence-Transformer reads; sets batch sizes."""
     limit = getattr(model, "max_seq_length", None)
     return int(min(limit, _NO_LIMIT)) if limit else _DEFAULT_LENGTH
 
 
 def pooled_width(model: Any) -> int:
-    """Width of the embedding of a loaded Sentence-Transformer, which is left as it was. Raises ModelError."""
+    """Embedding width of a loaded Sentence-Transformer, which stays unchanged. Raises ModelError."""
     try:
         with unchanged(model):
             return int(model.encode(["a"], convert_to_tensor=True, show_progress_bar=False).shape[-1])
@@ -156,7 +156,7 @@ def pooled_width(model: Any) -> int:
 
 
 def observe_pooled(model: Any, batch_tokens: int) -> Behavior:
-    """Whether a text's embedding is another beside other texts, and whether embedding one changes the model."""
+    """Whether a text's embedding depends on the other texts of its batch, and whether embedding changes the model."""
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
         return model.encode(  # type: ignore[no-any-return]

@@ -1,1 +1,1 @@
-"""What a loaded model does with its input, and what a pass leaves behind in it."""
+"""Checks of a loaded model: whether padding, batch mates or earlier passes change its rows."""

@@ -1,10 +1,8 @@
-"""What a loaded model does, found by a few tiny passes before the first batch, and its state put back afterwards.
+"""Properties of a loaded model, measured by a few tiny passes before the first batch; its state is restored afterwards.
 
-Is a row what the model computes for its window alone? With padding beside it, with other windows of its length beside
-it, and again: where it is not, batches are of one length, or of one window, or the model is refused. Does a token see
-later ones? Does a pass change the model itself?
-
-Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
+Does a context's row depend on padding, on the other contexts of its batch, or on earlier passes? If so, batches have
+one length or one context, or the model is refused. Does a token attend to later ones? Does a pass change the model?
+Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a context.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ _LONGEST = 24  # tokens of the longer windows
 
 @dataclass(frozen=True)
 class Behavior:
-    """What a harvest must know of a model before its first batch."""
+    """What a harvest must know about a model before its first batch."""
 
     batching: Literal["padded", "equal", "single"] = "padded"  # windows of like length, of one length, one window
     causal: bool | None = None  # whether no token sees a later one; None: not found out
@@ -41,7 +39,7 @@ class Behavior:
 
     @property
     def notice(self) -> str:
-        """One line for a model that is not as most are; empty for the others."""
+        """One line about an unusual model; empty for others."""
         return {
             "padded": "",
             "equal": "padding changes this model's rows: batches hold windows of one length only",
@@ -53,12 +51,12 @@ USUAL = Behavior()
 
 
 def failure(error: BaseException) -> str:
-    """An error of a model's own code in one line."""
+    """One-line description of an error in a model's own code."""
     return f"{type(error).__name__}: {one_line(error)}"
 
 
 def pad_id_for(base: nn.Module, pad_id: int | None) -> int:
-    """The tokenizer's pad token, or 0 where it has none or the embedding has no such row: padding is masked."""
+    """The tokenizer's pad token, or 0 if there is none or the embedding lacks it: padding is masked."""
     n = vocabulary_size(base)
     return 0 if pad_id is None or pad_id < 0 or (n is not None and pad_id >= n) else int(pad_id)
 
@@ -106,7 +104,7 @@ def observe(
 
 @contextmanager
 def running(base: nn.Module, name: str) -> Iterator[State]:
-    """Inside, passes leave the model as it was, and whatever it raises is a ModelError."""
+    """Context manager: passes leave the model unchanged, and any error becomes a ModelError."""
     import torch
 
     with unchanged(base) as state, torch.inference_mode():
@@ -127,7 +125,7 @@ def running(base: nn.Module, name: str) -> Iterator[State]:
 
 
 def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
-    """`own` where the model pads one of these windows by itself, so that its blocks see more tokens; else 1."""
+    """The multiple `own` if the model pads one of these contexts by itself, before its blocks; else 1."""
     if own == 1:
         return 1
     try:
@@ -144,7 +142,7 @@ def _multiple(rows: Rows, own: int, windows: Sequence[Ids]) -> int:
 def _batching(
     rows: Rows, long: Ids, other: Ids, short: Ids, longest: Ids, between: Sequence[int], name: str
 ) -> Literal["padded", "equal", "single"]:
-    """In which batches rows are those of the window alone; also of windows of the lengths `between`."""
+    """The kind of batches in which a context's rows equal its rows alone; also checked for the lengths `between`."""
     want = [rows([window])[0] for window in (long, other, short)]
     limit = _ROUNDING.get(str(want[0].dtype), 1e-4)
     if _difference(want[0], rows([long])[0]) > limit:
@@ -193,7 +191,7 @@ def observe_texts(model: nn.Module, encode: Callable[[Sequence[str]], torch.Tens
 
 
 def _causal(base: nn.Module, long: Ids, other: Ids, state: State) -> bool | None:
-    """Whether the first half of a window stays as it is when the second half is another."""
+    """Whether changing the second half of a context leaves the rows of the first half unchanged."""
     half = len(long) // 2
     outputs = []
     for window in (long, [*long[:half], *other[half:]]):
@@ -215,7 +213,7 @@ def _halves(n: int) -> list[int]:
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest distance of two rows (N, D), of their length."""
+    """Largest distance between two rows (N, D), relative to their length."""
     a, b = a.float(), b.float()
     found = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)
     return float(found.max())  # NaN compares as no difference: the cache refuses such rows by itself

@@ -1,6 +1,6 @@
-"""Passes of a few windows through a model as it was, for `models.behavior.checks`.
+"""Passes of a few contexts through an unchanged model, for `models.behavior.checks`.
 
-Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a window.
+Shapes: S sequences, T tokens, D = d_in, N rows of all hook points of a context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ids = Sequence[int]
 
 
 class Rows:
-    """Batches of windows -> per window the rows of all hook points, one below the other, by a model as it was."""
+    """Batches of contexts -> for each context the rows of all hook points, concatenated; the model stays unchanged."""
 
     def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
         self._base, self._pad_id = base, pad_id

@@ -1,6 +1,6 @@
-"""The state of a model: all that a pass through it could change, and putting it back.
+"""The state of a model: everything a pass could change, and how to restore it.
 
-Some models switch their attention on a short input for good, grow position tables, or keep what they read.
+Some models permanently switch their attention on a short input, grow position tables, or cache what they read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")  # of a module, by name
 
 
 class State:
-    """All of a model that a pass could change: attributes of its modules, which modules there are, buffers, configs."""
+    """Everything a pass could change: attributes of modules, the set of modules, buffers, configs."""
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
@@ -31,7 +31,7 @@ class State:
         self._configs = {id(c): (c, dict(vars(c))) for c in configs if hasattr(c, "__dict__")}
 
     def changed(self) -> tuple[str, ...]:
-        """Names of what is not as it was."""
+        """Names of everything that has changed."""
         names = [
             f"{path}.{name}".lstrip(".")
             for path, module in self._modules.items()
@@ -43,7 +43,7 @@ class State:
         return tuple(names)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for path, module in self._modules.items():
             _put_back(module, self._saved[path])
         for config, saved in self._configs.values():
@@ -56,7 +56,7 @@ class State:
 
 @contextmanager
 def unchanged(base: nn.Module) -> Iterator[State]:
-    """Inside, passes through the model; afterwards it and all random numbers are as they were before."""
+    """Context manager: afterwards the model and all random states are as before."""
     import torch
 
     state, python, numpy = State(base), random.getstate(), np.random.get_state()  # noqa: NPY002 what models use
@@ -71,13 +71,13 @@ def unchanged(base: nn.Module) -> Iterator[State]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, lists and mappings copied; not the hooks, which are ours."""
+    """A module's attributes, with lists and mappings copied; without hooks, which are ours."""
     names = vars(module).keys() - _module_names() | set(_TABLES)
     return {name: _copied(vars(module)[name]) for name in names}
 
 
 def _module_names() -> frozenset[str]:
-    """What every module has from torch."""
+    """Attributes that every torch module has."""
     from torch import nn
 
     return frozenset(vars(nn.Module())) - {"training"}

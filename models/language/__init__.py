@@ -1,1 +1,1 @@
-"""A language model with an SAE in it: found, checked, spliced, and asked what it lost."""
+"""Language models with an SAE spliced in: finding, checking, splicing and measuring the loss."""

@@ -63,7 +63,7 @@ class Tokens:
 
     @property
     def n_rows(self) -> int:
-        """Kept tokens: rows that the SAE sees."""
+        """Number of kept tokens: rows that the SAE reads."""
         return int(self.keep.sum())
 
 
@@ -77,12 +77,12 @@ class HookedModel:
     device: torch.device
 
     def plain(self, contexts: Contexts) -> Tokens:
-        """Contexts as they are, of which nothing is to be predicted."""
+        """Contexts as tensors, without prediction targets."""
         nothing = np.zeros(contexts.real.shape, np.bool_)
         return self._tokens(contexts, contexts.token_id, nothing, contexts.token_id[nothing])
 
     def run(self, tokens: Tokens, edit: Edit) -> Any:
-        """The model's output with the hook point's activation (S, T, D) replaced by what `edit` makes of it."""
+        """The model's output, with the activation (S, T, D) at the hook point replaced by `edit` of it."""
         shape = (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
         kwargs = {} if tokens.attention_mask is None else {"attention_mask": tokens.attention_mask}
         with patched(self.module, self.point, shape, edit):

@@ -37,7 +37,7 @@ def kl_divergence(clean: Tensor, spliced: Tensor) -> Tensor:
 
 
 def at_kept(tokens: Tokens, rows: Reconstruct) -> Edit:
-    """An edit of the activation (S, T, D) that puts rows(kept rows) in their place; the rows are float32."""
+    """Edit of the activation (S, T, D) that replaces kept rows by rows(kept rows), in float32."""
 
     def edit(x: Tensor) -> Tensor:
         return x.index_put((tokens.keep,), rows(x[tokens.keep].float()).to(x.dtype))
@@ -84,7 +84,7 @@ def prediction_cost(reconstruct: Reconstruct, model: LanguageModel, contexts: It
 
 
 def notes_on(numbers: Mapping[str, float | None]) -> list[str]:
-    """What a reader of the numbers should know, in words."""
+    """Remarks for readers of the numbers."""
     if "ce_score" not in numbers or numbers["ce_score"] is not None:
         return []
     return [

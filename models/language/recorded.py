@@ -1,4 +1,4 @@
-"""Finding the model that a cache was harvested from by what the harvest recorded about it."""
+"""Finding the model that a cache was harvested from, by the harvest's record of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sae_granary.models.online import quiet
 
 
 def remedy(option: str = "--lm") -> str:
-    """What to do where the recorded model is not there; `option` is the flag that names another place."""
+    """What to do if the recorded model is missing; `option` is the flag for another location."""
     return f"name its hub id or folder with {option}"
 
 

@@ -117,7 +117,7 @@ def open_any(
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
-    """Refuse what nothing can be spliced into."""
+    """Refuse models into which no SAE can be spliced."""
     name = record.get("id")
     if record.get("family") == "encoder-decoder":
         raise SpliceError(f"{name} is an encoder-decoder, of which the cache holds the encoder: no kl or ce through it")
@@ -134,7 +134,7 @@ def _is_causal(located: Located, record: Mapping[str, Any]) -> bool:
 
 
 def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, device: str, option: str) -> nn.Module:
-    """The frozen model; one in use is not loaded again. Refuses other weights, and a part with random ones."""
+    """Load the frozen model, or reuse one that is loaded. Refuses other weights, and partly random ones."""
     found = check_recorded_weights(located, record, option)
     key = (kind.__name__, located.source, str(located.hub_kwargs), str(found), dtype, device)
     model = _IN_USE.get(key)
@@ -175,7 +175,7 @@ def _module(model: nn.Module, point: HookPoint, located: Located) -> nn.Module:
 
 
 def _mask_id(located: Located) -> int:
-    """The token that stands for one to be predicted."""
+    """The id of the mask token."""
     tokenizer = load_tokenizer(located)
     if tokenizer.mask_token_id is None:
         raise SpliceError(f"{located.source} has no [MASK] token: no masked-language-model loss through it")
@@ -198,7 +198,7 @@ def _pools_first_token(located: Located) -> bool:
 
 @torch.no_grad()
 def _checked(hooked: H, contexts: Contexts, rows: FloatRows, located: Located, option: str) -> H:
-    """Refuse a model that gives other activations than those stored: whatever is different, no loss would mean much."""
+    """Refuse a model whose activations differ from those stored: losses through it would be meaningless."""
     tokens = hooked.plain(contexts)
     seen: list[Tensor] = []
 

@@ -31,10 +31,10 @@ LEAST = 8  # ... unless it holds less than 1/8 of the budget
 def plan_batches(
     lengths: Sequence[int], batch_tokens: int, *, padded: bool = True, multiple: int = 1
 ) -> list[npt.NDArray[np.int64]]:
-    """Groups of windows of like length, longest first, each at most `batch_tokens` with its padding.
+    """Group contexts of similar length, longest first, each group at most `batch_tokens` including padding.
 
-    A window longer than the budget is a batch of its own. Without `padded` a group has one length. Batches are padded
-    to a multiple of `multiple`. Ties keep their order, so the result is a function of the arguments only.
+    A context longer than the budget is a batch of its own. Without `padded` all contexts of a group have one length.
+    Batches are padded to a multiple of `multiple`. Ties keep their order, so the result depends on the arguments only.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     ordered = np.asarray(lengths)[order]

@@ -1,8 +1,8 @@
-"""What a model sees at once: the rules by which text is cut, windows, and sort buffers of them.
+"""Rules by which text is cut into contexts, contexts, and sort buffers of them.
 
-Shapes: T tokens of a window, N rows (real tokens) of a sort buffer.
-A window is what the model sees at once: special tokens in front, a piece of a document (or of several, packed),
-special tokens behind. Special tokens belong to every window; each other token of a document is in exactly one.
+Shapes: T tokens of a context, N rows (real tokens) of a sort buffer. A context is what the model sees at once: special
+tokens in front, a piece of a document (or of several, packed), special tokens behind. Every context has the special
+tokens; each other token of a document is in exactly one context. In code and in the cache a context is called window.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Window:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where the stream of windows stands: enough to go on from here in another process."""
+    """Position in the stream of contexts, sufficient to continue from it in another process."""
 
     next_doc: int = 0
     token_offset: int = 0  # tokens of next_doc (its separator counted) that are in earlier windows
@@ -74,7 +74,7 @@ class StreamState:
     skipped: tuple[int, ...] = (0,) * len(SKIP_REASONS)
 
     def to_ints(self) -> dict[str, int]:
-        """For the cursor of the cache."""
+        """As the integers that the cache's cursor stores."""
         flat = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         return flat | {f"skipped_{reason}": n for reason, n in self.skip_counts.items()}
 

@@ -1,4 +1,4 @@
-"""A text as a model is given it."""
+"""A text as the model receives it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SKIP_REASONS = ("none", "empty", "binary", "not_text", "no_tokens", "not_json", 
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its ordinal in the stream; `skipped` names the reason when there is none to harvest."""
+    """A text with its ordinal in the stream; `skipped` gives the reason if it is not harvested."""
 
     doc_id: int
     text: str
@@ -32,7 +32,7 @@ def join_chat(messages: list[dict[str, str]]) -> str:
 
 
 def text_document(doc_id: int, text: str, source: str, row: int, *, repaired: bool = False) -> Document:
-    """A text as a document: skipped where it is empty or binary, lone surrogates replaced."""
+    """Turn a text into a document: empty and binary texts are skipped, lone surrogates replaced."""
     if not text.strip():
         return Document(doc_id, "", source, row, skipped="empty")
     if is_binary(text):
@@ -51,7 +51,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def is_binary(text: str) -> bool:
-    """A NUL, or many control characters near the beginning."""
+    """Whether a text has a NUL, or many control characters near its beginning."""
     head = text[:_LOOK]
     control = sum(1 for char in head if char < " " and char not in "\t\n\r\f\v\b\x1b")
     return "\0" in text or control > _CONTROL_SHARE * len(head)

@@ -42,7 +42,7 @@ def _tokenize_batch(batch: list[Document], tokenize: Tokenize) -> Iterator[tuple
 
 @dataclass
 class WindowStream:
-    """Cuts tokenized documents into windows, and knows where it stands after each.
+    """Cut tokenized documents into contexts, with a resumable position after each.
 
     `max_rows` and `max_docs` end the stream after the document that reaches them.
     """
@@ -160,7 +160,7 @@ class _Parts:
         self.n += end - start
 
     def window(self, number: int, rules: WindowRules) -> Window:
-        """What was collected, as a window."""
+        """The collected tokens as a context."""
         return make_window(
             number,
             np.concatenate(self.ids),

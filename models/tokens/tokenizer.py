@@ -54,7 +54,7 @@ def _lower_case(tokenizer: Any) -> None:
 def window_rules(
     tokenizer: Any, config: TokenConfig, *, is_decoder: bool, max_positions: int | None, default_len: int
 ) -> WindowRules:
-    """How texts become windows for this model; refuses what cannot be."""
+    """Rules by which texts become contexts for this model. Raises ConfigError for impossible settings."""
     limit = _limit(tokenizer, max_positions)
     ctx_len = config.ctx_len if config.ctx_len is not None else min(default_len, limit or default_len)
     if limit is not None and ctx_len > limit:
@@ -135,7 +135,7 @@ def chat_renderer(tokenizer: Any) -> Render:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of what the tokenizer does, whatever folder it comes from."""
+    """Hash of the tokenizer's behavior, independent of its folder."""
     import xxhash
 
     digest = xxhash.xxh3_128()

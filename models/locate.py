@@ -76,7 +76,7 @@ class Located:
 
     @cached_property
     def is_decoder(self) -> bool:
-        """Whether each token attends only to earlier ones: as observed on the loaded model, before that by its config."""
+        """Whether each token attends only to earlier ones, as observed on the loaded model or else by its config."""
         from transformers.models.auto import modeling_auto as auto
 
         if self.causal is not None:

@@ -5,8 +5,7 @@ Shapes: N rows, D = d_in, F = d_sae. A training step calls, in this order:
     sae.begin_step(progress); out = sae(x); losses = sae.losses(out, progress); sum(losses).backward()
     sae.track(out); sae.project_gradients(); clip; optimizer.step(); sae.after_step()
 
-A variant defines `Config`, `activate` and `penalties`, and rarely more. How it is saved follows from these
-declarations.
+A variant defines `Config`, `activate` and `penalties`, and rarely more; its files follow from these declarations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
-"""Callbacks: look at a run after each step, add metrics to its log, add to its checkpoints.
+"""Callbacks: observe a run after each step, add metrics to its log, add files to its checkpoints.
 
-A plain function of a StepEvent is a callback too: `train_sae(..., callbacks=[lambda event: {"mine": 1.0}])`.
+A function of a StepEvent also works: `train_sae(..., callbacks=[lambda event: {"mine": 1.0}])`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Numbers = Mapping[str, float] | None
 
 @dataclass(frozen=True, eq=False)
 class StepEvent:
-    """A run right after a step."""
+    """The state of a run after a step."""
 
     name: str
     folder: Path
@@ -32,10 +32,10 @@ class StepEvent:
 
 
 class Callback:
-    """Base of callbacks: override what matters. An exception ends the run."""
+    """Base of callbacks: override the methods you need. An exception ends the run."""
 
     def on_step(self, event: StepEvent) -> Numbers:
-        """Follow every step; what is returned goes to all sinks with the step's metrics."""
+        """Called after every step; returned metrics go to all sinks with the step's own."""
         return None
 
     def wants_checkpoint(self, event: StepEvent) -> bool:
@@ -43,30 +43,30 @@ class Callback:
         return False
 
     def on_checkpoint(self, folder: Path, step: int) -> None:
-        """Follow every checkpoint, when it is complete; files added to `folder` are removed together with it."""
+        """Called after every checkpoint; files added to `folder` are part of the checkpoint and removed with it."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Follow the result."""
+        """Called with the result at the end."""
 
     def state(self) -> Mapping[str, Any]:
-        """What a resume must restore, as JSON values."""
+        """JSON values that a resumed run passes to `restore`."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore what `state` returned."""
 
 
 AnyCallback = Callback | Callable[[StepEvent], Numbers]
 
 
 class _Function(Callback):
-    """A plain function."""
+    """Wraps a plain function."""
 
     def __init__(self, function: Callable[[StepEvent], Numbers]) -> None:
         self._function = function
 
     def on_step(self, event: StepEvent) -> Numbers:
-        """Call it."""
+        """Call the function."""
         return self._function(event)
 
 
@@ -80,14 +80,14 @@ class Callbacks:
         return bool(self._all)
 
     def on_step(self, event: StepEvent) -> dict[str, float]:
-        """The metrics of all, as numbers."""
+        """The metrics of all callbacks, as numbers."""
         out: dict[str, float] = {}
         for callback in self._all:
             out |= {name: float(value) for name, value in (callback.on_step(event) or {}).items()}
         return out
 
     def want_checkpoint(self, event: StepEvent) -> bool:
-        """Whether any does."""
+        """Whether any callback wants a checkpoint."""
         wanted = [callback.wants_checkpoint(event) for callback in self._all]  # each is asked
         return any(wanted)
 
@@ -102,11 +102,11 @@ class Callbacks:
             callback.on_end(summary)
 
     def state(self) -> list[Any]:
-        """Of all, in their order."""
+        """The states of all callbacks, in order."""
         return [dict(callback.state()) for callback in self._all]
 
     def restore(self, states: Any) -> None:
-        """Raises CheckpointError if what was saved is no list, or belongs to other callbacks than these."""
+        """Restore saved states. Raises CheckpointError if they are not a list, or belong to other callbacks."""
         if not isinstance(states, list):
             raise CheckpointError(f"the checkpoint's state of callbacks is {states!r:.100}, expected a list")
         if any(states) and len(states) != len(self._all):

@@ -48,7 +48,7 @@ class ShortageError(TrainError, OSError):
 
 @contextmanager
 def shortage_is_clear(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Tell a full disk and a limit of open files with the folder, what is needed at most, and what is free."""
+    """Raise ShortageError, with what is needed and free, for a full disk or too many open files inside the block."""
     try:
         yield
     except OSError as error:
@@ -66,6 +66,6 @@ class InterruptedRunError(TrainError):
 
     @classmethod
     def raise_if(cls, stop: StopRequest, step: int, folder: Path) -> None:
-        """Raise this error if a stop was asked for."""
+        """Raise this error if a stop was requested."""
         if stop.signum is not None:
             raise cls(stop.signum, step, folder)

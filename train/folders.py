@@ -1,4 +1,4 @@
-"""Claiming and locking the folders of runs and sweeps; what is in them says `common.finished_run`."""
+"""Claiming and locking the folders of runs and sweeps; `common.finished_run` defines their contents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAILURE = "failure.json"  # what stopped a run of a sweep
 
 
 def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
-    """Make the run's folder. Raises RunExistsError if it holds anything, ConfigError if it cannot be made."""
+    """Create the run's folder. Raises RunExistsError if it is not empty, ConfigError if it cannot be created."""
     try:
         return _claim(config, overwrite=overwrite)
     except RunExistsError:
@@ -40,7 +40,7 @@ def claim_folder(config: TrainConfig, *, overwrite: bool) -> Path:
 
 
 def check_name(name: str) -> str:
-    """The name of a folder inside another. Raises ConfigError for what is none."""
+    """Check the name of a run or sweep folder. Raises ConfigError if it is not a valid folder name."""
     if Path(name).name != name or name in (".", "..") or not name.isprintable():
         raise ConfigError(f"name={name!r}: expected one folder name, without slashes")
     return name
@@ -69,13 +69,13 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
 
 
 def refuse_code(folder: Path, options: str = "--runs-dir or --name") -> None:
-    """Results never go between Python code. Raises RunExistsError."""
+    """Refuse folders of Python code as a place for results. Raises RunExistsError."""
     if code := files.code_folder(folder):
         raise RunExistsError(f"{folder} belongs to Python code ({code.name}/): choose another {options}")
 
 
 def _remove(folder: Path, *starts: str | None) -> None:
-    """Remove a run or a sweep that nobody trains and that nothing starts from (`init_from`)."""
+    """Remove a run or a sweep that no process trains and that nothing starts from (`init_from`)."""
     for start in starts:
         if start is not None and Path(start).resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"init_from={start} lies in {folder}, which --overwrite removes: choose another --name")
@@ -105,12 +105,12 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep."""
+    """Whether a folder is a sweep."""
     return (folder / PLAN).is_file()
 
 
 def check_one_run(folder: Path) -> None:
-    """Refuse a sweep where one run belongs. Raises ConfigError with the runs in it."""
+    """Refuse a sweep where a single run is expected. Raises ConfigError with the runs in it."""
     if is_sweep(folder):
         runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
         named = f"{', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}" or "none yet"
@@ -119,7 +119,7 @@ def check_one_run(folder: Path) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises RunExistsError while another process trains in it."""
+    """Lock a run's folder. Raises RunExistsError while another process trains in it."""
     lock = FolderLock(folder / LOCK)
     try:
         lock.acquire()
@@ -132,7 +132,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a start leaves that was killed at once."""
+    """Whether a folder holds only what a start leaves behind that was killed immediately."""
     if not folder.is_dir():
         return False
     return all(p.name in (CONFIG, LOCK) or p.name.startswith(files.TEMP_PREFIX) for p in folder.iterdir())

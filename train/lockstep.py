@@ -1,4 +1,4 @@
-"""Several runs in lockstep: each batch of one stream goes to all of them. A single run is the smallest case."""
+"""Several runs in lockstep: every batch of one stream goes to all of them. A single run is a group of one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T", bound="Trainee")
 
 
 class Trainee(Protocol):
-    """What takes a step with every batch of a stream: a run with all that surrounds its steps."""
+    """What takes a step with every batch of a stream: a run with its logging and checkpoints."""
 
     @property
     def step(self) -> int:
@@ -28,20 +28,20 @@ class Trainee(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether it wants no more."""
+        """Whether it needs no more batches."""
 
     def take(self, batch: AnyBatch, waited: float) -> None:
-        """Train on a batch; `waited` is its share of the seconds for which the batch was waited for."""
+        """Train on a batch; `waited` is its share of the seconds spent waiting for the batch."""
 
 
 class Stream(Protocol):
-    """Batches from some step on."""
+    """Batches from a given step on."""
 
     def __next__(self) -> AnyBatch:
         """The next batch."""
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release resources."""
 
 
 def feed_all(

@@ -1,6 +1,6 @@
-"""One training step, nothing else. How several runs take their steps from one stream: `train.lockstep`.
+"""One training step. `train.lockstep` drives the steps of several runs from one stream.
 
-    batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalize
+batch -> forward, losses, backward (per micro-batch) -> project, clip, step, renormalize
 
 Shapes: B rows of a batch, D = d_in.
 """
@@ -27,7 +27,7 @@ MAX_REJECTED_IN_ROW = 10
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one optimizer step showed."""
+    """Losses, gradient norm and metrics of one optimizer step."""
 
     accepted: bool
     losses: Mapping[str, float] = field(default_factory=dict)  # mean over micro-batches, by name
@@ -40,7 +40,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """What the step minimized."""
+        """The minimized loss."""
         return sum(self.losses.values()) if self.losses else math.nan
 
 
@@ -94,7 +94,7 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
 
 
 def _are_finite(sae: SAE, but: list[nn.Parameter]) -> bool:
-    """Whether the gradients outside of the global norm are finite."""
+    """Whether the gradients excluded from the global norm are finite."""
     seen = {id(p) for p in but}
     return all(bool(torch.isfinite(p.grad).all()) for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
@@ -105,7 +105,7 @@ def _grad_norms(sae: SAE) -> dict[str, float]:
 
 @torch.no_grad()
 def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
-    """Undo what earlier micro-batches of a rejected batch did to counters and thresholds."""
+    """Undo what earlier micro-batches of a rejected batch changed in counters and thresholds."""
     for name, buffer in sae.named_buffers():
         buffer.copy_(buffers[name])
     return StepResult(accepted=False)
@@ -114,7 +114,7 @@ def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
 def _accumulate(
     sae: SAE, batch: StepInput, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
 ) -> dict[str, Tensor] | None:
-    """Gradients of the mean loss over parts of a batch, left in `.grad`; None if a part or its loss is unusable."""
+    """Accumulate gradients over micro-batches in `.grad`; return None if one of them or its loss is not finite."""
     sums: dict[str, Tensor] = {}
     for part in batch.split(n_parts):
         if not part.is_sound():
@@ -137,7 +137,7 @@ def _accumulate(
 
 @dataclass
 class _Measured:
-    """Metrics of one batch, and what the variant reports beside them (of its last micro-batch)."""
+    """Metrics of one batch, and the variant's own values (of its last micro-batch)."""
 
     evaluator: Evaluator
     details: Mapping[str, float] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class _Measured:
 
 
 def measures(run: Run) -> bool:
-    """Whether the step about to be taken is measured: the first, the last, and those of `log_every`, `eval_every`."""
+    """Whether the next step is measured: the first, the last, and those due by `log_every` or `eval_every`."""
     step, config = run.step + 1, run.config
     validated = config.eval_every > 0 and step % config.eval_every == 0
     return step in (1, run.n_steps) or step % config.log_every == 0 or validated
@@ -165,5 +165,5 @@ def check_progress(run: Run) -> None:
 
 
 def autocast(device: torch.device, compute_dtype: str) -> torch.autocast:
-    """Matrix products in bfloat16 when asked for."""
+    """Context manager: matrix products in bfloat16 if requested."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")

@@ -1,4 +1,4 @@
-"""From a folder to a trainer: at the newest checkpoint of its run, or at the start of a new one."""
+"""Open a trainer from a run's folder: at its newest checkpoint, or at the start of a new run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_trainer(
 
 
 def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
-    """run.json of the folder, written unless it is there."""
+    """Write run.json to the folder unless it exists."""
     identity = asdict(data.identity)
     if (folder / RECORD).is_file():
         record = read_run(folder)[1]

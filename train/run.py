@@ -1,4 +1,4 @@
-"""A whole run: from a config to runs/<name>/ (`train.folders`), and from a checkpoint onwards."""
+"""A whole run: from a config to runs/<name>/, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def _check_resume(resume: str, overwrite: bool) -> None:
 
 
 def _begun(config: TrainConfig, found: RunData) -> tuple[RunData, Path] | Result | None:
-    """A run of the same config: what continues it, or its result; None if there is none. Its cache may have moved.
+    """A run of the same config: a function that continues it, or its result; None if there is none.
 
-    Raises RunExistsError for a run of another config, CheckpointError for one of another cache.
+    Its cache may have moved. Raises RunExistsError for a run of another config, CheckpointError for one of another
+    cache.
     """
     resolved = found.config
     folder = Path(resolved.runs_dir) / check_name(str(resolved.name))
@@ -128,7 +129,7 @@ def resume_training(
 def _train(
     data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None
 ) -> Result:
-    """Train one run from where it is to its result."""
+    """Train a run from its current step to its result."""
     with ExitStack() as stack:
         stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))
         stack.enter_context(exclusive(folder))
@@ -143,7 +144,7 @@ def _train(
 
 
 def _replace(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
-    """A config with some settings changed, checked as all settings are."""
+    """Replace settings of a config, with the usual checks."""
     own = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__ and k != "options"}
     options = {k: v for k, v in settings.items() if k not in own}
     checked = make_config([{"type": own.get("type", config.type), **own, **options}]) if settings else config

@@ -43,15 +43,15 @@ class SplicedInput:
         return self.model.device
 
     def split(self, n_parts: int) -> Iterator[SplicedInput]:
-        """At most n parts of about equally many contexts."""
+        """Split into at most n parts with about equally many contexts."""
         yield from (replace(self, contexts=part) for part in self.contexts.split(n_parts))
 
     def is_sound(self) -> bool:
-        """Token ids are; what the model makes of them shows in the loss."""
+        """True: token ids are finite; what the model makes of them shows in the loss."""
         return True
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
-        """Run the model with the SAE in it. Each pass over the cache masks other tokens of an encoder's text."""
+        """Run the model with the SAE spliced in. Each pass over the cache masks other tokens of an encoder's text."""
         tokens = self.model.tokens(self.contexts, mask_seed=self.contexts.state.epoch)
         outputs: list[SAEOutput] = []
 

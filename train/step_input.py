@@ -1,4 +1,4 @@
-"""What a training step takes: rows of the cache, or contexts through a language model (`train.spliced_input`).
+"""Inputs of a training step: rows of the cache, or contexts through a language model (`train.spliced_input`).
 
 Shapes: N rows, D = d_in.
 """
@@ -21,7 +21,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """One forward pass in training: the SAE's output, what is minimized, and what is worth logging beside it."""
+    """One forward pass in training: the SAE's output, the losses to minimize, and values to log."""
 
     out: SAEOutput
     losses: Mapping[str, Tensor]
@@ -29,21 +29,21 @@ class Terms:
 
 
 class StepInput(Protocol):
-    """A batch that knows how an SAE is trained on it."""
+    """A batch together with how an SAE is trained on it."""
 
     @property
     def n_rows(self) -> int:
-        """Rows that the SAE sees."""
+        """Number of rows that the SAE reads."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the rows."""
 
     def split(self: Self, n_parts: int) -> Iterator[Self]:
         """Micro-batches of about equal size."""
 
     def is_sound(self) -> bool:
-        """Whether all values can be computed with. Asked before the forward pass: no counter or threshold sees NaN."""
+        """Whether all values are usable; checked before the forward pass, so that no counter or threshold sees NaN."""
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The forward pass and the losses."""
@@ -67,12 +67,12 @@ class RowInput:
         return next(iter(self.rows.values())).device
 
     def split(self, n_parts: int) -> Iterator[RowInput]:
-        """Equal parts."""
+        """Split into equal parts."""
         chunks = zip(*(rows.chunk(n_parts) for rows in self.rows.values()), strict=True)
         yield from (RowInput(dict(zip(self.rows, parts, strict=True)), self.limits) for parts in chunks)
 
     def is_sound(self) -> bool:
-        """Whether every value is finite, and none larger than any that was harvested."""
+        """Whether every value is finite and none exceeds the largest harvested one."""
         return all(_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items())
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:

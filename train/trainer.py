@@ -1,4 +1,4 @@
-"""One run inside a process: its state and everything around its steps, up to the result. A sweep has many."""
+"""One run inside a process: its state, and everything around its steps, up to the result. A sweep has several."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Result:
 
 
 class Trainer:
-    """A run, its data, folder and sinks: takes batches, writes metrics and checkpoints, and ends with a result."""
+    """A run with its data, folder and sinks: takes batches, writes metrics and checkpoints, returns a result."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Trainer:
         return self.run.done
 
     def begin(self) -> None:
-        """Tell the sinks that the run starts, or continues."""
+        """Tell the sinks that the run starts or continues."""
         config = self.data.config
         self.sinks.start(self.folder.name, to_sections(config), self.run.n_steps, self.run.step)
         if self.data.eval_part != "heldout":
@@ -110,7 +110,7 @@ class Trainer:
         loop.check_progress(run)
 
     def _log(self, event: StepEvent) -> None:
-        """Whatever follows a step besides checkpoints, and the line of metrics that comes of it."""
+        """Validate, resample, log and write histograms after a step."""
         run, result = self.run, event.result
         if result.fired is not None:
             run.density.update(result.fired, result.n_measured)
@@ -135,7 +135,7 @@ class Trainer:
 
     @cached_property
     def _validation_rows(self) -> list[Rows]:
-        """Kept in memory: every validation reads the same rows."""
+        """Validation rows, kept in memory: every validation uses the same rows."""
         return list(passes.validation(self.data))
 
     def _densities(self) -> dict[str, float]:
@@ -193,7 +193,7 @@ class Trainer:
         return Result(run.sae.eval(), self.folder, summary)
 
     def _evaluate(self, stop: StopRequest) -> tuple[dict[str, float | None], Rows]:
-        """The final numbers, and the first batch of rows that they are of. Raises DivergedError for NaN or Inf."""
+        """The final metrics, and the first batch of the evaluated rows. Raises DivergedError for NaN or Inf."""
         run, data = self.run, self.data
         dropped: list[int] = []
         batches = self._until(stop, passes.evaluation(data, dropped.append))

@@ -1,1 +1,1 @@
-"""The cache as a run sees it: what it reads of it, in which order, and its passes over it."""
+"""A run's view of its cache: which rows it reads, in which order, and its passes over them."""

@@ -1,4 +1,4 @@
-"""The cache that a run or a sweep goes on with: the recorded one, wherever it is now, or the one that is given."""
+"""Finding the cache of a run or a sweep that continues: the recorded one, wherever it is now, or one given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reads to go through its language model: whole contexts, to train on and to evaluate."""
+"""Whole contexts for a run through its language model: to train on and to evaluate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def training_contexts(data: RunData, state: ContextsState | None = None) -> Iter
 
 
 def evaluation_contexts(data: RunData) -> Iterator[Contexts]:
-    """The first contexts of the part that is evaluated, in micro-batches, with about `downstream_rows` rows."""
+    """The first contexts of the evaluated part, in micro-batches, with about `downstream_rows` rows."""
     taken = 0
     size = min(data.config.batch_size // data.config.grad_acc_steps, EVALUATION_ROWS)
     for batch in _contexts(data, data.eval_part, size, epochs=1):

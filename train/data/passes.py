@@ -1,6 +1,6 @@
-"""Rows that a run reads besides its training batches: a sample to start from, calibration, evaluation, resampling.
+"""Rows that a run reads besides its training batches: the initial sample, calibration, evaluation, resampling.
 
-Every pass leaves out rows that are damaged.
+Every pass skips damaged rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def calibration(data: RunData) -> Iterator[Rows]:
 
 
 def evaluation(data: RunData, dropped: Callable[[int], None] = lambda n: None) -> Iterator[Rows]:
-    """At most `eval_rows` rows of the part that is evaluated, in micro-batches; `dropped` is told of damaged ones."""
+    """At most `eval_rows` rows of the evaluated part, in micro-batches; `dropped` gets the number of damaged ones."""
     yield from _pass(data, data.eval_part, data.config.eval_rows, dropped)
 
 
@@ -53,7 +53,7 @@ def validation(data: RunData) -> Iterator[Rows]:
 
 
 def upcoming(data: RunData, state: LoaderState, n_rows: int) -> Iterator[Rows]:
-    """Training rows from a loader state on, in batches; the stream that the run trains on does not move."""
+    """Training rows from a loader state on, in batches; the training stream itself does not advance."""
     with open_stream([data], state) as loader:
         for batch in _take_rows(loader, n_rows):
             yield sound_rows(data, batch)
@@ -94,7 +94,7 @@ def _pass(data: RunData, part: Part, n_rows: int, dropped: Callable[[int], None]
 
 
 def _take_rows(loader: Loader, n_rows: int) -> Iterator[Batch]:
-    """Whole batches until n_rows are reached, at least one of them unless n_rows is 0."""
+    """Whole batches until n_rows are reached; at least one unless n_rows is 0."""
     taken = 0
     while taken < n_rows and (batch := next(loader, None)) is not None:
         taken += batch.n_rows
@@ -102,7 +102,7 @@ def _take_rows(loader: Loader, n_rows: int) -> Iterator[Batch]:
 
 
 def _loader(data: RunData, part: Part, *, batch_size: int, device: str) -> Loader:
-    """One pass over a part of the run's own rows, in the run's order."""
+    """One pass over a part of the run's rows, in the run's order."""
     config = data.config
     return Loader(
         data.cache,

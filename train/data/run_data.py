@@ -1,4 +1,4 @@
-"""A run's view of its cache: the resolved config, which rows it reads, in which order."""
+"""A run's view of its cache: the resolved config, the rows it reads, and their order."""
 
 from __future__ import annotations
 
@@ -66,28 +66,28 @@ class RunData:
         return cls(opened, config, Counts.from_json(record["counts"]))
 
     def inputs(self, rows: Rows) -> Rows:
-        """What this run's SAE reads of a batch, which may hold more hook points than it asked for."""
+        """The SAE's inputs from a batch, which may hold more hook points."""
         return {name: rows[name] for name in self.input_names}
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """What of a stream's rows the SAE reads: hook points, and for some types the rows before each."""
+        """Names of the SAE's inputs: hook points, and for some types the previous row of each."""
         hooks = self.config.hook
         return (*hooks, *(hook + PREVIOUS for hook in hooks)) if self.reads_previous else hooks
 
     @cached_property
     def limits(self) -> dict[str, float]:
-        """By input name: no value that was harvested is larger."""
+        """By input name: the largest harvested absolute value."""
         hooks = {name: name.removesuffix(PREVIOUS) for name in self.input_names}
         return {name: min(self.cache.moments(hook).largest, FLOAT32_MAX) for name, hook in hooks.items()}
 
     def width(self, name: str) -> int:
-        """Width of the rows under one of the input names."""
+        """Width of the rows of an input."""
         return self.cache.hook_points[name.removesuffix(PREVIOUS)].d_in
 
     @cached_property
     def order(self) -> Order:
-        """The order of the training rows: that of a loader of this run alone, whatever else is read beside it."""
+        """The order of the training rows, independent of other runs that share the loader."""
         config, shuffle = self.config, shuffle_of(self.config)
         return order_of(self.cache, config.hook, shuffle, batch_size=config.batch_size, previous=self.reads_previous)
 
@@ -106,7 +106,7 @@ class RunData:
 
     @property
     def eval_part(self) -> Part:
-        """Held-out rows if there are any."""
+        """The held-out part if there is one, else the training part."""
         return "heldout" if self.counts.heldout else "train"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Training batches of a run from any of its steps on: shuffled rows, or whole contexts through the language model."""
+"""Training batches of a run from any step on: shuffled rows, or whole contexts through the language model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RunStream:
 
 
 def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInput:
-    """What a run's step takes of a batch of its stream."""
+    """A run's step input from a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
         return RowInput(data.inputs(batch.x), data.limits)
@@ -78,7 +78,7 @@ def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInpu
 
 
 def state_after(data: RunData, batch: Batch | Contexts) -> LoaderState:
-    """The stream's state behind a batch, as a checkpoint keeps it: of contexts the cursor is their reader's."""
+    """The stream's state after a batch, as a checkpoint stores it; for contexts the cursor is their reader's."""
     if isinstance(batch, Batch):
         return batch.state
     return LoaderState(data.order.seed, batch.state.epoch, batch.state.cursor)

@@ -1,1 +1,1 @@
-"""What a run needs of memory and disk."""
+"""Memory and disk requirements of a run."""

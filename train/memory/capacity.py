@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, told before anything is spent."""
+"""Memory and disk that a run needs, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGIT_COPIES = 6  # clean and spliced, their log-probabilities, gradients
 
 
 def check_capacity(config: TrainConfig) -> None:
-    """Refuse a run that cannot fit. Raises ConfigError with what is needed and what there is."""
+    """Refuse a run that cannot fit. Raises ConfigError with what is needed and what is available."""
     memory, disk = needed_memory(config), needed_disk(config)
     there = available_memory(config.device)
     if there is not None and memory > there:
@@ -57,13 +57,13 @@ def needed_memory(config: TrainConfig) -> int:
 
 
 def needed_disk(config: TrainConfig) -> int:
-    """Bytes of the checkpoints that are kept, the one being written, and the result."""
+    """Bytes of the kept checkpoints, the one being written, and the result."""
     copies = OPTIMIZERS[config.optimizer].on_disk + (config.ema_decay is not None)
     return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + config.keep_best + 1) + 1)
 
 
 def available_memory(device: str) -> int | None:
-    """Bytes that a device can still give; None where the system does not tell."""
+    """Bytes available on a device; None if the system does not report them."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     try:
@@ -81,5 +81,5 @@ def parameter_bytes(config: TrainConfig) -> int:
 
 
 def _n_parameters(config: TrainConfig) -> int:
-    """Of the encoder and the decoder; what else there is does not count beside them."""
+    """Parameters of the encoder and the decoder; everything else is negligible."""
     return 2 * int(config.options["d_in"]) * int(config.options["d_sae"])

@@ -1,4 +1,4 @@
-"""How much memory a run takes: estimated from its sizes, or measured by taking steps of it."""
+"""Memory of a run: estimated from its sizes, or measured by taking a few steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Of a run alone."""
+        """Bytes of a run that trains alone."""
         return self.resident + self.step
 
 
@@ -47,7 +47,7 @@ def estimate(config: TrainConfig) -> Footprint:
 
 
 def measure(data: RunData) -> Footprint | None:
-    """By taking steps of a throw-away run on random rows; None where the system does not tell."""
+    """Measure by taking steps of a temporary run on random rows; None if the system does not report memory."""
     before, config = used_memory(data.config.device, restart_peak=True), data.config
     if before is None:
         return None
@@ -71,14 +71,14 @@ def measure(data: RunData) -> Footprint | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a device holds of this process."""
+    """Memory of this process on a device."""
 
     now: int  # bytes in use
     peak: int  # most bytes in use since the last restart
 
 
 def used_memory(device: str, *, restart_peak: bool = False) -> Memory | None:
-    """Memory in use on a device; None where the system does not tell. `restart_peak` forgets earlier peaks."""
+    """Memory in use on a device; None if the system does not report it. `restart_peak` forgets earlier peaks."""
     if device.startswith("cuda"):
         if restart_peak:
             torch.cuda.reset_peak_memory_stats(device)
@@ -94,7 +94,7 @@ def used_memory(device: str, *, restart_peak: bool = False) -> Memory | None:
 
 
 def fit_groups(footprints: Sequence[tuple[T, Footprint]], available: int) -> list[list[T]]:
-    """Split runs, in order, into groups that fit together. One that does not fit alone gets a group of its own."""
+    """Split runs, in order, into groups that fit together. A run that does not fit by itself is a group of its own."""
     groups: list[tuple[list[T], int, int]] = []
     for item, needed in footprints:
         for i, (members, resident, step) in enumerate(groups):

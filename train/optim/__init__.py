@@ -1,1 +1,1 @@
-"""What changes weights: optimizers, schedules, averages, resampling."""
+"""Everything that changes weights: optimizers, schedules, averages, resampling."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of an SAE's parameters, which can stand in for them."""
+"""An exponential moving average of an SAE's parameters, which may replace them in the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, sae: SAE) -> None:
-        """Take in the parameters behind a step."""
+        """Update the average after a step."""
         self.n_updates += 1
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
         parameters = [p.detach() for p in sae.parameters()]
@@ -31,13 +31,13 @@ class Ema:
 
     @torch.no_grad()
     def copy_to(self, sae: SAE) -> None:
-        """Give an SAE the averaged weights, within the bounds that `after_step` keeps (unit decoder rows ...)."""
+        """Copy the averaged weights into an SAE, within the constraints of `after_step` (unit decoder rows ...)."""
         _set(sae, self.tensors)
         sae.after_step()
 
     @torch.no_grad()
     def restore(self, n_updates: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint holds."""
+        """Restore from a checkpoint."""
         self.n_updates = n_updates
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
@@ -45,7 +45,7 @@ class Ema:
 
 @contextmanager
 def averaged(sae: SAE, ema: Ema | None) -> Iterator[None]:
-    """Inside, the SAE has the averaged weights; behind it its own, bit for bit."""
+    """Context manager: inside, the SAE has the averaged weights; afterwards its own, bit for bit."""
     if ema is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""How long the gradients of all parameters together are."""
+"""Global gradient norm."""
 
 from collections.abc import Iterable
 

@@ -21,7 +21,7 @@ Groups = list[dict[str, Any]]  # each with "params" and "lr_scale", its rate ove
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What optimizers are made with; see the settings of the same names."""
+    """Hyperparameters of an optimizer; see the settings of the same names."""
 
     lr: float  # of the first step; it is set before every step
     matrix_lr_scale: float
@@ -33,7 +33,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Kind:
-    """How an optimizer is made, and what it costs in copies of the parameters."""
+    """How an optimizer is created, and its memory in copies of the parameters."""
 
     make: Callable[[Groups, Hyperparameters], torch.optim.Optimizer]
     in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
@@ -155,7 +155,7 @@ OPTIMIZERS = {
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 

@@ -19,13 +19,13 @@ ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new l
 
 
 def is_due(run: Run) -> bool:
-    """Whether dead latents are resampled behind the step that was just taken."""
+    """Whether dead latents are resampled after the step just taken."""
     return run.is_at(run.config.resample_every) and run.step <= run.config.resample_until * run.n_steps
 
 
 @torch.no_grad()
 def resample_dead(run: Run, batches: Iterable[Rows]) -> int:
-    """Resample the latents that are dead now; returns how many."""
+    """Resample all latents that are dead now; return their number."""
     dead = run.sae.dead_mask.nonzero().squeeze(1)
     if not len(dead):
         return 0
@@ -48,7 +48,7 @@ def _take(parts: Sequence[Rows], rows: Tensor) -> Rows:
 
 
 def _forget(run: Run, latents: Tensor) -> None:
-    """Zero the optimizer's moments of latents; their averaged weights become the new ones."""
+    """Zero the optimizer's moments of latents; set their averaged weights to the new ones."""
     axes, parameters = latent_axes(run.sae), dict(run.sae.named_parameters())
     for name, axis in axes.items():
         parameter = parameters[name]
@@ -73,7 +73,7 @@ def row_losses(sae: SAE, x: Rows) -> Tensor:
 
 @torch.no_grad()
 def resample(sae: SAE, latents: Tensor, x: Rows) -> None:
-    """Point latents (n,) at raw rows x, one each: decoder rows of unit norm, short encoder rows, no bias, alive."""
+    """Point latents (n,) at raw rows x, one each: unit decoder rows, short encoder rows, no bias, marked alive."""
     source, core = sae.prepare(x), sae.core
     target = source.target - core.b_dec
     core.W_dec[latents] = target / target.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -90,7 +90,7 @@ def resample(sae: SAE, latents: Tensor, x: Rows) -> None:
 
 
 def latent_axes(sae: SAE) -> dict[str, int]:
-    """Which axis of a parameter counts latents, by the parameter's name; those without one are left out."""
+    """By parameter name, the axis that counts latents; parameters without one are left out."""
     core, axes = sae.core, {}
     names = {parameter: name for name, parameter in sae.named_parameters()}
     for own, parameter in core.named_parameters():

@@ -23,7 +23,7 @@ class Schedule:
     final: float = 0.0  # factor that the decay approaches; step n_steps would reach it
 
     def factor(self, step: int) -> float:
-        """Factor for step 0 .. n_steps - 1; never 0 inside the run, so that no step is wasted."""
+        """Factor for step 0 .. n_steps - 1; never 0, so that no step is wasted."""
         warmup = min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
         return warmup * self._decay(step)
 

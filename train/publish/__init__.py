@@ -1,1 +1,1 @@
-"""A finished SAE for others: files of other tools, the model hub."""
+"""Publishing a finished SAE: files of other tools, the model hub."""

@@ -1,4 +1,4 @@
-"""A trained SAE in the files of other tools: SAELens, sparsify, delphi."""
+"""Export a trained SAE to the files of other tools: SAELens, sparsify, delphi."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _sparsify(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
 
 
 def _delphi(sae: SAE, out: Path, metadata: Mapping[str, Any]) -> Path:
-    """delphi reads a folder of sparsify coders, one subfolder per hook point, named by its module path."""
+    """Write for delphi: a folder of sparsify coders, one subfolder per hook point, named by its module path."""
     hook = str(metadata.get("hf_hook_name") or "hook")
     if "/" in hook or hook.startswith("."):
         raise ConfigError(f"hf_hook_name {hook!r} of the run is not a module path")

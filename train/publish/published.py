@@ -1,4 +1,4 @@
-"""The files of a run as they are published: of a path on this machine only the last part stays."""
+"""The files of a run as published: local paths are reduced to their last component."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKENS = ("exclude_tokens",)  # settings whose texts may look like paths
 
 
 def public(value: object) -> object:
-    """A value as it may be published: of a local path the last part."""
+    """A value as published: a local path is reduced to its last component."""
     return _last_part(value) if isinstance(value, str) and _LOCAL.match(value) else value
 
 
@@ -51,7 +51,7 @@ def stage(run: Path, folder: Path) -> list[Path]:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """The local paths among the values of nested mappings and lists."""
+    """All local paths in nested mappings and lists."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key not in _TOKENS:

@@ -1,4 +1,4 @@
-"""Finished runs side by side: which folders they are, and a row of numbers for each."""
+"""Finished runs side by side: finding them, and a row of numbers for each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[NotARunError]]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The runs that a folder stands for; itself where nothing in it looks like a run."""
+    """The runs in a folder; the folder itself if nothing in it looks like a run."""
     if is_sweep(folder):
         return [folder / entry.name for entry in load_plan(folder).entries]
     if (folder / RECORD).is_file() or not folder.is_dir():
@@ -47,9 +47,9 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def comparison_rows(runs: Sequence[Path]) -> list[Row]:
-    """One flat row per finished run: what it is of, what it was asked for, and its metrics.
+    """One flat row per finished run: what it was trained on, its settings and its metrics.
 
-    Runs, and caches, of one name are told apart by their paths.
+    Runs, and caches, with equal names are distinguished by their paths.
     """
     rows = [_row(folder) for folder in runs]
     caches = [Path(path).name for path in {row["cache_path"] for row in rows}]
@@ -86,7 +86,7 @@ def _row(folder: Path) -> Row:
 
 
 def _fingerprint(folder: Path) -> Mapping[str, Any]:
-    """That of the cache of a run; empty where its record cannot be read, which a finished run does not need."""
+    """Fingerprint of a run's cache; empty if its record cannot be read, which a finished run does not need."""
     try:
         fingerprint: Mapping[str, Any] = read_record(folder)["cache"]
     except NotARunError:
@@ -95,7 +95,7 @@ def _fingerprint(folder: Path) -> Mapping[str, Any]:
 
 
 def _target(folder: Path, summary: Mapping[str, Any]) -> str:
-    """What decides the sparsity of a run, as option and value."""
+    """The option that decides a run's sparsity, and its value."""
     try:
         config = read_run(folder)[0]
         return sae_core.make_config(sae_core.registry.get(config.type), config.options).target
@@ -104,7 +104,7 @@ def _target(folder: Path, summary: Mapping[str, Any]) -> str:
 
 
 def warnings(runs: Sequence[Path], rows: Sequence[Row]) -> list[str]:
-    """What keeps the numbers of some runs from being compared."""
+    """Reasons why the numbers of some runs cannot be compared."""
     caches: dict[str, list[Row]] = {}
     for folder, row in zip(runs, rows, strict=True):
         caches.setdefault(repr(sorted(_fingerprint(folder).items())), []).append(row)

@@ -1,4 +1,4 @@
-"""Metrics of an SAE in inference on rows that it was not trained on: at the end of a run, and while it trains."""
+"""Metrics of an SAE in inference on held-out rows: at the end of a run, and during training."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def evaluate_downstream(
 
 
 def validate(run: Run, batches: Iterable[Rows]) -> dict[str, float]:
-    """`val/<name>` of the weights that would be the result now; counts towards `early_stop`.
+    """`val/<name>` of the weights that would be the result now; counts toward `early_stop`.
 
-    A threshold of inference is the average of training here: the calibration comes at the end.
+    Inference thresholds are the training averages here: calibration happens at the end.
     """
     with averaged(run.sae, run.ema):
         numbers = evaluate(run.sae, batches, run.config.dead_threshold)
@@ -64,7 +64,7 @@ def validate(run: Run, batches: Iterable[Rows]) -> dict[str, float]:
 
 @contextmanager
 def in_evaluation(sae: SAE) -> Iterator[None]:
-    """Inside, an SAE is in evaluation mode; behind it in the mode that it was in."""
+    """Context manager: the SAE is in evaluation mode inside, afterwards in its previous mode."""
     training = sae.training
     sae.eval()
     try:

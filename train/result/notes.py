@@ -17,12 +17,12 @@ MISSED_L0, SHIFTED_L0 = 0.1, 0.25  # relative, in training and in inference on o
 
 
 def remarks(summary: Mapping[str, Any], *, wanted_l0: float | None, warmup_steps: int) -> list[str]:
-    """The remarks on a summary; `wanted_l0` is what the type was asked for, if anything."""
+    """Remarks on a summary; `wanted_l0` is the requested L0, if any."""
     return [*damage(summary), *_evaluation(summary, wanted_l0), *_training(summary, wanted_l0, warmup_steps)]
 
 
 def damage(summary: Mapping[str, Any]) -> list[str]:
-    """What was left out of a run, of any version, because it could not be computed with: shown in red."""
+    """Damaged data that a run left out; shown in red."""
     found = []
     if rejected := summary.get("rejected", 0):
         found.append(f"{rejected:,} of {summary['steps']:,} batches were rejected for NaN, Inf or absurd values")

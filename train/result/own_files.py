@@ -1,4 +1,4 @@
-"""A finished run loads its own files again and compares: no variant can save another SAE than it trained.
+"""Every finished run loads its own files again and compares, so that no variant can save another SAE than it trained.
 
 Shapes: N rows, D = d_out.
 """
@@ -30,7 +30,7 @@ TIED_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Difference:
-    """Two SAEs on one batch of rows."""
+    """Comparison of two SAEs on one batch of rows."""
 
     row_error: float  # of all rows but the TIED_SHARE that differ most, the largest
     fvu: float  # of the first
@@ -38,7 +38,7 @@ class Difference:
 
     @property
     def is_small(self) -> bool:
-        """Whether both give the same reconstruction, up to rounding (of an FVU above 1 in its last digits)."""
+        """Whether both give the same reconstruction up to rounding (for an FVU above 1, up to its last digits)."""
         fvu_error = abs(self.fvu - self.fvu_again) / max(self.fvu, 1.0)
         return self.row_error <= MAX_ROW_ERROR and fvu_error <= MAX_FVU_ERROR
 

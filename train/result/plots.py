@@ -40,17 +40,17 @@ def pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _panel(row: Mapping[str, Any], caches: set[Any]) -> str:
-    """The title of the panel that a row belongs to."""
+    """Title of the panel for a row."""
     return f"{row['hook']}\n{row['cache']}" if len(caches) > 1 else str(row["hook"])
 
 
 def _series(row: Mapping[str, Any], widths: set[Any]) -> str:
-    """The line that a row belongs to: its type, and its width where widths differ."""
+    """Name of the line for a row: its type, and its width where widths differ."""
     return f"{row['type']}, {row['d_sae']:,} latents" if len(widths) > 1 else str(row["type"])
 
 
 def _plain(text: str) -> str:
-    """Text that is no formula, whatever it holds."""
+    """Text with no part interpreted as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -99,7 +99,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """What a logarithmic axis can show."""
+    """Whether a logarithmic axis can show a value."""
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 

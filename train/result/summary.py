@@ -1,4 +1,4 @@
-"""What a finished run says about itself: summary.json, and the metadata of the SAE's files."""
+"""summary.json of a finished run, and the metadata of the SAE's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sae_granary.train.state.run_state import Run
 def summarize(
     run: Run, data: RunData, folder: Path, numbers: Mapping[str, float | None], seconds: float
 ) -> dict[str, Any]:
-    """summary.json: what was trained, and how good it is."""
+    """summary.json: what was trained, and its metrics."""
     config = data.config
     summary = {
         "name": config.name,
@@ -58,7 +58,7 @@ def _last_training_l0(folder: Path) -> float | None:
 
 
 def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
-    """What `cfg.json` says about where the SAE belongs."""
+    """Metadata for `cfg.json`: the model and hook point that the SAE belongs to."""
     manifest = data.cache.manifest
     model, windows = manifest.model, manifest.provenance.get("windows") or {}
     points = [data.cache.hook_points[name] for name in data.config.hook]
@@ -82,6 +82,6 @@ def export_metadata(data: RunData, folder: Path) -> dict[str, Any]:
 
 
 def _saelens_hook(name: str) -> str:
-    """layer_6 -> blocks.6.hook_resid_post, as SAELens and TransformerLens call it; others keep their name."""
+    """layer_6 -> blocks.6.hook_resid_post, the name in SAELens and TransformerLens; other names are unchanged."""
     layer = name.removeprefix("layer_")
     return f"blocks.{layer}.hook_resid_post" if layer.isdigit() else name

@@ -1,1 +1,1 @@
-"""Where the numbers of a run go."""
+"""Sinks: where metrics of a run are written."""

@@ -1,4 +1,4 @@
-"""The names under which wandb and TensorBoard chart a run: those of SAELens, so that its dashboards fit."""
+"""Metric names in wandb and TensorBoard: those of SAELens, so that its dashboards work."""
 
 from __future__ import annotations
 

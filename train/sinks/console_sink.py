@@ -27,7 +27,7 @@ class ConsoleSink(BaseSink):
         self._n_steps = 0
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """Show where the run starts."""
+        """Show the first step."""
         self._n_steps = n_steps
         for line in settings_lines(config):
             self.console.print(escape(line), style="dim", soft_wrap=True)
@@ -45,7 +45,7 @@ class ConsoleSink(BaseSink):
         self._progress.start()
 
     def metrics(self, metrics: Metrics) -> None:
-        """Update the line, or print one now and then."""
+        """Update the live line, or print a line occasionally."""
         step = int(metrics["step"])
         if "loss" not in metrics and "grad_norm" in metrics:
             return  # a step that was not measured, with numbers of a callback
@@ -67,14 +67,14 @@ class ConsoleSink(BaseSink):
         self.console.print(escape(text), soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
 
 def settings_lines(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The resolved settings, one line per section; what is not set is left out."""
+    """The resolved settings, one line per section; unset ones are omitted."""
     lines = []
     for section, values in sections.items():
         shown = [f"{key}={_short(value)}" for key, value in values.items() if value is not None and value != []]
@@ -89,7 +89,7 @@ def _short(value: Any) -> str:
 
 
 def numbers(metrics: Metrics) -> str:
-    """One line of the numbers that people watch."""
+    """One line with the most important numbers."""
     if "loss" not in metrics:
         return "batch rejected"
     held_out = f"held out {metrics['val/fvu']:.4f}  " if "val/fvu" in metrics else ""

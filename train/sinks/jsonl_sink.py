@@ -21,7 +21,7 @@ class JsonlSink(BaseSink):
         self.folder, self.path = folder, folder / METRICS
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """Keep the lines up to the step that the run continues behind."""
+        """Keep the lines up to the step from which the run continues."""
         kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
         files.write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
@@ -31,5 +31,5 @@ class JsonlSink(BaseSink):
             file.write(json.dumps(dict(metrics)) + "\n")
 
     def flush(self) -> None:
-        """To the disk, so that no checkpoint is ahead of its metrics."""
+        """Write to the disk, so that no checkpoint is newer than its metrics."""
         files.sync_file(self.path)

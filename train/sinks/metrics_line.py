@@ -1,4 +1,4 @@
-"""What is written about a step: a line of metrics, and histograms now and then."""
+"""The record of a step: a line of metrics, and occasional histograms."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def metrics_line(run: Run, state: LoaderState, result: StepResult, clock: Clock)
 
 
 def finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Without NaN and Inf (a rejected batch has no loss): JSON has no words for them."""
+    """Replace NaN and Inf (a rejected batch has no loss), which JSON cannot represent."""
     return {name: value for name, value in numbers.items() if not isinstance(value, float) or math.isfinite(value)}
 
 

@@ -20,32 +20,32 @@ Histograms = Mapping[str, Tensor]  # one-dimensional values by name
 
 
 class Sink(Protocol):
-    """Receives a run as it happens; every method is optional to care about."""
+    """Receives the events of a run; every method may do nothing."""
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """The run starts, or continues behind `step`."""
+        """The run starts, or continues after `step`."""
 
     def metrics(self, metrics: Metrics) -> None:
         """One line of metrics."""
 
     def histograms(self, step: int, values: Histograms) -> None:
-        """What is worth a histogram, every `density_every` steps."""
+        """Histograms, every `density_every` steps."""
 
     def message(self, text: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """The run is complete."""
 
     def flush(self) -> None:
-        """A checkpoint follows: put everything on the disk."""
+        """A checkpoint follows: write everything to the disk."""
 
     def close(self) -> None:
-        """Release what is held, also after an error."""
+        """Release resources, also after an error."""
 
 
 class BaseSink:
-    """A sink that ignores everything: override what matters."""
+    """A sink that ignores everything: override the methods you need."""
 
     essential: ClassVar[bool] = False  # whether a run ends when this sink fails
 

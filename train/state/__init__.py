@@ -1,1 +1,1 @@
-"""Everything that changes while one SAE trains, and its checkpoints."""
+"""The state of one SAE in training, and its checkpoints."""

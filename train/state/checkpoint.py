@@ -55,7 +55,7 @@ class _State(Fields):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to; a resume refuses anything else."""
+    """What a checkpoint belongs to; a resume with anything else is refused."""
 
     cache: Mapping[str, Any]  # the cache's fingerprint
     order: Mapping[str, Any]  # the loader's order: shards, block size, pool size, seed
@@ -63,7 +63,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gives back beside the run."""
+    """What a checkpoint returns besides the run."""
 
     run: Run
     loader_state: LoaderState
@@ -118,7 +118,7 @@ def save(
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The one of the lowest score, the oldest of equals; None where nothing was measured yet."""
+    """The checkpoint with the lowest score, the oldest of equals; None if nothing was measured yet."""
     scores = {path: _score(path) for path in list_checkpoints(folder)}
     measured = {path: score for path, score in scores.items() if score is not None}
     return min(measured, key=lambda path: measured[path]) if measured else None

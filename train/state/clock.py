@@ -1,4 +1,4 @@
-"""Training time over interruptions, shared out among the runs of a process, and the rate since it started."""
+"""Training time across interruptions, divided among the runs of a process, and rows per second since the start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """Seconds that one run spent on its steps, its share of waiting for batches included."""
+    """Seconds that a run spent on its steps, including its share of waiting for batches."""
 
     def __init__(self, seconds: float, tokens: int) -> None:
         self._before, self._tokens = seconds, tokens
@@ -21,12 +21,12 @@ class Clock:
         self._here += time.perf_counter() - self._since
 
     def add(self, seconds: float) -> None:
-        """Count seconds that were measured elsewhere."""
+        """Add seconds measured elsewhere."""
         self._here += seconds
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, earlier processes included."""
+        """Seconds of training, including earlier processes."""
         return self._before + self._here
 
     def rate(self, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""How often each latent fired on the measured batches of a window of steps, and what that says."""
+"""Firing rates of latents over a window of measured batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG_FLOOR = 1e-10  # a latent that never fired stands at 10^-10, as SAELens draw
 
 @dataclass(eq=False)
 class Density:
-    """Counts over the measured batches since the window began; part of a checkpoint."""
+    """Counts over the measured batches since the window started; part of a checkpoint."""
 
     fired: Tensor  # (F,) int64, on the CPU
     n_rows: int = 0
@@ -25,12 +25,12 @@ class Density:
         return cls(torch.zeros(d_sae, dtype=torch.int64))
 
     def update(self, fired: Tensor, n_rows: int) -> None:
-        """Take in the counts of a batch."""
+        """Add the counts of a batch."""
         self.fired += fired
         self.n_rows += n_rows
 
     def clear(self) -> None:
-        """Begin a new window."""
+        """Start a new window."""
         self.fired.zero_()
         self.n_rows = 0
 
@@ -40,7 +40,7 @@ class Density:
         return (float64(self.fired) / max(self.n_rows, 1) + LOG_FLOOR).log10()
 
     def numbers(self, dead_threshold: float) -> dict[str, float]:
-        """Of the measured batches: mean log10 rate, share of latents under the threshold, share that never fired."""
+        """Mean log10 rate, share of latents below the threshold, share that never fired, over the measured batches."""
         rates = float64(self.fired) / max(self.n_rows, 1)
         return {
             "mean_log10_density": float(self.log10.mean()),

@@ -1,4 +1,4 @@
-"""When validations stop paying: `early_stop`."""
+"""Early stopping: when validations stop improving."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Patience:
-    """The best validation so far, and how many came since."""
+    """The best validation so far, and how many followed without improvement."""
 
     best: float | None = None
     since: int = 0
@@ -19,5 +19,5 @@ class Patience:
         self.best, self.since = (score, 0) if better else (self.best, self.since + 1)
 
     def is_over(self, limit: int | None) -> bool:
-        """Whether `limit` validations in a row were no better than the best."""
+        """Whether the last `limit` validations did not improve on the best."""
         return limit is not None and self.since >= limit

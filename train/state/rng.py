@@ -29,7 +29,7 @@ class Rng:
 
 
 def capture() -> dict[str, Tensor]:
-    """States of torch's global generators."""
+    """Capture the states of torch's global generators."""
     out = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         out |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -37,7 +37,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(tensors: Mapping[str, Tensor]) -> None:
-    """Set torch's global generators to saved states; devices that are not here any more are left out."""
+    """Restore torch's global generators; states of devices that are missing now are ignored."""
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

@@ -1,4 +1,4 @@
-"""Run: everything that changes while one SAE trains, apart from where its batches come from."""
+"""Run: the state of one SAE in training, except the source of its batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_granary.train.state.rng import Rng
 
 @dataclass(eq=False)
 class Run:
-    """One SAE in training. Everything here but the config is part of a checkpoint."""
+    """One SAE in training. Everything here except the config is part of a checkpoint."""
 
     config: TrainConfig
     sae: SAE
@@ -64,23 +64,23 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step about to be taken."""
+        """Learning rate of the next step."""
         assert self.config.lr is not None
         return self.config.lr * self.schedule.factor(self.step)
 
     @property
     def last_lr(self) -> float:
-        """Learning rate of the step taken last."""
+        """Learning rate of the last step."""
         assert self.config.lr is not None
         return self.config.lr * self.schedule.factor(self.step - 1)
 
     @property
     def done(self) -> bool:
-        """Whether every step was taken, or validations stopped paying."""
+        """Whether every step was taken, or early stopping ended the run."""
         return self.step >= self.n_steps or self.patience.is_over(self.config.early_stop)
 
     def is_at(self, every: int) -> bool:
-        """Whether the step taken last is one of every n-th; of none for 0."""
+        """Whether the last step is a multiple of n; never for 0."""
         return every > 0 and self.step % every == 0
 
     @property

@@ -1,1 +1,1 @@
-"""Many SAEs from one stream of batches: the grid, the plan, the groups, the results."""
+"""Training many SAEs from one stream of batches: grid, plan, groups, results."""

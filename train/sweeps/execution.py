@@ -1,4 +1,4 @@
-"""Carry out the plan of a sweep."""
+"""Running the plan of a sweep."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SweepExecution:
         self.stop = StopRequest() if stop is None else stop
 
     def execute(self, *, fresh: bool = False) -> SweepResult:
-        """Train what has no result yet, then write the tables; a fresh plan is saved first."""
+        """Train every SAE without a result, then write the tables; a new plan is saved first."""
         try:
             needed = sum(needed_disk(entry.config) for entry in self.plan.entries)
             with shortage_is_clear(self.folder, needed), exclusive(self.folder):
@@ -79,7 +79,7 @@ class SweepExecution:
         return SweepResult(self.folder, rows)
 
     def _train(self, group: Group) -> None:
-        """Train what is left of a group."""
+        """Train the rest of a group."""
         left = []
         for entry in group.entries:
             if is_complete(self.folder / entry.name):
@@ -105,7 +105,7 @@ class SweepExecution:
             torch.cuda.empty_cache()  # the next group may need larger blocks
 
     def _cache_of(self, group: Group) -> str:
-        """Where a group's cache is: a sweep of before has the fingerprint in the records of its runs only."""
+        """Location of a group's cache; sweeps of older versions record the fingerprint in their runs only."""
         stored = group.entries[0].config.cache
         begun = [self.folder / entry.name for entry in group.entries if (self.folder / entry.name / RECORD).is_file()]
         if "cache" in group.record or not begun:

@@ -26,7 +26,7 @@ Grid = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """One combination: the settings that apply, and those of the grid that its type lacks."""
+    """One combination: the settings that apply, and the grid's settings that its type lacks."""
 
     settings: Mapping[str, Any]
     varied: Mapping[str, Any]  # the grid's part of the settings

@@ -1,4 +1,4 @@
-"""Which SAEs of a sweep train together: those of one stream of batches, as many as the memory holds."""
+"""Grouping the SAEs of a sweep that train together: those of one stream of batches, as many as fit in memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _measured(data: RunData, known: dict[str, Footprint]) -> Footprint:
 
 
 def _stream_bytes(runs: Sequence[RunData]) -> int:
-    """What the loader holds: two pools on a GPU; on a CPU batches alone, which do not count beside the models."""
+    """Bytes of the loader: two pools on a GPU; on a CPU batches only, which are negligible."""
     if not runs[0].config.device.startswith("cuda"):
         return 0
     names = {name: run for run in runs for name in run.input_names}

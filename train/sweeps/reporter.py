@@ -1,4 +1,4 @@
-"""What a sweep tells while it runs."""
+"""Progress events of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan
 
 
 class Reporter:
-    """Receives a sweep as it happens; this one ignores everything."""
+    """Receives the events of a sweep; this base class ignores them."""
 
     def start(self, plan: Plan, group: Group) -> None:
         """A group starts."""
@@ -19,10 +19,10 @@ class Reporter:
         return ()
 
     def ended(self, name: str, how: str) -> None:
-        """An SAE is complete, was so already, or failed."""
+        """An SAE is complete, was complete already, or failed."""
 
     def message(self, text: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def close(self) -> None:
-        """Release what is held, also after an error."""
+        """Release resources, also after an error."""

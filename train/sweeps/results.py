@@ -1,4 +1,4 @@
-"""What a sweep came to: one row per SAE, as CSV, Markdown and JSON, and the Pareto plot."""
+"""Results of a sweep: one row per SAE, as CSV, Markdown and JSON, and the Pareto plot."""
 
 from __future__ import annotations
 

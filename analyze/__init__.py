@@ -1,1 +1,1 @@
-"""SAE and cache -> sparse codes, and what is read from them."""
+"""SAE and cache -> sparse codes, statistics, evaluation, report."""

@@ -1,4 +1,4 @@
-"""`sae-analyze encode`, `stats`, `show`, ... Heavy imports stay inside the command that needs them."""
+"""`sae-analyze encode`, `stats`, `show`, ... Heavy imports are inside the commands that need them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows count where latents are described: those that a training takes by default."""
+"""The rows that count in descriptions of latents: those that a training reads by default."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
 
 class CountedFlags:
-    """The column of flags of a cache, with FLAG_SPECIAL also at the other rows that no training takes by default.
+    """A cache's flags, with FLAG_SPECIAL also on other rows that no training reads by default.
 
-    These are absent rows and, of a causal model, position 0 of each window: an attention sink, whose rows are so large
+    These are absent rows and, for causal models, position 0 of each context: an attention sink, whose rows are so large
     that they would be the strongest example of many latents. Indexed by a slice or an array of rows.
     """
 
@@ -32,10 +32,10 @@ class CountedFlags:
 
 
 def keeps_first(cache: Cache) -> bool:
-    """Whether position 0 of a window counts: yes, but for causal models."""
+    """Whether position 0 of a context counts: yes, except for causal models."""
     return bool(Filters().resolve(cache).first_position)
 
 
 def left_out(cache: Cache) -> str:
-    """The rows that do not count, in words."""
+    """The excluded rows, in words."""
     return "special tokens left out" if keeps_first(cache) else "special tokens and position 0 left out"

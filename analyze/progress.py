@@ -14,7 +14,7 @@ from sae_granary.common.app import make_console
 def row_progress(
     label: str, n_rows: int | None, *, unit: str = "rows", quiet: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the number of rows done so far; `n_rows` is None where nobody knows how many come."""
+    """Yield a function that takes the number of rows done so far; `n_rows` is None if the total is unknown."""
     console = make_console(stderr=True)
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}, left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""An SAE with the cache that it encodes: which hook points it reads, and what identifies the two.
+"""An SAE together with the cache it encodes: the hook points it reads, and the identity of both.
 
 Shapes: N rows, D = d_in.
 """
@@ -31,7 +31,7 @@ from sae_granary.sae_core.files.disk import checksum_of
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded SAE and an open cache that fit each other."""
+    """A loaded SAE and an open cache that match."""
 
     folder: Path
     sae: SAE
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What codes of this SAE and cache are recognized by."""
+        """Identifies codes of this SAE and cache."""
         return {
             "sae": self.sae_hash,
             "cache": dict(self.cache.manifest.fingerprint),
@@ -78,10 +78,10 @@ def open_source(
     device: str = "auto",
     allow_incomplete: bool = False,
 ) -> Source:
-    """Load an SAE (any that `load_sae` reads) and open a cache for it: without `cache` the one it was trained on.
+    """Load an SAE (any that `load_sae` reads) and open a cache for it; by default the cache it was trained on.
 
-    Without `hooks` the SAE's record names its hook points; one without a record takes the cache's only one.
-    Raises MismatchError with both sides where hook points, width or model differ, SAEError, CacheError, ConfigError.
+    Without `hooks`, the SAE's record names its hook points; an SAE without a record reads the cache's only one. Raises
+    MismatchError with both sides if hook points, widths or models differ, SAEError, CacheError, ConfigError.
     """
     folder, chosen = Path(sae), choose_device(device)
     loaded = sae_core.load(folder, chosen)
@@ -114,7 +114,7 @@ def cache_of(folder: Path) -> Path:
 
 
 def check_fit(folder: Path, sae: SAE, metadata: Mapping[str, Any], cache: Cache, hooks: Sequence[str]) -> None:
-    """Raise MismatchError where a cache does not hold what an SAE reads."""
+    """Raise MismatchError if a cache does not hold what an SAE reads."""
     there = ", ".join(f"{name} ({point.d_in})" for name, point in cache.hook_points.items())
     if missing := [name for name in hooks if name not in cache.hook_points]:
         raise MismatchError(
@@ -142,7 +142,7 @@ def check_fit(folder: Path, sae: SAE, metadata: Mapping[str, Any], cache: Cache,
 
 
 def hash_of(sae: SAE) -> str:
-    """SHA-256 of an SAE's type, options, weights and buffers, in hexadecimal: files of any format, one hash."""
+    """SHA-256 of an SAE's type, options, weights and buffers, in hexadecimal; the same for files of any format."""
     told = json.dumps([sae.type_name, asdict(sae.config)], sort_keys=True, default=str)
     weights = checksum_of({name: t.detach().cpu() for name, t in sae.state_dict().items()})
     return hashlib.sha256(f"{told}\n{weights}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Codes in blocks of rows, whatever they come from: codes on disk, texts as they are encoded, documents.
+"""Codes in blocks of rows, from any source: codes on disk, texts being encoded, documents.
 
 Shapes: N rows of a block, nnz entries, F = d_sae.
 """
@@ -21,7 +21,7 @@ BLOCK_ENTRIES = 2**20  # a block has fewer rows where they hold many entries: de
 
 @dataclass(frozen=True, eq=False)
 class CodeBlock:
-    """Some rows in CSR, with the document of each."""
+    """Some rows in CSR, with each row's document."""
 
     counts: NDArray[np.int64]  # (N,) entries of each row
     indices: NDArray[np.int32]  # (nnz,) latents, ascending within a row
@@ -53,7 +53,7 @@ def stored_blocks(codes: StoredCodes, doc_ids: Any, flags: Any, *, by_document: 
 
 
 def is_ascending(column: Any) -> bool:
-    """Whether no entry of a column is smaller than the one before; read in slices."""
+    """Whether a column is non-decreasing; read in slices."""
     starts = range(0, len(column), BLOCK_ROWS)
     return all((np.diff(column[start : start + BLOCK_ROWS + 1]) >= 0).all() for start in starts)
 

@@ -43,7 +43,7 @@ class CodesFields(Fields):
 
 @dataclass(frozen=True)
 class CodesRecord:
-    """record.json: what the codes are of, and how far they are written."""
+    """record.json: identity of the codes, and how far they are written."""
 
     identity: Mapping[str, Any]  # see `Source.identity`
     d_sae: int
@@ -78,12 +78,12 @@ class CodesRecord:
         )
 
     def length(self, name: str) -> int:
-        """Entries of one of the arrays."""
+        """Number of entries of one of the arrays."""
         return {"indptr": self.n_rows + 1, "doc_ids": self.n_rows}.get(name, self.nnz)
 
 
 def array_path(folder: Path, name: str) -> Path:
-    """The file of an array."""
+    """File of an array."""
     return folder / f"{name}.npy"
 
 
@@ -119,7 +119,7 @@ class StoredCodes:
         return self.indices[part], self.values[part]
 
     def dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """(n, F) float32 matrix of rows start..stop. For tests and small data."""
+        """Dense (n, F) float32 matrix of rows start..stop. For tests and small data."""
         offsets = self.indptr[start : (len(self) if stop is None else stop) + 1]
         out = np.zeros((len(offsets) - 1, self.shape[1]), dtype=np.float32)
         part = slice(int(offsets[0]), int(offsets[-1]))
@@ -128,9 +128,9 @@ class StoredCodes:
 
 
 def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) -> StoredCodes:
-    """Open complete codes; with `identity` (of a `Source`) only those of this SAE and cache.
+    """Open complete codes; with `identity` (of a `Source`), only codes of this SAE and cache.
 
-    Raises DamagedCodesError for unfinished or truncated ones, MismatchError for those of another SAE or cache.
+    Raises DamagedCodesError if they are unfinished or truncated, MismatchError if they belong to another SAE or cache.
     """
     folder = Path(folder)
     record = CodesRecord.read(folder)
@@ -149,7 +149,7 @@ def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) ->
 def check_identity(
     folder: Path, have: Mapping[str, Any], want: Mapping[str, Any], remedy: str = "remove the folder"
 ) -> None:
-    """Raise MismatchError with both where codes or statistics are of another SAE, cache, shards or hook point."""
+    """Raise MismatchError, with both values, if codes or statistics have another SAE, cache, shards or hook point."""
     for name, value in want.items():
         if have.get(name) != value:
             there, here = _difference(have.get(name), value)
@@ -157,9 +157,9 @@ def check_identity(
 
 
 def check_arrays(codes: StoredCodes) -> None:
-    """Raise DamagedCodesError where a file is not what was written; every file is read once.
+    """Raise DamagedCodesError if a file differs from what was written; reads every file once.
 
-    Codes without checksums, of earlier versions, are only asked whether their latents are in 0..F-1.
+    Codes of earlier versions have no checksums: only the range of their latents is checked.
     """
     for name, written in (codes.record.arrays_xxh3 or {}).items():
         path = array_path(codes.folder, name)
@@ -171,7 +171,7 @@ def check_arrays(codes: StoredCodes) -> None:
 
 
 def check_latents(codes: StoredCodes, latents: NDArray[np.int32]) -> None:
-    """Raise DamagedCodesError for a latent outside 0..F-1: counting it would take memory for all below it."""
+    """Raise DamagedCodesError for a latent outside 0..F-1: counting it would allocate memory for all below it."""
     for latent in (latents.min(), latents.max()) if len(latents) else ():
         if not 0 <= latent < codes.shape[1]:
             path = array_path(codes.folder, "indices")
@@ -179,7 +179,7 @@ def check_latents(codes: StoredCodes, latents: NDArray[np.int32]) -> None:
 
 
 def _difference(have: Any, want: Any) -> tuple[str, str]:
-    """Two values as text; of two mappings the first entry in which they differ."""
+    """Two values as text; for two mappings, the first entry that differs."""
     if isinstance(have, Mapping) and isinstance(want, Mapping):
         key = next(key for key in {**want, **have} if have.get(key) != want.get(key))
         return f"{key} {have.get(key)!r}", f"{key} {want.get(key)!r}"

@@ -1,4 +1,4 @@
-"""The files of codes while they are written: arrays that grow, and the record that says how far they are whole."""
+"""Writing the files of codes: growing arrays, and the record of how far they are complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_granary.common.signed import write_signed
 
 
 class CSRFiles:
-    """Open files of codes, from what their record says on. A context manager; without `finish` they are unfinished."""
+    """Open files of codes, positioned by their record. A context manager; without `finish` they stay unfinished."""
 
     def __init__(self, out: Path, record: CodesRecord, names: Iterable[str] = tuple(ARRAYS)) -> None:
         self._out, self.record = out, record
@@ -37,7 +37,7 @@ class CSRFiles:
         self._stack.close()
 
     def append(self, counts: NDArray[np.int64], **arrays: NDArray[Any]) -> None:
-        """Rows with so many entries each; `arrays` are those of the files beside indptr."""
+        """Append rows with these numbers of entries; `arrays` belong to the files beside indptr."""
         ends = self.record.nnz + np.cumsum(counts)
         for name, part in {"indptr": ends, **arrays}.items():
             self._streams[name].write(part.astype(DTYPES[name], copy=False).tobytes())
@@ -45,7 +45,7 @@ class CSRFiles:
         self.record = replace(self.record, n_rows=n_rows, nnz=nnz)
 
     def commit(self) -> None:
-        """Make the rows so far durable: encoding continues after them."""
+        """Make the rows so far durable; encoding can continue after them."""
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -53,7 +53,7 @@ class CSRFiles:
         write_signed(self._out / RECORD, self.record.to_json())
 
     def finish(self) -> None:
-        """Write the headers, and the record of complete codes with the checksums of the files, read once for them."""
+        """Write the headers, and the record of complete codes with checksums of the files, which are read once."""
         for name, stream in self._streams.items():
             stream.seek(0)
             stream.write(npy_header(DTYPES[name], self.record.length(name)))
@@ -64,10 +64,7 @@ class CSRFiles:
 
 
 def write_blocks(out: Path, blocks: Iterable[CodeBlock], d_sae: int, identity: Mapping[str, Any], device: str) -> None:
-    """Write blocks with the documents of their rows into a new folder, atomically.
-
-    `identity` is read when all blocks are written.
-    """
+    """Write blocks and their rows' documents into a new folder, atomically. `identity` is read after the last block."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as temporary:
         record = CodesRecord(identity, d_sae, 0, 0, False, 1, device)
@@ -78,7 +75,7 @@ def write_blocks(out: Path, blocks: Iterable[CodeBlock], d_sae: int, identity: M
 
 
 def _open_at(out: Path, record: CodesRecord, name: str) -> BinaryIO:
-    """The file of an array, cut to what its record says, ready to append to."""
+    """Open the file of an array for appending, cut to the length in its record."""
     path = array_path(out, name)
     stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 -- closed by the caller
     stream.truncate(HEADER_BYTES if not record.n_rows else file_bytes(record, name))
@@ -87,6 +84,6 @@ def _open_at(out: Path, record: CodesRecord, name: str) -> BinaryIO:
 
 
 def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
-    """The header of a one-dimensional .npy file (format 1.0), always 128 bytes."""
+    """Header of a one-dimensional .npy file (format 1.0), always 128 bytes."""
     text = repr({"descr": dtype.str, "fortran_order": False, "shape": (length,)})
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER_BYTES - 10) + text.ljust(HEADER_BYTES - 11).encode() + b"\n"

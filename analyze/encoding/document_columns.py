@@ -1,4 +1,4 @@
-"""What a cache knows about its documents, as columns of an Arrow table: the source, and the columns that were kept."""
+"""Documents of a cache as columns of an Arrow table: their source, and the columns kept at harvest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sae_granary.common.rows import Scalar
 
 
 def document_columns(cache: Cache) -> DocumentColumns:
-    """A function that gives the columns of documents by their ids. Memory: the kept columns of all documents.
+    """Return a function from document ids to columns. Memory: the kept columns of all documents.
 
-    A kept column with the name of another column of the table is called `kept.<name>`, with more `kept.` where a kept
-    column has that name.
+    A kept column that shares its name with another column of the table is called `kept.<name>`, with more `kept.` if
+    needed.
     """
     import pyarrow as pa
 
@@ -40,7 +40,7 @@ def document_columns(cache: Cache) -> DocumentColumns:
 
 
 def table_names(kept_columns: Sequence[str]) -> dict[str, str]:
-    """Kept columns -> their names in the table, each of which occurs once."""
+    """Kept columns -> unique names in the table."""
     names = {}
     for column in kept_columns:
         name = column
@@ -53,7 +53,7 @@ def table_names(kept_columns: Sequence[str]) -> dict[str, str]:
 def arrow_column(values: Sequence[Scalar]) -> Any:
     """An Arrow array of one type: bool, int64, double or string.
 
-    Values of several kinds, and integers that the type of the others cannot hold, become their JSON, texts as they are.
+    Mixed values, and integers that the others' type cannot hold, become their JSON; texts stay unchanged.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""SAE + cache -> codes on disk, block after block, with bounded memory; a killed run continues to the same bytes."""
+"""SAE + cache -> codes on disk, block by block, in bounded memory; a killed encoding continues to the same bytes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def encode_cache(
 
 
 def _begun(source: Source, out: Path, block_rows: int) -> CodesRecord:
-    """The record that is there, if it is of this SAE and cache, or that of an empty folder."""
+    """The existing record if it belongs to this SAE and cache, or a new record for an empty folder."""
     device = source.sae.core.W_dec.device.type
     fresh = CodesRecord(source.identity, source.sae.config.d_sae, 0, 0, False, block_rows, device)
     if not (out / RECORD).exists():

@@ -1,4 +1,4 @@
-"""Codes in files that other programs read: npz (as `scipy.sparse.load_npz` reads it) and Parquet."""
+"""Codes in files for other programs: npz (as `scipy.sparse.load_npz` reads it) and Parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DocumentColumns = Callable[[NDArray[np.int64]], Mapping[str, Any]]
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; the file there becomes `path` when the block ends well."""
+    """Yield a temporary path; its file replaces `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMP_PREFIX}{path.name}")
     try:
@@ -100,7 +100,7 @@ def _columns(block: CodeBlock, columns_of: DocumentColumns, first_row: int | Non
 
 
 def _groups(blocks: Iterable[CodeBlock]) -> Iterator[CodeBlock]:
-    """Blocks joined to at least GROUP_ROWS rows or GROUP_ENTRIES entries; one empty block if there are none."""
+    """Join blocks to at least GROUP_ROWS rows or GROUP_ENTRIES entries; one empty block if there are none."""
     waiting: list[CodeBlock] = []
     written = False
     for block in blocks:

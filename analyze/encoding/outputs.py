@@ -1,4 +1,4 @@
-"""Codes of a cache or of texts, per row or pooled per document, in the format that is asked for."""
+"""Codes of a cache or of texts, per row or pooled per document, in the requested format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SUFFIXES = {"granary": "", "npz": ".npz", "parquet": ".parquet"}  # by format
 
 
 def check_output(format: str, pool: str | None) -> None:
-    """Raise ConfigError for a format or a way to pool that there is not."""
+    """Raise ConfigError for an unknown format or pooling."""
     for option, value, known in (("--format", format, tuple(SUFFIXES)), ("--pool", pool, HOW)):
         if value is not None and value not in known:
             raise ConfigError(f"{option} is {value!r}, expected {', '.join(known)}{nearest(value, known)}")
@@ -51,14 +51,14 @@ def check_output(format: str, pool: str | None) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """Where codes go: a folder for `granary`, else a file. `pool` is one of pool.HOW, or None for a row per row."""
+    """A folder for the format `granary`, else a file. `pool` is one of pool.HOW, or None for one row per row."""
 
     path: Path
     format: str = "granary"
     pool: str | None = None
 
     def check_new(self) -> None:
-        """Raise ConfigError where something has that path."""
+        """Raise ConfigError if the path exists."""
         if self.path.exists():
             raise ConfigError(f"{self.path} exists: give another --out, or remove it")
 
@@ -74,7 +74,7 @@ class Tally:
     _digest: Any = field(default_factory=hashlib.sha256)
 
     def read(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The documents, counted as they are read."""
+        """Yield the documents and count them."""
         for document in documents:
             self.n_texts += 1
             self._digest.update(f"{document.doc_id}\n{document.text}\0".encode())
@@ -100,16 +100,15 @@ class Tally:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """For the record of codes."""
+        """Entry for the record of codes."""
         return {"n_texts": self.n_texts, "n_encoded": self.n_encoded, "sha256": self._digest.hexdigest()}
 
 
 def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tick = lambda n_rows: None) -> int:
-    """Write codes on disk of a cache pooled, or in another format. Returns the number of rows, or of documents.
+    """Write stored codes of a cache pooled, or in another format. Returns the number of rows or documents.
 
-    Complete pooled codes of the same SAE and cache are taken as they are. Raises ConfigError where the output exists,
-    AnalyzeError where the disk is full, MismatchError for a folder with codes of something else, DamagedCodesError for
-    codes that are not what was written.
+    Complete pooled codes of the same SAE and cache are reused. Raises ConfigError if the output exists, AnalyzeError if
+    the disk is full, MismatchError for a folder with other codes, DamagedCodesError for damaged codes.
     """
     cache, identity = source.cache, source.identity | ({"pool": out.pool} if out.pool else {})
     if out.format == "granary" and (out.path / RECORD).is_file():
@@ -132,7 +131,7 @@ def write_text_codes(
 ) -> Tally:
     """Encode texts into an output, atomically; memory holds the rows of one buffer of texts, at most 256 MiB.
 
-    Raises ConfigError where the output exists, AnalyzeError where no text has tokens or the disk is full.
+    Raises ConfigError if the output exists, AnalyzeError if no text has tokens or the disk is full.
     """
     out.check_new()
     tally = Tally()
@@ -183,7 +182,7 @@ def _write(
 
 @contextmanager
 def space_for(out: Path) -> Iterator[None]:
-    """Inside, a full disk raises AnalyzeError with the free space."""
+    """Context manager: a full disk raises AnalyzeError with the free space."""
     try:
         yield
     except OSError as error:
@@ -193,7 +192,7 @@ def space_for(out: Path) -> Iterator[None]:
 
 
 def no_columns(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:
-    """For documents of which nothing is known."""
+    """Columns of documents without metadata."""
     return {}
 
 

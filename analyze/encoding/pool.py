@@ -55,7 +55,7 @@ class _Partial:
         return _Partial(ids, n_rows, document, self.latent[part], self.value[part])
 
     def reduced(self, d_sae: int, how: str) -> _Partial:
-        """One entry per document and latent, in their order."""
+        """One entry per document and latent, in order."""
         keys = self.document * d_sae + self.latent
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -81,7 +81,7 @@ def _of_rows(block: CodeBlock, d_sae: int, how: str) -> _Partial:
 
 
 def _merged(first: _Partial, second: _Partial, d_sae: int, how: str) -> _Partial:
-    """A document of which more rows may have come, and those after it."""
+    """Merge a document that may continue in later blocks with the documents after it."""
     same = len(second.doc_ids) > 0 and first.doc_ids[0] == second.doc_ids[0]
     n_rows = np.concatenate([first.n_rows, second.n_rows])
     doc_ids = np.concatenate([first.doc_ids, second.doc_ids])

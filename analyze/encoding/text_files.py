@@ -1,4 +1,4 @@
-"""A file of texts, or standard input -> documents, one after the other: one text per line, JSON lines, CSV or TSV."""
+"""A file of texts, or standard input -> documents: one text per line, JSON lines, CSV or TSV."""
 
 from __future__ import annotations
 

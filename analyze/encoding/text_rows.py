@@ -1,4 +1,4 @@
-"""Texts -> the rows that a harvest of them would hold, through the model that a cache was harvested from.
+"""Texts -> the rows that a harvest of them would store, through the model of a cache.
 
 Shapes: N rows of a block, D = d_in.
 """
@@ -42,7 +42,7 @@ BUFFER_BYTES = 2**28  # of the rows of a buffer, as float32
 
 @dataclass(frozen=True, eq=False)
 class TextBlock:
-    """Rows of some texts, in their order; a row is a token, or a whole text where the cache holds one row per text."""
+    """Rows of some texts, in order; a row is a token, or a whole text if the cache has one row per text."""
 
     activations: Mapping[str, Tensor]  # hook point -> (N, D) float32, rounded as the cache stores them
     token_ids: NDArray[np.int32]  # (N,) -1 where a row is a whole text
@@ -59,7 +59,7 @@ class TextBlock:
 
 @dataclass(frozen=True, eq=False)
 class TextRows:
-    """The model of a cache with what a harvest did with texts before it; see `open_text_rows`."""
+    """The model of a cache, and how its harvest processed texts; see `open_text_rows`."""
 
     model: TokenModel | TextModel
     tokenizer: Any  # None where a row is a whole text
@@ -114,7 +114,7 @@ def open_text_rows(manifest: Manifest, hooks: Sequence[str], model: str | None, 
 
 
 def rules_of(manifest: Manifest) -> WindowRules:
-    """How the harvest of a cache cut texts; packing apart. Raises AnalyzeError where the cache does not say."""
+    """How the harvest of a cache cut texts, without packing. Raises AnalyzeError if the cache does not say."""
     windows, tokenizer = manifest.provenance.get("windows"), manifest.provenance.get("tokenizer")
     if not isinstance(windows, Mapping) or not isinstance(tokenizer, Mapping) or not windows.get("ctx_len"):
         raise AnalyzeError("the cache has no record of its windows and its tokenizer: harvest again with sae-harvest")

@@ -93,7 +93,7 @@ def encoded_blocks(sae: SAE, blocks: Iterable[TextBlock]) -> Iterator[tuple[Code
 
 
 def documents_of(texts: Sequence[str]) -> list[Document]:
-    """Texts as documents, numbered from 0. Raises ConfigError for one string, and for what is no string."""
+    """Texts as documents, numbered from 0. Raises ConfigError for a single string, and for items that are not strings."""
     if isinstance(texts, str):
         raise ConfigError("texts is one string, expected a list of them: [text]")
     if wrong := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
@@ -102,7 +102,7 @@ def documents_of(texts: Sequence[str]) -> list[Document]:
 
 
 def _join(parts: Sequence[Codes]) -> Codes:
-    """The rows of several codes of one SAE, one after the other."""
+    """Concatenate the rows of several codes of one SAE."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *(part.indices.numel() for part in parts)])

@@ -1,4 +1,4 @@
-"""What an SAE costs the model that its cache was harvested from, on the contexts of a part of the cache.
+"""The cost of an SAE to the model of its cache, on the contexts of a part of the cache.
 
 Shapes: S contexts or texts, D = width of an embedding.
 """
@@ -64,13 +64,13 @@ def evaluate_downstream(
 
 
 class Models:
-    """The models of caches, each loaded once for all SAEs at one of its hook points."""
+    """The models of caches, each loaded once for all SAEs at one hook point."""
 
     def __init__(self) -> None:
         self._opened: dict[tuple[str, ...], LanguageModel | EmbeddingModel] = {}
 
     def open(self, source: Source, place: str | None) -> LanguageModel | EmbeddingModel:
-        """The model of a source's cache; `place` says where it is, if not where the cache says."""
+        """The model of a source's cache; `place` gives its location if it moved."""
         device = str(source.sae.core.W_dec.device)
         key = (str(source.cache.path), *source.hooks, str(place), device)
         if key not in self._opened:
@@ -83,7 +83,7 @@ class Models:
 
 
 def _first(source: Source, selection: Selection, n_rows: int) -> Iterator[Contexts]:
-    """The first contexts of a selection, with at least n_rows rows if it has them."""
+    """The first contexts of a selection, with at least n_rows rows if available."""
     taken = 0
     for batch in read_contexts(source.cache, source.hooks[0], batch_rows=BATCH_ROWS, selection=selection, epochs=1):
         yield batch
@@ -94,7 +94,7 @@ def _first(source: Source, selection: Selection, n_rows: int) -> Iterator[Contex
 
 @torch.no_grad()
 def text_similarity(source: Source, selection: Selection) -> Numbers:
-    """`similarity` of embeddings that are rows of the cache, at most 2,048 of them, with their reconstructions."""
+    """`similarity` of up to 2,048 embeddings, which are rows of the cache, with their reconstructions."""
     options: dict[str, Any] = {"selection": selection, "epochs": 1, "device": source.sae.core.W_dec.device}
     with Loader(source.cache, list(source.hooks), batch_size=MAX_EMBEDDINGS, **options) as loader:
         [batch] = islice(loader, 1)

@@ -1,4 +1,4 @@
-"""L0 and FVU of the rows by position in the context and by kind of token.
+"""L0 and FVU of rows by position in the context and by kind of token.
 
 Shapes: N rows, D = d_out, G groups, V vocabulary.
 """
@@ -25,16 +25,16 @@ _SPACE = ("\u0120", "\u2581")  # by which byte-level BPE and SentencePiece mark 
 
 
 def position_bin(position: NDArray[Any]) -> NDArray[np.int64]:
-    """(N,) place in POSITION_BINS of positions (N,) from 0: 0, 1, 2-3, 4-7, ... (powers of two)."""
+    """Bin (N,) in POSITION_BINS of positions (N,) from 0: 0, 1, 2-3, 4-7, ... (powers of two)."""
     exponents: NDArray[np.int64] = np.frexp(np.maximum(position, 0).astype(np.float64))[1].astype(np.int64)
     return exponents
 
 
 class TokenClasses:
-    """The kind of each token, from the strings of a cache's vocabulary.
+    """The class of each token, from the strings of a cache's vocabulary.
 
-    Punctuation or digits is a token without a letter. A token with letters starts a word by the conventions of
-    WordPiece (no ##), SentencePiece and byte-level BPE (a leading space), or where its document starts.
+    A token without a letter is punctuation or digits. A token with letters starts a word by the conventions of
+    WordPiece (no ##), SentencePiece and byte-level BPE (a leading space), or at the start of its document.
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class TokenClasses:
         self._of_id = np.array([_class_of(word, marks_spaces) for word in vocabulary], np.int64)
 
     def __call__(self, token_id: NDArray[Any], flags: NDArray[Any], doc_position: NDArray[Any]) -> NDArray[np.int64]:
-        """(N,) place in TOKEN_CLASSES of rows with these columns (N,)."""
+        """Class (N,) in TOKEN_CLASSES of rows with these columns (N,)."""
         known = (token_id >= 0) & (token_id < len(self._of_id))
         found = np.where(known, self._of_id[np.where(known, token_id, 0)], OTHER)
         found[(doc_position == 0) & (found == CONTINUATION)] = START
@@ -60,14 +60,14 @@ def _class_of(word: str, marks_spaces: Sequence[str]) -> int:
 
 
 def token_classes(cache: Cache) -> TokenClasses | None:
-    """The classes of a cache's tokens; None where rows are whole texts or no vocabulary was stored."""
+    """The classes of a cache's tokens; None if rows are whole texts or no vocabulary was stored."""
     if cache.unit != "token" or not cache.vocabulary:
         return None
     return TokenClasses(cache.vocabulary)
 
 
 class GroupedErrors:
-    """Rows, active latents and squared errors of G groups, in float64. `update` any number of times, then `table`."""
+    """Counts, active latents and squared errors of G groups, in float64. Call `update` per batch, then `table`."""
 
     def __init__(self, names: Sequence[str], width: int) -> None:
         self.names = names
@@ -77,7 +77,7 @@ class GroupedErrors:
         self._mean = torch.zeros(len(names), width, dtype=torch.float64)
 
     def update(self, group: NDArray[np.int64], x: Tensor, error: Tensor, n_active: Tensor) -> None:
-        """Take in rows: group (N,), float64 x (N, D), squared error (N,) and active latents (N,), all on the CPU."""
+        """Add rows: group (N,), float64 x (N, D), squared error (N,) and active latents (N,), all on the CPU."""
         index = torch.from_numpy(group)
 
         def total(values: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def evaluate(source: Source, part: Part = "heldout", tick: Tick = lambda n_rows:
 
 
 def _described(selection: Selection) -> dict[str, Any]:
-    """Filters and split as JSON gives them back."""
+    """Filters and split as plain JSON values."""
     filters = {**asdict(selection.filters), "exclude_tokens": list(selection.filters.exclude_tokens)}
     return {"filters": filters, "holdout": asdict(selection.holdout)}
 
@@ -90,7 +90,7 @@ def _batches(source: Source, selection: Selection, counts: Counts) -> Iterator[B
 
 
 class _Sums:
-    """What is added up batch by batch."""
+    """Sums over batches."""
 
     def __init__(self, source: Source, settings: RunSettings) -> None:
         sae, cache = source.sae, source.cache
@@ -105,7 +105,7 @@ class _Sums:
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
-        """Take in a batch of rows with their ids."""
+        """Add a batch of rows with their ids."""
         assert isinstance(batch.x, Mapping)
         assert batch.row_ids is not None
         rows = self.source.cache.ordinals(batch.row_ids.numpy())
@@ -158,19 +158,19 @@ class _Sums:
         return finite(numbers)
 
     def routing(self) -> dict[str, float] | None:
-        """The share of rows that each hook point was chosen for; None for a type that does not choose."""
+        """Share of rows for which each hook point was chosen; None for types that do not choose."""
         if self.routed is None:
             return None
         return dict(zip(self.source.hooks, (self.routed / self.metrics.n_rows).tolist(), strict=True))
 
 
 def finite(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Numbers as JSON can hold them: None in the place of NaN and Inf."""
+    """Replace NaN and Inf by None, as JSON requires."""
     return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def merged(codes: Codes) -> Codes:
-    """The same codes with one entry per active latent of a row and none that is zero."""
+    """The codes with one entry per active latent of a row, and none that is zero."""
     if codes.pattern.is_full:
         return Codes.from_dense(codes.values)
     block = csr_of(codes)
@@ -180,7 +180,7 @@ def merged(codes: Codes) -> Codes:
 
 
 def _dead(source: Source) -> float | None:
-    """The share of dead latents that a run counted in its training; None for an SAE that is no finished run."""
+    """The share of dead latents that a run counted in training; None for an SAE without a finished run."""
     try:
         dead = read_summary(source.folder).get("dead")
     except NotARunError:
@@ -189,7 +189,7 @@ def _dead(source: Source) -> float | None:
 
 
 def _density_histogram(metrics: Evaluator) -> dict[str, Any]:
-    """How many latents have a firing rate in each quarter of a decade; rates below 1e-7 are in the first."""
+    """Number of latents with a firing rate in each quarter of a decade; rates below 1e-7 count in the first."""
     rates = metrics.densities().cpu().numpy()
     logs = np.log10(rates[rates > 0]).clip(DENSITY_EDGES[0], 0)
     counts, _ = np.histogram(logs, DENSITY_EDGES)
@@ -210,6 +210,6 @@ def _notes(source: Source, part: Part, n_rows: int, metrics: Mapping[str, float 
 
 
 def _short(path: Path) -> str:
-    """A path without `..`, relative to the working directory if it is in there."""
+    """A path without `..`, relative to the working directory if it is inside."""
     path = path.resolve()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

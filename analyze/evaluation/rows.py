@@ -1,6 +1,6 @@
-"""Which rows of a cache an SAE is evaluated on: the filters and the held-out documents of its own training.
+"""The rows of a cache on which an SAE is evaluated: the filters and held-out documents of its training.
 
-A run records them in config.yaml. Other SAEs get the defaults: special tokens out, position 0 of a decoder out, 5 % of
+A run records them in config.yaml. Other SAEs use the defaults: no special tokens, no position 0 for decoders, 5 % of
 the documents held out.
 """
 
@@ -27,7 +27,7 @@ NEIGHBOR_POSITION = 2  # a type that reads the row before each row was trained f
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What an evaluation takes over from a run; the defaults for an SAE that is no run."""
+    """The settings of a run that an evaluation reuses; defaults for an SAE without a run."""
 
     filters: Filters = field(default_factory=Filters)
     holdout: Holdout = field(default_factory=Holdout)
@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> RunSettings:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """config.yaml of a run, as it was written."""
+    """config.yaml of a run, unaltered."""
     path, record = folder / CONFIG, read_record(folder)
     remedy = "restore the file from a copy"
     try:
@@ -76,9 +76,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def choose_rows(source: Source, part: Part, settings: RunSettings) -> tuple[Selection, Counts]:
-    """The selection of a part of the cache, resolved, and where every row of the cache goes.
+    """The selection of a part of the cache, resolved, and the account of all rows.
 
-    Raises AnalyzeError where the part has no rows.
+    Raises AnalyzeError if the part has no rows.
     """
     filters = settings.filters
     if source.sae.reads.previous:
@@ -104,6 +104,6 @@ def _nothing_left(source: Source, part: Part, holdout: Holdout, counts: Counts) 
 
 
 def trained_elsewhere(source: Source) -> bool:
-    """Whether a record says that the SAE was trained on another cache than this one."""
+    """Whether a record says that the SAE was trained on another cache."""
     trained = read_metadata(source.folder).get("cache_fingerprint")
     return trained is not None and trained != source.cache.manifest.fingerprint

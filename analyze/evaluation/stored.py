@@ -34,7 +34,7 @@ FORMAT = 1
 
 
 def evaluation_path(source: Source, part: Part = "heldout") -> Path:
-    """Where the evaluation of a part is stored: eval.json, or eval_train.json and eval_all.json."""
+    """File of a part's evaluation: eval.json, or eval_train.json and eval_all.json."""
     return source.place / (EVALUATION if part == "heldout" else f"eval_{part}.json")
 
 
@@ -47,9 +47,9 @@ def save_evaluation(source: Source, evaluation: Mapping[str, Any]) -> Path:
 
 
 def load_evaluation(source: Source, part: Part = "heldout") -> dict[str, Any] | None:
-    """The stored evaluation of an SAE on a cache; None where there is none, or one of other weights or rows.
+    """The stored evaluation of an SAE on a cache; None if there is none, or it is of other weights or rows.
 
-    Raises DamagedCodesError for a file that was truncated or altered.
+    Raises DamagedCodesError for a truncated or altered file.
     """
     path = evaluation_path(source, part)
     if not path.is_file():

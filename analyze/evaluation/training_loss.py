@@ -1,6 +1,6 @@
-"""What a run minimized, on other rows: the terms of its loss, of the weights in its newest checkpoint.
+"""The training loss on other rows: its terms, for the weights of a run's newest checkpoint.
 
-The inference form of an SAE does not know them: its normalization is folded, its dead latents are not counted.
+The inference form of an SAE cannot provide it: normalization is folded, dead latents are not counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AVERAGED = "ema.safetensors"  # of a run whose result is not what its checkpoint
 
 
 class TrainingLoss:
-    """The loss of an SAE as in the last step of its training, over batches. `update`, then `result`."""
+    """The loss of an SAE as in the last step of its training, over batches. Call `update`, then `result`."""
 
     def __init__(self, sae: SAE, n_steps: int) -> None:
         self._sae, self._last = sae.train(), Progress(n_steps - 1, n_steps)
@@ -27,7 +27,7 @@ class TrainingLoss:
 
     @classmethod
     def of_run(cls, folder: Path, device: torch.device) -> TrainingLoss | None:
-        """Of a run's folder; None for what is no finished run, has no checkpoint, or averaged its weights."""
+        """Load from a run's folder; None if it is not finished, has no checkpoint, or averaged its weights."""
         steps = sorted((folder / CHECKPOINTS).glob("step_*"))
         if not steps or (steps[-1] / AVERAGED).is_file():
             return None
@@ -40,7 +40,7 @@ class TrainingLoss:
 
     @torch.no_grad()
     def update(self, rows: Rows) -> None:
-        """Take in raw rows (N, D) by hook point; a batch-wide selection is made over these N."""
+        """Add raw rows (N, D) by hook point; a batch-wide selection is made over these N rows."""
         n_rows = len(next(iter(rows.values())))
         self._sae.begin_step(self._last)
         for name, value in self._sae.losses(self._sae(rows), self._last).items():

@@ -1,4 +1,4 @@
-"""Which latents are active on the same rows, over a sample of rows.
+"""Latents that are active on the same rows, over a sample of rows.
 
 Shapes: F = d_sae latents, n sampled rows, nnz entries of them, M latents kept for each.
 """
@@ -19,13 +19,13 @@ I64: TypeAlias = NDArray[np.int64]
 
 
 def spread(n_rows: int, n: int) -> I64:
-    """n of n_rows numbers, evenly spread from 0 on; all of them where there are fewer."""
+    """n of n_rows numbers, evenly spaced from 0; all of them if there are fewer."""
     n = min(n, n_rows)
     return np.arange(n, dtype=np.int64) * n_rows // max(n, 1)
 
 
 def sample_size(n_pairs: float, n_rows: int) -> int:
-    """How many of n_rows rows to count, from the sum over them of the squared number of active latents."""
+    """Number of rows to count, from the sum over rows of the squared number of active latents."""
     return min(MAX_ROWS, n_rows, max(1, int(MAX_PAIRS * n_rows / max(n_pairs, 1.0))))
 
 

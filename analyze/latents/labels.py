@@ -1,4 +1,4 @@
-"""How documents, values and latents are named on the command line."""
+"""Names of documents, values and latents on the command line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ VALUE_CHARACTERS = 40  # shown of a value
 
 
 def check_latent(latent: int, d_sae: int) -> None:
-    """Raise ConfigError for a latent that there is not."""
+    """Raise ConfigError for a latent out of range."""
     if not 0 <= latent < d_sae:
         raise ConfigError(f"--latent is {latent}, expected 0 to {d_sae - 1}")
 
 
 def document_labels(document: DocumentRow | None) -> list[str]:
-    """`category=billing` for each kept column, or the source of a document without any."""
+    """`category=billing` for each kept column, or the source of a document without kept columns."""
     if document is None:
         return ["-"]
     cells = [f"{value_label(name)}={value_label(value)}" for name, value in document.columns.items()]
@@ -25,6 +25,6 @@ def document_labels(document: DocumentRow | None) -> list[str]:
 
 
 def value_label(value: Scalar) -> str:
-    """A value of a kept column in one short line, control characters as escapes."""
+    """A value of a kept column in one short line, with control characters escaped."""
     text = " ".join((str(value) if isinstance(value, str | float) else json.dumps(value)).split())
     return printable(text if len(text) <= VALUE_CHARACTERS else text[: VALUE_CHARACTERS - 3] + "...")

@@ -22,7 +22,7 @@ I64: TypeAlias = NDArray[np.int64]
 
 
 def bin_of(magnitudes: NDArray[Any]) -> I64:
-    """The bin of each magnitude: 8 per octave; the first and the last also take what lies beyond."""
+    """Histogram bin of each magnitude: 8 per octave; the first and last bins include everything beyond."""
     octaves = np.log2(magnitudes.astype(np.float64)) - LOWEST
     bins: I64 = np.clip(np.floor(octaves * BINS_PER_OCTAVE), 0, N_BINS - 1).astype(np.int64)
     return bins
@@ -39,7 +39,7 @@ class Examples:
     document: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def update(self, latent: I64, value: NDArray[np.float32], row: I64, document: I64, d_sae: int) -> None:
-        """Take in entries of later rows; of equal ones the first row stays."""
+        """Add entries of later rows; among equal ones the earliest row stays."""
         weakest = np.zeros(d_sae)  # a latent with all its examples takes only stronger ones
         counts = np.bincount(self.latent, minlength=d_sae)
         full = np.flatnonzero(counts == self.n_kept)
@@ -65,7 +65,7 @@ class Examples:
 
 
 def _first_of(columns: list[NDArray[Any]], order: I64, keys: tuple[int, ...]) -> list[NDArray[Any]]:
-    """Sorted columns, of entries with equal keys the first."""
+    """First entry of each run of equal keys in sorted columns."""
     columns = [column[order] for column in columns]
     changes = np.zeros(len(order), dtype=np.bool_)
     for key in keys:
@@ -76,7 +76,7 @@ def _first_of(columns: list[NDArray[Any]], order: I64, keys: tuple[int, ...]) ->
 
 @dataclass
 class Accumulator:
-    """Counts, sums, maxima, histograms and examples of every latent. `update` block by block."""
+    """Counts, sums, maxima, histograms and examples of every latent. Call `update` per block."""
 
     d_sae: int
     examples: Examples
@@ -89,7 +89,7 @@ class Accumulator:
         self.histogram = np.zeros(self.d_sae * N_BINS, np.int64)
 
     def update(self, latent: I64, value: NDArray[np.float32], row: I64, document: I64, n_rows: int) -> None:
-        """Take in the nonzero entries (nnz,) of n_rows rows; `row` and `document` are those of each entry."""
+        """Add the nonzero entries (nnz,) of n_rows rows; `row` and `document` are those of each entry."""
         self.n_rows += n_rows
         self.fired += np.bincount(latent, minlength=self.d_sae)
         self.sums += np.bincount(latent, weights=value, minlength=self.d_sae)

@@ -1,4 +1,4 @@
-"""Which tokens each latent makes more or less likely, by its decoder row and the head of the cache's model.
+"""Tokens that each latent makes more or less likely, from its decoder row and the head of the cache's model.
 
 Shapes: F = d_sae latents, D = d_model, V vocabulary, L tokens kept at each end.
 """

@@ -23,17 +23,17 @@ I64: TypeAlias = NDArray[np.int64]
 
 
 def interval_of(magnitudes: NDArray[Any], largest: NDArray[Any]) -> I64:
-    """The interval of each magnitude (nnz,) between 0 and the largest one of its latent (nnz,): 0 to Q - 1."""
+    """Interval of each magnitude (nnz,) between 0 and its latent's maximum (nnz,): 0 to Q - 1."""
     share = magnitudes.astype(np.float64) / np.maximum(largest.astype(np.float64), 1e-300)
     interval: I64 = np.minimum((share * N_INTERVALS).astype(np.int64), N_INTERVALS - 1)
     return interval
 
 
 def priority(row: I64, document: I64, slot: I64) -> NDArray[np.uint64]:
-    """The order (nnz,) in which entries are preferred for their slot, latent * Q + interval: the smallest wins.
+    """Priority (nnz,) of entries for their slot, latent * Q + interval; the smallest wins.
 
-    A keyed hash: a choice at random that is always the same. Each latent prefers each document for one of the
-    intervals, drawn by a hash too, so that its examples come from different documents where there are enough.
+    A keyed hash: a random but reproducible choice. Each latent also prefers each document for one interval, chosen by a
+    hash, so that its examples come from different documents where possible.
     """
     latent, interval = np.divmod(slot, N_INTERVALS)
     home = hash64(document * 0x9E37_79B1 + latent, _HOME) % np.uint64(N_INTERVALS)
@@ -43,7 +43,7 @@ def priority(row: I64, document: I64, slot: I64) -> NDArray[np.uint64]:
 
 
 class QuantileExamples:
-    """The chosen entry of each interval of each latent. `update` block by block, in a pass of known maxima."""
+    """The chosen entry of each interval of each latent. Call `update` per block, in a pass with known maxima."""
 
     def __init__(self, largest: NDArray[np.float32]) -> None:
         self.largest = largest
@@ -52,7 +52,7 @@ class QuantileExamples:
         self.value = np.zeros(len(largest) * N_INTERVALS, np.float32)
 
     def update(self, latent: I64, value: NDArray[np.float32], row: I64, document: I64) -> None:
-        """Take in entries (nnz,); `row` and `document` are those of each."""
+        """Add entries (nnz,); `row` and `document` are those of each."""
         slot = latent * N_INTERVALS + interval_of(np.abs(value), self.largest[latent])
         order = priority(row, document, slot)
         better = np.flatnonzero(order < self.best[slot])

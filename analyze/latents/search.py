@@ -1,4 +1,4 @@
-"""Documents by the activation of one latent, and the values of a kept column that it prefers: pure functions.
+"""Documents by the activation of one latent, and the values of a kept column that it prefers. Pure functions.
 
 Shapes: M documents with a row that counts (see `CountedFlags`), of F = d_sae latents.
 """
@@ -37,7 +37,7 @@ class Found:
         return active
 
     def strongest(self, n: int) -> NDArray[np.int64]:
-        """Places of the up to n active documents with the largest pooled activation, by magnitude, first ones first."""
+        """Indices of the up to n active documents with the largest pooled activation by magnitude; ties in order."""
         order = np.argsort(-np.abs(self.pooled), kind="stable")[:n]
         places: NDArray[np.int64] = order[self.active[order]]
         return places
@@ -55,7 +55,7 @@ class Group:
 
 
 def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max") -> Found:
-    """The pooled activation of a latent per document, the column of `pool_documents` without the other latents."""
+    """The pooled activation of a latent per document: one column of `pool_documents`."""
     doc_id, n_rows = _documents(cache)
     rows, values = _entries(codes, latent)
     plain = CountedFlags(cache)[rows] & FLAG_SPECIAL == 0
@@ -71,7 +71,7 @@ def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max"
 
 
 def groups(found: Found, ids: Sequence[int], column: Sequence[Scalar]) -> list[Group]:
-    """The values of a kept column (of the documents `ids`, ascending) by descending lift, then number of documents."""
+    """The values of a kept column (for documents `ids`, ascending), by descending lift, then number of documents."""
     place = np.searchsorted(found.doc_id, ids)
     there = np.isin(ids, found.doc_id)
     members: dict[tuple[type, Scalar], list[int]] = {}  # with its type: True is no 1
@@ -88,7 +88,7 @@ def groups(found: Found, ids: Sequence[int], column: Sequence[Scalar]) -> list[G
 
 
 def group_lines(by: str, all_groups: Sequence[Group], top: int) -> Iterator[str]:
-    """A table of the first values of a column."""
+    """A table of a column's first values."""
     shown = all_groups[:top]
     head = value_label(by)
     width = max(len(cell) for cell in [head, *(value_label(group.value) for group in shown)])
@@ -101,7 +101,7 @@ def group_lines(by: str, all_groups: Sequence[Group], top: int) -> Iterator[str]
 
 
 def document_lines(cache: Cache, found: Found, top: int) -> Iterator[str]:
-    """The documents with the largest pooled activation: it, the kept columns, the beginning of the text."""
+    """The documents with the largest pooled activation: the activation, kept columns, beginning of the text."""
     for i in found.strongest(top).tolist():
         document = cache.find_document(int(found.doc_id[i]))
         text = document.text if document else ""
@@ -110,13 +110,13 @@ def document_lines(cache: Cache, found: Found, top: int) -> Iterator[str]:
 
 
 def summary_line(found: Found, latent: int, pool: str) -> str:
-    """In how many documents a latent is active."""
+    """The number of documents in which a latent is active."""
     n, active = len(found.doc_id), int(found.active.sum())
     return f"latent {latent}: active in {active:,} of {n:,} documents ({active / max(n, 1):.2%}), pooled by {pool}"
 
 
 def _documents(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, numbers of rows that count) of the documents that have such rows."""
+    """(ids, numbers of counted rows) of the documents that have counted rows."""
     parts, flags = [], CountedFlags(cache)
     for start in range(0, cache.n_rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
@@ -129,7 +129,7 @@ def _documents(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _entries(codes: StoredCodes, latent: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(rows, activations) where a latent is active; the index of all entries is read once, block after block."""
+    """(rows, activations) where a latent is active; reads the index of all entries once, block by block."""
     starts = range(0, len(codes.indices), BLOCK_ENTRIES)
     found = [start + np.flatnonzero(codes.indices[start : start + BLOCK_ENTRIES] == latent) for start in starts]
     entries = np.concatenate([np.zeros(0, np.int64), *found])

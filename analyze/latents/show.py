@@ -1,4 +1,4 @@
-"""What `sae-analyze stats` and `show` print: pure functions to lines, which `commands.shared.echo_line` prints."""
+"""Output of `sae-analyze stats` and `show`: pure functions to lines, which `commands.shared.echo_line` prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHOLE = "(text)"  # the label of the latents of a whole text
 
 
 class Marked(NamedTuple):
-    """A line of text with one token to be marked: in color on a terminal, in [[brackets]] elsewhere."""
+    """A line of text with one marked token: colored on a terminal, in [[brackets]] elsewhere."""
 
     before: str
     token: str
@@ -40,7 +40,7 @@ class Marked(NamedTuple):
 
 
 def summary_lines(cache: Cache, stats: LatentStats) -> list[str]:
-    """Statistics of all latents together."""
+    """Statistics over all latents."""
     density, fired = stats.density, stats.fired > 0
     low, middle, high = np.quantile(density[fired], [0.05, 0.5, 0.95]) if fired.any() else (0.0, 0.0, 0.0)
     return [
@@ -82,7 +82,7 @@ def latent_lines(cache: Cache, stats: LatentStats, latent: int, top: int = N_EXA
 
 
 def _others(cache: Cache, stats: LatentStats, latent: int) -> Iterator[str]:
-    """The latents and tokens that a latent goes with."""
+    """Latents and tokens related to a latent."""
     pairs = zip(stats.neighbors[latent].tolist(), stats.cosines[latent].tolist(), strict=True)
     yield "nearest decoder rows: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in pairs)
     pairs = zip(stats.coactive[latent].tolist(), stats.coactive_score[latent].tolist(), strict=True)
@@ -113,7 +113,7 @@ def _one_line(value: object) -> str:
 
 
 def _label(token: str) -> str:
-    """A token in one line without the spaces around it; one of spaces alone as its escapes."""
+    """A token in one line without surrounding spaces; a token of spaces only, escaped."""
     return _one_line(token) or repr(token)[1:-1]
 
 

@@ -1,4 +1,4 @@
-"""`sae-analyze stats`: two passes over the codes of a cache, which is not encoded again; stored beside them.
+"""`sae-analyze stats`: two passes over stored codes of a cache; the statistics are stored beside them.
 
 Shapes: F = d_sae latents, E examples per latent, Q intervals of the activation, M neighbors, L tokens, B bins.
 """
@@ -33,7 +33,7 @@ N_EXAMPLES, N_NEIGHBORS, N_COACTIVE = 10, 5, 5
 
 @dataclass(frozen=True, eq=False)
 class LatentStats:
-    """Statistics of every latent over the rows of a cache that count; see `CountedFlags`."""
+    """Statistics of every latent over the counted rows of a cache; see `CountedFlags`."""
 
     n_rows: int
     fired: NDArray[np.int64]  # (F,) rows on which each latent is active
@@ -58,13 +58,13 @@ class LatentStats:
 
     @property
     def density(self) -> NDArray[np.float64]:
-        """(F,) share of the rows on which each latent is active."""
+        """Share (F,) of rows on which each latent is active."""
         return self.fired / max(self.n_rows, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The codes of the rows of a cache that count, some of them; arrays (nnz,) with one entry per active latent."""
+    """Codes of some counted rows of a cache; arrays (nnz,) have one entry per active latent."""
 
     n_rows: int
     place: NDArray[np.int64]  # which of the n_rows it is of, ascending
@@ -75,7 +75,7 @@ class Block:
 
 
 def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
-    """The codes of the rows of a cache that count, in the blocks of `stored_blocks`."""
+    """Codes of the counted rows of a cache, in the blocks of `stored_blocks`."""
     start = 0
     for stored in stored_blocks(codes, source.cache.column("doc_id"), CountedFlags(source.cache)):
         row, plain = np.repeat(np.arange(len(stored.counts)), stored.counts), ~stored.special
@@ -117,7 +117,7 @@ def compute_stats(
 
 
 def _sampled(block: Block, sample: NDArray[np.int64], before: int) -> NDArray[np.int64]:
-    """The entries of the rows of a sample: (2, nnz) the place in the sample, and the latent."""
+    """Entries of sampled rows: (2, nnz) index in the sample, and latent."""
     low, high = np.searchsorted(sample, [before, before + block.n_rows])
     number = np.full(block.n_rows, -1, np.int64)
     number[sample[low:high] - before] = np.arange(low, high)
@@ -126,13 +126,13 @@ def _sampled(block: Block, sample: NDArray[np.int64], before: int) -> NDArray[np
 
 
 def _coactive(parts: list[NDArray[np.int64]], d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Latents and indices (F, M) from the entries of sampled rows."""
+    """Latents and Jaccard indices (F, M) from the entries of sampled rows."""
     row, latent = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.int64)
     return coactive(row, latent, d_sae, N_COACTIVE)
 
 
 def stats_folder(source: Source) -> Path:
-    """Where statistics of an SAE and a cache are stored."""
+    """Folder of the statistics of an SAE and a cache."""
     return source.place / "stats"
 
 
@@ -146,12 +146,12 @@ def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
 
 
 def load_stats(source: Source, folder: Path) -> LatentStats:
-    """The statistics of a folder. Raises DamagedCodesError, and MismatchError for those of another SAE or cache."""
+    """Load statistics. Raises DamagedCodesError, and MismatchError for those of another SAE or cache."""
     return read_stats(folder, source.identity)
 
 
 def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
-    """The statistics of a folder if their identity has these entries; see `load_stats`."""
+    """Load statistics whose identity has these entries; see `load_stats`."""
     remedy = f"remove {folder} and run `sae-analyze stats` again"
     fields = _fields(folder)
     check_identity(folder, fields.get("identity", dict), identity)
@@ -167,7 +167,7 @@ def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
 
 
 def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick = lambda n_rows: None) -> LatentStats:
-    """The stored statistics of an SAE and a cache; computed, and stored, where there are none of this format.
+    """The stored statistics of an SAE and a cache; computed and stored if there are none of this format.
 
     Raises LockedError while another process computes them.
     """

@@ -1,4 +1,4 @@
-"""The plots of a page as files, by matplotlib, without a display."""
+"""Plots of a report as files, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_plots(facts: Mapping[str, Any], folder: Path, extension: str) -> list[P
 
 
 def plots_of(facts: Mapping[str, Any]) -> Iterator[tuple[str, Draw]]:
-    """Name of the file, and what draws the plot into axes."""
+    """Name of the file, and a function that draws the plot into axes."""
     runs: Sequence[Mapping[str, Any]] = facts["runs"]
     if points := [run for run in runs if run["l0"] is not None and run["fvu"] is not None]:
         yield "pareto", partial(_pareto, runs=points)
@@ -79,5 +79,5 @@ def _shares(panel: Any, shares: Mapping[str, float]) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it: `$` starts a formula, a leading `_` hides a label."""
+    """A name for matplotlib, in which `$` starts a formula and a leading `_` hides a label."""
     return " " * name.startswith("_") + name.replace("$", r"\$")

@@ -35,14 +35,14 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LatentData:
-    """The blobs by name, and what the page must know to read them."""
+    """Blobs by name, and the metadata to read them."""
 
     about: Mapping[str, Any]
     blobs: Mapping[str, str] = field(repr=False)
 
 
 def latent_data(stats: LatentStats, cache: Cache | None = None, codes: StoredCodes | None = None) -> LatentData:
-    """Everything about all latents. Without the cache and its codes the examples have no tokens.
+    """All data of all latents. Without the cache and its codes the examples have no tokens.
 
     Memory: 10 bytes per row of the cache, 14 bytes per example and one chunk of latents.
     """
@@ -92,7 +92,7 @@ class _Chunks:
         return words_of_tokens(self.cache, self.stats.example_rows, rows, others)
 
     def blobs(self) -> Iterator[tuple[str, str]]:
-        """Name and text of each."""
+        """Names and texts of the blobs."""
         stats, d_sae = self.stats, len(self.stats.fired)
         columns: dict[str, NDArray[Any]] = {"density": stats.density, "mean": stats.mean, "largest": stats.largest}
         overview = {name: column.astype(np.float32) for name, column in columns.items()}
@@ -181,7 +181,7 @@ class _Chunks:
 
 
 def scaled(acts: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.int8]:
-    """Activations (P,) in units of their latent's largest / 127; what is active is never 0."""
+    """Activations (P,) in units of their latent's largest / 127; an active one is never 0."""
     units = np.rint(acts / np.maximum(largest, np.float32(1e-30)) * FULL)
     units = np.where((units == 0) & (acts != 0), np.sign(acts), units)
     return np.clip(units, -FULL, FULL).astype(np.int8)

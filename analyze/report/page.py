@@ -1,6 +1,6 @@
-"""The page: one HTML file with its style, code and data inside. It asks the network for nothing.
+"""The page: one HTML file with style, code and data inside; it loads nothing from the network.
 
-Data is JSON in which `<`, `>` and `&` are escapes, or base64; the code puts texts into the page by textContent only.
+Data is JSON in which `<`, `>` and `&` are escaped, or base64; the code inserts texts by textContent only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def render(facts: Mapping[str, Any], blobs: Mapping[str, str] | None = None) -> 
 
 
 def inline_json(value: Any) -> str:
-    """JSON that can stand inside <script>: no `<`, and no character that ends a line; NaN and Inf are null."""
+    """JSON for use inside <script>: no `<`, no line separators; NaN and Inf become null."""
     return json.dumps(_finite(value), allow_nan=False).translate(ESCAPES)
 
 
@@ -49,6 +49,6 @@ def _finite(value: Any) -> Any:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Set the content of a file, atomically."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, page.encode("utf-8", "replace"))

@@ -75,7 +75,7 @@ def report_comparison(folders: Sequence[Path], out: Path, title: str) -> dict[st
 
 
 def stored_stats(folder: Path) -> LatentStats | None:
-    """The newest statistics of an SAE on the cache that it was trained on, for when that is gone; None without any."""
+    """The newest statistics of an SAE on its training cache, for when the cache is gone; None if there are none."""
     found = sorted(folder.glob(f"analysis/*/stats/{RECORD}"), key=lambda path: -path.stat().st_mtime)
     wanted = {"sae": hash_of(load(folder, "cpu")), "cache": read_metadata(folder).get("cache_fingerprint")}
     for path in found:
@@ -85,7 +85,7 @@ def stored_stats(folder: Path) -> LatentStats | None:
 
 
 def _evaluation(source: Source, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sae-analyze eval` stored: groups of the page, shares of the hook points, numbers that the run lacks."""
+    """Parts of an evaluation stored by `sae-analyze eval`: groups, hook points, metrics that the run lacks."""
     found = load_evaluation(source)
     if found is None:
         return {}
@@ -110,7 +110,7 @@ def _facts(title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def log_histogram(values: NDArray[Any], n_bins: int = N_BINS) -> dict[str, list[float]] | None:
-    """{"edges" (n + 1,): log10, "counts" (n,)} of the positive values; None where there are none."""
+    """{"edges" (n + 1,): log10, "counts" (n,)} of the positive values; None if there are none."""
     positive = values[values > 0].astype(np.float64)
     if not len(positive):
         return None

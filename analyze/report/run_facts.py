@@ -1,4 +1,4 @@
-"""What the files of a run tell: numbers, settings, curves of training. An SAE that is no run has fewer of them."""
+"""Facts from the files of a run: metrics, settings, training curves. An SAE without a run has fewer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 
 
 def run_facts(folder: Path) -> dict[str, Any]:
-    """JSON of a run: name, type, numbers of its summary, settings, curves, notes."""
+    """A run as JSON: name, type, metrics of its summary, settings, curves, notes."""
     summary, metadata = _summary(folder), read_metadata(folder)
     numbers = summary.get("eval", {})
     k = summary.get("k")

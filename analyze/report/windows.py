@@ -1,4 +1,4 @@
-"""The tokens around examples, and a latent's activation on each of them, for many examples at once.
+"""The tokens around examples, and a latent's activation on each, for many examples at once.
 
 Shapes: X examples, W = 21 tokens of a window, R distinct rows of all windows.
 """
@@ -56,7 +56,7 @@ def find_windows(cache: Cache, examples: I64, block: int = 4096) -> Windows:
 
 
 def _around(cache: Cache, examples: I64) -> tuple[I64, NDArray[np.bool_]]:
-    """Rows (n, 2 REACH + 1) around each example, and which of them are in its window."""
+    """Rows (n, 2 REACH + 1) around each example, and which of them belong to its window."""
     rows = examples[:, None] + np.arange(-REACH, REACH + 1)
     there = (rows >= 0) & (rows < len(cache)) & (examples >= 0)[:, None]
     rows = np.where(there, rows, 0)
@@ -72,7 +72,7 @@ def _around(cache: Cache, examples: I64) -> tuple[I64, NDArray[np.bool_]]:
 
 
 def activations_at(codes: StoredCodes, rows: I64, latents: I64) -> NDArray[np.float32]:
-    """The activation of a latent at a row, for pairs (P,) of them; 0 where it is silent. A search inside each row."""
+    """The activation of a latent at a row, for pairs (P,); 0 where it is inactive. Searches within each row."""
     low, high = codes.indptr[rows].astype(np.int64), codes.indptr[rows + 1].astype(np.int64)
     last = max(len(codes.indices) - 1, 0)
     end = high.copy()

@@ -1,4 +1,4 @@
-"""The words of a page: texts of the tokens that occur in it, and which of them label each latent.
+"""The words of a report: texts of its tokens, and the tokens that label each latent.
 
 Shapes: F = d_sae latents, E strongest examples of a latent, R rows of the windows, V words.
 """
@@ -25,7 +25,7 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """Words, and what refers to them by their index."""
+    """Words, and references to them by index."""
 
     texts: list[str]  # (V,)
     ids: I64  # (V,) token id of each, ascending; of pooled rows document ids
@@ -33,12 +33,12 @@ class Words:
     stream: NDArray[np.uint32]  # (R,) the words of the rows of all windows
 
     def index(self, ids: NDArray[Any]) -> NDArray[np.uint32]:
-        """The index of each id, all of them known."""
+        """Indices of ids, all of which are known."""
         return np.searchsorted(self.ids, ids).astype(np.uint32)
 
 
 def no_words(d_sae: int) -> Words:
-    """Those of a page without texts."""
+    """The words of a page without texts."""
     return Words([], np.zeros(0, np.int64), np.zeros((d_sae, N_LABELS), np.uint32), np.zeros(0, np.uint32))
 
 
@@ -59,7 +59,7 @@ def words_of_tokens(cache: Cache, top: I64, rows: I64, others: Iterable[NDArray[
 
 
 def words_of_texts(cache: Cache, top: I64) -> Words:
-    """Of pooled rows: the beginning of the document with the strongest activation labels a latent."""
+    """Words for pooled rows: the beginning of the document with the strongest activation labels a latent."""
     strongest = top[:, 0]
     doc_ids = cache.column("doc_id")[np.where(strongest >= 0, strongest, 0)].astype(np.int64)
     known = np.unique(doc_ids[strongest >= 0])
@@ -81,6 +81,6 @@ def most_frequent(places: I64, n: int) -> I64:
 
 
 def shortened(text: str, n: int) -> str:
-    """A text in one line of at most n characters, control characters as escapes."""
+    """A text in one line of at most n characters, with control characters escaped."""
     line = " ".join(text.split())
     return printable(line if len(line) <= n else line[: n - 1] + "\u2026")

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def read_whole(stream: IO[bytes], path: Path, remedy: str) -> bytes:
-    """The bytes of a stream, up to MAX_WHOLE_BYTES. Raises SourceError."""
+    """The bytes of a stream, up to MAX_WHOLE_BYTES. Raises SourceError if there are more."""
     data = stream.read(MAX_WHOLE_BYTES + 1)
     if len(data) > MAX_WHOLE_BYTES:
         raise SourceError(f"{path} holds more than {byte_size(MAX_WHOLE_BYTES)}, and is read whole: {remedy}")
@@ -32,13 +32,13 @@ def read_whole(stream: IO[bytes], path: Path, remedy: str) -> bytes:
 
 
 def _of_schema(names: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
-    """The columns of a file that hold the wanted ones (`data` for `data.text`); None for all."""
+    """Columns of a file that contain the requested ones (`data` for `data.text`); None for all."""
     found = [name for name in names if any(name == want or want.startswith(f"{name}.") for want in wanted)]
     return found or None
 
 
 def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Sequence[str]) -> Iterator[Row]:
-    """Of a .parquet file."""
+    """Records of a .parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -57,7 +57,7 @@ def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Se
 
 
 def arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Sequence[str]) -> Iterator[Row]:
-    """As `Dataset.save_to_disk` writes it (an IPC stream), or an IPC file."""
+    """Records of a file written by `Dataset.save_to_disk` (an IPC stream), or of an IPC file."""
     import pyarrow
 
     plain = path.suffix.lower() == ".arrow"
@@ -88,9 +88,9 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
 
 
 def _readable(batch: Any, kept: Sequence[str]) -> Any:
-    """With names told apart, and times as integers: Python has no times outside of its years, or in nanoseconds.
+    """Make column names unique, and times integers: Python has no times before year 1 or in nanoseconds.
 
-    In the columns that are kept times are text, as a person reads them.
+    In kept columns, times are readable text.
     """
     import pyarrow
 

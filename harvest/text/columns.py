@@ -1,4 +1,4 @@
-"""Which part of a record is the text: detection of the column, and joining of several."""
+"""The text of a record: detecting its column, and joining several columns."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Extract = Callable[[Item], object]
 
 
 def find_columns(open_items: Callable[[], Iterator[Item]], wanted: Sequence[str], where: str) -> tuple[str, ...]:
-    """The columns of the text, of which there is some in the first records. Raises SourceError.
+    """Columns that hold the text in the first records. Raises SourceError.
 
-    Looks at SAMPLE_RECORDS records, and at up to MORE_RECORDS where those tell no column or hold no text in it.
+    Reads SAMPLE_RECORDS records, and up to MORE_RECORDS if those identify no column or hold no text in it.
     """
     sample = list(islice(open_items(), SAMPLE_RECORDS))
     try:
@@ -79,7 +79,7 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
-    """A column, or one inside of a column (`data.text`); None where there is none."""
+    """A column, or a nested one (`data.text`); None if there is none."""
     if name in record:
         return record[name]
     value: Any = record
@@ -142,7 +142,7 @@ def extractor(columns: Sequence[str]) -> Extract:
 
 
 def check_text(records: Iterable[Item], columns: Sequence[str], where: str) -> None:
-    """Refuse columns that hold no text in any of the first records."""
+    """Refuse columns without text in any of the first records."""
     extract = extractor(columns)
     counts, others = dict.fromkeys(SKIP_REASONS, 0), dict.fromkeys(columns, 0)
     for record in records:
@@ -174,5 +174,5 @@ def _kind(value: object) -> str:
 
 
 def listed(kinds: Collection[str]) -> str:
-    """Names of columns in one line."""
+    """Column names in one line."""
     return ", ".join(map(printable, kinds)) if kinds else "none"

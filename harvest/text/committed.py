@@ -1,4 +1,4 @@
-"""Continuing a harvest: the text must be the one whose rows are committed."""
+"""Continuing a harvest: check that the text is the one whose rows are committed."""
 
 from __future__ import annotations
 

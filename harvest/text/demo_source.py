@@ -1,4 +1,4 @@
-"""The demo text: the English inside Python's own help."""
+"""The demo text: Python's own help topics, in English."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class DemoSource:
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """Its name on the command line."""
         return DEMO
 
     @property
     def identity(self) -> Mapping[str, Scalar]:
-        """The text changes a little with each Python."""
+        """Identity of the text, which changes slightly between Python versions."""
         import xxhash
 
         text = "\0".join(f"{name}\0{topic}" for name, topic in self._topics())
@@ -33,16 +33,16 @@ class DemoSource:
 
     @property
     def python(self) -> str:
-        """Version of the Python that the text comes from."""
+        """Python version of the text."""
         return ".".join(map(str, sys.version_info[:3]))
 
     def records(self, start: int) -> Iterator[Record]:
-        """The topics from ordinal `start` on."""
+        """The topics from index `start` on."""
         for row, (name, topic) in enumerate(islice(self._topics(), start, None), start):
             yield Record(topic, f"pydoc_data.topics:{name}", row, n_bytes=len(topic.encode()))
 
     def n_bytes(self) -> int | None:
-        """Size of all topics."""
+        """Size of all topics in bytes."""
         return sum(len(topic.encode()) for _, topic in self._topics())
 
     def _topics(self) -> Iterator[tuple[str, str]]:

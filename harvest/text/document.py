@@ -1,7 +1,7 @@
-"""Where text comes from, and what is fit to harvest: records -> Document.
+"""Sources of text, and which records can be harvested: records -> Document.
 
-Ordinals count every record of the stream, the skipped ones too, so that a row can be traced to its record and a
-resumed harvest finds its place again.
+Ordinals count every record of the stream, including skipped ones, so that a row can be traced to its record and a
+resumed harvest finds its position.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ JOINED_NAMES = (
 
 
 class Unfit(Enum):
-    """What stands for the value of a record that cannot be read; the record is skipped and counted by this name."""
+    """Placeholder for a record's value that cannot be read; the record is skipped and counted under this name."""
 
     NOT_JSON = "not_json"  # a line that is no JSON object where there should be one
     MALFORMED = "malformed"  # more cells than the table has columns, or the key of the text twice
@@ -41,7 +41,7 @@ MAX_RECORD_BYTES = 256 << 20  # of one text, unpacked: memory for more is not to
 
 @dataclass(frozen=True)
 class Record:
-    """One raw item of a source, before anything is known about it."""
+    """One raw item of a source."""
 
     value: object  # a text, chat messages, or something that will be skipped
     source: str  # file or data set it comes from
@@ -56,11 +56,11 @@ class TextSource(Protocol):
 
     @property
     def name(self) -> str:
-        """How a person names it."""
+        """Its name for users."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of the text; empty where there are none, or they are not known yet."""
+        """Columns of the text; empty if there are none or they are not known yet."""
 
     @property
     def identity(self) -> Mapping[str, Scalar]:
@@ -68,13 +68,13 @@ class TextSource(Protocol):
 
     @property
     def seekable(self) -> bool:
-        """Whether records from an ordinal on can be had without reading those before."""
+        """Whether records from an ordinal on can be read without those before."""
 
     def records(self, start: int) -> Iterator[Record]:
         """Records from ordinal `start` on."""
 
     def n_bytes(self) -> int | None:
-        """Size of the source in bytes, of which each record has its share; None if only reading it would tell."""
+        """Size of the source in bytes, of which each record has a share; None if unknown before reading everything."""
 
 
 def documents(source: TextSource, start: int, render: Render) -> Iterator[Document]:
@@ -84,7 +84,7 @@ def documents(source: TextSource, start: int, render: Render) -> Iterator[Docume
 
 
 def to_document(doc_id: int, record: Record, render: Render) -> Document:
-    """A record as a text; None, empty, binary and other things are marked as skipped, never dropped."""
+    """A record as a document; empty, binary and invalid records are marked as skipped, never dropped."""
     value = join_texts(record.value)
     if isinstance(value, list):
         value = _render_chat(value, render)
@@ -99,14 +99,14 @@ def to_document(doc_id: int, record: Record, render: Render) -> Document:
 
 
 def join_texts(value: object) -> object:
-    """A list of strings as one text, a line each; anything else as it is."""
+    """A list of strings as one text, one per line; other values unchanged."""
     if isinstance(value, list) and value and all(isinstance(item, str | None) for item in value):
         return "\n".join(item for item in value if item)
     return value
 
 
 def skipped_counts(counts: Mapping[str, int]) -> str:
-    """`2 none, 1 not json`; empty when nothing was skipped."""
+    """`2 none, 1 not json`; empty if nothing was skipped."""
     return ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
 
 
@@ -118,7 +118,7 @@ def _render_chat(value: list[Any], render: Render) -> str | None:
 
 
 def _message(item: object) -> dict[str, str] | None:
-    """`{"role", "content"}`, also in the spellings `{"from", "value"}` and content in parts."""
+    """A message `{"role", "content"}`, also from `{"from", "value"}` and from content in parts."""
     if not isinstance(item, dict):
         return None
     role = item.get("role", item.get("from"))
@@ -132,7 +132,7 @@ def _message(item: object) -> dict[str, str] | None:
 
 
 def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator[Record]:
-    """Draw from a buffer that is filled up again; a function of the records, the size and the seed only."""
+    """Draw from a buffer that is refilled; depends only on the records, the buffer size and the seed."""
     if buffer_size < 2:
         yield from records
         return
@@ -150,5 +150,5 @@ def shuffled(records: Iterable[Record], buffer_size: int, seed: int) -> Iterator
 
 
 def shuffle_name(config: TextConfig) -> str:
-    """How the stream is shuffled, for the fingerprint."""
+    """The shuffling, for the fingerprint."""
     return f"buffer {config.shuffle_buffer}, seed {config.shuffle_seed}" if config.shuffle_buffer > 1 else "none"

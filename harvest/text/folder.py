@@ -1,4 +1,4 @@
-"""Which files of a folder are its text, and why the others are not."""
+"""The text files of a folder, and why other files are left out."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _SHOWN = 3  # names of left out files per reason
 
 @dataclass
 class Folder:
-    """What is in a folder."""
+    """Contents of a folder."""
 
     path: Path
     files: dict[Path, None] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
 
     def leave_out(self, file: Path, reason: str) -> None:
-        """Take a file or folder from the ones that are read, and remember why."""
+        """Exclude a file or folder, and record why."""
         self.left_out.setdefault(reason, []).append(self.name(file))
         self.files.pop(file, None)
 
     def name(self, file: Path) -> str:
-        """The path below the folder; it orders the files."""
+        """The path relative to the folder; it determines the order of files."""
         return file.relative_to(self.path).as_posix()
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def find_files(path: Path, split: str | None, say: Callable[[str], None]) -> lis
 
 
 def _collect(folder: Folder) -> None:
-    """All files below a folder that may be text, less cards and descriptions."""
+    """All files below a folder that may be text, except cards and descriptions."""
     found = list(_walk(folder, folder.path, set()))
     for file in found:
         if kind_of(file) not in PLAIN + TABLES:
@@ -98,7 +98,7 @@ def _collect(folder: Folder) -> None:
 
 
 def _leave_out_leftovers(folder: Folder, about: Path) -> None:
-    """Beside the data of the library datasets: results of `map` and `filter`, and shards that it saved there before."""
+    """Exclude leftovers of the datasets library: results of `map` and `filter`, and shards of earlier saves."""
     beside = [file for file in folder.files if file.parent == about.parent and file.suffix == ".arrow"]
     saved = json_object(about.read_text(encoding="utf-8", errors="replace")) or {}
     if about.name == "dataset_info.json" and not about.with_name("state.json").is_file():  # in the cache of datasets
@@ -118,7 +118,7 @@ def _leave_out_leftovers(folder: Folder, about: Path) -> None:
 
 
 def _walk(folder: Folder, path: Path, seen: set[Path]) -> Iterator[Path]:
-    """Regular files below a path, through links to folders elsewhere; each folder once."""
+    """Regular files below a path, following links; each folder once."""
     for entry in sorted(path.iterdir()):
         if entry.name.startswith("."):
             folder.leave_out(entry, "hidden")
@@ -171,7 +171,7 @@ def _split_of(parts: tuple[str, ...], saved: set[str]) -> str | None:
 
 
 def _is_cache(folder: Path) -> bool:
-    """An activation cache holds .json and .parquet files too; none of them is the text that was meant."""
+    """Whether a folder is an activation cache, whose .json and .parquet files are not text to harvest."""
     if not os.path.isfile(folder / MANIFEST):
         return False
     try:

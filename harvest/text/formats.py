@@ -1,6 +1,6 @@
-"""The formats of local text files: their suffixes, plain text, and reading in pieces of bounded size.
+"""Formats of local text files: suffixes, plain text, and reading in bounded pieces.
 
-Nothing is read whole except a plain file that is one document, and a .json file that is one array.
+Only a plain file that is one document, and a .json file that is one array, are read whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def text_records(stream: IO[bytes], name: str, mode: str) -> Iterator[Record]:
 
 
 def _split(stream: IO[bytes], mode: str) -> Iterator[tuple[bytes | Unfit, int]]:
-    """(text, its size in bytes) per file, line or paragraph (parted by blank lines)."""
+    """(text, size in bytes) per file, line or paragraph (separated by blank lines)."""
     if mode == "file":
         data = stream.read(MAX_RECORD_BYTES + 1)
         yield (data if len(data) <= MAX_RECORD_BYTES else Unfit.TOO_LARGE), len(data)
@@ -59,7 +59,7 @@ def _split(stream: IO[bytes], mode: str) -> Iterator[tuple[bytes | Unfit, int]]:
 
 
 def bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes | Unfit, int]]:
-    """(line with its end, its size in bytes); of a line above MAX_RECORD_BYTES only that it is too large."""
+    """(line with its ending, size in bytes); a line above MAX_RECORD_BYTES is only reported as too large."""
     while line := stream.readline(MAX_RECORD_BYTES):
         size = len(line)
         if size < MAX_RECORD_BYTES or line.endswith(b"\n"):
@@ -71,7 +71,7 @@ def bounded_lines(stream: IO[bytes]) -> Iterator[tuple[bytes | Unfit, int]]:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file for reading, decompressed by its suffix, and as UTF-8 where it begins with the mark of UTF-16."""
+    """Open a file, decompressed by its suffix; a UTF-16 file with a byte order mark is read as UTF-8."""
     stream = _open_bytes(path)
     if stream.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return stream
@@ -113,17 +113,17 @@ class _RawStream(io.RawIOBase):
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells the format, less that of a compression."""
+    """The suffix that determines the format, without that of the compression."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
 
 
 def known_suffixes() -> str:
-    """For messages."""
+    """The suffixes, for messages."""
     return ", ".join(PLAIN + TABLES)
 
 
 def decode(data: bytes) -> tuple[str, bool]:
-    """(text, whether bytes that are no UTF-8 were replaced)."""
+    """(text, whether invalid UTF-8 bytes were replaced)."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return data.decode("utf-8"), False
@@ -141,12 +141,12 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def again(name: str) -> str:
-    """What the second column of this name is called."""
+    """New name of the second column with a name."""
     return f"{name} (2)"
 
 
 def told_apart(names: Sequence[str]) -> list[str]:
-    """Names of columns, of which the second of the same name is called `text (2)`."""
+    """Column names made unique: the second `text` is `text (2)`."""
     counts: Counter[str] = Counter()
     found = []
     for name in names:
@@ -156,7 +156,7 @@ def told_apart(names: Sequence[str]) -> list[str]:
 
 
 def told_apart_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a key that occurs twice is two columns."""
+    """A JSON object in which a key that occurs twice becomes two columns."""
     found = dict(pairs)
     if len(found) != len(pairs):
         found = dict(zip(told_apart([key for key, _ in pairs]), (value for _, value in pairs), strict=True))

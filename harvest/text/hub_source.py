@@ -42,7 +42,7 @@ class HubSource:
 
     @property
     def name(self) -> str:
-        """The data set's id."""
+        """The dataset's id."""
         return self._config.dataset
 
     @property

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-Contestant = Callable[["Turn"], object]  # takes steps for ever; can be pickled
+Contestant = Callable[["Turn"], object]  # takes steps forever; can be pickled
 
 
 class Turn(Protocol):
@@ -87,7 +87,7 @@ def _play(contestant: Contestant, pipe: Connection) -> None:
         pipe.send(time.perf_counter() - start if took is None else took)
         try:
             pipe.recv()
-        except EOFError:  # the race is over; a trainer's threads may wait for ever
+        except EOFError:  # the race is over; a trainer's threads may wait forever
             os._exit(0)
         start = time.perf_counter()
 

@@ -4,7 +4,7 @@
 
 Both read the same Loader (same rows, order, split), take the same number of steps with the same batch, learning rate,
 warm-up, decay and dead window, and leave a SAELens folder; SAELens loads both and one evaluator measures them on the
-held-out documents. What stays SAELens' own are its losses, its initialisation and its normalisation. Types with a
+held-out documents. What stays SAELens' own are its losses, its initialization and its normalization. Types with a
 penalty are run with a few coefficients until the wanted L0 lies between two, then FVU is interpolated; the threshold
 of batch-wise types is moved to that L0, on the held-out rows, for both.
 """

@@ -18,6 +18,6 @@ def paragraphs(n_texts: int) -> list[str]:
 
 
 def write_jsonl(path: Path, n_texts: int) -> Path:
-    """Write the paragraphs as a local data set with a `text` column."""
+    """Write the paragraphs as a local dataset with a `text` column."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs(n_texts)), encoding="utf-8")
     return path

@@ -57,15 +57,15 @@ Dataset = Annotated[
     _option(TEXT, "Hub id, local file or folder, - for standard input, or demo. "
             "(default: Salesforce/wikitext (wikitext-103))", "--dataset", "-d", show_default=False),
 ]  # fmt: skip
-DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub data set.", "--dataset-config")]
+DatasetConfig = Annotated[str | None, _option(TEXT, "Configuration of a hub dataset.", "--dataset-config")]
 Split = Annotated[
     str | None,
     _option(
-        TEXT, "Split of a hub data set or of a folder with several; all of a folder. (default: train)", "--split",
+        TEXT, "Split of a hub dataset or of a folder with several; all of a folder. (default: train)", "--split",
         show_default=False,
     ),
 ]  # fmt: skip
-DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub data set.", "--dataset-revision")]
+DatasetRevision = Annotated[str | None, _option(TEXT, "Commit, tag or branch of a hub dataset.", "--dataset-revision")]
 TextColumns = Annotated[
     list[str] | None,
     _option(TEXT, "Column of the text; several (a,b) are joined. (default: detected)", "--text-column",

@@ -31,7 +31,7 @@ class TextConfig:
 
     dataset: str = DEFAULT_DATASET
     config: str | None = None
-    split: str | None = None  # of a hub data set: DEFAULT_SPLIT
+    split: str | None = None  # of a hub dataset: DEFAULT_SPLIT
     revision: str | None = None
     text_columns: tuple[str, ...] = ()
     keep_columns: tuple[str, ...] = ()  # stored with the documents

@@ -2,9 +2,9 @@
 
 GranaryError
 └── HarvestError              every expected failure: `sae-harvest` prints it in one line and exits with 2
-    ├── SourceError           a data set, file or column that is not found
+    ├── SourceError           a dataset, file or column that is not found
     │   └── SourceStoppedError    a source that broke off half-way: the harvest can be continued
-    ├── NoRowsError           a data set of which nothing is fit to harvest
+    ├── NoRowsError           a dataset of which nothing is fit to harvest
     └── SpaceError            not enough room on the disk for what is planned (also an OSError)
 
 Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`, models that cannot be used a `ModelError` of
@@ -19,7 +19,7 @@ class HarvestError(GranaryError):
 
 
 class SourceError(HarvestError):
-    """A data set, file or text column that is not found."""
+    """A dataset, file or text column that is not found."""
 
 
 class SourceStoppedError(SourceError):
@@ -27,12 +27,12 @@ class SourceStoppedError(SourceError):
 
 
 class NoRowsError(HarvestError):
-    """A data set of which nothing is fit to harvest."""
+    """A dataset of which nothing is fit to harvest."""
 
     def __init__(self, dataset: str, skipped: str, columns: tuple[str, ...]) -> None:
         found = f"all its records were skipped ({skipped})" if skipped else "it holds no records"
         remedy = f", or name another column than {', '.join(columns)} with --text-column" if columns else ""
-        super().__init__(f"no rows were harvested from data set {dataset}: {found}; give data with text{remedy}")
+        super().__init__(f"no rows were harvested from dataset {dataset}: {found}; give data with text{remedy}")
 
 
 class SpaceError(HarvestError, OSError):

@@ -55,7 +55,7 @@ def harvest_activations(
     Raises:
         ConfigError: a setting is wrong.
         ModelError: a model, layer or module is missing or cannot be used.
-        HarvestError: a data set is missing or wrong, or there is no room; `harvest.errors` draws the tree.
+        HarvestError: a dataset is missing or wrong, or there is no room; `harvest.errors` draws the tree.
         CacheError: `out` holds another harvest, or is damaged.
     """
     if config is not None and settings:

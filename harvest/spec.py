@@ -21,7 +21,7 @@ from sae_granary.models.tokens.vocabulary import vocabulary
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-transformers", "numpy", "zarr")
 
-# Keys of the fingerprint that caches of before lack, in words. Where a cache with rows lacks one, it is not compared.
+# Keys of the fingerprint that caches of earlier versions may lack, in words; a missing key is not compared.
 _LATER = {"model_config_xxh3": "model configuration", "dataset_full_xxh3": "hash of the whole text"}
 
 

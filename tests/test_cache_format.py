@@ -1,4 +1,4 @@
-"""The frozen caches of format 1 in tests/data open for ever, and today's writer still writes the same bytes.
+"""The frozen caches of format 1 in tests/data open forever, and today's writer still writes the same bytes.
 
 `python tests/test_cache_format.py` made them; a format that writes other bytes is a new version with caches of its own.
 """

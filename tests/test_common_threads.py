@@ -61,7 +61,7 @@ def test_an_interrupt_reaches_the_thread_that_it_meets_and_who_waits_for_that_ca
     with pytest.raises(KeyboardInterrupt):  # while it helps
         good()
     assert good() == 7
-    with pytest.raises(KeyboardInterrupt):  # instead of waiting for ever
+    with pytest.raises(KeyboardInterrupt):  # instead of waiting forever
         bad()
 
 

@@ -87,7 +87,7 @@ def test_a_data_set_of_which_nothing_is_left_says_why(run: Run, tmp_path: Path) 
     assert "holds no text in text in its first 2 records (1 none, 1 binary)" in output.replace("\n", " ")
     code, output = run(f"{BERT} --layer 2 --dataset late.txt.gz")
     assert code == 2
-    assert "no rows were harvested from data set late.txt.gz: all its records were skipped (1 binary)" in output
+    assert "no rows were harvested from dataset late.txt.gz: all its records were skipped (1 binary)" in output
     assert not (tmp_path / "cache" / "bert_l2").exists()
 
 
@@ -128,7 +128,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
         (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),
         (f"{BERT} --layer 1 --dataset nothing.txt", r"there is no file or folder nothing\.txt"),
-        (f"{BERT} --layer 1 --dataset some/data", r"data set 'some/data' is not reachable: there is no network"),
+        (f"{BERT} --layer 1 --dataset some/data", r"dataset 'some/data' is not reachable: there is no network"),
         (f"{BERT} --layer 1 {TEXT} --dtype float23", r"--dtype is 'float23': .*, did you mean 'float32'"),
         (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"--compute-dtype is 'int8'.*one of auto, float32"),
         (f"{BERT} --layer 1 {TEXT} --unit sentence", r"--unit is 'sentence'.*one of token, text"),
@@ -178,12 +178,12 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 --dataset bad/empty.txt", r"bad/empty\.txt is an empty file: give a file with text"),
         (
             f"{BERT} --layer 1 --dataset bad/blank.txt",
-            r"no rows were harvested from data set bad/blank\.txt: .*skipped \(1 empty\); give data with text$",
+            r"no rows were harvested from dataset bad/blank\.txt: .*skipped \(1 empty\); give data with text$",
         ),
         (f"{BERT} --layer 1 --dataset /dev/null", r"/dev/null is neither a file nor a folder"),
-        (f"{BERT} --layer 1 --dataset bad/cut.json", r"bad/cut\.json is invalid JSON: .*; mend or remove it"),
+        (f"{BERT} --layer 1 --dataset bad/cut.json", r"bad/cut\.json is invalid JSON: .*; fix or remove it"),
         (f"{BERT} --layer 1 --dataset bad/no.jsonl", r"bad/no\.jsonl: none of its first 2 records is a JSON object"),
-        (f"{BERT} --layer 1 --dataset a_cache", r"a_cache is an activation cache, not a data set"),
+        (f"{BERT} --layer 1 --dataset a_cache", r"a_cache is an activation cache, not a dataset"),
         (f"{BERT} --layer 1 --dataset mixed", r"mixed/b\.csv has no column 'text', the text of mixed/a\.jsonl"),
         (f"{BERT} --layer 1 {TEXT} --text-column ''", r"--text-column is empty"),
         (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a whole number"),

@@ -119,7 +119,7 @@ def test_it_belongs_to_the_fingerprint(config: Config, monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", "true")
     made = config("bert")
     assert fingerprint(prepare(made, print))["compile"] is True
-    assert "compile" not in fingerprint(prepare(eager(made), print))  # as in caches of before this setting
+    assert "compile" not in fingerprint(prepare(eager(made), print))  # as in caches of earlier versions this setting
     harvest_activations(eager(made), quiet=True)
     with pytest.raises(CacheError, match=r"compile.*\n.*--out"):
         harvest_activations(replace(made, out=eager(made).out_path), quiet=True)

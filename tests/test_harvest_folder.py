@@ -103,7 +103,7 @@ def test_data_sets_saved_to_disk_are_read(tmp_path: Path) -> None:
     whole.select(range(2499, -1, -1)).save_to_disk(tmp_path / "one", num_shards=2)
     found, said = read(tmp_path / "one")
     assert [text for _, text in found] == texts[::-1]
-    assert "dataset_info.json, state.json (describes the data set)" in said
+    assert "dataset_info.json, state.json (describes the dataset)" in said
     parts = {"train": whole.select(range(3)), "extra": whole.select(range(3, 5))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
     assert [text for _, text in read(tmp_path / "dict")[0]] == texts[:3]
@@ -120,7 +120,7 @@ def test_what_datasets_leaves_beside_a_saved_data_set_is_no_part_of_it(tmp_path:
     opened.filter(lambda record: record["n"] < 3)
     found, said = read(tmp_path / "one")
     assert [text for _, text in found] == whole["text"]
-    assert re.search(r"cache-\w+.arrow, cache-\w+.arrow \(left over beside the saved data set\)", said)
+    assert re.search(r"cache-\w+.arrow, cache-\w+.arrow \(left over beside the saved dataset\)", said)
     whole.save_to_disk(tmp_path / "again", num_shards=2)
     whole.select([4, 2]).save_to_disk(tmp_path / "again", num_shards=1)
     assert [text for _, text in read(tmp_path / "again")[0]] == ["text 4", "text 2"]

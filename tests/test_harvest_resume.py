@@ -101,7 +101,7 @@ def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: Harvest
     result = harvest_activations(replace(config, max_tokens=10**6), quiet=True)
     assert result.ended == "source"
     assert result.warnings == (
-        f"the data set ended before --max-tokens 1,000,000: {result.n_rows:,} rows of {result.n_docs} documents; "
+        f"the dataset ended before --max-tokens 1,000,000: {result.n_rows:,} rows of {result.n_docs} documents; "
         "complete, but shorter",
     )
     assert open_cache(config.out_path).complete

@@ -244,7 +244,7 @@ def test_the_home_of_nobody_is_no_data_set() -> None:
 
 def test_no_network_is_said_and_local_ways_named() -> None:
     with pytest.raises(
-        SourceError, match=r"data set 'some/data' is not reachable: there is no network.*local path.*demo"
+        SourceError, match=r"dataset 'some/data' is not reachable: there is no network.*local path.*demo"
     ):
         open_source(TextConfig("some/data"), lambda message: None)
 
@@ -252,7 +252,7 @@ def test_no_network_is_said_and_local_ways_named() -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(b"one line\n" * 1000)
     (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceStoppedError, match=r"a\.txt\.gz cannot be read: .*; mend or remove it"):
+    with pytest.raises(SourceStoppedError, match=r"a\.txt\.gz cannot be read: .*; fix or remove it"):
         values(tmp_path / "a.txt.gz")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(SourceError, match=r"b\.parquet is no parquet file"):

@@ -42,7 +42,7 @@ HOSTILE = {"model": {"id": NASTY, "note\x1b": "a\nb"}, "command": "rm -rf ~", "m
 
 @pytest.fixture(autouse=True)
 def no_waiting():
-    """What waits for ever fails instead."""
+    """What waits forever fails instead."""
 
     def late(signum, frame):
         raise AssertionError("still waiting after a minute")

@@ -233,7 +233,7 @@ def test_refusals(make_cache) -> None:
 
 
 def test_an_endless_stream_without_a_row_says_so(make_cache) -> None:
-    """As in a run of before whose filters were edited: the counts are those of others."""
+    """As in a run of an earlier version whose filters were edited: the counts are those of others."""
     opened = open_cache(make_cache(n_docs=20))
     counts = account(opened, Selection(), ("layer_3",))
     selection = Selection(Filters(min_position=10_000))

@@ -1,4 +1,4 @@
-"""The order of an epoch: permutations for any size, seed and epoch, the same for ever."""
+"""The order of an epoch: permutations for any size, seed and epoch, the same forever."""
 
 from collections import Counter
 

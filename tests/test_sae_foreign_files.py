@@ -100,7 +100,7 @@ def test_weights_that_do_not_fit_exactly_are_refused(damage: str, ours: bool, tm
     if ours:
         sae_core.save(make("topk"), tmp_path)
         record = json.loads((tmp_path / "granary.json").read_text())
-        del record["sha256"]  # as files of before had none
+        del record["sha256"]  # as files of earlier versions had none
         (tmp_path / "granary.json").write_text(json.dumps({**record, "format": 1}))
     else:
         saelens_folder(make("topk"), tmp_path)

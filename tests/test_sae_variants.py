@@ -182,7 +182,7 @@ def test_the_loss_does_not_depend_on_the_scale_of_the_activations(name: str) -> 
 def test_dead_latents_are_counted_in_rows(name: str) -> None:
     sae = make(name, dead_after_tokens=100)
     with torch.no_grad():
-        sae.core.W_dec[7] = 0.0  # pre-activation 0 for ever
+        sae.core.W_dec[7] = 0.0  # pre-activation 0 forever
         if sae.core.has_encoder:
             sae.core.W_enc[:, 7] = 0.0
     for _ in range(3):
@@ -198,8 +198,8 @@ def test_options_are_checked_and_named(name: str) -> None:
     cls = registry.get(name)
     with pytest.raises(OptionError, match=r"d_sae=0: expected a value > 0"):
         sae_core.make_config(cls, {"d_in": 4, "d_sae": 0})
-    with pytest.raises(OptionError, match=r"no option 'normalise' .*, did you mean 'normalize'\?"):
-        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalise": "none"})
+    with pytest.raises(OptionError, match=r"no option 'normalize' .*, did you mean 'normalize'\?"):
+        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalize": "none"})
     with pytest.raises(OptionError, match="normalize='half': expected one of "):
         sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalize": "half"})
     with pytest.raises(OptionError, match="needs option 'd_in'"):

@@ -108,7 +108,7 @@ def export(
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     repo: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.")],
-    licence: Annotated[str, typer.Option("--license", help="Licence named in the model card.")] = "mit",
+    license: Annotated[str, typer.Option("--license", help="License named in the model card.")] = "mit",
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Upload. Without it, only print what would be uploaded.")] = False,
     debug: Debug = False,
@@ -118,9 +118,9 @@ def push(
         from sae_granary.train.publish import push as hub
 
         if yes:
-            echo(hub.push(folder, repo, licence=licence, private=not public))
+            echo(hub.push(folder, repo, license=license, private=not public))
             return
-        with hub.staged(folder, licence) as place:
+        with hub.staged(folder, license) as place:
             for path in sorted(place.iterdir()):
                 echo(f"{path.name}  {path.stat().st_size:,} bytes")
             card = (place / hub.CARD).read_text(encoding="utf-8")

@@ -93,7 +93,7 @@ def encoded_blocks(sae: SAE, blocks: Iterable[TextBlock]) -> Iterator[tuple[Code
 
 
 def documents_of(texts: Sequence[str]) -> list[Document]:
-    """Texts as documents, numbered from 0. Raises ConfigError for a single string, and for items that are not strings."""
+    """Texts as documents, numbered from 0. Raises ConfigError for a single string, and for anything but strings."""
     if isinstance(texts, str):
         raise ConfigError("texts is one string, expected a list of them: [text]")
     if wrong := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:

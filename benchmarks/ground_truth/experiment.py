@@ -63,7 +63,7 @@ def measure(sae: SAE, path: Path, world: World, activations: Floats) -> dict[str
     W_dec = sae.W_dec.numpy()
     similarity = metrics.cosines(W_dec, world.directions)
     latent_of = metrics.match(similarity)
-    scale = sae.scalings()[0].scale.mean().item()  # codes are in units of the normalised rows
+    scale = sae.scalings()[0].scale.mean().item()  # codes are in units of the normalized rows
     codes = out.codes.dense().numpy() / scale
     contribution = (codes * np.linalg.norm(W_dec, axis=1))[:, latent_of]
     contribution[:, latent_of < 0] = 0.0

@@ -33,7 +33,7 @@ SHUFFLED = Shuffle()
 
 
 class Loader:
-    """Iterates over shuffled batches: for ever, or over `epochs` passes of which the last batch may be short.
+    """Iterates over shuffled batches: forever, or over `epochs` passes of which the last batch may be short.
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
     With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; contexts never

@@ -97,7 +97,7 @@ class PoolSource:
         """Pools from a cursor on, at which a batch starts.
 
         The rows of a pool may be overwritten when the next but one is asked for. Raises SelectionError when an epoch
-        of an endless stream has no survivor: its reader would wait for ever.
+        of an endless stream has no survivor: its reader would wait forever.
         """
         first, missing = self.order.locate(epoch, cursor), 0
         ahead = ReadAhead(self.files)

@@ -77,7 +77,7 @@ def read_contexts(
 ) -> Iterator[Contexts]:
     """Batches of whole contexts with at most `batch_rows` kept rows (a context that holds more is a batch of its own).
 
-    Contexts without a kept row are stepped over. Batches follow one another over the end of a pass: for ever, or for
+    Contexts without a kept row are stepped over. Batches follow one another over the end of a pass: forever, or for
     `epochs` passes. Contexts come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
     arguments and the state of an earlier batch continue exactly behind it; seeking and memory cost O(262,144 rows).
     The norms that filters may look at are those of `hook`.

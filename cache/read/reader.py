@@ -1,6 +1,6 @@
 """Open a cache and read it: rows by slice or index, metadata, documents, statistics. Imports neither zarr nor torch.
 
-Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_per_shard + offset` is for ever.
+Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_per_shard + offset` is forever.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def cache_paths(cache: Path, folder: Path) -> dict[str, str]:
 def find_recorded(record: Mapping[str, Any], folder: Path, stored: str | None = None) -> str | None:
     """The path of the recorded cache: `stored`, else relative to the folder, else the absolute one; None if at none.
 
-    A cache counts only if it has the fingerprint of the record (`cache`; a sweep.json of before has none).
+    A cache counts only if it has the fingerprint of the record (`cache`; a sweep.json of earlier versions has none).
     """
     fingerprint, paths = record.get("cache"), record.get(PATHS) or {}
     places = [stored] if stored is not None else []

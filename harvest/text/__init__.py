@@ -1,1 +1,1 @@
-"""Documents from files, hub data sets and standard input."""
+"""Documents from files, hub datasets and standard input."""

@@ -44,7 +44,7 @@ class Record:
     """One raw item of a source."""
 
     value: object  # a text, chat messages, or something that will be skipped
-    source: str  # file or data set it comes from
+    source: str  # file or dataset it comes from
     row: int  # its place in that source; -1 if a shuffled stream does not tell
     repaired: bool = False  # bytes that are no UTF-8 were replaced
     n_bytes: float = 0.0  # its share of the source's `n_bytes`

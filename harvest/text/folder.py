@@ -68,7 +68,7 @@ def find_files(path: Path, split: str | None, say: Callable[[str], None]) -> lis
         folder.files[path] = None
     else:
         if _is_cache(path):
-            raise SourceError(f"{path} is an activation cache, not a data set: give the text it was harvested from")
+            raise SourceError(f"{path} is an activation cache, not a dataset: give the text it was harvested from")
         _collect(folder)
     _choose_split(folder, split)
     left_out = f"; left out: {folder}" if folder.left_out else ""
@@ -86,7 +86,7 @@ def _collect(folder: Folder) -> None:
         if kind_of(file) not in PLAIN + TABLES:
             folder.leave_out(file, f"unknown ending {file.suffix}" if file.suffix else "no ending")
         elif file.name in _ABOUT and (file.parent / "dataset_info.json" in found or file.name != "state.json"):
-            folder.leave_out(file, "describes the data set")
+            folder.leave_out(file, "describes the dataset")
         else:
             folder.files[file] = None
     for about in [file for file in found if file.name in ("state.json", "dataset_info.json")]:
@@ -114,7 +114,7 @@ def _leave_out_leftovers(folder: Folder, about: Path) -> None:
             f"{about.parent} holds rows that its indices.arrow selects: load and save it again with a newer datasets"
         )
     for file in sorted(old):
-        folder.leave_out(file, "left over beside the saved data set")
+        folder.leave_out(file, "left over beside the saved dataset")
 
 
 def _walk(folder: Folder, path: Path, seen: set[Path]) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Text from a Hugging Face data set, streamed, with retries: no record is lost or doubled when the network fails."""
+"""Text from a Hugging Face dataset, streamed, with retries: no record is lost or doubled when the network fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # waits between tries at the s
 
 
 class HubSource:
-    """A streamed data set of the hub (or a local folder that `datasets.load_dataset` understands)."""
+    """A streamed dataset of the hub (or a local folder that `datasets.load_dataset` understands)."""
 
     seekable = True
 
@@ -31,7 +31,7 @@ class HubSource:
         self._config = config = replace(config, split=config.split or DEFAULT_SPLIT)
         self._say = say
         self.revision = _resolve_revision(config)
-        where = f"data set {config.dataset}"
+        where = f"dataset {config.dataset}"
         if next(self._sample(), None) is None:
             raise SourceError(f"{where}, split {config.split}: no records")
         self.columns = find_columns(self._sample, config.text_columns, where)
@@ -95,7 +95,7 @@ def retrying(
         except _network_errors() as error:
             if tries == len(waits):
                 raise SourceStoppedError(
-                    f"the data set broke off at record {position:,} after {tries} retries ({one_line(error)}); "
+                    f"the dataset broke off at record {position:,} after {tries} retries ({one_line(error)}); "
                     "the same command continues from the last committed shard"
                 ) from error
             say(f"network error at record {position:,} ({one_line(error)}): retry {tries + 1} in {waits[tries]:.0f} s")
@@ -119,13 +119,13 @@ def _network_errors() -> tuple[type[BaseException], ...]:
 
 
 def _resolve_revision(config: TextConfig) -> str | None:
-    """The commit of the data set now, so that a harvest continued later reads the same text."""
+    """The commit of the dataset now, so that a harvest continued later reads the same text."""
     from pathlib import Path
 
     if Path(config.dataset).exists():
         return None
     if not online():
-        raise SourceError(f"data set {config.dataset!r} is not reachable: {OFFLINE_HINT.format(kind='--dataset')}")
+        raise SourceError(f"dataset {config.dataset!r} is not reachable: {OFFLINE_HINT.format(kind='--dataset')}")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -133,7 +133,7 @@ def _resolve_revision(config: TextConfig) -> str | None:
         return HfApi().dataset_info(config.dataset, revision=config.revision).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
-            f"unknown data set {config.dataset!r}"
+            f"unknown dataset {config.dataset!r}"
             + (f" at revision {config.revision!r}" if config.revision else "")
             + f" ({one_line(error)}): give a hub id, a local file or folder, -, or demo"
         ) from error
@@ -149,8 +149,8 @@ def _load(config: TextConfig, revision: str | None) -> Any:
             config.dataset, config.config, split=config.split, revision=revision, streaming=True
         )
     except ValueError as error:  # a wrong split or config: datasets names the ones there are
-        raise SourceError(f"data set {config.dataset}: {one_line(error)}") from error
+        raise SourceError(f"dataset {config.dataset}: {one_line(error)}") from error
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise SourceError(f"unknown data set {config.dataset!r}: {one_line(error)}") from error
+        raise SourceError(f"unknown dataset {config.dataset!r}: {one_line(error)}") from error
     except (RuntimeError, FileNotFoundError) as error:
-        raise SourceError(f"data set {config.dataset} cannot be read: {one_line(error)}") from error
+        raise SourceError(f"dataset {config.dataset} cannot be read: {one_line(error)}") from error

@@ -157,7 +157,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
-        problem, remedy = one_line(error), "mend or remove it"
+        problem, remedy = one_line(error), "fix or remove it"
         if "too much memory" in problem:  # zstd's window
             remedy = f"decompress it first: zstd -d --long=31 {shlex.quote(str(path))}"
         raise SourceStoppedError(f"{path} cannot be read: {problem}; {remedy}") from error
@@ -186,7 +186,7 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 def _ends_hash(root: Path, files: list[Path]) -> str:
-    """Names, sizes and both ends of every file: what caches of before know."""
+    """Names, sizes and both ends of every file: what caches of earlier versions know."""
     digest = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size

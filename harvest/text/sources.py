@@ -20,7 +20,7 @@ _HUB_FLAGS = ("--split", "--dataset-config", "--dataset-revision")
 
 
 def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
-    """demo, -, a local file or folder, else a data set of the hub."""
+    """demo, -, a local file or folder, else a dataset of the hub."""
     if config.dataset == DEMO:
         _refuse(config, "the demo text", (*_HUB_FLAGS, "--text-column", "--documents", "--shuffle-buffer"))
         _refuse(config, "the demo text, which has no columns", ("--keep-columns",))
@@ -39,10 +39,8 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
         return source
     suffixes = {suffix.lower() for suffix in path.suffixes}
     if path.is_absolute() or config.dataset.startswith((".", "~")) or suffixes & {*PLAIN, *TABLES, *COMPRESSED}:
-        raise SourceError(
-            f"there is no file or folder {config.dataset}: give a path, a data set of the hub, -, or demo"
-        )
-    _refuse(config, "a data set of the hub", ("--documents",))
+        raise SourceError(f"there is no file or folder {config.dataset}: give a path, a dataset of the hub, -, or demo")
+    _refuse(config, "a dataset of the hub", ("--documents",))
     if config.dataset == DEFAULT_DATASET and config.config is None:
         config = replace(config, config=DEFAULT_DATASET_CONFIG)
     from sae_granary.harvest.text.hub_source import HubSource

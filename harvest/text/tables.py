@@ -150,7 +150,7 @@ def _json_rows(stream: IO[bytes], path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         items = [_object(decode(line)[0]) for line in data.splitlines() if line.strip()]
         if items and (data.lstrip().startswith(b"[") or all(isinstance(item, Unfit) for item in items)):
-            raise SourceError(f"{path} is invalid JSON: {error}; mend or remove it") from error
+            raise SourceError(f"{path} is invalid JSON: {error}; fix or remove it") from error
     else:
         if isinstance(value, dict):
             value = _records_of(value)

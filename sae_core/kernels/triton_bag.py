@@ -67,7 +67,7 @@ def sum_bags(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out[b] = the sum over bag b, with the sums of the chunks that lie inside it."""
-    # Neighbouring programs take neighboring bags and the same columns: those columns of the table stay in the cache.
+    # Neighboring programs take neighboring bags and the same columns: those columns of the table stay in the cache.
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

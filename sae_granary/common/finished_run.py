@@ -39,7 +39,7 @@ class RunFields(Fields):
 
 def read_record(folder: Path) -> dict[str, Any]:
     """run.json: version, cache (its fingerprint), order (pinned shards, seed), counts (rows), wandb_id, config_xxh3,
-    cache_paths (absolute, relative to the folder; absent in runs of before).
+    cache_paths (absolute, relative to the folder; absent in runs of earlier versions).
 
     Raises NotARunError, also where its checksum does not fit. One of version 1 has none.
     """

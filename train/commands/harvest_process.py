@@ -17,7 +17,7 @@ from sae_granary.common.signals import handled_by
 
 
 def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others: Sequence[str]) -> Path:
-    """cache/<model>_<data set>_l<layers>_<tokens>; further flags add a hash, so that each harvest has a folder."""
+    """cache/<model>_<dataset>_l<layers>_<tokens>; further flags add a hash, so that each harvest has a folder."""
     last = [re.split(r"[\\/]", text.rstrip("/"))[-1] for text in (model, dataset)]
     parts = [*last, "l" + layers.replace(",", "-"), max_tokens.lower()]
     if others:

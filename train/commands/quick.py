@@ -30,7 +30,7 @@ def quick(
     ctx_len: Annotated[str | None, _harvest("Tokens of a window.", "--ctx-len")] = None,
     batch_tokens: Annotated[str | None, _harvest("Tokens of a batch of the model.", "--batch-tokens")] = None,
     num_proc: Annotated[str | None, _harvest("Processes for a slow tokenizer.", "--num-proc")] = None,
-    dataset_config: Annotated[str | None, _harvest("Configuration of a hub data set.", "--dataset-config")] = None,
+    dataset_config: Annotated[str | None, _harvest("Configuration of a hub dataset.", "--dataset-config")] = None,
     harvest: Annotated[str, _harvest("Any other flags of sae-harvest run, in quotes.", "--harvest")] = "",
     overwrite: Overwrite = False,
     quiet: Quiet = False,

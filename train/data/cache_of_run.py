@@ -21,7 +21,7 @@ def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str 
     A cache counts only if it has the fingerprint of the record. Raises CheckpointError for another one that is given or
     that took the stored path, ConfigError if there is none there and the recorded one is nowhere else.
     """
-    fingerprint = record.get("cache")  # None in a sweep.json of before
+    fingerprint = record.get("cache")  # None in a sweep.json of earlier versions
     if given is not None:
         if load_manifest(Path(given)).fingerprint != fingerprint:
             raise CheckpointError(

@@ -20,7 +20,7 @@ METRICS = ("l0", "fvu", "explained_variance", "cosine", "l2_ratio", "rare", "nev
 
 
 @contextmanager
-def staged(run: Path, licence: str) -> Iterator[Path]:
+def staged(run: Path, license: str) -> Iterator[Path]:
     """A temporary folder that holds what is uploaded: the model card and the files of a run, never checkpoints or logs.
 
     No file names a path of this machine. Raises NotARunError for a folder without a finished SAE.
@@ -28,15 +28,15 @@ def staged(run: Path, licence: str) -> Iterator[Path]:
     check_one_run(run)
     if not (run / "sae_weights.safetensors").is_file():
         raise NotARunError(f"{run} holds no finished SAE: expected sae_weights.safetensors")
-    card = model_card(run, licence)
+    card = model_card(run, license)
     with tempfile.TemporaryDirectory() as folder:
         stage(run, Path(folder))
         (Path(folder) / CARD).write_text(card, encoding="utf-8")
         yield Path(folder)
 
 
-def model_card(run: Path, licence: str) -> str:
-    """README.md of the repository: what it is, from which cache, how good, under which licence."""
+def model_card(run: Path, license: str) -> str:
+    """README.md of the repository: what it is, from which cache, how good, under which license."""
     summary, metadata = read_summary(run), read_metadata(run)
     found = {name: summary["eval"].get(name) for name in METRICS}
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in found.items() if value is not None)
@@ -46,7 +46,7 @@ def model_card(run: Path, licence: str) -> str:
     base = f"base_model: {model}\n" if is_of_hub else ""
     library = "saelens" if (run / "cfg.json").is_file() else "sae-granary"  # what SAELens' search finds
     return f"""---
-license: {licence}
+license: {license}
 library_name: {library}
 tags: [sparse-autoencoder, interpretability, sae-granary]
 {base}---
@@ -66,7 +66,7 @@ A **{summary["type"]}** sparse autoencoder with {summary["d_sae"]:,} latents on 
 """
 
 
-def push(run: Path, repo: str, *, licence: str, private: bool) -> str:
+def push(run: Path, repo: str, *, license: str, private: bool) -> str:
     """Upload a run and its card; return the address. The token is the hub client's own, and is never written."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -74,7 +74,7 @@ def push(run: Path, repo: str, *, licence: str, private: bool) -> str:
     try:
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
-        with staged(run, licence) as folder:
+        with staged(run, license) as folder:
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Add {run.name}")
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]

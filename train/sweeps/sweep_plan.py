@@ -38,7 +38,7 @@ class Group:
     """SAEs that train together, and what pins their stream: row accounting and order, as in run.json."""
 
     entries: tuple[Entry, ...]
-    record: Mapping[str, Any]  # also the cache's fingerprint and paths, which sweeps of before lack
+    record: Mapping[str, Any]  # also the cache's fingerprint and paths, which sweeps of earlier versions lack
 
 
 @dataclass(frozen=True)

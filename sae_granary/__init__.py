@@ -21,6 +21,7 @@ __all__ = [
     "harvest_activations",
     "load_sae",
     "open_cache",
+    "open_codes",
     "resume_sweep",
     "resume_training",
     "train_sae",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from sae_granary.analyze.encoding.codes import open_codes
     from sae_granary.analyze.encoding.texts import encode_texts
     from sae_granary.cache.read.reader import open_cache
     from sae_granary.harvest.run import harvest_activations
@@ -41,6 +43,7 @@ else:
         "harvest_activations": ("harvest.run", "harvest_activations"),
         "load_sae": ("sae_core", "load"),
         "open_cache": ("cache.read.reader", "open_cache"),
+        "open_codes": ("analyze.encoding.codes", "open_codes"),
         "resume_sweep": ("train.sweeps.sweep", "resume_sweep"),
         "resume_training": ("train.run", "resume_training"),
         "train_sae": ("train.run", "train_sae"),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.errors import DamagedCodesError, MismatchError
+from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
 from sae_granary.common.files import hash_files
 from sae_granary.common.signed import Fields
 
@@ -128,11 +128,20 @@ class StoredCodes:
 
 
 def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) -> StoredCodes:
-    """Open complete codes; with `identity` (of a `Source`), only codes of this SAE and cache.
+    """Open complete codes: a folder that `sae-analyze encode` wrote, or an SAE whose cache it encoded.
 
-    Raises DamagedCodesError if they are unfinished or truncated, MismatchError if they belong to another SAE or cache.
+    With `identity` (of a `Source`), only codes of this SAE and cache.
+
+    >>> from sae_granary import open_codes
+    >>> codes = open_codes("runs/demo_topk")  # after `sae-analyze encode runs/demo_topk`
+    >>> latents, activations = codes.row(17)  # of row 17 of the cache
+    >>> len(latents), codes.shape[1]
+    (8, 768)
+
+    Raises DamagedCodesError if they are unfinished or truncated, MismatchError if they belong to another SAE or cache,
+    AnalyzeError if an SAE has codes of several caches.
     """
-    folder = Path(folder)
+    folder = _codes_folder(Path(folder))
     record = CodesRecord.read(folder)
     if identity is not None:
         check_identity(folder, record.identity, identity)
@@ -144,6 +153,14 @@ def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) ->
     names = DTYPES if any(name in record.identity for name in WITH_DOC_IDS) else ARRAYS
     arrays = {name: _map(folder, record, name) for name in names}
     return StoredCodes(folder, record, **arrays)
+
+
+def _codes_folder(folder: Path) -> Path:
+    """The folder itself, or that of the only codes in the folder of an SAE."""
+    found = [] if (folder / RECORD).exists() else sorted(folder.glob(f"analysis/*/codes/{RECORD}"))
+    if len(found) > 1:
+        raise AnalyzeError(f"{folder} holds codes of {len(found)} caches, expected one: open {found[0].parent}, say")
+    return found[0].parent if found else folder
 
 
 def check_identity(

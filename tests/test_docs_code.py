@@ -1,0 +1,138 @@
+"""The code of README.md and docs/ runs, and prints what the pages show.
+
+Every fenced block is one of: code that runs (`python`, and `sh` on the pages of SHELL), output (`text`, `console`),
+data that parses (`yaml`, `json` ...), or marked `<!-- not run: reason -->`. The `sh` blocks of the other pages are
+checked against the commands that exist, not run. `python docs/run_pages.py --write PAGE` rewrites the output of a page.
+"""
+
+import importlib.util
+import json
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from sae_granary.sae_core import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL = [page for page in PAGES if page.parent.name == "recipes"]  # whole pages: commands and code, slow
+QUICK = [page for page in PAGES if page not in SHELL]
+ALIKE = 0.6  # share of equal words; latents, examples and times differ between machines
+
+
+def load_run_pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_pages", ROOT / "docs" / "run_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["run_pages"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run_pages = load_run_pages()
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks_of(page: Path) -> list:
+    return run_pages.blocks_of(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.discover()
+    monkeypatch.setattr(registry, "_VARIANTS", dict(registry._VARIANTS))  # what a page registers is its own
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    for block in blocks_of(page):
+        where = f"{name_of(page)}:{block.line}"
+        assert block.language in (*run_pages.CODE, *run_pages.OUTPUT, *run_pages.DATA), (
+            f"{where}: a block of {block.language or 'no language'!r}: expected python or sh (code), text (output) or "
+            f"one of {', '.join(run_pages.DATA)}"
+        )
+        assert block.not_run is None or len(block.not_run) > 5, f"{where}: say why it does not run"
+        if block.file is not None:
+            code = (ROOT / block.file).read_text(encoding="utf-8")
+            assert block.text.strip() in code, f"{where} differs from {block.file}"
+        if block.language == "yaml":
+            yaml.safe_load(block.text)
+        if block.language == "json":
+            json.loads(block.text)
+        if block.language == "toml":
+            tomllib.loads(block.text)
+
+
+def test_blocks_that_do_not_run_are_few_and_known() -> None:
+    """Read this list before adding to it."""
+    found = {f"{name_of(page)}: {block.not_run}" for page in PAGES for block in blocks_of(page) if block.not_run}
+    assert found <= NOT_RUN, f"not listed: {sorted(found - NOT_RUN)}"
+
+
+NOT_RUN: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cache/demo_l3 with 3,000 rows of MiniLM, and the two runs of the demo, each of four steps."""
+    from sae_granary import harvest_activations, train_sae
+
+    folder = tmp_path_factory.mktemp("small_demo")
+    cache = str(folder / "cache" / "demo_l3")
+    harvest_activations(model="demo", dataset="demo", layers=[3], max_tokens="3k", out=cache, device="cpu", quiet=True)
+    common = {"cache": cache, "k": 32, "d_sae": 3072, "steps": 4, "batch_size": 256, "device": "cpu"}
+    for type_name in ("topk", "batchtopk"):
+        train_sae(**common, type=type_name, name=f"demo_{type_name}", runs_dir=str(folder / "runs"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full_demo")
+    run_pages.make_demo(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in QUICK if any(b.language == "python" for b in blocks_of(page))], ids=name_of
+)
+def test_the_python_of_a_page_runs(page: Path, small_demo: Path, tmp_path: Path) -> None:
+    run_pages.prepare(page, tmp_path, small_demo)
+    with run_pages.Runner(tmp_path) as runner:
+        for block in blocks_of(page):
+            if block.language == "python" and block.not_run is None:
+                runner.run(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SHELL, ids=name_of)
+def test_a_recipe_runs_and_prints_what_it_shows(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    run_pages.prepare(page, tmp_path, request.getfixturevalue("full_demo") if run_pages.reads_the_demo(text) else None)
+    for _, printed, shown in run_pages.run_page(text, tmp_path):
+        if shown is not None:
+            likeness = run_pages.likeness(printed, shown.text)
+            assert likeness >= ALIKE, f"{name_of(page)}:{shown.line} shows another output ({likeness:.2f}):\n{printed}"
+
+
+def test_likeness_tells_outputs_apart() -> None:
+    shown = "step 300/300  loss 0.10  FVU 0.1080\n...\nruns/demo_topk\n"
+    printed = "step 300/300  loss 0.11  FVU 0.1091\nmore\nand more\nruns/demo_topk\n"
+    assert run_pages.likeness(printed, shown) == 1.0
+    assert run_pages.likeness("latent 17: active on 3 rows\n", shown) < 0.3
+    assert run_pages.elided(printed, shown).splitlines()[1] == "..."
+
+
+def test_a_failing_block_names_its_line(tmp_path: Path) -> None:
+    page = "# A page\n\n```python\nx = 1\n```\n\n```python\nprint(x)\nraise ValueError('wrong')\n```\n"
+    with pytest.raises(run_pages.PageError, match=r"(?s)block at line 7: 1\n.*wrong"):
+        list(run_pages.run_page(page, tmp_path))
+    with pytest.raises(run_pages.PageError, match="block at line 1: sae-cache info nowhere"):
+        list(run_pages.run_page("```sh\nsae-cache info nowhere\n```\n", tmp_path))

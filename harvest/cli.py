@@ -149,7 +149,7 @@ def harvest_config(
 ) -> Any:
     """The flags that `run` and `plan` share, as a config."""
     flags = dict(locals())
-    from sae_granary.harvest.keywords import make_config
+    from sae_granary.harvest.settings.keywords import make_config
 
     return make_config(**flags)
 

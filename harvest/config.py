@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import user_path
@@ -20,8 +18,6 @@ DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
 DEFAULT_SPLIT = "train"
 
-_NAME_BYTES = 255  # of one folder name, on every common file system
-_PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 
 
@@ -30,9 +26,9 @@ class TextConfig:
     """Where the text comes from and which part of a record is the text."""
 
     dataset: str = DEFAULT_DATASET
-    config: str | None = None
+    dataset_config: str | None = None
     split: str | None = None  # of a hub dataset: DEFAULT_SPLIT
-    revision: str | None = None
+    dataset_revision: str | None = None
     text_columns: tuple[str, ...] = ()
     keep_columns: tuple[str, ...] = ()  # stored with the documents
     documents: str = "auto"
@@ -146,28 +142,3 @@ def _layers_name(where: WhereConfig) -> str:
     if len(layers) > _MAX_LAYERS_IN_NAME:
         return f"{layers[0]}to{layers[-1]}n{len(layers)}{stride}"
     return "-".join(layers) + stride
-
-
-def check_out(out: Path) -> None:
-    """Refuse an `--out` that cannot be made: a name that no folder can have, a file in the way, or other contents."""
-    _check_name(out)
-    existing_manifest(out)
-    if out.exists():
-        return
-    nearest = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        what = "a link to nothing" if nearest.is_symlink() and not nearest.exists() else "a file, not a folder"
-        raise ConfigError(f"--out {out} cannot be made: {nearest} is {what}; give another --out")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out} cannot be made: no permission to write in {nearest}; give another --out")
-
-
-def _check_name(out: Path) -> None:
-    long = [part for part in out.parts if len(os.fsencode(part)) > _NAME_BYTES]
-    if long:
-        raise ConfigError(
-            f"--out has a folder name of {len(os.fsencode(long[0]))} bytes ({long[0][:20]}...): "
-            f"a file system takes at most {_NAME_BYTES}; give a shorter --out"
-        )
-    if (size := len(os.fsencode(out.absolute()))) > _PATH_BYTES:
-        raise ConfigError(f"--out is a path of {size} bytes: at most {_PATH_BYTES} fit; give a shorter --out")

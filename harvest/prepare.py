@@ -11,7 +11,8 @@ from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig, check_out
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.settings.out_folder import check_out
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.models.blocks import choose_hooks

@@ -11,12 +11,12 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
-from sae_granary.harvest.keywords import HarvestKeywords, make_config
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
+from sae_granary.harvest.settings.keywords import HarvestKeywords, make_config
 from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
 from sae_granary.models.behavior.checks import running
 from sae_granary.models.blocks import choose_hooks

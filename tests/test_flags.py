@@ -16,7 +16,7 @@ from sae_granary.cache.cli import app as cache_app
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import parse_count
 from sae_granary.harvest.cli import app as harvest_app
-from sae_granary.harvest.keywords import make_config as make_harvest
+from sae_granary.harvest.settings.keywords import make_config as make_harvest
 from sae_granary.train.cli import app as train_app
 from sae_granary.train.config.merge import from_sections, make_config, read_yaml, to_yaml
 from sae_granary.train.config.yaml_text import load_yaml

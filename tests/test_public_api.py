@@ -71,7 +71,7 @@ def test_the_keywords_of_a_harvest_are_its_flags(tmp_path: Path) -> None:
     from sae_granary.common.errors import ConfigError
     from sae_granary.harvest.cli import harvest_config
     from sae_granary.harvest.config import TextConfig
-    from sae_granary.harvest.keywords import HarvestKeywords, make_config
+    from sae_granary.harvest.settings.keywords import HarvestKeywords, make_config
 
     assert list(inspect.signature(harvest_config).parameters) == list(HarvestKeywords.__annotations__)
     made = make_config(model="demo", layers=[4, 2], text_columns="a,b", max_tokens="5M", out=tmp_path, split="test")

@@ -51,7 +51,7 @@ class HubSource:
         return {
             "dataset": self._config.dataset,
             "dataset_revision": self.revision,
-            "dataset_config": self._config.config,
+            "dataset_config": self._config.dataset_config,
             "split": self._config.split,
             "text_columns": ",".join(self.columns),
             **kept_identity(self._config.keep_columns),
@@ -130,11 +130,11 @@ def _resolve_revision(config: TextConfig) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return HfApi().dataset_info(config.dataset, revision=config.revision).sha
+        return HfApi().dataset_info(config.dataset, revision=config.dataset_revision).sha
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SourceError(
             f"unknown dataset {config.dataset!r}"
-            + (f" at revision {config.revision!r}" if config.revision else "")
+            + (f" at revision {config.dataset_revision!r}" if config.dataset_revision else "")
             + f" ({one_line(error)}): give a hub id, a local file or folder, -, or demo"
         ) from error
 
@@ -146,7 +146,7 @@ def _load(config: TextConfig, revision: str | None) -> Any:
     datasets.logging.set_verbosity_error()
     try:
         return datasets.load_dataset(
-            config.dataset, config.config, split=config.split, revision=revision, streaming=True
+            config.dataset, config.dataset_config, split=config.split, revision=revision, streaming=True
         )
     except ValueError as error:  # a wrong split or config: datasets names the ones there are
         raise SourceError(f"dataset {config.dataset}: {one_line(error)}") from error

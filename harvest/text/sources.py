@@ -41,8 +41,8 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     if path.is_absolute() or config.dataset.startswith((".", "~")) or suffixes & {*PLAIN, *TABLES, *COMPRESSED}:
         raise SourceError(f"there is no file or folder {config.dataset}: give a path, a dataset of the hub, -, or demo")
     _refuse(config, "a dataset of the hub", ("--documents",))
-    if config.dataset == DEFAULT_DATASET and config.config is None:
-        config = replace(config, config=DEFAULT_DATASET_CONFIG)
+    if config.dataset == DEFAULT_DATASET and config.dataset_config is None:
+        config = replace(config, dataset_config=DEFAULT_DATASET_CONFIG)
     from sae_granary.harvest.text.hub_source import HubSource
 
     return HubSource(config, say)
@@ -59,8 +59,8 @@ def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:
     """Refuse flags that are set and would be ignored."""
     values = {
         "--split": config.split,
-        "--dataset-config": config.config,
-        "--dataset-revision": config.revision,
+        "--dataset-config": config.dataset_config,
+        "--dataset-revision": config.dataset_revision,
         "--text-column": ",".join(config.text_columns) or None,
         "--keep-columns": ",".join(config.keep_columns) or None,
         "--documents": None if config.documents == "auto" else config.documents,

@@ -54,8 +54,7 @@ class HarvestKeywords(TypedDict, total=False):
 
 
 _MODEL = ("model", "revision", "trust_remote_code", "compute_dtype", "device", "compile")
-_TEXT = {"dataset_config": "config", "split": "split", "dataset_revision": "revision", "documents": "documents"}
-_TEXT |= {"shuffle_buffer": "shuffle_buffer", "shuffle_seed": "shuffle_seed"}
+_TEXT = ("dataset_config", "split", "dataset_revision", "documents", "shuffle_buffer", "shuffle_seed")
 _TOKENS = ("ctx_len", "bos", "pack", "batch_tokens", "num_proc")
 _COUNTS = ("max_tokens", "max_docs", "rows_per_shard")
 
@@ -83,7 +82,7 @@ def make_config(**keywords: Unpack[HarvestKeywords]) -> HarvestConfig:
             DEFAULT_DATASET if dataset is None else dataset,
             text_columns=parse_columns(_texts(given.get("text_columns")), "--text-column"),
             keep_columns=parse_columns(_texts(given.get("keep_columns")), "--keep-columns"),
-            **{field: given[name] for name, field in _TEXT.items() if name in given},
+            **{name: given[name] for name in _TEXT if name in given},
         ),
         tokens=TokenConfig(**{name: given[name] for name in _TOKENS if name in given}),
         out=parse_out(_text(given.get("out"))),

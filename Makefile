@@ -9,6 +9,11 @@ INTEROP_VENV  ?= .venv-interop
 INTEROP_BIN   := $(INTEROP_VENV)/bin
 INTEROP_STAMP := $(INTEROP_VENV)/.granary
 
+# make docs: the documentation site's own environment
+DOCS_VENV  ?= .venv-docs
+DOCS_BIN   := $(DOCS_VENV)/bin
+DOCS_STAMP := $(DOCS_VENV)/.granary
+
 # make kernels: Triton (180 MB), in the version that torch of constraints.txt asks for where it is built for CUDA
 TRITON        ?= 3.7.1
 KERNELS_VENV  ?= .venv-kernels
@@ -31,10 +36,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check regenerate bench interop bench-peers kernels clean
+.PHONY: help setup demo harvest train test test-all check regenerate docs bench interop bench-peers kernels clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | regenerate | bench | interop | bench-peers | kernels | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | regenerate | docs | bench | interop | bench-peers | kernels | clean"
 
 setup: $(STAMP)
 
@@ -66,7 +71,17 @@ check: $(STAMP)
 
 regenerate: $(STAMP)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate_commands.py
 	$(BIN)/python tests/golden_losses.py
+
+$(DOCS_STAMP): docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r docs/requirements.txt
+	@touch $@
+
+# Warnings (a broken link, a page outside the navigation, an unknown cross-reference) are errors; no network is needed.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -95,5 +110,5 @@ kernels: $(KERNELS_STAMP)
 	$(KERNELS_BIN)/python -m pytest -q tests/test_kernels_*.py $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

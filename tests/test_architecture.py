@@ -50,6 +50,8 @@ ALSO = {
     "analyze/progress.py": {"rich"},
     "cache/cli.py": {"typer", "rich"},
     "cache/load": {"torch"},
+    "cache/read/reader.py": {"torch"},  # for types
+    "cache/read/tensors.py": {"torch"},  # imported inside a function of the reader
     "harvest/cli.py": {"typer", "rich"},
     "harvest/progress.py": {"typer", "rich"},
     "train/cli.py": {"typer", "rich"},

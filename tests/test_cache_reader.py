@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from cache_kit import (
     WORDS,
     harvest,
@@ -304,3 +305,17 @@ assert [read_document(path, document.doc_id) for document in documents] == docum
 """,
         tmp_path / "documents",
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_as_tensors(make_cache, dtype: str) -> None:
+    opened = open_cache(make_cache(n_docs=12, dtype=dtype, rows_per_shard=100))
+    for rows in (slice(90, 120), slice(None), [3, 101, 3], np.array([5])):  # within a shard and across two
+        tensor = opened.tensor(rows)
+        assert tensor.dtype == getattr(torch, dtype)
+        assert np.array_equal(tensor.float().numpy(), opened.hook()[rows].astype(np.float32))
+    tensor = opened.tensor(slice(0, 2), hook="layer_3")
+    tensor.zero_()  # a copy: the cache is read-only
+    assert opened.hook()[:2].any()
+    with pytest.raises(UnknownNameError, match="no hook point 'layer_9'"):
+        opened.tensor(slice(0, 2), hook="layer_9")

@@ -48,3 +48,13 @@ def check_file(path: Path, expected_bytes: int) -> None:
         raise CorruptCacheError(
             f"{path} has {status.st_size:,} bytes, expected {expected_bytes:,}; restore it from a copy"
         )
+
+
+def incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
+    """What is there of a cache whose harvest has not finished, and how to finish or read it."""
+    n_rows = sum(record.n_rows for record in records)
+    begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
+    return (
+        f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "
+        "or read what is there: --allow-incomplete, in Python allow_incomplete=True"
+    )

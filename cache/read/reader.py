@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,14 @@ from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
 from sae_granary.cache.read.arrays import Column, HookRows
-from sae_granary.cache.read.check import check_files
+from sae_granary.cache.read.check import check_files, incomplete_message
 from sae_granary.cache.read.context import Context, join_tokens, rows_around
 from sae_granary.cache.read.documents import Documents
 from sae_granary.common.rows import DocumentRow, HookPoint, Scalar
 from sae_granary.common.signed import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def open_cache(
     manifest = load_manifest(path)
     records = manifest.shards if manifest.complete else tuple(load_records(path, manifest))
     if not manifest.complete and not allow_incomplete:
-        raise IncompleteCacheError(_incomplete_message(path, records))
+        raise IncompleteCacheError(incomplete_message(path, records))
     numbers = range(len(records)) if shards is None else sorted(set(shards))
     unknown = [number for number in numbers if not 0 <= number < len(records)]
     if unknown:
@@ -116,6 +120,12 @@ class Cache:
         if name not in self._hooks:
             self._hooks[name] = HookRows(self.path, self.layout.activations[name], self._sizes)
         return self._hooks[name]
+
+    def tensor(self, rows: slice | npt.NDArray[np.int64] | Sequence[int], *, hook: str | None = None) -> Tensor:
+        """Some rows (n, d_in) of a hook point as a torch tensor: a copy on the CPU, in the dtype that `hook` gives."""
+        from sae_granary.cache.read.tensors import as_tensor
+
+        return as_tensor(self.hook(hook)[rows])
 
     def norms(self, name: str | None = None) -> Column:
         """The float32 norms of the stored rows of a hook point."""
@@ -234,12 +244,3 @@ class Cache:
     def n_bytes(self) -> int:
         """Bytes of the opened shards."""
         return sum(record.n_bytes for record in self.opened)
-
-
-def _incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
-    n_rows = sum(record.n_rows for record in records)
-    begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
-    return (
-        f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "
-        "or read what is there: --allow-incomplete, in Python allow_incomplete=True"
-    )

@@ -1,0 +1,112 @@
+"""The pages of the documentation: every command on them exists, with its flags; what is generated is current."""
+
+import importlib.util
+import re
+import shlex
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+SHELL = re.compile(r"^ *```sh\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:sae-(?:harvest|cache|train|analyze)|make) [^`\n]*)`")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@cache
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_commands", ROOT / "docs" / "generate_commands.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of the shell blocks, joined where they continue, then the commands in running text."""
+    blocks = "".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
+    return [*blocks, *INLINE.findall(FENCED.sub("", text))]
+
+
+def problem(line: str) -> str | None:
+    """What is wrong with the commands of ours in a shell line, or None."""
+    words = shlex.split(line, comments=True)
+    starts = [0, *(i + 1 for i, word in enumerate(words) if word in ("|", "&&", ";"))]
+    for start, stop in zip(starts, [*starts[1:], len(words) + 1], strict=True):
+        part = words[start : stop - 1]
+        while part and re.fullmatch(r"\w+=.*", part[0]):  # variables of the environment
+            part = part[1:]
+        name = Path(part[0]).name if part else ""
+        found = wrong_target(part[1:]) if name == "make" else wrong_flag(name, part[1:])
+        if found:
+            return f"{line}: {found}"
+    return None
+
+
+def wrong_target(words: list[str]) -> str | None:
+    """A target that the Makefile lacks, or a variable that nothing in it uses."""
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        known = f"$({name})" if is_variable else f"\n{name}:"
+        if known not in MAKEFILE and name not in ("...", "|"):
+            return f"make knows no {name}"
+    return None
+
+
+def wrong_flag(program: str, words: list[str]) -> str | None:
+    """A command or a flag that a program of ours lacks, or a setting that no page of parameters has."""
+    if program not in generator().apps():
+        return f"no program {program}" if program.startswith("sae-") else None
+    group = generator().apps()[program]
+    if words[:1] and words[0].startswith("-"):
+        return None if words[0] in ("--version", "--help") else f"{program} has no {words[0]}"
+    if words and words[0] not in group.commands:
+        return f"{program} has no command {words[0]}"
+    if not words:
+        return None
+    command = group.commands[words[0]]
+    flags = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
+    given = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[A-Za-z]", word)]
+    if unknown := [flag for flag in given if flag not in flags]:
+        return f"{program} {words[0]} has no {unknown[0]}"
+    settings = [word for flag, word in pairwise(words) if flag in ("--set", "--grid")]
+    names = {word.partition("=")[0] for word in settings if re.match(r"\w+=", word)}
+    return f"no setting {sorted(names - known_settings())[0]}" if names - known_settings() else None
+
+
+@cache
+def known_settings() -> set[str]:
+    return set(
+        re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_commands_of_a_page_exist(page: Path) -> None:
+    found = [problem(line) for line in lines_of(page.read_text(encoding="utf-8"))]
+    assert [text for text in found if text] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("sae-train walk runs/x", "sae-train has no command walk"),
+        ("sae-train run --cash cache/x", "sae-train run has no --cash"),
+        ("cat a | sae-analyze encode runs/x --texts=- --poll max", "sae-analyze encode has no --poll"),
+        ("CUDA_VISIBLE_DEVICES=0 sae-train run --set no_such_option=1", "no setting no_such_option"),
+        ("sae-bake run", "no program sae-bake"),
+        ("make demos", "make knows no demos"),
+        ("make train CASH=cache/x", "make knows no CASH"),
+    ],
+)
+def test_a_command_that_is_gone_is_found(line: str, said: str) -> None:
+    assert problem(line) == f"{line}: {said}"
+
+
+def test_the_programs_are_those_that_are_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(sae-\w+) = ", text, re.MULTILINE)) == set(generator().apps())

@@ -49,6 +49,7 @@ ALSO = {
     "analyze/report": {"jinja2", "matplotlib", "yaml"},
     "analyze/progress.py": {"rich"},
     "cache/cli.py": {"typer", "rich"},
+    "cache/commands": {"typer", "rich"},
     "cache/load": {"torch"},
     "cache/read/reader.py": {"torch"},  # for types
     "cache/read/tensors.py": {"torch"},  # imported inside a function of the reader

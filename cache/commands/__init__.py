@@ -1,0 +1,1 @@
+"""The commands of `sae-cache`, one per file, and what they share."""

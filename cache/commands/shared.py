@@ -1,0 +1,38 @@
+"""Arguments and output that several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae_granary.common.app import make_console
+from sae_granary.common.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+CachePath = Annotated[Path, typer.Argument(help="Folder of a cache, e.g. cache/bert_l6.", show_default=False)]
+CachePaths = Annotated[list[Path], typer.Argument(help="Folders of caches, e.g. cache/bert_l6.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def print_json(body: object) -> None:
+    """Print JSON to standard output."""
+    sys.stdout.write(json.dumps(body, indent=2) + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The console that the commands print to; lines of up to 200 characters are not wrapped."""
+    return make_console(stderr=stderr, width=200)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text that is never read as markup or as control characters, whatever a manifest says."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)

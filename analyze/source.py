@@ -98,7 +98,9 @@ def cache_of(folder: Path) -> Path:
     Raises ConfigError where the record names none or it is gone, MismatchError where another one is in its place.
     """
     if not (folder / RECORD).is_file():
-        raise ConfigError(f"{folder} does not record its cache, as it is no run of sae-train: name it: --cache FOLDER")
+        raise ConfigError(
+            f"{folder} does not record its cache, because it is not a run of sae-train; name it: --cache FOLDER"
+        )
     record = read_record(folder)
     if (found := find_recorded(record, folder)) is not None:
         return Path(found)

@@ -109,7 +109,7 @@ def parse_layers(values: list[str]) -> tuple[int, ...] | Literal["all"]:
     parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
     if any(part.lower() == "all" for part in parts):
         if len(parts) > 1:
-            raise ConfigError("--layers all stands alone: leave out the other layers")
+            raise ConfigError("--layers all includes every layer: leave out the other layers")
         return "all"
     bad = [part for part in parts if not re.fullmatch(r"-?\d+", part)]
     if bad:

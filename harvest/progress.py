@@ -141,7 +141,7 @@ def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:
         ]
     rows.append(("skipped", skipped_counts(dict(result.skipped)) or "none"))
     if result.repaired:
-        rows.append(("repaired", f"{result.repaired:,} documents with bytes or characters that are no text"))
+        rows.append(("repaired", f"{result.repaired:,} documents with invalid bytes or characters"))
     return rows
 
 

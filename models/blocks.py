@@ -140,7 +140,7 @@ def _match(base: nn.Module, pattern: str) -> list[Hook]:
         if "*" in path:  # compared with paths of which each number is any number
             names = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
         hint = nearest(path, names, n=3, cutoff=0.5) or f" (it has: {', '.join(names[:_LISTED])}, ...)"
-        problem = f"--hook {pattern!r} is no module of {type(base).__name__}"
+        problem = f"--hook {pattern!r} is not a module of {type(base).__name__}"
         raise HookError(f"{problem}; `sae-harvest names` lists them{hint}")
     return [Hook(hook_name(name, bool(mark)), name, "input" if mark else "output") for name in found]
 

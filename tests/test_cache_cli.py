@@ -110,7 +110,7 @@ def test_an_error_is_one_line_and_exit_code_2(command, root):
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "is no activation cache" in done.stderr
+    assert "is not an activation cache" in done.stderr
 
 
 def test_debug_shows_the_traceback(root):

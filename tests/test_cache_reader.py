@@ -195,7 +195,7 @@ def test_names_that_are_not_there(opened, path):
 def test_what_is_no_cache_says_so(tmp_path):
     with pytest.raises(NotACacheError, match="does not exist; `sae-harvest run --out"):
         open_cache(tmp_path / "none")
-    with pytest.raises(NotACacheError, match=r"is no activation cache: it has no manifest.json"):
+    with pytest.raises(NotACacheError, match=r"is not an activation cache: it has no manifest.json"):
         open_cache(tmp_path)
 
 

@@ -118,11 +118,11 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} {TEXT}", r"nothing to harvest is named: give --layer 6"),
         (
             f"{BERT} --hook encoder.layer.1.atention {TEXT}",
-            r"is no module of BertModel; .*, did you mean 'encoder\.layer\.1",
+            r"is not a module of BertModel; .*, did you mean 'encoder\.layer\.1",
         ),
         (
             f"{BERT} --hook encoder.layers.*.atention {TEXT}",
-            r"is no module of BertModel; .*, did you mean 'encoder\.layer\.\*\.attention",
+            r"is not a module of BertModel; .*, did you mean 'encoder\.layer\.\*\.attention",
         ),
         (f"{BERT} --hook embeddings:out {TEXT}", r"only ':in'"),
         (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
@@ -320,7 +320,7 @@ def test_counts_and_layers_are_parsed() -> None:
     ]
     assert parse_layers(["4,2", "2", "6"]) == (2, 4, 6)
     assert parse_layers(["all"]) == "all"
-    with pytest.raises(ConfigError, match="stands alone"):
+    with pytest.raises(ConfigError, match="includes every layer"):
         parse_layers(["all,2"])
 
 

@@ -255,5 +255,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceStoppedError, match=r"a\.txt\.gz cannot be read: .*; fix or remove it"):
         values(tmp_path / "a.txt.gz")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(SourceError, match=r"b\.parquet is no parquet file"):
+    with pytest.raises(SourceError, match=r"b\.parquet is not a Parquet file"):
         values(tmp_path / "b.parquet")

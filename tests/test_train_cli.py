@@ -333,7 +333,7 @@ def test_sweeps_as_people_type_them(make_cache) -> None:
         (["--layers", "3,9"], r"the cache has no hook point 'layer_9'"),
         (["--layers", "3,3"], r"--layer \(or --hook\) names layer_3 twice"),
         (["--layers", "3", "--layer", "3"], r"--layer \(or --hook\) names layer_3 twice"),
-        (["--layers", "all,3"], r"--layers all stands alone"),
+        (["--layers", "all,3"], r"--layers all includes every layer"),
         (["--layers", "all", "--layer-stride", "0"], r"layer_stride=0: expected a value >= 1"),
         (["--layers", "3,4", "--grid", "layer=3,4"], r"--layer \(or --hook\) and the grid both choose hook points"),
         (["--grid", "k=2,2"], r"the grid repeats itself: k holds 2 twice"),

@@ -335,7 +335,7 @@ def test_a_run_that_starts_from_itself_is_not_overwritten(stopped, tmp_path) -> 
     settings = {**SETTINGS, "cache": str(tmp_path / "toy"), "type": "topk", "runs_dir": str(tmp_path / "runs")}
     before = sorted(stopped.rglob("*"))
     for start in (stopped, checkpoint.list_checkpoints(stopped)[-1]):
-        with pytest.raises(ConfigError, match=r"init_from=.* lies in .*, which --overwrite removes: choose another"):
+        with pytest.raises(ConfigError, match=r"init_from=.* is inside .*, which --overwrite removes: choose another"):
             train_sae(**settings, overwrite=True, init_from=str(start))
     assert sorted(stopped.rglob("*")) == before
 

@@ -78,7 +78,7 @@ def _remove(folder: Path, *starts: str | None) -> None:
     """Remove a run or a sweep that no process trains and that nothing starts from (`init_from`)."""
     for start in starts:
         if start is not None and Path(start).resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"init_from={start} lies in {folder}, which --overwrite removes: choose another --name")
+            raise ConfigError(f"init_from={start} is inside {folder}, which --overwrite removes: choose another --name")
     with ExitStack() as held:
         for lock in [folder / LOCK, *folder.glob(f"*/{LOCK}")]:
             held.enter_context(exclusive(lock.parent))
@@ -93,7 +93,7 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
     refuse_code(folder)
     used = folder.exists() and not _is_unused(folder)
     if used and not (overwrite and is_sweep(folder)):
-        raise RunExistsError(f"{folder} exists and is no sweep: choose another --name")
+        raise RunExistsError(f"{folder} exists and is not a sweep: choose another --name")
     try:
         if used:
             _remove(folder, *starts)

@@ -47,7 +47,7 @@ def load_manifest(path: Path) -> Manifest:
     if not file.exists() and not file.is_symlink():
         if (path / LOCK).exists() or (path / TEMPORARY).exists():
             raise NotACacheError(f"{path} holds nothing yet: a harvest has just begun, or was stopped as it began")
-        raise NotACacheError(f"{path} is no activation cache: it has no {MANIFEST}")
+        raise NotACacheError(f"{path} is not an activation cache: it has no {MANIFEST}")
     return parse_manifest(load_signed(file, read_bytes(file)), str(file))
 
 

@@ -33,7 +33,7 @@ def load_signed(path: Path, data: bytes) -> dict[str, Any]:
         raise CorruptCacheError(f"{path} is {error}: truncated or altered; restore it") from None
     if body.get("format") != FORMAT:
         found = signed.short(body.get("format"))
-        raise NotACacheError(f"{path}: format is {found}, expected {FORMAT!r}: this is no activation cache")
+        raise NotACacheError(f"{path}: format is {found}, expected {FORMAT!r}: this is not an activation cache")
     if body.get("version") != VERSION or isinstance(body["version"], bool):
         raise UnsupportedFormatError(
             f"{path}: cache format {signed.short(body.get('version'))}; this version reads format {VERSION}: "

@@ -47,7 +47,7 @@ def parquet_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Se
     try:
         file = pyarrow.parquet.ParquetFile(source)
     except pyarrow.ArrowInvalid as error:
-        raise SourceError(f"{path} is no parquet file: {error}") from error
+        raise SourceError(f"{path} is not a Parquet file: {error}") from error
     n_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
     names = file.schema_arrow.names
     wanted = _of_schema(names, columns) if len(set(names)) == len(names) else None
@@ -66,7 +66,7 @@ def arrow_rows(stream: IO[bytes], path: Path, columns: Sequence[str], kept: Sequ
         try:
             n_rows = sum(batch.num_rows for batch in _arrow_batches(source))
         except pyarrow.ArrowInvalid as error:
-            raise SourceError(f"{path} is no Arrow file: {error}") from error
+            raise SourceError(f"{path} is not an Arrow file: {error}") from error
         for batch in _arrow_batches(source):
             batch = _readable(batch, kept)
             batch = batch.select(_of_schema(batch.schema.names, columns) or batch.schema.names)

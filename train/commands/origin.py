@@ -24,7 +24,7 @@ def annotated_yaml(layers: Layers) -> str:
     """
     config = make_config([values for _, values in layers])
     shown = RunData.open(config).config if config.cache else _with_defaults(config)
-    lines = [] if config.cache else ["# no cache was named: null stands where the cache decides"]
+    lines = [] if config.cache else ["# no cache was given: null where the cache decides"]
     for section, values in to_sections(shown).items():
         lines.append(f"{section}:")
         for key, value in values.items():

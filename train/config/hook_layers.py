@@ -52,7 +52,7 @@ def layer_hooks(available: Sequence[str], named: Sequence[str] = (), stride: str
     if step < 1:
         raise ConfigError(f"layer_stride={step}: expected a value >= 1")
     if "all" in named and len(named) > 1:
-        raise ConfigError("--layers all stands alone: leave out the other layers and hook points")
+        raise ConfigError("--layers all includes every layer: leave out the other layers and hook points")
     if named and "all" not in named:
         return tuple(named[::step])
     numbered = sorted((name for name in available if _LAYER.fullmatch(name)), key=lambda n: int(n.split("_")[1]))

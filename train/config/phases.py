@@ -42,6 +42,4 @@ def check_phases(config: TrainConfig) -> None:
     if start is not None and not reads.one_row:
         raise ConfigError(f"type {config.type} reads more than one row at a time: kl and ce need a type that reads one")
     if config.eval_downstream and reads.several:
-        raise ConfigError(
-            f"type {config.type} reads several hook points: eval_downstream needs a type that stands at one"
-        )
+        raise ConfigError(f"type {config.type} reads several hook points: eval_downstream needs a type that reads one")

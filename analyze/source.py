@@ -60,7 +60,7 @@ class Source:
         """The codes of rows start..stop of the cache. Raises CorruptCacheError for a NaN or Inf among them."""
         rows = {name: self.cache.hook(name)[start:stop] for name in self.hooks}
         for name, values in rows.items():
-            found = self.cache.storage.first_non_finite(values)
+            found = self.cache.storage.decoded.first_non_finite(values)
             if found is not None:
                 row = start + found // values.shape[1]
                 raise CorruptCacheError(

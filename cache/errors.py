@@ -13,6 +13,7 @@ CacheError
 ├── SpecError                 (ValueError)          a cache that cannot be: names, sizes, dtypes
 ├── BadRowsError              (ValueError)          rows that break the writer's contract
 ├── BadActivationError        (ValueError)          NaN, Inf, or a value that the storage dtype cannot hold
+├── StorageLossError          (ValueError)          a storage dtype that would lose too much of these rows
 ├── DiskFullError             (OSError)             no space left while writing
 ├── SelectionError            (ValueError)          filters, holdout or batch size that leave nothing to deliver
 ├── UnknownNameError          (KeyError)            no hook point, column or shard of this name
@@ -121,6 +122,10 @@ class BadActivationError(CacheError, ValueError):
         problem = f"value {value!r} is out of the range of {dtype}" if finite else f"value {value!r}"
         remedy = f"store a wider dtype (--dtype {' or '.join(wider)})" if finite else "check the model's compute dtype"
         super().__init__(f"hook point {hook!r}, document {doc_id}, row {row}: {problem}; {remedy}")
+
+
+class StorageLossError(CacheError, ValueError):
+    """The storage dtype would lose too much of these activations; nothing of them was written."""
 
 
 class DiskFullError(CacheError, OSError):

@@ -8,7 +8,7 @@ source -> documents -> windows -> sort buffers     (a thread: tokenizer and batc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,6 +87,7 @@ class Pipeline:
         )
         self._resumed_rows = writer.n_rows
         self._copier = HostCopier(model.device)
+        self._warnings: list[str] = []
 
     def run(self) -> HarvestResult:
         """All the way to a complete cache."""
@@ -104,6 +105,7 @@ class Pipeline:
             source = self._prepared.source
             raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
         self._writer.finish(self._summary())
+        self._warn(self._writer.warnings[len(self._warnings) :])
         self._meter.add("write", begin)
         return self._result(time.perf_counter() - start)
 
@@ -155,6 +157,7 @@ class Pipeline:
         self._writer.skip(n_committed)
         if n_committed < rows.n_rows:
             self._writer.append(rows[n_committed:], documents_from(done.buffer.windows, n_committed))
+            self._warn(self._writer.warnings[len(self._warnings) :])
         self._meter.add("write", start)
 
     def _committed_rows(self, buffer: Buffer) -> int:
@@ -178,6 +181,12 @@ class Pipeline:
             **{f"skipped_{reason}": n for reason, n in state.skip_counts.items()},
         }
 
+    def _warn(self, warnings: Sequence[str]) -> None:
+        self._warnings += warnings
+        for warning in warnings:
+            self._progress.say(f"warning: {warning}")
+            self._log.write(f"warning: {warning}")
+
     def _result(self, seconds: float) -> HarvestResult:
         meter = self._meter
         busy = sorted(((stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()), key=_share)
@@ -189,11 +198,9 @@ class Pipeline:
             rows_per_second=meter.rows / max(seconds, 1e-9),
             padding=1 - meter.rows / max(1, meter.places),
             busy=tuple(busy),
-            warnings=tuple(ending_warnings(self._prepared.config, self._summary())),
+            warnings=(*self._warnings, *ending_warnings(self._prepared.config, self._summary())),
         )
-        for warning in result.warnings:
-            self._progress.say(f"warning: {warning}")
-            self._log.write(f"warning: {warning}")
+        self._warn(result.warnings[len(self._warnings) :])
         self._log.write(
             f"finished: {result.n_rows:,} rows in {seconds:.1f} s, {result.rows_per_second:,.0f} rows/s, "
             + ", ".join(f"{stage} {share:.0%}" for stage, share in busy)

@@ -131,6 +131,7 @@ def summary_rows(result: HarvestResult) -> list[tuple[str, str]]:
         ("shards", f"{result.n_shards:,}"),
         ("bytes", f"{result.n_bytes:,} ({byte_size(result.n_bytes)})"),
     ]
+    rows += [("storage FVU", f"{error} ({hook})") for hook, error in result.storage_errors]
     if result.resumed_rows:
         rows.append(("continued", f"{result.resumed_rows:,} rows were there already"))
     if result.seconds:

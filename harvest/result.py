@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_granary.cache.format.stats import StorageError, storage_error
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.prepare import Prepared
@@ -39,10 +40,12 @@ class HarvestResult:
     padding: float = 0.0  # share of padded places in all batches
     busy: tuple[tuple[str, float], ...] = ()  # share of the time that each stage worked, busiest first
     warnings: tuple[str, ...] = ()
+    storage_errors: tuple[tuple[str, StorageError], ...] = ()  # by hook point, of dtypes for which it is measured
 
 
 def result_of(prepared: Prepared, writer: CacheWriter, summary: Mapping[str, Any]) -> HarvestResult:
     """What a complete cache holds."""
+    measured = (writer.manifest.statistics or {}).items()
     return HarvestResult(
         path=writer.path,
         unit=prepared.unit,
@@ -56,6 +59,7 @@ def result_of(prepared: Prepared, writer: CacheWriter, summary: Mapping[str, Any
         skipped=tuple((reason, int(summary.get(f"skipped_{reason}", 0))) for reason in SKIP_REASONS),
         repaired=int(summary.get("repaired", 0)),
         not_recorded=not_recorded(writer.manifest),
+        storage_errors=tuple((hook, error) for hook, m in measured if (error := storage_error(m)) is not None),
     )
 
 

@@ -5,17 +5,17 @@ Shapes: N rows of a block, D = d_in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.cache.format.manifest import Manifest
+from sae_granary.cache.load.decode import rounding
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.forward import TokenModel, hooked_model
 from sae_granary.models.hooks import Hook, probe
@@ -66,7 +66,7 @@ class TextRows:
     tokenize: Tokenize
     rules: WindowRules
     hooks: tuple[str, ...]
-    stored: torch.dtype  # of the cache
+    as_stored: Mapping[str, Callable[[Tensor], Tensor]]  # rounds the rows of a hook point as the cache does
     buffer_rows: int  # sorted together by length
 
     def blocks(self, documents: Iterable[Document]) -> Iterator[TextBlock]:
@@ -75,7 +75,7 @@ class TextRows:
         for buffer in buffers(stream, self.buffer_rows):
             found = self.model(self.model.prepare(buffer), lambda n_rows: None)
             windows = buffer.windows
-            rows = {name: found[name].to(self.stored).float() for name in self.hooks}
+            rows = {name: self.as_stored[name](found[name]) for name in self.hooks}
             yield TextBlock(
                 rows,
                 token_ids=np.concatenate([w.ids for w in windows]),
@@ -102,7 +102,7 @@ def open_text_rows(manifest: Manifest, hooks: Sequence[str], model: str | None, 
     check_recorded_weights(located, manifest.model, "--model")
     points = [point for point in manifest.hook_points if point.name in hooks]
     dtype = str((manifest.provenance.get("compute") or {}).get("dtype") or "float32")
-    stored = getattr(torch, manifest.dtype)
+    stored = {name: rounding(manifest.layout, name) for name in hooks}
     if whole:
         pooled = _pooled_model(located, points[0], dtype, device)
         return TextRows(pooled, None, pretend_tokens, rules, tuple(hooks), stored, BUFFER_TEXTS)

@@ -20,7 +20,8 @@ def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
         from rich.table import Table
 
         table = Table(show_header=False, box=None)
-        for label, value in {**cache.facts(), **render.provenance_lines(cache.manifest)}.items():
+        facts = cache.facts() | render.error_lines(statistics) | render.provenance_lines(cache.manifest)
+        for label, value in facts.items():
             table.add_row(plain(label, "bold"), plain(value))
         console().print(table)
         if statistics:

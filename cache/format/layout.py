@@ -5,16 +5,15 @@ One grid of shards for all arrays; a shard file is the rows from byte 0, then Za
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from sae_granary.cache.format.signed import FORMAT, VERSION
+from sae_granary.cache.format.affine import FORMULA, Affine
 from sae_granary.cache.format.spec import DEFAULT_INNER_CHUNK_BYTES
 from sae_granary.cache.format.storage import STORAGE, Array, Storage
 from sae_granary.common.rows import FLAG_ABSENT, HookPoint
@@ -26,7 +25,8 @@ DOCUMENTS = "documents"
 TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest finishes
 LOCK = ".lock"
 LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
-GROUPS = ("activations", "rows", "norms")
+GROUPS = ("activations", "rows", "norms")  # of every cache
+SCALES, AFFINE = "scales", "affine"  # groups of dtypes with a scale per row
 
 COLUMNS: Mapping[str, Storage] = {
     "token_id": Storage("int32", "<i4", fill=-1),
@@ -38,6 +38,8 @@ COLUMNS: Mapping[str, Storage] = {
 }
 NORMS = STORAGE["float32"]
 
+VECTORS = ("step", "offset")  # of an affine map
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _ABSENT_CHUNK = 2**64 - 1  # offset and length of an inner chunk that is not there
 _CRC_BYTES = 4
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -52,6 +54,7 @@ class ArrayLayout:
     width: int | None
     rows_per_shard: int
     inner_rows: int  # rows of an inner chunk; divides rows_per_shard
+    attributes: Mapping[str, str] = field(default_factory=dict)  # for people who read it with another library
 
     @property
     def row_bytes(self) -> int:
@@ -100,7 +103,6 @@ class ArrayLayout:
 
     def zarr_json(self, n_shards: int) -> dict[str, Any]:
         """Zarr v3 metadata of the array when there are n shards."""
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -117,13 +119,13 @@ class ArrayLayout:
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": list(self.shape(self.inner_rows)),
-                        "codecs": [little],
-                        "index_codecs": [little, {"name": "crc32c"}],
+                        "codecs": [LITTLE],
+                        "index_codecs": [LITTLE, {"name": "crc32c"}],
                         "index_location": "end",
                     },
                 }
             ],
-            "attributes": {},
+            "attributes": dict(self.attributes),
             "dimension_names": ["row"] if self.width is None else ["row", "d_in"],
             "storage_transformers": [],
         }
@@ -136,11 +138,33 @@ class CacheLayout:
     activations: Mapping[str, ArrayLayout]  # by hook point
     norms: Mapping[str, ArrayLayout]  # by hook point
     columns: Mapping[str, ArrayLayout]  # by column
+    scales: Mapping[str, ArrayLayout]  # by hook point; empty for dtypes without
+    affines: Mapping[str, Affine] | None  # by hook point; of dtypes with scales, once they are fitted
+    version: int  # of the format
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether rows can be encoded: dtypes with scales need steps and offsets first."""
+        return not self.scales or self.affines is not None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Folders above those of the arrays."""
+        if not self.scales:
+            return GROUPS
+        return (*GROUPS, SCALES, AFFINE, *(f"{AFFINE}/{hook}" for hook in self.scales))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Every folder with Zarr metadata below the cache's own."""
+        vectors = [f"{AFFINE}/{hook}/{name}" for hook in self.scales for name in VECTORS]
+        return (*self.groups, *(array.path for array in self.arrays), *vectors)
 
     @property
     def arrays(self) -> tuple[ArrayLayout, ...]:
         """Every array, in the order in which they are written."""
-        return (*self.activations.values(), *self.norms.values(), *self.columns.values())
+        per_hook = (self.activations, self.scales, self.norms)
+        return (*(array for arrays in per_hook for array in arrays.values()), *self.columns.values())
 
     def shard_files(self, shard: int, n_rows: int) -> dict[str, int]:
         """Path -> exact size of the Zarr files of a shard."""
@@ -161,18 +185,32 @@ def cache_layout(
     dtype: str,
     rows_per_shard: int,
     inner_chunk_bytes: int = DEFAULT_INNER_CHUNK_BYTES,
+    affines: Mapping[str, Affine] | None = None,
 ) -> CacheLayout:
     """The arrays of a cache of these hook points."""
+    storage = STORAGE[dtype]
 
-    def array(path: str, storage: Storage, width: int | None = None) -> ArrayLayout:
+    def array(path: str, storage: Storage, width: int | None = None, **attributes: str) -> ArrayLayout:
         inner = inner_rows(rows_per_shard, storage.item_bytes * (width or 1), inner_chunk_bytes)
-        return ArrayLayout(path, storage, width, rows_per_shard, inner)
+        return ArrayLayout(path, storage, width, rows_per_shard, inner, attributes)
 
     return CacheLayout(
-        activations={h.name: array(f"activations/{h.name}", STORAGE[dtype], h.d_in) for h in hook_points},
+        activations={
+            h.name: array(f"activations/{h.name}", storage, h.d_in, **(_formula(h.name) if storage.scale else {}))
+            for h in hook_points
+        },
         norms={h.name: array(f"norms/{h.name}", NORMS) for h in hook_points},
-        columns={name: array(f"rows/{name}", storage) for name, storage in COLUMNS.items()},
+        columns={name: array(f"rows/{name}", column) for name, column in COLUMNS.items()},
+        scales={h.name: array(f"{SCALES}/{h.name}", storage.scale) for h in hook_points if storage.scale},
+        affines=affines,
+        version=storage.version,
     )
+
+
+def _formula(hook: str) -> dict[str, str]:
+    """How the activations of a hook point are decoded, for readers that do not know this format."""
+    vectors = {name: f"{AFFINE}/{hook}/{name}" for name in VECTORS}
+    return {"formula": FORMULA, "scale": f"{SCALES}/{hook}", **vectors}
 
 
 def inner_rows(rows_per_shard: int, row_bytes: int, inner_chunk_bytes: int) -> int:
@@ -187,23 +225,6 @@ def default_rows_per_shard(d_in: int, dtype: str, shard_bytes: int = DEFAULT_SHA
     """The largest power of two of rows whose activations fit `shard_bytes` at one hook point."""
     rows = max(1, shard_bytes // (d_in * STORAGE[dtype].item_bytes))
     return 1 << (rows.bit_length() - 1)
-
-
-def group_json(attributes: Mapping[str, Any], consolidated: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Zarr v3 metadata of a group."""
-    body: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-    if consolidated is not None:
-        body["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": dict(consolidated)}
-    return body
-
-
-def zarr_files(layout: CacheLayout, n_shards: int) -> dict[str, bytes]:
-    """Path -> content of every zarr.json. The root repeats the others, so that listing it opens no other file."""
-    nodes: dict[str, dict[str, Any]] = {group: group_json({}) for group in GROUPS}
-    nodes |= {array.path: array.zarr_json(n_shards) for array in layout.arrays}
-    files = {f"{path}/zarr.json": node for path, node in nodes.items()}
-    files["zarr.json"] = group_json({"format": FORMAT, "version": VERSION}, dict(sorted(nodes.items())))
-    return {path: json.dumps(node, indent=1).encode() + b"\n" for path, node in files.items()}
 
 
 def commit_path(shard: int) -> str:

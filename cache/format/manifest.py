@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from sae_granary.cache.format.affine import Affine, affines_json
 from sae_granary.cache.format.layout import CacheLayout, cache_layout
 from sae_granary.cache.format.spec import CacheSpec, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, merge_all
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.rows import HookPoint
 from sae_granary.common.signed import digest
 
@@ -53,6 +55,7 @@ class ShardRecord:
     files: Mapping[str, FileEntry]
     statistics: Mapping[str, Moments] | None  # by hook point; in the shard's own record, not in the manifest
     record: FileEntry | None = None  # of commits/<shard>.json; in the manifest only
+    affines: Mapping[str, Affine] | None = None  # by hook point; in shard 0's own record, of dtypes with scales
 
     @property
     def n_bytes(self) -> int:
@@ -72,6 +75,8 @@ class ShardRecord:
         }
         if self.statistics is not None:
             body["statistics"] = {hook: moments.to_json() for hook, moments in self.statistics.items()}
+        if self.affines is not None:
+            body["affine"] = affines_json(self.affines)
         if self.record is not None:
             body["record"] = self.record.to_json()
         return body
@@ -95,6 +100,12 @@ class Manifest:
     statistics: Mapping[str, Moments] | None = None
     zarr_files: Mapping[str, FileEntry] | None = None
     summary: Mapping[str, Any] | None = None
+    affines: Mapping[str, Affine] | None = None  # by hook point, of dtypes with scales; of unfinished caches in shard 0
+
+    @property
+    def version(self) -> int:
+        """Version of the format: that of the dtype."""
+        return STORAGE[self.dtype].version
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -105,11 +116,13 @@ class Manifest:
     @cached_property
     def layout(self) -> CacheLayout:
         """Where its bytes lie."""
-        return cache_layout(self.hook_points, self.dtype, self.rows_per_shard, self.inner_chunk_bytes)
+        sizes = (self.rows_per_shard, self.inner_chunk_bytes)
+        return cache_layout(self.hook_points, self.dtype, *sizes, self.affines)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
         body: dict[str, Any] = {
+            "version": self.version,
             "complete": self.complete,
             "unit": self.unit,
             "dtype": self.dtype,
@@ -123,6 +136,8 @@ class Manifest:
         if self.kept_columns:  # else a manifest is byte for byte what it was before there were any
             body["kept_columns"] = list(self.kept_columns)
         if self.complete:
+            if self.affines is not None:
+                body["affine"] = affines_json(self.affines)
             body["summary"] = dict(self.summary or {})
             body["zarr"] = {path: entry.to_json() for path, entry in (self.zarr_files or {}).items()}
             body["statistics"] = {hook: m.to_json() for hook, m in (self.statistics or {}).items()}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.format.affine import Affine, parse_affine
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry, Manifest, ShardRecord
 from sae_granary.cache.format.signed import Fields
@@ -35,6 +36,8 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         vocabulary=parse_file_entry(fields.nested("vocabulary")) if fields.optional("vocabulary", dict) else None,
         kept_columns=_parse_kept_columns(fields),
     )
+    if fields.get("version", int) != manifest.version:
+        raise fields.error("version", body["version"], f"{manifest.version}, that of dtype {manifest.dtype}")
     names = {hook.name.casefold() for hook in manifest.hook_points}
     if not names or len(names) != len(manifest.hook_points):
         raise CorruptCacheError(f"{where}: hook_points must be at least one, with names that differ")
@@ -49,6 +52,7 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         raise CorruptCacheError(f"{where}: shards hold {n_rows} rows, the statistics are of another number")
     return replace(
         manifest,
+        affines=_parse_affines(fields, manifest),
         summary=fields.get("summary", dict),
         zarr_files=fields.mapping("zarr", parse_file_entry),
         statistics=statistics,
@@ -71,6 +75,7 @@ def parse_shard_record(fields: Fields, manifest: Manifest, *, consolidated: bool
         files=fields.mapping("files", parse_file_entry),
         statistics=None if consolidated else _parse_statistics(fields, manifest),
         record=parse_file_entry(fields.nested("record")) if consolidated else None,
+        affines=_parse_affines(fields, manifest) if fields.integer("shard") == 0 and not consolidated else None,
     )
     if record.n_rows > manifest.rows_per_shard:
         raise fields.error("n_rows", record.n_rows, f"at most {manifest.rows_per_shard}, the rows of a shard")
@@ -119,4 +124,18 @@ def _parse_statistics(fields: Fields, manifest: Manifest) -> dict[str, Moments]:
     expected = {hook.name: hook.d_in for hook in manifest.hook_points}
     if {hook: len(moments.mean_D) for hook, moments in statistics.items()} != expected:
         raise CorruptCacheError(f"{fields.where}: statistics are not those of the hook points {sorted(expected)}")
+    measured = STORAGE[manifest.dtype].scale is not None
+    if any((moments.error_D is not None) != measured for moments in statistics.values()):
+        raise fields.error("statistics", sorted(statistics), f"error {'with' if measured else 'without'} each")
     return statistics
+
+
+def _parse_affines(fields: Fields, manifest: Manifest) -> dict[str, Affine] | None:
+    """Steps and offsets of the hook points, for dtypes with scales."""
+    if STORAGE[manifest.dtype].scale is None:
+        return None
+    affines = fields.mapping("affine", parse_affine)
+    expected = {hook.name: hook.d_in for hook in manifest.hook_points}
+    if {hook: len(affine.step_D) for hook, affine in affines.items()} != expected:
+        raise CorruptCacheError(f"{fields.where}: affine is not that of the hook points {sorted(expected)}")
+    return affines

@@ -12,7 +12,6 @@ from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, Corru
 from sae_granary.cache.format.layout import (
     COMMITS,
     DOCUMENTS,
-    GROUPS,
     LOCK,
     LOG,
     MANIFEST,
@@ -32,7 +31,6 @@ from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
 from sae_granary.common.files import code_folder
 
 _HARMLESS = {LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
-_OURS = (*GROUPS, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the manifest last: it makes the folder ours
 _SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
 _RECORD_FILE = re.compile(r"(\d{8,})\.json")
 
@@ -117,9 +115,10 @@ def has_records(path: Path) -> bool:
     return any((path / COMMITS).glob("*.json"))
 
 
-def remove_contents(path: Path) -> None:
+def remove_contents(path: Path, layout: CacheLayout) -> None:
     """Remove the files of a cache that has committed nothing; anything else in the folder stays."""
-    for name in _OURS:
+    ours = (*layout.groups, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the last one makes it ours
+    for name in ours:
         target = path / name
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)

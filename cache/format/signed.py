@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError, NotACacheError, UnsupportedFormatError
 from sae_granary.common import signed
@@ -12,6 +17,7 @@ from sae_granary.common.files import NotRegularError, read_regular
 
 FORMAT = "granary-activations"
 VERSION = 1
+VERSIONS = (1, 2)  # 2: dtypes with a scale per row
 
 
 class Fields(signed.Fields):
@@ -19,9 +25,22 @@ class Fields(signed.Fields):
 
     damaged = CorruptCacheError
 
+    def vector(self, name: str, dtype: str) -> Any:
+        """A vector of floats, e.g. of dtype "<f8", in the form that `to_base64` gives it."""
+        try:
+            return np.frombuffer(base64.b64decode(self.get(name, str), validate=True), dtype=dtype)
+        except (binascii.Error, ValueError):
+            bits = 8 * np.dtype(dtype).itemsize
+            raise CorruptCacheError(f"{self.where}: {name} is not base64 of float{bits} values") from None
+
+
+def to_base64(values: npt.NDArray[Any], dtype: str) -> str:
+    """A vector of floats in JSON: base64 of its bytes, so that no digit is lost."""
+    return base64.b64encode(values.astype(dtype).tobytes()).decode("ascii")
+
 
 def dump_signed(body: Mapping[str, Any]) -> bytes:
-    """The bytes of a signed JSON file of a cache; the same body gives the same bytes."""
+    """The bytes of a signed JSON file of a cache, of version 1 unless the body names another."""
     return signed.sign({"format": FORMAT, "version": VERSION, **body})
 
 
@@ -34,10 +53,10 @@ def load_signed(path: Path, data: bytes) -> dict[str, Any]:
     if body.get("format") != FORMAT:
         found = signed.short(body.get("format"))
         raise NotACacheError(f"{path}: format is {found}, expected {FORMAT!r}: this is not an activation cache")
-    if body.get("version") != VERSION or isinstance(body["version"], bool):
+    if body.get("version") not in VERSIONS or isinstance(body["version"], bool):
         raise UnsupportedFormatError(
-            f"{path}: cache format {signed.short(body.get('version'))}; this version reads format {VERSION}: "
-            "update sae-granary"
+            f"{path}: cache format {signed.short(body.get('version'))}; this version reads formats "
+            f"{VERSIONS[0]} to {VERSIONS[-1]}: update sae-granary"
         )
     if not signed.is_intact(data):
         raise CorruptCacheError(f"{path}: the checksum in its last line does not fit: truncated or altered; restore it")

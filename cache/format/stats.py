@@ -5,8 +5,6 @@ Shapes: N rows, D = d_in.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError
-from sae_granary.cache.format.signed import Fields
+from sae_granary.cache.format.signed import Fields, to_base64
 from sae_granary.cache.format.storage import Array
 
 F64 = npt.NDArray[np.float64]
+MASSIVE = 100.0
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
@@ -30,6 +29,7 @@ class Moments:
     n_rows: int
     mean_D: F64
     m2_D: F64
+    error_D: F64 | None = None  # sum of (stored - exact)^2, of dtypes whose error is measured
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of rows together (Chan's formula)."""
@@ -38,7 +38,8 @@ class Moments:
         share = other.n_rows / n_rows
         mean_D = self.mean_D + delta_D * share
         m2_D = self.m2_D + other.m2_D + delta_D * delta_D * (self.n_rows * share)
-        return Moments(n_rows, mean_D, m2_D)
+        error_D = None if self.error_D is None or other.error_D is None else self.error_D + other.error_D
+        return Moments(n_rows, mean_D, m2_D, error_D)
 
     @property
     def largest(self) -> float:
@@ -47,7 +48,8 @@ class Moments:
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; the vectors as base64 of little-endian float64, so that no digit is lost."""
-        return {"n_rows": self.n_rows, "mean": _encode(self.mean_D), "m2": _encode(self.m2_D)}
+        vectors = {"mean": self.mean_D, "m2": self.m2_D, "error": self.error_D}
+        return {"n_rows": self.n_rows} | {k: to_base64(v, "<f8") for k, v in vectors.items() if v is not None}
 
 
 def merge_all(moments: Iterable[Moments]) -> Moments:
@@ -73,10 +75,50 @@ def block_moments(x_ND: Array) -> tuple[Moments, npt.NDArray[np.float32]]:
 
 def parse_moments(fields: Fields) -> Moments:
     """Moments from their JSON form."""
-    moments = Moments(fields.integer("n_rows", 1), _decode(fields, "mean"), _decode(fields, "m2"))
-    if moments.mean_D.shape != moments.m2_D.shape:
+    vectors = [fields.vector(name, "<f8") for name in ("mean", "m2", "error") if name in fields.body]
+    if len({len(vector) for vector in vectors}) > 1:
         raise CorruptCacheError(f"{fields.where}: mean and m2 differ in length")
-    return moments
+    return Moments(fields.integer("n_rows", 1), *vectors)
+
+
+@dataclass(frozen=True)
+class StorageError:
+    """Sum of (stored - exact)^2 as a share of the variance (FVU): what storing the rows cost."""
+
+    fvu: float
+    fvu_ordinary: float  # the same without the massive dimensions, which would hide the loss of all others
+    n_massive: int  # dimensions
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two."""
+        return max(self.fvu, self.fvu_ordinary)
+
+    def __str__(self) -> str:
+        if not self.n_massive:
+            return f"{self.fvu:.2g}"
+        dimensions = "dimension" if self.n_massive == 1 else "dimensions"
+        return f"{self.fvu:.2g}, {self.fvu_ordinary:.2g} without {self.n_massive} massive {dimensions}"
+
+
+def storage_error(moments: Moments) -> StorageError | None:
+    """The storage error of rows, or None where it is not measured: dtypes that round each value on its own.
+
+    A dimension is massive if its mean square exceeds 100 times the median one of the dimensions that are not zero.
+    """
+    if moments.error_D is None:
+        return None
+    square_D = moments.mean_D**2 + moments.m2_D / moments.n_rows
+    massive_D = square_D > MASSIVE * np.median(square_D[square_D > 0]) if square_D.any() else square_D > 0
+    return StorageError(
+        _ratio(moments.error_D.sum(), moments.m2_D.sum()),
+        _ratio(moments.error_D[~massive_D].sum(), moments.m2_D[~massive_D].sum()),
+        int(massive_D.sum()),
+    )
+
+
+def _ratio(error: float, total: float) -> float:
+    return float(error / total) if total > 0 else float("inf") if error > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +130,7 @@ class Stats:
     var: F64  # (D,) population variance
     mean_sq_norm: float  # mean of ||x||^2
     norm_quantiles: dict[float, float]
+    storage_error: StorageError | None = None
 
     @property
     def total_variance(self) -> float:
@@ -99,7 +142,8 @@ def make_stats(moments: Moments, norm_shards: Sequence[npt.NDArray[np.float32]])
     """Statistics from merged moments and the stored row norms."""
     var = moments.m2_D / moments.n_rows
     mean_sq_norm = float((var + moments.mean_D**2).sum())
-    return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, quantiles(norm_shards, QUANTILES))
+    found = quantiles(norm_shards, QUANTILES)
+    return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, found, storage_error(moments))
 
 
 def quantiles(shards: Sequence[npt.NDArray[np.float32]], fractions: Sequence[float]) -> dict[float, float]:
@@ -125,14 +169,3 @@ def quantiles(shards: Sequence[npt.NDArray[np.float32]], fractions: Sequence[flo
         low = int(np.searchsorted(inside, rank - below[bins[fraction]], side="right"))
         result[fraction] = float(np.uint32((bins[fraction] << 16) | low).view(np.float32))
     return result
-
-
-def _encode(values: F64) -> str:
-    return base64.b64encode(values.astype("<f8").tobytes()).decode("ascii")
-
-
-def _decode(fields: Fields, name: str) -> F64:
-    try:
-        return np.frombuffer(base64.b64decode(fields.get(name, str), validate=True), dtype="<f8")
-    except (binascii.Error, ValueError):
-        raise CorruptCacheError(f"{fields.where}: {name} is not base64 of float64 values") from None

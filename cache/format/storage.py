@@ -27,6 +27,8 @@ class Storage:
     code: str  # what numpy.dtype() takes
     exponent: int | None = None  # exponent bits, all set in NaN and Inf only; None for types without NaN
     fill: float | int = math.nan  # value of absent rows
+    scale: Storage | None = None  # of the one scale of each row; None: values are stored as they are
+    version: int = 1  # of the format that has it
 
     @cached_property
     def numpy(self) -> np.dtype[Any]:
@@ -47,6 +49,15 @@ class Storage:
     def item_bytes(self) -> int:
         """Bytes of one scalar."""
         return self.numpy.itemsize
+
+    @property
+    def decoded(self) -> Storage:
+        """The type of the values that readers give."""
+        return self if self.scale is None else STORAGE["float32"]
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of so many values, with its scale."""
+        return self.item_bytes * width + (0 if self.scale is None else self.scale.item_bytes)
 
     @property
     def zarr_fill(self) -> str | int:
@@ -72,6 +83,15 @@ class Storage:
         found = (bits & self._exponent_bits) == self._exponent_bits
         return int(found.argmax()) if found.any() else None
 
+    def misfit(self, row: Array) -> int:
+        """Index of the value for which a row of any float type cannot be stored: NaN, Inf, or too large."""
+        import numpy as np
+
+        if self.scale is None:
+            return self.store(row, np.empty(len(row), self.numpy)) or 0
+        magnitude = np.abs(row.astype(np.float64))
+        return int(np.where(np.isfinite(magnitude), magnitude, np.inf).argmax())
+
     @cached_property
     def _exponent_bits(self) -> np.unsignedinteger[Any]:
         import numpy as np
@@ -81,22 +101,31 @@ class Storage:
 
     @cached_property
     def largest(self) -> float:
-        """The largest finite value."""
+        """The largest finite value; of a dtype with scales that of a scale."""
         import ml_dtypes
         import numpy as np
 
+        if self.scale is not None:
+            return self.scale.largest
         return float((np.iinfo if self.exponent is None else ml_dtypes.finfo)(self.numpy).max)
 
 
+_FLOAT16 = Storage("float16", "<f2", 0x7C00)
 STORAGE = {
     storage.name: storage
     for storage in (
         Storage("float32", "<f4", 0x7F80_0000),
-        Storage("float16", "<f2", 0x7C00),
+        _FLOAT16,
         Storage("bfloat16", "bfloat16", 0x7F80),
+        Storage("int8", "i1", fill=0, scale=_FLOAT16, version=2),  # see `cache.format.affine`
     )
 }
 """The dtypes of activations, by name."""
+
+
+def float_dtypes() -> list[str]:
+    """Names of the dtypes in which rows are handed to a writer."""
+    return [storage.name for storage in STORAGE.values() if storage.scale is None]
 
 
 def wider_than(storage: Storage) -> Sequence[str]:

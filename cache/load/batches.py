@@ -63,7 +63,7 @@ class _Begun:
 def deliver(
     source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None
 ) -> Generator[Batch, None, None]:
-    """Batches from a state on, in the storage dtype, by hook point."""
+    """Batches from a state on, as they are stored, decoded where that is codes, by hook point."""
     on_host = source.device.type != "cuda"
     planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
     with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetch(planned, depth=1)) as pools:

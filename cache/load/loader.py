@@ -121,7 +121,7 @@ def order_of(cache: Cache, hooks: Sequence[str], shuffle: Shuffle, *, batch_size
     return plan_order(
         [(shard.index, shard.n_rows - (n_views - 1)) for shard in cache.shards],
         shuffle,
-        bytes_per_row=sum(cache.hook_points[h].d_in for h in hooks) * n_views * cache.storage.item_bytes,
+        bytes_per_row=sum(cache.storage.row_bytes(cache.hook_points[h].d_in) for h in hooks) * n_views,
         batch_size=batch_size,
     )
 

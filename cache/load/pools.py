@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.load.decode import Decoder, stored_names, stored_shards
 from sae_granary.cache.load.order import Order, PoolPlan
 from sae_granary.cache.load.readahead import ReadAhead
 from sae_granary.cache.load.selection import Selection, shard_columns
@@ -74,23 +75,26 @@ class PoolSource:
         previous: bool,
     ) -> None:
         self.order, self.selection, self.device = order, selection, device
-        self.storage = cache.storage
+        self._rows_device = device if device.type == "cuda" else torch.device("cpu")  # where a batch is taken
         skipped = int(previous)  # the first row of a shard has no row before it
-        numbers = range(len(cache.shards))
-        shards = {
-            hook: [np.asarray(cache.hook(hook).shard(i)).view(cache.storage.integers) for i in numbers]
-            for hook in hooks
-        }
-        self.shards = {hook: [rows[skipped:] for rows in shards[hook]] for hook in hooks}
+        self.decoders = {hook: Decoder(cache.hook(hook), hook) for hook in hooks}
+        self.shards: dict[str, list[NDArray[Any]]] = {}
+        for hook in hooks:
+            stored = stored_shards(cache.hook(hook), hook)
+            self.shards |= {name: [rows[skipped:] for rows in shards] for name, shards in stored.items()}
         if previous:
-            self.shards |= {hook + PREVIOUS: [rows[:-1] for rows in shards[hook]] for hook in hooks}
-        self.hooks = tuple(self.shards)
+            self.decoders |= {hook + PREVIOUS: Decoder(cache.hook(hook), hook + PREVIOUS) for hook in hooks}
+            for hook in hooks:
+                stored = stored_shards(cache.hook(hook), hook + PREVIOUS)
+                self.shards |= {name: [rows[:-1] for rows in shards] for name, shards in stored.items()}
+        self.hooks = tuple(self.decoders)
+        self.kinds = stored_names(self.hooks, cache.storage)
         columns = [] if keeps_all else shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
-        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.storage)
+        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.kinds)
         self.files = [
-            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(shards[hook])] for hook in hooks
+            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(self.shards[hook])] for hook in hooks
         ]
 
     def pools(self, epoch: int, cursor: int, epochs: int | None, batch_size: int) -> Generator[Pool, None, None]:
@@ -103,8 +107,8 @@ class PoolSource:
         ahead = ReadAhead(self.files)
         buffers: list[CudaBuffer | None] = [None, None]
         if self.device.type == "cuda":
-            widths = {hook: shards[0].shape[1] for hook, shards in self.shards.items()}
-            buffers = [CudaBuffer(self.order, widths, self.storage, self.device) for _ in buffers]
+            widths = {name: shards[0].shape[1] for name, shards in self.shards.items()}
+            buffers = [CudaBuffer(self.order, widths, self.kinds, self.device) for _ in buffers]
         with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
             while epochs is None or epoch < epochs:
                 starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
@@ -154,11 +158,13 @@ class PoolSource:
     def take(self, pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
         """Survivors lo to hi of a pool, of one batch, once the call returned is over (see `PoolRows.take`)."""
         index = pool.order[lo:hi]
-        rows = {hook: pool.rows.take(hook, index) for hook in self.hooks}
+        copies = {name: pool.rows.take(name, index) for name in self.shards}
+        memory = {hook: decoder.memory(len(index), self._rows_device) for hook, decoder in self.decoders.items()}
 
         def finish() -> Taken:
             ids = None if pool.row_ids is None else pool.row_ids(index)
-            return {hook: copied() for hook, copied in rows.items()}, ids
+            taken = {name: copied() for name, copied in copies.items()}
+            return {hook: decoder(taken, memory[hook]) for hook, decoder in self.decoders.items()}, ids
 
         return finish
 

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_granary.cache.format.storage import Storage
+from sae_granary.cache.load.decode import torch_dtype
 from sae_granary.cache.load.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
 
-Shards = Mapping[str, Sequence[NDArray[Any]]]  # hook point -> one array per pinned shard, as integers of the same size
+Shards = Mapping[str, Sequence[NDArray[Any]]]  # name -> one array per pinned shard, as integers of the same size
 
 
 class PoolRows(Protocol):
     """The rows of one pool."""
 
     def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
-        """Rows (B, D) of a hook point in the storage dtype, by ascending addresses (see `cache.load.pools`).
+        """Rows (B, D) of a hook point as they are stored, by ascending addresses (see `cache.load.pools`).
 
         Their memory is taken now, in the consumer's thread; they are there when the call returned is over.
         """
@@ -39,8 +40,8 @@ class PoolRows(Protocol):
 class HostRows:
     """Rows are copied straight from the memory maps into a batch: each byte moves once."""
 
-    def __init__(self, shards: Shards, lengths: Sequence[int], storage: Storage) -> None:
-        self._shards, self._dtype = shards, torch_dtype(storage)
+    def __init__(self, shards: Shards, lengths: Sequence[int], kinds: Mapping[str, Storage]) -> None:
+        self._shards, self._dtypes = shards, {name: torch_dtype(kind) for name, kind in kinds.items()}
         self._ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
         self.starts: NDArray[np.int64] = self._ends - np.array(lengths, dtype=np.int64)  # addresses of the first rows
 
@@ -50,7 +51,7 @@ class HostRows:
 
     def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
         """See `PoolRows`. malloc has an arena per thread, and blocks of several threads would be fresh too often."""
-        out = torch.empty(len(index), self._shards[hook][0].shape[1], dtype=self._dtype)
+        out = torch.empty(len(index), self._shards[hook][0].shape[1], dtype=self._dtypes[hook])
         return lambda: self.copy(hook, index, out)
 
     def copy(self, hook: str, index: NDArray[np.int64], out: Tensor) -> Tensor:
@@ -71,7 +72,9 @@ class HostRows:
 class CudaBuffer:
     """A pool in device memory. Copies run on a side stream; events order them against the consumer's stream."""
 
-    def __init__(self, order: Order, widths: Mapping[str, int], storage: Storage, device: torch.device) -> None:
+    def __init__(
+        self, order: Order, widths: Mapping[str, int], kinds: Mapping[str, Storage], device: torch.device
+    ) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -79,8 +82,9 @@ class CudaBuffer:
         self._staging: dict[str, list[Tensor]] = {}
         self._copied: dict[str, list[torch.cuda.Event]] = {}
         self.rows: dict[str, Tensor] = {}
-        kind, n_rows = torch_dtype(storage), order.max_pool_rows
+        n_rows = order.max_pool_rows
         for hook, d in widths.items():
+            kind = torch_dtype(kinds[hook])
             n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), order.block_rows))
             self.rows[hook] = torch.empty(n_rows, d, dtype=kind, device=device)
             self._staging[hook] = [torch.empty(n_staged, d, dtype=kind, pin_memory=True) for _ in range(2)]
@@ -123,12 +127,6 @@ def n_copy_threads(device: torch.device) -> int:
     """Threads that copy rows: few beside a training that computes on the CPU, several to feed a GPU."""
     n_cores = os.cpu_count() or 1
     return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 1))
-
-
-def torch_dtype(storage: Storage) -> torch.dtype:
-    """The type that torch has for a storage type."""
-    dtype: torch.dtype = getattr(torch, storage.name)
-    return dtype
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

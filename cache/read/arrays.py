@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_granary.cache.errors import CacheError, CorruptCacheError, MissingFileError
-from sae_granary.cache.format.layout import ArrayLayout
+from sae_granary.cache.format.affine import F32, Affine
+from sae_granary.cache.format.layout import ArrayLayout, CacheLayout
 from sae_granary.cache.format.storage import Array
 from sae_granary.common.files import NO_FOLLOW, PLAIN, shortage
 
@@ -53,11 +54,16 @@ class RowArray:
         """(n_rows,) or (n_rows, d_in)."""
         return self.layout.shape(len(self))
 
+    @property
+    def n_shards(self) -> int:
+        """Opened shards."""
+        return len(self._shards)
+
     def path(self, i: int) -> Path:
         """The file of the i-th opened shard."""
         return self._root / self.layout.shard_path(self._shards[i][0])
 
-    def shard(self, i: int) -> np.memmap[Any, Any]:
+    def shard(self, i: int) -> Array:
         """The rows of the i-th opened shard, memory-mapped, read-only."""
         if i not in self._maps:
             self._maps[i] = _map_file(self.path(i), self.layout, self._shards[i][1])
@@ -122,6 +128,18 @@ class Column(RowArray):
 class HookRows(RowArray):
     """The activations of one hook point: (n_rows, d_in)."""
 
+    scales: Column | None = None  # of dtypes with a scale per row
+    affine: Affine | None = None
+
+    @property
+    def stored(self) -> RowArray:
+        """The array as it is on disk; of most dtypes these are the rows themselves."""
+        return self
+
+    def block(self, i: int, start: int, stop: int) -> Array:
+        """Rows start..stop of the i-th opened shard."""
+        return np.asarray(self.shard(i)[start:stop])
+
     @property
     def d_in(self) -> int:
         """Width of a row."""
@@ -129,6 +147,50 @@ class HookRows(RowArray):
 
     def __repr__(self) -> str:
         return f"<HookRows {self.layout.path}: {len(self):,} rows of {self.d_in} {self.dtype.name}>"
+
+
+class CodedRows(HookRows):
+    """The activations of one hook point of which codes and scales are stored; float32 rows are given.
+
+    Nothing is a view of a memory map: what is asked for is decoded, `shard(i)` a whole shard at once.
+    """
+
+    def __init__(
+        self, root: Path, layout: ArrayLayout, scales: ArrayLayout, affine: Affine, shards: Sequence[tuple[int, int]]
+    ) -> None:
+        super().__init__(root, layout, shards)
+        self.dtype = layout.storage.decoded.numpy
+        self.affine, self._decode = affine, affine.decode
+        self._codes, self._scales = RowArray(root, layout, shards), Column(root, scales, shards)
+        self.scales = self._scales
+
+    @property
+    def stored(self) -> RowArray:
+        """The codes."""
+        return self._codes
+
+    def shard(self, i: int) -> F32:
+        """The rows of the i-th opened shard, decoded."""
+        return self.block(i, 0, self._shards[i][1])
+
+    def block(self, i: int, start: int, stop: int) -> F32:
+        """Rows start..stop of the i-th opened shard."""
+        return self._decode(self._codes.shard(i)[start:stop], self._scales.shard(i)[start:stop])
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[int]) -> Array: ...
+    def __getitem__(self, index: int | np.integer[Any] | slice | npt.NDArray[Any] | Sequence[int]) -> Any:
+        return self._decode(self._codes[index], self._scales[index])
+
+
+def open_hook(root: Path, layout: CacheLayout, hook: str, shards: Sequence[tuple[int, int]]) -> HookRows:
+    """The activations of a hook point over opened shards: (shard number, rows)."""
+    values = layout.activations[hook]
+    if layout.affines is None:
+        return HookRows(root, values, shards)
+    return CodedRows(root, values, layout.scales[hook], layout.affines[hook], shards)
 
 
 def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:

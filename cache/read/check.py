@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError
-from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, GROUPS, VOCABULARY, commit_path
+from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 
 
 def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
     """Raise unless every file of the opened shards, and each that describes the cache, has its exact size."""
-    folders = [*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in manifest.layout.arrays)]
+    folders = [COMMITS, DOCUMENTS, *manifest.layout.folders]
     linked = [folder for folder in folders if (path / folder).is_symlink()]
     if linked:
         raise CorruptCacheError(f"{path / linked[0]} is a symbolic link; links out of a cache are not followed")

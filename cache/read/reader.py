@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
-from sae_granary.cache.read.arrays import Column, HookRows
+from sae_granary.cache.read.arrays import Column, HookRows, open_hook
 from sae_granary.cache.read.check import check_files, incomplete_message
 from sae_granary.cache.read.context import Context, join_tokens, rows_around
 from sae_granary.cache.read.documents import Documents
@@ -71,6 +71,8 @@ def open_cache(
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
     opened = [records[number] for number in numbers]
+    if records and not manifest.complete:
+        manifest = replace(manifest, affines=records[0].affines)
     check_files(path, manifest, opened)
     return Cache(path, manifest, records, opened)
 
@@ -118,7 +120,7 @@ class Cache:
         """The activations of a hook point; the name may be left out where there is only one."""
         name = self.hook_name(name)
         if name not in self._hooks:
-            self._hooks[name] = HookRows(self.path, self.layout.activations[name], self._sizes)
+            self._hooks[name] = open_hook(self.path, self.layout, name, self._sizes)
         return self._hooks[name]
 
     def tensor(self, rows: slice | npt.NDArray[np.int64] | Sequence[int], *, hook: str | None = None) -> Tensor:

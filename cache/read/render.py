@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as html_module
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
     n_rows, n_bytes = sum(record.n_rows for record in opened), sum(record.n_bytes for record in opened)
     lines = {
         "path": str(path),
-        "state": f"{state}, format 1",
+        "state": f"{state}, format {manifest.version}",
         "rows": f"{n_rows:,} (one per {unit}) from {_n_documents(opened):,} documents",
         "hook points": ", ".join(f"{hook.name} (d_in {hook.d_in})" for hook in manifest.hook_points),
         "dtype": manifest.dtype,
@@ -93,7 +94,9 @@ def _n_documents(opened: Sequence[ShardRecord]) -> int:
 
 
 def _stats_json(stats: Stats) -> dict[str, Any]:
+    error = stats.storage_error
     return {
+        **({} if error is None else {"storage_error": asdict(error)}),
         "mean_sq_norm": stats.mean_sq_norm,
         "total_variance": stats.total_variance,
         "norm_quantiles": {f"{fraction:g}": value for fraction, value in stats.norm_quantiles.items()},
@@ -113,6 +116,12 @@ def stats_cells(hook: str, stats: Stats) -> list[str]:
     """One row of the table of statistics."""
     quantiles = [stats.norm_quantiles[fraction] for fraction in (0.0, 0.01, 0.5, 0.99, 1.0)]
     return [hook, *(f"{value:.4g}" for value in (stats.mean_sq_norm, stats.total_variance, *quantiles))]
+
+
+def error_lines(statistics: Mapping[str, Stats]) -> dict[str, str]:
+    """Label -> value: what storing cost, of dtypes for which it is measured."""
+    errors = {hook: stats.storage_error for hook, stats in statistics.items() if stats.storage_error is not None}
+    return {"storage FVU": "; ".join(f"{hook} {error}" for hook, error in errors.items())} if errors else {}
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:

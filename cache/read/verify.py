@@ -14,17 +14,16 @@ from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import (
     COMMITS,
     DOCUMENTS,
-    GROUPS,
     LOCK,
     LOG,
     MANIFEST,
     TEMPORARY,
     VOCABULARY,
     commit_path,
-    zarr_files,
 )
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
+from sae_granary.cache.format.zarr_json import zarr_files
 from sae_granary.cache.read.check import check_file, has_just_begun
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.verify_rows import check_rows, check_totals
@@ -118,7 +117,8 @@ def _check_zarr(cache: Cache) -> Iterator[tuple[Finding, int]]:
             yield Finding(name, "the manifest does not list it"), 0
             continue
         problem = None if entries is None else _compare(cache.path / name, entries[name])
-        yield Finding(name, problem or _compare_json(cache.path / name, expected[name], cache.complete)), 0
+        compare = _compare_json if name.endswith(".json") else _compare_bytes
+        yield Finding(name, problem or compare(cache.path / name, expected[name], cache.complete)), 0
 
 
 def _compare_json(path: Path, expected: bytes, complete: bool) -> str | None:
@@ -130,6 +130,13 @@ def _compare_json(path: Path, expected: bytes, complete: bool) -> str | None:
     if not complete:  # a writer brings the shape up to date after the record: it may lag
         found, wanted = _without_length(found), _without_length(wanted)
     return None if found == wanted else "its contents are not those of this cache's layout"
+
+
+def _compare_bytes(path: Path, expected: bytes, complete: bool) -> str | None:
+    try:
+        return None if read_regular(path) == expected else "its contents are not those of the commit record"
+    except OSError as error:
+        return f"not readable: {error}"
 
 
 def _without_length(node: Any) -> Any:
@@ -149,8 +156,11 @@ def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRe
         own = load_record(cache.path, cache.manifest, record.shard)
     except CacheError as error:
         return str(error), None
-    if cache.complete and replace(own, statistics=None) != record:
+    if cache.complete and replace(own, statistics=None, affines=None) != record:
         return "it differs from what the manifest says of this shard", None
+    for hook, affine in (own.affines or {}).items():
+        if not affine.equals((cache.manifest.affines or {})[hook]):
+            return f"the step or offset of {hook} differs from the manifest's", None
     return None, own
 
 
@@ -159,7 +169,7 @@ def _foreign(cache: Cache) -> Iterator[str]:
     known |= set(zarr_files(cache.layout, 0))
     for record in cache.records:
         known |= {commit_path(record.shard), *record.files}
-    folders = {*GROUPS, COMMITS, DOCUMENTS, TEMPORARY, *(array.path for array in cache.layout.arrays)}
+    folders = {COMMITS, DOCUMENTS, TEMPORARY, *cache.layout.folders}
     for folder, names, files in os.walk(cache.path):
         relative = Path(folder).relative_to(cache.path)
         names[:] = sorted(name for name in names if name != TEMPORARY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sae_granary.cache.errors import CacheError
+from sae_granary.cache.format.affine import is_scale
 from sae_granary.cache.format.documents import read_doc_ids, read_kept_column
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import ShardRecord
@@ -54,11 +55,14 @@ def _check_documents(cache: Cache, record: ShardRecord) -> str | None:
 
 
 def _check_statistics(cache: Cache, i: int, hook: str, record: ShardRecord) -> str | None:
-    rows, norms = cache.hook(hook).shard(i), cache.norms(hook).shard(i)
+    rows, norms = cache.hook(hook), cache.norms(hook).shard(i)
     step = cache.layout.activations[hook].inner_rows
+    scales = rows.scales
+    if scales is not None and not is_scale(scales.shard(i)).all():
+        return f"scales of {hook} hold numbers that are never stored"
     parts: list[Moments] = []
-    for start in range(0, len(rows), step):
-        moments, measured = block_moments(np.asarray(rows[start : start + step]))
+    for start in range(0, len(norms), step):
+        moments, measured = block_moments(rows.block(i, start, start + step))
         parts.append(moments)
         if not np.allclose(measured, norms[start : start + step], rtol=1e-6, atol=0):
             return f"norms of {hook} do not fit its rows"
@@ -99,6 +103,8 @@ def check_totals(cache: Cache) -> str | None:
 def _close(a: Moments, b: Moments) -> bool:
     """Equal up to the order of summation, which differs between processors."""
     scale = np.sqrt(np.maximum(a.m2_D / a.n_rows, 0)) + np.abs(a.mean_D) + 1e-300
+    if a.error_D is not None and b.error_D is not None and not np.allclose(a.error_D, b.error_D, rtol=1e-9, atol=0):
+        return False  # rows alone do not tell it
     return (
         a.n_rows == b.n_rows
         and bool((np.abs(a.mean_D - b.mean_D) <= 1e-9 * scale).all())

@@ -14,17 +14,16 @@ from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWri
 from sae_granary.cache.format.layout import (
     COMMITS,
     DOCUMENTS,
-    GROUPS,
     LOCK,
     MANIFEST,
     TEMPORARY,
     VOCABULARY,
     CacheLayout,
-    zarr_files,
 )
 from sae_granary.cache.format.manifest import Manifest
-from sae_granary.cache.format.records import clear_uncommitted
+from sae_granary.cache.format.records import clear_uncommitted, has_records, remove_contents
 from sae_granary.cache.format.signed import dump_signed
+from sae_granary.cache.format.zarr_json import zarr_files
 from sae_granary.common import files
 from sae_granary.common.lock import FolderLock, LockedError
 
@@ -43,7 +42,7 @@ class Session:
         layout = manifest.layout
         if new:
             self.put(MANIFEST, dump_signed(manifest.to_json()))
-        for folder in (*GROUPS, COMMITS, DOCUMENTS, *(array.path for array in layout.arrays)):
+        for folder in (COMMITS, DOCUMENTS, *layout.folders):
             (self.path / folder).mkdir(exist_ok=True)
         if vocabulary is not None and not (self.path / VOCABULARY).exists():
             self.put(VOCABULARY, vocabulary)
@@ -51,11 +50,15 @@ class Session:
         self.write_zarr(layout, n_shards)
         files.sync_folder(self.path)
 
-    def end(self) -> None:
-        """Remove the folder."""
+    def end(self, layout: CacheLayout, *, complete: bool) -> bool:
+        """Remove the folder, and what was begun of a cache where nothing was committed: True in that case."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another session's files, only where locks do nothing
             (self.path / TEMPORARY).rmdir()
+        empty = not complete and not has_records(self.path)
+        if empty:
+            remove_contents(self.path, layout)
+        return empty
 
     def place(self, temporary: Mapping[str, Path], record_path: str, record: bytes) -> None:
         """Link the synced files of a shard into place, then its record; undo it all where the record is not reached."""

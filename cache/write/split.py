@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sae_granary.cache.errors import BadRowsError
 from sae_granary.cache.format.layout import COLUMNS, CacheLayout
-from sae_granary.cache.format.storage import STORAGE
+from sae_granary.cache.format.storage import float_dtypes
 from sae_granary.common.rows import FLAG_ABSENT, DocumentRow, Rows
 
 
@@ -23,10 +23,10 @@ def check_rows(rows: Rows, layout: CacheLayout, last_window: int) -> None:
         raise BadRowsError(f"hook points are {sorted(rows.activations)}, expected {sorted(layout.activations)}")
     for name, values in rows.activations.items():
         expected = layout.activations[name].shape(n_rows)
-        if values.shape != expected or values.dtype.name not in STORAGE:
+        if values.shape != expected or values.dtype.name not in float_dtypes():
             got = f"{values.dtype.name}{values.shape}"
             raise BadRowsError(
-                f"activations of {name!r} are {got}, expected {expected} of {', '.join(sorted(STORAGE))}"
+                f"activations of {name!r} are {got}, expected {expected} of {', '.join(sorted(float_dtypes()))}"
             )
     if n_rows and int(rows.window[0]) <= last_window:
         raise BadRowsError(

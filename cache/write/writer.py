@@ -17,21 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sae_granary.cache.errors import BadRowsError, CacheError
-from sae_granary.cache.format.layout import MANIFEST, commit_path, zarr_files
+from sae_granary.cache.format.layout import MANIFEST, commit_path
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, manifest_of
-from sae_granary.cache.format.records import (
-    existing_manifest,
-    has_records,
-    load_records,
-    refuse_mismatch,
-    remove_contents,
-)
+from sae_granary.cache.format.records import existing_manifest, load_records, refuse_mismatch, remove_contents
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec, Cursor
+from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.write.calibrate import drift_warnings, fit_rows
 from sae_granary.cache.write.committed import Committed
 from sae_granary.cache.write.disk_space import no_space_is_clear
 from sae_granary.cache.write.session import Session, concurrent_writes_are_clear, locked, remove_leftovers
@@ -46,7 +41,10 @@ class CacheWriter:
     """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
 
     def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], *, direct: bool = False) -> None:
+        if records and not manifest.complete:
+            manifest = replace(manifest, affines=records[0].affines)
         self.path, self.manifest = path, manifest
+        self.warnings: list[str] = []  # about what is lost by storing rows
         self.layout = manifest.layout
         self.complete = manifest.complete
         self._committed = reduce(Committed.after, records, Committed())
@@ -86,7 +84,7 @@ class CacheWriter:
             undo.callback(lock.release)
             have = existing_manifest(path)  # again: another process may have written before we held the lock
             if have is not None and refuse_mismatch(path, have, want):
-                remove_contents(path)  # of another harvest that committed nothing
+                remove_contents(path, have.layout)  # of another harvest that committed nothing
                 have = None
             records = [] if have is None else have.shards or load_records(path, have)
             writer = cls(path, have or want, records, direct=direct)
@@ -150,6 +148,8 @@ class CacheWriter:
             last = self._shard.last_window if self._shard else self._committed.last_window
             check_rows(rows, self.layout, last)
             placed = documents_by_row(documents, rows.doc_id, self._last_document)
+            if not self.layout.is_fitted:
+                self._fit(rows)
             used, start = (self._shard.n_rows if self._shard else 0), 0
             for n_rows in split_windows(window_lengths(rows.window), used, self.manifest.rows_per_shard):
                 stop = start + n_rows
@@ -160,6 +160,13 @@ class CacheWriter:
                 start = stop
                 if start < rows.n_rows:
                     self._commit()
+
+    def _fit(self, rows: Rows) -> None:
+        """Fit steps and offsets to the first rows; who was killed before the first shard fits them again, equally."""
+        affines, warnings = fit_rows(rows.activations, self.layout)
+        self.manifest = replace(self.manifest, affines=affines)
+        self.layout, self.warnings = self.manifest.layout, warnings
+        self._session.write_zarr(self.layout, 0)
 
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
@@ -193,10 +200,12 @@ class CacheWriter:
         if self._shard is None:
             return
         temporary, record = self._shard.finish(Cursor(dict(self._source or {}), self._buffer_rows))
-        self._session.place(temporary, commit_path(record.shard), dump_signed(record.to_json()))
+        body = dump_signed({"version": self.manifest.version, **record.to_json()})
+        self._session.place(temporary, commit_path(record.shard), body)
         self._shard.discard()
         self._shard = None
         self._committed = self._committed.after(record)
+        self.warnings += drift_warnings(record.shard, record.statistics or {})
         self._session.write_zarr(self.layout, self.n_shards)
 
     def _usable(self) -> None:
@@ -224,10 +233,7 @@ class CacheWriter:
             if self._shard is not None:
                 self._shard.discard()
                 self._shard = None
-            self._session.end()
-            empty = not self.complete and not has_records(self.path)
-            if empty:
-                remove_contents(self.path)  # nothing was committed: leave nothing behind
+            empty = self._session.end(self.layout, complete=self.complete)
         finally:
             self._lock.release()
             self._lock = None
@@ -238,7 +244,5 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

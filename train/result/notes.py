@@ -12,13 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 FEW_ROWS = 2000  # evaluated rows; on fewer a latent of the usual `dead_threshold` cannot be told from a silent one
+STORED = 0.05  # storage error, relative to the SAE's
 MANY_DEAD = 0.25  # share of the latents
 MISSED_L0, SHIFTED_L0 = 0.1, 0.25  # relative, in training and in inference on other rows
 
 
 def remarks(summary: Mapping[str, Any], *, wanted_l0: float | None, warmup_steps: int) -> list[str]:
     """Remarks on a summary; `wanted_l0` is the requested L0, if any."""
-    return [*damage(summary), *_evaluation(summary, wanted_l0), *_training(summary, wanted_l0, warmup_steps)]
+    return [
+        *damage(summary),
+        *_storage(summary),
+        *_evaluation(summary, wanted_l0),
+        *_training(summary, wanted_l0, warmup_steps),
+    ]
 
 
 def damage(summary: Mapping[str, Any]) -> list[str]:
@@ -29,6 +35,17 @@ def damage(summary: Mapping[str, Any]) -> list[str]:
     if dropped := summary["eval"].get("n_dropped", 0):
         found.append(f"{dropped:,} damaged rows were left out of the evaluation")
     return [f"{text}: run sae-cache verify {summary['cache']}" for text in found]
+
+
+def _storage(summary: Mapping[str, Any]) -> Iterator[str]:
+    """An SAE is measured on rows as they were stored: what storing lost is not in its FVU."""
+    fvu, errors = summary["eval"].get("fvu"), summary.get("storage_error") or {}
+    worst = max((max(error["fvu"], error["fvu_ordinary"]) for error in errors.values()), default=0.0)
+    if fvu is not None and worst > STORED * fvu:
+        yield (
+            f"the rows lost an FVU of {worst:.2g} when they were stored, which the SAE's {fvu:.2g} does not count: "
+            "harvest with --dtype bfloat16"
+        )
 
 
 def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator[str]:

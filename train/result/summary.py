@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae_granary.cache.format.stats import storage_error
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.models.language.losses import notes_on
 from sae_granary.train.data.run_data import RunData
@@ -39,6 +41,7 @@ def summarize(
         "eval_part": data.eval_part,
         "eval": dict(numbers),
         "rows": data.counts.to_json(),
+        "storage_error": _storage_errors(data),
         "device": config.device,
         "versions": {"torch": torch.__version__},
         "seconds": round(seconds, 3),
@@ -49,6 +52,12 @@ def summarize(
     if config.keep_best and (best := best_checkpoint(folder)):
         summary["best_checkpoint"] = best.name
     return summary
+
+
+def _storage_errors(data: RunData) -> dict[str, Any] | None:
+    """By hook point: what the rows lost when they were stored, where that was measured; no FVU is better than it."""
+    errors = {hook: storage_error(data.cache.moments(hook)) for hook in data.config.hook}
+    return {hook: asdict(error) for hook, error in errors.items() if error is not None} or None
 
 
 def _last_training_l0(folder: Path) -> float | None:

@@ -85,5 +85,5 @@ def _stream_bytes(runs: Sequence[RunData]) -> int:
     if not runs[0].config.device.startswith("cuda"):
         return 0
     names = {name: run for run in runs for name in run.input_names}
-    per_row = sum(run.width(name) for name, run in names.items()) * runs[0].cache.storage.item_bytes
+    per_row = sum(runs[0].cache.storage.row_bytes(run.width(name)) for name, run in names.items())
     return 2 * runs[0].order.max_pool_rows * per_row

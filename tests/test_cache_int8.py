@@ -1,0 +1,233 @@
+"""One byte per value: the error bound, equal bits everywhere, what is refused, what is told."""
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from cache_kit import interrupted, no_sync, toy_rows, toy_spec, tree  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_granary import open_cache
+from sae_granary.cache.errors import BadActivationError, StorageLossError
+from sae_granary.cache.format.affine import MAX_CODE, MAX_ERROR, MIN_STEP, STEP_BITS, Affine, round_up
+from sae_granary.cache.format.stats import storage_error
+from sae_granary.cache.load.decode import decode
+from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.selection import Filters, Selection
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write.calibrate import fit, measure
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import DocumentRow
+
+N_BUFFERS = 12
+WORST = 2.0**-23  # relative: the subtraction of the offset and its addition each round once
+
+
+def write(path, rows=None, dtype="int8", stop_after=None, **spec):
+    """A cache of the toy rows in two buffers: 450 rows, and the rest."""
+    rows = toy_rows(N_BUFFERS) if rows is None else rows
+    starts = np.flatnonzero(rows.position == 0)
+    cut = int(starts[np.searchsorted(starts, 450)]) if rows.n_rows > 500 else rows.n_rows
+    with CacheWriter.open(path, toy_spec(dtype, rows_per_shard=96, **spec)) as writer:
+        cursor = writer.cursor
+        for number, part in enumerate((rows[:cut], rows[cut:])):
+            if cursor is not None and number < cursor.source["buffer"]:
+                continue
+            done = cursor.rows_into_buffer if cursor is not None and number == cursor.source["buffer"] else 0
+            writer.begin_buffer({"buffer": number})
+            writer.skip(done)
+            if done < part.n_rows:
+                part = part[done:]
+                ids = dict.fromkeys(part.doc_id.tolist())
+                writer.append(part, [DocumentRow(i, "toy.txt", i, f"document {i}") for i in ids])
+            if stop_after == number:
+                raise KeyboardInterrupt
+        writer.finish({"rows": rows.n_rows})
+        return writer.warnings
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    path = tmp_path_factory.mktemp("int8") / "toy"
+    write(path)
+    return open_cache(path)
+
+
+def affines(d_in):
+    """Any that the format allows; a subnormal offset, which flushing would change, it does not."""
+    steps = st.lists(st.floats(-96, 90), min_size=d_in, max_size=d_in)
+    offset = st.floats(-1e6, 1e6, width=32).map(lambda value: value if abs(value) >= MIN_STEP else 0.0)
+
+    def make(steps, offsets):
+        return Affine(round_up(np.exp2(steps).astype(np.float32), STEP_BITS), np.array(offsets, np.float32))
+
+    return st.builds(make, steps, st.lists(offset, min_size=d_in, max_size=d_in))
+
+
+@settings(max_examples=150, deadline=None)
+@given(affine=affines(5), seed=st.integers(0, 2**32 - 1), spread=st.floats(-20, 28), tail=st.floats(0, 6))
+def test_the_error_stays_below_the_bound(affine, seed, spread, tail):
+    """|x - decoded| <= step scale (|q| + 16.75), up to the rounding of float32 at the offset."""
+    z = np.random.default_rng(seed).normal(size=(9, 5))
+    z = np.sign(z) * np.abs(z) ** (1 + tail) * 2.0**spread
+    z = np.clip(z, -1e9, 1e9)
+    x = (z * affine.step_D.astype(np.float64) + affine.offset_D).astype(np.float32)
+    codes, scales = np.empty(x.shape, np.int8), np.empty(len(x), np.float16)
+    assert affine.encode(x, codes, scales) is None
+    assert np.abs(codes.astype(int)).max() <= MAX_CODE
+    error = np.abs(affine.decode(codes, scales).astype(np.float64) - x)
+    slope = affine.step_D.astype(np.float64) * scales.astype(np.float64)[:, None]
+    rounding = WORST * (np.abs(x.astype(np.float64)) + np.abs(affine.offset_D) + np.abs(x - affine.offset_D))
+    assert (error <= slope * (np.abs(codes.astype(np.float64)) + MAX_ERROR) + rounding).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(affine=affines(7), seed=st.integers(0, 2**32 - 1), flush=st.booleans())
+def test_numpy_torch_and_any_order_of_products_give_equal_bits(affine, seed, flush):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-MAX_CODE, MAX_CODE + 1, (13, 7)).astype(np.int8)
+    scales = round_up(np.exp2(rng.uniform(-18, 15.9, 13)).astype(np.float32), 6).astype(np.float16)
+    expected = affine.decode(codes, scales)
+    tensors = (torch.from_numpy(codes), torch.from_numpy(scales)[:, None])
+    vectors = (torch.from_numpy(affine.step_D), torch.from_numpy(affine.offset_D))
+    torch.set_flush_denormal(flush)
+    try:
+        found = decode(*tensors, *vectors, torch.empty(13, 7))
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.numpy().tobytes() == expected.tobytes()
+    q, s = codes.astype(np.float32), scales.astype(np.float32)[:, None]
+    exact = q.astype(np.float64) * (np.abs(q) + 32) * s * affine.step_D.astype(np.float64) + affine.offset_D
+    assert (exact.astype(np.float32) == expected).all()
+    assert ((q * (np.abs(q) + 32)) * (s * affine.step_D) + affine.offset_D == expected).all()
+
+
+def test_a_cache_is_written_read_verified_and_loaded(opened):
+    rows = toy_rows(N_BUFFERS)
+    assert opened.dtype == "int8"
+    assert opened.manifest.version == 2
+    assert verify(opened.path).ok
+    for hook in opened.hook_points:
+        stored, exact = opened.hook(hook)[:], rows.activations[hook]
+        assert stored.dtype == np.float32
+        fvu = ((stored - exact.astype(np.float64)) ** 2).sum() / (exact.astype(np.float64).var(0) * len(exact)).sum()
+        error = storage_error(opened.moments(hook))
+        assert error.fvu == pytest.approx(fvu, rel=1e-3)
+        assert 1e-6 < error.fvu < 1e-4
+        np.testing.assert_allclose(opened.norms(hook)[:], np.linalg.norm(stored.astype(np.float64), axis=1), rtol=1e-6)
+        index = np.array([5, 700, 3, 5])
+        assert (opened.hook(hook)[index] == stored[index]).all()
+        assert (opened.hook(hook)[95:99] == stored[95:99]).all()  # over the end of a shard
+        assert (opened.hook(hook)[-1] == stored[-1]).all()
+        assert opened.hook(hook)[3:3].shape == (0, 8)
+        assert (np.concatenate([opened.hook(hook).shard(i) for i in range(len(opened.shards))]) == stored).all()
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_the_loader_delivers_the_decoded_rows(opened, previous):
+    selection = Selection(filters=Filters(min_position=1)) if previous else Selection(part="all")
+    options = {"batch_size": 48, "epochs": 1, "with_rows": True, "selection": selection, "previous": previous}
+    seen = 0
+    with Loader(opened, **options) as loader:
+        for batch in loader:
+            rows = opened.ordinals(batch.row_ids.numpy())
+            for name, x in batch.x.items():
+                hook, _, before = name.partition("@-")
+                assert x.dtype == torch.float32
+                assert x.numpy().tobytes() == opened.hook(hook)[rows - len(before)].tobytes()
+            seen += batch.n_rows
+        assert seen == loader.n_rows
+
+
+def test_foreign_readers_decode_by_the_formula_in_the_attributes(opened):
+    stored = opened.hook("layer_1")[:]
+    present = opened.row_ids(np.arange(len(opened)))
+    group = zarr.open_group(opened.path, mode="r")
+    told = dict(group["activations/layer_1"].attrs)
+    assert group.attrs["version"] == 2
+
+    def by_tensorstore(path):
+        store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(opened.path / path)}}
+        return tensorstore.open(store, read=True).result().read().result()
+
+    for read in (lambda path: group[path][:], by_tensorstore):
+        q = read("activations/layer_1").astype(np.float32)
+        names = {"q": q, "abs": np.abs, "scale": read(told["scale"]).astype(np.float32)[:, None]}
+        names |= {"step": read(told["step"]), "offset": read(told["offset"])}
+        formula = told["formula"].removeprefix("x[i, j] = ").partition(",  q")[0].partition(", q =")[0]
+        values = eval(formula.replace("[i]", "").replace("[j]", ""), {}, names)
+        assert values[present].tobytes() == stored.tobytes()
+        absent = np.ones(len(values), bool)
+        absent[present] = False
+        assert absent.any()
+        assert np.isnan(values[absent]).all()
+
+
+@pytest.mark.parametrize("kind", ["constant", "varying"])
+def test_massive_dimensions_do_not_cost_the_others(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4096, 96)).astype(np.float32)
+    sign = rng.choice([-1, 1], (4096, 3)) if kind == "varying" else np.array([1, -1, 1])
+    x[:, [3, 40, 77]] = 800 * sign + rng.normal(size=(4096, 3))
+    error = measure(x, fit(x))
+    assert error.n_massive == 3
+    assert error.fvu_ordinary < 1e-4
+    plain = np.rint(x / np.abs(x).max(1, keepdims=True) * 127) * np.abs(x).max(1, keepdims=True) / 127  # int8 per row
+    others = np.delete(np.arange(96), [3, 40, 77])
+    assert ((plain - x)[:, others] ** 2).sum() > 0.5 * (x[:, others].var(0) * 4096).sum()
+
+
+def test_zeros_stay_zeros_where_a_dimension_has_many():
+    x = np.maximum(np.random.default_rng(1).normal(size=(2048, 16)), 0).astype(np.float32)
+    stored = fit(x).rounded(x)
+    assert (stored[x == 0] == 0).all()
+
+
+def test_a_killed_harvest_continues_to_equal_bytes(opened, tmp_path):
+    """Before the first shard steps and offsets are fitted again; afterwards they are read back."""
+    for stop_after in (0, 1):
+        path = tmp_path / str(stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, stop_after=stop_after)
+        assert verify(path).ok
+        assert (open_cache(path, allow_incomplete=True).hook("layer_1")[:5] == opened.hook("layer_1")[:5]).all()
+        write(path)
+        assert tree(path) == tree(opened.path)
+
+
+def test_what_would_lose_too_much_is_refused_before_anything_is_written(tmp_path):
+    rows = toy_rows(N_BUFFERS)
+    for values in rows.activations.values():
+        values[::20, 3] = 1e6  # a dimension that is massive on a twentieth of the rows
+    with pytest.raises(StorageLossError, match=r"'layer_1': int8 loses too much: storage FVU .*use --dtype bfloat16"):
+        write(tmp_path / "lossy", rows)
+    assert not (tmp_path / "lossy").exists()
+    with pytest.raises(StorageLossError, match=r"at least 256 at once: there are [0-9]+; use --dtype bfloat16"):
+        write(tmp_path / "few", toy_rows(2))
+    assert not (tmp_path / "few").exists()
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    (np.nan, "value nan; check the model's compute dtype"),
+    (-np.inf, "value -inf; check the model's compute dtype"),
+    (3e12, r"is out of the range of int8; store a wider dtype \(--dtype bfloat16 or float32\)"),
+])  # fmt: skip
+def test_a_value_that_cannot_be_stored_is_named(tmp_path, value, message):
+    for row in (7, 600) if not np.isfinite(value) else (600,):  # among those that are fitted to, and behind
+        rows = toy_rows(N_BUFFERS)
+        rows.activations["layer_3"][row, 2] = value
+        with pytest.raises(BadActivationError, match=message) as caught:
+            write(tmp_path / str(row), rows)
+        assert (caught.value.hook, caught.value.doc_id) == ("layer_3", rows.doc_id[row])
+
+
+def test_drift_is_told(tmp_path):
+    rows = toy_rows(N_BUFFERS)
+    for values in rows.activations.values():
+        values[500::10, 3] = 3e4
+    warnings = write(tmp_path / "drift", rows)
+    assert warnings
+    assert "shard" in warnings[0]
+    assert "its rows are unlike the first ones: use --dtype bfloat16" in warnings[0]

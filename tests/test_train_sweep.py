@@ -337,7 +337,7 @@ def test_another_sweep_under_the_same_name_is_refused(make_cache, tmp_path) -> N
     with pytest.raises(RunExistsError, match=r"holds a sweep with other settings: choose another --name"):
         train_sweep({"k": [3]}, settings)
     assert [row["k"] for row in train_sweep({"k": [3]}, settings, overwrite=True).rows] == [3]
-    with pytest.raises(RunExistsError, match="exists and is no sweep"):
+    with pytest.raises(RunExistsError, match="exists and is not a sweep"):
         train_sweep({"k": [3]}, {**settings, "runs_dir": str(tmp_path / "s"), "name": "toy_layer_3_topk_d32_k3_s0"})
     with pytest.raises(ConfigError, match="expected one folder name"):
         train_sweep({"k": [3]}, {**settings, "name": "../s"})

@@ -14,8 +14,8 @@ from typing import Any
 
 from sae_granary import sae_core
 from sae_granary.common.quantities import COUNT_WORDS
+from sae_granary.common.settings.coerce import describe
 from sae_granary.harvest.cli import harvest_config
-from sae_granary.train.config.coerce import describe
 from sae_granary.train.config.flags import given_settings
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
 from sae_granary.train.config.settings import SECTIONS, TrainConfig

@@ -3,19 +3,13 @@
 `SharedConfig` holds the options that every variant has.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
-from numbers import Integral, Real
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
-from sae_granary.common.errors import nearest
-from sae_granary.common.signed import short
+from sae_granary.common.settings.declare import check, setting
 from sae_granary.sae_core.errors import OptionError
 
-MAX_INT = 2**63 - 1
 NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
 LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of the reconstruction loss
 LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
@@ -45,10 +39,9 @@ def option(
     """
     if unit == PRE_ACTS and any(bound not in (None, 0) for bound in (ge, gt, le, lt)):
         raise ValueError("an option in units of pre-activations is rescaled: its only bound can be 0")
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "unit": unit}
-    metadata["options_of"] = options_of
-    metadata |= {} if unsaved is MISSING else {"unsaved": unsaved}
-    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+    more: dict[str, Any] = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "options_of": options_of}
+    more |= {} if unsaved is MISSING else {"unsaved": unsaved}
+    return setting(default, help=help, section="model", unit=unit, **more)
 
 
 def in_pre_acts(config: Any) -> Mapping[str, float]:
@@ -63,61 +56,6 @@ def as_saved(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**meant, **options}
 
 
-@cache
-def _types(cls: Any) -> dict[str, Any]:
-    """The type of each field; none where annotations name what is not global."""
-    try:
-        return get_type_hints(cls)
-    except NameError:
-        return {}
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value, perhaps read from JSON, has a declared type. An integer is a float."""
-    inner = get_args(kind)
-    if isinstance(kind, UnionType):
-        return any(_is_of(value, each) for each in inner)
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple | list) and all(_is_of(each, inner[0]) for each in value)
-    runtime = get_origin(kind) or kind
-    return not isinstance(runtime, type) or isinstance(value, runtime)
-
-
-def check(config: Any) -> None:
-    """Check every field of a Config against its type and the range it declares.
-
-    Raises OptionError with the option's name, its value and what was expected.
-    """
-    types = _types(type(config))  # type: ignore[arg-type]
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        bounds = spec.metadata
-        if spec.name in types and not _is_of(value, types[spec.name]):
-            kind = getattr(types[spec.name], "__name__", str(types[spec.name]))
-            raise OptionError(f"{spec.name}={short(value)}: expected {kind}")
-        if isinstance(value, Integral) and abs(int(value)) > MAX_INT:
-            raise OptionError(f"{spec.name}={short(value)}: expected a value <= {MAX_INT}")
-        if value is None or not bounds:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise OptionError(f"{spec.name}={value!r}: expected a finite number")
-        if bounds["choices"] is not None and value not in bounds["choices"]:
-            hint = nearest(str(value), bounds["choices"])
-            raise OptionError(f"{spec.name}={value!r}: expected one of {', '.join(bounds['choices'])}{hint}")
-        if bounds["ge"] is not None and not value >= bounds["ge"]:
-            raise OptionError(f"{spec.name}={value!r}: expected a value >= {bounds['ge']}")
-        if bounds["gt"] is not None and not value > bounds["gt"]:
-            raise OptionError(f"{spec.name}={value!r}: expected a value > {bounds['gt']}")
-        if bounds["lt"] is not None and not value < bounds["lt"]:
-            raise OptionError(f"{spec.name}={value!r}: expected a value < {bounds['lt']}")
-        if bounds["le"] is not None and not value <= bounds["le"]:
-            raise OptionError(f"{spec.name}={value!r}: expected a value <= {bounds['le']}")
-
-
 @dataclass(frozen=True)
 class SharedConfig:
     """Options of every variant."""
@@ -130,7 +68,7 @@ class SharedConfig:
     dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, OptionError)
         self.validate()
 
     def validate(self) -> None:

@@ -41,6 +41,7 @@ ALSO = {
     "sae_granary/common/process.py": {"torch"},  # inside functions: its settings are torch's
     "sae_granary/common/device.py": {"torch"},  # inside functions
     "sae_granary/common/files.py": {"xxhash"},
+    "sae_granary/common/settings": {"yaml"},
     "sae_granary/common/signed.py": {"xxhash"},
     "analyze/cli.py": {"typer", "rich"},
     "analyze/commands": {"typer", "rich"},

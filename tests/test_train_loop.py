@@ -11,7 +11,7 @@ from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import DivergedError
 from sae_granary.train.lockstep import feed_all
 from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train_step
-from sae_granary.train.optim.optimizers import OPTIMIZERS, make_optimizer, set_lr, state_tensors
+from sae_granary.train.optim.optimizers import OPTIMIZERS, Hyperparameters, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.step_input import RowInput
 
@@ -297,7 +297,7 @@ def test_a_matrix_stored_by_columns_steps_as_one_stored_by_rows(optimizer) -> No
     config = make_config([{"type": "topk", "optimizer": optimizer, "lr": 0.01, "weight_decay": 0.1}])
     by_columns = torch.nn.Parameter(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)).t())
     by_rows = torch.nn.Parameter(by_columns.detach().clone(memory_format=torch.contiguous_format))
-    optimizers = [(p, make_optimizer([p], config.optimizer, config.hyperparameters)) for p in (by_columns, by_rows)]
+    optimizers = [(p, make_optimizer([p], config.optimizer, Hyperparameters.of(config))) for p in (by_columns, by_rows)]
     for seed in range(3):
         for p, optimizer in optimizers:
             (p @ torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()

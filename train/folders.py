@@ -15,10 +15,10 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import read_regular
 from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
 from sae_granary.common.lock import FolderLock, LockedError
+from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.common.signed import digest
 from sae_granary.train.config.merge import from_sections
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.config.yaml_text import load_yaml
 from sae_granary.train.errors import RunExistsError
 
 LOCK = ".lock"

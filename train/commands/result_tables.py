@@ -15,7 +15,7 @@ from rich.text import Text
 from sae_granary import sae_core
 from sae_granary.common.app import echo, make_console
 from sae_granary.common.quantities import duration, quantity
-from sae_granary.train.config.coerce import describe
+from sae_granary.common.settings.coerce import describe
 from sae_granary.train.result.notes import damage, legend
 
 _FIRST_COLUMNS = {"d_sae": "d_sae", "k": "k", "l0_train": "L0 train", "l0": "L0", "fvu": "FVU"}

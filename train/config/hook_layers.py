@@ -9,7 +9,7 @@ from dataclasses import replace
 from sae_granary import sae_core
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.common.errors import ConfigError
-from sae_granary.train.config.coerce import coerce
+from sae_granary.common.settings.coerce import coerce
 from sae_granary.train.config.flags import Given
 from sae_granary.train.config.merge import merge_layers
 

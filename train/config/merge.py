@@ -6,21 +6,21 @@ and the run's length" (`train.config.resolve`); the resolved config holds no und
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.files import user_path
+from sae_granary.common.settings.coerce import coerce, typed_value
+from sae_granary.common.settings.declare import kinds_of
+from sae_granary.common.settings.yaml_file import ANYWHERE, TOP, Settings, flat_settings, read_mapping
 from sae_granary.sae_core.options import as_saved
-from sae_granary.train.config.coerce import coerce, sweep_of
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
-from sae_granary.train.config.yaml_text import load_yaml
 
 # Sections of a YAML file may also be called as other trainers call them.
 _SECTION_ALIASES = {"wandb": "logging"}
@@ -37,20 +37,14 @@ _INSTEAD = {
 }
 
 
-def _annotations(cls: type[Any]) -> dict[str, Any]:
-    """Type of each field of a config: a Literal where it declares choices."""
-    hints = typing.get_type_hints(cls)
-    choices = {spec.name: spec.metadata.get("choices") for spec in fields(cls)}
-    return {name: Literal.__getitem__(values) if values else hints[name] for name, values in choices.items()}
-
-
-_HINTS = _annotations(TrainConfig)
-TRAINER_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name != "options")
+_SPECS = {spec.name: spec for spec in fields(TrainConfig) if spec.name != "options"}
+_KINDS = kinds_of(TrainConfig)
+TRAINER_KEYS = tuple(_SPECS)
 
 
 def variant_keys(type_name: str) -> dict[str, Any]:
     """Options of a variant with their annotations. d_in follows from the cache; a saved config repeats it."""
-    return _annotations(sae_core.registry.get(type_name).Config)
+    return kinds_of(sae_core.registry.get(type_name).Config)
 
 
 def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
@@ -64,20 +58,22 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
     if several := sweep_of("type", type_name):
         raise ConfigError(f"type={type_name!r}: expected one of {known}{several}")
-    options = variant_keys(str(type_name))
-    merged = {**sae_core.registry.get(str(type_name)).recommended, **given}
-    settings: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
-    for key, value in merged.items():
-        if key in TRAINER_KEYS:
-            settings[key] = coerce(key, value, _HINTS[key])
-            if key in _PATHS and (settings[key] or key == "runs_dir"):
-                settings[key] = str(user_path(key, settings[key]))
-        elif key in options:
-            chosen[key] = coerce(key, value, options[key])
-        else:
-            raise unknown_setting(key, {str(type_name): options}, SECTIONS if isinstance(value, Mapping) else ())
-    _type_nested(sae_core.registry.get(str(type_name)).Config, chosen)
+    cls = sae_core.registry.get(str(type_name))
+    specs = {spec.name: spec for spec in fields(cls.Config)} | _SPECS
+    kinds = variant_keys(str(type_name)) | _KINDS
+    typed: dict[str, Any] = {}
+    for key, value in {**cls.recommended, **given}.items():
+        try:
+            if key not in specs:
+                raise unknown_setting(key, {str(type_name): variant_keys(str(type_name))})
+            typed[key] = typed_value(specs[key], value, kinds[key], sweep_of)
+            if key in _PATHS and (typed[key] or key == "runs_dir"):
+                typed[key] = str(user_path(key, typed[key]))
+        except ConfigError as error:
+            raise ConfigError(given.located(key, str(error))) from None
+    settings = {key: value for key, value in typed.items() if key in TRAINER_KEYS}
+    chosen = {key: value for key, value in typed.items() if key not in TRAINER_KEYS}
+    _type_nested(cls.Config, chosen)
     if "d_sae" in chosen and settings.get("expansion_factor") is not None:
         factor = settings["expansion_factor"]
         raise ConfigError(f"d_sae={chosen['d_sae']} and expansion_factor={factor}: give one of them")
@@ -105,15 +101,24 @@ def unknown_setting(key: str, known: Mapping[str, Iterable[str]], more: Iterable
     return ConfigError(f"unknown setting {key!r} for {types}{hint} (its options: {own})")
 
 
-def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sweep_of(key: str, value: Any) -> str:
+    """The end of a message about several values where one belongs: the sweep with an SAE for each. Empty for one."""
+    values = value.split(",") if isinstance(value, str) else value
+    if isinstance(values, list | tuple) and len(values) > 1 and all(not isinstance(v, list | Mapping) for v in values):
+        listed = ",".join(str(v).strip() for v in values)
+        return f"; for an SAE with each of several values: sae-train sweep --grid {key}={listed}"
+    return ""
+
+
+def merge_layers(layers: Sequence[Mapping[str, Any]]) -> Settings:
     """Flat settings of all layers, the last one wins. Nothing is checked."""
-    given: dict[str, Any] = {}
+    given = Settings()
     for layer in layers:
         given.update(_one_length(given, layer))
     return given
 
 
-def _one_length(given: dict[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _one_length(given: Settings, layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """A length or width in a higher layer replaces the other ways to say it in lower layers."""
     for group in (("tokens", "steps", "epochs"), ("d_sae", "expansion_factor")):
         if any(layer.get(key) is not None for key in group):
@@ -122,38 +127,19 @@ def _one_length(given: dict[str, Any], layer: Mapping[str, Any]) -> Mapping[str,
     return layer
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Flat settings of a YAML file, with or without sections (run, model, training, data, logging)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    try:
-        content = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not plain YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"config file {path}: expected keys and values, got {type(content).__name__}")
-    return dict(_flatten(content, str(path)))
+def read_yaml(path: str | Path) -> Settings:
+    """Flat settings of a YAML file, with or without sections (run, model, training, data, logging).
+
+    Raises ConfigError with file and line: see `common.settings.yaml_file.flat_settings`.
+    """
+    return flat_settings(read_mapping(path), str(path), SECTIONS, _known_in_files(), _SECTION_ALIASES)
 
 
-def _flatten(content: Mapping[Any, Any], source: str) -> Iterator[tuple[str, Any]]:
-    seen: set[str] = set()
-    for key, value in content.items():
-        name = _SECTION_ALIASES.get(str(key), str(key))
-        is_section = name in SECTIONS and isinstance(value, Mapping | None)
-        if name in SECTIONS and not is_section and key not in TRAINER_KEYS:
-            raise ConfigError(f"{source}: {name} is a section, which holds settings, got {name}: {value!r}")
-        for inner, inner_value in (value or {}).items() if is_section else [(key, value)]:
-            flat = str(inner).replace("-", "_")
-            if flat in seen:
-                raise ConfigError(f"{source}: {flat!r} is set twice")
-            seen.add(flat)
-            yield flat, inner_value
+def _known_in_files() -> dict[str, str]:
+    """The section of every setting of a file, those of all types included."""
+    known = {key: "model" for name in sae_core.registry.names() for key in variant_keys(name)}
+    known = dict.fromkeys([*_INSTEAD, "layer_stride"], ANYWHERE) | known
+    return known | {name: spec.metadata["section"] for name, spec in _SPECS.items()} | {"grid": TOP}
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
@@ -179,7 +165,7 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
     """Read a saved config back. Raises ConfigError or SAEError, also for one that was not resolved."""
-    flat = dict(_flatten(content, source))
+    flat: dict[str, Any] = flat_settings(content, source, SECTIONS, aliases=_SECTION_ALIASES)
     if flat.get("type"):
         flat = as_saved(sae_core.registry.get(str(flat["type"])).Config, flat)
     config = make_config([flat])

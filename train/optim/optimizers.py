@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.optim.signum import Signum
 
@@ -29,6 +30,13 @@ class Hyperparameters:
     beta1: float
     beta2: float
     eps: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Hyperparameters:
+        """Those of a resolved config."""
+        assert config.lr is not None
+        given = (config.matrix_lr_scale, config.weight_decay, config.beta1, config.beta2, config.eps)
+        return cls(config.lr, *given)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sae_granary import sae_core
 from sae_granary.sae_core import SAE
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
-from sae_granary.train.optim.optimizers import make_optimizer
+from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
 from sae_granary.train.optim.schedule import Schedule
 from sae_granary.train.state.density import Density
 from sae_granary.train.state.patience import Patience
@@ -44,9 +44,8 @@ class Run:
         """A run at its start, its SAE on the config's device."""
         sae = sae.to(config.device)
         ema = None if config.ema_decay is None else Ema(sae, config.ema_decay)
-        return cls(
-            config, sae.train(), make_optimizer(sae.parameters(), config.optimizer, config.hyperparameters), ema=ema
-        )
+        optimizer = make_optimizer(sae.parameters(), config.optimizer, Hyperparameters.of(config))
+        return cls(config, sae.train(), optimizer, ema=ema)
 
     @cached_property
     def n_steps(self) -> int:

@@ -1,51 +1,53 @@
 """Typed values from flags, YAML and Python: text or plain values to what a dataclass field is annotated with.
 
-Flags and YAML (`train.config.yaml_text`) give text: the declared type of a setting alone decides what it means.
+Flags and YAML files (`common.settings.yaml_file`) give text: the declared type of a setting alone decides what it
+means.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import Field
 from typing import Any, Literal, Union
 
 import yaml
 
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.quantities import COUNT_WORDS, parse_count
-from sae_granary.train.config.yaml_text import load_yaml
+from sae_granary.common.settings.declare import problem_of
+from sae_granary.common.settings.yaml_file import load_yaml
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONES = ("none", "null", "auto")
 
 
-def coerce(key: str, value: Any, annotation: Any) -> Any:
-    """Convert a value to an annotation: int (1000, "10k", "5M", 1e6), float, bool, str, tuples, Literal, X | None.
+def coerce(key: str, value: Any, kind: Any, hint: Callable[[str, Any], str] | None = None) -> Any:
+    """Convert a value to a type: int (1000, "10k", "5M", 1e6), float, bool, str, tuples, Literal, X | None.
 
-    Raises ConfigError with the key, the value and what was expected.
+    Raises ConfigError with the key, the value and what was expected, then `hint(key, value)` or the nearest choice.
     """
     try:
-        return _convert(value, annotation)
+        return _convert(value, kind)
     except (ValueError, TypeError, OverflowError, yaml.YAMLError):
-        raise ConfigError(f"{key}={value!r}: expected {describe(annotation)}{_hint(key, value, annotation)}") from None
+        more = (hint(key, value) if hint else "") or _nearest_choice(value, kind)
+        raise ConfigError(f"{key}={value!r}: expected {describe(kind)}{more}") from None
 
 
-def _hint(key: str, value: Any, annotation: Any) -> str:
-    """The end of the message: what trains an SAE for each of several values, or the nearest choice."""
-    if sweep := sweep_of(key, value):
-        return sweep
-    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+def typed_value(spec: Field[Any], value: Any, kind: Any, hint: Callable[[str, Any], str] | None = None) -> Any:
+    """Return the value of a declared field in its type (`declare.kinds_of`). Raises ConfigError as `coerce` does, and
+    for a value out of range.
+    """
+    typed = coerce(spec.name, value, kind, hint)
+    if problem := problem_of(spec, typed, Any):
+        raise ConfigError(problem)
+    return typed
+
+
+def _nearest_choice(value: Any, kind: Any) -> str:
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     return nearest(value, choices) if isinstance(value, str) else ""
-
-
-def sweep_of(key: str, value: Any) -> str:
-    """The end of a message about several values where one belongs: the sweep with an SAE for each. Empty for one."""
-    values = value.split(",") if isinstance(value, str) else value
-    if isinstance(values, list | tuple) and len(values) > 1 and all(not isinstance(v, list | Mapping) for v in values):
-        listed = ",".join(str(v).strip() for v in values)
-        return f"; for an SAE with each of several values: sae-train sweep --grid {key}={listed}"
-    return ""
 
 
 def describe(annotation: Any) -> str:

@@ -1,0 +1,186 @@
+"""YAML files of settings: scalars stay text, every key has its line, no key stands twice.
+
+PyYAML follows YAML 1.1, where 007, 12:30, 1_000, 0x1F, on and 2024-01-31 are numbers, booleans and dates. Here scalars
+other than null are text, which the declared type of a setting converts as it does for flags (`common.settings.coerce`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sae_granary.common.errors import ConfigError, nearest
+
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"  # ~ and nothing; <<
+
+ANYWHERE, TOP = "", "top level"  # where a key that belongs to no section may stand
+
+
+class YamlMapping(dict[Any, Any]):
+    """A mapping of a YAML text, with the line of each key, counted from 1."""
+
+    lines: Mapping[Any, int]
+
+
+class Settings(dict[str, Any]):
+    """Flat settings, with the place of each that comes from a file: `c.yaml, line 3`."""
+
+    places: dict[str, str]
+
+    def __init__(self, values: Mapping[str, Any] | None = None, places: Mapping[str, str] | None = None) -> None:
+        super().__init__(values or {})
+        self.places = dict(getattr(values, "places", {}) if places is None else places)
+
+    def update(self, *others: Any, **more: Any) -> None:
+        """Add the settings of others, with their places."""
+        for other in (*others, more):
+            for key in other:
+                self.places.pop(key, None)
+            self.places |= getattr(other, "places", {})
+            super().update(other)
+
+    def located(self, key: str, problem: str) -> str:
+        """A message on a setting, after the place of the setting if it has one."""
+        return f"{self.places[key]}: {problem}" if key in self.places else problem
+
+
+class RepeatedKeyError(yaml.YAMLError):
+    """A key stands twice in one mapping."""
+
+    def __init__(self, key: str, first: int, second: int) -> None:
+        super().__init__(f"{key!r} is set twice, in lines {first} and {second}")
+
+
+class _TextLoader(yaml.SafeLoader):
+    """SafeLoader that reads scalars as text and refuses a repeated key."""
+
+
+def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> YamlMapping:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:  # what << brings in may be overridden
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise RepeatedKeyError(key.value, lines[key.value], line)
+            lines[key.value] = line
+    loader.flatten_mapping(node)
+    made = YamlMapping(loader.construct_mapping(node, deep=True))
+    made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+    return made
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_yaml(text: str) -> Any:
+    """Return the value of a YAML text; its mappings are YamlMappings.
+
+    Raises yaml.YAMLError, also for a key that stands twice in one mapping.
+    """
+    try:
+        return yaml.load(text, Loader=_TextLoader)
+    except ValueError as error:  # a tagged number or date that is none
+        raise yaml.YAMLError(str(error)) from None
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def read_mapping(path: str | Path) -> Mapping[Any, Any]:
+    """Return the mapping that a YAML file holds; an empty one for an empty file. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    try:
+        content = load_yaml(text)
+    except RepeatedKeyError as error:
+        raise ConfigError(f"{path}: {error}; remove one") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping | None):
+        raise ConfigError(f"config file {path}: expected keys and values, got {type(content).__name__}")
+    return content or {}
+
+
+def flat_settings(
+    content: Mapping[Any, Any],
+    source: str,
+    sections: Sequence[str],
+    known: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Settings:
+    """Return the settings of a file, which stand in a section or beside the sections, under their names.
+
+    `known` has the section of every setting, ANYWHERE or TOP; without it (files that a run saved, perhaps of an older
+    version) unknown settings and sections of others pass. `aliases` are other names of sections.
+    Raises ConfigError with file, line and the nearest name: for an unknown setting or section, a setting that is given
+    twice or in another section, and a section that holds no mapping.
+    """
+    flat = Settings()
+    for section, name, value, place in _entries(content, source, sections, known, aliases or {}):
+        if name in flat:
+            first = flat.places[name].removeprefix(f"{source}, ")
+            raise ConfigError(f"{place}: {name!r} is set twice, first in {first}; remove one")
+        if known is not None:
+            _check_place(section, name, place, known)
+        flat[name] = value
+        flat.places[name] = place
+    return flat
+
+
+def _entries(
+    content: Mapping[Any, Any],
+    source: str,
+    sections: Sequence[str],
+    known: Mapping[str, str] | None,
+    aliases: Mapping[str, str],
+) -> Iterator[tuple[str, str, Any, str]]:
+    """Section, name, value and place of each setting."""
+    for key, value in content.items():
+        name, place = aliases.get(str(key), str(key)), _place(source, content, key)
+        if name in sections and isinstance(value, Mapping | None):
+            for inner, inner_value in (value or {}).items():
+                yield name, _name(inner), inner_value, _place(source, value or {}, inner)
+        elif name in sections and (known is None or _name(key) not in known):
+            raise ConfigError(f"{place}: {name} is a section, which holds settings, got {name}: {value!r}")
+        elif known is not None and isinstance(value, Mapping) and _name(key) not in known:
+            listed = ", ".join(sections)
+            raise ConfigError(f"{place}: unknown section {key!r}{nearest(_name(key), sections)} (sections: {listed})")
+        else:
+            yield TOP, _name(key), value, place
+
+
+def _check_place(section: str, name: str, place: str, known: Mapping[str, str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{place}: unknown setting {name!r}{nearest(name, known)}")
+    if section != TOP and known[name] not in (ANYWHERE, section):
+        belongs = "beside the sections" if known[name] == TOP else f"in the section {known[name]}"
+        raise ConfigError(f"{place}: {name!r} is in the section {section}, but belongs {belongs}")
+
+
+def _name(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
+def _place(source: str, mapping: Mapping[Any, Any], key: Any) -> str:
+    line = getattr(mapping, "lines", {}).get(str(key))
+    return source if line is None else f"{source}, line {line}"
+
+
+def commented_yaml(sections: Mapping[str, Mapping[str, Any]], comment: Callable[[str, Any], str]) -> Iterator[str]:
+    """Yield the lines of a YAML file of settings by section, each with a comment: where its value comes from."""
+    for section, values in sections.items():
+        yield f"{section}:"
+        for key, value in values.items():
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=2**20)
+            text = text.removesuffix("\n").removesuffix("\n...")
+            yield f"  {key}: {text}  # {comment(key, value)}"

@@ -1,1 +1,1 @@
-"""What every stage uses, each thing once: files, locks, signals, counts, devices, threads, the command line apps."""
+"""Shared by every stage: files, locks, signals, counts, devices, threads, command line apps."""

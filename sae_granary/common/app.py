@@ -1,4 +1,4 @@
-"""The command line apps of all stages behave alike: help, `--version`, errors in one red line, exit codes."""
+"""Common behavior of all command line apps: help, `--version`, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 
 def make_app(name: str, about: str) -> typer.Typer:
-    """An app without commands: no arguments print the help, and an unexpected error its plain traceback."""
+    """Create an app without commands: no arguments print the help, unexpected errors their plain traceback."""
     app = typer.Typer(
         name=name,
         help=about,
@@ -54,7 +54,7 @@ _Version = Annotated[bool, typer.Option("--version", help="Print the version.", 
 
 
 def _options(version: _Version = False) -> None:
-    """The options of an app before its commands."""
+    """Options before the command."""
     allow_open_files()
 
 
@@ -108,11 +108,12 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 @contextmanager
 def expected_errors(debug: bool, *, interrupted: str = "interrupted", remedy: str = "") -> Iterator[None]:
-    """Inside, what a user can fix ends the command with one red line.
+    """Context manager: an expected error ends the command with one red line.
 
-    GranaryError and OSError have the exit code 2 and with `debug` a traceback; `remedy` says what to do after an error
-    of the system. An interruption has its own exit code (its `exit_code`, else 130) and prints `interrupted`, or its
-    own message where it is a GranaryError. A closed pipe (`| head`) is left to the caller.
+    GranaryError and OSError exit with code 2, with `debug` after a traceback; `remedy` is advice for system errors. An
+    interruption has its own exit code (its `exit_code`, else 130) and prints `interrupted`, or its own message if it is
+    a GranaryError. A closed pipe (`
+    head`) is left to the caller.
     """
     try:
         yield
@@ -146,12 +147,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True, color: str | None = None) -> None:
-    """Print lines, control characters in them as escapes: names and texts come from files of other people."""
+    """Print lines with control characters escaped: names and texts come from other people's files."""
     typer.secho(printable(text, keep="\n\t"), err=err, nl=nl, fg=color)
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """A console that prints control characters as escapes; `width` is for what is no terminal: it is not cut."""
+    """A console that escapes control characters; `width` applies where output is not a terminal, and nothing is cut."""
     from rich.console import Console
     from rich.segment import Segment
 

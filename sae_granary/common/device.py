@@ -1,4 +1,4 @@
-"""Which device computes, and the numbers that it lacks."""
+"""Choosing the device, and computing what a device does not support."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KNOWN = "expected auto, cpu, cuda, cuda:N or mps"
 
 
 def choose_device(wanted: str) -> str:
-    """A device that this machine has: auto is the first CUDA device if there is one, else the CPU.
+    """Return a device of this machine; auto is the first CUDA device if there is one, else the CPU.
 
-    Raises ConfigError for a device that is unknown or not there.
+    Raises ConfigError for a device that is unknown or missing.
     """
     import torch
 
@@ -35,10 +35,10 @@ def choose_device(wanted: str) -> str:
 
 
 def lacks_float64(device: torch.device) -> bool:
-    """Whether a device cannot hold float64."""
+    """Whether a device does not support float64."""
     return device.type in NO_FLOAT64
 
 
 def float64(x: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64, on its device or, where that has none, on the CPU."""
+    """Convert a tensor to float64, on its device or, if that does not support it, on the CPU."""
     return (x.cpu() if lacks_float64(x.device) else x).double()

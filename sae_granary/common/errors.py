@@ -28,7 +28,7 @@ class GranaryError(Exception):
 
 
 class ConfigError(GranaryError, ValueError):
-    """A flag or setting, or a combination of them, that cannot be."""
+    """A flag or setting, or a combination of them, is invalid."""
 
 
 def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6) -> str:
@@ -38,12 +38,12 @@ def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with control characters as escapes (\\x1b), those in `keep` apart: safe on a terminal, whoever wrote it."""
+    r"""Text with control characters escaped (\x1b), except those in `keep`: safe to print whatever its source."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a message that may be a page long, at most 300 characters of it."""
+    """The first line of a message, at most 300 characters."""
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " ..."

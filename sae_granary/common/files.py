@@ -1,4 +1,4 @@
-"""Durable files: written under a temporary name, synced, put into place exclusively or atomically, folder synced."""
+"""Durable file operations: files are written under a temporary name, synced, and moved into place atomically."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF
 
 
 class NotRegularError(OSError):
-    """A folder, FIFO, socket or device where a file belongs; it was not read."""
+    """A folder, FIFO, socket or device where a regular file was expected; it was not read."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises NotRegularError for what is none: reading a FIFO or a device may never end."""
+    """Open a file for reading. Raises NotRegularError for anything else: reading a FIFO or a device may never end."""
     if stat.S_ISREG(os.stat(path).st_mode):
         file = os.fdopen(os.open(path, os.O_RDONLY | _NO_WAIT | PLAIN), "rb")
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -45,18 +45,18 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a file. Raises NotRegularError for what is none."""
+    """The bytes of a file. Raises NotRegularError for anything but a regular file."""
     with open_regular(path) as file:
         return file.read()
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file, for writing; its mode follows the umask (tempfile's would not)."""
+    """Return a descriptor of a new file for writing; its mode follows the umask, unlike tempfile's."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | PLAIN, 0o666)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write every byte; os.write may write fewer."""
+    """Write all bytes; os.write may write fewer."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(fd, view) :]
@@ -79,7 +79,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, as far as the system lets folders be opened and synced."""
+    """Make the names in a folder durable, where the system allows folders to be opened and synced."""
     try:
         fd = os.open(path, _FOLDER)
     except OSError as error:
@@ -96,7 +96,7 @@ def sync_folder(path: Path) -> None:
 
 
 def link_into_place(temporary: Path, final: Path) -> None:
-    """Give a finished file its name; FileExistsError if the name is taken (a rename would overwrite it)."""
+    """Link a finished file to its final name. Raises FileExistsError if that exists; a rename would overwrite it."""
     try:
         os.link(temporary, final)
     except OSError as error:
@@ -110,7 +110,7 @@ def link_into_place(temporary: Path, final: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, temporary: Path) -> None:
-    """Set the content of a file atomically: readers see the old one or the new one."""
+    """Replace a file atomically: readers see the old content or the new one."""
     temporary.unlink(missing_ok=True)
     write_new(temporary, data)
     os.replace(temporary, path)
@@ -118,23 +118,23 @@ def replace_file(path: Path, data: bytes, temporary: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Set the content of a file atomically, through a temporary file beside it."""
+    """Write a file atomically, through a temporary file beside it."""
     replace_file(path, data, path.with_name(f"{TEMP_PREFIX}{path.name}"))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Set the text of a file as `write_bytes` does."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON as `write_text` does."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends well, with everything in it on the disk."""
+    """Yield a temporary folder that becomes `path`, with all its files synced, when the block succeeds."""
     temp = path.with_name(f"{TEMP_PREFIX}{path.name}")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
@@ -154,13 +154,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove the temporary files of a killed process."""
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user can still write below the nearest existing folder of `path`."""
+    """Bytes available to this user in the nearest existing folder above `path`."""
     path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -168,7 +168,7 @@ def free_bytes(path: Path) -> int:
 
 
 def shortage(error: OSError, path: Path, needed_bytes: int | None = None) -> str | None:
-    """What ran out while `path` was written or opened, with what is needed and free; None for any other error."""
+    """Describe what ran out while `path` was written or opened: needed and free space; None for other errors."""
     if error.errno in NO_SPACE:
         need = "" if needed_bytes is None else f"up to {byte_size(needed_bytes)} needed, "
         return f"no space left for {path}: {need}{byte_size(free_bytes(path))} free"
@@ -178,7 +178,7 @@ def shortage(error: OSError, path: Path, needed_bytes: int | None = None) -> str
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """xxh3-128 of the bytes of files, one after the other, as hex."""
+    """xxh3-128 of the concatenated bytes of files, in hexadecimal."""
     import xxhash  # sae_core reads files where only the standard library and torch are
 
     digest = xxhash.xxh3_128()

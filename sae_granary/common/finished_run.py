@@ -58,7 +58,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_stream(fields: Fields) -> None:
-    """Refuse rows counted and shards pinned that are not what runs and sweeps write."""
+    """Refuse row counts and pinned shards that no run or sweep writes."""
     counts, order = fields.nested("counts"), fields.nested("order")
     for name in counts.body:
         counts.integer(name)
@@ -87,7 +87,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run wrote a summary that can be read."""
+    """Whether a run has a readable summary."""
     try:
         read_summary(folder)
     except NotARunError:
@@ -121,7 +121,7 @@ def read_downstream(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, A
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first; those that a kill cut off or that are damaged are left out."""
+    """Lines of metrics.jsonl, oldest first; truncated or damaged ones are skipped."""
     path = folder / METRICS
     if not path.is_file():
         return []

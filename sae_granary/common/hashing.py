@@ -1,7 +1,7 @@
-"""Keyed hashes of integers that never change, whatever the version of numpy: pure arithmetic modulo 2**64.
+"""Keyed hashes of integers, independent of numpy's version: arithmetic modulo 2**64.
 
-Which documents are held out, in which order rows come and which tokens are masked follow from them, so they are part of
-what a run is resumed from.
+They decide which documents are held out, the order of rows and which tokens are masked, so resuming a run depends on
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One process at a time in a folder: a lock that ends with its process.
+"""A lock on a folder that ends with its process.
 
-flock does nothing on some network file systems, so the lock is advice and a clear message; what keeps data whole is
-that finished files are put into place exclusively (`common.files.link_into_place`). Where there is no flock, filelock's
-soft lock takes its place: a file that names its process, and that is removed when that process has ended.
+flock does nothing on some network file systems, so the lock is advice with a clear message; data stays whole because
+finished files are linked into place exclusively (`common.files.link_into_place`). Without flock, filelock's soft lock
+is used: a file with the process id, removed once that process has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 
 
 class LockedError(GranaryError):
-    """Another process works in a folder; `pid` and `age` (seconds) are None where they are not known."""
+    """Another process uses a folder; `pid` and `age` (seconds) are None if unknown."""
 
     def __init__(self, folder: Path, pid: int | None, age: float | None) -> None:
         self.folder, self.pid, self.age = folder, pid, age
@@ -37,7 +37,7 @@ class LockedError(GranaryError):
 
     @property
     def holder(self) -> str:
-        """The other process, in words."""
+        """Description of the other process."""
         who = "another process" if self.pid is None else f"process {self.pid}"
         return who if self.age is None else f"{who}, for {duration(self.age)}"
 
@@ -58,7 +58,7 @@ class FolderLock:
             self._acquire_flock()
 
     def release(self) -> None:
-        """Remove the lock file and let go; nothing when the lock is not held."""
+        """Remove the lock file and release the lock; does nothing if it is not held."""
         if self._soft is not None:
             self._soft.release()
             self._soft = None
@@ -119,7 +119,7 @@ def _holder(fd: int) -> tuple[int | None, float | None]:
 
 
 def _soft_holder(path: Path) -> tuple[int | None, float | None]:
-    """filelock writes the pid in the first line, when the lock is taken."""
+    """The pid in the first line of filelock's file."""
     try:
         pid = int(path.read_text(encoding="utf-8").split()[0])
         return pid, max(0.0, time.time() - path.stat().st_mtime)

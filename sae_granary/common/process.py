@@ -28,7 +28,7 @@ _NEVER = 2**31 - 1
 
 
 def allow_open_files() -> None:
-    """Let this process open as many files as the system allows: one per mapped shard, one per SAE of a sweep."""
+    """Raise the limit of open files to what the system allows: one per mapped shard, one per SAE of a sweep."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -41,7 +41,7 @@ def allow_open_files() -> None:
 
 
 def open_files_left() -> int | None:
-    """How many more files this process may open; None where the system does not tell."""
+    """How many more files this process may open; None if the system does not report it."""
     try:
         import resource
 

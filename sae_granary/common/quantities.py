@@ -31,7 +31,7 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that a person would say it in: 8.2 s, 42 s, 5 min, 2.5 h."""
+    """A duration in a readable unit: 8.2 s, 42 s, 5 min, 2.5 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(n_bytes: float) -> str:
-    """Bytes in the largest unit of 1024 that keeps at least one before the point: 900 B, 1.5 KiB, 23.4 GiB."""
+    """A size in binary units: 900 B, 1.5 KiB, 23.4 GiB."""
     value, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:

@@ -1,6 +1,6 @@
-"""Rows, documents and hook points: what a model's activations are, whoever produces, stores or reads them.
+"""Rows, documents and hook points, shared by everything that produces, stores or reads activations.
 
-Shapes: N rows, D = d_in. One row is one token, or one text where a model gives a single vector per text.
+Shapes: N rows, D = d_in. A row is one token, or one text for models that give a single vector per text.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DocumentRow:
 
 
 class InvalidHookPointError(GranaryError, ValueError):
-    """A hook point whose name is no folder name, whose side is unknown, or whose width is out of range."""
+    """A hook point with an invalid name, side or width."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end long work cleanly: the first one asks for a stop, the second does not wait for it."""
+"""Ctrl-C and SIGTERM stop long work cleanly: the first signal requests a stop, the second one does not wait."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def explain_bus_errors(explain: Callable[[], str]) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work; what is committed stays. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """A signal interrupted the work; committed work stays. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
 
     def __init__(self, signum: int) -> None:
         self.signum, self.exit_code = signum, 128 + signum
@@ -64,11 +64,11 @@ class StopRequest:
         return self.signum is not None
 
     def defer(self) -> None:
-        """From now on the work asks with `check`, where it can stop."""
+        """From now on signals only set the request; the work calls `check` where it can stop."""
         self.at_once = False
 
     def check(self) -> None:
-        """Raises Interrupted after a signal."""
+        """Raise Interrupted if a signal was received."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
@@ -100,7 +100,7 @@ def stop_on_signals(*, at_once: bool = False, second: Literal["raise", "exit"] =
 
 @contextmanager
 def handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `handle` inside the block, for which only the main thread may ask."""
+    """Call `handle` on SIGINT and SIGTERM inside the block; main thread only."""
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -23,7 +23,7 @@ _TAIL_BYTES = len(_TAIL % ("0" * 32))
 
 
 class DamagedFileError(GranaryError, ValueError):
-    """A file is not what was written."""
+    """A file differs from what was written."""
 
 
 def digest(data: bytes) -> str:
@@ -40,12 +40,12 @@ def sign(body: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
 
 
 def is_intact(data: bytes) -> bool:
-    """Whether the checksum in the last line of a signed file fits."""
+    """Whether the checksum in the last line of a signed file is correct."""
     return data[-_TAIL_BYTES:] == (_TAIL % digest(data[:-_TAIL_BYTES])).encode()
 
 
 def write_signed(path: Path, body: Mapping[str, Any], *, allow_nan: bool = False) -> None:
-    """Set the content of a signed JSON file as `write_bytes` does."""
+    """Write a signed JSON file atomically."""
     write_bytes(path, sign(body, allow_nan=allow_nan))
 
 
@@ -79,7 +79,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class Fields:
-    """The fields of a JSON object, typed; `where` names the object in messages. Subclasses say what is raised."""
+    """Typed access to the fields of a JSON object; `where` names it in messages."""
 
     damaged: ClassVar[type[GranaryError]] = DamagedFileError
 
@@ -112,7 +112,7 @@ class Fields:
         return cls(body, str(path))
 
     def get(self, name: str, kind: type[_T]) -> _T:
-        """A field of exactly this type (True is no integer)."""
+        """A field of exactly this type (True is not an integer)."""
         value = self.body.get(name)
         if type(value) is not kind:
             raise self.error(name, value, kind.__name__)
@@ -155,11 +155,11 @@ class Fields:
         return tuple(parse(type(self)(item, f"{self.where}, {name}[{i}]")) for i, item in items)
 
     def error(self, name: str, value: object, expected: str) -> GranaryError:
-        """The error for a field that is not what it must be."""
+        """The error for an invalid field."""
         return self.damaged(f"{self.where}: {name} is {short(value)}, expected {expected}")
 
 
 def short(value: object) -> str:
-    """The repr of a value, at most about a hundred characters of it."""
+    """The repr of a value, shortened to about a hundred characters."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.1  # how soon a stop is seen while waiting
 
 
 def in_background() -> bool:
-    """Whether this is one of our threads."""
+    """Whether the current thread is one of ours."""
     return threading.current_thread().name.startswith(THREADS)
 
 
@@ -141,7 +141,7 @@ class Background(Generic[T]):
         self._pending.append(self._thread.submit(self._run, item))
 
     def _wait(self, most: int) -> None:
-        """Until at most so many items are left."""
+        """Wait until at most this many items are left."""
         while self._pending and (len(self._pending) > most or self._pending[0].done()):
             self._check()
             if wait(list(self._pending)[:1], timeout=_POLL_SECONDS).done:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from sae_granary.cache.commands.convert import convert
 from sae_granary.cache.commands.info import info
 from sae_granary.cache.commands.ls import ls
 from sae_granary.cache.commands.verify import verify
 from sae_granary.common.app import make_app
 
-app = make_app("sae-cache", "List, describe and verify activation caches.")
+app = make_app("sae-cache", "List, describe, verify and convert activation caches.")
 
 app.command()(ls)
 app.command()(info)
 app.command()(verify)
+app.command()(convert)
 
 
 def main() -> None:

@@ -161,6 +161,11 @@ def manifest_of(spec: CacheSpec, vocabulary: FileEntry | None) -> Manifest:
     )
 
 
+def fitted(manifest: Manifest, records: Sequence[ShardRecord]) -> Manifest:
+    """The manifest of an unfinished cache with the steps and offsets that its first shard holds, where it has any."""
+    return replace(manifest, affines=records[0].affines) if records and not manifest.complete else manifest
+
+
 def finished(
     manifest: Manifest, records: Sequence[ShardRecord], zarr: Mapping[str, FileEntry], summary: Mapping[str, Any]
 ) -> Manifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout
-from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.manifest import Manifest, ShardRecord, fitted
 from sae_granary.cache.format.records import load_manifest, load_record, load_records
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
@@ -71,8 +71,7 @@ def open_cache(
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
     opened = [records[number] for number in numbers]
-    if records and not manifest.complete:
-        manifest = replace(manifest, affines=records[0].affines)
+    manifest = fitted(manifest, records)
     check_files(path, manifest, opened)
     return Cache(path, manifest, records, opened)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from sae_granary.cache.errors import BadRowsError, CacheError
 from sae_granary.cache.format.layout import MANIFEST, commit_path
-from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, manifest_of
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, fitted, manifest_of
 from sae_granary.cache.format.records import existing_manifest, load_records, refuse_mismatch, remove_contents
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec, Cursor
@@ -41,11 +41,9 @@ class CacheWriter:
     """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
 
     def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], *, direct: bool = False) -> None:
-        if records and not manifest.complete:
-            manifest = replace(manifest, affines=records[0].affines)
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest = path, fitted(manifest, records)
         self.warnings: list[str] = []  # about what is lost by storing rows
-        self.layout = manifest.layout
+        self.layout = self.manifest.layout
         self.complete = manifest.complete
         self._committed = reduce(Committed.after, records, Committed())
         self._last_document = self._committed.last_document  # those of the open shard included
@@ -118,13 +116,11 @@ class CacheWriter:
     @property
     def bytes_written(self) -> int:
         """Bytes so far, those of the open shard's rows included."""
-        row_bytes = sum(array.row_bytes for array in self.layout.arrays)
-        return self._committed.n_bytes + self._open_rows * row_bytes
+        return self._committed.n_bytes + self._open_rows * sum(array.row_bytes for array in self.layout.arrays)
 
     @property
     def _open_rows(self) -> int:
-        shard = self._shard  # once: a progress display may ask from another thread
-        return 0 if shard is None else shard.n_rows
+        return 0 if (shard := self._shard) is None else shard.n_rows  # read once: another thread may ask
 
     def begin_buffer(self, source_state: Mapping[str, int]) -> None:
         """Say that the next rows come from a new sort buffer, which a resume can rebuild from this state."""
@@ -178,6 +174,12 @@ class CacheWriter:
         if documents:
             self._last_document = documents[-1].doc_id
         if self._shard.rows_left == 0:
+            self._commit()
+
+    def end_shard(self) -> None:
+        """Commit the open shard, however few rows it holds; the next rows start another."""
+        self._usable()
+        with self._breaking():
             self._commit()
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -1,0 +1,163 @@
+"""A cache stored again in another dtype: the same rows, documents and positions, shard by shard.
+
+Memory is bounded by a block of rows. A conversion that was interrupted continues after its last committed shard, to the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sae_granary.cache.errors import CacheError, CorruptCacheError, DiskFullError, SpecError
+from sae_granary.cache.format.documents import hash_file, read_doc_ids, read_document
+from sae_granary.cache.format.layout import COLUMNS, cache_layout, documents_path
+from sae_granary.cache.format.manifest import ShardRecord
+from sae_granary.cache.format.records import refuse_code
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.format.storage import STORAGE
+from sae_granary.cache.read.check import check_file
+from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write.calibrate import MAX_ROWS, MIN_ROWS
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.files import free_bytes
+from sae_granary.common.rows import DocumentRow, Rows
+
+BLOCK_BYTES = 256 << 20  # of rows as float32
+CONVERTED = "converted_from"  # in the fingerprint: the dtypes that the rows were stored in before
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: str,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Cache:
+    """Store a complete cache again as `dtype` in the folder `target`, and verify the result; the same again continues.
+
+    Checksums of the source are checked on the way. `progress` is told rows done and all rows. Raises SpecError for an
+    unknown dtype or that of the source, StorageLossError where int8 would lose too much, CorruptCacheError for damage.
+
+    >>> from sae_granary.cache.convert import convert
+    >>> convert("cache/demo_l3", "cache/demo_l3_int8", "int8").dtype
+    'int8'
+    """
+    opened, path = open_cache(source), Path(target)
+    _check(opened, path, dtype)
+    with CacheWriter.open(path, _spec(opened, dtype)) as writer:
+        for record in opened.records[writer.n_shards :]:
+            _check_shard(opened, record)
+            writer.begin_buffer(record.cursor.source)
+            writer.skip(record.cursor.rows_into_buffer - record.n_rows)
+            for rows, documents in _blocks(opened, record):
+                writer.append(rows, documents)
+                progress(writer.n_rows, opened.n_rows)
+            writer.end_shard()
+        for warning in writer.warnings:
+            say(f"warning: {warning}")
+        writer.finish(opened.manifest.summary or {})
+    return _verified(opened, path)
+
+
+def is_exact(source: str, target: str) -> bool:
+    """Whether every value that a dtype gives is a value of another."""
+    a, b = STORAGE[source].decoded, STORAGE[target]
+    return b.scale is None and (a.name == b.name or b.item_bytes > a.item_bytes)
+
+
+def _check(opened: Cache, target: Path, dtype: str) -> None:
+    """What can be wrong before anything is written."""
+    refuse_code(target)
+    if dtype not in STORAGE:
+        raise SpecError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE)}")
+    if dtype == opened.dtype:
+        raise SpecError(f"{opened.path} is stored as {dtype} already; copy its folder instead")
+    if target.resolve() == opened.path.resolve():
+        raise SpecError(f"{target} is the cache itself; give another folder: it is not rewritten")
+    layout = cache_layout(tuple(opened.hook_points.values()), dtype, opened.manifest.rows_per_shard)
+    have = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
+    needed, free = layout.bytes_of(opened.n_rows) - have, free_bytes(target)
+    if needed > free:
+        raise DiskFullError(target, needed, free)
+
+
+def _spec(opened: Cache, dtype: str) -> CacheSpec:
+    manifest = opened.manifest
+    before = f"{manifest.fingerprint[CONVERTED]}, {opened.dtype}" if CONVERTED in manifest.fingerprint else opened.dtype
+    told = {CONVERTED: before}
+    return CacheSpec(
+        unit=manifest.unit,
+        hook_points=manifest.hook_points,
+        dtype=dtype,
+        rows_per_shard=manifest.rows_per_shard,
+        provenance={**manifest.provenance, **told},
+        fingerprint={**manifest.fingerprint, **({"dtype": dtype} if "dtype" in manifest.fingerprint else {}), **told},
+        vocabulary=opened.vocabulary,
+        inner_chunk_bytes=manifest.inner_chunk_bytes,
+        kept_columns=manifest.kept_columns,
+    )
+
+
+def _check_shard(opened: Cache, record: ShardRecord) -> None:
+    """Raise CorruptCacheError unless the files of a shard are as they were written."""
+    for name, entry in record.files.items():
+        check_file(opened.path / name, entry.n_bytes)
+        if hash_file(opened.path / name) != entry:
+            raise CorruptCacheError(
+                f"{opened.path / name}: its checksum does not fit: restore it from a copy; nothing of this shard was "
+                "converted"
+            )
+
+
+def _blocks(opened: Cache, record: ShardRecord) -> Iterator[tuple[Rows, list[DocumentRow]]]:
+    """The rows of a shard in blocks of whole windows, with the documents that start in each."""
+    i = record.shard
+    columns = {name: opened.column(name).shard(i) for name in COLUMNS}
+    row_bytes = 4 * sum(hook.d_in for hook in opened.hook_points.values())
+    size = min(MAX_ROWS, max(MIN_ROWS, BLOCK_BYTES // row_bytes))
+    file = opened.path / documents_path(i)
+    waiting = read_doc_ids(file)[::-1]
+    start = 0
+    for stop in _cuts(columns["window"], size):
+        part = slice(start, stop)
+        values = {name: opened.hook(name).block(i, start, stop) for name in opened.hook_points}
+        rows = Rows(values, **{name: np.asarray(column[part]) for name, column in columns.items()})
+        last, documents = int(rows.doc_id.max()), []
+        while waiting and waiting[-1] <= last:
+            document = read_document(file, waiting.pop(), opened.kept_columns)
+            if document is None:
+                raise CorruptCacheError(f"{file}: a document that it lists is not there")
+            documents.append(document)
+        yield rows, documents
+        start = stop
+
+
+def _cuts(window: NDArray[np.uint64], size: int) -> Iterator[int]:
+    """Where blocks of at least `size` rows end: behind a window."""
+    ends = np.append(np.flatnonzero(window[1:] != window[:-1]) + 1, len(window))
+    end = 0
+    while end < len(window):
+        end = int(ends[min(int(np.searchsorted(ends, end + size)), len(ends) - 1)])
+        yield end
+
+
+def _verified(opened: Cache, path: Path) -> Cache:
+    """The new cache. Raises CacheError unless it is whole and its positions and documents are those of the source."""
+    report = verify(path)
+    if not report.ok:
+        raise CacheError(
+            f"{path}: {report.problems[0].path}: {report.problems[0].problem}; remove it and convert again"
+        )
+    made = open_cache(path)
+    for ours, theirs in zip(made.records, opened.records, strict=True):
+        same = all(ours.files[name] == entry for name, entry in theirs.files.items() if name.startswith("rows/"))
+        if not same or ours.documents != theirs.documents or ours.cursor != theirs.cursor:
+            raise CacheError(f"{path}: shard {ours.shard} is not that of {opened.path}; remove it and convert again")
+    return made

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.files import user_path
-from sae_granary.common.quantities import COUNT_WORDS, parse_count
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig, one_of
+from sae_granary.common.settings.declare import check, setting
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
-DOCUMENT_MODES = ("auto", "file", "line", "paragraph")
 DEFAULT_DATASET = "Salesforce/wikitext"
 DEFAULT_DATASET_CONFIG = "wikitext-103-raw-v1"
 DEFAULT_SPLIT = "train"
 
+_text = partial(setting, section="text", panel="Text")
+_output = partial(setting, section="output", panel="Cache")
 _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 
 
@@ -25,26 +25,53 @@ _MAX_LAYERS_IN_NAME = 6  # more layers than this make a folder name unreadable
 class TextConfig:
     """Where the text comes from and which part of a record is the text."""
 
-    dataset: str = DEFAULT_DATASET
-    dataset_config: str | None = None
-    split: str | None = None  # of a hub dataset: DEFAULT_SPLIT
-    dataset_revision: str | None = None
-    text_columns: tuple[str, ...] = ()
-    keep_columns: tuple[str, ...] = ()  # stored with the documents
-    documents: str = "auto"
-    shuffle_buffer: int = 0
-    shuffle_seed: int = 0
+    dataset: str = _text(
+        DEFAULT_DATASET,
+        help="Hub id, local file or folder, - for standard input, or demo",
+        short="-d",
+        default_words="Salesforce/wikitext (wikitext-103)",
+        common=True,
+    )
+    dataset_config: str | None = _text(None, help="Configuration of a hub dataset", common=True)
+    split: str | None = _text(
+        None,
+        help="Split of a hub dataset, or of a folder that holds several",
+        default_words="train, or all of a folder",
+        common=True,
+    )
+    dataset_revision: str | None = _text(None, help="Commit, tag or branch of a hub dataset")
+    text_columns: tuple[str, ...] = _text(
+        (),
+        help="Column that holds the text; several (a,b) are joined",
+        flag="--text-column",
+        repeat=True,
+        default_words="detected",
+        common=True,
+    )
+    keep_columns: tuple[str, ...] = _text(
+        (),
+        help="Columns of the records to store with each document (a,b), for sae-analyze",
+        repeat=True,
+        common=True,
+    )
+    documents: str = _text(
+        "auto",
+        help="How .txt and .md files and standard input are split into documents",
+        choices=("auto", "file", "line", "paragraph"),
+    )
+    shuffle_buffer: int = _text(
+        0, help="Size of the buffer that shuffles documents; 0: keep their order", unit="documents", ge=0
+    )
+    shuffle_seed: int = _text(0, help="Seed of the document shuffle")
 
     def __post_init__(self) -> None:
-        one_of("--documents", self.documents, DOCUMENT_MODES)
+        check(self)
         if not self.dataset.strip():
             raise ConfigError(
                 "--dataset is empty: give a hub id, a local file or folder, - for standard input, or demo"
             )
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError(f"--keep-columns {','.join(self.keep_columns)} names a column twice")
-        if self.shuffle_buffer < 0:
-            raise ConfigError(f"--shuffle-buffer is {self.shuffle_buffer}: give a number of documents, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -55,66 +82,33 @@ class HarvestConfig:
     where: WhereConfig
     text: TextConfig = field(default_factory=TextConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
-    out: Path | None = None
-    dtype: str = "auto"
-    max_tokens: int | None = None
-    max_docs: int | None = None
-    rows_per_shard: int | None = None
+    out: Path | None = _output(
+        None, help="Folder of the cache", short="-o", default_words="cache/<model>_l<layers>", common=True
+    )
+    dtype: str = _output(
+        "auto",
+        help="Number format of the stored activations",
+        choices=("auto", *STORAGE),
+        default_words="auto, as computed",
+        common=True,
+    )
+    max_tokens: int | None = _output(
+        None,
+        help="Maximum length, such as 20k, 5M or 1.5B; the last document is completed",
+        unit="rows",
+        ge=1,
+        common=True,
+    )
+    max_docs: int | None = _output(None, help="Maximum length", unit="documents", ge=1, common=True)
+    rows_per_shard: int | None = _output(None, help="Size of a shard", unit="rows", ge=1, default_words="about 512 MiB")
 
     def __post_init__(self) -> None:
-        one_of("--dtype", self.dtype, ("auto", *STORAGE))
-        for flag, value in (("--max-tokens", self.max_tokens), ("--max-docs", self.max_docs)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} is {value}: give a number from 1")
-        if self.rows_per_shard is not None and self.rows_per_shard < 1:
-            raise ConfigError(f"--rows-per-shard is {self.rows_per_shard}: give a number from 1")
+        check(self)
 
     @property
     def out_path(self) -> Path:
         """Where the cache goes: `--out`, else a name made from the model and the layers."""
         return self.out if self.out is not None else Path("cache") / default_name(self.model.model, self.where)
-
-
-def count_of(flag: str, text: str | None) -> int | None:
-    """The value of a flag that counts: `5M` -> 5,000,000 (see `common.quantities`)."""
-    if text is None:
-        return None
-    try:
-        count = parse_count(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        hint = f" ({text.replace(',', '')}, without commas?)" if "," in text else ""
-        raise ConfigError(f"{flag} is {text!r}: give {COUNT_WORDS}, at least 1{hint}")
-    return count
-
-
-def parse_out(text: str | None) -> Path | None:
-    """`--out` as a path; an empty one would mean the current folder."""
-    if text is not None and not text.strip():
-        raise ConfigError("--out is empty: give a folder, or leave --out away for cache/<model>_l<layers>")
-    return None if text is None else user_path("--out", text)
-
-
-def parse_columns(values: list[str] | None, flag: str) -> tuple[str, ...]:
-    """`["a,b", "c"]` -> ("a", "b", "c")."""
-    parts = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
-    if values and not parts:
-        raise ConfigError(f"{flag} is empty: give the name of a column, or leave {flag} away")
-    return parts
-
-
-def parse_layers(values: list[str]) -> tuple[int, ...] | Literal["all"]:
-    """`["2,4", "6"]` -> (2, 4, 6); `["all"]` -> "all". Sorted, each once."""
-    parts = [part.strip() for value in values for part in value.split(",") if part.strip()]
-    if any(part.lower() == "all" for part in parts):
-        if len(parts) > 1:
-            raise ConfigError("--layers all includes every layer: leave out the other layers")
-        return "all"
-    bad = [part for part in parts if not re.fullmatch(r"-?\d+", part)]
-    if bad:
-        raise ConfigError(f"--layer is {bad[0]!r}: give block numbers from 0, such as 6 or 2,4,6, or all")
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def default_name(model: str, where: WhereConfig) -> str:

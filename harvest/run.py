@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
@@ -16,7 +16,7 @@ from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
-from sae_granary.harvest.settings.keywords import HarvestKeywords, make_config
+from sae_granary.harvest.settings.make import make_config
 from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
 from sae_granary.models.behavior.checks import running
 from sae_granary.models.blocks import choose_hooks
@@ -36,11 +36,11 @@ def harvest_activations(
     *,
     quiet: bool = False,
     stop: StopRequest | None = None,
-    **settings: Unpack[HarvestKeywords],
+    **settings: Any,
 ) -> HarvestResult:
     """Stream text through a model and write its activations to a cache; again, continue one that was interrupted.
 
-    Settings are the flags of `sae-harvest run` by their names (`HarvestKeywords`); a `config` replaces them all.
+    Settings have the names that `sae-harvest config` prints (docs/parameters.md); a `config` replaces them all.
     Progress goes to standard error unless `quiet`. What can be checked without the model is checked before it loads.
     `stop` is asked between batches: a request raises Interrupted, and the same call continues. On a CPU the command
     also has malloc keep freed memory, which makes it faster (`common.process`).
@@ -60,7 +60,7 @@ def harvest_activations(
     """
     if config is not None and settings:
         raise ConfigError(f"a config and settings ({', '.join(settings)}) were given: give one of them")
-    config = make_config(**settings) if config is None else config
+    config = make_config(settings) if config is None else config
     stop = StopRequest() if stop is None else stop
     with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
         prepared = prepare(config, progress.say)

@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.declare import check, setting
 
-UNITS = ("token", "text")
-COMPUTE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_model = partial(setting, section="model", panel="Model")
+_where = partial(setting, section="where", panel="Activations")
+_contexts = partial(setting, section="contexts", panel="Contexts and batches")
+
+
+def parse_layers(value: object) -> tuple[int, ...] | Literal["all"]:
+    """`6`, `[2, 4]`, `"4,2"` or `["2,4", "6"]` -> block numbers, sorted, each once; `"all"` -> "all"."""
+    values = value if isinstance(value, list | tuple) else [value]
+    parts = [part.strip() for item in values for part in str(item).split(",") if part.strip()]
+    if any(part.lower() == "all" for part in parts):
+        if len(parts) > 1:
+            raise ConfigError("layers=all includes every layer: leave out the other layers")
+        return "all"
+    if bad := [part for part in parts if not part.removeprefix("-").isdecimal()]:
+        raise ConfigError(f"layers={bad[0]!r}: expected block numbers from 0, such as 6 or 2,4,6, or all")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, in which number format it computes, and whether torch.compile compiles it."""
 
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    compute_dtype: str = "auto"
-    device: str = "auto"
-    compile: bool = False
+    model: str = _model(help="Hub id, local folder, or demo", short="-m", common=True)
+    revision: str | None = _model(None, help="Commit, tag or branch of a hub model", common=True)
+    trust_remote_code: bool = _model(False, help="Run the code that comes with the model; read it first", common=True)
+    compute_dtype: str = _model(
+        "auto",
+        help="Number format of the forward pass",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default_words="auto, bfloat16 on a GPU and float32 on a CPU",
+    )
+    device: str = _model(
+        "auto", help="cpu, cuda, cuda:N or mps", default_words="auto, cuda if there is one, else cpu", common=True
+    )
+    compile: bool = _model(
+        False,
+        help="Compile the blocks with torch.compile, which takes a minute; worth it for long harvests in float32",
+    )
 
     def __post_init__(self) -> None:
-        one_of("--compute-dtype", self.compute_dtype, COMPUTE_DTYPES)
+        check(self)
         if not self.model.strip():
             raise ConfigError("--model is empty: give a hub id, a local folder, or demo")
 
@@ -32,15 +58,34 @@ class ModelConfig:
 class WhereConfig:
     """Which activations: blocks by number, modules by path or glob, or the pooled embedding of a text."""
 
-    unit: str = "token"
-    layers: tuple[int, ...] | Literal["all"] = ()
-    layer_stride: int = 1
-    hooks: tuple[str, ...] = ()
+    unit: str = _where(
+        "token",
+        help="What a row is: a token, or a text as one pooled embedding",
+        choices=("token", "text"),
+        common=True,
+    )
+    layers: tuple[int, ...] | Literal["all"] = _where(
+        (),
+        help="Harvest the output of block i, counted from 0: 6, or 2,4,6, or all",
+        flag="--layer",
+        also="--layers",
+        short="-l",
+        repeat=True,
+        common=True,
+        parse=parse_layers,
+    )
+    layer_stride: int = _where(1, help="Keep every n-th selected layer", ge=1)
+    hooks: tuple[str, ...] = _where(
+        (),
+        help="Harvest a module, by path or glob; append :in for its input; see `sae-harvest names`",
+        flag="--hook",
+        repeat=True,
+        common=True,
+        commas=False,
+    )
 
     def __post_init__(self) -> None:
-        one_of("--unit", self.unit, UNITS)
-        if self.layer_stride < 1:
-            raise ConfigError(f"--layer-stride is {self.layer_stride}: give a number from 1")
+        check(self)
         if self.unit == "text" and (self.layers or self.hooks):
             raise ConfigError("--unit text stores one pooled embedding per text: leave out --layer and --hook")
         if self.unit == "token" and not self.layers and not self.hooks and self.layer_stride == 1:
@@ -49,24 +94,29 @@ class WhereConfig:
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """How documents become windows and batches."""
+    """How documents become contexts and batches."""
 
-    ctx_len: int | None = None
-    bos: bool | None = None
-    pack: bool = False
-    batch_tokens: int | None = None
-    num_proc: int = 1
+    ctx_len: int | None = _contexts(
+        None,
+        help="Length of a context",
+        unit="tokens",
+        ge=2,
+        default_words="512, or less if the model takes less",
+        common=True,
+    )
+    bos: bool | None = _contexts(
+        None, help="Begin each context with the BOS token", default_words="as the tokenizer does"
+    )
+    pack: bool = _contexts(False, help="Pack documents into each context, separated by EOS (decoders only)")
+    batch_tokens: int | None = _contexts(
+        None,
+        help="Size of a batch of the model, padding included",
+        unit="tokens",
+        ge=1,
+        default_words="16384 on a GPU, 4096 on a CPU",
+        common=True,
+    )
+    num_proc: int = _contexts(1, help="Number of processes that run a slow (Python) tokenizer", ge=1)
 
     def __post_init__(self) -> None:
-        if self.ctx_len is not None and self.ctx_len < 2:
-            raise ConfigError(f"--ctx-len is {self.ctx_len}: a window needs at least 2 tokens")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ConfigError(f"--batch-tokens is {self.batch_tokens}: give a positive number of tokens")
-        if self.num_proc < 1:
-            raise ConfigError(f"--num-proc is {self.num_proc}: give a number of processes from 1")
-
-
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not in a fixed list, with the nearest one that is."""
-    if value not in allowed:
-        raise ConfigError(f"{flag} is {value!r}: expected one of {', '.join(allowed)}{nearest(value, allowed)}")
+        check(self)

@@ -17,7 +17,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import parse_count
 from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.harvest.cli import app as harvest_app
-from sae_granary.harvest.settings.keywords import make_config as make_harvest
+from sae_granary.harvest.settings.make import make_config as make_harvest
 from sae_granary.train.cli import app as train_app
 from sae_granary.train.config.merge import from_sections, make_config, read_yaml, to_yaml
 from sae_granary.train.data.run_data import RunData
@@ -57,10 +57,9 @@ def test_settings_that_are_lists_take_commas() -> None:
 
 @pytest.mark.parametrize("flag", ["max_tokens", "max_docs", "rows_per_shard"])
 def test_harvest_counts_hold_no_comma(flag) -> None:
-    name = flag.replace("_", "-")
-    with pytest.raises(ValueError, match=rf"--{name} is '20,000': give a whole number .* \(20000, without commas\?\)"):
-        make_harvest(model="demo", layers=3, **{flag: "20,000"})
-    assert getattr(make_harvest(model="demo", layers=3, **{flag: "20_000"}), flag) == parse_count("20k") == 20_000
+    with pytest.raises(ValueError, match=rf"{flag}='20,000': expected a whole number .* \(20000, without commas\?\)"):
+        make_harvest({"model": "demo", "layers": 3, flag: "20,000"})
+    assert getattr(make_harvest({"model": "demo", "layers": 3, flag: "20_000"}), flag) == parse_count("20k") == 20_000
 
 
 # -- YAML: the declared type decides, as for flags -----------------------------------------------------------------

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from sae_granary import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.cli import app
-from sae_granary.harvest.config import HarvestConfig, count_of, default_name, parse_layers
-from sae_granary.models.config import ModelConfig, WhereConfig
+from sae_granary.harvest.config import HarvestConfig, default_name
+from sae_granary.harvest.settings.make import make_config
+from sae_granary.models.config import ModelConfig, WhereConfig, parse_layers
 
 Run = Callable[..., tuple[int, str]]
 REPO = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"run --model . --layer 1 {TEXT}", r"the folder \. holds no model"),
         (f"{BERT} --layer 3 {TEXT}", r"--layer 3 is out of range: the model has 3 layers, 0 to 2"),
         (f"{BERT} --layer -1 {TEXT}", r"--layer -1 is out of range: the model has 3 layers"),
-        (f"{BERT} --layer six {TEXT}", r"--layer is 'six': give block numbers from 0"),
+        (f"{BERT} --layer six {TEXT}", r"layers='six': expected block numbers from 0"),
         (f"{BERT} {TEXT}", r"nothing to harvest is named: give --layer 6"),
         (
             f"{BERT} --hook encoder.layer.1.atention {TEXT}",
@@ -129,9 +130,12 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),
         (f"{BERT} --layer 1 --dataset nothing.txt", r"there is no file or folder nothing\.txt"),
         (f"{BERT} --layer 1 --dataset some/data", r"dataset 'some/data' is not reachable: there is no network"),
-        (f"{BERT} --layer 1 {TEXT} --dtype float23", r"--dtype is 'float23': .*, did you mean 'float32'"),
-        (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"--compute-dtype is 'int8'.*one of auto, float32"),
-        (f"{BERT} --layer 1 {TEXT} --unit sentence", r"--unit is 'sentence'.*one of token, text"),
+        (
+            f"{BERT} --layer 1 {TEXT} --dtype float23",
+            r"dtype='float23': expected one of .*, did you mean 'float32'",
+        ),
+        (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"compute_dtype='int8': expected one of auto, float32"),
+        (f"{BERT} --layer 1 {TEXT} --unit sentence", r"unit='sentence': expected one of token, text"),
         (f"{BERT} --layer 1 {TEXT} --device tpu", r"device 'tpu' is unknown: expected auto, cpu, cuda, cuda:N or mps"),
         (f"{BERT} --layer 1 {TEXT} --ctx-len 999", r"--ctx-len is 999, but the model takes at most 128 tokens"),
         (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but 2 special tokens stand in each window"),
@@ -139,7 +143,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --bos", r"--bos: the tokenizer has no BOS token"),
         (
             f"{BERT} --layer 1 {TEXT} --max-tokens lots",
-            r"--max-tokens is 'lots': give a whole number such as 20000",
+            r"max_tokens='lots': expected a whole number such as 20000",
         ),
         (f"{BERT} --layer 1 {TEXT} --batch-tokens 8", r"--batch-tokens is 8: at least one window of --ctx-len 128"),
         (
@@ -155,8 +159,8 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --out text.jsonl/a/b", r"--out text\.jsonl/a/b cannot be made: .*jsonl is a file"),
         (f"{BERT} --layer 1 {TEXT} --out a/{'x' * 300}/b", r"--out has a folder name of 300 bytes .* at most 255"),
         (f"{BERT} --layer 1 {TEXT} --out {'x/' * 1990}", r"--out is a path of \d+ bytes: at most 3800 fit"),
-        (f"{BERT} --layer 1 {TEXT} --out 'a\nb'", r"--out is 'a\\nb': it holds a newline or control character"),
-        (f"{BERT} --layer 1 {TEXT} --out ''", r"--out is empty: give a folder"),
+        (f"{BERT} --layer 1 {TEXT} --out 'a\nb'", r"out is 'a\\nb': it holds a newline or control character"),
+        (f"{BERT} --layer 1 {TEXT} --out ''", r"out is empty: expected the path of a folder"),
         (f"{BERT} --layer 1 --dataset ''", r"--dataset is empty: give a hub id, a local file"),
         (f"{BERT} --layer 1 --dataset demo --split test", r"--split test does not apply to --dataset demo"),
         (f"{BERT} --layer 1 --dataset demo --dataset-config x", r"--dataset-config x does not apply to --dataset demo"),
@@ -185,8 +189,8 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 --dataset bad/no.jsonl", r"bad/no\.jsonl: none of its first 2 records is a JSON object"),
         (f"{BERT} --layer 1 --dataset a_cache", r"a_cache is an activation cache, not a dataset"),
         (f"{BERT} --layer 1 --dataset mixed", r"mixed/b\.csv has no column 'text', the text of mixed/a\.jsonl"),
-        (f"{BERT} --layer 1 {TEXT} --text-column ''", r"--text-column is empty"),
-        (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"--max-tokens is '0\.5': give a whole number"),
+        (f"{BERT} --layer 1 {TEXT} --text-column ''", r"text_columns='' is empty: give a value"),
+        (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"max_tokens='0\.5': expected a whole number"),
         (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
         (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"--layer 9 is out of range"),
         ("names some-model", r"unknown model 'some-model'"),
@@ -311,13 +315,10 @@ def test_default_names(model_name: str, where: WhereConfig, name: str) -> None:
 
 
 def test_counts_and_layers_are_parsed() -> None:
-    assert [count_of("-", text) for text in ("20k", "5M", "1.5B", "1_000", "7")] == [
-        20_000,
-        5_000_000,
-        1_500_000_000,
-        1000,
-        7,
-    ]
+    counts = {"20k": 20_000, "5M": 5_000_000, "1.5B": 1_500_000_000, "1_000": 1000, "7": 7}
+    for text, count in counts.items():
+        made = make_config({"model": "demo", "layers": 3, "max_tokens": text, "ctx_len": text})
+        assert made.max_tokens == made.tokens.ctx_len == count
     assert parse_layers(["4,2", "2", "6"]) == (2, 4, 6)
     assert parse_layers(["all"]) == "all"
     with pytest.raises(ConfigError, match="includes every layer"):

@@ -171,7 +171,7 @@ def test_a_damaged_kept_column_is_found(tmp_path: Path) -> None:
         ("a.csv", "id,text,id\n1,one,2\n", "id", "two columns 'id'"),
         ("a.txt", "some text", "id", r"--keep-columns id does not apply to .*\(plain text, which has no columns"),
         ("a.csv", "id,text\n1,one\n", "id,id", "--keep-columns id,id names a column twice"),
-        ("a.csv", "id,text\n1,one\n", " , ", "--keep-columns is empty"),
+        ("a.csv", "id,text\n1,one\n", " , ", "keep_columns=. , . is empty: give a value"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused_before_the_model(

@@ -69,18 +69,17 @@ def test_no_function_bears_a_packages_name() -> None:
 
 def test_the_keywords_of_a_harvest_are_its_flags(tmp_path: Path) -> None:
     from sae_granary.common.errors import ConfigError
-    from sae_granary.harvest.cli import harvest_config
     from sae_granary.harvest.config import TextConfig
-    from sae_granary.harvest.settings.keywords import HarvestKeywords, make_config
+    from sae_granary.harvest.settings.make import make_config
 
-    assert list(inspect.signature(harvest_config).parameters) == list(HarvestKeywords.__annotations__)
-    made = make_config(model="demo", layers=[4, 2], text_columns="a,b", max_tokens="5M", out=tmp_path, split="test")
+    given = {"text_columns": "a,b", "max_tokens": "5M", "out": tmp_path, "split": "test"}
+    made = make_config({"model": "demo", "layers": [4, 2], **given})
     assert (made.where.layers, made.text.text_columns, made.max_tokens) == ((2, 4), ("a", "b"), 5_000_000)
     assert (made.out, made.text.split, made.text.dataset) == (tmp_path, "test", TextConfig().dataset)
     for settings, message in (
-        ({"model": "demo", "layer": 3}, "no setting 'layer', did you mean 'layers'"),
+        ({"model": "demo", "layer": 3}, "unknown setting 'layer' of a harvest, did you mean 'layers'"),
         ({"layers": 3}, "no model was given"),
-        ({"model": "demo", "layers": 3, "max_tokens": "many"}, "--max-tokens is 'many'"),
+        ({"model": "demo", "layers": 3, "max_tokens": "many"}, "max_tokens='many': expected a whole number"),
         ({"config": made, "layers": 3}, r"a config and settings \(layers\) were given"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import Field
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
@@ -66,6 +67,7 @@ def describe(annotation: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "text",
+        Path: "path",
         type(None): "none",
     }
     return words.get(annotation, str(annotation))

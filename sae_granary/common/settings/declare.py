@@ -86,6 +86,11 @@ def choices_of(spec: Field[Any], kind: Any) -> tuple[str, ...]:
     return tuple(spec.metadata["choices"] or listed)
 
 
+def declared(*configs: type[Any]) -> dict[str, Field[Any]]:
+    """Return the declared fields of configs by name."""
+    return {spec.name: spec for config in configs for spec in fields(config) if spec.metadata}
+
+
 def default_of(spec: Field[Any]) -> Any:
     """Return the default of a field, MISSING if it has none."""
     return spec.default if spec.default_factory is MISSING else spec.default_factory()

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_granary.common.quantities import COUNT_WORDS
 from sae_granary.common.settings.coerce import describe
-from sae_granary.common.settings.declare import choices_of, default_of
+from sae_granary.common.settings.declare import choices_of, declared, default_of, kinds_of
 from sae_granary.common.settings.flags import default_words, names_of, range_of
 
 Row = tuple[str, str, str, str, str, str]
@@ -28,6 +28,16 @@ def row_of(spec: Field[Any], kind: Any) -> Row:
     shown = default_words(spec) or ("none" if default is None else "false" if default is False else "")
     flag = f"`{names_of(spec, kind)[0].split('/')[0]}`"
     return f"`{spec.name}`", flag, type_words, shown, range_of(spec, _SIGNS), str(spec.metadata["help"])
+
+
+def rows_of(config: type[Any], section: str = "") -> list[Row]:
+    """Return the rows of the declared fields of a config, of one section or of all."""
+    kinds = kinds_of(config)
+    return [
+        row_of(spec, kinds[name])
+        for name, spec in declared(config).items()
+        if section in ("", spec.metadata["section"])
+    ]
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary import sae_core
+from sae_granary.analyze.settings import COMMANDS, Shared
 from sae_granary.common.quantities import COUNT_WORDS
 from sae_granary.common.settings.coerce import describe
-from sae_granary.harvest.cli import harvest_config
+from sae_granary.common.settings.page import rows_of, table
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.settings.make import PARTS
+from sae_granary.harvest.settings.make import SECTIONS as HARVEST_SECTIONS
 from sae_granary.train.config.flags import given_settings
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
 from sae_granary.train.config.settings import SECTIONS, TrainConfig
@@ -33,9 +37,17 @@ defaults < the type's recommended values < YAML (`--config`) < flags and `--set`
 A default of none means "decided from the rest", as the meaning says.
 """
 
-HARVEST = """## Harvest (`sae-harvest run`, `plan`)
+HARVEST = """## Harvest (`sae-harvest run`, `plan`, `config`)
 
-In Python these are the keywords of `sae_granary.harvest_activations(model=..., layers=6, max_tokens="5M")`.
+In Python these are the keywords of `sae_granary.harvest_activations(model=..., layers=6, max_tokens="5M")`; in a YAML
+file (`--config`) they stand in their section or without one; `--set name=value` takes any. `sae-harvest config` prints
+the result and where each value comes from.
+"""
+
+ANALYZE = """## Analyze (`sae-analyze`)
+
+A YAML file (`--config`) may hold options at its top, for every command that has them, and a section per command
+(`encode:`), which overrides them. Flags override the file. Options of every command:
 """
 
 VARIANTS = """## Options of the types
@@ -46,7 +58,17 @@ VARIANTS = """## Options of the types
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD, *_train(), VARIANTS, _table(_options(sae_core.SAE, _FIRST_ROWS)), *_variants(), HARVEST, _harvest()]
+    parts = [
+        HEAD,
+        *_train(),
+        VARIANTS,
+        _table(_options(sae_core.SAE, _FIRST_ROWS)),
+        *_variants(),
+        HARVEST,
+        *_harvest(),
+        ANALYZE,
+        *_analyze(),
+    ]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
@@ -140,21 +162,18 @@ def _flag(hint: Any) -> str:
     return f"`{next(name for name in names if name.startswith('--')).split('/')[0]}`"
 
 
-def _harvest() -> str:
-    hints = typing.get_type_hints(harvest_config, include_extras=True)
-    rows = []
-    for name, parameter in inspect.signature(harvest_config).parameters.items():
-        plain, option = typing.get_args(hints[name])[:2]
-        default = "" if parameter.default is inspect.Parameter.empty else _plain(parameter.default)
-        rows.append((f"`{name}`", _flag(hints[name]), _short(_harvest_kind(plain)), default, "", option.help))
-    return _table(rows)
+def _harvest() -> Iterator[str]:
+    for section in HARVEST_SECTIONS:
+        yield f"### Section `{section}`\n"
+        parts = [rows_of(part, section) for part in (*PARTS.values(), HarvestConfig)]
+        yield table(row for rows in parts for row in rows)
 
 
-def _harvest_kind(hint: Any) -> str:
-    members = [m for m in typing.get_args(hint) if m is not type(None)] or [hint]
-    repeated = [m for m in members if typing.get_origin(m) is list]
-    words = "text, repeatable" if repeated else " or ".join(describe(m) for m in members)
-    return words + (" or none" if type(None) in typing.get_args(hint) else "")
+def _analyze() -> Iterator[str]:
+    yield table(rows_of(Shared))
+    for command, options in COMMANDS.items():
+        yield f"### `sae-analyze {command}`\n"
+        yield table(row for row in rows_of(options) if row not in rows_of(Shared))
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:

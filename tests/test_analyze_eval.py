@@ -247,7 +247,7 @@ def test_the_command_prints_saes_side_by_side_and_json(open_with, tmp_path: Path
     both = json.loads(run(tmp_path, "--cache", cache, "--json").stdout)["evaluations"]  # the folder that holds them
     assert [one["name"] for one in both] == ["first", "second"]
     wrong = run(first.folder, "--cache", cache, "--part", "test", code=2)
-    assert wrong.output == "error: --part is 'test', expected one of heldout, train, all\n"
+    assert wrong.output == "error: part='test': expected one of heldout, train, all\n"
     wrong = run(first.folder, "--cache", cache, "--downstream", "--downstream-rows", "many", code=2)
     assert wrong.output.count("\n") == 1
     (tmp_path / "zz").mkdir()

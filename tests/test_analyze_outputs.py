@@ -191,8 +191,8 @@ def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source
     (tmp_path / "list.csv").write_text("id,ticket\n1,a\n")
     before = sorted(tmp_path.rglob("*"))
     for flags, words in (
-        (["--format", "csv"], "--format is 'csv', expected granary, npz, parquet"),
-        (["--pool", "median"], "--pool is 'median', expected max, mean, sum"),
+        (["--format", "csv"], "format='csv': expected one of granary, npz, parquet"),
+        (["--pool", "median"], "pool='median': expected one of max, mean, sum"),
         (["--text", "a", "--texts", "-"], "give either --text or --texts"),
         (["--text", "a", "--text-column", "a", "--out", tmp_path / "o"], "--text-column is for --texts"),
         (["--model", "demo"], "--model is for texts"),

@@ -105,8 +105,8 @@ def test_the_command(source: Source) -> None:
         ("--latent -1", "error: --latent is -1, expected 0 to 23"),
         ("--latent 1 --by categories", "keeps no column 'categories' of its documents, did you mean 'category'?: it "
          "keeps ticket, category; harvest again with --keep-columns"),
-        ("--latent 1 --pool median", "error: --pool is 'median', expected max, mean, sum"),
-        ("--latent 1 --top 0", "error: --top is 0, expected a number from 1"),
+        ("--latent 1 --pool median", "error: pool='median': expected one of max, mean, sum"),
+        ("--latent 1 --top 0", "error: top=0: expected a value >= 1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_encoded(source: Source, flags: str, message: str) -> None:

@@ -39,17 +39,18 @@ def test_the_page_is_current() -> None:
 
 
 def test_the_page_names_everything() -> None:
-    from sae_granary.harvest.config import HarvestConfig, TextConfig
-    from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+    from sae_granary.analyze.settings import COMMANDS
+    from sae_granary.harvest.settings.make import DECLARED
 
     page = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert set(TRAINER_KEYS) <= named
     for name in sae_core.registry.names():
         assert {f.name for f in fields(sae_core.registry.get(name).Config)} - set(DERIVED_OPTIONS) <= named, name
-    parts = {"model": ModelConfig, "where": WhereConfig, "text": TextConfig, "tokens": TokenConfig}
-    n_fields = sum(len(fields(part)) for part in parts.values()) + len(fields(HarvestConfig)) - len(parts)
-    assert len(re.findall(r"^\| `", page[page.index("## Harvest") :], re.MULTILINE)) == n_fields
+    harvest, analyze = page[page.index("## Harvest") :].split("## Analyze")
+    assert re.findall(r"^\| `(\w+)` \|", harvest, re.MULTILINE) == list(DECLARED)
+    for command, options in COMMANDS.items():
+        assert {f.name for f in fields(options)} <= set(re.findall(r"^\| `(\w+)` \|", analyze, re.MULTILINE)), command
 
 
 # -- settings of a run ---------------------------------------------------------------------------------------------

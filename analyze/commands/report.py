@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sae_granary.analyze.commands.shared import (
-    INTERRUPTED,
-    CacheFolder,
-    Device,
-    Hook,
-    Incomplete,
-    codes_of,
-    names_in,
-)
+from sae_granary.analyze.commands.options import takes_options
+from sae_granary.analyze.commands.shared import INTERRUPTED, codes_of, source_of
+from sae_granary.analyze.settings import Report
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
 
@@ -24,62 +19,49 @@ Runs = Annotated[
     list[Path],
     typer.Argument(help="Folder of a run or of any SAE; a sweep, or several runs, are compared.", metavar="RUN..."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="(default: report.html in the folder of the run)")]
 
 
-def report(
-    runs: Runs,
-    cache: CacheFolder = None,
-    out: Out = None,
-    png: Annotated[Path | None, typer.Option(help="Folder for every plot as a PNG file.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Folder for every plot as an SVG file.")] = None,
-    hook: Hook = "",
-    device: Device = "auto",
-    allow_incomplete: Incomplete = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@takes_options(Report)
+def report(read_options: Callable[[], Report], runs: Runs, quiet: Quiet = False, debug: Debug = False) -> None:
     """Write one HTML file: training, and every latent with its examples. Of several runs, a page that compares them.
 
     The file needs no network and no other file. Encodes the cache and computes the statistics first where missing.
     """
     with expected_errors(debug, interrupted=INTERRUPTED):
+        options = read_options()
         from sae_granary.analyze.report.report import FILE, report_comparison
         from sae_granary.analyze.report.run_facts import runs_in
 
         found = runs_in(runs)
         if found == runs[:1]:
-            path = out or found[0] / FILE
-            facts = _report_one(found[0], path, cache, names_in(hook), device, allow_incomplete, quiet)
+            path = options.out or found[0] / FILE
+            facts = _report_one(found[0], path, options, quiet)
         else:
-            if cache is not None or hook:
+            if options.cache is not None or options.hook:
                 raise ConfigError("--cache and --hook are for the report of one run: a comparison reads no cache")
             common = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve().parent for run in found]))
-            path = out or common / FILE
+            path = options.out or common / FILE
             facts = report_comparison(found, path, common.resolve().name)
         echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-        for folder, extension in ((png, "png"), (svg, "svg")):
+        for folder, extension in ((options.png, "png"), (options.svg, "svg")):
             if folder is not None:
                 from sae_granary.analyze.report.figures import save_plots
 
                 echo(f"{folder}: {', '.join(file.name for file in save_plots(facts, folder, extension))}")
 
 
-def _report_one(
-    run: Path, path: Path, cache: Path | None, hooks: list[str], device: str, allow_incomplete: bool, quiet: bool
-) -> dict[str, Any]:
+def _report_one(run: Path, path: Path, options: Report, quiet: bool) -> dict[str, Any]:
     """Write the page of a run; where its own cache is gone that of the statistics that are stored."""
     from sae_granary.analyze.errors import CacheGoneError
     from sae_granary.analyze.latents.stats import find_stats
     from sae_granary.analyze.report.report import report_run, stored_stats
-    from sae_granary.analyze.source import open_source
     from sae_granary.common.process import tuned_process
 
-    with tuned_process(device):
+    with tuned_process(options.device):
         try:
-            source = open_source(run, cache, hooks=hooks, device=device, allow_incomplete=allow_incomplete)
+            source = source_of(run, options)
         except CacheGoneError as error:
-            stats = stored_stats(run) if cache is None else None
+            stats = stored_stats(run) if options.cache is None else None
             if stats is None:
                 raise
             echo(f"{error}; this report has the stored statistics, without texts", err=True, color="yellow")

@@ -16,36 +16,33 @@ if TYPE_CHECKING:
     from sae_granary.analyze.encoding.codes import StoredCodes
     from sae_granary.analyze.latents.show import Marked
     from sae_granary.analyze.latents.stats import LatentStats
+    from sae_granary.analyze.settings import Shared
     from sae_granary.analyze.source import Source
 
 SAEFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.", metavar="SAE")]
-CacheFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache", "-c", help="Folder of a cache that holds its hook points. (default: the one the run was trained on)"
-    ),
-]
-Hook = Annotated[
-    str, typer.Option(help="Hook point of the cache, several with commas. (default: those it was trained on)")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Incomplete = Annotated[
-    bool, typer.Option("--allow-incomplete", help="Read the shards that an unfinished harvest has committed.")
-]
-
 INTERRUPTED = "interrupted: run the same command again, it continues"
 
 
-def stats_of(
-    sae: Path, cache: Path | None, hook: str, device: str, allow_incomplete: bool, quiet: bool
-) -> tuple[Source, LatentStats]:
+def source_of(sae: Path, options: Shared) -> Source:
+    """The SAE and the cache that options name."""
+    from sae_granary.analyze.source import open_source
+
+    return open_source(
+        sae,
+        options.cache,
+        hooks=options.hook,
+        device=options.device,
+        allow_incomplete=options.allow_incomplete,
+    )
+
+
+def stats_of(sae: Path, options: Shared, quiet: bool) -> tuple[Source, LatentStats]:
     """The statistics of an SAE on a cache; computed where they are not stored yet."""
     from sae_granary.analyze.latents.stats import find_stats
-    from sae_granary.analyze.source import open_source
     from sae_granary.common.process import tuned_process
 
-    with tuned_process(device):
-        source = open_source(sae, cache, hooks=names_in(hook), device=device, allow_incomplete=allow_incomplete)
+    with tuned_process(options.device):
+        source = source_of(sae, options)
         return source, find_stats(source, lambda: codes_of(source, quiet))
 
 
@@ -65,8 +62,3 @@ def echo_line(line: str | Marked) -> None:
     else:
         before, token, after = map(printable, line)
         typer.echo(before + typer.style(token, fg="yellow", bold=True) + after)
-
-
-def names_in(text: str) -> list[str]:
-    """`a, b` -> ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import typer
-
-from sae_granary.analyze.commands.shared import (
-    INTERRUPTED,
-    CacheFolder,
-    Device,
-    Hook,
-    Incomplete,
-    SAEFolder,
-    stats_of,
-)
+from sae_granary.analyze.commands.options import takes_options
+from sae_granary.analyze.commands.shared import INTERRUPTED, SAEFolder, stats_of
+from sae_granary.analyze.settings import Stats
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
 
@@ -23,32 +16,20 @@ if TYPE_CHECKING:
     from sae_granary.analyze.source import Source
 
 
-def stats(
-    sae: SAEFolder,
-    cache: CacheFolder = None,
-    logits: Annotated[
-        bool, typer.Option("--logits", help="Also which tokens each latent makes more or less likely; loads the model.")
-    ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="With --logits: folder or hub id of the model. (default: the one of the cache)")
-    ] = None,
-    hook: Hook = "",
-    device: Device = "auto",
-    allow_incomplete: Incomplete = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@takes_options(Stats)
+def stats(read_options: Callable[[], Stats], sae: SAEFolder, quiet: Quiet = False, debug: Debug = False) -> None:
     """Statistics of every latent over a cache: density, activations, examples, neighbors. Encodes the cache first."""
     with expected_errors(debug, interrupted=INTERRUPTED):
-        if model is not None and not logits:
+        options = read_options()
+        if options.model is not None and not options.logits:
             raise ConfigError("--model is for --logits: the other statistics need no model")
         from sae_granary.analyze.latents.show import summary_lines
 
-        source, found = stats_of(sae, cache, hook, device, allow_incomplete, quiet)
+        source, found = stats_of(sae, options, quiet)
         for line in summary_lines(source.cache, found):
             echo(line)
-        if logits:
-            _add_logits(source, found, model)
+        if options.logits:
+            _add_logits(source, found, options.model)
 
 
 def _add_logits(source: Source, stats: LatentStats, model: str | None) -> None:

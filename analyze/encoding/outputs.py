@@ -29,24 +29,17 @@ from sae_granary.analyze.encoding.csr_files import write_blocks
 from sae_granary.analyze.encoding.document_columns import document_columns
 from sae_granary.analyze.encoding.encode import Tick, csr_of
 from sae_granary.analyze.encoding.export import DocumentColumns, write_npz, write_parquet
-from sae_granary.analyze.encoding.pool import HOW, pool_documents
+from sae_granary.analyze.encoding.pool import pool_documents
 from sae_granary.analyze.encoding.text_rows import TextRows
 from sae_granary.analyze.encoding.texts import encoded_blocks
 from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import Source
-from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import TEMP_PREFIX, shortage
 from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.models.tokens.document import Document
 
 SUFFIXES = {"granary": "", "npz": ".npz", "parquet": ".parquet"}  # by format
-
-
-def check_output(format: str, pool: str | None) -> None:
-    """Raise ConfigError for an unknown format or pooling."""
-    for option, value, known in (("--format", format, tuple(SUFFIXES)), ("--pool", pool, HOW)):
-        if value is not None and value not in known:
-            raise ConfigError(f"{option} is {value!r}, expected {', '.join(known)}{nearest(value, known)}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sae_granary.cache.commands.convert import convert
+from sae_granary.cache.commands.import_vectors import import_files
 from sae_granary.cache.commands.info import info
 from sae_granary.cache.commands.ls import ls
 from sae_granary.cache.commands.verify import verify
@@ -12,6 +13,7 @@ app = make_app("sae-cache", "List, describe, verify and convert activation cache
 
 app.command()(ls)
 app.command()(info)
+app.command(name="import")(import_files)
 app.command()(verify)
 app.command()(convert)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheWriter",
     "__version__",
     "encode_texts",
     "harvest_activations",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sae_granary.analyze.encoding.codes import open_codes
     from sae_granary.analyze.encoding.texts import encode_texts
     from sae_granary.cache.read.reader import open_cache
+    from sae_granary.cache.vectors.writer import VectorWriter as CacheWriter
     from sae_granary.harvest.run import harvest_activations
     from sae_granary.sae_core import load as load_sae
     from sae_granary.train.run import resume_training, train_sae
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 else:
     # name -> (module, its name there); a test compares this with the imports above
     _LAZY = {
+        "CacheWriter": ("cache.vectors.writer", "VectorWriter"),
         "encode_texts": ("analyze.encoding.texts", "encode_texts"),
         "harvest_activations": ("harvest.run", "harvest_activations"),
         "load_sae": ("sae_core", "load"),

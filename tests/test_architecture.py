@@ -71,6 +71,7 @@ WINGS = {
     "write": {"format"},
     "read": {"format"},
     "load": {"format", "read"},
+    "vectors": {"format", "write"},
 }
 # They map the words of other libraries' files, which also have a "topk".
 FOREIGN_WORDS = {"sae_core/files/saelens.py", "sae_core/files/sparsify.py"}

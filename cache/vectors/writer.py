@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,13 @@ class VectorWriter:
 
     Leaving the `with` block completes the cache. After an error in it, or a kill, the shards committed so far stay, and
     the same call with `resume=True` continues: `n_rows` rows are there already, add those after them.
+
+    >>> import numpy as np
+    >>> from sae_granary import CacheWriter, open_cache
+    >>> with CacheWriter("cache/clip", hook="clip_image", d_in=512) as writer:
+    ...     writer.add(np.ones((3, 512)), texts=["a cat", "a dog", "a hat"], ids=[7, 8, 9])
+    >>> open_cache("cache/clip").hook("clip_image")[:].shape
+    (3, 512)
 
     Args:
         path: folder of the new cache.
@@ -159,11 +167,12 @@ class VectorWriter:
                 self._opened(have.dtype, have.kept_columns)
         if self._writer is None:
             raise BadRowsError(f"{self.path}: no rows were added, and a cache of none is not written")
-        summary = {"n_rows": self.n_rows, "n_documents": self.n_rows, "ended": "source"}
-        if self._origin is None:  # where it is not known what the rows came from, their checksums tell caches apart
-            self._writer.finish(summary, contents)
-        else:
-            self._writer.finish(summary)
+        writer, summary = self._writer, {"n_rows": self.n_rows, "n_documents": self.n_rows, "ended": "source"}
+        if self._origin is None:  # it is not known what the rows came from: their checksums tell caches apart
+            writer.end_shard()
+            known = contents(load_records(self.path, writer.manifest))
+            writer.manifest = replace(writer.manifest, fingerprint={**writer.manifest.fingerprint, **known})
+        writer.finish(summary)
 
     def discard(self) -> None:
         """Close and remove what was written."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from sae_granary.common.settings.declare import check, setting
+from sae_granary.common.settings.declare import BOUNDS, check, setting
 from sae_granary.sae_core.errors import OptionError
 
 NORMALIZATIONS = ("dataset", "mean", "mean+dataset", "unit_norm", "none")
 LM_LOSSES = ("ce", "kl")  # through a language model: the trainer puts them in the place of the reconstruction loss
 LOSSES = ("fvu", "mse", "nmse", *LM_LOSSES)
 B_DEC_INITS = ("geometric_median", "mean", "zero")
+PANEL = "Options of the types"  # of the help
 PRE_ACTS, FREE = "pre_acts", "free"  # units: what is multiplied by a number when the pre-activations are, what is not
 
 
@@ -21,27 +22,23 @@ def option(
     default: Any = MISSING,
     *,
     help: str,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    unit: str = FREE,
+    unit: str = "",
     options_of: str | None = None,
     unsaved: Any = MISSING,
+    **declared: Any,
 ) -> Any:
-    """Declare a Config field: its default, a help line with the unit, and the range that `check` enforces.
+    """Declare a Config field, as `common.settings.declare.setting` does: default, help, range, choices.
 
     `unit=PRE_ACTS` says that inference adds the option to pre-activations or compares it with them: files of an SAE
     are in other units, so saving rescales it. Raises ValueError if such an option has a bound other than 0.
     `options_of` is for a mapping of options of another type, and names the option that says which.
     `unsaved` is what a saved configuration that lacks the option means, where the default was another.
     """
-    if unit == PRE_ACTS and any(bound not in (None, 0) for bound in (ge, gt, le, lt)):
+    if unit == PRE_ACTS and any(declared.get(bound) for bound in BOUNDS):
         raise ValueError("an option in units of pre-activations is rescaled: its only bound can be 0")
-    more: dict[str, Any] = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "options_of": options_of}
-    more |= {} if unsaved is MISSING else {"unsaved": unsaved}
-    return setting(default, help=help, section="model", unit=unit, **more)
+    panel = "" if declared.get("common") else PANEL
+    more = {"options_of": options_of} | ({} if unsaved is MISSING else {"unsaved": unsaved})
+    return setting(default, help=help, section="model", panel=panel, unit=unit, **declared, **more)
 
 
 def in_pre_acts(config: Any) -> Mapping[str, float]:
@@ -60,12 +57,18 @@ def as_saved(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 class SharedConfig:
     """Options of every variant."""
 
-    d_in: int = option(help="width of the activations", gt=0)
-    d_sae: int = option(help="number of latents", gt=0)
-    normalize: str = option("dataset", help="input normalization", choices=NORMALIZATIONS)
-    loss: str = option("fvu", help="reconstruction loss, or one through the model", choices=LOSSES)
-    b_dec_init: str = option("geometric_median", help="start of b_dec", choices=B_DEC_INITS)
-    dead_after_tokens: int = option(10_000_000, help="rows without firing after which a latent is dead", gt=0)
+    d_in: int = option(help="Width of the activations.", gt=0)
+    d_sae: int = option(help="Number of latents.", default_words="8 * d_in", gt=0, common=True)
+    normalize: str = option("dataset", help="Input normalization.", choices=NORMALIZATIONS)
+    loss: str = option("fvu", help="Reconstruction loss; kl and ce go through the language model.", choices=LOSSES)
+    b_dec_init: str = option("geometric_median", help="Initialization of b_dec.", choices=B_DEC_INITS)
+    dead_after_tokens: int = option(
+        10_000_000,
+        help="A latent that has not fired for this long is dead.",
+        unit="rows",
+        default_words="5 % of the run",
+        gt=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, OptionError)

@@ -58,7 +58,6 @@ ALSO = {
     "harvest/progress.py": {"typer", "rich"},
     "train/cli.py": {"typer", "rich"},
     "train/commands": {"typer", "rich"},
-    "train/config/flags.py": {"typer"},
     "train/sinks/console_sink.py": {"rich"},
     "train/sinks/wandb_sink.py": {"wandb"},
     "train/sweeps/sweep_console.py": {"rich"},

@@ -31,15 +31,15 @@ def run(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     resume: Annotated[
-        str, typer.Option("--resume", help="auto: the same command starts, continues, or finds it complete.")
+        str, typer.Option("--resume", help="auto: resume if the run exists, else start it. never: start it.")
     ] = "never",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train one SAE from a cache: `sae-train run --cache cache/bert_l6 --type batchtopk`.
 
-    Several layers (--layers 2,4), or several seeds (--init-seed 0,1,2), give one SAE each, trained together as `sweep`
-    does; a type that reads several hook points reads these layers.
+    With several layers (--layers 2,4) or seeds (--init-seed 0,1,2) it trains one SAE each in a single pass, as `sweep`
+    does. A type that reads several hook points reads these layers.
     """
     with errors(debug):
         train_given(read_flags(), overwrite=overwrite, resume=resume, quiet=quiet, dry_run=dry_run)
@@ -48,9 +48,9 @@ def run(
 @app.command()
 @takes_settings
 def config(read_flags: ReadFlags, debug: Debug = False) -> None:
-    """Print the settings that `run` with the same flags would use, each with where it comes from; nothing is written.
+    """Print the settings that `run` would use with the same flags, and where each comes from. Writes nothing.
 
-    With --cache what follows from the cache is decided too. The output is a YAML file for --config.
+    With --cache, settings that depend on the cache are resolved too. The output is a YAML file for --config.
     """
     with errors(debug):
         from sae_granary.train.commands.origin import annotated_yaml
@@ -66,13 +66,13 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run or a sweep that was stopped: runs/<name>.")],
-    cache: Annotated[Path | None, typer.Option("--cache", "-c", help="Where its cache is, if it was moved.")] = None,
-    lm: Annotated[str | None, typer.Option("--lm", help="Where its language model is, if it was moved.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of a stopped run or sweep: runs/<name>.")],
+    cache: Annotated[Path | None, typer.Option("--cache", "-c", help="New path of the cache, if it was moved.")] = None,
+    lm: Annotated[str | None, typer.Option("--lm", help="New path of the language model, if it was moved.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a run from its newest checkpoint, or all runs of a sweep, exactly as if it had not stopped."""
+    """Resume a run, or all runs of a sweep, from the last checkpoint; the result is bitwise the same."""
     with errors(debug):
         from sae_granary.common.finished_run import is_complete
         from sae_granary.train.folders import is_sweep, read_run
@@ -92,12 +92,12 @@ def resume(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.")],
-    to: Annotated[str, typer.Option("--to", help="saelens, sparsify or delphi.")] = "saelens",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="(default: the run's folder plus the tool)")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of a run or of an SAE in any supported format.")],
+    to: Annotated[str, typer.Option("--to", help="Format: saelens, sparsify or delphi.")] = "saelens",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder. (default: <folder>_<format>)")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write an SAE in the files of another tool."""
+    """Write an SAE in the file format of another library."""
     with errors(debug):
         from sae_granary.train.publish.export import export as write
 
@@ -110,7 +110,7 @@ def push(
     repo: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.")],
     license: Annotated[str, typer.Option("--license", help="License named in the model card.")] = "mit",
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Upload. Without it, only print what would be uploaded.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, only print what would be uploaded.")] = False,
     debug: Debug = False,
 ) -> None:
     """Publish an SAE on the model hub with a model card; a dry run unless --yes is given."""
@@ -129,7 +129,7 @@ def push(
 
 @app.command()
 def types(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these types.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Types to list. (default: all)")] = None,
     debug: Debug = False,
 ) -> None:
     """List the variants with their options and defaults."""

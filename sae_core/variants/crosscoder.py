@@ -23,8 +23,8 @@ class CrosscoderSAE(BatchTopKSAE):
     class Config(BatchTopKSAE.Config):
         """Options of crosscoder."""
 
-        normalize: str = option("dataset", help="normalization of each hook point", choices=FIXED_MODES)
-        n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
+        normalize: str = option("dataset", help="Normalization of each hook point.", choices=FIXED_MODES)
+        n_hooks: int = option(1, help="Hook points in a batch, set from the cache.", gt=0)
 
     config: Config
 

@@ -47,41 +47,44 @@ class JumpReLUConfig(SharedConfig):
 
     recipe: str = option(
         "constraint",
-        help="how thresholds are trained: L0 as a constraint, or a penalty with a coefficient",
+        help="How thresholds are trained: L0 as a constraint, or a penalty with a coefficient.",
         choices=tuple(RECIPES),
         unsaved="tanh",
     )
     l0_target: float = option(
-        32.0, help="L0 of constraint and l0_target; l0_penalty and tanh_penalty start at it", gt=0
+        32.0,
+        help="Target L0 of constraint and l0_target; the L0 at which l0_penalty and tanh_penalty start.",
+        unit="latents per row",
+        gt=0,
     )
     l0_coef: float | None = option(
         None,
-        help="weight of the penalty where E|x|^2 = d_in (default 0.3 for l0_penalty and tanh_penalty, 10 for "
-        "anthropic and tanh, else 1; not for constraint)",
+        help="Weight of the penalty where E|x|^2 = d_in; not for constraint.",
+        default_words="0.3 for l0_penalty and tanh_penalty, 10 for anthropic and tanh, else 1",
         ge=0,
     )
     l0_warmup: float | None = option(
         None,
-        help="share of the run over which l0_coef rises from 0 (default 0.25 for l0_penalty and tanh_penalty, "
-        "10,000 steps for gemma, else 1)",
+        help="Share of the run over which l0_coef rises from 0.",
+        default_words="0.25 for l0_penalty and tanh_penalty, 10,000 steps for gemma, else 1",
         ge=0,
         le=1,
     )
-    tanh_scale: float = option(4.0, help="c in tanh(c z |W_dec|)", gt=0)
+    tanh_scale: float = option(4.0, help="c in tanh(c z |W_dec|).", gt=0)
     dead_coef: float = option(
-        3e-6, help="weight of the pre-activation loss: of dead latents for tanh, of all for anthropic", ge=0
+        3e-6, help="Weight of the pre-activation loss: of dead latents for tanh, of all for anthropic.", ge=0
     )
-    auxk_coef: float = option(1 / 32, help="weight of AuxK: constraint, l0_penalty, tanh_penalty", ge=0)
+    auxk_coef: float = option(1 / 32, help="Weight of the AuxK loss of constraint, l0_penalty and tanh_penalty.", ge=0)
     threshold_init: float | None = option(
         None,
-        help="initial threshold (default 0.1 for tanh and anthropic, 0.001 sqrt(d_in) for l0, l0_target and gemma, "
-        "else the one at which L0 is l0_target)",
+        help="Initial threshold.",
+        default_words="0.1 for tanh and anthropic, 0.001 sqrt(d_in) for l0, l0_target and gemma, else from l0_target",
         gt=0,
     )
     bandwidth: float | None = option(
         None,
-        help="width of the straight-through kernel (default 2 for tanh and anthropic, 0.001 sqrt(d_in) for l0, "
-        "l0_target and gemma, else 0.3 times the threshold)",
+        help="Width of the straight-through kernel.",
+        default_words="2 for tanh and anthropic, 0.001 sqrt(d_in) for l0, l0_target and gemma, else 0.3 * threshold",
         gt=0,
     )
 

@@ -38,7 +38,7 @@ class MatchingPursuitSAE(SAE):
     class Config(SAE.Config):
         """Options of matching_pursuit."""
 
-        k: int = option(32, help="greedy steps per row", gt=0)
+        k: int = option(32, help="Greedy steps per row.", gt=0, short="-k", common=True)
 
         def validate(self) -> None:
             """Check k <= d_sae."""

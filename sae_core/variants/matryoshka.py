@@ -34,8 +34,12 @@ class MatryoshkaSAE(BatchTopKSAE):
     class Config(BatchTopKSAE.Config):
         """Options of matryoshka."""
 
-        fractions: tuple[float, ...] = option(FRACTIONS, help="ends of the nested prefixes, as shares of d_sae; last 1")
-        group_sizes: tuple[int, ...] | None = option(None, help="latents per group, instead of fractions; sum d_sae")
+        fractions: tuple[float, ...] = option(
+            FRACTIONS, help="Ends of the nested prefixes, as shares of d_sae; the last is 1."
+        )
+        group_sizes: tuple[int, ...] | None = option(
+            None, help="Latents per group, which sum to d_sae; instead of fractions.", default_words="from fractions"
+        )
 
         def validate(self) -> None:
             """Check that prefixes grow and that the last one is the whole dictionary."""

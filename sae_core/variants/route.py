@@ -42,17 +42,29 @@ class RouteSAE(SAE):
     class Config(SAE.Config):
         """Options of route."""
 
-        normalize: str = option("unit_norm", help="per-row normalization of each hook point", choices=("unit_norm",))
-        loss: str = option("nmse", help="reconstruction loss", choices=("nmse", "fvu", "mse"))
-        n_hooks: int = option(1, help="hook points in a batch, set from the cache", gt=0)
-        base: str = option("topk", help="registered type of the shared SAE")
-        k: int | None = option(None, help="k of a k-sparse base (its default when not given)", gt=0)
-        base_options: Mapping[str, Any] | None = option(
-            None, help="further options of the base, as a mapping", options_of="base"
+        normalize: str = option(
+            "unit_norm", help="Normalization of each row of each hook point.", choices=("unit_norm",)
         )
-        routing: str = option("hard", help="one layer per row, or a mixture", choices=("hard", "soft"))
-        aggregate: str = option("sum", help="how the router sees the layers together", choices=("sum", "mean"))
-        detach_target: bool = option(True, help="false: the paper's loss, whose target moves with the router")
+        loss: str = option("nmse", help="Reconstruction loss.", choices=("nmse", "fvu", "mse"))
+        n_hooks: int = option(1, help="Hook points in a batch, set from the cache.", gt=0)
+        base: str = option("topk", help="Type of the shared SAE.")
+        k: int | None = option(
+            None,
+            help="Active latents per row of a k-sparse base.",
+            default_words="that of the base",
+            gt=0,
+            short="-k",
+            common=True,
+        )
+        base_options: Mapping[str, Any] | None = option(
+            None, help="Further options of the base, as a mapping.", options_of="base"
+        )
+        routing: str = option("hard", help="One layer per row, or a mixture.", choices=("hard", "soft"))
+        aggregate: str = option("sum", help="How the router combines the layers that it sees.", choices=("sum", "mean"))
+        detach_target: bool = option(
+            True,
+            help="Detach the target of the loss; false: the loss of the paper, whose target moves with the router.",
+        )
 
         def validate(self) -> None:
             """Check that the base exists, reads one hook point and accepts its options."""

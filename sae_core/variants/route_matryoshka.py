@@ -15,6 +15,6 @@ class RouteMatryoshkaSAE(RouteSAE):
     class Config(RouteSAE.Config):
         """Options of route_matryoshka."""
 
-        base: str = option("matryoshka", help="registered type of the shared SAE")
+        base: str = option("matryoshka", help="Type of the shared SAE.")
 
     config: Config

@@ -29,10 +29,10 @@ class TemporalSAE(MatryoshkaSAE):
     class Config(MatryoshkaSAE.Config):
         """Options of temporal."""
 
-        fractions: tuple[float, ...] = option((0.2, 1.0), help="share of high-level latents, then 1")
-        temporal_coef: float = option(0.1, help="weight of the contrastive loss, in units of FVU", ge=0)
-        temperature: float = option(1.0, help="divides the cosines of the contrastive loss", gt=0)
-        max_pairs: int = option(1024, help="rows of a batch that the contrastive loss compares", gt=1)
+        fractions: tuple[float, ...] = option((0.2, 1.0), help="Share of high-level latents, then 1.")
+        temporal_coef: float = option(0.1, help="Weight of the contrastive loss, in units of FVU.", ge=0)
+        temperature: float = option(1.0, help="Temperature of the contrastive loss, which divides its cosines.", gt=0)
+        max_pairs: int = option(1024, help="Rows of a batch that the contrastive loss compares.", unit="rows", gt=1)
 
     config: Config
 

@@ -30,12 +30,16 @@ class TopKSAE(SAE):
     class Config(SAE.Config):
         """Options of topk."""
 
-        k: int = option(32, help="active latents per row", gt=0)
-        auxk_coef: float = option(1 / 32, help="weight of AuxK", ge=0)
-        k_aux: int | None = option(None, help="dead latents per row in AuxK (default: half of d_out)", gt=0)
-        multi_topk: bool = option(False, help="add 1/8 of the loss at 4k, so that more latents than k degrade softly")
-        k_start: int | None = option(None, help="k at the start, lowered to k during k_anneal", gt=0)
-        k_anneal: float = option(0.1, help="share of the run over which k falls from k_start", gt=0, le=1)
+        k: int = option(32, help="Active latents per row.", gt=0, short="-k", common=True)
+        auxk_coef: float = option(1 / 32, help="Weight of the AuxK loss.", ge=0)
+        k_aux: int | None = option(
+            None, help="Dead latents per row in the AuxK loss.", default_words="half of d_out", gt=0
+        )
+        multi_topk: bool = option(False, help="Add 1/8 of the loss at 4k, so that the SAE still works at a larger k.")
+        k_start: int | None = option(
+            None, help="k at the start of the run; it falls to k during k_anneal.", default_words="off", gt=0
+        )
+        k_anneal: float = option(0.1, help="Share of the run over which k falls from k_start.", gt=0, le=1)
 
         def validate(self) -> None:
             """Check that k fits d_sae."""

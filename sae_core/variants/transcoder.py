@@ -27,9 +27,9 @@ class TranscoderSAE(TopKSAE):
     class Config(TopKSAE.Config):
         """Options of transcoder."""
 
-        normalize: str = option("dataset", help="normalization of each hook point", choices=FIXED_MODES)
-        d_out: int | None = option(None, help="width of the output hook point (default d_in)", gt=0)
-        n_hooks: int = option(2, help="hook points in a batch: the input and the output", ge=2, le=2)
+        normalize: str = option("dataset", help="Normalization of each hook point.", choices=FIXED_MODES)
+        d_out: int | None = option(None, help="Width of the output hook point.", default_words="d_in", gt=0)
+        n_hooks: int = option(2, help="Hook points in a batch: the input and the output.", ge=2, le=2)
 
     config: Config
 

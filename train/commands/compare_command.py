@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of sweeps, or that hold some.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or sweeps, or folders that contain them.")],
     sort: Annotated[
-        str | None, typer.Option(help="Column to sort by, e.g. fvu; with a minus in front (-ce_score) largest first.")
+        str | None, typer.Option(help="Column to sort by: fvu, or -ce_score for the largest first.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every metric, instead of a table.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with every metric, instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with all metrics instead of a table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with all metrics instead of a table.")] = False,
     pareto: Annotated[
-        Path | None, typer.Option(help="Plot L0 against FVU into this file (.png, .svg, .pdf), points labeled.")
+        Path | None, typer.Option(help="Plot L0 against FVU, with labels, to this file (.png, .svg, .pdf).")
     ] = None,
-    curves: Annotated[Path | None, typer.Option(help="Plot the loss curves of all runs into this file.")] = None,
+    curves: Annotated[Path | None, typer.Option(help="Plot the loss curves of all runs to this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Print the results of finished runs side by side: `sae-train compare runs/ --sort fvu`."""

@@ -24,22 +24,22 @@ def _harvest(text: str, *names: str) -> typer.models.OptionInfo:
 @takes_settings
 def quick(
     read_flags: ReadFlags,
-    model: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, local folder, or demo.")],
-    dataset: Annotated[str, typer.Argument(help="As for sae-harvest: hub id, file, folder, - or demo.")],
+    model: Annotated[str, typer.Argument(help="Model, as for sae-harvest: hub id, local folder, or demo.")],
+    dataset: Annotated[str, typer.Argument(help="Data set, as for sae-harvest: hub id, file, folder, - or demo.")],
     max_tokens: Annotated[str, _harvest("Rows to harvest. (default: 5M)", "--max-tokens")] = "5M",
-    ctx_len: Annotated[str | None, _harvest("Tokens of a window.", "--ctx-len")] = None,
-    batch_tokens: Annotated[str | None, _harvest("Tokens of a batch of the model.", "--batch-tokens")] = None,
-    num_proc: Annotated[str | None, _harvest("Processes for a slow tokenizer.", "--num-proc")] = None,
+    ctx_len: Annotated[str | None, _harvest("Tokens per context.", "--ctx-len")] = None,
+    batch_tokens: Annotated[str | None, _harvest("Tokens per batch of the model.", "--batch-tokens")] = None,
+    num_proc: Annotated[str | None, _harvest("Processes for a slow (Python) tokenizer.", "--num-proc")] = None,
     dataset_config: Annotated[str | None, _harvest("Configuration of a hub dataset.", "--dataset-config")] = None,
-    harvest: Annotated[str, _harvest("Any other flags of sae-harvest run, in quotes.", "--harvest")] = "",
+    harvest: Annotated[str, _harvest("Other flags of sae-harvest run, in quotes.", "--harvest")] = "",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Harvest and train in one command: `sae-train quick bert-base-uncased Salesforce/wikitext --layer 6`.
 
-    A harvest of the same settings is used again (--cache names its folder); the type is batchtopk unless --type says
-    otherwise. The same command again continues what was interrupted.
+    An existing harvest with the same settings is reused (--cache names its folder). The default type is batchtopk.
+    The same command resumes what was interrupted.
     """
     with errors(debug):
         given = _with_type(read_flags())

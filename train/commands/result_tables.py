@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from rich.text import Text
 from sae_granary import sae_core
 from sae_granary.common.app import echo, make_console
 from sae_granary.common.quantities import duration, quantity
-from sae_granary.common.settings.coerce import describe
+from sae_granary.common.settings.declare import types_of
+from sae_granary.common.settings.page import row_of
 from sae_granary.train.result.notes import damage, legend
 
 _FIRST_COLUMNS = {"d_sae": "d_sae", "k": "k", "l0_train": "L0 train", "l0": "L0", "fvu": "FVU"}
@@ -31,18 +31,14 @@ def types_tables(names: Iterable[str]) -> RenderableType:
 
 def _type_table(name: str) -> RenderableType:
     cls = sae_core.registry.get(name)
-    hints = typing.get_type_hints(cls.Config)
+    types = types_of(cls.Config)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("option", "default", "type", "meaning"):
         table.add_column(column, overflow="fold")
     for spec in dataclasses.fields(cls.Config):
-        if spec.name == "d_in":
-            continue
-        default = "" if spec.default is dataclasses.MISSING else str(spec.default)
-        choices = spec.metadata.get("choices")
-        kind = " | ".join(choices) if choices else describe(hints[spec.name])
-        default = {"d_sae": "8 * d_in", "dead_after_tokens": "5 % of the run"}.get(spec.name, default)
-        table.add_row(spec.name, escape(default), escape(kind), escape(str(spec.metadata.get("help", ""))))
+        if spec.metadata and spec.name != "d_in":
+            _, _, kind, default, _, meaning = row_of(spec, types[spec.name])
+            table.add_row(*map(escape, (spec.name, default, kind, meaning)))
     recommended = cls.recommended
     about = (cls.__doc__ or "").strip().partition("\n")[0]
     lines: list[RenderableType] = [Text.assemble((name, "bold"), f"  {about}"), table]

@@ -11,7 +11,7 @@ import typer
 from sae_granary.common.app import expected_errors
 from sae_granary.train.config.flags import Given
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what has that name.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing run of this name.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 ReadFlags = Callable[[], Given]
 

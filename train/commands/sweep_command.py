@@ -25,17 +25,17 @@ def sweep(
     read_flags: ReadFlags,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", help="Values to combine: k=16,32,64. Repeatable; seed means the initialization's."),
+        typer.Option("--grid", help="Values to combine: k=16,32,64. `seed` varies the initialization. Repeatable."),
     ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train an SAE for every point of a grid, all from one stream of batches.
+    """Train one SAE per point of a grid, all on the same batches.
 
     `sae-train sweep --cache cache/bert_l6 --grid type=topk,batchtopk --grid k=16,32 --grid seed=0,1`, or a file with
-    a `grid:` section (--config). The other flags hold for all of them. The same command again continues.
+    a `grid:` section (--config). The other flags apply to all SAEs. The same command resumes a stopped sweep.
     """
     with errors(debug):
         axes, common = grid_of(read_flags(), grid or [])

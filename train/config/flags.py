@@ -1,133 +1,21 @@
-"""The flags that set what a run does, shared by `sae-train run`, `config` and others. Imports nothing heavy.
+"""The flags of every command that takes settings: those of `TrainConfig` and of the types, and what sets several.
 
-They stand in a table of their own, not in the metadata of `TrainConfig`: `--help` must not wait for torch.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from sae_granary.common.app import takes_flags_of
 from sae_granary.common.errors import ConfigError
-
-# Values are text here: `train.config.coerce` gives them their types, with suffixes (10k, 5M) and one way to complain.
-Text, Texts, Switch, File = str | None, list[str] | None, bool | None, Path | None
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`--a-name` for the setting a_name; a Switch has `--no-a-name` too, Texts may be repeated."""
-
-    name: str
-    help: str
-    short: str = ""
-    kind: Any = Text
-    flag: str = ""  # where it is not the setting's name
-    also: str = ""  # a second name
-    common: bool = False  # shown by --help, others by --help-all only
-
-    def parameter(self, panel: str) -> inspect.Parameter:
-        """As the command line library wants it."""
-        words = self.name.replace("_", "-")
-        long = self.flag or (f"--{words}/--no-{words}" if self.kind is Switch else f"--{words}")
-        names = [name for name in (long, self.also, self.short) if name]
-        shown: dict[str, Any] = {"rich_help_panel": panel, "show_default": False, "hidden": not self.common}
-        option = typer.Option(*names, help=self.help, **shown)
-        annotation: Any = Annotated[self.kind, option]
-        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-FLAGS: Mapping[str, tuple[Flag, ...]] = {  # by panel of the help
-    "What": (
-        Flag("cache", "Folder of the activation cache.", short="-c", common=True),
-        Flag("type", "Variant: see `sae-train types`.", short="-t", common=True),
-        Flag("hook", "Hook point of the cache. (default: the only one)", kind=Texts, common=True),
-        Flag(
-            "layer",
-            "Hook points by layer: 6, or 2,4,6, or all. One SAE each, or one for all if its type reads several.",
-            short="-l",
-            kind=Texts,
-            also="--layers",
-            common=True,
-        ),
-        Flag("layer_stride", "Every n-th of these layers. (default: 1)"),
-        Flag("name", "Name of the run's folder. (default: from cache, hook, type, size, seed)", common=True),
-        Flag("runs_dir", "Folder of all runs. (default: runs)"),
-        Flag("config", "Settings in YAML; flags go on top.", kind=File, common=True),
-        Flag(
-            "assignments",
-            "Any setting of the type or the trainer: key=value. Repeatable.",
-            kind=Texts,
-            flag="--set",
-            common=True,
-        ),
-        Flag("device", "auto, cpu, cuda, cuda:N, mps. (default: auto)", common=True),
-        Flag("seed", "Seed of shuffling and initialization. (default: 0)", common=True),
-        Flag("shuffle_seed", "Seed of the order of rows alone."),
-        Flag("init_seed", "Seed of the weights alone."),
-    ),
-    "SAE": (
-        Flag("k", "Active latents per row, for types that have it.", short="-k", common=True),
-        Flag("d_sae", "Number of latents.", common=True),
-        Flag("expansion_factor", "The same as d_sae / d_in. (default: 8)"),
-        Flag("normalize", "dataset, mean, mean+dataset, unit_norm, none. (default: dataset)"),
-        Flag("loss", "fvu, mse, nmse; kl, ce: through the language model. (default: fvu)"),
-        Flag("init_from", "Start from the weights of an SAE: a run, a checkpoint, SAELens, sparsify.", common=True),
-    ),
-    "Training": (
-        Flag("batch_size", "Rows per step. (default: 4096)", short="-b", common=True),
-        Flag("grad_acc_steps", "Micro-batches that a batch is split into. (default: 1)"),
-        Flag("tokens", "Length in rows: 500k, 10M.", common=True),
-        Flag("steps", "Length in steps.", common=True),
-        Flag("epochs", "Length in passes. (default: 1; more up to 16 if under 1000 steps)"),
-        Flag("lr", "Peak rate. (default: from d_sae and steps, at most 1e-3)", common=True),
-        Flag("optimizer", "adam, adamw, sgd, muon, signum, adafactor. (default: adam)"),
-        Flag("weight_decay", "Weight decay. (default: 0)"),
-        Flag("lr_schedule", "Decay at the end: linear, cosine, constant. (default: linear)"),
-        Flag("warmup_steps", "Linear warm-up. (default: 5 %, at most 1000)"),
-        Flag("finetune_kl", "Last rows of the run, which minimize KL (and fvu): 100k."),
-        Flag("lm", "Language model for kl and ce. (default: where the harvest found it)"),
-        Flag("ema_decay", "Average the weights: 0.999. (default: off)"),
-        Flag("resample_every", "Steps between resamplings of dead latents. (default: 0, never)"),
-        Flag("early_stop", "End after this many validations without a better FVU. (default: off)"),
-        Flag("compute_dtype", "float32, bfloat16. (default: float32)"),
-    ),
-    "Data": (
-        Flag("allow_incomplete", "Train on what a harvest that goes on has written so far.", kind=Switch),
-        Flag("keep_special", "Train on special tokens too.", kind=Switch),
-        Flag(
-            "keep_first_position",
-            "Train on position 0 of each window. (default: unless the model is a decoder)",
-            kind=Switch,
-        ),
-        Flag("exclude_tokens", "Id or string of a token not to train on. Repeatable.", kind=Texts),
-        Flag("holdout", "Share of documents held out. (default: 0.05)"),
-        Flag("eval_rows", "Most held-out rows in the final evaluation. (default: 131072)"),
-        Flag(
-            "eval_downstream",
-            "CE score and KL of the language model with the SAE in it. (default: if it is loaded)",
-            kind=Switch,
-        ),
-    ),
-    "Logging": (
-        Flag("eval_every", "Steps between validations on held-out rows. (default: 0, none)"),
-        Flag("log_every", "Steps between metrics. (default: 10)"),
-        Flag("save_every", "Steps between checkpoints; 0: at the end. (default: 1000)"),
-        Flag("save_minutes", "Minutes between checkpoints; 0: by steps alone. (default: 10)"),
-        Flag("keep", "Newest checkpoints to keep. (default: 2)"),
-        Flag("keep_best", "Keep the one of the lowest FVU too. (default: no)", kind=Switch),
-        Flag("wandb", "online, offline, off. (default: off)", common=True),
-        Flag("wandb_project", "(default: granary)"),
-        Flag("wandb_artifacts", "Upload the finished SAE too.", kind=Switch),
-        Flag("tensorboard", "Write TensorBoard files into the run's folder.", kind=Switch),
-    ),
-}
+from sae_granary.common.settings.flags import File, Texts, flag_parameter, give_flags, parameters_of
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.config.type_options import TypeOptions
 
 
 @dataclass(frozen=True)
@@ -158,7 +46,7 @@ def given_settings(
     assignments: list[str] | None = None,
     **settings: Any,
 ) -> Given:
-    """The flags of every command that takes settings: those of `FLAGS`."""
+    """What the flags of a command say."""
     from sae_granary.train.config.merge import parse_assignments, read_yaml
 
     flags = {key: value for key, value in settings.items() if value is not None}
@@ -185,8 +73,33 @@ def _hook_points(option: str, values: list[str] | str | None) -> list[str]:
     return [f"layer_{int(part)}" if part.isdecimal() and "layer" in option else part for part in parts]
 
 
-_PARAMETERS = [flag.parameter(panel) for panel, flags in FLAGS.items() for flag in flags]
-given_settings.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
-given_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS}
+def _parameters() -> Iterator[inspect.Parameter]:
+    """Those of the settings, and beside some of them what is no setting."""
+    yield flag_parameter("config", "Settings in a YAML file; flags override it.", kind=File, panel="Run", common=True)
+    yield flag_parameter(
+        "assignments",
+        "Set any setting of the trainer or the type: key=value. Repeatable.",
+        kind=Texts,
+        names=("--set",),
+        panel="Run",
+        common=True,
+    )
+    for parameter in parameters_of(TrainConfig, without=("options",)):
+        yield parameter
+        if parameter.name == "hook":
+            yield flag_parameter(
+                "layer",
+                "Train one SAE per layer (6, or 2,4,6, or all) in a single pass; a type that reads several hook points "
+                "reads these layers.",
+                kind=Texts,
+                names=("--layer", "--layers", "-l"),
+                panel="Run",
+                common=True,
+            )
+            yield flag_parameter("layer_stride", "Keep every n-th selected layer. (default: 1)", panel="Run")
+    yield from parameters_of(TypeOptions)
+
+
+give_flags(given_settings, list(_parameters()))
 
 takes_settings = takes_flags_of(given_settings)

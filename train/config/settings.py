@@ -55,7 +55,9 @@ class TrainConfig:
         None, help="Start from the weights of an SAE: a run, a checkpoint, or a SAELens or sparsify SAE.", common=True
     )
 
-    batch_size: int = _training(4096, help="Rows per step.", unit="rows", gt=0, short="-b", common=True)
+    batch_size: int = _training(
+        4096, help="Batch size of an optimizer step.", unit="rows", gt=0, short="-b", common=True
+    )
     grad_acc_steps: int = _training(1, help="Micro-batches per step, to save memory.", gt=0)
     tokens: int | None = _training(None, help="Length of the run: 500k, 10M.", unit="rows", gt=0, common=True)
     steps: int | None = _training(None, help="Length of the run.", unit="optimizer steps", gt=0, common=True)

@@ -96,7 +96,7 @@ def default_words(spec: Field[Any]) -> str:
 
 def plain(value: Any) -> str:
     """Return a value as one writes it."""
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
         return ", ".join(map(plain, value))

@@ -9,7 +9,7 @@ from typing import Any
 from sae_granary.common.quantities import COUNT_WORDS
 from sae_granary.common.settings.coerce import describe
 from sae_granary.common.settings.declare import choices_of, declared, default_of, kinds_of
-from sae_granary.common.settings.flags import default_words, names_of, range_of
+from sae_granary.common.settings.flags import default_words, names_of, plain, range_of
 
 Row = tuple[str, str, str, str, str, str]
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -25,7 +25,7 @@ def row_of(spec: Field[Any], kind: Any) -> Row:
         first, _, rest = type_words.partition(" or ")
         type_words = f"{first} of {unit}" + (f" or {rest}" if rest else "")
     default = default_of(spec)
-    shown = default_words(spec) or ("none" if default is None else "false" if default is False else "")
+    shown = default_words(spec) or (plain(default) if default is None or default is False else "")
     flag = f"`{names_of(spec, kind)[0].split('/')[0]}`"
     return f"`{spec.name}`", flag, type_words, shown, range_of(spec, _SIGNS), str(spec.metadata["help"])
 

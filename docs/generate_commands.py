@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ take suffixes: `10k`, `5M`, `1.5B`.
 """
 
 
+@cache
 def apps() -> dict[str, Any]:
     """Name of each command line program -> its group of commands."""
     return {f"sae-{stage}": typer.main.get_command(import_module(f"sae_granary.{stage}.cli").app) for stage in STAGES}

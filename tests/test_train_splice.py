@@ -524,15 +524,15 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
     summary = json.loads((tmp_path / "runs" / "demo_topk" / "summary.json").read_text())
     assert 0 < summary["eval"]["embedding_cosine"] < 1
 
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "downstream(" in code]
+    page = (Path(__file__).resolve().parents[1] / "docs" / "language_model.md").read_text(encoding="utf-8")
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "downstream(" in code]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "demo_l3").symlink_to(opened.path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SelectionError, match="or read part='train'"):
-        exec(snippet, {})
+        exec(snippet.replace('part="train"', 'part="heldout"'), {})
     said: dict[str, dict[str, float]] = {}
-    exec(snippet.replace('"heldout"', '"train"').replace("downstream(lambda", "said = downstream(lambda"), said)
+    exec(snippet.replace("downstream(lambda", "said = downstream(lambda"), said)
     for name, value in said["said"].items():
         assert value == pytest.approx(summary["eval"][name], abs=0.01)  # the run reads half as many rows
 

@@ -101,6 +101,9 @@ class HarvestConfig:
     )
     max_docs: int | None = _output(None, help="Maximum length", unit="documents", ge=1, common=True)
     rows_per_shard: int | None = _output(None, help="Size of a shard", unit="rows", ge=1, default_words="about 512 MiB")
+    extend: bool = _output(
+        False, help="Continue a complete cache with more of its text, up to --max-tokens", common=True
+    )
 
     def __post_init__(self) -> None:
         check(self)

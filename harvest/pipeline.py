@@ -8,7 +8,7 @@ source -> documents -> windows -> sort buffers     (a thread: tokenizer and batc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,11 +20,12 @@ from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
 from sae_granary.harvest.spec import not_recorded
+from sae_granary.harvest.stream import BufferStream, recorded_ends
 from sae_granary.harvest.text.committed import continued
 from sae_granary.harvest.text.document import skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
 from sae_granary.models.tokens.contexts import Buffer, StreamState
-from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
+from sae_granary.models.tokens.stream import tokenize_stream
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +77,10 @@ class Pipeline:
         progress: Progress,
         log: RunLog,
         check: Callable[[], None],
+        provenance: Mapping[str, Any] | None = None,  # of the finished cache; None: as it is
     ) -> None:
         self._prepared, self._model, self._writer = prepared, model, writer
-        self._progress, self._log, self._check = progress, log, check
+        self._progress, self._log, self._check, self._provenance = progress, log, check, provenance
         self._meter = _Meter()
         cursor = writer.cursor
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
@@ -104,24 +106,29 @@ class Pipeline:
         if self._writer.n_rows == 0:
             source = self._prepared.source
             raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
-        self._writer.finish(self._summary())
+        self._writer.finish(self._summary(), self._provenance)
         self._warn(self._writer.warnings[len(self._warnings) :])
         self._meter.add("write", begin)
         return self._result(time.perf_counter() - start)
 
-    def _open_stream(self, state: StreamState) -> WindowStream:
-        prepared = self._prepared
+    def _open_stream(self, state: StreamState) -> BufferStream:
+        prepared, committed = self._prepared, self._writer.committed
         docs = continued(prepared.source, self._writer, state.next_doc, prepared.render, prepared.tokenize)
-        return WindowStream(
+        max_rows, max_docs = prepared.config.max_tokens, prepared.config.max_docs
+        return BufferStream(
             tokenize_stream(docs, prepared.tokenize),
             prepared.rules,
             state,
-            max_rows=prepared.config.max_tokens,
-            max_docs=prepared.config.max_docs,
+            ends=recorded_ends(self._writer.manifest),
+            max_rows=max_rows and max(max_rows, committed.n_rows),  # the document of the last committed row ends it
+            max_docs=max_docs and max(max_docs, committed.n_documents),
         )
 
     def _work(self) -> Iterator[Work]:
-        for buffer in buffers(self._stream, self._prepared.buffer_tokens):
+        for buffer in self._stream.buffers(self._prepared.buffer_tokens):
+            if buffer.n_rows == self._skip:  # all committed: the model need not see it
+                self._skip = 0
+                continue
             yield self._model.prepare(buffer)
 
     def _encode(self, work: Work) -> _Done:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
@@ -17,7 +18,7 @@ from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.settings.make import make_config
-from sae_granary.harvest.spec import as_begun, cache_spec, not_recorded
+from sae_granary.harvest.spec import as_begun, cache_spec, extended_provenance, grown, not_recorded
 from sae_granary.models.behavior.checks import running
 from sae_granary.models.blocks import choose_hooks
 from sae_granary.models.compiled import compiled_blocks
@@ -70,7 +71,8 @@ def harvest_activations(
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)
         # On a CPU the model needs the cores that would copy rows into the page cache.
-        with CacheWriter.open(config.out_path, cache_spec(prepared), direct=prepared.device == "cpu") as writer:
+        options = {"direct": prepared.device == "cpu", "extend": config.extend and asks_for_more(prepared)}
+        with CacheWriter.open(config.out_path, cache_spec(prepared), **options) as writer:
             if writer.complete:
                 return _finished(prepared, writer)
             log = RunLog(config.out_path)
@@ -86,7 +88,8 @@ def harvest_activations(
                 _tell_behavior(prepared, writer)
                 stop.defer()
                 prepared = as_begun(prepared, writer.manifest.provenance)
-                return Pipeline(prepared, model, writer, progress, log, stop.check).run()
+                told = extended_provenance(prepared, writer.manifest) if options["extend"] else None
+                return Pipeline(prepared, model, writer, progress, log, stop.check, told).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
                 raise
@@ -160,16 +163,24 @@ def _tell_behavior(prepared: Prepared, writer: CacheWriter) -> None:
 
 def _finished(prepared: Prepared, writer: CacheWriter) -> HarvestResult:
     """A harvest that is complete already: nothing to do, unless more is asked for than it holds."""
-    summary = writer.manifest.summary or {}
-    config = prepared.config
-    more_rows = config.max_tokens is None or config.max_tokens > writer.n_rows
-    more_docs = config.max_docs is None or config.max_docs > int(summary.get("n_documents", 0))
-    if summary.get("ended") != "source" and more_rows and more_docs:
+    if not prepared.config.extend and asks_for_more(prepared):
+        asked = prepared.config.max_tokens
         raise ConfigError(
-            f"{writer.path} is a complete harvest of {writer.n_rows:,} rows, and a complete one is not extended: "
-            "give the larger harvest another --out"
+            f"{writer.path} is a complete harvest of {writer.n_rows:,} rows: add --extend to continue it "
+            f"{f'up to {asked:,} rows' if asked else 'with more of its text'}; the rows that it holds stay as they are"
         )
-    return replace(result_of(prepared, writer, summary), already_complete=True)
+    return replace(result_of(prepared, writer, writer.manifest.summary or {}), already_complete=True)
+
+
+def asks_for_more(prepared: Prepared) -> bool:
+    """Whether a complete cache was harvested less far than is asked for, and its text may have more."""
+    config, have = prepared.config, existing_manifest(prepared.config.out_path)
+    if have is None or have.summary is None:
+        return False
+    more_rows = config.max_tokens is None or config.max_tokens > sum(record.n_rows for record in have.shards)
+    more_docs = config.max_docs is None or config.max_docs > int(have.summary.get("n_documents", 0))
+    ended = have.summary.get("ended") == "source" and not (config.extend and grown(prepared, have))
+    return more_rows and more_docs and not ended
 
 
 def _both(*sinks: Callable[[str], None]) -> Callable[[str], None]:

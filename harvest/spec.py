@@ -25,6 +25,11 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "sentence-trans
 _LATER = {"model_config_xxh3": "model configuration", "dataset_full_xxh3": "hash of the whole text"}
 
 
+# Of a local text that a cache is extended with: more of it may have come since. What was harvested is compared.
+_GROWS = ("dataset_xxh3", "dataset_full_xxh3")
+GROWN = "grown"  # in provenance.dataset: what of them the last extension found
+
+
 def cache_spec(prepared: Prepared) -> CacheSpec:
     """What the cache is told before the first row. Hashes all files of a local model, and local text."""
     out = prepared.config.out_path
@@ -35,6 +40,11 @@ def cache_spec(prepared: Prepared) -> CacheSpec:
         for key, value in fingerprint(prepared).items()
         if kept is None or key not in _LATER or key in kept.fingerprint
     }
+    if kept is not None and kept.complete:
+        known = (kept.provenance.get("dataset") or {}).get(GROWN)
+        found = grown(prepared, kept)
+        if found == known or prepared.config.extend:
+            determined_by |= {key: kept.fingerprint[key] for key in found}
     return CacheSpec(
         unit=cast(Unit, prepared.unit),
         hook_points=tuple(hook.point() for hook in prepared.hooks),
@@ -45,6 +55,22 @@ def cache_spec(prepared: Prepared) -> CacheSpec:
         vocabulary=vocabulary(prepared.tokenizer) if prepared.unit == "token" else None,
         kept_columns=prepared.config.text.keep_columns,
     )
+
+
+def grown(prepared: Prepared, manifest: Manifest) -> dict[str, Any]:
+    """Hashes of a local text that differ from those of the cache: more text may have come, or other text."""
+    have, source = manifest.fingerprint, prepared.source.identity
+    if source["dataset"] != "files":  # others are not compared from their first document on
+        return {}
+    return {key: source[key] for key in _GROWS if key in have and source[key] != have[key]}
+
+
+def extended_provenance(prepared: Prepared, manifest: Manifest) -> dict[str, Any]:
+    """Where a cache that was extended comes from: as before, and which version of a local text it now ends in."""
+    dataset = dict(manifest.provenance.get("dataset") or {})
+    if found := grown(prepared, manifest):
+        dataset[GROWN] = found
+    return {**manifest.provenance, "dataset": dataset}
 
 
 def not_recorded(manifest: Manifest) -> str:

@@ -82,7 +82,7 @@ def test_running_a_complete_harvest_again_does_nothing(config: HarvestConfig) ->
     again = harvest_activations(config, quiet=True)
     assert (again.already_complete, again.n_rows, again.ended) == (True, first.n_rows, "max_tokens")
     assert contents(config.out_path) == before
-    with pytest.raises(ConfigError, match=r"complete harvest of \d+ rows, and a complete one is not extended.*--out"):
+    with pytest.raises(ConfigError, match=r"complete harvest of \d+ rows: add --extend to continue it up to 2,000"):
         harvest_activations(replace(config, max_tokens=2000), quiet=True)
     assert harvest_activations(replace(config, max_tokens=100), quiet=True).already_complete
 

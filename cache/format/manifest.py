@@ -101,6 +101,7 @@ class Manifest:
     zarr_files: Mapping[str, FileEntry] | None = None
     summary: Mapping[str, Any] | None = None
     affines: Mapping[str, Affine] | None = None  # by hook point, of dtypes with scales; of unfinished caches in shard 0
+    extended: tuple[Mapping[str, Any], ...] = ()  # summaries of the harvests that were extended, each with `n_shards`
 
     @property
     def version(self) -> int:
@@ -141,6 +142,8 @@ class Manifest:
             body["summary"] = dict(self.summary or {})
             body["zarr"] = {path: entry.to_json() for path, entry in (self.zarr_files or {}).items()}
             body["statistics"] = {hook: m.to_json() for hook, m in (self.statistics or {}).items()}
+            if self.extended:
+                body["extended"] = [dict(summary) for summary in self.extended]
             body["shards"] = [record.to_json() for record in self.shards]
         return body
 
@@ -175,8 +178,17 @@ def finished(
         for hook in manifest.hook_points
     }
     shards = tuple(replace(record, statistics=None) for record in records)
+    earlier: tuple[Mapping[str, Any], ...] = ()
+    if manifest.complete:  # it was extended
+        earlier = (*manifest.extended, {"n_shards": len(manifest.shards), **(manifest.summary or {})})
     return replace(
-        manifest, complete=True, shards=shards, statistics=statistics, zarr_files=dict(zarr), summary=dict(summary)
+        manifest,
+        complete=True,
+        shards=shards,
+        statistics=statistics,
+        zarr_files=dict(zarr),
+        summary=dict(summary),
+        extended=earlier,
     )
 
 

@@ -7,6 +7,7 @@ lists any other is refused.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 
 from sae_granary.cache.errors import CorruptCacheError
@@ -54,6 +55,7 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         manifest,
         affines=_parse_affines(fields, manifest),
         summary=fields.get("summary", dict),
+        extended=_parse_extended(fields, len(shards)),
         zarr_files=fields.mapping("zarr", parse_file_entry),
         statistics=statistics,
         shards=shards,
@@ -100,6 +102,16 @@ def _parse_kept_columns(fields: Fields) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise fields.error("kept_columns", names, "names that differ")
     return tuple(names)
+
+
+def _parse_extended(fields: Fields, n_shards: int) -> tuple[dict[str, Any], ...]:
+    if "extended" not in fields.body:
+        return ()
+    earlier = fields.objects("extended", lambda f: {**f.body, "n_shards": f.integer("n_shards")})
+    ends = [0, *(summary["n_shards"] for summary in earlier), n_shards]
+    if any(a >= b for a, b in pairwise(ends)):
+        raise fields.error("extended", ends[1:-1], f"ascending numbers of shards, below {n_shards}")
+    return earlier
 
 
 def _parse_documents(fields: Fields) -> DocumentRange:

@@ -25,6 +25,7 @@ from sae_granary.cache.format.manifest import (
     Manifest,
     ShardRecord,
     differences,
+    fitted,
 )
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
@@ -59,13 +60,28 @@ def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
     return replace(record, record=FileEntry.of(data))
 
 
-def load_records(path: Path, manifest: Manifest) -> list[ShardRecord]:
-    """All commit records of an unfinished cache; they are numbered from 0 without a gap."""
+def committed(path: Path, manifest: Manifest) -> tuple[Manifest, tuple[ShardRecord, ...]]:
+    """The records of all committed shards, and the manifest that fits them.
+
+    Where an extension of a complete cache has committed shards and not finished, that manifest is one of an unfinished
+    cache; the manifest on disk still describes the complete one.
+    """
+    if not manifest.complete:
+        records = tuple(load_records(path, manifest))
+        return fitted(manifest, records), records
+    later = load_records(path, manifest, len(manifest.shards))
+    if not later:
+        return manifest, manifest.shards
+    return replace(manifest, complete=False, statistics=None, zarr_files=None), (*manifest.shards, *later)
+
+
+def load_records(path: Path, manifest: Manifest, first: int = 0) -> list[ShardRecord]:
+    """The commit records from shard `first` on; they are numbered without a gap."""
     folder = path / COMMITS
     names = [_RECORD_FILE.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
-    shards = sorted(int(name[1]) for name in names if name)
-    if shards != list(range(len(shards))):
-        missing = next(i for i, shard in enumerate([*shards, -1]) if i != shard)
+    shards = sorted(int(name[1]) for name in names if name and int(name[1]) >= first)
+    if shards != list(range(first, first + len(shards))):
+        missing = next(i for i, shard in enumerate([*shards, -1], first) if i != shard)
         raise CorruptCacheError(
             f"{path / commit_path(missing)} is missing, though later shards are committed; restore it"
         )

@@ -23,8 +23,9 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
             check_file(path / name, entry.n_bytes)
         if record.record is not None:
             check_file(path / commit_path(record.shard), record.record.n_bytes)
-    for name, entry in (manifest.zarr_files or {}).items():
-        check_file(path / name, entry.n_bytes)
+    if not os.path.lexists(path / commit_path(len(manifest.shards))):  # else an extension may be replacing them
+        for name, entry in (manifest.zarr_files or {}).items():
+            check_file(path / name, entry.n_bytes)
     if manifest.vocabulary is not None and not has_just_begun(path, manifest, VOCABULARY):
         check_file(path / VOCABULARY, manifest.vocabulary.n_bytes)
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout
-from sae_granary.cache.format.manifest import Manifest, ShardRecord, fitted
-from sae_granary.cache.format.records import load_manifest, load_record, load_records
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.records import committed, load_manifest, load_record
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
@@ -51,7 +51,8 @@ def open_cache(
     """Open a cache: all its committed shards, or those numbered in `shards`.
 
     Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
-    whose harvest has not finished needs `allow_incomplete`; it is read as it stands now.
+    whose harvest has not finished needs `allow_incomplete`; it is read as it stands now. While a complete cache is
+    extended, `allow_incomplete` gives the shards that the extension has committed, too.
 
     >>> from sae_granary import open_cache
     >>> rows = open_cache("cache/demo_l3")
@@ -63,7 +64,9 @@ def open_cache(
     """
     path = Path(path)
     manifest = load_manifest(path)
-    records = manifest.shards if manifest.complete else tuple(load_records(path, manifest))
+    records = manifest.shards
+    if allow_incomplete or not manifest.complete:
+        manifest, records = committed(path, manifest)
     if not manifest.complete and not allow_incomplete:
         raise IncompleteCacheError(incomplete_message(path, records))
     numbers = range(len(records)) if shards is None else sorted(set(shards))
@@ -71,7 +74,6 @@ def open_cache(
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
     opened = [records[number] for number in numbers]
-    manifest = fitted(manifest, records)
     check_files(path, manifest, opened)
     return Cache(path, manifest, records, opened)
 

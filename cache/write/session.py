@@ -36,7 +36,10 @@ class Session:
         self.folder = path / TEMPORARY / f"{os.getpid()}-{secrets.token_hex(4)}"
 
     def begin(self, manifest: Manifest, vocabulary: bytes | None, n_shards: int, *, new: bool) -> None:
-        """Make the folder and what a cache of n committed shards consists of; what killed writers left is removed."""
+        """Make the folder and what a cache of n committed shards consists of; what killed writers left is removed.
+
+        The Zarr metadata of a complete cache stays: it describes what its manifest does until the extension finishes.
+        """
         shutil.rmtree(self.path / TEMPORARY, ignore_errors=True)
         self.folder.mkdir(parents=True)
         layout = manifest.layout
@@ -47,7 +50,8 @@ class Session:
         if vocabulary is not None and not (self.path / VOCABULARY).exists():
             self.put(VOCABULARY, vocabulary)
         clear_uncommitted(self.path, layout, n_shards)
-        self.write_zarr(layout, n_shards)
+        if not manifest.complete:
+            self.write_zarr(layout, n_shards)
         files.sync_folder(self.path)
 
     def end(self, layout: CacheLayout, *, complete: bool) -> bool:

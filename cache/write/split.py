@@ -74,6 +74,20 @@ def split_windows(lengths: Sequence[int] | npt.NDArray[np.int64], used: int, row
         n_windows, start, room = fits, end, rows_per_shard
 
 
+def shard_parts(
+    rows: Rows, placed: Sequence[tuple[int, DocumentRow]], used: int, rows_per_shard: int
+) -> Iterator[tuple[Rows, list[DocumentRow]] | None]:
+    """Rows with the documents that begin in them, shard by shard; None where the open shard, of `used` rows, ends."""
+    start = 0
+    for n_rows in split_windows(window_lengths(rows.window), used, rows_per_shard):
+        stop = start + n_rows
+        if n_rows:
+            yield rows[start:stop], [document for row, document in placed if start <= row < stop]
+        if stop < rows.n_rows:
+            yield None
+        start = stop
+
+
 def documents_by_row(
     documents: Sequence[DocumentRow], doc_id: npt.NDArray[np.int64], last_document: int
 ) -> list[tuple[int, DocumentRow]]:

@@ -5,8 +5,7 @@
         writer.append(rows, documents)
         writer.finish(summary)
 
-A shard is committed in this order: its files are synced under temporary names, linked into place, their folders
-synced; then its record is synced and linked into commits/, and that folder synced. A shard exists when its record does.
+In which order files come into place is told in FORMAT.md, "Writing"; `session` does it.
 """
 
 from __future__ import annotations
@@ -15,14 +14,19 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import BadRowsError, CacheError
 from sae_granary.cache.format.layout import MANIFEST, commit_path
-from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished, fitted, manifest_of
-from sae_granary.cache.format.records import existing_manifest, load_records, refuse_mismatch, remove_contents
+from sae_granary.cache.format.manifest import FileEntry, Manifest, finished, manifest_of
+from sae_granary.cache.format.records import (
+    committed,
+    existing_manifest,
+    load_records,
+    refuse_mismatch,
+    remove_contents,
+)
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec, Cursor
 from sae_granary.cache.format.zarr_json import zarr_files
@@ -32,7 +36,7 @@ from sae_granary.cache.write.disk_space import no_space_is_clear
 from sae_granary.cache.write.session import Session, concurrent_writes_are_clear, locked, remove_leftovers
 from sae_granary.cache.write.shard import OpenShard
 from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
-from sae_granary.cache.write.split import check_rows, documents_by_row, split_windows, window_lengths
+from sae_granary.cache.write.split import check_rows, documents_by_row, shard_parts
 from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import DocumentRow, Rows
 
@@ -40,13 +44,13 @@ from sae_granary.common.rows import DocumentRow, Rows
 class CacheWriter:
     """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], *, direct: bool = False) -> None:
-        self.path, self.manifest = path, fitted(manifest, records)
+    def __init__(self, path: Path, manifest: Manifest, committed: Committed, *, direct: bool, extend: bool) -> None:
+        self.path, self.manifest = path, manifest
         self.warnings: list[str] = []  # about what is lost by storing rows
-        self.layout = self.manifest.layout
-        self.complete = manifest.complete
-        self._committed = reduce(Committed.after, records, Committed())
-        self._last_document = self._committed.last_document  # those of the open shard included
+        self.layout = manifest.layout
+        self.complete = manifest.complete and not extend
+        self.committed = committed
+        self._last_document = self.committed.last_document  # those of the open shard included
         self._source: Mapping[str, int] | None = None
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
@@ -55,12 +59,15 @@ class CacheWriter:
         self._session = Session(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], spec: CacheSpec, *, direct: bool = False) -> CacheWriter:
-        """Create a cache, or continue an unfinished one of the same spec.
+    def open(
+        cls, path: str | os.PathLike[str], spec: CacheSpec, *, direct: bool = False, extend: bool = False
+    ) -> CacheWriter:
+        """Create a cache, or continue an unfinished one of the same spec; with `extend` also a finished one.
 
         With `direct` rows go past the page cache (see `cache.write.chunk_file`); the bytes are the same.
-        Of a finished one, `complete` is true and nothing is locked or written. Raises CacheExistsError where the folder
-        holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
+        Of a finished one that is not extended, `complete` is true and nothing is locked or written. One that is
+        extended stays as it is for its readers until `finish`. Raises CacheExistsError where the folder holds something
+        else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
         path = Path(path)
         vocabulary = vocabulary_bytes(spec)
@@ -68,14 +75,14 @@ class CacheWriter:
         have = existing_manifest(path)
         if have is not None:
             refuse_mismatch(path, have, want)
-            if have.complete:
+            if have.complete and not extend:
                 remove_leftovers(path)
-                return cls(path, have, have.shards)
+                return cls(path, have, Committed.of(have.shards), direct=direct, extend=False)
         with no_space_is_clear(path):
-            return cls._open_locked(path, want, vocabulary, direct=direct)
+            return cls._open_locked(path, want, vocabulary, direct=direct, extend=extend)
 
     @classmethod
-    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, *, direct: bool) -> CacheWriter:
+    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, **options: bool) -> CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         lock = locked(path)
         with concurrent_writes_are_clear(path), contextlib.ExitStack() as undo:
@@ -84,12 +91,13 @@ class CacheWriter:
             if have is not None and refuse_mismatch(path, have, want):
                 remove_contents(path, have.layout)  # of another harvest that committed nothing
                 have = None
-            records = [] if have is None else have.shards or load_records(path, have)
-            writer = cls(path, have or want, records, direct=direct)
+            begun, records = (want, ()) if have is None else committed(path, have)
+            begun = have if have is not None and have.complete else begun
+            writer = cls(path, begun, Committed.of(records), **options)
             writer._lock = lock
             undo.callback(writer.close)
             if not writer.complete:
-                writer._session.begin(writer.manifest, vocabulary, len(records), new=have is None)
+                writer._session.begin(begun, vocabulary, len(records), new=have is None)
             undo.pop_all()
             return writer
 
@@ -101,22 +109,22 @@ class CacheWriter:
     @property
     def cursor(self) -> Cursor | None:
         """Where the source continues behind the committed rows; None where none are committed."""
-        return self._committed.cursor
+        return self.committed.cursor
 
     @property
     def n_shards(self) -> int:
         """Committed shards."""
-        return self._committed.n_shards
+        return self.committed.n_shards
 
     @property
     def n_rows(self) -> int:
         """Rows so far, those of the open shard included."""
-        return self._committed.n_rows + self._open_rows
+        return self.committed.n_rows + self._open_rows
 
     @property
     def bytes_written(self) -> int:
         """Bytes so far, those of the open shard's rows included."""
-        return self._committed.n_bytes + self._open_rows * sum(array.row_bytes for array in self.layout.arrays)
+        return self.committed.n_bytes + self._open_rows * sum(array.row_bytes for array in self.layout.arrays)
 
     @property
     def _open_rows(self) -> int:
@@ -139,23 +147,17 @@ class CacheWriter:
         """
         if self._source is None:
             raise BadRowsError("append before begin_buffer: a resume would not know where to start")
-        self._usable()
         with self._breaking():
-            last = self._shard.last_window if self._shard else self._committed.last_window
+            last = self._shard.last_window if self._shard else self.committed.last_window
             check_rows(rows, self.layout, last)
             placed = documents_by_row(documents, rows.doc_id, self._last_document)
             if not self.layout.is_fitted:
                 self._fit(rows)
-            used, start = (self._shard.n_rows if self._shard else 0), 0
-            for n_rows in split_windows(window_lengths(rows.window), used, self.manifest.rows_per_shard):
-                stop = start + n_rows
-                if n_rows == 0:
+            for part in shard_parts(rows, placed, self._open_rows, self.manifest.rows_per_shard):
+                if part is None:
                     self._commit()
-                    continue
-                self._append(rows[start:stop], [document for row, document in placed if start <= row < stop])
-                start = stop
-                if start < rows.n_rows:
-                    self._commit()
+                else:
+                    self._append(*part)
 
     def _fit(self, rows: Rows) -> None:
         """Fit steps and offsets to the first rows; who was killed before the first shard fits them again, equally."""
@@ -166,8 +168,7 @@ class CacheWriter:
 
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
-            folder = self._session.folder / f"{self.n_shards:08d}"
-            kept = self.manifest.kept_columns
+            folder, kept = self._session.folder / f"{self.n_shards:08d}", self.manifest.kept_columns
             self._shard = OpenShard(self.layout, self.n_shards, folder, kept_columns=kept, direct=self._direct)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
@@ -178,24 +179,24 @@ class CacheWriter:
 
     def end_shard(self) -> None:
         """Commit the open shard, however few rows it holds; the next rows start another."""
-        self._usable()
         with self._breaking():
             self._commit()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Commit the last shard, which may be short, and mark the cache complete. Nothing if it is complete already."""
+    def finish(self, summary: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> None:
+        """Commit the last shard, which may be short, and mark the cache complete; `provenance` replaces the old."""
         if self.complete:
             return
-        self._usable()
         with self._breaking():
-            if self._shard is None and self.n_shards == 0:
+            if self.n_rows == 0:
                 raise CacheError(f"{self.path}: no rows were harvested, and a cache of none is not written")
             plain_summary = plain_json(summary, "summary")
             self._commit()
-            records = load_records(self.path, self.manifest)
-            zarr = {path: FileEntry.of(data) for path, data in zarr_files(self.layout, self.n_shards).items()}
-            self.manifest = finished(self.manifest, records, zarr, plain_summary)
-            self._session.replace(MANIFEST, dump_signed(self.manifest.to_json()))
+            if self.n_shards > len(self.manifest.shards):
+                records = load_records(self.path, self.manifest)
+                zarr = {path: FileEntry.of(data) for path, data in zarr_files(self.layout, self.n_shards).items()}
+                self._session.write_zarr(self.layout, self.n_shards)
+                self.manifest = finished(self.manifest, records, zarr, plain_summary)
+                self.tell(self.manifest.provenance if provenance is None else provenance)
             self.complete = True
 
     def _commit(self) -> None:
@@ -206,19 +207,18 @@ class CacheWriter:
         self._session.place(temporary, commit_path(record.shard), body)
         self._shard.discard()
         self._shard = None
-        self._committed = self._committed.after(record)
+        self.committed = self.committed.after(record)
         self.warnings += drift_warnings(record.shard, record.statistics or {})
-        self._session.write_zarr(self.layout, self.n_shards)
+        if not self.manifest.complete:
+            self._session.write_zarr(self.layout, self.n_shards)
 
-    def _usable(self) -> None:
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
         if self.complete:
             raise BadRowsError(f"{self.path} is complete; rows are not added to a finished harvest")
         if self._broken:
             raise BadRowsError(f"{self.path}: the writer stopped at an error; open it again to continue")
-
-    @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        whole_shard = sum(self.layout.shard_files(0, self.manifest.rows_per_shard).values())
+        whole_shard = self.layout.bytes_of(self.manifest.rows_per_shard)
         try:
             with concurrent_writes_are_clear(self.path), no_space_is_clear(self.path, whole_shard):
                 yield

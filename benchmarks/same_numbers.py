@@ -37,7 +37,9 @@ def measure(checkout: Path, folder: Path) -> Numbers:
     cache, runs = folder / "cache" / "demo_l3", folder / "runs"
     demo = ["--model", "demo", "--dataset", "demo", "--layer", "3"]
     _command(checkout, "harvest", "run", *demo, "--out", str(cache), "--quiet")
-    numbers: Numbers = {f"cache: {name}": found for name, found in _hashes(cache).items() if name != "harvest.log"}
+    numbers: Numbers = {
+        f"cache: {name}": found for name, found in _hashes(cache).items() if name not in ("harvest.log", "about.json")
+    }
     for name in TYPES:
         where = ["--cache", str(cache), "--runs-dir", str(runs), "--name", name]
         _command(checkout, "train", "run", *where, "--type", name, *SETTINGS, "--quiet")

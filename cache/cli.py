@@ -6,6 +6,7 @@ from sae_granary.cache.commands.convert import convert
 from sae_granary.cache.commands.import_vectors import import_files
 from sae_granary.cache.commands.info import info
 from sae_granary.cache.commands.ls import ls
+from sae_granary.cache.commands.rm import rm
 from sae_granary.cache.commands.verify import verify
 from sae_granary.common.app import make_app
 
@@ -15,6 +16,7 @@ app.command()(ls)
 app.command()(info)
 app.command(name="import")(import_files)
 app.command()(verify)
+app.command()(rm)
 app.command()(convert)
 
 

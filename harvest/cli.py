@@ -12,6 +12,8 @@ import typer
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, make_app
 from sae_granary.harvest.settings.flags import ReadFlags, takes_model_flags, takes_settings
 
+RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user name into the cache's about.json.")]
+
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
 _TRUNCATED = (
@@ -22,9 +24,10 @@ _TRUNCATED = (
 
 @app.command()
 @takes_settings
-def run(read_flags: ReadFlags, quiet: Quiet = False, debug: Debug = False) -> None:
+def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Harvest a cache, or continue one that was interrupted."""
     with _errors(debug):
+        from sae_granary.cache.write.about import add_user
         from sae_granary.common.process import keep_freed_memory
         from sae_granary.common.signals import explain_bus_errors, stop_on_signals
         from sae_granary.harvest.progress import print_table, summary_rows
@@ -38,6 +41,8 @@ def run(read_flags: ReadFlags, quiet: Quiet = False, debug: Debug = False) -> No
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
             result = harvest_activations(config, quiet=quiet, stop=stop)
+        if record_user:
+            add_user(result.path)
         unknown = f" ({result.not_recorded} not recorded)" if result.not_recorded else ""
         title = f"already complete{unknown}, nothing to do" if result.already_complete else "harvested"
         print_table(summary_rows(result), title)

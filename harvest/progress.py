@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.layout import LOG
+from sae_granary.cache.write.about import record_about
 from sae_granary.common.app import make_console
 from sae_granary.common.errors import printable
 from sae_granary.common.quantities import byte_size, duration
@@ -117,6 +118,7 @@ class RunLog:
         if keep and self._lines and (self._path.is_file() or not self._path.exists()):
             with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as stream:
                 stream.writelines(self._lines)
+            record_about(self._path.parent)
         self._lines = []
 
 

@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> HarvestConfig:
 
 def contents(path: Path) -> dict[str, bytes]:
     files = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name != "harvest.log"}
+    return {name: data for name, data in files.items() if name not in ("harvest.log", "about.json")}
 
 
 def assert_same_cache(found: Path, want: Path) -> None:

@@ -60,7 +60,11 @@ def test_columns_are_stored_with_the_documents_and_a_resume_is_byte_equal(flags:
     def harvest(name: str) -> dict[str, bytes]:
         folder = tmp_path / name
         harvest_activations(**flags, keep_columns="ticket_id,category", out=folder)
-        files = {path.relative_to(folder): path for path in folder.rglob("*") if path.name != "harvest.log"}
+        files = {
+            path.relative_to(folder): path
+            for path in folder.rglob("*")
+            if path.name not in ("harvest.log", "about.json")
+        }
         return {name.as_posix(): path.read_bytes() for name, path in files.items() if path.is_file()}
 
     with cut_off_after(CUT), pytest.raises(CutOff):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.cache.commands.shared import Json, console, plain, print_json
+from sae_granary.cache.commands.shared import Json, RecordUser, console, plain, print_json
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, fail
 
@@ -39,6 +39,7 @@ def import_files(
     plan: Annotated[
         bool, typer.Option("--plan", "--dry-run", help="Check the files and show what would be written.")
     ] = False,
+    record_user: RecordUser = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -51,6 +52,7 @@ def import_files(
     interrupted = "interrupted; the same command continues after the last committed shard"
     with expected_errors(debug, interrupted=interrupted):
         from sae_granary.cache.vectors import importer
+        from sae_granary.cache.write.about import record_about
         from sae_granary.common.quantities import parse_count
 
         try:
@@ -77,6 +79,8 @@ def import_files(
         if plan:
             return
         result = _run(checked, quiet or as_json)
+        if not result.already_complete:
+            record_about(result.path, user=record_user)
         if as_json:
             print_json({"path": str(result.path), "n_rows": result.n_rows, "resumed_rows": result.resumed_rows})
             return

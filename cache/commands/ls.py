@@ -8,28 +8,41 @@ from typing import Annotated
 import typer
 
 from sae_granary.cache.commands.shared import Json, console, plain, print_json
-from sae_granary.common.app import Debug, expected_errors
+from sae_granary.common.app import Debug, expected_errors, fail
+
+Roots = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Folders with caches. (default: cache and those of GRANARY_CACHE_DIR)", show_default=False),
+]
 
 
 def ls(
-    root: Annotated[Path, typer.Argument(help="Folder that holds caches.")] = Path("cache"),
+    roots: Roots = None,
+    sort: Annotated[str, typer.Option("--sort", help="path, model, rows, size or age.")] = "path",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the caches below a folder."""
+    """List the caches in folders, at any depth."""
     with expected_errors(debug):
-        from sae_granary.cache.read.listing import list_caches
+        from sae_granary.cache.format.places import cache_folders
+        from sae_granary.cache.read.listing import COLUMNS, SORTS, list_caches
 
-        entries = list_caches(root)
+        if sort not in SORTS:
+            fail(f"error: --sort is {sort!r}, expected {', '.join(SORTS)}", 2)
+        folders = [folder for folder in cache_folders() if folder.is_dir()]
+        if not roots:
+            roots = [Path("cache"), *folders] if Path("cache").is_dir() or not folders else folders
+        entries = list_caches(roots, sort=sort)
         if as_json:
             print_json([vars(entry) for entry in entries])
             return
         if not entries:
-            console().print(f"no caches in {root}; `sae-harvest run` makes one", markup=False)
+            where = ", ".join(map(str, roots))
+            console().print(f"no caches in {where}; `sae-harvest run` makes one", markup=False)
             return
         from rich.table import Table
 
-        table = Table("cache", "model", "hook points", "rows", "dtype", "size", "state")
+        table = Table(*COLUMNS)
         for entry in entries:
             table.add_row(*(plain(text) for text in entry.cells()))
         console().print(table)

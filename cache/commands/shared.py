@@ -9,16 +9,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.common.app import make_console
+from sae_granary.common.app import fail, make_console
 from sae_granary.common.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-CachePath = Annotated[Path, typer.Argument(help="Folder of a cache, e.g. cache/bert_l6.", show_default=False)]
-CachePaths = Annotated[list[Path], typer.Argument(help="Folders of caches, e.g. cache/bert_l6.", show_default=False)]
+
+def _find(text: str) -> Path:
+    """A cache by its path, or by its name in the folders of GRANARY_CACHE_DIR."""
+    from sae_granary.cache.errors import NotACacheError
+    from sae_granary.cache.format.places import find_cache
+
+    try:
+        return find_cache(text)
+    except NotACacheError as error:
+        fail(f"error: {error}", 2)
+
+
+_ABOUT = "Folder of a cache, e.g. cache/bert_l6, or its name in GRANARY_CACHE_DIR."
+CachePath = Annotated[Path, typer.Argument(help=_ABOUT, parser=_find, metavar="PATH", show_default=False)]
+CachePaths = Annotated[list[Path], typer.Argument(help=_ABOUT, parser=_find, metavar="PATH...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user name into about.json.")]
 
 
 def print_json(body: object) -> None:

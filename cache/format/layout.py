@@ -24,6 +24,7 @@ COMMITS = "commits"
 DOCUMENTS = "documents"
 TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest finishes
 LOCK = ".lock"
+ABOUT = "about.json"  # when, how and on what machine it was made; never read with the data, never compared
 LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
 GROUPS = ("activations", "rows", "norms")  # of every cache
 SCALES, AFFINE = "scales", "affine"  # groups of dtypes with a scale per row

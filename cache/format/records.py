@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
 from sae_granary.cache.format.layout import (
+    ABOUT,
     COMMITS,
     DOCUMENTS,
     LOCK,
@@ -31,7 +32,7 @@ from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
 from sae_granary.common.files import code_folder
 
-_HARMLESS = {LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
+_HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
 _SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
 _RECORD_FILE = re.compile(r"(\d{8,})\.json")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
-from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.layout import LOCK, MANIFEST
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.read.render import source_name
 from sae_granary.common.files import is_code
-from sae_granary.common.quantities import byte_size
+from sae_granary.common.lock import lock_holder
+from sae_granary.common.quantities import byte_size, duration
+
+SORTS = ("path", "model", "rows", "size", "age")
 
 
 @dataclass(frozen=True)
@@ -18,39 +24,77 @@ class Entry:
     """One cache of a list."""
 
     path: str
-    state: str  # "complete", "incomplete" or "damaged"
+    state: str  # "complete", "growing" (a harvest writes it now), "incomplete" or "damaged"
     model: str = ""
+    dataset: str = ""
     hook_points: tuple[str, ...] = ()
     n_rows: int = 0
     dtype: str = ""
     n_bytes: int = 0
+    age_seconds: float = 0.0  # since the manifest was written
     error: str | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""
         hooks = ", ".join(self.hook_points[:4]) + (", ..." if len(self.hook_points) > 4 else "")
-        return (self.path, self.model, hooks, f"{self.n_rows:,}", self.dtype, byte_size(self.n_bytes), self.state)
+        rows, size, age = f"{self.n_rows:,}", byte_size(self.n_bytes), duration(self.age_seconds)
+        return (self.path, self.model, hooks, rows, self.dtype, size, self.dataset, age, self.state)
 
 
-def list_caches(root: Path) -> list[Entry]:
-    """Every folder right below `root`, or `root` itself, that holds a manifest and is no code."""
-    if not root.is_dir():
-        raise NotACacheError(f"{root} is not a folder; caches are made by `sae-harvest run`, by default in cache/")
-    folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())]
-    return [_entry(folder) for folder in folders if (folder / MANIFEST).exists() and not is_code(folder)]
+COLUMNS = ("cache", "model", "hook points", "rows", "dtype", "size", "data", "age", "state")
+
+
+def list_caches(roots: Path | Sequence[Path], *, sort: str = "path") -> list[Entry]:
+    """Every cache in folders, at any depth. Code, hidden folders and links are left out, and nothing inside a cache.
+
+    `sort` is one of SORTS: path and model ascend, the largest and the newest come first. Raises NotACacheError for a
+    root that is not a folder.
+    """
+    roots = [roots] if isinstance(roots, Path) else list(roots)
+    for root in roots:
+        if not root.is_dir():
+            raise NotACacheError(f"{root} is not a folder; caches are made by `sae-harvest run`, by default in cache/")
+    found = dict.fromkeys(folder for root in roots for folder in _folders(root))
+    return sorted(map(_entry, found), key=_KEYS[sort])
+
+
+_KEYS = {
+    "path": lambda entry: entry.path,
+    "model": lambda entry: (entry.model, entry.path),
+    "rows": lambda entry: -entry.n_rows,
+    "size": lambda entry: -entry.n_bytes,
+    "age": lambda entry: entry.age_seconds,
+}
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for name, inner, files in os.walk(root, followlinks=False):
+        folder = Path(name)
+        if MANIFEST in files and not is_code(folder):
+            inner.clear()
+            yield folder
+        inner[:] = sorted(_visible(inner))
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith((".", "__"))]
 
 
 def _entry(folder: Path) -> Entry:
+    age = max(0.0, time.time() - (folder / MANIFEST).lstat().st_mtime)
     try:
         cache = open_cache(folder, allow_incomplete=True)
     except (CacheError, OSError) as error:
-        return Entry(str(folder), "damaged", error=str(error))
+        return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
+    growing = not cache.complete and lock_holder(folder / LOCK) is not None
     return Entry(
         path=str(folder),
-        state="complete" if cache.complete else "incomplete",
+        state="complete" if cache.complete else "growing" if growing else "incomplete",
         model=source_name(cache.manifest.provenance.get("model")),
+        dataset=source_name(cache.manifest.provenance.get("dataset")),
         hook_points=tuple(cache.hook_points),
         n_rows=cache.n_rows,
         dtype=cache.dtype,
         n_bytes=cache.n_bytes,
+        age_seconds=age,
     )

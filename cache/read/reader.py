@@ -19,6 +19,7 @@ import numpy.typing as npt
 from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
@@ -62,7 +63,7 @@ def open_cache(
     Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
     another size), and UnknownNameError for a shard that is not there.
     """
-    path = Path(path)
+    path = find_cache(path)
     manifest = load_manifest(path)
     records = manifest.shards
     if allow_incomplete or not manifest.complete:

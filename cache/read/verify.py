@@ -12,6 +12,7 @@ from typing import Any
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import (
+    ABOUT,
     COMMITS,
     DOCUMENTS,
     LOCK,
@@ -165,7 +166,7 @@ def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRe
 
 
 def _foreign(cache: Cache) -> Iterator[str]:
-    known: set[str] = {MANIFEST, VOCABULARY, LOCK, LOG}
+    known: set[str] = {MANIFEST, VOCABULARY, ABOUT, LOCK, LOG}
     known |= set(zarr_files(cache.layout, 0))
     for record in cache.records:
         known |= {commit_path(record.shard), *record.files}

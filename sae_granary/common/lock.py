@@ -42,6 +42,24 @@ class LockedError(GranaryError):
         return who if self.age is None else f"{who}, for {duration(self.age)}"
 
 
+def lock_holder(path: Path) -> str | None:
+    """Who holds a lock file now, in words; None where nobody does, or where it cannot be told."""
+    if fcntl is None:
+        return LockedError(path.parent, *_soft_holder(path)).holder if path.exists() else None
+    try:
+        fd = os.open(path, os.O_RDONLY | PLAIN | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        held = error.errno in {errno.EWOULDBLOCK, errno.EACCES}
+        return LockedError(path.parent, *_holder(fd)).holder if held else None
+    finally:
+        os.close(fd)
+    return None
+
+
 class FolderLock:
     """The lock file of a folder, held from `acquire` to `release`."""
 

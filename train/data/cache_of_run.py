@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import UnknownNameError
+from sae_granary.cache.format.places import find_cache as place_of
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
@@ -23,7 +24,8 @@ def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str 
     """
     fingerprint = record.get("cache")  # None in a sweep.json of earlier versions
     if given is not None:
-        if load_manifest(Path(given)).fingerprint != fingerprint:
+        given = place_of(given)
+        if load_manifest(given).fingerprint != fingerprint:
             raise CheckpointError(
                 f"--cache {given} is another cache than the one that {folder} was started on ({stored}): "
                 "give that one, or train a new run"

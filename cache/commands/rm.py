@@ -1,0 +1,46 @@
+"""`sae-cache rm`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sae_granary.cache.commands.shared import CachePaths
+from sae_granary.common.app import Debug, echo, expected_errors, fail
+
+
+def rm(
+    paths: CachePaths,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Remove caches. Asks first; refuses one in use, and what is not a cache. Links are not followed."""
+    with expected_errors(debug):
+        from sae_granary.cache.format.manifest import Manifest
+        from sae_granary.cache.format.records import load_records
+        from sae_granary.cache.write.remove import check_removable, remove_cache
+        from sae_granary.common.errors import GranaryError
+        from sae_granary.common.quantities import byte_size
+
+        def size_of(manifest: Manifest) -> str:
+            try:
+                records = manifest.shards if manifest.complete else load_records(path, manifest)
+            except GranaryError:
+                return "damaged"
+            return f"{sum(r.n_rows for r in records):,} rows, {byte_size(sum(r.n_bytes for r in records))}"
+
+        sizes = {}
+        for path in paths:
+            sizes[path] = size_of(check_removable(path))
+        for path, size in sizes.items():
+            if not yes:
+                try:
+                    wanted = typer.confirm(f"remove {path} ({size})?")
+                except typer.Abort:
+                    fail(f"error: {path} was not removed: there is nobody to ask; give --yes", 2)
+                if not wanted:
+                    echo(f"{path} stays")
+                    continue
+            remove_cache(path)
+            echo(f"removed {path} ({size})")

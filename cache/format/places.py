@@ -1,0 +1,32 @@
+"""Where caches are looked for: a path, else its name in the folders of GRANARY_CACHE_DIR."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sae_granary.cache.errors import NotACacheError
+
+VARIABLE = "GRANARY_CACHE_DIR"
+
+
+def cache_folders() -> list[Path]:
+    """The folders of GRANARY_CACHE_DIR, which are separated as in PATH."""
+    return [Path(part).expanduser() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+
+
+def find_cache(path: str | os.PathLike[str]) -> Path:
+    """The path itself if something is there, else the first place with its name below a folder of GRANARY_CACHE_DIR.
+
+    Without that variable, or for an absolute path, the path itself. Raises NotACacheError with the places looked at.
+    """
+    path = Path(path).expanduser()
+    folders = cache_folders()
+    if path.exists() or path.is_absolute() or not folders:
+        return path
+    places = [folder / path for folder in folders]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in (path, *places))
+        raise NotACacheError(f"no cache {path}: looked at {looked} ({VARIABLE}); `sae-cache ls` lists caches")
+    return found

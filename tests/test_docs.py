@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import sae_granary
 from sae_granary import train_sae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +125,8 @@ def test_the_objects_of_the_api_pages_exist() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     names = set(re.findall(r"(?:^::: |\]\[)(sae_granary[\w.]+)", text, re.MULTILINE))
     assert len(names) > 40
+    index = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert [name for name in sae_granary.__all__ if f"`{name}`" not in index] == ["__version__"]
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(import_module(module), attribute), name
@@ -146,3 +150,14 @@ def test_the_python_of_the_readme_reads_any_dtype(make_cache, tmp_path: Path, mo
 
 def test_the_page_of_commands_is_current() -> None:
     assert generator().page() == generator().PAGE.read_text(encoding="utf-8"), "write it again with `make regenerate`"
+
+
+def test_the_citation_file_follows_its_schema() -> None:
+    """The required keys of Citation File Format 1.2.0, and the version of the package."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["title"]
+    assert cited["message"]
+    assert cited["authors"] == [{"name": "The Granary authors"}]
+    assert cited["version"] == sae_granary.__version__
+    assert cited["license"] == "MIT"

@@ -27,22 +27,22 @@ class TextConfig:
 
     dataset: str = _text(
         DEFAULT_DATASET,
-        help="Hub id, local file or folder, - for standard input, or demo",
+        help="Hub id, local file or folder, - for standard input, or demo.",
         short="-d",
         default_words="Salesforce/wikitext (wikitext-103)",
         common=True,
     )
-    dataset_config: str | None = _text(None, help="Configuration of a hub dataset", common=True)
+    dataset_config: str | None = _text(None, help="Configuration of a hub dataset.", common=True)
     split: str | None = _text(
         None,
-        help="Split of a hub dataset, or of a folder that holds several",
+        help="Split of a hub dataset, or of a folder that holds several.",
         default_words="train, or all of a folder",
         common=True,
     )
-    dataset_revision: str | None = _text(None, help="Commit, tag or branch of a hub dataset")
+    dataset_revision: str | None = _text(None, help="Commit, tag or branch of a hub dataset.")
     text_columns: tuple[str, ...] = _text(
         (),
-        help="Column that holds the text; several (a,b) are joined",
+        help="Column that holds the text; several (a,b) are joined. Repeatable.",
         flag="--text-column",
         repeat=True,
         default_words="detected",
@@ -50,19 +50,19 @@ class TextConfig:
     )
     keep_columns: tuple[str, ...] = _text(
         (),
-        help="Columns of the records to store with each document (a,b), for sae-analyze",
+        help="Columns to store with each document (a,b), for sae-analyze. Repeatable.",
         repeat=True,
         common=True,
     )
     documents: str = _text(
         "auto",
-        help="How .txt and .md files and standard input are split into documents",
+        help="How .txt and .md files and standard input are split into documents.",
         choices=("auto", "file", "line", "paragraph"),
     )
     shuffle_buffer: int = _text(
-        0, help="Size of the buffer that shuffles documents; 0: keep their order", unit="documents", ge=0
+        0, help="Size of the buffer that shuffles documents; 0 keeps their order.", unit="documents", ge=0
     )
-    shuffle_seed: int = _text(0, help="Seed of the document shuffle")
+    shuffle_seed: int = _text(0, help="Seed of the document shuffle.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -83,26 +83,25 @@ class HarvestConfig:
     text: TextConfig = field(default_factory=TextConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     out: Path | None = _output(
-        None, help="Folder of the cache", short="-o", default_words="cache/<model>_l<layers>", common=True
+        None, help="Folder of the cache.", short="-o", default_words="cache/<model>_l<layers>", common=True
     )
     dtype: str = _output(
         "auto",
-        help="Number format of the stored activations",
+        help="Number format of the stored activations; auto is the one they were computed in.",
         choices=("auto", *STORAGE),
-        default_words="auto, as computed",
         common=True,
     )
     max_tokens: int | None = _output(
         None,
-        help="Maximum length, such as 20k, 5M or 1.5B; the last document is completed",
+        help="Maximum length, such as 20k, 5M or 1.5B; the last document is completed.",
         unit="rows",
         ge=1,
         common=True,
     )
-    max_docs: int | None = _output(None, help="Maximum length", unit="documents", ge=1, common=True)
-    rows_per_shard: int | None = _output(None, help="Size of a shard", unit="rows", ge=1, default_words="about 512 MiB")
+    max_docs: int | None = _output(None, help="Maximum length.", unit="documents", ge=1, common=True)
+    rows_per_shard: int | None = _output(None, help="Shard size.", unit="rows", ge=1, default_words="about 512 MiB")
     extend: bool = _output(
-        False, help="Continue a complete cache with more of its text, up to --max-tokens", common=True
+        False, help="Continue a complete cache with more of its text, up to --max-tokens.", common=True
     )
 
     def __post_init__(self) -> None:

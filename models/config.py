@@ -31,21 +31,18 @@ def parse_layers(value: object) -> tuple[int, ...] | Literal["all"]:
 class ModelConfig:
     """Which model, in which number format it computes, and whether torch.compile compiles it."""
 
-    model: str = _model(help="Hub id, local folder, or demo", short="-m", common=True)
-    revision: str | None = _model(None, help="Commit, tag or branch of a hub model", common=True)
-    trust_remote_code: bool = _model(False, help="Run the code that comes with the model; read it first", common=True)
+    model: str = _model(help="Hub id, local folder, or demo.", short="-m", common=True)
+    revision: str | None = _model(None, help="Commit, tag or branch of a hub model.", common=True)
+    trust_remote_code: bool = _model(False, help="Run the code that comes with the model. Read it first.", common=True)
     compute_dtype: str = _model(
         "auto",
-        help="Number format of the forward pass",
+        help="Precision of the forward pass; auto is bfloat16 on a GPU, float32 on a CPU.",
         choices=("auto", "float32", "float16", "bfloat16"),
-        default_words="auto, bfloat16 on a GPU and float32 on a CPU",
     )
-    device: str = _model(
-        "auto", help="cpu, cuda, cuda:N or mps", default_words="auto, cuda if there is one, else cpu", common=True
-    )
+    device: str = _model("auto", help="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:N or mps.", common=True)
     compile: bool = _model(
         False,
-        help="Compile the blocks with torch.compile, which takes a minute; worth it for long harvests in float32",
+        help="Compile the blocks with torch.compile, which takes a minute. Worth it for long harvests in float32.",
     )
 
     def __post_init__(self) -> None:
@@ -60,13 +57,13 @@ class WhereConfig:
 
     unit: str = _where(
         "token",
-        help="What a row is: a token, or a text as one pooled embedding",
+        help="What a row is: a token, or the pooled embedding of a text.",
         choices=("token", "text"),
         common=True,
     )
     layers: tuple[int, ...] | Literal["all"] = _where(
         (),
-        help="Harvest the output of block i, counted from 0: 6, or 2,4,6, or all",
+        help="Output of block i, counted from 0: 6, or 2,4,6, or all. Repeatable.",
         flag="--layer",
         also="--layers",
         short="-l",
@@ -74,10 +71,10 @@ class WhereConfig:
         common=True,
         parse=parse_layers,
     )
-    layer_stride: int = _where(1, help="Keep every n-th selected layer", ge=1)
+    layer_stride: int = _where(1, help="Keep every n-th selected layer.", ge=1)
     hooks: tuple[str, ...] = _where(
         (),
-        help="Harvest a module, by path or glob; append :in for its input; see `sae-harvest names`",
+        help="Module by path or glob; append :in for its input. See `sae-harvest names`. Repeatable.",
         flag="--hook",
         repeat=True,
         common=True,
@@ -98,25 +95,25 @@ class TokenConfig:
 
     ctx_len: int | None = _contexts(
         None,
-        help="Length of a context",
+        help="Length of a context.",
         unit="tokens",
         ge=2,
         default_words="512, or less if the model takes less",
         common=True,
     )
     bos: bool | None = _contexts(
-        None, help="Begin each context with the BOS token", default_words="as the tokenizer does"
+        None, help="Begin each context with the BOS token.", default_words="as the tokenizer does"
     )
-    pack: bool = _contexts(False, help="Pack documents into each context, separated by EOS (decoders only)")
+    pack: bool = _contexts(False, help="Pack documents into each context, separated by EOS. For decoders.")
     batch_tokens: int | None = _contexts(
         None,
-        help="Size of a batch of the model, padding included",
+        help="Batch size of the model, padding included.",
         unit="tokens",
         ge=1,
         default_words="16384 on a GPU, 4096 on a CPU",
         common=True,
     )
-    num_proc: int = _contexts(1, help="Number of processes that run a slow (Python) tokenizer", ge=1)
+    num_proc: int = _contexts(1, help="Number of processes that run a slow (Python) tokenizer.", ge=1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -157,7 +157,7 @@ from sae_granary.models import config
 
 @dataclasses.dataclass(frozen=True)
 class TokenConfig(config.TokenConfig):
-    overlap: int = setting(0, section="contexts", help="Tokens that contexts share", unit="tokens", ge=0)
+    overlap: int = setting(0, section="contexts", help="Tokens that contexts share.", unit="tokens", ge=0)
 
 config.TokenConfig = TokenConfig
 
@@ -182,10 +182,10 @@ def test_a_setting_is_added_in_one_place(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"--overlap .*Tokens that contexts share \(default: 0 tokens\)", done.stdout)
+    assert re.search(r"--overlap .*Tokens that contexts share\. \(default: 0 tokens\)", done.stdout)
     for line in ("  overlap: 3  # flag", "key 4", "keyword 1000"):
         assert f"{line}\n" in done.stdout
-    assert "| `overlap` | `--overlap` | whole number of tokens | 0 | ≥ 0 | Tokens that contexts share |" in done.stdout
+    assert "| `overlap` | `--overlap` | whole number of tokens | 0 | ≥ 0 | Tokens that contexts share. |" in done.stdout
 
 
 def test_every_setting_has_help_and_its_own_flag() -> None:
@@ -195,5 +195,5 @@ def test_every_setting_has_help_and_its_own_flag() -> None:
     long = [name for name in DECLARED for name in flags[name].opts if name.startswith("--")]
     assert len(long) == len(set(long))
     for name, spec in DECLARED.items():
-        assert re.fullmatch(r"[A-Za-z.].*[^.]", spec.metadata["help"]), name
+        assert re.fullmatch(r"[A-Za-z].*\.", spec.metadata["help"]), name
         assert spec.metadata["section"] in SECTIONS

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound=Shared)
 Command = Callable[..., None]
 
-_CONFIG = flag_parameter("config", "Read options from this YAML file; flags override it", kind=File, common=True)
+_CONFIG = flag_parameter("config", "Options in a YAML file; flags override it.", kind=File, common=True)
 
 
 def takes_options(options: type[Shared]) -> Callable[[Command], Command]:

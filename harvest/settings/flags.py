@@ -27,12 +27,10 @@ def given_settings(*, config: Path | None = None, assignments: list[str] | None 
 
 
 _FILE = [
-    flag_parameter(
-        "config", "Read settings from this YAML file; flags override it", kind=File, panel="Settings", common=True
-    ),
+    flag_parameter("config", "Settings in a YAML file; flags override it.", kind=File, panel="Settings", common=True),
     flag_parameter(
         "assignments",
-        "Give any setting by name: key=value",
+        "Set any setting by name: key=value. Repeatable.",
         kind=Texts,
         names=("--set",),
         panel="Settings",

@@ -75,7 +75,7 @@ HelpAll = Annotated[
 def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: the command's first argument becomes a function that calls `shared` with its flags.
 
-    Of these `--help` shows what is not hidden; the command gets a `--help-all`, which shows the others too.
+    Of these `--help` shows what is not hidden; the command gets a `--help-all` where some are, which shows all.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,8 +91,9 @@ def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]]
         hints = {name: hint for part in (shared, command) for name, hint in _hints(part).items()} | {
             "help_all": HelpAll
         }
-        help_all = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False)
-        parameters = [*signature.parameters.values(), *list(own.parameters.values())[1:], help_all]
+        parameters = [*signature.parameters.values(), *list(own.parameters.values())[1:]]
+        if any(getattr(option, "hidden", False) for hint in hints.values() for option in typing.get_args(hint)):
+            parameters.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False))
         run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [part.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[part.name]) for part in parameters]
         )

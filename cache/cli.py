@@ -7,6 +7,7 @@ from sae_granary.cache.commands.import_vectors import import_files
 from sae_granary.cache.commands.info import info
 from sae_granary.cache.commands.ls import ls
 from sae_granary.cache.commands.rm import rm
+from sae_granary.cache.commands.travel import pull, push
 from sae_granary.cache.commands.verify import verify
 from sae_granary.common.app import make_app
 
@@ -17,6 +18,8 @@ app.command()(info)
 app.command(name="import")(import_files)
 app.command()(verify)
 app.command()(rm)
+app.command()(push)
+app.command()(pull)
 app.command()(convert)
 
 

@@ -52,6 +52,7 @@ ALSO = {
     "cache/cli.py": {"typer", "rich"},
     "cache/commands": {"typer", "rich"},
     "cache/load": {"torch"},
+    "cache/remote": {"fsspec"},
     "cache/read/reader.py": {"torch"},  # for types
     "cache/read/tensors.py": {"torch"},  # imported inside a function of the reader
     "harvest/cli.py": {"typer", "rich"},
@@ -71,6 +72,7 @@ WINGS = {
     "read": {"format"},
     "load": {"format", "read"},
     "vectors": {"format", "write"},
+    "remote": {"format", "read", "write"},
 }
 # They map the words of other libraries' files, which also have a "topk".
 FOREIGN_WORDS = {"sae_core/files/saelens.py", "sae_core/files/sparsify.py"}

@@ -1,0 +1,58 @@
+"""Fetch one file in blocks: failed blocks are repeated, a file that was cut off continues, a checksum decides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import xxhash
+
+from sae_granary.cache.format.documents import hash_file
+from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.remote.store import Store, damaged
+
+BLOCK_BYTES = 8 << 20
+TRIES = 3  # of a whole file whose checksum does not fit
+
+
+def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Callable[[int], None]) -> None:
+    """Write a remote file to `target`, which appears only once its bytes are right.
+
+    Raises CorruptCacheError where they never are, RemoteError.
+    """
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(TRIES):
+        start = part.stat().st_size if part.is_file() else 0
+        if start > entry.n_bytes:
+            part.unlink()
+            start = 0
+        progress(start)
+        done = start
+        with part.open("ab") as file:
+            for block in _blocks(store, path, start, entry.n_bytes):
+                file.write(block)
+                done += len(block)
+                progress(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        if hash_file(part) == entry:
+            os.replace(part, target)
+            return
+        part.unlink()
+        progress(-done)
+    raise damaged(f"{store.url}/{path}")
+
+
+def remote_entry(store: Store, path: str, n_bytes: int) -> FileEntry:
+    """Size and checksum of a remote file, as its bytes arrive here."""
+    hasher = xxhash.xxh3_128()
+    for block in _blocks(store, path, 0, n_bytes):
+        hasher.update(block)
+    return FileEntry(n_bytes, hasher.hexdigest())
+
+
+def _blocks(store: Store, path: str, start: int, n_bytes: int) -> Iterator[bytes]:
+    for first in range(start, n_bytes, BLOCK_BYTES):
+        yield store.read(path, first, min(first + BLOCK_BYTES, n_bytes))

@@ -271,7 +271,7 @@ def test_config_prints_what_a_run_would_use_and_where_it_comes_from(make_cache) 
     assert saved[0] == saved[1]
     undecided = call("config", "--config", "c.yaml").stdout
     assert "  lr: null  # default" in undecided.splitlines()
-    assert "  # d_sae: the cache decides" in undecided.splitlines()
+    assert "# d_sae: the cache decides" in undecided.splitlines()
     assert "  auxk_coef: 0.03125  # default" in undecided.splitlines()
     assert "unknown setting 'kk'" in call("config", "--type", "topk", "--set", "kk=3", code=2).stderr
 

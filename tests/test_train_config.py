@@ -7,12 +7,12 @@ import pytest
 
 from sae_granary import open_cache, train_sae
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.build import parse_assignments
 from sae_granary.common.settings.coerce import coerce
 from sae_granary.train.config.merge import (
     TRAINER_KEYS,
     from_sections,
     make_config,
-    parse_assignments,
     read_yaml,
     to_sections,
     to_yaml,

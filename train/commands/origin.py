@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-import yaml
-
 from sae_granary import sae_core
+from sae_granary.common.settings.yaml_file import commented_yaml
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.resolve import DERIVED_OPTIONS
 from sae_granary.train.config.settings import TrainConfig
@@ -24,13 +23,10 @@ def annotated_yaml(layers: Layers) -> str:
     """
     config = make_config([values for _, values in layers])
     shown = RunData.open(config).config if config.cache else _with_defaults(config)
-    lines = [] if config.cache else ["# no cache was given: null where the cache decides"]
-    for section, values in to_sections(shown).items():
-        lines.append(f"{section}:")
-        for key, value in values.items():
-            lines.append(f"  {key}: {_inline(value)}  # {_origin(key, value, layers, config)}")
-        if section == "model" and not config.cache:
-            lines += [f"  # {key}: the cache decides" for key in _undecided(config)]
+    lines = list(commented_yaml(to_sections(shown), lambda key, value: _origin(key, value, layers, config)))
+    if not config.cache:
+        lines.insert(0, "# no cache was named: null stands where the cache decides")
+        lines += [f"# {key}: the cache decides" for key in _undecided(config)]
     return "\n".join(lines) + "\n"
 
 
@@ -57,8 +53,3 @@ def _origin(key: str, value: Any, layers: Layers, config: TrainConfig) -> str:
         f.name: f.default for f in fields(sae_core.registry.get(config.type).Config)
     }
     return "default" if spec[key] == value and key not in DERIVED_OPTIONS else "follows from the rest"
-
-
-def _inline(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=2**20)
-    return text.removesuffix("\n").removesuffix("\n...")

@@ -44,6 +44,7 @@ def sweep(
 
 def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid of flags and file, and the settings that all its points share. Flags win over the file."""
+    from sae_granary.common.settings.yaml_file import Settings
     from sae_granary.train.config.hook_layers import place_hooks
     from sae_granary.train.config.merge import merge_layers
     from sae_granary.train.sweeps.grid import ALIASES, parse_grid
@@ -51,7 +52,7 @@ def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, A
     on_top = parse_grid(texts)
     given, each = place_hooks(given)
     fixed = {ALIASES.get(key, key) for key in given.flags}
-    files = [dict(values) for label, values in given.layers() if label != "flag"]
+    files = [Settings(values) for label, values in given.layers() if label != "flag"]
     axes: dict[str, Any] = {}
     for values in files:
         section = values.pop("grid", None) or {}

@@ -47,7 +47,8 @@ def given_settings(
     **settings: Any,
 ) -> Given:
     """What the flags of a command say."""
-    from sae_granary.train.config.merge import parse_assignments, read_yaml
+    from sae_granary.common.settings.build import parse_assignments
+    from sae_granary.train.config.merge import read_yaml
 
     flags = {key: value for key, value in settings.items() if value is not None}
     below = read_yaml(config) if config else {}

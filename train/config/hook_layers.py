@@ -10,6 +10,7 @@ from sae_granary import sae_core
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.coerce import coerce
+from sae_granary.common.settings.yaml_file import Settings
 from sae_granary.train.config.flags import Given
 from sae_granary.train.config.merge import merge_layers
 
@@ -39,7 +40,7 @@ def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
         return given, hooks
     if given.file and given.hooks_of_file:
         file, values = given.file
-        return replace(given, file=(file, {**values, "hook": hooks})), ()
+        return replace(given, file=(file, Settings(values, {"hook": hooks}))), ()
     return replace(given, flags={**given.flags, "hook": hooks}), ()
 
 

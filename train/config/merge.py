@@ -132,7 +132,11 @@ def read_yaml(path: str | Path) -> Settings:
 
     Raises ConfigError with file and line: see `common.settings.yaml_file.flat_settings`.
     """
-    return flat_settings(read_mapping(path), str(path), SECTIONS, _known_in_files(), _SECTION_ALIASES)
+    known = _known_in_files()
+    settings = flat_settings(read_mapping(path), str(path), SECTIONS, known, _SECTION_ALIASES)
+    if isinstance(settings.get("grid"), Mapping):
+        settings["grid"] = flat_settings(settings["grid"], str(path), (), known)
+    return settings
 
 
 def _known_in_files() -> dict[str, str]:
@@ -140,17 +144,6 @@ def _known_in_files() -> dict[str, str]:
     known = {key: "model" for name in sae_core.registry.names() for key in variant_keys(name)}
     known = dict.fromkeys([*_INSTEAD, "layer_stride"], ANYWHERE) | known
     return known | {name: spec.metadata["section"] for name, spec in _SPECS.items()} | {"grid": TOP}
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts of `--set` as flat settings."""
-    out: dict[str, str] = {}
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {text!r}: expected key=value")
-        out[key.strip().replace("-", "_")] = value.strip()
-    return out
 
 
 def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.settings.yaml_file import Settings
 from sae_granary.train.config.merge import TRAINER_KEYS, unknown_setting, variant_keys
 
 # In a grid these mean the initialization's seed and the hook point of one SAE.
@@ -91,15 +92,16 @@ def expand(grid: Mapping[str, tuple[Any, ...]], common: Mapping[str, Any]) -> li
         hints = [f"; {key!r} is unknown{nearest(key, anywhere)}" for key in grid if key not in anywhere]
         raise ConfigError(f"no type was given; add --type or --grid type=: {', '.join(names)}{''.join(hints)}")
     known = {name: [*variant_keys(name), *TRAINER_KEYS] for name in types}
+    common = Settings(common)
     for key in [*grid, *common]:
         if not any(key in keys for keys in known.values()):
-            raise unknown_setting(key, known, ALIASES)
+            raise ConfigError(common.located(key, str(unknown_setting(key, known, ALIASES))))
     points = []
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))
         keys = known[str(given.get("type", types[0]))]
         varied = {key: value for key, value in given.items() if key in keys}
-        settings = {key: value for key, value in {**common, **given}.items() if key in keys}
+        settings = Settings(common, given).only(keys)
         if "hook" in grid and sae_core.registry.get(str(settings["type"])).reads.several:
             settings["hook"] = grid["hook"]  # one SAE reads them all
             varied.pop("hook", None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.yaml_file import Settings
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.language import check_language_model
@@ -39,7 +40,7 @@ class _Request:
 
     @classmethod
     def of(cls, grid: Mapping[str, Any], settings: Mapping[str, Any]) -> _Request:
-        common = {key: value for key, value in settings.items() if key not in ("name", "runs_dir")}
+        common = Settings(settings).only(settings.keys() - {"name", "runs_dir"})
         points = expand(check_grid(grid), common)
         request = request_of(points)
         name = settings.get("name") or default_sweep_name(points, request)
@@ -51,7 +52,7 @@ class _Request:
 
 def plan_sweep(grid: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **more: Any) -> Plan:
     """What `train_sweep` would do; writes nothing. Raises ConfigError, CacheError, SAEError."""
-    return _Request.of(grid, {**(settings or {}), **more}).plan()
+    return _Request.of(grid, Settings(settings or {}, more)).plan()
 
 
 def train_sweep(
@@ -79,7 +80,7 @@ def train_sweep(
     Raises ConfigError, CacheError or SAEError before anything is written, RunExistsError for other settings.
     """
     _check_callbacks(callbacks)
-    request = _Request.of(grid, {**(settings or {}), **more})
+    request = _Request.of(grid, Settings(settings or {}, more))
     folder = request.folder
     if is_sweep(folder) and not overwrite:
         if load_plan(folder).request != request.hash:

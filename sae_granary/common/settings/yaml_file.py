@@ -6,7 +6,7 @@ other than null are text, which the declared type of a setting converts as it do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,24 @@ class YamlMapping(dict[Any, Any]):
 class Settings(dict[str, Any]):
     """Flat settings, with the place of each that comes from a file: `c.yaml, line 3`."""
 
-    places: dict[str, str]
-
-    def __init__(self, values: Mapping[str, Any] | None = None, places: Mapping[str, str] | None = None) -> None:
-        super().__init__(values or {})
-        self.places = dict(getattr(values, "places", {}) if places is None else places)
+    def __init__(self, *layers: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.places: dict[str, str] = {}
+        for layer in layers:
+            self.update(layer)
 
     def update(self, *others: Any, **more: Any) -> None:
-        """Add the settings of others, with their places."""
+        """Add the settings of others, with their places; the last one wins."""
         for other in (*others, more):
-            for key in other:
-                self.places.pop(key, None)
+            self.places = {key: place for key, place in self.places.items() if key not in other}
             self.places |= getattr(other, "places", {})
             super().update(other)
+
+    def only(self, names: Container[str]) -> Settings:
+        """Return those of these names."""
+        kept = Settings({name: value for name, value in self.items() if name in names})
+        kept.places = self.places
+        return kept
 
     def located(self, key: str, problem: str) -> str:
         """A message on a setting, after the place of the setting if it has one."""

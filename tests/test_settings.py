@@ -1,0 +1,184 @@
+"""One declaration per setting: what is added in one place is a flag, a YAML key, a keyword and a row of the page."""
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sae_granary import sae_core
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.declare import check, setting
+from sae_granary.common.settings.flags import parameters_of
+from sae_granary.common.settings.page import rows_of
+from sae_granary.common.settings.yaml_file import TOP, flat_settings, load_yaml
+from sae_granary.train.cli import app
+from sae_granary.train.config.merge import read_yaml
+from sae_granary.train.config.settings import OPTIMIZERS, TrainConfig
+from sae_granary.train.config.type_options import TypeOptions
+from sae_granary.train.optim import optimizers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# -- a setting is added in one place -------------------------------------------------------------------------------
+
+ADD_ONE = """
+import importlib.util, runpy, sys
+from pathlib import Path
+from typer.testing import CliRunner
+
+name = "sae_granary.train.config.settings"
+spec = importlib.util.find_spec(name)
+source = Path(spec.origin).read_text(encoding="utf-8")
+field = "    half_life: int = _training(7, help='Half-life of the momentum.', unit='steps', gt=0)"
+patched = source.replace("    cache: str = ", field + "\\n    cache: str = ", 1)
+assert patched != source
+sys.modules[name] = module = importlib.util.module_from_spec(spec)
+exec(compile(patched, spec.origin, "exec"), module.__dict__)
+
+from sae_granary import train_sae
+from sae_granary.common.errors import ConfigError
+from sae_granary.train.cli import app
+
+def run(*args):
+    result = CliRunner().invoke(app, [*args], env={"COLUMNS": "200"})
+    return " ".join(result.output.split())
+
+assert "--half-life <str> Half-life of the momentum. (default: 7 steps)" in run("run", "--help-all")
+assert "--half-life" not in run("run", "--help")
+Path("c.yaml").write_text("type: topk\\ntraining: {half-life: 8}\\n")
+config = ("config", "--config", "c.yaml")
+assert "half_life: 7 # default" in run("config", "--type", "topk")
+assert "half_life: 8 # c.yaml" in run(*config)
+assert "half_life: 9 # flag" in run(*config, "--set", "half_life=9")
+assert "half_life: 10 # flag" in run(*config, "--half-life", "10")
+assert "unknown setting 'half_live' for type topk, did you mean 'half_life'?" in run(*config, "--set", "half_live=9")
+try:
+    train_sae(cache="nowhere", type="topk", half_life=0)
+except ConfigError as error:
+    assert str(error) == "half_life=0: expected a value > 0"
+page = runpy.run_path(sys.argv[1])["page"]()
+assert "| `half_life` | `--half-life` | whole number of steps | 7 | > 0 | Half-life of the momentum. |" in page
+print("found everywhere")
+"""
+
+
+def test_a_setting_is_added_in_one_place(tmp_path) -> None:
+    code = [sys.executable, "-c", ADD_ONE, str(ROOT / "docs" / "generate.py")]
+    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "found everywhere", done.stderr
+
+
+@dataclass(frozen=True)
+class Toy:
+    share: float = setting(0.5, help="Share of the rows.", section="data", ge=0, lt=1, short="-s", common=True)
+    words: tuple[str, ...] = setting((), help="Word to look for. Repeatable.", section="data", repeat=True)
+    fast: bool = setting(False, help="Skip the check.", section="run", default_words="off")
+    mode: str = setting("a", help="Mode.", section="run", choices=("a", "b"))
+    plain: int = 3  # not declared: no flag, no row
+
+
+def test_a_field_makes_a_flag_and_a_row() -> None:
+    flags = {p.name: p.annotation.__metadata__[0] for p in parameters_of(Toy)}
+    assert list(flags) == ["share", "words", "fast", "mode"]
+    assert [*flags["share"].param_decls, flags["share"].default] == ["-s", "--share"]
+    assert flags["share"].help == "Share of the rows. (>= 0, < 1; default: 0.5)"
+    assert (flags["share"].hidden, flags["fast"].hidden) == (False, True)
+    assert flags["fast"].default == "--fast/--no-fast"
+    assert flags["mode"].help == "Mode. (a, b; default: a)"
+    assert flags["words"].rich_help_panel == "Data"
+    assert rows_of(Toy, "run") == [
+        ("`fast`", "`--fast`", "true or false", "off", "", "Skip the check."),
+        ("`mode`", "`--mode`", "one of a, b", "a", "", "Mode."),
+    ]
+    check(Toy())
+    with pytest.raises(ConfigError, match=r"share=1.0: expected a value < 1"):
+        check(Toy(share=1.0))
+    with pytest.raises(ConfigError, match=r"mode='c': expected one of a, b"):
+        check(Toy(mode="c"))
+
+
+def test_every_option_of_a_type_is_a_flag() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.type_options() == module.TYPE_OPTIONS.read_text(encoding="utf-8"), "write it with `make regenerate`"
+    flags = {field.name for field in fields(TypeOptions)}
+    for name in sae_core.registry.names():
+        assert {field.name for field in fields(sae_core.registry.get(name).Config)} - set(module.OF_CACHE) <= flags
+    assert flags.isdisjoint(field.name for field in fields(TrainConfig))
+
+
+def test_a_flag_of_another_type_names_what_this_one_has() -> None:
+    result = CliRunner().invoke(app, ["config", "--type", "vanilla", "-k", "3"])
+    assert result.exit_code == 2
+    assert "unknown setting 'k' for type vanilla; here use l1_coef (its options: d_sae" in result.stderr
+    printed = CliRunner().invoke(app, ["config", "--type", "route", "--no-detach-target", "--base-options", "{k: 3}"])
+    assert load_yaml(printed.output)["model"]["detach_target"] == "false"
+    assert load_yaml(printed.output)["model"]["base_options"] == {"k": "3"}
+
+
+def test_settings_name_the_optimizers_that_there_are() -> None:
+    assert tuple(optimizers.OPTIMIZERS) == OPTIMIZERS
+
+
+# -- files: what is wrong, with file, line and the nearest name ----------------------------------------------------
+
+WRONG = [
+    ("training:\n  bach_size: 1", "line 2: unknown setting 'bach_size', did you mean 'batch_size'?"),
+    ("bach-size: 1", "line 1: unknown setting 'bach_size', did you mean 'batch_size'?"),
+    ("training:\n  lr: 1\n  k: 32", "line 3: 'k' is in the section training, but belongs in the section model"),
+    ("logging: {lr: 1}", "line 1: 'lr' is in the section logging, but belongs in the section training"),
+    ("run:\n  grid: {k: 1}", "line 2: 'grid' is in the section run, but belongs beside the sections"),
+    ("trainning:\n  lr: 1", "line 1: unknown section 'trainning', did you mean 'training'? (sections: run, model,"),
+    ("run: 5", "line 1: run is a section, which holds settings, got run: '5'"),
+    ("training: [1]", "line 1: training is a section, which holds settings, got training: ['1']"),
+    ("lr: 1\n\nlr: 2", "c.yaml: 'lr' is set twice, in lines 1 and 3; remove one"),
+    ("lr: 1\ntraining:\n  lr: 2", "line 3: 'lr' is set twice, first in line 1; remove one"),
+    ("training:\n  batch-size: 1\n  batch_size: 2", "line 3: 'batch_size' is set twice, first in line 2; remove one"),
+    ("type: topk\ntraining:\n  lr: fast", "line 3: lr='fast': expected a number or none"),
+    ("type: topk\nlr: -1", "line 2: lr=-1.0: expected a value > 0"),
+    ("type: topk\nk: 0", "line 2: k=0: expected a value > 0"),
+    ("type: vanilla\nk: 3", "line 2: unknown setting 'k' for type vanilla; here use l1_coef"),
+    ("type: topk\nl0: 3", "line 2: unknown setting 'l0' for type topk; here use k "),
+    ("grid:\n  k: [1]\n  bach_size: [1]", "line 3: unknown setting 'bach_size', did you mean 'batch_size'?"),
+    ("grid:\n  batch-size: [1]\n  batch_size: [2]", "line 3: 'batch_size' is set twice, first in line 2; remove one"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG, ids=[message.split(":")[-2][-30:] for _, message in WRONG])
+def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, text, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["config", "--config", "c.yaml"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: c.yaml")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_sweep_names_the_line_too(tmp_path, make_cache) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"cache: {make_cache()}\ntype: topk\ngrid: {{k: [1, 2]}}\ntraining:\n  batch_size: many\n")
+    result = CliRunner().invoke(app, ["sweep", "--config", str(path), "--dry-run"])
+    assert f"{path}, line 5: batch_size='many': expected a whole number" in result.stderr
+
+
+def test_a_place_follows_its_setting(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("wandb:\n  wandb_project: mine\nmodel:\n  layers: 2,4\ndata: {<<: {holdout: 0.1}}\n")
+    settings = read_yaml(path)
+    assert settings == {"wandb_project": "mine", "layers": "2,4", "holdout": "0.1"}
+    assert settings.located("layers", "no") == f"{path}, line 4: no"
+    settings.update({"layers": "6"})  # of the command line
+    assert settings.located("layers", "no") == "no"
+
+
+def test_a_saved_file_may_hold_what_an_older_version_knew() -> None:
+    content = load_yaml("run: {lr: 1}\ndata: {gone: 2}\n")
+    assert flat_settings(content, "config.yaml", ("run", "data")) == {"lr": "1", "gone": "2"}
+    with pytest.raises(ConfigError, match="'lr' is in the section run, but belongs in the section data"):
+        flat_settings(content, "config.yaml", ("run", "data"), {"lr": "data", "gone": TOP})

@@ -227,12 +227,7 @@ def test_text_rows_keep_position_0(make_cache) -> None:
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))
 SWEEP = next(path for path in EXAMPLES if path.stem == "sweep")
-<<<<<<< HEAD
 EXAMPLES = [path for path in EXAMPLES if path.stem not in ("sweep", "finetune_kl", "harvest")]  # others test these
-=======
-# One needs a model, and one is of sae-harvest.
-EXAMPLES = [path for path in EXAMPLES if path.stem not in ("sweep", "finetune_kl", "harvest")]
->>>>>>> ba131c8 (tests: the example of a harvest is none of a run)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

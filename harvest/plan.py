@@ -65,7 +65,7 @@ def plan_rows(result: Plan) -> list[tuple[str, str]]:
         ("model", f"{prepared.located.name}, {prepared.n_layers or '?'} layers, {prepared.model_class or 'pooled'}"),
         ("hook points", ", ".join(f"{hook.name} ({_no_width(prepared) or hook.d_in})" for hook in prepared.hooks)),
         ("text", ", ".join([source.name, *_columns(prepared)])),
-        ("windows", f"{prepared.rules.ctx_len} tokens" if prepared.unit == "token" else "one text each"),
+        ("contexts", f"{prepared.rules.ctx_len} tokens" if prepared.unit == "token" else "one text each"),
         ("rows", unknown if result.n_rows is None else f"{result.n_rows:,} {unit} ({result.rows_from})"),
         ("dtype", f"{prepared.dtype} (computed in {prepared.compute_dtype} on {prepared.device})"),
     ]

@@ -112,7 +112,7 @@ class Prepared:
             wanted = default_rows_per_shard(max(hook.d_in for hook in self.hooks), self.dtype, SHARD_BYTES)
         if wanted < self.rules.ctx_len:
             raise ConfigError(
-                f"--rows-per-shard is {wanted}, but a window of --ctx-len {self.rules.ctx_len} must fit in a shard"
+                f"--rows-per-shard is {wanted}: expected at least one context of --ctx-len {self.rules.ctx_len}"
             )
         return wanted
 
@@ -145,7 +145,7 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
     rules = _rules(config, located, base, tokenizer)
     if batch_tokens < rules.ctx_len and config.tokens.batch_tokens is not None:
         raise ConfigError(
-            f"--batch-tokens is {batch_tokens}: at least one window of --ctx-len {rules.ctx_len} must fit"
+            f"--batch-tokens is {batch_tokens}: expected at least one context of --ctx-len {rules.ctx_len}"
         )
     return Prepared(
         config=config,

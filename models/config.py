@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,7 +17,7 @@ _contexts = partial(setting, section="contexts", panel="Contexts and batches")
 
 def parse_layers(value: object) -> tuple[int, ...] | Literal["all"]:
     """`6`, `[2, 4]`, `"4,2"` or `["2,4", "6"]` -> block numbers, sorted, each once; `"all"` -> "all"."""
-    values = value if isinstance(value, list | tuple) else [value]
+    values = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
     parts = [part.strip() for item in values for part in str(item).split(",") if part.strip()]
     if any(part.lower() == "all" for part in parts):
         if len(parts) > 1:

@@ -138,17 +138,20 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --unit sentence", r"unit='sentence': expected one of token, text"),
         (f"{BERT} --layer 1 {TEXT} --device tpu", r"device 'tpu' is unknown: expected auto, cpu, cuda, cuda:N or mps"),
         (f"{BERT} --layer 1 {TEXT} --ctx-len 999", r"--ctx-len is 999, but the model takes at most 128 tokens"),
-        (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but 2 special tokens stand in each window"),
+        (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but each context holds 2 special tokens"),
         (f"{BERT} --layer 1 {TEXT} --pack", r"--pack joins documents for decoders; an encoder would attend across"),
         (f"{BERT} --layer 1 {TEXT} --bos", r"--bos: the tokenizer has no BOS token"),
         (
             f"{BERT} --layer 1 {TEXT} --max-tokens lots",
             r"max_tokens='lots': expected a whole number such as 20000",
         ),
-        (f"{BERT} --layer 1 {TEXT} --batch-tokens 8", r"--batch-tokens is 8: at least one window of --ctx-len 128"),
+        (
+            f"{BERT} --layer 1 {TEXT} --batch-tokens 8",
+            r"--batch-tokens is 8: expected at least one context of --ctx-",
+        ),
         (
             f"{BERT} --layer 1 {TEXT} --rows-per-shard 8",
-            r"--rows-per-shard is 8, but a window of --ctx-len 128 must fit",
+            r"--rows-per-shard is 8: expected at least one context of --ctx-len 128",
         ),
         (
             f"{BERT} --layer 1 --dataset - --max-tokens 900T",

@@ -124,6 +124,11 @@ def test_a_bad_key_or_value_names_file_line_and_the_nearest(invoke: Invoke, text
     assert sorted(Path().iterdir()) == before
 
 
+def test_keywords_take_any_sequence() -> None:
+    made = make_config({"model": "demo", "layers": range(2, 5), "text_columns": iter(("a", "b")), "hooks": "h.0,h.1"})
+    assert (made.where.layers, made.text.text_columns, made.where.hooks) == ((2, 3, 4), ("a", "b"), ("h.0,h.1",))
+
+
 def test_set_names_what_is_unknown(invoke: Invoke) -> None:
     assert "unknown setting 'ctxlen' of a harvest, did you mean 'ctx_len'?" in invoke(
         "plan", *FLAGS, "--set", "ctxlen=3", code=2

@@ -76,7 +76,7 @@ def window_rules(
     rules = WindowRules(ctx_len, prefix, suffix, separator, special, _control_ids(tokenizer) - special)
     if rules.room < 1:
         raise ConfigError(
-            f"--ctx-len is {ctx_len}, but {len(prefix) + len(suffix)} special tokens stand in each window"
+            f"--ctx-len is {ctx_len}, but each context holds {len(prefix) + len(suffix)} special tokens beside its text"
         )
     return rules
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +53,7 @@ def _parsed(spec: Field[Any], value: Any, kind: Any) -> Any:
         return user_path(spec.name, str(value))
     if typing.get_origin(kind) is not tuple:
         return coerce(spec.name, value, kind, _without_commas)
-    items = list(value) if isinstance(value, list | tuple) else [value]
+    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if not spec.metadata.get("commas", True):  # of a text that may hold some
         return coerce(spec.name, items, kind)
     parts = [part.strip() for item in items for part in str(item).split(",") if part.strip()]

@@ -1,7 +1,7 @@
 """Batches from planned pools: cut, copied in the background, delivered in order with the state after each.
 
 On a CPU each batch is copied by one thread of a few, so that none of them waits for another within a batch; the
-consumer's thread hands out the batches ahead of the one that it takes, and copies too where it would wait. On a GPU
+consumer's thread hands out the batches ahead of the one that it takes. On a GPU
 taking a batch is a launch on the consumer's stream, with nothing to gain from a thread.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sae_granary.cache.load.pools import Pool, PoolSource, Taken
 from sae_granary.cache.load.staging import n_copy_threads
-from sae_granary.common.threads import Prefetch, Workers
+from sae_granary.common.threads import THREADS, Prefetch, in_background
 
 BATCHES_AHEAD = 4
 
@@ -66,13 +67,23 @@ def deliver(
     """Batches from a state on, as they are stored, decoded where that is codes, by hook point."""
     on_host = source.device.type != "cuda"
     planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
-    with closing(Workers(n_copy_threads(source.device))) as workers, closing(Prefetch(planned, depth=1)) as pools:
+    with _copy_threads(source.device) as threads, closing(Prefetch(planned, depth=1)) as pools:
 
         def begin(pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
             taken = source.take(pool, lo, hi)
-            return workers.submit(taken) if on_host else taken
+            return threads.submit(taken).result if on_host else taken
 
         yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
+
+
+@contextmanager
+def _copy_threads(device: torch.device) -> Iterator[Executor]:
+    """A loader may be collected in any of its threads, and a thread cannot wait for itself."""
+    executor = ThreadPoolExecutor(n_copy_threads(device), thread_name_prefix=THREADS + "copy")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=not in_background(), cancel_futures=True)
 
 
 def _cut(

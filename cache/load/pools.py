@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.decode import Decoder, stored_names, stored_shards
 from sae_granary.cache.load.order import Order, PoolPlan
-from sae_granary.cache.load.readahead import ReadAhead
+from sae_granary.cache.load.readahead import read_ahead
 from sae_granary.cache.load.selection import Selection, shard_columns
 from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, n_copy_threads
 from sae_granary.common.threads import THREADS
@@ -91,6 +91,9 @@ class PoolSource:
         self.kinds = stored_names(self.hooks, cache.storage)
         columns = [] if keeps_all else shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
+        numbers = range(len(cache.shards))
+        arrays = [cache.norms(name.removeprefix("norm:")) if ":" in name else cache.column(name) for name in self.columns]
+        self.column_files = [[(array.path(i), array.layout.row_bytes) for i in numbers] for array in arrays]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.kinds)
         self.files = [
@@ -104,7 +107,6 @@ class PoolSource:
         of an endless stream has no survivor: its reader would wait forever.
         """
         first, missing = self.order.locate(epoch, cursor), 0
-        ahead = ReadAhead(self.files)
         buffers: list[CudaBuffer | None] = [None, None]
         if self.device.type == "cuda":
             widths = {name: shards[0].shape[1] for name, shards in self.shards.items()}
@@ -113,7 +115,7 @@ class PoolSource:
             while epochs is None or epoch < epochs:
                 starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
                 for number in range(first, self.order.n_pools):
-                    pool = self._assemble(epoch, number, int(starts[number]), buffers[0], ahead, executor)
+                    pool = self._assemble(epoch, number, int(starts[number]), buffers[0], executor)
                     missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
                     n_survivors += len(pool.order)
                     yield pool
@@ -131,18 +133,18 @@ class PoolSource:
         number: int,
         start: int,
         buffer: CudaBuffer | None,
-        ahead: ReadAhead,
         executor: Executor,
     ) -> Pool:
         plan = self.order.pool(epoch, number)
         order = self.order.permutation(epoch, number, plan.n_rows)
         keep, ranks = None, None
         if self.columns:
+            read_ahead(self.column_files, plan)
             keep = self.selection.mask({name: _column(plan, shards) for name, shards in self.columns.items()})
             kept = keep[order]
             order, ranks = order[kept], np.flatnonzero(kept)
         if buffer is None:
-            ahead.advise(plan, lambda: plan if keep is None else plan.restrict(keep)[0])
+            read_ahead(self.files, plan)
             order = plan.row_ids(self.host_rows.starts.tolist())[order]
             row_ids: Callable[[I64], I64] | None = None if self.first_row_ids is None else self._ids_of_addresses
             return Pool(self.host_rows, epoch, start, plan.n_rows, order, ranks, row_ids)
@@ -150,7 +152,7 @@ class PoolSource:
         if keep is not None:
             fetched, places = plan.restrict(keep)
             order = places[order]
-        ahead.advise(plan, lambda: fetched)
+        read_ahead(self.files, fetched)
         buffer.fill(fetched, self.shards, executor)
         row_ids = None if self.first_row_ids is None else fetched.row_ids(self.first_row_ids).__getitem__
         return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)

@@ -12,7 +12,6 @@ Two levels:
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -90,27 +89,16 @@ def _feistel(values: U64, n_bits: int, keys: list[int], *, inverse: bool) -> U64
     rounds = list(enumerate(keys))
     for i, key in reversed(rounds) if inverse else rounds:
         if i % 2 == 0:
-            high ^= _round_hash(low, key, low_bits, n_bits - low_bits)
+            high ^= _round_hash(low, key, n_bits - low_bits)
         else:
-            low ^= _round_hash(high, key, n_bits - low_bits, low_bits)
+            low ^= _round_hash(high, key, low_bits)
     high <<= np.uint64(low_bits)
     high |= low
     return high
 
 
-def _round_hash(half: U64, key: int, in_bits: int, out_bits: int) -> U64:
-    """The lowest `out_bits` of a hash of numbers below 2**in_bits; looked up where there are few such numbers."""
-    if 1 << in_bits <= min(len(half), _IN_CACHE):
-        return _hash_table(key, in_bits, out_bits).take(half.view(np.int64))
-    return _hash_half(half, key, out_bits)
-
-
-@lru_cache(maxsize=4 * _N_ROUNDS)  # an epoch has one table per round; loaders side by side have epochs of their own
-def _hash_table(key: int, in_bits: int, out_bits: int) -> U64:
-    return _hash_half(np.arange(1 << in_bits, dtype=np.uint64), key, out_bits)
-
-
-def _hash_half(half: U64, key: int, out_bits: int) -> U64:
+def _round_hash(half: U64, key: int, out_bits: int) -> U64:
+    """The lowest `out_bits` of a hash of each number."""
     hashed = mix64(half + np.uint64(key))  # wraps modulo 2**64
     hashed >>= np.uint64(32)  # halves have at most 32 bits
     hashed &= np.uint64((1 << out_bits) - 1)

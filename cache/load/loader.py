@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PREVIOUS", "Batch", "Loader", "LoaderState", "Selection", "Shuffle"]
 
 SHUFFLED = Shuffle()
+COUNTED_ROWS = 2**24  # of a larger cache a loader does not count every row before its first batch
 
 
 class Loader:
@@ -61,11 +62,14 @@ class Loader:
         self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
         self.batch_size, self.device, self.dtype, self.epochs = batch_size, torch.device(device), dtype, epochs
         selection = selection.resolve(cache)
-        self.counts = counts or account(cache, selection, self.hooks)
-        self.n_rows = self.counts.of(selection.part)
+        self._cache, self.selection = cache, selection
+        if counts is None:  # of a large cache no more than tells whether there is a batch
+            enough = None if cache.n_rows <= COUNTED_ROWS else batch_size
+            counts = account(cache, selection, self.hooks, enough=enough)
+        self._counts = counts
         if previous:
             _check_previous(selection.filters)
-        _check_sizes(self.n_rows, batch_size, selection.part, self.counts, endless=epochs is None)
+        _check_sizes(batch_size, selection.part, counts, endless=epochs is None)
         if isinstance(order, Shuffle):
             order = order_of(cache, self.hooks, order, batch_size=batch_size, previous=previous)
         self.order = order
@@ -77,13 +81,25 @@ class Loader:
             self.order,
             selection,
             self.device,
-            keeps_all=self.n_rows == self.counts.total,
+            keeps_all=counts.of(selection.part) == counts.total == cache.n_rows,
             with_rows=with_rows,
             previous=previous,
         )
-        self.hooks = tuple(self._source.hooks)
+        self._counted_hooks, self.hooks = self.hooks, tuple(self._source.hooks)
         self._batches: Generator[Batch, None, None] | None = None
         self._finalizer: weakref.finalize[Any, Loader] | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """Where every row of the cache goes; asking for it may take a pass over the columns of a large cache."""
+        if self._counts.total < self._cache.n_rows:
+            self._counts = account(self._cache, self.selection, self._counted_hooks)
+        return self._counts
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that one epoch delivers; see `counts`."""
+        return self.counts.of(self.selection.part)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -146,7 +162,8 @@ def _check_previous(filters: Filters) -> None:
         )
 
 
-def _check_sizes(n_rows: int, batch_size: int, part: Part, counts: Counts, *, endless: bool) -> None:
+def _check_sizes(batch_size: int, part: Part, counts: Counts, *, endless: bool) -> None:
+    n_rows = counts.of(part)
     if batch_size < 1:
         raise SelectionError(f"batch size is {batch_size}, expected at least 1")
     if endless and n_rows < batch_size:

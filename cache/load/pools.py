@@ -92,7 +92,9 @@ class PoolSource:
         columns = [] if keeps_all else shard_columns(cache, selection, hooks)
         self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
         numbers = range(len(cache.shards))
-        arrays = [cache.norms(name.removeprefix("norm:")) if ":" in name else cache.column(name) for name in self.columns]
+        arrays = [
+            cache.norms(name.removeprefix("norm:")) if ":" in name else cache.column(name) for name in self.columns
+        ]
         self.column_files = [[(array.path(i), array.layout.row_bytes) for i in numbers] for array in arrays]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.kinds)

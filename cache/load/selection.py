@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +80,9 @@ class Counts:
     first_position: int = 0
     position: int = 0
     norm: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: n + getattr(other, name) for name, n in vars(self).items()})
 
     def of(self, part: Part) -> int:
         """Rows that a part delivers in one pass."""
@@ -180,12 +183,27 @@ def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> l
     return [{name: np.asarray(source.shard(i)) for name, source in sources.items()} for i in range(len(cache.shards))]
 
 
-def account(cache: Cache, selection: Selection, hooks: Sequence[str]) -> Counts:
-    """Count what the filters and the holdout do to a cache, in one streaming pass over its metadata."""
-    selection = selection.resolve(cache)
-    parts = [selection.count(c) for shard in shard_columns(cache, selection, hooks) for c in _slices(shard)]
-    totals = {name: sum(getattr(p, name) for p in parts) for name in asdict(Counts())}
-    return Counts(**totals)
+def account(
+    cache: Cache,
+    selection: Selection,
+    hooks: Sequence[str],
+    progress: Callable[[float], None] = lambda share: None,
+    *,
+    enough: int | None = None,
+) -> Counts:
+    """Count what the filters and the holdout do to a cache, in one streaming pass over its metadata.
+
+    `progress` is told the share of the rows that are counted. With `enough` the count ends when the selection's part
+    has so many rows: then `total` may be less than the rows of the cache.
+    """
+    selection, counts = selection.resolve(cache), Counts()
+    for shard in shard_columns(cache, selection, hooks):
+        for columns in _slices(shard):
+            counts += selection.count(columns)
+            progress(counts.total / cache.n_rows)
+            if enough is not None and counts.of(selection.part) >= enough:
+                return counts
+    return counts
 
 
 def _slices(columns: Columns) -> Iterator[dict[str, NDArray[Any]]]:

@@ -18,11 +18,12 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
     linked = [folder for folder in folders if (path / folder).is_symlink()]
     if linked:
         raise CorruptCacheError(f"{path / linked[0]} is a symbolic link; links out of a cache are not followed")
+    root = str(path)
     for record in opened:
         for name, entry in record.files.items():
-            check_file(path / name, entry.n_bytes)
+            check_file(os.path.join(root, name), entry.n_bytes)
         if record.record is not None:
-            check_file(path / commit_path(record.shard), record.record.n_bytes)
+            check_file(os.path.join(root, commit_path(record.shard)), record.record.n_bytes)
     if not os.path.lexists(path / commit_path(len(manifest.shards))):  # else an extension may be replacing them
         for name, entry in (manifest.zarr_files or {}).items():
             check_file(path / name, entry.n_bytes)
@@ -37,7 +38,7 @@ def has_just_begun(path: Path, manifest: Manifest, name: str) -> bool:
     return not (path / COMMITS).is_dir() or not any((path / COMMITS).iterdir())
 
 
-def check_file(path: Path, expected_bytes: int) -> None:
+def check_file(path: Path | str, expected_bytes: int) -> None:
     """Raise unless there is a regular file of exactly this size."""
     try:
         status = os.lstat(path)

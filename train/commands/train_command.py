@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from sae_granary.common.app import echo, fail
@@ -56,12 +57,15 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     from sae_granary.cache.read.arrays import truncated_shards
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import explain_bus_errors, stop_on_signals
+    from sae_granary.common.waiting import shown
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sinks.console_sink import ConsoleSink
 
     explain_bus_errors(truncated_shards)
-    with tuned_process(device), stop_on_signals(at_once=True) as stop:
-        result = start(sinks=[] if quiet else [ConsoleSink()], stop=stop)
+    console = ConsoleSink()
+    lines = nullcontext() if quiet else shown(console.message)
+    with tuned_process(device), stop_on_signals(at_once=True) as stop, lines:
+        result = start(sinks=[] if quiet else [console], stop=stop)
     show_results([result.summary])
     echo(f"{result.folder}")
     return result

@@ -11,7 +11,7 @@ from sae_granary import sae_core
 from sae_granary.cache.load.loader import PREVIOUS, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
-from sae_granary.cache.load.selection import Counts, Part, account
+from sae_granary.cache.load.selection import Counts, Part
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
@@ -20,6 +20,7 @@ from sae_granary.train.config.phases import first_context_step, needs_language_m
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import open_pinned
+from sae_granary.train.data.counts import counted
 from sae_granary.train.state.checkpoint import Identity
 from sae_granary.train.state.initial import check_initial
 from sae_granary.train.step_input import FLOAT32_MAX
@@ -46,7 +47,7 @@ class RunData:
         key = (selection, hooks if selection.filters.reads_norms else ())
         known = {} if known is None else known
         if key not in known:
-            known[key] = account(opened, selection, hooks)
+            known[key] = counted(opened, selection, hooks)
         resolved = resolve(config, opened, hooks, known[key])
         check_initial(resolved)
         return cls(opened, resolved, known[key])

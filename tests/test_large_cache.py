@@ -1,0 +1,136 @@
+"""A cache with many rows: opened and read without counting them first; a run's count is kept for the next run."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from sparse_cache import write_sparse_cache
+
+from sae_granary import open_cache
+from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.load import loader as loaders
+from sae_granary.cache.load.loader import Loader, Shuffle
+from sae_granary.cache.load.selection import Filters, Holdout, Selection, account
+from sae_granary.common import waiting
+from sae_granary.train.data import counts as counting
+from sae_granary.train.data.counts import counted
+
+SELECTION = Selection(holdout=Holdout(0.25))
+
+
+def rows_of(loader: Loader, n: int = 30) -> torch.Tensor:
+    return torch.cat([next(loader).x for _ in range(n)])
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_a_loader_that_has_not_counted_every_row_delivers_the_same(make_cache, monkeypatch, part) -> None:
+    opened = open_cache(make_cache(n_docs=300, rows_per_shard=512))
+    options = {"batch_size": 16, "order": Shuffle(pool_rows=200), "selection": replace(SELECTION, part=part)}
+    with Loader(opened, **options) as loader:
+        known, expected = loader.counts, rows_of(loader)
+    monkeypatch.setattr(loaders, "COUNTED_ROWS", 100)
+    with Loader(opened, **options) as loader:
+        assert loader._counts.total < opened.n_rows
+        assert torch.equal(rows_of(loader), expected)
+        assert loader.counts == known
+        assert loader.n_rows == known.of(part)
+
+
+def test_too_few_rows_are_still_refused_at_once(make_cache, monkeypatch) -> None:
+    monkeypatch.setattr(loaders, "COUNTED_ROWS", 10)
+    opened = open_cache(make_cache())
+    with pytest.raises(SelectionError, match=f"larger than the 0 train rows of the cache .of {opened.n_rows:,}"):
+        Loader(opened, batch_size=4, selection=Selection(Filters(min_norm=1e9)))
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """The folder of kept counts; every count is kept."""
+    monkeypatch.setattr(counting, "KEPT_FROM", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "sae-granary" / "counts"
+
+
+def test_a_count_is_kept_for_the_next_run(make_cache, kept, monkeypatch) -> None:
+    path = make_cache()
+    opened, before = open_cache(path), sorted(path.rglob("*"))
+    first = counted(opened, SELECTION, ["layer_6"])
+    assert first == account(opened, SELECTION, ["layer_6"])
+    assert len(list(kept.iterdir())) == 1
+    assert sorted(path.rglob("*")) == before
+    monkeypatch.setattr(counting, "account", lambda *a: pytest.fail("it was counted"))
+    assert counted(open_cache(path), SELECTION, ["layer_6"]) == first
+
+
+def test_a_count_of_other_filters_shards_or_contents_is_not_used(make_cache, kept, tmp_path) -> None:
+    opened = open_cache(make_cache(n_docs=100, rows_per_shard=256))
+    wanted = account(opened, SELECTION, [])
+    counted(opened, SELECTION, [])
+    others = replace(SELECTION, filters=Filters(special=True))
+    assert counted(opened, others, []) == account(opened, others, []) != wanted
+    one = open_cache(opened.path, shards=[0])
+    assert counted(one, SELECTION, []) == account(one, SELECTION, []) != wanted
+    assert len(list(kept.iterdir())) == 3
+    record = opened.opened[0]
+    flags = opened.layout.columns["flags"].shard_path(0)
+    files = {**record.files, flags: replace(record.files[flags], xxh3="0" * 32)}
+    opened.opened = (replace(record, files=files), *opened.opened[1:])  # the same rows, another column of flags
+    counted(opened, SELECTION, [])
+    assert len(list(kept.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]"])
+def test_a_damaged_count_is_made_again(make_cache, kept, damage) -> None:
+    opened = open_cache(make_cache())
+    wanted = counted(opened, SELECTION, [])
+    file = next(kept.iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(damage or whole[:-10])
+    assert counted(opened, SELECTION, []) == wanted
+    assert file.read_bytes() == whole
+
+
+def test_a_home_that_cannot_be_written_to_only_costs_the_count(make_cache, kept, tmp_path) -> None:
+    (tmp_path / "home").write_text("a file where a folder would be")
+    opened = open_cache(make_cache())
+    assert counted(opened, SELECTION, []) == account(opened, SELECTION, [])
+
+
+def test_the_progress_of_a_count_is_shown(make_cache, kept, monkeypatch) -> None:
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.001)
+    opened, lines = open_cache(make_cache()), []
+
+    def slow(cache, selection, hooks, progress):
+        counts = account(cache, selection, hooks, lambda share: progress(share / 2))
+        while not lines:
+            pass  # until the other thread has told it
+        return counts
+
+    monkeypatch.setattr(counting, "account", slow)
+    with waiting.shown(lines.append):
+        counted(opened, SELECTION, [])
+    assert lines[0].startswith(f"counting the {opened.n_rows:,} rows of {opened.path}: 50%, ")
+
+
+def test_many_shards_in_sparse_files(tmp_path) -> None:
+    opened = open_cache(write_sparse_cache(tmp_path / "sparse", n_shards=40, rows_per_shard=50_000, d_in=64))
+    with Loader(opened, batch_size=512, order=Shuffle(pool_rows=20_000)) as loader:
+        assert next(loader).x.shape == (512, 64)
+    assert opened.n_rows == loader.n_rows == 2_000_000
+
+
+@pytest.mark.slow
+def test_a_billion_rows_are_opened_and_read_without_a_count(tmp_path, monkeypatch) -> None:
+    """1,000 shards in sparse files: 1.5 TB of which the disk holds nothing."""
+    path = write_sparse_cache(tmp_path / "sparse", n_shards=1000, rows_per_shard=1_000_000)
+    opened = open_cache(path)
+    assert opened.n_rows == 10**9
+    assert len(json.loads((path / MANIFEST).read_text())["shards"]) == 1000
+    assert sum(file.stat().st_blocks * 512 for file in path.rglob("*")) < 2**26
+    with Loader(opened, batch_size=4096) as loader:
+        assert next(loader).x.shape == (4096, 768)
+        assert loader._counts.total < 10**8
+    assert os.path.getsize(opened.shard_path(None, 0)) > 10**9

@@ -15,7 +15,7 @@ from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.load import loader as loaders
 from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.load.selection import Filters, Holdout, Selection, account
-from sae_granary.common import waiting
+from sae_granary.common import threads
 from sae_granary.train.data import counts as counting
 from sae_granary.train.data.counts import counted
 
@@ -101,8 +101,8 @@ def test_a_home_that_cannot_be_written_to_only_costs_the_count(make_cache, kept,
 
 
 def test_the_progress_of_a_count_is_shown(make_cache, kept, monkeypatch) -> None:
-    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.001)
-    monkeypatch.setattr(waiting, "MORE_SECONDS", 0.001)
+    monkeypatch.setattr(threads, "FIRST_SECONDS", 0.001)
+    monkeypatch.setattr(threads, "MORE_SECONDS", 0.001)
     opened, lines = open_cache(make_cache()), []
 
     def slow(cache, selection, hooks, progress):
@@ -112,7 +112,7 @@ def test_the_progress_of_a_count_is_shown(make_cache, kept, monkeypatch) -> None
         return counts
 
     monkeypatch.setattr(counting, "account", slow)
-    with waiting.shown(lines.append):
+    with threads.shown(lines.append):
         counted(opened, SELECTION, [])
     assert lines[-1].startswith(f"counting the {opened.n_rows:,} rows of {opened.path}: 50%, ")
 

@@ -57,7 +57,7 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     from sae_granary.cache.read.arrays import truncated_shards
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import explain_bus_errors, stop_on_signals
-    from sae_granary.common.waiting import shown
+    from sae_granary.common.threads import shown
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sinks.console_sink import ConsoleSink
 

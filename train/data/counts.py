@@ -17,7 +17,7 @@ from pathlib import Path
 from sae_granary.cache.load.selection import Counts, Selection, account
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.signed import DamagedFileError, Fields, digest, write_signed
-from sae_granary.common.waiting import waiting
+from sae_granary.common.threads import waiting
 
 KEPT_FROM = 2**24  # rows; fewer are counted within a second
 VERSION = 1

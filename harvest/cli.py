@@ -17,8 +17,8 @@ RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
 _TRUNCATED = (
-    "error: a file of the text or the model was truncated while it was read, or its disk fails; what is committed "
-    "stays: the same command continues when the file is whole"
+    "error: a file of the text or the model was truncated while it was read, or its disk fails; restore the file "
+    "and run the same command again: committed work is safe"
 )
 
 

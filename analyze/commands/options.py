@@ -39,9 +39,8 @@ def read_options(options: type[Options], config: Path | None, flags: Mapping[str
     from sae_granary.common.settings.build import build
     from sae_granary.common.settings.yaml_file import Settings
 
-    given = settings_in(config, options) if config is not None else Settings()
-    given.update({name: value for name, value in flags.items() if value is not None})
-    return build(options, given)
+    below = settings_in(config, options) if config is not None else {}
+    return build(options, Settings(below, {name: value for name, value in flags.items() if value is not None}))
 
 
 def settings_in(path: Path, options: type[Shared]) -> Settings:
@@ -66,9 +65,7 @@ def settings_in(path: Path, options: type[Shared]) -> Settings:
         if COMMANDS[section] is options:
             found.append(inner)
     own = declared(options)
-    given = Settings()
-    given.update(*(Settings({n: v for n, v in one.items() if n in own}, one.places) for one in found))
-    return given
+    return Settings(*(one.only(own) for one in found))
 
 
 def _part(content: Mapping[Any, Any], keys: Iterable[Any]) -> Mapping[Any, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_granary.analyze.source import Source
 
 SAEFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE that can be loaded.", metavar="SAE")]
-INTERRUPTED = "interrupted: run the same command again, it continues"
+INTERRUPTED = "interrupted: run the same command again to continue"
 
 
 def source_of(sae: Path, options: Shared) -> Source:

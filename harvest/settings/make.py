@@ -26,9 +26,7 @@ def read_file(path: Path) -> Settings:
 
 def merged(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Settings:
     """Return the settings of all layers (where from, settings); the last one wins."""
-    given = Settings()
-    given.update(*(values for _, values in layers))
-    return given
+    return Settings(*(values for _, values in layers))
 
 
 def check_names(given: Iterable[str]) -> None:

@@ -1,25 +1,33 @@
 """One byte per value: the error bound, equal bits everywhere, what is refused, what is told."""
 
+import base64
+import shutil
+
 import numpy as np
 import pytest
 import tensorstore
 import torch
 import zarr
-from cache_kit import interrupted, no_sync, toy_rows, toy_spec, tree  # noqa: F401
+from cache_kit import no_sync, toy_rows, toy_spec, tree  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary import open_cache
-from sae_granary.cache.errors import BadActivationError, StorageLossError
+from sae_granary.cache.errors import BadActivationError, CorruptCacheError, StorageLossError
 from sae_granary.cache.format.affine import MAX_CODE, MAX_ERROR, MIN_STEP, STEP_BITS, Affine, round_up
+from sae_granary.cache.format.documents import hash_file
+from sae_granary.cache.format.signed import dump_signed, load_signed
 from sae_granary.cache.format.stats import storage_error
 from sae_granary.cache.load.decode import decode
-from sae_granary.cache.load.loader import Loader
+from sae_granary.cache.load.loader import Batch, Loader, LoaderState
 from sae_granary.cache.load.selection import Filters, Selection
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.calibrate import fit, measure
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.data.passes import sound_rows
+from sae_granary.train.data.run_data import RunData
 
 N_BUFFERS = 12
 WORST = 2.0**-23  # relative: the subtraction of the offset and its addition each round once
@@ -231,3 +239,95 @@ def test_drift_is_told(tmp_path):
     assert warnings
     assert "shard" in warnings[0]
     assert "its rows are unlike the first ones: use --dtype bfloat16" in warnings[0]
+
+
+def changed(path, name, change):
+    """Alter a signed file of a cache and sign it again, as someone with bad intentions would."""
+    body = load_signed(path / name, (path / name).read_bytes())
+    change(body)
+    body.pop("xxh3")
+    (path / name).write_bytes(dump_signed(body))
+
+
+def vector(values):
+    return base64.b64encode(np.array(values, "<f4").tobytes()).decode()
+
+
+@pytest.mark.parametrize(("member", "values", "message"), [
+    ("step", [0] * 8, "step is 0.0, expected 7.89e-31 to 7.92e.28 with 3 significant bits"),
+    ("step", [np.nan] * 8, "step is nan"),
+    ("step", [np.inf] * 8, "step is inf"),
+    ("step", [-1] * 8, "step is -1.0"),
+    ("step", [1.1] * 8, "step is 1.1.* with 3 significant bits"),
+    ("step", [1] * 7, "affine is not that of the hook points|offset is '8 numbers', expected 7"),
+    ("offset", [np.nan] * 8, "offset is nan"),
+    ("offset", [3e38] * 8, r"offset is 3.*e\+38"),
+    ("offset", [1e-40] * 8, "offset is .*, expected 0, or 7.89e-31 to"),
+])  # fmt: skip
+def test_hostile_steps_and_offsets_are_refused(opened, tmp_path, member, values, message):
+    path = tmp_path / "hostile"
+    shutil.copytree(opened.path, path)
+    changed(path, "manifest.json", lambda body: body["affine"]["layer_1"].update({member: vector(values)}))
+    with pytest.raises(CorruptCacheError, match=message):
+        open_cache(path)
+
+
+def test_an_older_reader_refuses_by_number_and_a_version_must_be_that_of_the_dtype(opened, tmp_path):
+    path = tmp_path / "relabeled"
+    shutil.copytree(opened.path, path)
+    assert b'"version": 2' in (path / "manifest.json").read_bytes()[:100]  # what version 1 said of it: see test_damage
+    changed(path, "manifest.json", lambda body: body.update(version=1))
+    with pytest.raises(CorruptCacheError, match="version is 1, expected 2, that of dtype int8"):
+        open_cache(path)
+    for missing in ("affine", "statistics"):
+        shutil.copy(opened.path / "manifest.json", path / "manifest.json")
+        changed(path, "manifest.json", lambda body, missing=missing: body.pop(missing))
+        with pytest.raises(CorruptCacheError, match=missing):
+            open_cache(path)
+    shutil.copy(opened.path / "manifest.json", path / "manifest.json")
+    changed(path, "manifest.json", lambda body: body["statistics"]["layer_3"].pop("error"))
+    with pytest.raises(CorruptCacheError, match="expected error with each"):
+        open_cache(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0, 60000.0, 1.01])
+def test_a_hostile_scale_is_never_trained_on_and_verify_names_it(opened, tmp_path, value):
+    """The checksums are mended too: only what the numbers say is left to tell."""
+    path = tmp_path / "scales"
+    shutil.copytree(opened.path, path)
+    name = "scales/layer_1/c.0"
+    scales = np.memmap(path / name, "<f2", "r+", shape=(5,))
+    scales[3] = value
+    scales.flush()
+    entry = {"bytes": (path / name).stat().st_size, "xxh3": hash_file(path / name).xxh3}
+    changed(path, "commits/00000000.json", lambda body: body["files"].update({name: entry}))
+    record = {"bytes": (path / "commits/00000000.json").stat().st_size}
+    record["xxh3"] = hash_file(path / "commits/00000000.json").xxh3
+
+    def relist(body):
+        body["shards"][0]["files"][name] = entry
+        body["shards"][0]["record"] = record
+
+    changed(path, "manifest.json", relist)
+    problems = [finding.problem for finding in verify(path).problems]
+    assert problems == ["scales of layer_1 hold numbers that are never stored"]
+    hostile = open_cache(path)
+    config = {"cache": str(path), "hook": "layer_1", "type": "topk", "k": 2, "d_sae": 16, "batch_size": 32, "steps": 1}
+    data = RunData.open(make_config([config]))
+    part = np.arange(8)
+    ids = torch.from_numpy(hostile.row_ids(part))
+    batch = Batch({"layer_1": torch.from_numpy(hostile.hook("layer_1")[part])}, LoaderState(0), ids)
+    assert len(sound_rows(data, batch)["layer_1"]) == 7
+
+
+def test_a_changed_code_or_step_array_is_found_by_verify(opened, tmp_path):
+    path = tmp_path / "flipped"
+    for name, told in {"activations/layer_1/c.2.0": "checksum", "affine/layer_3/step/c.0": "checksum"}.items():
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(opened.path, path)
+        data = bytearray((path / name).read_bytes())
+        data[5] ^= 4
+        (path / name).write_bytes(data)
+        problems = verify(path).problems
+        assert [finding.path for finding in problems] == [name]
+        assert told in problems[0].problem

@@ -17,7 +17,7 @@ from sae_granary.cache.errors import CacheError, CorruptCacheError, DiskFullErro
 from sae_granary.cache.format.documents import hash_file, read_doc_ids, read_document
 from sae_granary.cache.format.layout import COLUMNS, cache_layout, documents_path
 from sae_granary.cache.format.manifest import ShardRecord
-from sae_granary.cache.format.records import refuse_code
+from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.check import check_file
@@ -42,6 +42,8 @@ def convert(
 ) -> Cache:
     """Store a complete cache again as `dtype` in the folder `target`, and verify the result; the same again continues.
 
+    Where the source was extended since, the new shards are added.
+
     Checksums of the source are checked on the way. `progress` is told rows done and all rows. Raises SpecError for an
     unknown dtype or that of the source, StorageLossError where int8 would lose too much, CorruptCacheError for damage.
 
@@ -51,7 +53,11 @@ def convert(
     """
     opened, path = open_cache(source), Path(target)
     _check(opened, path, dtype)
-    with CacheWriter.open(path, _spec(opened, dtype)) as writer:
+    have = existing_manifest(path)
+    grown = have is not None and have.complete and len(have.shards) < len(opened.records)  # the source was extended
+    with CacheWriter.open(path, _spec(opened, dtype), extend=grown) as writer:
+        if writer.n_shards > len(opened.records):
+            raise SpecError(f"{path} holds {writer.n_shards} shards, {opened.path} only {len(opened.records)}")
         for record in opened.records[writer.n_shards :]:
             _check_shard(opened, record)
             writer.begin_buffer(record.cursor.source)
@@ -74,7 +80,6 @@ def is_exact(source: str, target: str) -> bool:
 
 def _check(opened: Cache, target: Path, dtype: str) -> None:
     """What can be wrong before anything is written."""
-    refuse_code(target)
     if dtype not in STORAGE:
         raise SpecError(f"dtype is {dtype!r}, expected one of {', '.join(STORAGE)}")
     if dtype == opened.dtype:

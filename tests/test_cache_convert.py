@@ -138,3 +138,34 @@ def test_what_cannot_be_converted_is_refused_in_a_line(source, tmp_path):
     shutil.rmtree(damaged)
     shutil.copytree(source, damaged)  # restored: the same command continues
     assert run(damaged, tmp_path / "d", "--dtype", "int8")[0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_a_cache_that_was_extended_is_converted_further(tmp_path, dtype):
+    """The steps and offsets of its first shard stay; an extended int8 cache reads them back."""
+    source = tmp_path / "source"
+    before = "float32" if dtype == "int8" else "int8"
+
+    def append(rows, number, **options):
+        with writing.CacheWriter.open(source, toy_spec(before, **SPEC), **options) as writer:
+            writer.begin_buffer({"buffer": number})
+            writer.append(rows)
+            writer.finish({"rows": writer.n_rows})
+
+    rows = toy_rows(N_BUFFERS)
+    cut = int(np.flatnonzero(rows.position == 0)[60])
+    append(rows[:cut], 0)
+    n_shards = len(convert(source, tmp_path / "made", dtype).records)
+    first = tree(tmp_path / "made")
+    affines = open_cache(source).manifest.affines
+    append(rows[cut:], 1, extend=True)
+    assert verify(source).ok
+    grown = open_cache(source)
+    assert len(grown.records) > n_shards
+    if before == "int8":
+        assert all(grown.manifest.affines[hook].equals(affine) for hook, affine in affines.items())
+    made = convert(source, tmp_path / "made", dtype)
+    assert (len(made), len(made.records)) == (rows.n_rows, len(grown.records))
+    after = tree(tmp_path / "made")
+    assert all(after[name] == first[name] for name in first if name.endswith((".0", ".parquet")))
+    np.testing.assert_allclose(made.hook("layer_1")[:], rows.activations["layer_1"], atol=0.1)

@@ -99,7 +99,7 @@ def _spec(opened: Cache, dtype: str) -> CacheSpec:
     told = {CONVERTED: before}
     return CacheSpec(
         unit=manifest.unit,
-        hook_points=manifest.hook_points,
+        hook_points=tuple(opened.hook_points.values()),
         dtype=dtype,
         rows_per_shard=manifest.rows_per_shard,
         provenance={**manifest.provenance, **told},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
 
+_LAYER = "Block whose output is added, counted from 0: 8, or 2,4,8, or all."
+_HOOK = "Module by path or glob; append :in for its input; see `sae-harvest names`."
 _TRUNCATED = (
     "error: a file of the text or the model was truncated while it was read, or its disk fails; restore the file "
     "and run the same command again: committed work is safe"
@@ -77,6 +80,33 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
         from sae_granary.harvest.settings.show import annotated_yaml
 
         echo(annotated_yaml(read_flags(), lambda message: echo(message, err=True)), nl=False)
+
+
+@app.command()
+def add(
+    to: Annotated[Path, typer.Option("--to", help="The complete cache whose rows get more hook points.")],
+    layers: Annotated[list[str] | None, typer.Option("--layer", "--layers", "-l", help=_LAYER)] = None,
+    hooks: Annotated[list[str] | None, typer.Option("--hook", help=_HOOK)] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it was moved.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where the text is now, if moved.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda:1 where the harvest ran on cuda.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Add hook points to a complete cache, on the same rows: its text and its model once more, compared row by row."""
+    with _errors(debug):
+        from sae_granary.common.process import keep_freed_memory
+        from sae_granary.common.signals import explain_bus_errors, stop_on_signals
+        from sae_granary.harvest.progress import print_table, summary_rows
+        from sae_granary.harvest.replay.add import add_hooks
+        from sae_granary.models.config import WhereConfig, parse_layers
+
+        where = WhereConfig(layers=parse_layers(layers or []), hooks=tuple(hooks or ()))
+        explain_bus_errors(lambda: _TRUNCATED)
+        with stop_on_signals(at_once=True, second="exit") as stop:
+            keep_freed_memory(device or "auto")
+            result = add_hooks(to, where, model=model, dataset=dataset, device=device, quiet=quiet, stop=stop)
+        print_table(summary_rows(result), "already there, nothing to do" if result.already_complete else "added")
 
 
 @app.command()

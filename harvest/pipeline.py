@@ -18,9 +18,9 @@ from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.replay.stream import BufferStream
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
 from sae_granary.harvest.spec import not_recorded
-from sae_granary.harvest.stream import BufferStream, recorded_ends
 from sae_granary.harvest.text.committed import continued
 from sae_granary.harvest.text.document import skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
@@ -78,10 +78,11 @@ class Pipeline:
         log: RunLog,
         check: Callable[[], None],
         provenance: Mapping[str, Any] | None = None,  # of the finished cache; None: as it is
+        ends: Sequence[int] = (),  # documents at which earlier harvests of these rows ended
     ) -> None:
         self._prepared, self._model, self._writer = prepared, model, writer
         self._progress, self._log, self._check, self._provenance = progress, log, check, provenance
-        self._meter = _Meter()
+        self._meter, self._ends = _Meter(), ends
         cursor = writer.cursor
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
         self._stream = self._open_stream(
@@ -119,7 +120,7 @@ class Pipeline:
             tokenize_stream(docs, prepared.tokenize),
             prepared.rules,
             state,
-            ends=recorded_ends(self._writer.manifest),
+            ends=self._ends,
             max_rows=max_rows and max(max_rows, committed.n_rows),  # the document of the last committed row ends it
             max_docs=max_docs and max(max_docs, committed.n_documents),
         )

@@ -80,6 +80,7 @@ class Prepared:
     batch_tokens: int
     flops_per_token: float = 0.0  # of the blocks up to the last hook point
     batching: str = "padded"  # of the loaded model: `Behavior.batching`
+    recorded_buffer: int | None = None  # rows of a sort buffer of the cache whose rows come again
 
     @property
     def unit(self) -> str:
@@ -99,6 +100,8 @@ class Prepared:
     @property
     def buffer_tokens(self) -> int:
         """Rows that are sorted together."""
+        if self.recorded_buffer is not None:
+            return self.recorded_buffer
         if self.unit == "text":
             return BUFFER_TEXTS
         by_memory = BUFFER_BYTES // max(1, self.bytes_per_row)

@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 COMMITS = "commits"
 DOCUMENTS = "documents"
+ADDED = "added"  # caches of hook points that were added to the same rows
 TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest finishes
 LOCK = ".lock"
 ABOUT = "about.json"  # when, how and on what machine it was made; never read with the data, never compared

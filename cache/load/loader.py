@@ -143,8 +143,10 @@ def order_of(cache: Cache, hooks: Sequence[str], shuffle: Shuffle, *, batch_size
 
 
 def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of hook points of the cache; None means all of them."""
-    names = tuple(cache.hook_points) if hooks is None else (hooks,) if isinstance(hooks, str) else tuple(hooks)
+    """Names of hook points of the cache; None means all of them but those that were added."""
+    if hooks is None:
+        hooks = [hook.name for hook in cache.manifest.hook_points]
+    names = (hooks,) if isinstance(hooks, str) else tuple(hooks)
     for name in names:
         cache.hook(name)  # raises with the names that there are
     return names

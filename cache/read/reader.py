@@ -5,33 +5,29 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from sae_granary.cache.errors import CorruptCacheError, IncompleteCacheError, RowLookupError, UnknownNameError
-from sae_granary.cache.format.layout import COLUMNS, VOCABULARY, ArrayLayout
+from sae_granary.cache.errors import IncompleteCacheError, RowLookupError, UnknownNameError
+from sae_granary.cache.format.layout import COLUMNS, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
-from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
+from sae_granary.cache.read.added import additions, hooks_of, shorter
 from sae_granary.cache.read.arrays import Column, HookRows, open_hook
 from sae_granary.cache.read.check import check_files, incomplete_message
-from sae_granary.cache.read.context import Context, join_tokens, rows_around
-from sae_granary.cache.read.documents import Documents
-from sae_granary.common.rows import DocumentRow, HookPoint, Scalar
-from sae_granary.common.signed import digest
+from sae_granary.cache.read.texts import RowTexts
+from sae_granary.common.rows import HookPoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +75,7 @@ def open_cache(
     return Cache(path, manifest, records, opened)
 
 
-class Cache:
+class Cache(RowTexts):
     """An open cache; see `open_cache`. Nothing is ever written to it."""
 
     def __init__(
@@ -92,7 +88,10 @@ class Cache:
         self.unit: Unit = manifest.unit
         self.dtype = manifest.dtype
         self.storage = STORAGE[manifest.dtype]
+        self.additions = additions(path, manifest)
+        self._added = hooks_of(self.additions, self.opened)
         self.hook_points: dict[str, HookPoint] = {hook.name: hook for hook in manifest.hook_points}
+        self.hook_points |= {name: hook for name, (hook, _) in self._added.items()}
         self.layout = manifest.layout
         self.kept_columns = manifest.kept_columns  # names for `document_column`
         self.shards = tuple(
@@ -104,6 +103,7 @@ class Cache:
         self._sizes = [(shard.index, shard.n_rows) for shard in self.shards]
         self._hooks: dict[str, HookRows] = {}
         self._columns: dict[str, Column] = {}
+        self._parts: dict[Path, Cache] = {}
 
     def __len__(self) -> int:
         return self.n_rows
@@ -122,7 +122,8 @@ class Cache:
         """The activations of a hook point; the name may be left out where there is only one."""
         name = self.hook_name(name)
         if name not in self._hooks:
-            self._hooks[name] = open_hook(self.path, self.layout, name, self._sizes)
+            holder = self.holder(name)
+            self._hooks[name] = open_hook(holder.path, holder.layout, name, self._sizes)
         return self._hooks[name]
 
     def tensor(self, rows: slice | npt.NDArray[np.int64] | Sequence[int], *, hook: str | None = None) -> Tensor:
@@ -133,7 +134,9 @@ class Cache:
 
     def norms(self, name: str | None = None) -> Column:
         """The float32 norms of the stored rows of a hook point."""
-        return self._column(self.layout.norms[self.hook_name(name)])
+        name = self.hook_name(name)
+        holder = self.holder(name)
+        return holder._column(holder.layout.norms[name])
 
     def column(self, name: str) -> Column:
         """Position metadata: token_id, doc_id, window, position, doc_position or flags."""
@@ -147,13 +150,25 @@ class Cache:
         return self._columns[layout.path]
 
     def hook_name(self, name: str | None = None) -> str:
-        """The name itself where there is such a hook point, or the only one's for None."""
-        if name is None and len(self.hook_points) == 1:
-            return next(iter(self.hook_points))
+        """The name itself where there is such a hook point; for None that of the only one that was not added."""
+        if name is None and len(self.manifest.hook_points) == 1:
+            return self.manifest.hook_points[0].name
         if name is None or name not in self.hook_points:
             wanted = "name a hook point" if name is None else f"no hook point {name!r}"
-            raise UnknownNameError(f"{self.path}: {wanted}: there are {', '.join(self.hook_points)}")
+            raise UnknownNameError(
+                f"{self.path}: {wanted}: there are {', '.join(self.hook_points)}"
+                f"{shorter(name, self.additions, self.opened)}"
+            )
         return name
+
+    def holder(self, hook: str) -> Cache:
+        """The cache that holds the files of a hook point: this one, or the part that was added."""
+        if hook not in self._added:
+            return self
+        part = self._added[hook][1]
+        if part.path not in self._parts:
+            self._parts[part.path] = open_cache(part.path, shards=[shard.index for shard in self.shards])
+        return self._parts[part.path]
 
     def shard_path(self, hook: str | None, i: int) -> Path:
         """The file that holds a hook point's rows of the i-th opened shard, from byte 0."""
@@ -173,62 +188,6 @@ class Cache:
         found: npt.NDArray[np.int64] = self.starts[np.searchsorted([s.index for s in self.shards], shard)] + offset
         return found
 
-    def document(self, row: int) -> DocumentRow:
-        """The document that a row comes from."""
-        doc_id = int(self.column("doc_id")[row])
-        document = self.find_document(doc_id)
-        if document is None:
-            raise RowLookupError(f"{self.path}: document {doc_id} of row {row} is not stored")
-        return document
-
-    def find_document(self, doc_id: int) -> DocumentRow | None:
-        """The document of an id, or None where none of its rows were stored."""
-        return self._documents.find(doc_id)
-
-    def document_ids(self) -> list[int]:
-        """The ids of all stored documents, ascending."""
-        return self._documents.ids()
-
-    def document_column(self, name: str) -> list[Scalar]:
-        """A column that the harvest kept (`--keep-columns`), one value per document, in the order of `document_ids`.
-
-        Raises UnknownNameError, which names the columns that were kept.
-        """
-        return self._documents.column(name)
-
-    @cached_property
-    def _documents(self) -> Documents:
-        return Documents(self.path, self.records, self.kept_columns)
-
-    @cached_property
-    def vocabulary(self) -> list[str] | None:
-        """Token id -> string as the tokenizer writes it, or None where the harvest stored none."""
-        if self.manifest.vocabulary is None:
-            return None
-        data = read_bytes(self.path / VOCABULARY)
-        if digest(data) != self.manifest.vocabulary.xxh3:
-            raise CorruptCacheError(f"{self.path / VOCABULARY}: the checksum does not fit; restore it from a copy")
-        words: list[str] = json.loads(data)
-        return words
-
-    def token(self, row: int) -> str | int:
-        """The token of a row: its string where the cache has a vocabulary, else its id."""
-        if self.unit == "text":
-            raise RowLookupError(f"{self.path}: a row is a whole text here, not a token; use document(row)")
-        token_id = int(self.column("token_id")[row])
-        words = self.vocabulary
-        return words[token_id] if words is not None and 0 <= token_id < len(words) else token_id
-
-    def context(self, row: int, before: int = 10, after: int = 10) -> Context:
-        """The tokens around a row in its own document, and their text. Special tokens are left out."""
-        row = int(row) + (len(self) if row < 0 else 0)
-        document = self.find_document(int(self.column("doc_id")[row]))
-        if self.unit == "text":
-            return Context(row, (row,), (), -1, document.text if document else "", document)
-        rows = rows_around(self.column("doc_id"), self.column("flags"), row, before, after)
-        tokens = tuple(self.token(r) for r in rows)
-        return Context(row, tuple(rows), tokens, rows.index(row), join_tokens(tokens), document)
-
     def stats(self, hook: str | None = None) -> Stats:
         """Statistics of the opened rows of a hook point: every stored row counts, special tokens too."""
         name = self.hook_name(hook)
@@ -237,6 +196,8 @@ class Cache:
     def moments(self, hook: str | None = None) -> Moments:
         """Count, mean and squared deviations of the opened rows of a hook point; no shard is read for it."""
         name = self.hook_name(hook)
+        if name in self._added:
+            return self.holder(name).moments(name)
         if self.manifest.statistics is not None and len(self.opened) == len(self.records):
             return self.manifest.statistics[name]
         records = [load_record(self.path, self.manifest, record.shard) for record in self.opened]
@@ -247,4 +208,5 @@ class Cache:
     @property
     def n_bytes(self) -> int:
         """Bytes of the opened shards."""
-        return sum(record.n_bytes for record in self.opened)
+        added = {id(part): part.n_bytes(self.opened) for _, part in self._added.values()}
+        return sum(record.n_bytes for record in self.opened) + sum(added.values())

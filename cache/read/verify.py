@@ -13,6 +13,7 @@ from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import (
     ABOUT,
+    ADDED,
     COMMITS,
     DOCUMENTS,
     LOCK,
@@ -79,7 +80,14 @@ def verify(
             n_bytes += 0 if finding.problem else size
             if progress is not None:
                 progress(n_bytes, cache.n_bytes)
-    return Report(tuple(findings), tuple(_foreign(cache)), n_bytes, cache.complete)
+    foreign = [*_foreign(cache)]
+    for addition in cache.additions:
+        below = addition.path.relative_to(path).as_posix()
+        report = verify(addition.path, quick=quick)
+        findings += [Finding(f"{below}/{finding.path}", finding.problem) for finding in report.findings]
+        foreign += [f"{below}/{name}" for name in report.foreign]
+        n_bytes += report.n_bytes
+    return Report(tuple(findings), tuple(foreign), n_bytes, cache.complete)
 
 
 def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
@@ -170,10 +178,11 @@ def _foreign(cache: Cache) -> Iterator[str]:
     known |= set(zarr_files(cache.layout, 0))
     for record in cache.records:
         known |= {commit_path(record.shard), *record.files}
-    folders = {COMMITS, DOCUMENTS, TEMPORARY, *cache.layout.folders}
+    folders = {COMMITS, DOCUMENTS, TEMPORARY, ADDED, *cache.layout.folders}
+    parts = {part.path.relative_to(cache.path).as_posix() for part in cache.additions}
     for folder, names, files in os.walk(cache.path):
         relative = Path(folder).relative_to(cache.path)
-        names[:] = sorted(name for name in names if name != TEMPORARY)
+        names[:] = sorted(name for name in names if name != TEMPORARY and (relative / name).as_posix() not in parts)
         for name in sorted([*files, *names]):
             path = (relative / name).as_posix()
             if path not in known and path not in folders:

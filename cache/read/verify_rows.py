@@ -21,8 +21,8 @@ from sae_granary.common.rows import FLAG_ABSENT
 def check_rows(cache: Cache, i: int, record: ShardRecord) -> str | None:
     """The first thing that is wrong with the contents of a shard whose files have the right checksums."""
     problem = _check_order(cache, i, record) or _check_documents(cache, record)
-    for hook in cache.hook_points:
-        problem = problem or _check_statistics(cache, i, hook, record)
+    for hook in cache.manifest.hook_points:
+        problem = problem or _check_statistics(cache, i, hook.name, record)
     return problem or _check_padding(cache, record)
 
 

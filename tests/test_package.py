@@ -104,7 +104,7 @@ def test_what_is_declared_is_imported() -> None:
 def test_tests_and_benchmarks_import_what_dev_installs() -> None:
     files = imported("tests", "benchmarks", "examples", "docs")
     allowed = declared() | declared(*USERS_EXTRAS, "dev", "browser", "docs") | FROM_TORCH
-    apart = ("tests/interop_", "tests/remote_", "benchmarks/peers")  # environments of their own
+    apart = ("examples/peers/", "tests/interop_", "tests/remote_", "benchmarks/peers")  # environments of their own
     peers = {path for path in files.values() if path.startswith(apart)}
     assert {name: path for name, path in files.items() if name not in allowed and path not in peers} == {}
 

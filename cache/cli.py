@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sae_granary.cache.commands.convert import convert
+from sae_granary.cache.commands.diff import diff
 from sae_granary.cache.commands.import_vectors import import_files
 from sae_granary.cache.commands.info import info
 from sae_granary.cache.commands.ls import ls
@@ -17,6 +18,7 @@ app.command()(ls)
 app.command()(info)
 app.command(name="import")(import_files)
 app.command()(verify)
+app.command()(diff)
 app.command()(rm)
 app.command()(push)
 app.command()(pull)

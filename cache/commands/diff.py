@@ -10,13 +10,13 @@ from sae_granary.cache.commands.shared import CachePath, Json, print_json
 from sae_granary.common.app import Debug, echo, expected_errors
 
 if TYPE_CHECKING:
-    from sae_granary.cache.read.diff import CacheDifference
+    from sae_granary.cache.diff import CacheDifference
 
 
 def diff(first: CachePath, second: CachePath, as_json: Json = False, debug: Debug = False) -> None:
     """Compare two caches: what they were made from, and every row that both have. Exit code 1 if they differ."""
     with expected_errors(debug):
-        from sae_granary.cache.read.diff import diff as compare
+        from sae_granary.cache.diff import diff as compare
         from sae_granary.cache.read.reader import open_cache
 
         a, b = open_cache(first, allow_incomplete=True), open_cache(second, allow_incomplete=True)

@@ -1,6 +1,6 @@
 """An extension of griffe, which reads docstrings for the pages of the Python API.
 
-Examples (`>>>`) become code blocks. A field without a docstring is described by its `help=`, or by the comment behind it.
+Examples (`>>>`) become code blocks. A field without a docstring is described by `help=` or its comment.
 """
 
 from __future__ import annotations

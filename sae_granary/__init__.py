@@ -34,7 +34,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sae_granary.analyze.encoding.codes import open_codes
     from sae_granary.analyze.encoding.texts import encode_texts
-    from sae_granary.cache.load.public import BatchDataset, batches
+    from sae_granary.cache.loops import BatchDataset, batches
     from sae_granary.cache.read.reader import open_cache
     from sae_granary.cache.vectors.writer import VectorWriter as CacheWriter
     from sae_granary.harvest.run import harvest_activations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 else:
     # name -> (module, its name there); a test compares this with the imports above
     _LAZY = {
-        "BatchDataset": ("cache.load.public", "BatchDataset"),
-        "batches": ("cache.load.public", "batches"),
+        "BatchDataset": ("cache.loops", "BatchDataset"),
+        "batches": ("cache.loops", "batches"),
         "CacheWriter": ("cache.vectors.writer", "VectorWriter"),
         "encode_texts": ("analyze.encoding.texts", "encode_texts"),
         "harvest_activations": ("harvest.run", "harvest_activations"),

@@ -52,6 +52,7 @@ ALSO = {
     "cache/cli.py": {"typer", "rich"},
     "cache/commands": {"typer", "rich"},
     "cache/load": {"torch"},
+    "cache/loops.py": {"torch"},
     "cache/remote": {"fsspec"},
     "cache/read/reader.py": {"torch"},  # for types
     "cache/read/tensors.py": {"torch"},  # imported inside a function of the reader

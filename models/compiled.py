@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _S, _OTHER_S = 73, 71  # primes, unlike any T below and any width: equal sizes would be taken for one
 _LENGTHS = (61, 59, 53, 47, 31, 29, 13, 11, 7, 5, 3, 2)
 _GRAPHS = 64  # a model has several kinds of blocks, each with and without mask, with one sequence and with more
-_ADVICE = "leave --compile away"
+_ADVICE = "leave out --compile"
 
 
 def check_compile(

@@ -84,18 +84,18 @@ def refusal(config: HarvestConfig) -> str:
 def test_refusals_before_anything_is_written(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config("bert")
     assert refusal(replace(made, where=WhereConfig("text"))) == (
-        "--compile is for --unit token; --unit text runs the Sentence-Transformer's own code: leave --compile away"
+        "--compile is for --unit token; --unit text runs the Sentence-Transformer's own code: leave out --compile"
     )
     monkeypatch.setenv("CXX", "true")  # a compiler by name, before the hooks are looked at
     assert refusal(config("bert", (), ("encoder.layer.*.output",))) == (
         "--compile compiles blocks without a hook point inside, and none runs before encoder.layer.0.output, "
-        "encoder.layer.1.output, encoder.layer.2.output: harvest the output of a block (--layer), or leave --compile "
-        "away"
+        "encoder.layer.1.output, encoder.layer.2.output: harvest the output of a block (--layer), or leave out "
+        "--compile"
     )
     no_compiler(monkeypatch)
     assert refusal(made) == (
         "--compile on cpu needs a compiler, and there is no 'no-such-compiler': install one, name it in CXX, or leave "
-        "--compile away"
+        "out --compile"
     )
 
 
@@ -109,7 +109,7 @@ def test_a_failing_compiler_leaves_nothing_behind(
     failing = inductor.patch({"cpp.cxx": (None, "false")})
     with (
         failing,
-        pytest.raises(ModelError, match=r"^--compile: this model cannot be compiled \(.*\): leave --compile away$"),
+        pytest.raises(ModelError, match=r"^--compile: this model cannot be compiled \(.*\): leave out --compile$"),
     ):
         harvest_activations(made, quiet=True)
     assert not made.out_path.exists()

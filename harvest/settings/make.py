@@ -19,7 +19,7 @@ SECTIONS = tuple(dict.fromkeys(spec.metadata["section"] for spec in DECLARED.val
 
 
 def read_file(path: Path) -> Settings:
-    """Return the settings of a YAML file, which stand in sections or beside them. Raises ConfigError."""
+    """Return the settings of a YAML file, in sections or without. Raises ConfigError."""
     places = {name: spec.metadata["section"] for name, spec in DECLARED.items()}
     return flat_settings(read_mapping(path), str(path), SECTIONS, places)
 

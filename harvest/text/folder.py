@@ -150,7 +150,7 @@ def _choose_split(folder: Folder, wanted: str | None) -> None:
     if len(names) < 2 or len(splits) < len(folder.files):
         if wanted is not None:
             where = f"{folder.path} (local files without several splits)"
-            raise ConfigError(f"--split {wanted} does not apply to --dataset {where}: leave it away")
+            raise ConfigError(f"--split {wanted} does not apply to --dataset {where}: leave it out")
         return
     chosen = wanted or DEFAULT_SPLIT
     if chosen not in (*names, ALL_SPLITS):

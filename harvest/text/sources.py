@@ -69,5 +69,5 @@ def _refuse(config: TextConfig, where: str, flags: tuple[str, ...]) -> None:
     for flag in flags:
         if values[flag] is not None:
             raise ConfigError(
-                f"{flag} {values[flag]} does not apply to --dataset {config.dataset} ({where}): leave it away"
+                f"{flag} {values[flag]} does not apply to --dataset {config.dataset} ({where}): leave it out"
             )

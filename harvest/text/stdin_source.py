@@ -83,6 +83,6 @@ class StdinSource:
             if names:
                 raise SourceError(
                     f"{flag} {','.join(names)} does not apply to standard input whose first line is no JSON object: "
-                    "leave it away"
+                    "leave it out"
                 )
         return None

@@ -259,8 +259,8 @@ def test_config_prints_what_a_run_would_use_and_where_it_comes_from(make_cache) 
     for line in (
         "  k: 4  # c.yaml",
         "  lr: 0.002  # flag",
-        "  steps: 10  # follows from the rest",
-        "  d_sae: 128  # follows from the rest",
+        "  steps: 10  # derived",
+        "  d_sae: 128  # derived",
         "  beta1: 0.9  # default",
     ):
         assert line in text.splitlines(), line

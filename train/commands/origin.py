@@ -52,4 +52,4 @@ def _origin(key: str, value: Any, layers: Layers, config: TrainConfig) -> str:
     spec = {f.name: f.default for f in fields(TrainConfig)} | {
         f.name: f.default for f in fields(sae_core.registry.get(config.type).Config)
     }
-    return "default" if spec[key] == value and key not in DERIVED_OPTIONS else "follows from the rest"
+    return "default" if spec[key] == value and key not in DERIVED_OPTIONS else "derived"

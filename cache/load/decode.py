@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sae_granary.cache.read.arrays import HookRows
 
 SCALE = "@scale"  # after a name: the scales of its rows
-_BLOCK = 1 << 16  # values that are decoded at once on a CPU: they fit a core's cache
+_BLOCK = 1 << 18  # values that are decoded at once on a CPU, in a core's cache: 1.1 ms instead of 2.5 for 4096 x 384
 
 Stored = Mapping[str, Tensor]  # by name; scales (B, 1) under a name that ends in SCALE
 
@@ -76,12 +76,18 @@ def torch_dtype(storage: Storage) -> torch.dtype:
 
 def decode(codes_BD: Tensor, scale_B1: Tensor, step_D: Tensor, offset_D: Tensor, out_BD: Tensor) -> Tensor:
     """q (|q| + 32) scale step + offset into `out`, bit by bit as numpy gives it: each product is exact."""
-    n_rows = len(codes_BD) if codes_BD.device.type != "cpu" else max(_BLOCK // max(codes_BD.shape[1], 1), 1)
+    n_rows = len(codes_BD)
+    if codes_BD.device.type == "cpu":
+        n_rows = min(n_rows, max(_BLOCK // max(codes_BD.shape[1], 1), 1))
+    scale_B1 = scale_B1.float()
+    q_ND, product_ND = (torch.empty_like(codes_BD[:n_rows], dtype=torch.int16) for _ in range(2))
     for start in range(0, len(codes_BD), max(n_rows, 1)):
-        part = slice(start, start + n_rows)
-        product_BD = codes_BD[part].to(torch.int16)
-        product_BD = product_BD * (product_BD.abs() + BEND)
-        torch.addcmul(offset_D, product_BD.to(torch.float32).mul_(scale_B1[part].float()), step_D, out=out_BD[part])
+        x_ND = out_BD[start : start + n_rows]
+        q_ND, product_ND = q_ND[: len(x_ND)], product_ND[: len(x_ND)]  # the last block is smaller
+        q_ND.copy_(codes_BD[start : start + n_rows])
+        torch.abs(q_ND, out=product_ND).add_(BEND).mul_(q_ND)
+        x_ND.copy_(product_ND).mul_(scale_B1[start : start + n_rows])
+        torch.addcmul(offset_D, x_ND, step_D, out=x_ND)
     return out_BD
 
 

@@ -110,6 +110,34 @@ def add(
 
 
 @app.command()
+def repair(
+    cache: Annotated[Path, typer.Argument(help="A complete cache.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the damaged files.")] = False,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it was moved.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where the text is now, if moved.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cuda:1 where the harvest ran on cuda.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Restore the damaged files of a cache: harvest their rows again, which must give the recorded bytes."""
+    with _errors(debug):
+        from sae_granary.common.process import keep_freed_memory
+        from sae_granary.common.signals import stop_on_signals
+        from sae_granary.harvest.replay import repair as repairing
+
+        if dry_run:
+            damages = repairing.find_damage(cache)
+        else:
+            with stop_on_signals(at_once=True, second="exit") as stop:
+                keep_freed_memory(device or "auto")
+                damages = repairing.repair(cache, model=model, dataset=dataset, device=device, quiet=quiet, stop=stop)
+        for line in repairing.report_lines(damages, restored=not dry_run):
+            echo(line)
+        if damages and dry_run:
+            raise typer.Exit(1)
+
+
+@app.command()
 @takes_model_flags
 def names(
     read_flags: Callable[[], dict[str, Any]],

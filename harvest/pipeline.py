@@ -8,7 +8,7 @@ source -> documents -> windows -> sort buffers     (a thread: tokenizer and batc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,8 @@ from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
-from sae_granary.harvest.replay.stream import BufferStream
+from sae_granary.harvest.replay.one_shard import ShardAgain
+from sae_granary.harvest.replay.stream import BufferStream, Replay
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
 from sae_granary.harvest.spec import not_recorded
 from sae_granary.harvest.text.committed import continued
@@ -73,16 +74,15 @@ class Pipeline:
         self,
         prepared: Prepared,
         model: Model,
-        writer: CacheWriter,
+        writer: CacheWriter | ShardAgain,
         progress: Progress,
         log: RunLog,
         check: Callable[[], None],
-        provenance: Mapping[str, Any] | None = None,  # of the finished cache; None: as it is
-        ends: Sequence[int] = (),  # documents at which earlier harvests of these rows ended
+        replay: Replay = Replay(),  # noqa: B008
     ) -> None:
         self._prepared, self._model, self._writer = prepared, model, writer
-        self._progress, self._log, self._check, self._provenance = progress, log, check, provenance
-        self._meter, self._ends = _Meter(), ends
+        self._progress, self._log, self._check, self._replay = progress, log, check, replay
+        self._meter = _Meter()
         cursor = writer.cursor
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
         self._stream = self._open_stream(
@@ -94,8 +94,21 @@ class Pipeline:
 
     def run(self) -> HarvestResult:
         """All the way to a complete cache."""
+        writer, start = self._writer, time.perf_counter()
+        assert isinstance(writer, CacheWriter)
+        self.fill()
+        begin = time.perf_counter()
+        if writer.n_rows == 0:
+            source = self._prepared.source
+            raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
+        writer.finish(self._summary(), self._replay.provenance)
+        self._warn(writer.warnings[len(self._warnings) :])
+        self._meter.add("write", begin)
+        return self._result(writer, time.perf_counter() - start)
+
+    def fill(self) -> None:
+        """Give the writer all rows that are wanted."""
         self._progress.begin(self._resumed_rows)
-        start = time.perf_counter()
         with (
             Background(self._write, self._check) as background,
             Prefetch(self._work(), 2, self._check) as prefetch,
@@ -103,24 +116,20 @@ class Pipeline:
             for work in prefetch:
                 background.submit(self._encode(work))
         self._meter.seconds["tokenizer"] = prefetch.busy
-        begin = time.perf_counter()
-        if self._writer.n_rows == 0:
-            source = self._prepared.source
-            raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
-        self._writer.finish(self._summary(), self._provenance)
-        self._warn(self._writer.warnings[len(self._warnings) :])
-        self._meter.add("write", begin)
-        return self._result(time.perf_counter() - start)
 
     def _open_stream(self, state: StreamState) -> BufferStream:
         prepared, committed = self._prepared, self._writer.committed
-        docs = continued(prepared.source, self._writer, state.next_doc, prepared.render, prepared.tokenize)
+        options = {"compare": self._replay.compare and committed.n_shards > 0}
+        docs = continued(
+            prepared.source, self._writer.path, state.next_doc, prepared.render, prepared.tokenize, **options
+        )
         max_rows, max_docs = prepared.config.max_tokens, prepared.config.max_docs
         return BufferStream(
             tokenize_stream(docs, prepared.tokenize),
             prepared.rules,
             state,
-            ends=self._ends,
+            ends=self._replay.ends,
+            until=self._replay.until,
             max_rows=max_rows and max(max_rows, committed.n_rows),  # the document of the last committed row ends it
             max_docs=max_docs and max(max_docs, committed.n_documents),
         )
@@ -195,10 +204,10 @@ class Pipeline:
             self._progress.say(f"warning: {warning}")
             self._log.write(f"warning: {warning}")
 
-    def _result(self, seconds: float) -> HarvestResult:
+    def _result(self, writer: CacheWriter, seconds: float) -> HarvestResult:
         meter = self._meter
         busy = sorted(((stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()), key=_share)
-        result = result_of(self._prepared, self._writer, self._summary())
+        result = result_of(self._prepared, writer, self._summary())
         result = replace(
             result,
             resumed_rows=self._resumed_rows,

@@ -16,7 +16,7 @@ from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
-from sae_granary.harvest.replay.stream import recorded_ends
+from sae_granary.harvest.replay.stream import Replay, recorded_ends
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.settings.make import make_config
 from sae_granary.harvest.spec import as_begun, cache_spec, extended_provenance, grown, not_recorded
@@ -91,7 +91,7 @@ def harvest_activations(
                 prepared = as_begun(prepared, writer.manifest.provenance)
                 told = extended_provenance(prepared, writer.manifest) if options["extend"] else None
                 ends = recorded_ends(writer.manifest)
-                return Pipeline(prepared, model, writer, progress, log, stop.check, told, ends).run()
+                return Pipeline(prepared, model, writer, progress, log, stop.check, Replay(told, ends)).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
                 raise

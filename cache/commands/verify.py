@@ -48,6 +48,8 @@ def _print_report(path: Path, report: Report, quick: bool) -> None:
     out = console()
     for finding in report.problems:
         out.print(plain(f"{finding.path}: {finding.problem}", "red"), soft_wrap=True)
+    if report.problems and report.complete:
+        out.print(plain(f"restore them: sae-harvest repair {path} (--dry-run lists what it would do)"), soft_wrap=True)
     for name in report.foreign:
         out.print(plain(f"{name}: not part of the cache"), soft_wrap=True)
     checked = "sizes" if quick else f"{len(report.findings)} files, {byte_size(report.n_bytes)}"

@@ -15,7 +15,7 @@ from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
-from sae_granary.harvest.replay.stream import recorded_ends
+from sae_granary.harvest.replay.stream import Replay, recorded_ends
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.run import load
 from sae_granary.harvest.spec import as_begun, cache_spec
@@ -76,7 +76,7 @@ def add_hooks(
                 prepared = as_begun(prepared, base.manifest.provenance)
                 ends = recorded_ends(base.manifest)
                 log.write(f"adding {', '.join(names)}")
-                return Pipeline(prepared, loaded, writer, progress, log, stop.check, None, ends).run()
+                return Pipeline(prepared, loaded, writer, progress, log, stop.check, Replay(None, ends)).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
                 raise

@@ -85,6 +85,18 @@ def _dataset_name(provenance: Mapping[str, Any]) -> str:
     return names.get(kind, str(dataset.get("name")) if kind == "files" else kind)
 
 
+def recorded_where(manifest: Manifest) -> WhereConfig:
+    """The hook points of a cache as they are named for a harvest."""
+    if manifest.unit == "text":
+        return WhereConfig(unit="text")
+    layers = [hook for hook in manifest.hook_points if re.fullmatch(r"layer_\d+", hook.name)]
+    modules = [hook for hook in manifest.hook_points if hook not in layers]
+    return WhereConfig(
+        layers=tuple(int(hook.name.removeprefix("layer_")) for hook in layers),
+        hooks=tuple(hook.module + (":in" if hook.side == "input" else "") for hook in modules),
+    )
+
+
 def refuse_other_source(path: Path, prepared: Prepared, manifest: Manifest) -> None:
     """Raise HarvestError where the model, the text or a setting is not what a cache records, with what differs.
 

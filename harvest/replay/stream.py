@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.models.tokens.contexts import Buffer, IntArray, StreamState, WindowRules
@@ -10,11 +12,21 @@ from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, buffers
 
 
+@dataclass(frozen=True)
+class Replay:
+    """What is different where rows of a cache come again, or more of them."""
+
+    provenance: Mapping[str, Any] | None = None  # of the finished cache; None: as it is
+    ends: Sequence[int] = ()  # documents at which earlier harvests of these rows ended
+    until: int | None = None  # the last row that is wanted
+    compare: bool = True  # the text with the stored documents
+
+
 class BufferStream:
     """Iterates over sort buffers; `state` and `ended` tell how far it came and why it ended.
 
     `ends` are the numbers of documents at which earlier harvests of the cache ended, ascending. No buffer spans one, so
-    that every buffer of an extended cache is made again exactly as it was.
+    that every buffer of an extended cache is made again exactly as it was. The buffer with row `until` is the last one.
     """
 
     def __init__(
@@ -26,8 +38,9 @@ class BufferStream:
         ends: Sequence[int] = (),
         max_rows: int | None = None,
         max_docs: int | None = None,
+        until: int | None = None,
     ) -> None:
-        self._tokenized, self._rules = iter(tokenized), rules
+        self._tokenized, self._rules, self._until = iter(tokenized), rules, until
         self._limits = [(None, end) for end in ends if end >= state.n_docs] + [(max_rows, max_docs)]
         self._window_stream = WindowStream(self._tokenized, rules, state)
 
@@ -47,7 +60,10 @@ class BufferStream:
             self._window_stream = WindowStream(
                 self._tokenized, self._rules, self.state, max_rows=max_rows, max_docs=max_docs
             )
-            yield from buffers(self._window_stream, buffer_tokens)
+            for buffer in buffers(self._window_stream, buffer_tokens):
+                yield buffer
+                if self._until is not None and buffer.state.n_rows + buffer.n_rows >= self._until:
+                    return
 
 
 def recorded_ends(manifest: Manifest) -> tuple[int, ...]:

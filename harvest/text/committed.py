@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from sae_granary.cache.read.reader import open_cache
-from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.text.document import TextSource, documents
@@ -14,17 +14,16 @@ from sae_granary.models.tokens.document import Document, Render
 
 
 def continued(
-    source: TextSource, writer: CacheWriter, next_doc: int, render: Render, tokenize: Tokenize
+    source: TextSource, path: Path, next_doc: int, render: Render, tokenize: Tokenize, *, compare: bool
 ) -> Iterator[Document]:
-    """The documents from `next_doc` on, each compared with the text that the cache stores of it.
+    """The documents from `next_doc` on; with `compare` each is held against the text that the cache stores of it.
 
     A source that reads what it skips is compared from its first document on. Raises HarvestError.
     """
     docs = documents(source, next_doc if source.seekable else 0, render)
-    if writer.n_shards == 0:
-        yield from docs
+    if not compare:
+        yield from docs if source.seekable else (document for document in docs if document.doc_id >= next_doc)
         return
-    path = writer.path
     cache = open_cache(path, allow_incomplete=True)
     last = max((record.documents.last for record in cache.records if record.documents is not None), default=-1)
     doc_id = -1

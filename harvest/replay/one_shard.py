@@ -1,0 +1,61 @@
+"""A committed shard written once more, to be compared with its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.spec import Cursor
+from sae_granary.cache.write.committed import Committed
+from sae_granary.cache.write.shard import OpenShard
+from sae_granary.cache.write.split import documents_by_row
+from sae_granary.common.rows import DocumentRow, Rows
+
+
+class ShardAgain:
+    """Takes the rows behind the shards before it, keeps those of one shard, in files of a temporary folder."""
+
+    def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
+        self.path, self.manifest = path, manifest
+        self.committed = Committed.of(manifest.shards[:shard])
+        self.cursor: Cursor | None = self.committed.cursor
+        self.warnings: list[str] = []
+        self._record = manifest.shards[shard]
+        self._shard = OpenShard(manifest.layout, shard, folder, kept_columns=manifest.kept_columns, direct=False)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards before this one."""
+        return self.committed.n_shards
+
+    @property
+    def n_rows(self) -> int:
+        """Rows so far, those of the shards before included."""
+        return self.committed.n_rows + self._shard.n_rows
+
+    @property
+    def bytes_written(self) -> int:
+        """Of the shards before."""
+        return self.committed.n_bytes
+
+    def begin_buffer(self, source_state: Mapping[str, int]) -> None:
+        """The record has the cursor."""
+
+    def skip(self, n_rows: int) -> None:
+        """The record has the cursor."""
+
+    def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:
+        """Take rows as long as they are of this shard."""
+        n_rows = min(rows.n_rows, self._record.n_rows - self._shard.n_rows)
+        placed = documents_by_row(documents, rows.doc_id, self.committed.last_document)
+        if n_rows:
+            self._shard.append(rows[:n_rows], [document for row, document in placed if row < n_rows])
+
+    def finished(self) -> tuple[dict[str, Path], ShardRecord]:
+        """Its files by their path in the cache, and its record."""
+        return self._shard.finish(self._record.cursor)
+
+    def discard(self) -> None:
+        """Close and remove its files."""
+        self._shard.discard()

@@ -1,0 +1,121 @@
+# ruff: noqa: F811
+"""Damaged files of a cache come back byte for byte: their rows are harvested again."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_kit import no_sync  # noqa: F401
+from harvest_kit import CutOff, cut_off_after
+from test_harvest_extend import config, harvest, models  # noqa: F401
+from test_harvest_resume import contents
+from typer.testing import CliRunner
+
+from sae_granary import open_cache
+from sae_granary.cache.read.verify import verify
+from sae_granary.harvest.cli import app
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.errors import HarvestError
+from sae_granary.harvest.replay.add import add_hooks
+from sae_granary.harvest.replay.repair import find_damage, repair
+from sae_granary.models.config import ModelConfig, WhereConfig
+
+
+def flip(file: Path, at: int = 100) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def damage_each_kind(path: Path) -> int:
+    """Missing, truncated, flipped files of rows, documents, records, metadata and vocabulary; how many."""
+    (path / "activations/layer_1/c.1.0").unlink()
+    os.truncate(path / "norms/layer_1/c.3", 10)
+    flip(path / "rows/token_id/c.3")
+    flip(path / "documents/00000002.parquet")
+    flip(path / "commits/00000000.json")
+    (path / "commits/00000004.json").unlink()
+    flip(path / "rows/zarr.json", 5)
+    flip(path / "vocabulary.json", 20)
+    return 8
+
+
+@pytest.fixture
+def grown(config: HarvestConfig) -> HarvestConfig:
+    """A cache that was extended, with an added hook point."""
+    harvest(config)
+    harvest(config, extend=True, max_tokens=1500)
+    add_hooks(config.out_path, WhereConfig(layers=(2,)), quiet=True)
+    return config
+
+
+def test_every_kind_of_damage_is_repaired_to_the_original_bytes(grown: HarvestConfig) -> None:
+    path = grown.out_path
+    before = contents(path)
+    n = damage_each_kind(path)
+    flip(path / "added/layer_2/activations/layer_2/c.2.0")
+    assert not verify(path).ok
+    broken = contents(path)
+    found = CliRunner().invoke(app, ["repair", str(path), "--dry-run"])
+    assert found.exit_code == 1
+    assert found.stdout.count("damaged: ") == sum(len(damage.files) for damage in find_damage(path)) >= n + 1
+    assert contents(path) == broken
+    result = CliRunner().invoke(app, ["repair", str(path), "--quiet", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert contents(path) == before
+    assert verify(path).ok
+    assert "nothing to repair" in CliRunner().invoke(app, ["repair", str(path)]).stdout
+
+
+def test_an_interrupted_repair_is_continued(config: HarvestConfig) -> None:
+    harvest(config)
+    before = contents(config.out_path)
+    for shard in (0, 2):
+        flip(config.out_path / f"activations/layer_1/c.{shard}.0")
+    with pytest.raises(CutOff), cut_off_after(18):
+        repair(config.out_path, quiet=True)
+    assert [sorted(damage.shards) for damage in find_damage(config.out_path)] in ([[0, 2]], [[2]])
+    repair(config.out_path, quiet=True)
+    assert contents(config.out_path) == before
+    assert not (config.out_path / ".tmp").exists()
+
+
+def test_packed_rows_of_a_decoder_are_repaired(config: HarvestConfig, models: dict[str, str]) -> None:
+    model = ModelConfig(models["llama"], device="cpu")
+    harvest(config, model=model, tokens=replace(config.tokens, pack=True))
+    before = contents(config.out_path)
+    flip(config.out_path / "activations/layer_1/c.1.0")
+    repair(config.out_path, quiet=True)
+    assert contents(config.out_path) == before
+
+
+def test_without_the_source_it_is_said_what_is_lost_and_nothing_is_written(config: HarvestConfig) -> None:
+    harvest(config)
+    flip(config.out_path / "activations/layer_1/c.1.0")
+    before, n_rows = contents(config.out_path), open_cache(config.out_path).records[1].n_rows
+    corpus = Path(config.text.dataset)
+    text = corpus.read_text()
+    lost = rf"lost are {n_rows} rows \(row ids 256 to {256 + n_rows - 1}\), unless a copy has them"
+    corpus.unlink()
+    with pytest.raises(Exception, match=rf"corpus.txt.*{lost}"):
+        repair(config.out_path, quiet=True)
+    lines = text.split("\n")
+    corpus.write_text("\n".join([*lines[:5], "another text instead", *lines[6:]]))
+    with pytest.raises(HarvestError, match=rf"shard 1 of .* does not come out as it was: .*{lost}"):
+        repair(config.out_path, quiet=True)
+    assert contents(config.out_path) == before
+    corpus.rename(corpus.with_name("moved.txt"))
+    corpus.with_name("moved.txt").write_text(text)
+    assert len(repair(config.out_path, dataset=str(corpus.with_name("moved.txt")), quiet=True)) == 1
+    assert verify(config.out_path).ok
+
+
+def test_values_of_a_repaired_cache(config: HarvestConfig) -> None:
+    harvest(config)
+    rows = np.array(open_cache(config.out_path).hook()[:])
+    (config.out_path / "activations/layer_1/c.2.0").unlink()
+    repair(config.out_path, quiet=True)
+    np.testing.assert_array_equal(open_cache(config.out_path).hook()[:], rows)

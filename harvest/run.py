@@ -10,6 +10,7 @@ from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
+from sae_granary.common.threads import shown, waiting
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Model, Pipeline
@@ -64,8 +65,9 @@ def harvest_activations(
         raise ConfigError(f"a config and settings ({', '.join(settings)}) were given: give one of them")
     config = make_config(settings) if config is None else config
     stop = StopRequest() if stop is None else stop
-    with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress:
-        prepared = prepare(config, progress.say)
+    with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress, shown(progress.say):
+        with waiting("looking at model, tokenizer and text"):
+            prepared = prepare(config, progress.say)
         check_weights(prepared.located)
         check_space(prepared)
         model: Model | None = None

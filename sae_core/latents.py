@@ -75,6 +75,15 @@ class SharedThreshold(PerLatent):
         held.calibrated.copy_(numbers[0])
 
 
+def _bins(values: Tensor) -> Tensor:
+    """How many positive numbers fall in each of N_BINS bins of the bits of float32."""
+    bits = values.float().contiguous().view(torch.int32).view(-1)
+    numbered = (bits >> DROPPED_BITS).clamp_(min=-1).add_(1)  # 0: the negative ones
+    counts = torch.bincount(numbered, minlength=N_BINS + 1)[1:]
+    counts[0] -= (bits == 0).sum()
+    return counts
+
+
 class BatchThreshold(nn.Module):
     """The inference threshold of batch-wise selections: an EMA while training, a calibration at the end.
 
@@ -123,8 +132,7 @@ class BatchThreshold(nn.Module):
         n_rows = 0
         for batch in pre_acts:
             n_rows += batch.shape[0]
-            positive = batch[batch > 0].float()
-            counts += torch.bincount(positive.view(torch.int32) >> DROPPED_BITS, minlength=N_BINS).cpu()
+            counts += _bins(batch).cpu()
         above = counts.flip(0).cumsum(0).flip(0)  # above[b]: entries in bin b and higher
         lowest = int((above > n_rows * k).sum())  # the first bin whose entries all fit
         edge = torch.tensor(max(lowest, 0) << DROPPED_BITS, dtype=torch.int32).view(torch.float32)

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from sae_granary.common.threads import Background, Prefetch
+from sae_granary.common import threads
+from sae_granary.common.threads import Background, Prefetch, shown, waiting
 
 
 def test_items_are_made_ahead_and_no_further() -> None:
@@ -118,3 +119,18 @@ def test_an_error_outside_finishes_the_item_in_work_and_drops_the_other() -> Non
         threading.Timer(0.05, go.set).start()
         raise KeyError
     assert done == [0]
+
+
+def test_a_long_wait_is_said_to_the_innermost_listener_and_a_short_one_is_not(monkeypatch) -> None:
+    outer: list[str] = []
+    inner: list[str] = []
+    said = threading.Event()
+    with shown(outer.append), waiting("a moment"):
+        pass
+    monkeypatch.setattr(threads, "FIRST_SECONDS", 0.001)
+    with shown(outer.append), shown(lambda line: (inner.append(line), said.set())), waiting("reading weights"):
+        assert said.wait(30)
+    assert (outer, inner) == ([], ["reading weights ..."])
+    with waiting("reading weights") as progress:  # nobody listens
+        progress(0.5)
+    assert not any(thread.name == threads.THREADS + "waiting" for thread in threading.enumerate())

@@ -15,6 +15,7 @@ from sae_granary.cache.read.recorded import PATHS, cache_paths
 from sae_granary.common import files
 from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_VERSION
 from sae_granary.common.signed import digest, write_signed
+from sae_granary.common.threads import waiting
 from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
@@ -81,8 +82,9 @@ def _fresh_run(data: RunData, sample: Callable[[RunData], Rows], sinks: Sinks) -
     seed = data.config.init_seed
     with Rng.seeded(seed) as rng:
         sae = build_sae(data.config)
-        rows = sample(data)
-        sae.initialize(rows, torch.Generator().manual_seed(seed))
+        with waiting("initializing the SAE from a sample of rows"):
+            rows = sample(data)
+            sae.initialize(rows, torch.Generator().manual_seed(seed))
         told = [start_from(sae, data.config.init_from, rows)] if data.config.init_from is not None else []
         run = Run.create(data.config, sae)
     for line in told:

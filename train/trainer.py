@@ -17,6 +17,7 @@ from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.common.finished_run import SUMMARY
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
+from sae_granary.common.threads import waiting
 from sae_granary.sae_core import SAE, Rows
 from sae_granary.sae_core.errors import NonFiniteError
 from sae_granary.train import loop
@@ -180,11 +181,13 @@ class Trainer:
         with run.rng:
             if run.ema is not None:
                 run.ema.copy_to(run.sae)
-            run.sae.calibrate(self._until(stop, passes.calibration(data)))
-            numbers, rows = self._evaluate(stop)
+            with waiting("calibrating the inference threshold"):
+                run.sae.calibrate(self._until(stop, passes.calibration(data)))
+            with waiting("evaluating"):
+                numbers, rows = self._evaluate(stop)
         self.sinks.flush()
         summary = summarize(run, data, self.folder, numbers, self.clock.seconds)
-        with self._diverges():
+        with self._diverges(), waiting("writing the SAE and reading it again"):
             save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
         self.sinks.finish(summary)
         self.sinks.flush()

@@ -8,7 +8,7 @@ import inspect
 import os
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,6 +18,7 @@ from typer.core import TyperOption
 from sae_granary.common.errors import GranaryError, one_line, printable
 from sae_granary.common.files import shortage
 from sae_granary.common.process import allow_open_files
+from sae_granary.common.threads import shown, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,14 @@ def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]]
         def run_command(**flags: Any) -> None:
             given = {name: value for name, value in flags.items() if name in names}
             rest = {name: value for name, value in flags.items() if name not in (*names, "help_all")}
-            command(lambda: shared(**given), **rest)
+
+            def read() -> Any:
+                with waiting("loading the libraries"):
+                    return shared(**given)
+
+            quiet = given.get("quiet") or rest.get("quiet")
+            with nullcontext() if quiet else shown(lambda line: echo(line, err=True)):
+                command(read, **rest)
 
         hints = {name: hint for part in (shared, command) for name, hint in _hints(part).items()} | {
             "help_all": HelpAll

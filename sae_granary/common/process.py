@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sae_granary.common.threads import waiting
+
 DENORMAL = 1e-40
 MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows more
 
@@ -79,7 +81,8 @@ def keep_freed_memory(device: str = "cpu") -> bool:
 
 
 def _is_cpu(device: str) -> bool:
-    import torch
+    with waiting("loading PyTorch"):
+        import torch
 
     return device.startswith("cpu") or (device == "auto" and not torch.cuda.is_available())
 

@@ -168,7 +168,7 @@ class Background(Generic[T]):
 
 @contextmanager
 def shown(say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `say` gets a line about each long wait; it is called by another thread."""
+    """Inside, `say` gets a line about each long wait (the innermost one does); another thread calls it."""
     _shown.append(say)
     try:
         yield
@@ -208,5 +208,5 @@ def _line(what: str, share: float, seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    for say in tuple(_shown):
+    for say in _shown[-1:]:  # none, once the block is over
         say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,18 +112,31 @@ def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
     state.update({name: value.t() for name, value in state.items() if torch.is_tensor(value) and value.ndim == 2})
 
 
-class _Adam(torch.optim.Adam):
+class _Eager(torch.optim.Optimizer):
+    """Methods of torch's optimizers without their guard against torch.compile, which imports torch._dynamo: seconds."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+_adam_step = inspect.unwrap(torch.optim.Adam.step)
+_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+
+
+class _Adam(_Eager, torch.optim.Adam):
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step."""
         with _in_memory_order(self):
-            return super().step(closure)
+            return _adam_step(self, closure)
 
 
-class _AdamW(torch.optim.AdamW):
+class _AdamW(_Eager, torch.optim.AdamW):
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step."""
         with _in_memory_order(self):
-            return super().step(closure)
+            return _adamw_step(self, closure)
 
 
 class MuonAndAdam(torch.optim.Optimizer):

@@ -103,7 +103,7 @@ def check_space(prepared: Prepared) -> None:
     if needed - have > free:
         raise SpaceError(
             f"not enough space for {out}: {needed:,} bytes are planned and {free:,} are free; "
-            "use a smaller --max-tokens, fewer layers, --dtype bfloat16, or another --out"
+            "use a smaller --max-tokens, fewer layers, --dtype bfloat16 or int8, or another --out"
         )
 
 

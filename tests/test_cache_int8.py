@@ -2,6 +2,7 @@
 
 import base64
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from sae_granary.cache.load.selection import Filters, Selection
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.calibrate import fit, measure
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.rows import DocumentRow
+from sae_granary.common.rows import DocumentRow, Rows
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data.passes import sound_rows
 from sae_granary.train.data.run_data import RunData
@@ -331,3 +332,38 @@ def test_a_changed_code_or_step_array_is_found_by_verify(opened, tmp_path):
         problems = verify(path).problems
         assert [finding.path for finding in problems] == [name]
         assert told in problems[0].problem
+
+
+FROZEN = Path(__file__).parent / "data" / "format2_tiny" / "int8"
+ROW_7 = [-0.06103515625, 168.9912109375, 2.5640931129455566, 0.0]
+
+
+def write_frozen(path):
+    """320 rows without chance: windows of eight, one dimension in units of a hundred, another mostly zero."""
+    row = np.arange(320)
+    x = ((row[:, None] * np.array([7, 11, 13, 17]) % 101 - 50) / 16).astype(np.float32)
+    x[:, 1] *= 100
+    x[:, 3] *= row % 5 == 0
+    columns = (row % 10, row // 40, row // 8, row % 8, row % 8, np.where(row % 8 == 0, 3, 0))
+    types = (np.int32, np.int64, np.uint64, np.int32, np.int32, np.uint8)
+    rows = Rows({"layer_1": x}, *(column.astype(kind) for column, kind in zip(columns, types, strict=True)))
+    documents = [DocumentRow(i, "counting", i, f"document {i}") for i in range(8)]
+    with CacheWriter.open(path, toy_spec("int8", ("layer_1",), 4, rows_per_shard=204)) as writer:
+        writer.begin_buffer({"next_document": 0})
+        writer.append(rows, documents)
+        writer.finish({})
+    return x
+
+
+def test_a_cache_of_format_2_opens_forever_and_the_same_bytes_are_written(tmp_path):
+    x = write_frozen(tmp_path / "today")
+    frozen, today = open_cache(FROZEN), open_cache(tmp_path / "today")
+    assert [(shard.index, shard.n_rows) for shard in frozen.shards] == [(0, 200), (1, 120)]
+    assert verify(FROZEN).ok
+    assert frozen.hook()[:].tobytes() == today.hook()[:].tobytes()
+    np.testing.assert_allclose(frozen.hook()[:], x, atol=2, rtol=0.01)
+    assert (frozen.hook()[:][x[:, 3] == 0, 3] == 0).all()
+    assert frozen.hook()[7].tolist() == ROW_7
+    for name in tree(FROZEN):
+        if name.startswith(("activations", "scales", "affine", "rows")):
+            assert tree(FROZEN)[name] == tree(tmp_path / "today")[name]

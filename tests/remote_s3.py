@@ -238,3 +238,26 @@ def test_public_buckets_need_yes(cache, bucket):
     run("push", cache, url, "--yes")
     assert "testing-secret" not in str([entry["Key"] for entry in client.list_objects_v2(Bucket=name)["Contents"]])
     assert all(os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in data for data in files(cache).values())
+
+
+def test_training_from_the_server_equals_training_from_the_cache(tmp_path, bucket, monkeypatch):
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from sae_granary import CacheWriter, train_sae
+
+    url, _, _ = bucket
+    monkeypatch.setenv("GRANARY_REMOTE_DIR", str(tmp_path / "copies"))
+    with CacheWriter(tmp_path / "c", d_in=8, rows_per_shard=512) as writer:
+        writer.add(np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32))
+    push(plan_push(tmp_path / "c", url))
+    Proxy.faults, Proxy.share = ("500", "drop", "truncated"), 0.1
+    weights = []
+    for place in (str(tmp_path / "c"), url):
+        result = train_sae(
+            cache=place, type="topk", k=2, d_sae=32, steps=10, batch_size=64, device="cpu",
+            runs_dir=str(tmp_path / "runs" / str(len(weights))),
+        )  # fmt: skip
+        weights.append(load_file(result.folder / "sae_weights.safetensors"))
+    assert Proxy.count > 0
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -229,3 +229,42 @@ def test_public_places_need_yes(cache, faulty, monkeypatch):
     assert faulty.store == {}
     run("push", cache, "faulty://b/public", "--yes")
     assert "faulty://b/public is complete" in run("push", cache, "faulty://b/public").stdout
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRANARY_REMOTE_DIR", str(tmp_path / "copies"))
+    return tmp_path / "copies"
+
+
+def test_a_url_is_read_through_a_verified_copy(cache, faulty, copies):
+    push(plan_push(cache, "faulty://b/c"))
+    rows = open_cache("faulty://b/c")
+    np.testing.assert_array_equal(rows.hook("layer_1")[:], open_cache(cache).hook("layer_1")[:])
+    assert rows.path.parent == copies
+    assert "ok (" in run("verify", "faulty://b/c").stdout
+    faulty.n_requests, faulty.faults = 0, dict.fromkeys(range(1, 10_000), "error")
+    assert open_cache("faulty://b/c").n_rows == rows.n_rows  # out of reach: the copy is complete
+
+
+def test_a_wrong_byte_is_never_read(cache, faulty, copies):
+    push(plan_push(cache, "faulty://b/c"))
+    name = next(name for name in faulty.store if name.endswith("activations/layer_1/c.0.0"))
+    faulty().pipe_file(name, bytes(len(faulty.store[name].getvalue())))
+    with pytest.raises(CorruptCacheError):
+        open_cache("faulty://b/c")
+    assert run("info", "faulty://b/c", code=2).stderr.count("\n") >= 1
+    assert not list(copies.glob("*/manifest.json"))
+
+
+def test_copies_are_bounded(tmp_path, cache, faulty, copies, monkeypatch):
+    size = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())
+    for name in ("one", "two"):
+        push(plan_push(cache, f"faulty://b/{name}"))
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(size * 3 // 2))
+    open_cache("faulty://b/one")
+    open_cache("faulty://b/two")
+    assert [path.parent.name[:3] for path in copies.glob("*/manifest.json")] == ["two"]
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", "1000")
+    with pytest.raises(CacheError, match="GRANARY_REMOTE_BYTES"):
+        open_cache("faulty://b/one")

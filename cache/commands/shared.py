@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def _find(text: str) -> Path:
-    """A cache by its path, or by its name in the folders of GRANARY_CACHE_DIR."""
-    from sae_granary.cache.errors import NotACacheError
-    from sae_granary.cache.format.places import find_cache
+    """A cache by its path, its name in the folders of GRANARY_CACHE_DIR, or its URL."""
+    from sae_granary.cache.errors import CacheError
+    from sae_granary.cache.remote.mirror import locate
 
     try:
-        return find_cache(text)
-    except NotACacheError as error:
+        return locate(text)
+    except CacheError as error:
         fail(f"error: {error}", 2)
 
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from sae_granary.cache.errors import IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
-from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
@@ -27,6 +26,7 @@ from sae_granary.cache.read.added import additions, hooks_of, shorter
 from sae_granary.cache.read.arrays import Column, HookRows, open_hook
 from sae_granary.cache.read.check import check_files, incomplete_message
 from sae_granary.cache.read.texts import RowTexts
+from sae_granary.cache.remote.mirror import locate
 from sae_granary.common.rows import HookPoint
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def open_cache(
     Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
     another size), and UnknownNameError for a shard that is not there.
     """
-    path = find_cache(path)
+    path = locate(path)
     manifest = load_manifest(path)
     records = manifest.shards
     if allow_incomplete or not manifest.complete:

@@ -19,8 +19,7 @@ from sae_granary.cache.format.records import existing_manifest, load_manifest, r
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.remote.fetch import fetch
 from sae_granary.cache.remote.parcel import Parcel, check_continued, first_shards, parse, parse_record, part, whole
-from sae_granary.cache.remote.push import MARKER, THREADS, Progress
-from sae_granary.cache.remote.store import Store
+from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.cache.write.session import locked
 from sae_granary.common import files
 from sae_granary.common.quantities import byte_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,8 @@ from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.reader import open_cache
 from sae_granary.cache.remote.parcel import Parcel, check_continued, first_shards, parse, part, whole
-from sae_granary.cache.remote.store import Store
+from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.common.signed import digest
-
-MARKER = ".push"  # at the remote while a push has not finished: the checksum of the manifest that will come
-THREADS = 8
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 from sae_granary.cache.errors import CacheError, CorruptCacheError, NotACacheError
 from sae_granary.common.errors import one_line
 
-MANIFEST_BYTES = 1 << 30  # at most; a manifest of a thousand shards has some MB
+MARKER = ".push"  # at the remote while a push has not finished: the checksum of the manifest that will come
+THREADS = 8  # files that travel at once
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 0.2, 10.0  # seconds
 _LOCAL = ("file", "local", "memory")
 _EVERYONE = ("AllUsers", "AuthenticatedUsers")
 T = TypeVar("T")
+Progress = Callable[[int], None]  # is told how many more bytes have arrived
 
 
 class RemoteError(CacheError, OSError):

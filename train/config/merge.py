@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sae_granary import sae_core
+from sae_granary.cache.remote.store import is_url
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.files import user_path
 from sae_granary.common.settings.coerce import coerce, typed_value
@@ -67,7 +68,7 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
             if key not in specs:
                 raise unknown_setting(key, {str(type_name): variant_keys(str(type_name))})
             typed[key] = typed_value(specs[key], value, kinds[key], sweep_of)
-            if key in _PATHS and (typed[key] or key == "runs_dir"):
+            if key in _PATHS and (typed[key] or key == "runs_dir") and not (key == "cache" and is_url(typed[key])):
                 typed[key] = str(user_path(key, typed[key]))
         except ConfigError as error:
             raise ConfigError(given.located(key, str(error))) from None

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import UnknownNameError
-from sae_granary.cache.format.places import find_cache as place_of
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
+from sae_granary.cache.remote.mirror import locate
+from sae_granary.cache.remote.store import is_url
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.state.checkpoint import check_identity
@@ -24,13 +25,15 @@ def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str 
     """
     fingerprint = record.get("cache")  # None in a sweep.json of earlier versions
     if given is not None:
-        given = place_of(given)
+        given = locate(given)
         if load_manifest(given).fingerprint != fingerprint:
             raise CheckpointError(
                 f"--cache {given} is another cache than the one that {folder} was started on ({stored}): "
                 "give that one, or train a new run"
             )
         return str(given)
+    if is_url(stored):
+        stored = str(locate(stored))
     if (place := find_recorded(record, folder, stored)) is not None:
         return place
     if not Path(stored).exists():

@@ -1,0 +1,82 @@
+"""A cache at a URL is read through a local copy: complete, verified, kept for later runs, and bounded in size.
+
+The copy is made before the first row is read. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
+take at most GRANARY_REMOTE_BYTES together (default 100 GiB): those unused for longest are removed, never one in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from sae_granary.cache.errors import CacheError
+from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.places import find_cache
+from sae_granary.cache.format.records import load_manifest
+from sae_granary.cache.remote.pull import plan_pull, pull
+from sae_granary.cache.remote.store import RemoteError, is_url
+from sae_granary.cache.write.remove import remove_cache
+from sae_granary.common.quantities import byte_size, parse_count
+from sae_granary.common.signed import digest
+
+FOLDER, LIMIT = "GRANARY_REMOTE_DIR", "GRANARY_REMOTE_BYTES"
+DEFAULT_LIMIT = 100 << 30
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The local folder of a cache that is named by path, by name (GRANARY_CACHE_DIR) or by URL, which is copied."""
+    return mirrored(str(path)) if is_url(path) else find_cache(path)
+
+
+def mirrored(url: str) -> Path:
+    """The local copy of a remote cache, brought up to date; a complete one is used where the remote is out of reach.
+
+    Raises RemoteError, CorruptCacheError for a wrong byte, CacheError for a cache that is larger than the limit.
+    """
+    url = url.rstrip("/")
+    folder = _root() / f"{url.rpartition('/')[2]}-{digest(url.encode())[:12]}"
+    try:
+        plan = plan_pull(url, folder)
+    except RemoteError:
+        if not (folder / MANIFEST).exists() or not load_manifest(folder).complete:
+            raise
+        return folder
+    if not plan.complete:
+        needed, limit = plan.parcel.n_bytes, _limit()
+        if needed > limit:
+            raise CacheError(
+                f"{url} has {byte_size(needed)}, local copies may take {byte_size(limit)}: raise {LIMIT}, or "
+                f"`sae-cache pull {url} FOLDER --hook NAME --rows N` copies a part"
+            )
+        _make_room(folder, limit - needed)
+        sys.stderr.write(f"copying {url} ({byte_size(plan.n_bytes)}) to {folder}\n")
+        pull(plan)
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # used now
+    return folder
+
+
+def _root() -> Path:
+    return Path(os.environ.get(FOLDER) or "~/.cache/granary/remote").expanduser()
+
+
+def _limit() -> int:
+    text = os.environ.get(LIMIT)
+    try:
+        return DEFAULT_LIMIT if not text else parse_count(text)
+    except ValueError as error:
+        raise CacheError(f"{LIMIT}={text!r}: {error}") from None
+
+
+def _make_room(folder: Path, allowed: int) -> None:
+    """Remove other copies, those unused for longest first, until they take no more than `allowed` bytes."""
+    others = [place.parent for place in folder.parent.glob(f"*/{MANIFEST}") if place.parent != folder]
+    sizes = {other: sum(f.lstat().st_size for f in other.rglob("*") if f.is_file()) for other in others}
+    for other in sorted(others, key=lambda place: place.stat().st_mtime):
+        if sum(sizes.values()) <= allowed:
+            return
+        with contextlib.suppress(CacheError):  # in use, or not ours to remove
+            remove_cache(other)
+            sizes.pop(other)

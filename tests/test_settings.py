@@ -141,6 +141,7 @@ WRONG = [
     ("training:\n  batch-size: 1\n  batch_size: 2", "line 3: 'batch_size' is set twice, first in line 2; remove one"),
     ("type: topk\ntraining:\n  lr: fast", "line 3: lr='fast': expected a number or none"),
     ("type: topk\nlr: -1", "line 2: lr=-1.0: expected a value > 0"),
+    ("lr: 1\ntype: topkk", "line 2: unknown type 'topkk' (known types: abstopk, "),
     ("type: topk\nk: 0", "line 2: k=0: expected a value > 0"),
     ("type: vanilla\nk: 3", "line 2: unknown setting 'k' for type vanilla; here use l1_coef"),
     ("type: topk\nl0: 3", "line 2: unknown setting 'l0' for type topk; here use k "),

@@ -59,7 +59,10 @@ def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
         raise ConfigError(f"no type of SAE was given; choose one with --type: {known}")
     if several := sweep_of("type", type_name):
         raise ConfigError(f"type={type_name!r}: expected one of {known}{several}")
-    cls = sae_core.registry.get(str(type_name))
+    try:
+        cls = sae_core.registry.get(str(type_name))
+    except sae_core.SAEError as error:
+        raise type(error)(given.located("type", str(error))) from None
     specs = {spec.name: spec for spec in fields(cls.Config)} | _SPECS
     kinds = variant_keys(str(type_name)) | _KINDS
     typed: dict[str, Any] = {}

@@ -3,11 +3,11 @@
     python docs/run_pages.py docs/recipes/gpt2_sweep.md            # run, and show where the output differs
     python docs/run_pages.py --write docs/recipes/*.md             # and rewrite the output blocks
 
-A page runs from top to bottom in an empty folder, or in one that holds what `sae-train demo` makes where the page reads
-`cache/demo_l3` without making it. `sh` blocks run line by line; the `python` blocks of a page share one namespace. The
-`text` block after a block of code is its output; one with a line `...` shows the beginning and the end. A comment
-`<!-- not run: reason -->` above a block excludes it, `<!-- file: examples/x.py -->` says which file a block repeats.
-`tests/test_docs_code.py` runs all pages this way.
+A page runs from top to bottom in a folder that is empty but for what it reads without making it: the cache and runs of
+`sae-train demo`, and `gpt2`, the small GPT-2 of `docs/tiny_gpt2.py`. `sh` blocks run line by line; the `python` blocks
+of a page share one namespace. The `text` block after a block of code is its output; one with a line `...` shows the
+beginning and the end. A comment `<!-- not run: reason -->` above a block excludes it, `<!-- file: examples/x.py -->`
+says which file a block repeats. `tests/test_docs_code.py` runs all pages this way.
 """
 
 from __future__ import annotations
@@ -174,11 +174,21 @@ def elided(printed: str, shown: str) -> str:
     return "\n".join([*new[:at], old[at], *new[len(new) - (len(old) - at - 1) :]]) + "\n"
 
 
-def prepare(page: Path, folder: Path, demo: Path | None) -> None:
-    """Put into a page's folder what it starts from; `demo`, if given, holds what `make_demo` made."""
-    if demo is not None:
+def prepare(page: Path, folder: Path, store: Path, *, commands: bool = True) -> None:
+    """Put into a page's folder what it starts from; `store` keeps what several pages start from, made when needed.
+
+    Without `commands`, those of the page will not run: what they would make of the demo is there too.
+    """
+    text = page.read_text(encoding="utf-8")
+    if reads_the_demo(text) or not commands:
+        if not (store / "runs").exists():
+            make_demo(store)
         for name in ("cache", "runs"):
-            shutil.copytree(demo / name, folder / name, dirs_exist_ok=True)
+            shutil.copytree(store / name, folder / name, dirs_exist_ok=True)
+    if "--model gpt2" in text and commands:
+        if not (store / "gpt2").exists():
+            subprocess.run([sys.executable, str(ROOT / "docs" / "tiny_gpt2.py"), str(store / "gpt2")], check=True)
+        shutil.copytree(store / "gpt2", folder / "gpt2")
     if page.name in BEFORE:
         with Runner(folder) as runner:
             runner.run(Block("sh", BEFORE[page.name], 0, 0, 0, None, None))
@@ -231,16 +241,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pages", nargs="+", type=Path, help="Markdown files")
     parser.add_argument("--write", action="store_true", help="rewrite the output blocks")
-    parser.add_argument("--demo", type=Path, help="folder in which `sae-train demo` has run (default: it is run)")
+    parser.add_argument("--store", type=Path, help="folder that keeps the demo and the small GPT-2 for the next time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        demo = options.demo or Path(made)
-        if options.demo is None and any(reads_the_demo(page.read_text(encoding="utf-8")) for page in options.pages):
-            make_demo(demo)
         for page in options.pages:
             with tempfile.TemporaryDirectory() as folder:
                 before = page.read_text(encoding="utf-8")
-                prepare(page, Path(folder), demo if reads_the_demo(before) else None)
+                prepare(page, Path(folder), options.store or Path(made))
                 after = rewritten(page, Path(folder))
             if options.write:
                 page.write_text(after, encoding="utf-8")
@@ -249,4 +256,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PageError as failed:
+        sys.exit(f"error: {failed}")

@@ -1,4 +1,4 @@
-"""A metric of one's own in the log, and a file of one's own in checkpoints: python examples/own_metric.py [CACHE]"""
+"""Log your own metric, and add your own file to checkpoints: python examples/own_metric.py [CACHE]"""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""A type of SAE of one's own, trained like any other: python examples/own_variant.py [CACHE]
+"""Define your own type of SAE and train it: python examples/own_variant.py [CACHE]
 
-In a file in sae_core/variants/ the commands know it too (`--type soft_topk`).
+As a file in sae_core/variants/ it is also known to the commands (`--type soft_topk`).
 """
 
 import sys

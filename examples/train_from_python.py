@@ -1,4 +1,4 @@
-"""Train from Python, look at the result, go on with the same settings: python examples/train_from_python.py [CACHE]"""
+"""Train from Python, then again with other settings: python examples/train_from_python.py [CACHE]"""
 
 import sys
 from dataclasses import replace

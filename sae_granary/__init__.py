@@ -20,11 +20,11 @@ __all__ = [
     "CacheWriter",
     "__version__",
     "batches",
+    "encode_cache",
     "encode_texts",
     "harvest_activations",
     "load_sae",
     "open_cache",
-    "open_codes",
     "resume_sweep",
     "resume_training",
     "train_sae",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sae_granary.analyze.encoding.codes import open_codes
+    from sae_granary.analyze.encoding.encode import encode_cache
     from sae_granary.analyze.encoding.texts import encode_texts
     from sae_granary.cache.loops import BatchDataset, batches
     from sae_granary.cache.read.reader import open_cache
@@ -47,11 +47,11 @@ else:
         "BatchDataset": ("cache.loops", "BatchDataset"),
         "batches": ("cache.loops", "batches"),
         "CacheWriter": ("cache.vectors.writer", "VectorWriter"),
+        "encode_cache": ("analyze.encoding.encode", "encode_cache"),
         "encode_texts": ("analyze.encoding.texts", "encode_texts"),
         "harvest_activations": ("harvest.run", "harvest_activations"),
         "load_sae": ("sae_core", "load"),
         "open_cache": ("cache.read.reader", "open_cache"),
-        "open_codes": ("analyze.encoding.codes", "open_codes"),
         "resume_sweep": ("train.sweeps.sweep", "resume_sweep"),
         "resume_training": ("train.run", "resume_training"),
         "train_sae": ("train.run", "train_sae"),

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding import codes as codes_module
 from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
@@ -37,7 +38,7 @@ def source(make_cache, tmp_path: Path) -> Source:
 @pytest.mark.parametrize("pool", ["max", "mean", "sum"])
 def test_pooled_activations_are_those_of_a_loop(source: Source, tmp_path: Path, pool: str, monkeypatch) -> None:
     monkeypatch.setattr(search_module, "BLOCK_ROWS", 100)
-    monkeypatch.setattr(search_module, "BLOCK_ENTRIES", 37)
+    monkeypatch.setattr(codes_module, "CHUNK", 37)
     codes = encode_cache(source, tmp_path / "codes")
     dense, document = codes.dense().astype(np.float64), source.cache.column("doc_id")[:]
     plain = source.cache.column("flags")[:] & FLAG_SPECIAL == 0

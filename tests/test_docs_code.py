@@ -7,10 +7,13 @@ checked against the commands that exist, not run. `python docs/run_pages.py --wr
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -19,21 +22,21 @@ from sae_granary.sae_core import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHELL = [page for page in PAGES if page.parent.name == "recipes"]  # whole pages: commands and code, slow
-QUICK = [page for page in PAGES if page not in SHELL]
+SHELL = [page for page in PAGES if page.parent == ROOT / "docs" / "recipes"]  # whole pages: commands and code, slow
+QUICK = [page for page in PAGES if page not in SHELL and page.parent.name != "notebooks"]  # that one runs below
 ALIKE = 0.6  # share of equal words; latents, examples and times differ between machines
 
 
-def load_run_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_pages", ROOT / "docs" / "run_pages.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules["run_pages"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-run_pages = load_run_pages()
+run_pages = load(ROOT / "docs" / "run_pages.py")
 
 
 def name_of(page: Path) -> str:
@@ -76,17 +79,21 @@ def test_blocks_that_do_not_run_are_few_and_known() -> None:
     assert found <= NOT_RUN, f"not listed: {sorted(found - NOT_RUN)}"
 
 
-NOT_RUN: set[str] = set()
+NOT_RUN = {"docs/recipes/finetune.md: needs SAEs from the hub"}
 
 
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cache/demo_l3 with 3,000 rows of MiniLM, and the two runs of the demo, each of four steps."""
+    """cache/demo_l3 with MiniLM's rows of the beginnings of all demo texts, and two runs of four steps."""
+    from pydoc_data.topics import topics
+
     from sae_granary import harvest_activations, train_sae
 
     folder = tmp_path_factory.mktemp("small_demo")
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text[:300]}) + "\n" for _, text in sorted(topics.items())))
     cache = str(folder / "cache" / "demo_l3")
-    harvest_activations(model="demo", dataset="demo", layers=[3], max_tokens="3k", out=cache, device="cpu", quiet=True)
+    harvest_activations(model="demo", dataset=str(texts), layers=[3], out=cache, device="cpu", quiet=True)
     common = {"cache": cache, "k": 32, "d_sae": 3072, "steps": 4, "batch_size": 256, "device": "cpu"}
     for type_name in ("topk", "batchtopk"):
         train_sae(**common, type=type_name, name=f"demo_{type_name}", runs_dir=str(folder / "runs"))
@@ -94,17 +101,20 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def full_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("full_demo")
-    run_pages.make_demo(folder)
-    return folder
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What recipes start from, in full; made when the first needs it."""
+    return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in QUICK if any(b.language == "python" for b in blocks_of(page))], ids=name_of
-)
+def python_pages() -> list[Any]:
+    """Pages with python blocks; the model with an SAE inside it takes a minute."""
+    pages = [page for page in QUICK if any(block.language == "python" for block in blocks_of(page))]
+    return [pytest.param(p, marks=[pytest.mark.slow] if p.stem == "language_model" else []) for p in pages]
+
+
+@pytest.mark.parametrize("page", python_pages(), ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, small_demo: Path, tmp_path: Path) -> None:
-    run_pages.prepare(page, tmp_path, small_demo)
+    run_pages.prepare(page, tmp_path, small_demo, commands=False)
     with run_pages.Runner(tmp_path) as runner:
         for block in blocks_of(page):
             if block.language == "python" and block.not_run is None:
@@ -113,10 +123,9 @@ def test_the_python_of_a_page_runs(page: Path, small_demo: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=name_of)
-def test_a_recipe_runs_and_prints_what_it_shows(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    run_pages.prepare(page, tmp_path, request.getfixturevalue("full_demo") if run_pages.reads_the_demo(text) else None)
-    for _, printed, shown in run_pages.run_page(text, tmp_path):
+def test_a_recipe_runs_and_prints_what_it_shows(page: Path, store: Path, tmp_path: Path) -> None:
+    run_pages.prepare(page, tmp_path, store)
+    for _, printed, shown in run_pages.run_page(page.read_text(encoding="utf-8"), tmp_path):
         if shown is not None:
             likeness = run_pages.likeness(printed, shown.text)
             assert likeness >= ALIKE, f"{name_of(page)}:{shown.line} shows another output ({likeness:.2f}):\n{printed}"
@@ -136,3 +145,35 @@ def test_a_failing_block_names_its_line(tmp_path: Path) -> None:
         list(run_pages.run_page(page, tmp_path))
     with pytest.raises(run_pages.PageError, match="block at line 1: sae-cache info nowhere"):
         list(run_pages.run_page("```sh\nsae-cache info nowhere\n```\n", tmp_path))
+
+
+def test_every_type_has_a_paragraph_and_every_picture_is_there() -> None:
+    page = (ROOT / "docs" / "types" / "index.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### (\w+)$", page, re.MULTILINE)
+    assert sorted(headings) == sorted(registry.names())
+    pictures = re.findall(r"\]\((\w+\.svg)\)", page)
+    assert sorted(pictures) == sorted(path.name for path in (ROOT / "docs" / "types").glob("*.svg"))
+
+
+NOTEBOOK = ROOT / "docs" / "notebooks" / "first_sae.ipynb"
+
+
+def test_the_notebook_is_that_of_its_source() -> None:
+    source = NOTEBOOK.with_suffix(".py").read_text(encoding="utf-8")
+    wanted = load(NOTEBOOK.with_name("make.py")).cells_of(source)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in cells] == wanted, "run docs/notebooks/make.py"
+    page = NOTEBOOK.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(text in page for _, text in wanted)
+    assert sum(path.stat().st_size for path in NOTEBOOK.parent.rglob("*") if path.is_file()) < 500_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, NOTEBOOK.with_name("make.py"), tmp_path], check=True, timeout=1200)
+    shown, now = (
+        "".join(run_pages.blocks_of((folder / "first_sae.md").read_text(encoding="utf-8"))[i].text for i in (1, 3))
+        for folder in (NOTEBOOK.parent, tmp_path)
+    )
+    assert run_pages.likeness(now, shown) >= ALIKE
+    assert len(list(tmp_path.rglob("*.png"))) == 3

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
+from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.common.files import hash_files
 from sae_granary.common.signed import Fields
 
@@ -118,6 +118,13 @@ class StoredCodes:
         part = slice(int(self.indptr[row]), int(self.indptr[row + 1]))
         return self.indices[part], self.values[part]
 
+    def latent(self, latent: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The rows on which a latent is active, ascending, and its activations there; reads all of `indices` once."""
+        starts = range(0, len(self.indices), CHUNK)
+        found = [start + np.flatnonzero(self.indices[start : start + CHUNK] == latent) for start in starts]
+        entries = np.concatenate([np.zeros(0, np.int64), *found])
+        return np.searchsorted(self.indptr, entries, side="right") - 1, self.values[entries]
+
     def dense(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Dense (n, F) float32 matrix of rows start..stop. For tests and small data."""
         offsets = self.indptr[start : (len(self) if stop is None else stop) + 1]
@@ -128,20 +135,11 @@ class StoredCodes:
 
 
 def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) -> StoredCodes:
-    """Open complete codes: a folder that `sae-analyze encode` wrote, or an SAE whose cache it encoded.
+    """Open complete codes; with `identity` (of a `Source`), only codes of this SAE and cache.
 
-    With `identity` (of a `Source`), only codes of this SAE and cache.
-
-    >>> from sae_granary import open_codes
-    >>> codes = open_codes("runs/demo_topk")  # after `sae-analyze encode runs/demo_topk`
-    >>> latents, activations = codes.row(17)  # of row 17 of the cache
-    >>> len(latents), codes.shape[1]
-    (8, 768)
-
-    Raises DamagedCodesError if they are unfinished or truncated, MismatchError if they belong to another SAE or cache,
-    AnalyzeError if an SAE has codes of several caches.
+    Raises DamagedCodesError if they are unfinished or truncated, MismatchError if they belong to another SAE or cache.
     """
-    folder = _codes_folder(Path(folder))
+    folder = Path(folder)
     record = CodesRecord.read(folder)
     if identity is not None:
         check_identity(folder, record.identity, identity)
@@ -153,14 +151,6 @@ def open_codes(folder: str | Path, identity: Mapping[str, Any] | None = None) ->
     names = DTYPES if any(name in record.identity for name in WITH_DOC_IDS) else ARRAYS
     arrays = {name: _map(folder, record, name) for name in names}
     return StoredCodes(folder, record, **arrays)
-
-
-def _codes_folder(folder: Path) -> Path:
-    """The folder itself, or that of the only codes in the folder of an SAE."""
-    found = [] if (folder / RECORD).exists() else sorted(folder.glob(f"analysis/*/codes/{RECORD}"))
-    if len(found) > 1:
-        raise AnalyzeError(f"{folder} holds codes of {len(found)} caches, expected one: open {found[0].parent}, say")
-    return found[0].parent if found else folder
 
 
 def check_identity(

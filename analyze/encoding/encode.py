@@ -22,7 +22,7 @@ from sae_granary.analyze.encoding.codes import (
 )
 from sae_granary.analyze.encoding.csr_files import CSRFiles
 from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
-from sae_granary.analyze.source import Source
+from sae_granary.analyze.source import Source, open_source
 from sae_granary.common.files import shortage
 from sae_granary.common.lock import FolderLock
 from sae_granary.sae_core import Codes
@@ -55,18 +55,33 @@ def csr_of(codes: Codes) -> dict[str, NDArray[Any]]:
 
 
 def encode_cache(
-    source: Source,
-    out: Path,
+    source: Source | str | Path,
+    out: str | Path | None = None,
     *,
+    cache: str | Path | None = None,
+    device: str = "auto",
     block_rows: int = BLOCK_ROWS,
     commit_blocks: int = COMMIT_BLOCKS,
     tick: Tick = lambda n_rows: None,
 ) -> StoredCodes:
-    """Write the codes of every row of a cache into a folder; continue what is there, return what is complete.
+    """The codes of every row of a cache: those that are stored, or encoded now and stored.
 
-    Memory: one block of rows and its codes. Raises MismatchError if the folder holds codes of something else,
-    LockedError while another process writes them, AnalyzeError where the disk is full.
+    `source` is the folder of an SAE, whose record names the cache (or `cache` does), or an open `Source`. Codes are in
+    `out`, by default in the SAE's folder, where `sae-analyze` finds them too; interrupted ones are continued. Memory:
+    one block of rows and its codes.
+
+    >>> from sae_granary import encode_cache
+    >>> codes = encode_cache("runs/demo_topk", device="cpu")
+    >>> latents, activations = codes.row(17)  # of row 17 of the cache; codes.latent(3) gives the rows of latent 3
+    >>> len(latents), codes.shape[1]
+    (8, 768)
+
+    Raises MismatchError if SAE and cache do not fit or the folder holds codes of something else, LockedError while
+    another process writes them, AnalyzeError where the disk is full.
     """
+    if not isinstance(source, Source):
+        source = open_source(source, cache, device=device)
+    out = source.place / "codes" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(out / LOCK)
     lock.acquire()

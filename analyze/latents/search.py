@@ -18,7 +18,6 @@ from sae_granary.cache.read.reader import Cache
 from sae_granary.common.rows import FLAG_SPECIAL, Scalar
 
 BLOCK_ROWS = 1 << 20
-BLOCK_ENTRIES = 1 << 22
 TEXT_CHARACTERS = 100  # shown of a document
 
 
@@ -57,7 +56,7 @@ class Group:
 def pool_latent(cache: Cache, codes: StoredCodes, latent: int, pool: str = "max") -> Found:
     """The pooled activation of a latent per document: one column of `pool_documents`."""
     doc_id, n_rows = _documents(cache)
-    rows, values = _entries(codes, latent)
+    rows, values = codes.latent(latent)
     plain = CountedFlags(cache)[rows] & FLAG_SPECIAL == 0
     place, values = np.searchsorted(doc_id, cache.column("doc_id")[rows[plain]]), values[plain]
     pooled = np.zeros(len(doc_id))
@@ -126,12 +125,3 @@ def _documents(cache: Cache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     counts = np.zeros(len(ids), np.int64)
     np.add.at(counts, place, np.concatenate([part[1] for part in parts]))
     return ids, counts
-
-
-def _entries(codes: StoredCodes, latent: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(rows, activations) where a latent is active; reads the index of all entries once, block by block."""
-    starts = range(0, len(codes.indices), BLOCK_ENTRIES)
-    found = [start + np.flatnonzero(codes.indices[start : start + BLOCK_ENTRIES] == latent) for start in starts]
-    entries = np.concatenate([np.zeros(0, np.int64), *found])
-    rows = np.searchsorted(codes.indptr, entries, side="right") - 1
-    return rows, codes.values[entries].astype(np.float64)

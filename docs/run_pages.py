@@ -157,12 +157,17 @@ def run_page(text: str, folder: Path) -> Iterator[tuple[Block, str, Block | None
 
 
 def likeness(printed: str, shown: str) -> float:
-    """How alike the words of two outputs are, 0 to 1; numbers differ between machines and do not count.
+    """How well the lines of `shown` are found in `printed`, 0 to 1, by their words: numbers differ between machines.
 
-    The parts of `shown` around a line `...` are compared with the beginning and the end of `printed`.
+    Each line counts with its most similar one, so a page may show an excerpt.
     """
-    words = [re.findall(r"[A-Za-z_]{2,}", part) for part in (elided(printed, shown), shown)]
-    return SequenceMatcher(None, *words, autojunk=False).ratio()
+    wanted, there = ([re.findall(r"[A-Za-z_]{2,}", line) for line in text.splitlines()] for text in (shown, printed))
+    best = [max((_ratio(words, line) for line in there), default=0.0) for words in wanted if words]
+    return sum(best) / len(best) if best else 1.0
+
+
+def _ratio(first: list[str], second: list[str]) -> float:
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
 def elided(printed: str, shown: str) -> str:

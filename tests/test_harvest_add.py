@@ -39,7 +39,7 @@ def same_arrays(added: Path, whole: Path, hook: str) -> bool:
     return all((added / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
     config: HarvestConfig,
     models: dict[str, str],
@@ -68,6 +68,7 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
     assert add(config.out_path).already_complete
 
 
+@pytest.mark.slow
 def test_a_killed_addition_continues_to_the_same_bytes_and_is_not_seen_before(config: HarvestConfig) -> None:
     harvest(config, max_tokens=1500)
     cut = config.out_path.with_name("cut")
@@ -108,6 +109,7 @@ def test_an_extended_cache_gets_the_rows_that_the_addition_lacks(config: Harvest
     assert same_arrays(fresh / "added/layer_2", both.out_path, "layer_2")
 
 
+@pytest.mark.slow
 def test_rows_documents_and_vocabulary_take_no_room_twice(config: HarvestConfig) -> None:
     harvest(config)
     add(config.out_path)
@@ -158,6 +160,7 @@ def test_hook_points_that_are_there_or_that_the_model_lacks(config: HarvestConfi
     lock.release()
 
 
+@pytest.mark.slow
 def test_damage_of_an_addition_is_found(config: HarvestConfig) -> None:
     harvest(config)
     add(config.out_path)

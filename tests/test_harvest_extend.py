@@ -45,7 +45,7 @@ def harvest(config: HarvestConfig, **changes: object) -> object:
     return harvest_activations(replace(config, **changes), quiet=True)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_extended_cache_has_the_rows_of_one_longer_harvest(
     config: HarvestConfig, models: dict[str, str], pack: bool
 ) -> None:
@@ -76,6 +76,7 @@ def test_an_extended_cache_has_the_rows_of_one_longer_harvest(
     assert text[0][: len(text[1])] == text[1][: len(text[0])]
 
 
+@pytest.mark.slow
 def test_a_killed_extension_continues_to_the_same_bytes_and_the_cache_always_opens(config: HarvestConfig) -> None:
     harvest(config)
     n_rows, n_shards = (c := open_cache(config.out_path)).n_rows, len(c.shards)
@@ -166,6 +167,7 @@ def test_what_is_asked_of_a_complete_cache(config: HarvestConfig) -> None:
     assert contents(config.out_path) == before
 
 
+@pytest.mark.slow
 def test_extend_continues_an_unfinished_cache_and_starts_a_new_one(config: HarvestConfig) -> None:
     whole = config.out_path.with_name("whole")
     harvest(config, out=whole)
@@ -175,6 +177,7 @@ def test_extend_continues_an_unfinished_cache_and_starts_a_new_one(config: Harve
     assert_same_cache(config.out_path, whole)
 
 
+@pytest.mark.slow
 def test_a_smaller_limit_ends_after_the_document_of_the_last_committed_row(config: HarvestConfig) -> None:
     with pytest.raises(CutOff), cut_off_after(60):
         harvest(config, max_tokens=2400)
@@ -201,6 +204,7 @@ def test_two_extenders_at_once(config: HarvestConfig) -> None:
     assert harvest(config, max_tokens=2400, extend=True).n_rows >= 2400
 
 
+@pytest.mark.slow
 def test_kept_documents_of_the_extension_are_found(config: HarvestConfig) -> None:
     harvest(config)
     harvest(config, max_tokens=2400, extend=True)

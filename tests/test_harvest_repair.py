@@ -70,6 +70,7 @@ def test_every_kind_of_damage_is_repaired_to_the_original_bytes(grown: HarvestCo
     assert "nothing to repair" in CliRunner().invoke(app, ["repair", str(path)]).stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_repair_is_continued(config: HarvestConfig) -> None:
     harvest(config)
     before = contents(config.out_path)
@@ -83,6 +84,7 @@ def test_an_interrupted_repair_is_continued(config: HarvestConfig) -> None:
     assert not (config.out_path / ".tmp").exists()
 
 
+@pytest.mark.slow
 def test_packed_rows_of_a_decoder_are_repaired(config: HarvestConfig, models: dict[str, str]) -> None:
     model = ModelConfig(models["llama"], device="cpu")
     harvest(config, model=model, tokens=replace(config.tokens, pack=True))
@@ -113,6 +115,7 @@ def test_without_the_source_it_is_said_what_is_lost_and_nothing_is_written(confi
     assert verify(config.out_path).ok
 
 
+@pytest.mark.slow
 def test_values_of_a_repaired_cache(config: HarvestConfig) -> None:
     harvest(config)
     rows = np.array(open_cache(config.out_path).hook()[:])

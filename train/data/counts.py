@@ -44,15 +44,15 @@ def _folder() -> Path:
 
 
 def _key(cache: Cache, selection: Selection, hooks: Sequence[str]) -> str:
-    layout = cache.layout
-    columns = [layout.columns[name] for name in selection.columns if name != "norm"]
-    columns += [layout.norms[hook] for hook in hooks] if "norm" in selection.columns else []
+    columns = [(cache, cache.layout.columns[name]) for name in selection.columns if name != "norm"]
+    if "norm" in selection.columns:
+        columns += [(cache.holder(hook), cache.holder(hook).layout.norms[hook]) for hook in hooks]
     shards = [
-        [record.shard, record.n_rows, *(record.files[column.shard_path(record.shard)].xxh3 for column in columns)]
-        for record in cache.opened
+        [shard.index, shard.n_rows, *(c.records[shard.index].files[a.shard_path(shard.index)].xxh3 for c, a in columns)]
+        for shard in cache.shards
     ]
     filters, holdout = asdict(selection.filters), asdict(selection.holdout)
-    return digest(json.dumps([VERSION, filters, holdout, [column.path for column in columns], shards]).encode())
+    return digest(json.dumps([VERSION, filters, holdout, [column.path for _, column in columns], shards]).encode())
 
 
 def _read(file: Path) -> Counts | None:

@@ -63,7 +63,7 @@ class ConcurrentWriteError(CacheError):
 
 
 class SpecError(CacheError, ValueError):
-    """A cache like this cannot be: a name, a size or a dtype is out of range."""
+    """An invalid cache specification: a name, a size or a dtype is out of range."""
 
 
 class BadRowsError(CacheError, ValueError):
@@ -71,7 +71,7 @@ class BadRowsError(CacheError, ValueError):
 
 
 class SelectionError(CacheError, ValueError):
-    """The rows that a loader is asked for are not there: its filters, holdout, batch size or state do not fit."""
+    """A loader has no rows to deliver: its filters, holdout, batch size or state do not fit the cache."""
 
 
 class UnknownNameError(CacheError, KeyError):
@@ -82,14 +82,11 @@ class UnknownNameError(CacheError, KeyError):
 
 
 class RowLookupError(CacheError, LookupError):
-    """What was asked of a row is not stored in this cache."""
+    """The requested information about a row is not stored in this cache."""
 
 
 class CacheMismatchError(CacheError):
-    """The folder holds a cache of something else.
-
-    `differences` maps each differing field to (what the cache has, what was asked for).
-    """
+    """The folder holds another cache. `differences` maps each differing field to (stored, requested)."""
 
     def __init__(self, path: Path, differences: Mapping[str, tuple[object, object]], suggestion: str) -> None:
         self.path, self.differences, self.suggestion = path, dict(differences), suggestion

@@ -1,6 +1,6 @@
-"""Where every byte of a cache lies: pure functions of its description. See FORMAT.md.
+"""Location of every byte of a cache: pure functions of its description. See FORMAT.md.
 
-One grid of shards for all arrays; a shard file is the rows from byte 0, then Zarr's sharding index.
+All arrays share one grid of shards; a shard file holds the rows from byte 0, then Zarr's sharding index.
 """
 
 from __future__ import annotations

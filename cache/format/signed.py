@@ -1,4 +1,4 @@
-"""The signed JSON files of a cache: what is common to them, and the errors that they raise."""
+"""The signed JSON files of a cache, and the errors they raise."""
 
 from __future__ import annotations
 

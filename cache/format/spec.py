@@ -23,7 +23,7 @@ MAX_ROWS_PER_SHARD = 1 << 32
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a resumed harvest starts again: the start of a sort buffer, and how many of its rows are committed."""
+    """Where a resumed harvest continues: the start of a sort buffer, and how many of its rows are committed."""
 
     source: Mapping[str, int]  # the harvest's own state at the start of the buffer; opaque here
     rows_into_buffer: int

@@ -1,4 +1,4 @@
-"""The scalar types of a cache's arrays: everything that depends on one is asked of its `Storage`.
+"""The scalar types of a cache's arrays; everything that depends on the type is a method of `Storage`.
 
 A new dtype for activations is one more entry of `STORAGE`. Importing this file loads no numpy, since `--help` lists the
 dtypes.
@@ -21,7 +21,7 @@ Array: TypeAlias = "npt.NDArray[Any]"
 
 @dataclass(frozen=True)
 class Storage:
-    """How one scalar type is stored, always little-endian, and how stored values are checked."""
+    """How a scalar type is stored, always little-endian, and how stored values are checked."""
 
     name: str  # in the manifest; Zarr, numpy (with ml_dtypes) and torch use the same name
     code: str  # what numpy.dtype() takes

@@ -54,7 +54,7 @@ class ContextOrder:
             first = 0
 
     def keep(self, shard: int, start: int, end: int) -> NDArray[np.bool_]:
-        """(end - start,) rows of an opened shard that the selection leaves."""
+        """(end - start,) rows of an opened shard that the selection keeps."""
         return self._selection.mask({name: column[start:end] for name, column in self._wanted[shard].items()})
 
     def _pool(self, epoch: int, pool: int) -> I64:
@@ -87,7 +87,7 @@ class ContextOrder:
         return np.stack([np.full(len(starts), shard), starts, ends], axis=1)[kept]
 
     def _context_end(self, position: NDArray[Any], row: int) -> int:
-        """The first row from `row` on where a context starts; the end of the shard where there is none."""
+        """First row from `row` on where a context starts; the end of the shard if there is none."""
         while row < len(position):
             found = np.flatnonzero(position[row : row + self._order.block_rows] == 0)
             if len(found):

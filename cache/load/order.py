@@ -27,7 +27,7 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """Shape of a shuffled pass over pinned shards. Equal orders and equal seeds deliver equal rows."""
+    """The shape of a shuffled pass over pinned shards. Equal orders with equal seeds deliver equal rows."""
 
     shards: tuple[tuple[int, int], ...]  # (shard number, n_rows) of the pinned set
     block_rows: int
@@ -76,11 +76,11 @@ class Order:
         return starts
 
     def locate(self, epoch: int, cursor: int) -> int:
-        """The pool in which a cursor lies; n_pools at the end of the epoch."""
+        """The pool that contains a cursor; n_pools at the end of the epoch."""
         return int(np.searchsorted(self.pool_starts(epoch), cursor, side="right")) - 1
 
     def pool(self, epoch: int, pool: int) -> PoolPlan:
-        """What a pool is made of, in disk order."""
+        """The plan of a pool, in disk order."""
         start = pool * self.pool_blocks
         blocks = np.sort(permutations.block_order(self.n_blocks, self.seed, epoch, start, start + self.pool_blocks))
         bounds = np.searchsorted(blocks, self.first_blocks)
@@ -96,7 +96,7 @@ class Order:
         return permutations.pool_permutation(n_rows, self.seed, epoch, pool)
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint stores, to refuse another order."""
+        """JSON form, stored in checkpoints to refuse another order."""
         return {
             "format_version": permutations.FORMAT_VERSION,
             "shards": [list(s) for s in self.shards],

@@ -1,4 +1,4 @@
-"""Where a cache's activations came from, and some of them to recognize the model by."""
+"""The model that a cache's activations came from, and sample rows to recognize it by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows a run sees: filters by flag, position and norm, held-out documents; with exact accounting."""
+"""The rows that a run reads: filters by flag, position and norm, held-out documents; with exact counts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Holdout:
 
 @dataclass(frozen=True)
 class Counts:
-    """Where every row of the cache went; one dropped for several reasons counts for the first. The sum is total."""
+    """Rows of the cache by reason; a row dropped for several reasons counts for the first. They sum to total."""
 
     total: int = 0
     train: int = 0

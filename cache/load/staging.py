@@ -38,7 +38,7 @@ class PoolRows(Protocol):
 
 
 class HostRows:
-    """Rows are copied straight from the memory maps into a batch: each byte moves once."""
+    """Copies rows directly from the memory maps into a batch: each byte moves once."""
 
     def __init__(self, shards: Shards, lengths: Sequence[int], kinds: Mapping[str, Storage]) -> None:
         self._shards, self._dtypes = shards, {name: torch_dtype(kind) for name, kind in kinds.items()}
@@ -70,7 +70,7 @@ class HostRows:
 
 
 class CudaBuffer:
-    """A pool in device memory. Copies run on a side stream; events order them against the consumer's stream."""
+    """A pool in device memory. Copies run on a side stream; events order them with the consumer's stream."""
 
     def __init__(
         self, order: Order, widths: Mapping[str, int], kinds: Mapping[str, Storage], device: torch.device

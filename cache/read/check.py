@@ -1,4 +1,4 @@
-"""Existence and exact sizes of the files of a cache: what opening one checks."""
+"""Existence and exact sizes of a cache's files, checked at open."""
 
 from __future__ import annotations
 

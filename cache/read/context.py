@@ -14,7 +14,7 @@ from sae_granary.common.rows import FLAG_SPECIAL, DocumentRow
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens of one document around a row; for pooled rows the whole document, without tokens."""
+    """The tokens around a row in its document; for pooled rows the whole document, without tokens."""
 
     row: int
     rows: tuple[int, ...]  # ordinals of the tokens

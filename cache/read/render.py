@@ -1,4 +1,4 @@
-"""A cache described: one page of facts as text, HTML and JSON. From its description alone: a `Cache` uses this."""
+"""Descriptions of a cache: facts as text, HTML and JSON."""
 
 from __future__ import annotations
 

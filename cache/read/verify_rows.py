@@ -1,6 +1,6 @@
-"""Whether the contents of shards agree with their records: row order, documents, statistics, padding.
+"""Check that the contents of shards agree with their records: row order, documents, statistics, padding.
 
-Each check gives the first problem in one line, or None.
+Each check returns the first problem in one line, or None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commit records of a cache add up to."""
+"""Totals of a cache's commit records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk, told with what is missing."""
+"""Clear errors for a full disk."""
 
 from __future__ import annotations
 

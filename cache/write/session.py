@@ -1,4 +1,4 @@
-"""How the files of a cache come into place: synced under temporary names, linked, their folders synced."""
+"""Moving the files of a cache into place: synced under temporary names, linked, their folders synced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spec of a cache as a reader will see it: JSON, refused where it is none."""
+"""The JSON form of a cache's specification; invalid values are refused."""
 
 from __future__ import annotations
 

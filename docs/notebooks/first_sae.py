@@ -25,7 +25,7 @@ harvest_activations(
 )
 rows = open_cache("cache/demo_l3")
 print(f"{rows.n_rows:,} rows of {rows.hook().shape[1]} numbers from {len(rows.document_ids())} documents")
-print("row 300:", rows.token(300), "in:", rows.context(300, before=8, after=4).text)
+print("row 1000:", rows.token(1000), "in:", rows.context(1000, before=8, after=4).text)
 
 # %% [markdown]
 # ## Train

@@ -111,14 +111,16 @@ def _spec(opened: Cache, dtype: str) -> CacheSpec:
 
 
 def _check_shard(opened: Cache, record: ShardRecord) -> None:
-    """Raise CorruptCacheError unless the files of a shard are as they were written."""
-    for name, entry in record.files.items():
-        check_file(opened.path / name, entry.n_bytes)
-        if hash_file(opened.path / name) != entry:
-            raise CorruptCacheError(
-                f"{opened.path / name}: its checksum does not fit: restore it from a copy; nothing of this shard was "
-                "converted"
-            )
+    """Raise CorruptCacheError unless the files of a shard, of added hook points too, are as they were written."""
+    holders = {holder.path: holder for holder in map(opened.holder, opened.hook_points)}
+    for path, holder in holders.items():
+        for name, entry in holder.records[record.shard].files.items():
+            check_file(path / name, entry.n_bytes)
+            if hash_file(path / name) != entry:
+                raise CorruptCacheError(
+                    f"{path / name}: its checksum does not fit: restore it from a copy; nothing of this shard was "
+                    "converted"
+                )
 
 
 def _blocks(opened: Cache, record: ShardRecord) -> Iterator[tuple[Rows, list[DocumentRow]]]:

@@ -44,7 +44,7 @@ def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = F
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
             result = harvest_activations(config, quiet=quiet, stop=stop)
-        if record_user:
+        if record_user and not result.already_complete:
             add_user(result.path)
         unknown = f" ({result.not_recorded} not recorded)" if result.not_recorded else ""
         title = f"already complete{unknown}, nothing to do" if result.already_complete else "harvested"

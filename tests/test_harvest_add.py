@@ -11,12 +11,17 @@ from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_resume import assert_same_cache, contents
+from typer.testing import CliRunner
 
 from sae_granary import open_cache
-from sae_granary.cache.errors import CacheError, CacheLockedError, UnknownNameError
+from sae_granary.cache.cli import app as cache_app
+from sae_granary.cache.convert import convert
+from sae_granary.cache.errors import CacheError, CacheLockedError, CorruptCacheError, UnknownNameError
 from sae_granary.cache.read.listing import list_caches
 from sae_granary.cache.read.verify import verify
+from sae_granary.cache.remote.push import plan_push
 from sae_granary.cache.write import session
+from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
@@ -173,3 +178,29 @@ def test_damage_of_an_addition_is_found(config: HarvestConfig) -> None:
     with pytest.raises(CacheError, match="is missing"):
         open_cache(config.out_path).hook("layer_2")
     assert len(open_cache(config.out_path).hook()[:3]) == 3
+
+
+def test_other_commands_know_added_hook_points(config: HarvestConfig, tmp_path: Path) -> None:
+    """convert checks and takes them, push says that it does not, rm removes them unless they are being written."""
+    harvest(config)
+    add(config.out_path)
+    path, url = config.out_path, f"file://{tmp_path}/remote"
+    with pytest.raises(UnknownNameError, match="layer_2 was added later; push copies only layer_1"):
+        plan_push(path, url, hooks=["layer_2"])
+    assert plan_push(path, url, n_rows=10).left_out == ("layer_2",)
+    told = CliRunner().invoke(cache_app, ["push", str(path), url])
+    assert (told.exit_code, "not copied: layer_2" in told.stderr) == (0, True)
+    assert list(open_cache(tmp_path / "remote").hook_points) == ["layer_1"]
+    made = convert(path, tmp_path / "wide", "float32" if open_cache(path).dtype != "float32" else "bfloat16")
+    assert list(made.hook_points) == ["layer_1", "layer_2"]
+    file = path / "added/layer_2/activations/layer_2/c.0.0"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CorruptCacheError, match=r"added/layer_2/activations.*checksum"):
+        convert(path, tmp_path / "other", made.dtype)
+    lock = session.locked(path / "added/layer_2")
+    with pytest.raises(CacheLockedError):
+        remove_cache(path)
+    lock.release()
+    assert open_cache(path).n_rows
+    remove_cache(path)
+    assert not path.exists()

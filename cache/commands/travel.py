@@ -40,6 +40,8 @@ def push(
         from sae_granary.common.quantities import byte_size
 
         plan = pushing.plan_push(source, url, hooks=_names(hook), n_rows=_count(rows))
+        if plan.left_out:
+            echo(f"not copied: {', '.join(plan.left_out)}, added to the cache later", err=True)
         if plan.complete and not verify:
             echo(f"{url} is complete already, nothing to do")
             return

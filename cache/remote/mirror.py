@@ -18,6 +18,7 @@ from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.remote.pull import plan_pull, pull
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
+from sae_granary.common.errors import one_line
 from sae_granary.common.quantities import byte_size, parse_count
 from sae_granary.common.signed import digest
 
@@ -39,10 +40,15 @@ def mirrored(url: str) -> Path:
     folder = _root() / f"{url.rpartition('/')[2]}-{digest(url.encode())[:12]}"
     try:
         plan = plan_pull(url, folder)
-    except RemoteError:
+    except RemoteError as error:
         if not (folder / MANIFEST).exists() or not load_manifest(folder).complete:
             raise
+        sys.stderr.write(f"{one_line(error)}; reading the local copy {folder}\n")
         return folder
+    except CacheError as error:
+        if folder.exists():
+            error.args = (f"{error}; its local copy is {folder}: remove that folder to copy it again",)
+        raise
     if not plan.complete:
         needed, limit = plan.parcel.n_bytes, _limit()
         if needed > limit:

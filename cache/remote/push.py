@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError, CorruptCacheError
+from sae_granary.cache.errors import CacheError, CorruptCacheError, UnknownNameError
 from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.signed import read_bytes
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.remote.parcel import Parcel, check_continued, first_shards, parse, part, whole
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.common.signed import digest
@@ -29,6 +29,7 @@ class PushPlan:
     missing: tuple[str, ...]  # of `parcel.files`
     public: str | None  # why everyone may read it; None where that is known not to be so
     complete: bool  # nothing is left to do
+    left_out: tuple[str, ...] = ()  # hook points that were added to the cache: they are not copied
 
     @property
     def n_bytes(self) -> int:
@@ -36,15 +37,17 @@ class PushPlan:
         return sum(self.parcel.files[path].n_bytes for path in self.missing)
 
 
-def local_parcel(source: Path, hooks: Sequence[str] = (), n_rows: int | None = None) -> Parcel:
-    """What travels of a local cache."""
-    cache = open_cache(source)
+def local_parcel(cache: Cache, hooks: Sequence[str] = (), n_rows: int | None = None) -> Parcel:
+    """What travels of a local cache. Raises UnknownNameError for a hook point that was added: it does not."""
+    own = [hook.name for hook in cache.manifest.hook_points]
+    if added := [name for name in hooks if name in cache.hook_points and name not in own]:
+        raise UnknownNameError(f"{cache.path}: {added[0]} was added later; push copies only {', '.join(own)}")
     if not hooks and n_rows is None:
         data = read_bytes(cache.path / MANIFEST)
         return whole(parse(data, str(cache.path)), data)
     shards = range(first_shards(cache.manifest, n_rows))
     records = [load_record(cache.path, cache.manifest, shard) for shard in shards]
-    return part(cache.manifest, records, list(hooks) or list(cache.hook_points))
+    return part(cache.manifest, records, list(hooks) or own)
 
 
 def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int | None = None) -> PushPlan:
@@ -52,7 +55,10 @@ def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int 
 
     Raises CacheError where the remote holds something else, or a newer state of the cache.
     """
-    parcel, store = local_parcel(source, hooks, n_rows), Store(url)
+    cache = open_cache(source)
+    parcel, store = local_parcel(cache, hooks, n_rows), Store(url)
+    own = {hook.name for hook in cache.manifest.hook_points}
+    left_out = tuple(name for name in cache.hook_points if name not in own and not hooks)
     there = store.listing()
     done = False
     if MANIFEST in there:
@@ -71,7 +77,7 @@ def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int 
     )
     missing = tuple(path for path in parcel.files if path in changed or path in missing)
     complete = done and not missing and all(there.get(path) == len(data) for path, data in parcel.made.items())
-    return PushPlan(source, store, parcel, missing, store.why_public(), complete)
+    return PushPlan(source, store, parcel, missing, store.why_public(), complete, left_out)
 
 
 def push(plan: PushPlan, *, verify: bool = False, progress: Progress = lambda n_bytes: None) -> None:

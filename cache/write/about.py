@@ -23,20 +23,21 @@ HIDDEN = "***"
 
 
 def record_about(path: Path, *, user: bool = False) -> None:
-    """Add a run to the file of the cache at `path`; a file that cannot be written is left out in silence."""
+    """Add a run to the file of the cache at `path`, where that can be written."""
     entry = {"when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": command_line(sys.argv), "machine": machine()}
     if user:
-        entry["user"] = getpass.getuser()
+        entry["user"] = _user()
     with contextlib.suppress(OSError):
         files.write_json(path / ABOUT, {"runs": [*read_about(path), entry]})
 
 
 def add_user(path: Path) -> None:
-    """Add the user's name to the last run of the file."""
+    """Add the user's name to the last run of the file, where that can be written."""
     runs = read_about(path)
     if runs:
-        runs[-1]["user"] = getpass.getuser()
-        files.write_json(path / ABOUT, {"runs": runs})
+        runs[-1]["user"] = _user()
+        with contextlib.suppress(OSError):
+            files.write_json(path / ABOUT, {"runs": runs})
 
 
 def read_about(path: Path) -> list[dict[str, Any]]:
@@ -71,6 +72,13 @@ def machine() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
     return {"system": platform.system(), "cpu": _processor(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container without names
+        return "unknown"
 
 
 def _processor() -> str:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
-from sae_granary.cache.format.layout import ABOUT, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY
+from sae_granary.cache.format.layout import ABOUT, ADDED, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import load_manifest, refuse_code, remove_contents
 from sae_granary.cache.write.session import locked
@@ -28,18 +28,32 @@ def check_removable(path: Path) -> Manifest:
         raise NotACacheError(f"{path} is a link: name the cache itself ({os.readlink(path)}), or remove the link")
     refuse_code(path)
     manifest = load_manifest(path)
-    ours = {*manifest.layout.groups, ABOUT, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY, "zarr.json"}
+    ours = {
+        *manifest.layout.groups,
+        ABOUT,
+        ADDED,
+        COMMITS,
+        DOCUMENTS,
+        LOCK,
+        LOG,
+        MANIFEST,
+        TEMPORARY,
+        VOCABULARY,
+        "zarr.json",
+    }
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise CacheError(f"{path} holds files that are not the cache's ({shown}): move them first; nothing was removed")
+    for part in _added(path):
+        check_removable(part)
     if readers := _readers(path):
         raise InUseError(f"{path} is being read by process {readers[0]}: wait for it or stop it; nothing was removed")
     return manifest
 
 
 def remove_cache(path: Path) -> None:
-    """Remove a cache; the manifest goes last, so that an interrupted removal can be repeated.
+    """Remove a cache with the hook points added to it; its manifest goes last, so that a removal can be repeated.
 
     Raises what `check_removable` raises, and CacheLockedError while a harvest writes it. Links inside are removed, not
     followed.
@@ -48,6 +62,9 @@ def remove_cache(path: Path) -> None:
     lock = locked(path)
     try:
         manifest = check_removable(path)
+        for part in _added(path):
+            remove_cache(part)
+        _remove_folder(path / ADDED)
         for name in (ABOUT, LOG):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / TEMPORARY, ignore_errors=True)
@@ -56,6 +73,20 @@ def remove_cache(path: Path) -> None:
         lock.release()
     with contextlib.suppress(OSError):
         path.rmdir()
+
+
+def _added(path: Path) -> list[Path]:
+    """The caches of hook points that were added; a link to a folder of them is not followed."""
+    folder = path / ADDED
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an empty folder, or a link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        folder.rmdir()
 
 
 def _readers(path: Path) -> list[int]:

@@ -44,8 +44,9 @@ def add_hooks(
     Raises ConfigError for hook points that are there, ModelError for a layer that the model lacks, HarvestError where
     model, text or settings differ from the record, RowsDifferError at the first row that differs, CacheError.
     """
-    path, stop = Path(to), StopRequest() if stop is None else stop
-    base = open_cache(path)
+    stop = StopRequest() if stop is None else stop
+    base = open_cache(to)
+    path = base.path
     out = path / ADDED / "new"  # until the hook points are known
     config = recorded_config(path, base.manifest, where, out, model=model, dataset=dataset, device=device)
     with Progress(config.where.unit, None, quiet=quiet) as progress:

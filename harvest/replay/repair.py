@@ -11,6 +11,7 @@ from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.layout import VOCABULARY, commit_path
 from sae_granary.cache.format.manifest import FileEntry, Manifest
+from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.zarr_json import zarr_files
@@ -64,7 +65,7 @@ def find_damage(to: str | Path) -> list[Damage]:
 
     Raises CacheError where the manifest itself is damaged or missing: nothing else tells what the files should be.
     """
-    path = Path(to)
+    path = find_cache(to)
     manifest = load_manifest(path)
     if not manifest.complete:
         raise HarvestError(f"{path} is not complete: run its `sae-harvest run` again; repair restores complete caches")
@@ -120,6 +121,8 @@ def repair(
         lock = locked(damage.path)
         session = Session(damage.path)
         try:
+            if load_manifest(damage.path).to_json() != damage.manifest.to_json():
+                raise HarvestError(f"{damage.path} has changed since its files were checked: run the command again")
             shutil.rmtree(session.folder.parent, ignore_errors=True)
             session.folder.mkdir(parents=True)
             places = {"model": model, "dataset": dataset, "device": device}

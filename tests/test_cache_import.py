@@ -219,6 +219,18 @@ def test_a_killed_import_continues_to_the_same_bytes(tmp_path, monkeypatch):
     assert "complete already" in run(path, "--out", tmp_path / "a", *flags).stdout
 
 
+def test_a_complete_cache_is_not_taken_for_that_of_other_flags(tmp_path):
+    path, out = write(tmp_path / "x.parquet", "parquet"), tmp_path / "c"
+    run(path, "--out", out)
+    assert "complete already" in run(path, "--out", out).stdout
+    for flags in (["--id-column", "id"], ["--text-column", "text"], ["--hook", "clip"], ["--dtype", "float16"]):
+        error = run(path, "--out", out, *flags, code=2).stderr
+        assert "this command wants" in error
+        assert f"--out {out}_2" in error.replace("\n", " ")
+    run(path, "--out", tmp_path / "text", "--text-column", "text")
+    assert "kept_columns" in run(path, "--out", tmp_path / "text", "--keep-columns", "text", code=2).stderr
+
+
 def test_the_writer_takes_arrays_lists_and_tensors(tmp_path):
     import torch
 

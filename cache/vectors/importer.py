@@ -8,18 +8,19 @@ removes what was written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import BadActivationError, CacheError
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
-from sae_granary.cache.format.records import existing_manifest
+from sae_granary.cache.format.manifest import Manifest
+from sae_granary.cache.format.records import existing_manifest, refuse_mismatch
 from sae_granary.cache.vectors.arrays import open_npy, open_npz, open_safetensors
 from sae_granary.cache.vectors.fields import Columns, VectorFile, VectorFileError
 from sae_granary.cache.vectors.tables import ArrowFile, ParquetFile
 from sae_granary.cache.vectors.values import BadVectorError, vectors_of
-from sae_granary.cache.vectors.writer import VectorWriter, vector_spec
+from sae_granary.cache.vectors.writer import ID, VectorWriter, vector_spec
 from sae_granary.common.files import NotRegularError, free_bytes, hash_files, open_regular
 from sae_granary.common.quantities import byte_size
 from sae_granary.common.rows import HookPoint
@@ -144,7 +145,8 @@ def import_vectors(plan: ImportPlan, progress: Callable[[int], None] = lambda do
     _check_space(plan)
     origin = _origin(plan)
     have = existing_manifest(plan.out)
-    if have is not None and have.complete and have.fingerprint.get("files_xxh3") == origin["files_xxh3"]:
+    if have is not None and have.complete:
+        refuse_mismatch(plan.out, have, _wanted(plan, have, origin))
         return ImportResult(plan.out, sum(record.n_rows for record in have.shards), 0, already_complete=True)
     writer = VectorWriter(
         plan.out,
@@ -167,6 +169,13 @@ def import_vectors(plan: ImportPlan, progress: Callable[[int], None] = lambda do
             writer.discard()
         raise
     return ImportResult(plan.out, writer.n_rows, resumed)
+
+
+def _wanted(plan: ImportPlan, have: Manifest, origin: Mapping[str, Any]) -> Manifest:
+    """The manifest of a complete cache as the import would have written it."""
+    kept = ((ID,) if plan.columns.ids is not None else ()) + plan.columns.keep
+    spec = vector_spec(plan.hook, plan.d_in, plan.dtype, plan.rows_per_shard, plan.model, kept, origin)
+    return replace(have, kept_columns=kept, fingerprint=spec.fingerprint)
 
 
 def _batches(plan: ImportPlan, writer: VectorWriter, skip: int) -> Iterator[tuple[VectorFile, int, dict[str, Any]]]:

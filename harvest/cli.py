@@ -6,16 +6,24 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, make_app
 from sae_granary.harvest.settings.flags import ReadFlags, takes_model_flags, takes_settings
 
+if TYPE_CHECKING:
+    from sae_granary.harvest.plan import Plan
+
 RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user name into the cache's about.json.")]
 
 app = make_app("sae-harvest", "Stream text through a transformer and keep its activations in a cache on disk.")
+
+ProbeTime = Annotated[
+    str | None,
+    typer.Option("--probe", help="Load the model and measure its throughput on the first texts for so long: 30s."),
+]
 
 _LAYER = "Block whose output is added, counted from 0: 8, or 2,4,8, or all."
 _HOOK = "Module by path or glob; append :in for its input; see `sae-harvest names`."
@@ -53,20 +61,33 @@ def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = F
 
 @app.command()
 @takes_settings
-def plan(read_flags: ReadFlags, debug: Debug = False) -> None:
+def plan(read_flags: ReadFlags, probe: ProbeTime = None, debug: Debug = False) -> None:
     """Estimate rows, disk and time of `run` with the same flags; loads no weights, writes nothing.
 
-    Exits with 1 if the disk has too little room.
+    With --extend it tells what comes to the rows that are there. Exits with 1 if the disk has too little room.
     """
     with _errors(debug):
-        from sae_granary.harvest import plan as planning
-        from sae_granary.harvest.progress import print_table
+        from sae_granary.harvest.replay.growth import plan_growth
         from sae_granary.harvest.settings.make import make_config, merged
 
-        result = planning.plan(make_config(merged(read_flags())), lambda message: echo(message, err=True))
-        print_table(planning.plan_rows(result), "plan" if result.fits else "plan: it does NOT fit")
-        if not result.fits:
-            raise typer.Exit(1)
+        _show_plan(lambda say: plan_growth(make_config(merged(read_flags())), say), probe)
+
+
+def _show_plan(make: Callable[[Callable[[str], None]], Plan], probe_time: str | None) -> None:
+    """Print a plan, with the throughput measured for so long. Exits with 1 if the disk has too little room."""
+    from sae_granary.harvest import plan as planning
+    from sae_granary.harvest import probe as probing
+    from sae_granary.harvest.progress import Progress, print_table
+
+    seconds = None if probe_time is None else probing.parse_seconds(probe_time)
+    result, words = make(lambda message: echo(message, err=True)), ""
+    if seconds is not None:
+        with Progress(result.prepared.unit, None) as progress:
+            measured = probing.probe(result.prepared, seconds, progress)
+        words = measured.words(result.n_rows)
+    print_table(planning.plan_rows(result, words), "plan" if result.fits else "plan: it does NOT fit")
+    if not result.fits:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -90,6 +111,8 @@ def add(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it was moved.")] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where the text is now, if moved.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cuda:1 where the harvest ran on cuda.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show rows, disk and time; write nothing.")] = False,
+    probe: ProbeTime = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -98,10 +121,16 @@ def add(
         from sae_granary.common.process import keep_freed_memory
         from sae_granary.common.signals import explain_bus_errors, stop_on_signals
         from sae_granary.harvest.progress import print_table, summary_rows
-        from sae_granary.harvest.replay.add import add_hooks
+        from sae_granary.harvest.replay.add import add_hooks, prepare_addition
         from sae_granary.models.config import WhereConfig, parse_layers
 
         where = WhereConfig(layers=parse_layers(layers or []), hooks=tuple(hooks or ()))
+        if plan or probe is not None:
+            from sae_granary.harvest.replay.growth import plan_addition
+
+            places = {"model": model, "dataset": dataset, "device": device}
+            _show_plan(lambda say: plan_addition(*prepare_addition(to, where, places, say)), probe)
+            return
         explain_bus_errors(lambda: _TRUNCATED)
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(device or "auto")

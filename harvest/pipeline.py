@@ -18,7 +18,7 @@ from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
-from sae_granary.harvest.replay.one_shard import ShardAgain
+from sae_granary.harvest.replay.one_shard import Unwritten
 from sae_granary.harvest.replay.stream import BufferStream, Replay
 from sae_granary.harvest.result import HarvestResult, ending_warnings, result_of
 from sae_granary.harvest.spec import not_recorded
@@ -74,7 +74,7 @@ class Pipeline:
         self,
         prepared: Prepared,
         model: Model,
-        writer: CacheWriter | ShardAgain,
+        writer: CacheWriter | Unwritten,
         progress: Progress,
         log: RunLog,
         check: Callable[[], None],
@@ -189,6 +189,7 @@ class Pipeline:
 
     def _summary(self) -> dict[str, Any]:
         state = self._stream.state
+        assert isinstance(self._writer, CacheWriter)
         return {
             "n_rows": state.n_rows,
             "n_documents": state.n_docs,

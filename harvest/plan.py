@@ -55,8 +55,8 @@ def plan(config: HarvestConfig, say: Say) -> Plan:
     )
 
 
-def plan_rows(result: Plan) -> list[tuple[str, str]]:
-    """The plan as a table."""
+def plan_rows(result: Plan, time_words: str = "") -> list[tuple[str, str]]:
+    """The plan as a table; `time_words` is a time that was measured."""
     prepared, source = result.prepared, result.prepared.source
     unit = "tokens" if prepared.unit == "token" else "texts"
     unknown = "not known before the text is read: give --max-tokens"
@@ -75,7 +75,9 @@ def plan_rows(result: Plan) -> list[tuple[str, str]]:
             ("shards", f"{result.n_shards:,} of up to {prepared.rows_per_shard:,} rows"),
         ]
     rows.append(("free space", f"{result.free_bytes:,} ({byte_size(result.free_bytes)})"))
-    if result.seconds is not None:
+    if time_words:
+        rows.append(("time", time_words))
+    elif result.seconds is not None:
         rows.append(("time", f"about {duration(result.seconds)} after loading, if the model is the limit"))
     return rows
 

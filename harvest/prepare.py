@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
+from sae_granary.cache.format.layout import CacheLayout, cache_layout, default_rows_per_shard
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
@@ -119,10 +119,14 @@ class Prepared:
             )
         return wanted
 
+    @property
+    def layout(self) -> CacheLayout:
+        """The arrays of the cache."""
+        return cache_layout([hook.point() for hook in self.hooks], self.dtype, self.rows_per_shard)
+
     def cache_bytes(self, n_rows: int) -> int:
         """Size of a cache of n rows."""
-        layout = cache_layout([hook.point() for hook in self.hooks], self.dtype, self.rows_per_shard)
-        return round(layout.bytes_of(n_rows) * SPACE_MARGIN)
+        return round(self.layout.bytes_of(n_rows) * SPACE_MARGIN)
 
 
 def prepare(config: HarvestConfig, say: Say) -> Prepared:

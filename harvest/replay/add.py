@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.pipeline import Pipeline
-from sae_granary.harvest.prepare import Prepared, prepare
+from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
@@ -45,20 +46,10 @@ def add_hooks(
     model, text or settings differ from the record, RowsDifferError at the first row that differs, CacheError.
     """
     stop = StopRequest() if stop is None else stop
-    base = open_cache(to)
-    path = base.path
-    out = path / ADDED / "new"  # until the hook points are known
-    config = recorded_config(path, base.manifest, where, out, model=model, dataset=dataset, device=device)
-    with Progress(config.where.unit, None, quiet=quiet) as progress:
-        buffer_tokens = int(base.manifest.fingerprint["buffer_tokens"])
-        prepared = replace(prepare(config, progress.say), recorded_buffer=buffer_tokens)
-        check_weights(prepared.located)
-        refuse_other_source(path, prepared, base.manifest)
-        names = [hook.name for hook in prepared.hooks]
-        if there := [hook.name for hook in base.manifest.hook_points if hook.name in names]:
-            raise ConfigError(f"{path} was harvested with hook point {there[0]}: name others with --layer or --hook")
-        place = _place(base, names)
-        prepared = replace(prepared, config=replace(config, out=place))
+    places = {"model": model, "dataset": dataset, "device": device}
+    with Progress("token", None, quiet=quiet) as progress:
+        base, prepared = prepare_addition(to, where, places, progress.say)
+        path, names, place = base.path, [hook.name for hook in prepared.hooks], prepared.config.out_path
         spec = _spec(prepared, base)
         with AddingWriter.open(place, spec, direct=prepared.device == "cpu", extend=True) as writer:
             assert isinstance(writer, AddingWriter)
@@ -83,6 +74,28 @@ def add_hooks(
                 raise
             finally:
                 log.close(keep=True)
+
+
+def prepare_addition(
+    to: str | Path, where: WhereConfig, places: Mapping[str, str | None], say: Say
+) -> tuple[Cache, Prepared]:
+    """Check an addition without loading weights: the cache, and what is harvested onto it. Raises as `add_hooks`.
+
+    `places` are where `model` and `dataset` are now, and the `device`; None for what the cache records.
+    """
+    base = open_cache(to)
+    path = base.path
+    if base.manifest.unit != "token":
+        raise ConfigError(f"{path} holds one row per text: layers are added to caches of one row per token only")
+    out = path / ADDED / "new"  # until the hook points are known
+    config = recorded_config(path, base.manifest, where, out, **places)
+    prepared = replace(prepare(config, say), recorded_buffer=int(base.manifest.fingerprint["buffer_tokens"]))
+    check_weights(prepared.located)
+    refuse_other_source(path, prepared, base.manifest)
+    names = [hook.name for hook in prepared.hooks]
+    if there := [hook.name for hook in base.manifest.hook_points if hook.name in names]:
+        raise ConfigError(f"{path} was harvested with hook point {there[0]}: name others with --layer or --hook")
+    return base, replace(prepared, config=replace(config, out=_place(base, names)))
 
 
 def _place(base: Cache, names: list[str]) -> Path:

@@ -13,26 +13,18 @@ from sae_granary.cache.write.split import documents_by_row
 from sae_granary.common.rows import DocumentRow, Rows
 
 
-class ShardAgain:
-    """Takes the rows behind the shards before it, keeps those of one shard, in files of a temporary folder."""
+class Unwritten:
+    """Takes the rows of a harvest behind committed shards, as a CacheWriter does, and commits none."""
 
-    def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
-        self.path, self.manifest = path, manifest
-        self.committed = Committed.of(manifest.shards[:shard])
-        self.cursor: Cursor | None = self.committed.cursor
+    def __init__(self, path: Path, committed: Committed) -> None:
+        self.path, self.committed = path, committed
+        self.cursor: Cursor | None = committed.cursor
         self.warnings: list[str] = []
-        self._record = manifest.shards[shard]
-        self._shard = OpenShard(manifest.layout, shard, folder, kept_columns=manifest.kept_columns, direct=False)
-
-    @property
-    def n_shards(self) -> int:
-        """Shards before this one."""
-        return self.committed.n_shards
 
     @property
     def n_rows(self) -> int:
         """Rows so far, those of the shards before included."""
-        return self.committed.n_rows + self._shard.n_rows
+        return self.committed.n_rows
 
     @property
     def bytes_written(self) -> int:
@@ -44,6 +36,23 @@ class ShardAgain:
 
     def skip(self, n_rows: int) -> None:
         """The record has the cursor."""
+
+    def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:
+        """Drop the rows."""
+
+
+class ShardAgain(Unwritten):
+    """Takes the rows behind the shards before it, keeps those of one shard, in files of a temporary folder."""
+
+    def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
+        super().__init__(path, Committed.of(manifest.shards[:shard]))
+        self._record = manifest.shards[shard]
+        self._shard = OpenShard(manifest.layout, shard, folder, kept_columns=manifest.kept_columns, direct=False)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows so far, those of the shards before included."""
+        return self.committed.n_rows + self._shard.n_rows
 
     def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:
         """Take rows as long as they are of this shard."""

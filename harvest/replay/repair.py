@@ -179,10 +179,10 @@ def _restore(
 
 
 def _put_back(damage: Damage, session: Session, again: ShardAgain, shard: int, names: Sequence[str]) -> None:
-    """Replace the damaged files of a shard, if all files came out as recorded."""
+    """Replace the damaged files of a shard, if they came out as recorded; documents tell the name of a local text."""
     record = damage.manifest.shards[shard]
     temporary, found = again.finished()
-    if different := [name for name in record.files if found.files[name] != record.files[name]]:
+    if different := [name for name in names if name in temporary and found.files[name] != record.files[name]]:
         raise HarvestError(
             f"{different[0]} has another checksum; the text has changed, or this is another machine or another version "
             "of torch than it was harvested with"
@@ -191,7 +191,7 @@ def _put_back(damage: Damage, session: Session, again: ShardAgain, shard: int, n
         if name in temporary:
             session.replace(name, temporary[name].read_bytes())
     if commit_path(shard) in names and record.record is not None:
-        body = {"version": damage.manifest.version, **found.to_json()}
+        body = {"version": damage.manifest.version, **replace(found, files=record.files).to_json()}
         _replace(session, commit_path(shard), dump_signed(body), record.record)
 
 

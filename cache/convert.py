@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sae_granary.cache.errors import CacheError, CorruptCacheError, DiskFullError, SpecError
 from sae_granary.cache.format.documents import hash_file, read_doc_ids, read_document
-from sae_granary.cache.format.layout import COLUMNS, cache_layout, documents_path
+from sae_granary.cache.format.layout import ADDED, COLUMNS, cache_layout, documents_path
 from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.spec import CacheSpec
@@ -42,7 +42,8 @@ def convert(
 ) -> Cache:
     """Store a complete cache again as `dtype` in the folder `target`, and verify the result; the same again continues.
 
-    Where the source was extended since, the new shards are added.
+    Where the source was extended since, the new shards are added. Hook points that were added to it are added to
+    the new cache.
 
     Checksums of the source are checked on the way. `progress` is told rows done and all rows. Raises SpecError for an
     unknown dtype or that of the source, StorageLossError where int8 would lose too much, CorruptCacheError for damage.
@@ -52,6 +53,7 @@ def convert(
     'int8'
     """
     opened, path = open_cache(source), Path(target)
+    parts = {part.path.name: part.path for part in opened.additions if part.covers(opened.records)}
     _check(opened, path, dtype)
     have = existing_manifest(path)
     grown = have is not None and have.complete and len(have.shards) < len(opened.records)  # the source was extended
@@ -69,7 +71,14 @@ def convert(
         for warning in writer.warnings:
             say(f"warning: {warning}")
         writer.finish(opened.manifest.summary or {})
-    return _verified(opened, path)
+    made = _verified(opened, path)
+    for addition in opened.additions:
+        if addition.path.name not in parts:
+            names = ", ".join(hook.name for hook in addition.manifest.hook_points)
+            say(f"warning: {names} is left out: it was not added to all rows; `sae-harvest add` continues it")
+    for name, part in parts.items():
+        convert(part, path / ADDED / name, dtype, say=say)
+    return open_cache(path) if parts else made
 
 
 def is_exact(source: str, target: str) -> bool:
@@ -86,7 +95,7 @@ def _check(opened: Cache, target: Path, dtype: str) -> None:
         raise SpecError(f"{opened.path} is stored as {dtype} already; copy its folder instead")
     if target.resolve() == opened.path.resolve():
         raise SpecError(f"{target} is the cache itself; give another folder: it is not rewritten")
-    layout = cache_layout(tuple(opened.hook_points.values()), dtype, opened.manifest.rows_per_shard)
+    layout = cache_layout(opened.manifest.hook_points, dtype, opened.manifest.rows_per_shard)
     have = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
     needed, free = layout.bytes_of(opened.n_rows) - have, free_bytes(target)
     if needed > free:
@@ -99,7 +108,7 @@ def _spec(opened: Cache, dtype: str) -> CacheSpec:
     told = {CONVERTED: before}
     return CacheSpec(
         unit=manifest.unit,
-        hook_points=tuple(opened.hook_points.values()),
+        hook_points=opened.manifest.hook_points,
         dtype=dtype,
         rows_per_shard=manifest.rows_per_shard,
         provenance={**manifest.provenance, **told},
@@ -111,30 +120,29 @@ def _spec(opened: Cache, dtype: str) -> CacheSpec:
 
 
 def _check_shard(opened: Cache, record: ShardRecord) -> None:
-    """Raise CorruptCacheError unless the files of a shard, of added hook points too, are as they were written."""
-    holders = {holder.path: holder for holder in map(opened.holder, opened.hook_points)}
-    for path, holder in holders.items():
-        for name, entry in holder.records[record.shard].files.items():
-            check_file(path / name, entry.n_bytes)
-            if hash_file(path / name) != entry:
-                raise CorruptCacheError(
-                    f"{path / name}: its checksum does not fit: restore it from a copy; nothing of this shard was "
-                    "converted"
-                )
+    """Raise CorruptCacheError unless the files of a shard are as they were written."""
+    for name, entry in record.files.items():
+        check_file(opened.path / name, entry.n_bytes)
+        if hash_file(opened.path / name) != entry:
+            raise CorruptCacheError(
+                f"{opened.path / name}: its checksum does not fit: restore it from a copy; nothing of this shard was "
+                "converted"
+            )
 
 
 def _blocks(opened: Cache, record: ShardRecord) -> Iterator[tuple[Rows, list[DocumentRow]]]:
     """The rows of a shard in blocks of whole windows, with the documents that start in each."""
     i = record.shard
     columns = {name: opened.column(name).shard(i) for name in COLUMNS}
-    row_bytes = 4 * sum(hook.d_in for hook in opened.hook_points.values())
+    names = [hook.name for hook in opened.manifest.hook_points]
+    row_bytes = 4 * sum(hook.d_in for hook in opened.manifest.hook_points)
     size = min(MAX_ROWS, max(MIN_ROWS, BLOCK_BYTES // row_bytes))
     file = opened.path / documents_path(i)
     waiting = read_doc_ids(file)[::-1]
     start = 0
     for stop in _cuts(columns["window"], size):
         part = slice(start, stop)
-        values = {name: opened.hook(name).block(i, start, stop) for name in opened.hook_points}
+        values = {name: opened.hook(name).block(i, start, stop) for name in names}
         rows = Rows(values, **{name: np.asarray(column[part]) for name, column in columns.items()})
         last, documents = int(rows.doc_id.max()), []
         while waiting and waiting[-1] <= last:

@@ -61,7 +61,16 @@ def diff(a: Cache, b: Cache) -> CacheDifference:
             columns[name] += int(np.count_nonzero(a.column(name)[rows] != b.column(name)[rows]))
     shared = [name for name, hook in a.hook_points.items() if _width(hook) == _width(b.hook_points.get(name))]
     hooks = {name: _compare(a, b, name, n_rows) for name in shared}
-    return CacheDifference(differences(a.manifest, b.manifest), (a.n_rows, b.n_rows), columns, hooks)
+    fields = differences(a.manifest, b.manifest)
+    added = tuple(_added(cache) for cache in (a, b))
+    if added[0] != added[1]:
+        fields["added hook points"] = (added[0], added[1])
+    return CacheDifference(fields, (a.n_rows, b.n_rows), columns, hooks)
+
+
+def _added(cache: Cache) -> str:
+    own = {hook.name for hook in cache.manifest.hook_points}
+    return ", ".join(name for name in cache.hook_points if name not in own) or "none"
 
 
 def _width(hook: HookPoint | None) -> int | None:

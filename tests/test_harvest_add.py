@@ -11,15 +11,13 @@ from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_resume import assert_same_cache, contents
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
-from sae_granary.cache.cli import app as cache_app
 from sae_granary.cache.convert import convert
 from sae_granary.cache.errors import CacheError, CacheLockedError, CorruptCacheError, UnknownNameError
 from sae_granary.cache.read.listing import list_caches
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.remote.push import plan_push
+from sae_granary.cache.remote.push import plan_push, push
 from sae_granary.cache.write import session
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import ConfigError
@@ -181,16 +179,13 @@ def test_damage_of_an_addition_is_found(config: HarvestConfig) -> None:
 
 
 def test_other_commands_know_added_hook_points(config: HarvestConfig, tmp_path: Path) -> None:
-    """convert checks and takes them, push says that it does not, rm removes them unless they are being written."""
+    """convert checks and takes them, push copies them, rm removes them unless they are being written."""
     harvest(config)
     add(config.out_path)
     path, url = config.out_path, f"file://{tmp_path}/remote"
-    with pytest.raises(UnknownNameError, match="layer_2 was added later; push copies only layer_1"):
-        plan_push(path, url, hooks=["layer_2"])
-    assert plan_push(path, url, n_rows=10).left_out == ("layer_2",)
-    told = CliRunner().invoke(cache_app, ["push", str(path), url])
-    assert (told.exit_code, "not copied: layer_2" in told.stderr) == (0, True)
-    assert list(open_cache(tmp_path / "remote").hook_points) == ["layer_1"]
+    push(plan_push(path, url))
+    assert list(open_cache(tmp_path / "remote").hook_points) == ["layer_1", "layer_2"]
+    assert verify(tmp_path / "remote").ok
     made = convert(path, tmp_path / "wide", "float32" if open_cache(path).dtype != "float32" else "bfloat16")
     assert list(made.hook_points) == ["layer_1", "layer_2"]
     file = path / "added/layer_2/activations/layer_2/c.0.0"

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sae_granary.cache.commands.shared import CachePath, console
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, fail
 
+if TYPE_CHECKING:
+    from sae_granary.cache.remote.pull import PullPlan
+    from sae_granary.cache.remote.push import PushPlan
+
 Url = Annotated[
     str, typer.Argument(help="s3://bucket/name, file:///folder, gs://..., hf://datasets/...", show_default=False)
 ]
-Hooks = Annotated[str | None, typer.Option("--hook", help="Only these hook points (a,b).", show_default=False)]
+Hooks = Annotated[
+    str | None, typer.Option("--hook", help="Only these hook points (a,b), also added ones.", show_default=False)
+]
 Rows = Annotated[
     str | None, typer.Option("--rows", help="Only the first shards that hold so many rows.", show_default=False)
 ]
@@ -40,13 +46,10 @@ def push(
         from sae_granary.common.quantities import byte_size
 
         plan = pushing.plan_push(source, url, hooks=_names(hook), n_rows=_count(rows))
-        if plan.left_out:
-            echo(f"not copied: {', '.join(plan.left_out)}, added to the cache later", err=True)
         if plan.complete and not verify:
             echo(f"{url} is complete already, nothing to do")
             return
-        told = f"{plan.parcel.n_rows:,} rows, {len(plan.missing)} of {len(plan.parcel.files)} files, "
-        told += f"{byte_size(plan.n_bytes)} to copy"
+        told = f"{_told(plan)}{byte_size(plan.n_bytes)} to copy"
         if dry_run or (plan.public is not None and not yes):
             why = "" if plan.public is None or yes else f"; {plan.public}: add --yes to push"
             echo(f"{source} -> {url}: {told}{why}; nothing was copied")
@@ -73,16 +76,25 @@ def pull(
         from sae_granary.common.quantities import byte_size
 
         plan = pulling.plan_pull(url, target, hooks=_names(hook), n_rows=_count(rows))
+        for name in plan.left_out:
+            echo(f"left out: {url}/added/{name}, of which a push has not finished", err=True)
         if plan.complete:
             echo(f"{target} is complete already, nothing to do")
             return
-        told = f"{plan.parcel.n_rows:,} rows, {len(plan.missing)} of {len(plan.parcel.files)} files, "
         if dry_run:
-            echo(f"{url} -> {target}: {told}{byte_size(plan.n_bytes)} to copy; nothing was copied")
+            echo(f"{url} -> {target}: {_told(plan)}{byte_size(plan.n_bytes)} to copy; nothing was copied")
             return
         with _progress("pulling", plan.n_bytes, quiet) as advance:
             pulling.pull(plan, progress=advance)
         echo(f"{url} -> {target}: {plan.parcel.n_rows:,} rows, complete and verified")
+
+
+def _told(plan: PushPlan | PullPlan) -> str:
+    parts = (plan, *plan.added)
+    missing, files = sum(len(part.missing) for part in parts), sum(len(part.parcel.files) for part in parts)
+    added = [hook.name for part in plan.added for hook in part.parcel.manifest.hook_points]
+    also = f" with {', '.join(added)}" if added else ""
+    return f"{plan.parcel.n_rows:,} rows{also}, {missing} of {files} files, "
 
 
 def _names(text: str | None) -> list[str]:

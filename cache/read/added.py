@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from sae_granary.cache.format.layout import ADDED, MANIFEST
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.common.rows import HookPoint
+
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,28 @@ def additions(path: Path, manifest: Manifest) -> tuple[Addition, ...]:
         raise CorruptCacheError(f"{folder} is a symbolic link; links out of a cache are not followed")
     if not folder.is_dir():
         return ()
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() or not (entry / MANIFEST).is_file():
-            continue
-        added = load_manifest(entry)
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.is_symlink() and (entry / MANIFEST).is_file()]
+    found = {entry.name: load_manifest(entry) for entry in entries}
+    check_additions(str(path), manifest, found)
+    return tuple(Addition(folder / name, added) for name, added in found.items())
+
+
+def check_additions(place: str, manifest: Manifest, found: Mapping[str, Manifest]) -> None:
+    """Raise CorruptCacheError where additions, by folder name, are of other rows, or a hook point is there twice."""
+    for name, added in found.items():
         if identity_of_rows(added) != identity_of_rows(manifest):
-            raise CorruptCacheError(f"{entry} holds hook points of other rows than {path}; move it away")
-        found.append(Addition(entry, added))
+            raise CorruptCacheError(
+                f"{place}/{ADDED}/{name} holds hook points of other rows than {place}; move it away"
+            )
     names = [hook.name for hook in manifest.hook_points]
-    names += [hook.name for addition in found if addition.manifest.complete for hook in addition.manifest.hook_points]
+    names += [hook.name for added in found.values() if added.complete for hook in added.hook_points]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise CorruptCacheError(f"{path} holds hook point {min(twice)} twice; move one of {folder} away")
-    return tuple(found)
+        raise CorruptCacheError(f"{place} holds hook point {min(twice)} twice; move one of {place}/{ADDED} away")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a folder below ADDED may be called that; remote names are not trusted."""
+    return _FOLDER.fullmatch(name) is not None
 
 
 def identity_of_rows(manifest: Manifest) -> dict[str, object]:

@@ -86,10 +86,11 @@ def _entry(folder: Path) -> Entry:
         cache = open_cache(folder, allow_incomplete=True)
     except (CacheError, OSError) as error:
         return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
-    growing = not cache.complete and lock_holder(folder / LOCK) is not None
+    writing = [folder, *(part.path for part in cache.additions)]
+    growing = any(lock_holder(place / LOCK) is not None for place in writing)
     return Entry(
         path=str(folder),
-        state="complete" if cache.complete else "growing" if growing else "incomplete",
+        state="growing" if growing else "complete" if cache.complete else "incomplete",
         model=source_name(cache.manifest.provenance.get("model")),
         dataset=source_name(cache.manifest.provenance.get("dataset")),
         hook_points=tuple(cache.hook_points),

@@ -26,6 +26,7 @@ from sae_granary.cache.format.layout import (
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.read.added import Addition
 from sae_granary.cache.read.check import check_file, has_just_begun
 from sae_granary.cache.read.reader import Cache, open_cache
 from sae_granary.cache.read.verify_rows import check_rows, check_totals
@@ -83,11 +84,26 @@ def verify(
     foreign = [*_foreign(cache)]
     for addition in cache.additions:
         below = addition.path.relative_to(path).as_posix()
-        report = verify(addition.path, quick=quick)
+        report = verify(addition.path, quick=quick, progress=_further(progress, n_bytes, cache.n_bytes))
         findings += [Finding(f"{below}/{finding.path}", finding.problem) for finding in report.findings]
+        findings += [
+            Finding(f"{below}/{commit_path(shard)}", problem) for shard, problem in _other_rows(cache, addition)
+        ]
         foreign += [f"{below}/{name}" for name in report.foreign]
         n_bytes += report.n_bytes
     return Report(tuple(findings), tuple(foreign), n_bytes, cache.complete)
+
+
+def _further(progress: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, _: progress(min(before + done, total), total)
+
+
+def _other_rows(cache: Cache, addition: Addition) -> Iterator[tuple[int, str]]:
+    """The shards of an addition whose rows or documents are not those of the cache."""
+    for ours, theirs in zip(cache.records, addition.manifest.shards, strict=False):
+        for name, entry in theirs.files.items():
+            if name in ours.files and ours.files[name] != entry:
+                yield theirs.shard, f"{name} is not that of the cache that it was added to"
 
 
 def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:

@@ -50,7 +50,7 @@ def mirrored(url: str) -> Path:
             error.args = (f"{error}; its local copy is {folder}: remove that folder to copy it again",)
         raise
     if not plan.complete:
-        needed, limit = plan.parcel.n_bytes, _limit()
+        needed, limit = plan.total_bytes, _limit()
         if needed > limit:
             raise CacheError(
                 f"{url} has {byte_size(needed)}, local copies may take {byte_size(limit)}: raise {LIMIT}, or "

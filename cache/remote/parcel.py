@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from sae_granary.cache.errors import CacheError, CorruptCacheError, IncompleteCacheError, UnknownNameError
@@ -13,7 +13,10 @@ from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, 
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, dump_signed, load_signed
 from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.read.added import Addition, hooks_of, shorter
 from sae_granary.common.signed import digest
+
+Added = tuple[str, Manifest, Sequence[ShardRecord]]  # folder of an addition, and what is in it
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Parcel:
     manifest_bytes: bytes
     files: Mapping[str, FileEntry]  # copied as they are
     made: Mapping[str, bytes]  # written anew: of a part its records and its Zarr metadata
+    places: Mapping[str, str] = field(default_factory=dict)  # where files are that are elsewhere at the source
 
     @property
     def n_bytes(self) -> int:
@@ -35,6 +39,10 @@ class Parcel:
     def n_rows(self) -> int:
         """Rows of the cache that arrives."""
         return sum(record.n_rows for record in self.manifest.shards)
+
+    def place(self, path: str) -> str:
+        """Where a file is at the source."""
+        return self.places.get(path, path)
 
 
 def parse(data: bytes, place: str) -> Manifest:
@@ -65,6 +73,27 @@ def whole(manifest: Manifest, data: bytes) -> Parcel:
     return Parcel(manifest, data, files, {})
 
 
+def chosen(
+    place: str, manifest: Manifest, additions: Sequence[Addition], hooks: Sequence[str], n_rows: int | None
+) -> tuple[list[str], list[str], list[Addition]]:
+    """The commit records and hook points of a part, and the additions that hold some of these.
+
+    Without `hooks` they are the cache's own. Raises UnknownNameError.
+    """
+    shards = manifest.shards[: first_shards(manifest, n_rows)]
+    own = [hook.name for hook in manifest.hook_points]
+    offered = hooks_of(additions, shards)
+    names = list(hooks) or own
+    for name in names:
+        if name not in own and name not in offered:
+            known = ", ".join(sorted([*own, *offered]))
+            raise UnknownNameError(
+                f"{place}: no hook point {name!r}: there are {known}{shorter(name, additions, shards)}"
+            )
+    needed = [part for part in additions if any(offered[n][1] is part for n in names if n in offered)]
+    return [commit_path(record.shard) for record in shards], names, needed
+
+
 def first_shards(manifest: Manifest, n_rows: int | None) -> int:
     """How many shards hold the first n rows; all for None."""
     if n_rows is None:
@@ -79,11 +108,12 @@ def first_shards(manifest: Manifest, n_rows: int | None) -> int:
     return len(manifest.shards)
 
 
-def part(manifest: Manifest, records: Sequence[ShardRecord], hooks: Sequence[str]) -> Parcel:
-    """Some hook points of the first shards; `records` are these shards' own, with statistics."""
-    known = {hook.name for hook in manifest.hook_points}
-    if unknown := [name for name in hooks if name not in known]:
-        raise UnknownNameError(f"no hook point {unknown[0]!r}: there are {', '.join(sorted(known))}")
+def part(manifest: Manifest, records: Sequence[ShardRecord], hooks: Sequence[str], added: Sequence[Added]) -> Parcel:
+    """Some hook points of the first shards as one cache, from the cache and from what was added to it.
+
+    `records` are these shards' own, with statistics, and so are those of each addition.
+    """
+    manifest, records, places = _joined(manifest, records, added)
     points = tuple(hook for hook in manifest.hook_points if hook.name in hooks)
     identity = json.dumps(dict(manifest.fingerprint), sort_keys=True).encode()
     base = replace(
@@ -122,7 +152,30 @@ def part(manifest: Manifest, records: Sequence[ShardRecord], hooks: Sequence[str
     files = {path: entry for record in own for path, entry in record.files.items()}
     if manifest.vocabulary is not None:
         files[VOCABULARY] = manifest.vocabulary
-    return Parcel(new, dump_signed(new.to_json()), files, made | zarr)
+    return Parcel(new, dump_signed(new.to_json()), files, made | zarr, {p: places[p] for p in files if p in places})
+
+
+def _joined(
+    manifest: Manifest, records: Sequence[ShardRecord], added: Sequence[Added]
+) -> tuple[Manifest, list[ShardRecord], dict[str, str]]:
+    """A cache that has the hook points of additions, too, and where their files are."""
+    joined, places = list(records), dict[str, str]()
+    for folder, addition, theirs in added:
+        manifest = replace(
+            manifest,
+            hook_points=(*manifest.hook_points, *addition.hook_points),
+            affines=None if manifest.affines is None else {**manifest.affines, **(addition.affines or {})},
+        )
+        for i, (ours, other) in enumerate(zip(joined, theirs, strict=True)):
+            new = {path: entry for path, entry in other.files.items() if path not in ours.files}
+            places |= {path: f"{folder}/{path}" for path in new}
+            joined[i] = replace(
+                ours,
+                files={**ours.files, **new},
+                statistics={**(ours.statistics or {}), **(other.statistics or {})},
+                affines=None if ours.affines is None else {**ours.affines, **(other.affines or {})},
+            )
+    return manifest, joined, places
 
 
 def check_continued(old: Manifest, new: Manifest, old_place: str, new_place: str) -> None:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError
-from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, MANIFEST, TEMPORARY, commit_path
-from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.format.layout import ADDED, COMMITS, DOCUMENTS, MANIFEST, TEMPORARY
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord
 from sae_granary.cache.format.records import existing_manifest, load_manifest, refuse_code
 from sae_granary.cache.format.signed import read_bytes
+from sae_granary.cache.read.added import Addition, additions, check_additions
+from sae_granary.cache.remote.additions import half_pushed, remote_additions
 from sae_granary.cache.remote.fetch import fetch
-from sae_granary.cache.remote.parcel import Parcel, check_continued, first_shards, parse, parse_record, part, whole
+from sae_granary.cache.remote.parcel import Parcel, check_continued, chosen, parse, parse_record, part, whole
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.cache.write.session import locked
 from sae_granary.common import files
@@ -37,17 +39,34 @@ class PullPlan:
     target: Path
     parcel: Parcel
     missing: tuple[str, ...]  # of `parcel.files`, those that are not here yet
-    complete: bool
+    is_here: bool  # the cache itself
+    added: tuple[PullPlan, ...] = ()  # of hook points that were added to it
+    left_out: tuple[str, ...] = ()  # folders of added hook points of which a push has not finished
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.is_here and all(part.complete for part in self.added)
 
     @property
     def n_bytes(self) -> int:
         """Bytes to fetch."""
-        return sum(self.parcel.files[path].n_bytes for path in self.missing)
+        own = sum(self.parcel.files[path].n_bytes for path in self.missing)
+        return own + sum(part.n_bytes for part in self.added)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files when everything is here."""
+        return self.parcel.n_bytes + sum(part.total_bytes for part in self.added)
 
 
-def remote_parcel(store: Store, hooks: Sequence[str] = (), n_rows: int | None = None) -> Parcel:
-    """What travels of a remote cache. Raises CacheError for half a push, or none."""
-    there = store.listing()
+def remote_parcel(
+    store: Store, there: Mapping[str, int], hooks: Sequence[str] = (), n_rows: int | None = None
+) -> Parcel:
+    """What travels of a remote cache, but for what was added to it where all of it does.
+
+    Raises CacheError for half a push, or none.
+    """
     if MANIFEST not in there:
         half = MARKER in there
         state = "a push has not finished there" if half else "it has no manifest.json" if there else "nothing is there"
@@ -56,16 +75,39 @@ def remote_parcel(store: Store, hooks: Sequence[str] = (), n_rows: int | None = 
     manifest = parse(data, f"{store.url}/{MANIFEST}")
     if not hooks and n_rows is None:
         return whole(manifest, data)
-    shards = [commit_path(shard) for shard in range(first_shards(manifest, n_rows))]
-    records = [parse_record(store.read(path), manifest, f"{store.url}/{path}") for path in shards]
-    return part(manifest, records, list(hooks) or [hook.name for hook in manifest.hook_points])
+    found = remote_additions(store, there)
+    check_additions(store.url, manifest, found)
+    additions = [Addition(Path(ADDED, name), added) for name, added in found.items()]
+    paths, names, parts = chosen(store.url, manifest, additions, hooks, n_rows)
+
+    def records(of: Manifest, folder: str) -> list[ShardRecord]:
+        return [parse_record(store.read(folder + path), of, f"{store.url}/{folder}{path}") for path in paths]
+
+    added = [(p.path.as_posix(), p.manifest, records(p.manifest, f"{p.path.as_posix()}/")) for p in parts]
+    return part(manifest, records(manifest, ""), names, added)
 
 
 def plan_pull(url: str, target: Path, *, hooks: Sequence[str] = (), n_rows: int | None = None) -> PullPlan:
-    """Compare a remote cache with the folder; nothing is written. Raises CacheError for another cache in the folder."""
+    """Compare a remote cache, and what was added to it, with the folder; nothing is written.
+
+    Raises CacheError for another cache in the folder.
+    """
     refuse_code(target)
     store = Store(url)
-    parcel = remote_parcel(store, hooks, n_rows)
+    there = store.listing()
+    plan = _plan(store, target, remote_parcel(store, there, hooks, n_rows))
+    if hooks or n_rows is not None:
+        return plan
+    found = remote_additions(store, there)
+    check_additions(store.url, plan.parcel.manifest, found)
+    here = {p.path.name: p.manifest for p in additions(target, plan.parcel.manifest)}
+    check_additions(f"{url} or {target}", plan.parcel.manifest, {**here, **found})
+    added = tuple(plan_pull(f"{store.url}/{ADDED}/{name}", target / ADDED / name) for name in found)
+    return replace(plan, added=added, left_out=half_pushed(there))
+
+
+def _plan(store: Store, target: Path, parcel: Parcel) -> PullPlan:
+    url = store.url
     stage, complete = target / TEMPORARY / STAGE, False
     known: dict[str, FileEntry] = {}
     if (target / MANIFEST).exists():
@@ -107,6 +149,8 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
         stage = target / TEMPORARY / STAGE
         stage.mkdir(parents=True, exist_ok=True)
         files.write_bytes(stage / WANTED, digest(parcel.manifest_bytes).encode())
+        for addition in plan.added:  # before the cache, which has its hook points when it is there
+            pull(addition, progress=progress)
         _fetch_all(plan, stage, progress)
         _place(plan, stage)
         shutil.rmtree(target / TEMPORARY, ignore_errors=True)
@@ -118,7 +162,7 @@ def _fetch_all(plan: PullPlan, stage: Path, progress: Callable[[int], None]) -> 
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             jobs = [
-                pool.submit(fetch, plan.store, path, plan.parcel.files[path], stage / path, progress)
+                pool.submit(fetch, plan.store, plan.parcel.place(path), plan.parcel.files[path], stage / path, progress)
                 for path in plan.missing
             ]
             for job in jobs:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError, CorruptCacheError, UnknownNameError
+from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.format.documents import hash_file
-from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.layout import ADDED, MANIFEST
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.signed import read_bytes
+from sae_granary.cache.read.added import check_additions
 from sae_granary.cache.read.reader import Cache, open_cache
-from sae_granary.cache.remote.parcel import Parcel, check_continued, first_shards, parse, part, whole
+from sae_granary.cache.remote.additions import remote_additions
+from sae_granary.cache.remote.parcel import Added, Parcel, check_continued, chosen, parse, part, whole
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.common.signed import digest
 
@@ -28,38 +30,56 @@ class PushPlan:
     parcel: Parcel
     missing: tuple[str, ...]  # of `parcel.files`
     public: str | None  # why everyone may read it; None where that is known not to be so
-    complete: bool  # nothing is left to do
-    left_out: tuple[str, ...] = ()  # hook points that were added to the cache: they are not copied
+    is_there: bool  # the cache itself: nothing of it is left to do
+    added: tuple[PushPlan, ...] = ()  # of hook points that were added to it
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.is_there and all(part.complete for part in self.added)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of shard files to copy."""
-        return sum(self.parcel.files[path].n_bytes for path in self.missing)
+        own = sum(self.parcel.files[path].n_bytes for path in self.missing)
+        return own + sum(part.n_bytes for part in self.added)
 
 
 def local_parcel(cache: Cache, hooks: Sequence[str] = (), n_rows: int | None = None) -> Parcel:
-    """What travels of a local cache. Raises UnknownNameError for a hook point that was added: it does not."""
-    own = [hook.name for hook in cache.manifest.hook_points]
-    if added := [name for name in hooks if name in cache.hook_points and name not in own]:
-        raise UnknownNameError(f"{cache.path}: {added[0]} was added later; push copies only {', '.join(own)}")
+    """What travels of a local cache, but for what was added to it where all of it does."""
     if not hooks and n_rows is None:
         data = read_bytes(cache.path / MANIFEST)
         return whole(parse(data, str(cache.path)), data)
-    shards = range(first_shards(cache.manifest, n_rows))
-    records = [load_record(cache.path, cache.manifest, shard) for shard in shards]
-    return part(cache.manifest, records, list(hooks) or own)
+    manifest = cache.manifest
+    paths, names, parts = chosen(str(cache.path), manifest, cache.additions, hooks, n_rows)
+    added: list[Added] = [
+        (
+            part.path.relative_to(cache.path).as_posix(),
+            part.manifest,
+            [load_record(part.path, part.manifest, shard) for shard in range(len(paths))],
+        )
+        for part in parts
+    ]
+    records = [load_record(cache.path, manifest, shard) for shard in range(len(paths))]
+    return part(manifest, records, names, added)
 
 
 def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int | None = None) -> PushPlan:
-    """Compare a cache with what is at the remote; nothing is written.
+    """Compare a cache, and what was added to it, with what is at the remote; nothing is written.
 
     Raises CacheError where the remote holds something else, or a newer state of the cache.
     """
-    cache = open_cache(source)
-    parcel, store = local_parcel(cache, hooks, n_rows), Store(url)
-    own = {hook.name for hook in cache.manifest.hook_points}
-    left_out = tuple(name for name in cache.hook_points if name not in own and not hooks)
+    cache, store = open_cache(source), Store(url)
+    parts = [] if hooks or n_rows is not None else [found for found in cache.additions if found.manifest.complete]
     there = store.listing()
+    plan = _plan(source, store, there, local_parcel(cache, hooks, n_rows))
+    here = {addition.path.name: addition.manifest for addition in parts}
+    check_additions(f"{source} or {url}", cache.manifest, {**remote_additions(store, there), **here})
+    return replace(plan, added=tuple(plan_push(source / ADDED / name, f"{store.url}/{ADDED}/{name}") for name in here))
+
+
+def _plan(source: Path, store: Store, there: Mapping[str, int], parcel: Parcel) -> PushPlan:
+    url = store.url
     done = False
     if MANIFEST in there:
         data = store.read(MANIFEST)
@@ -76,19 +96,23 @@ def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int 
         {p for p, e in parcel.files.items() if p.endswith("zarr.json")} if MANIFEST in there and not done else set()
     )
     missing = tuple(path for path in parcel.files if path in changed or path in missing)
-    complete = done and not missing and all(there.get(path) == len(data) for path, data in parcel.made.items())
-    return PushPlan(source, store, parcel, missing, store.why_public(), complete, left_out)
+    is_there = done and not missing and all(there.get(path) == len(data) for path, data in parcel.made.items())
+    return PushPlan(source, store, parcel, missing, store.why_public(), is_there)
 
 
 def push(plan: PushPlan, *, verify: bool = False, progress: Progress = lambda n_bytes: None) -> None:
-    """Copy what is missing. Local files are checked before they leave; `verify` reads everything back.
+    """Copy what is missing, added hook points first. Local files are checked; `verify` reads everything back.
 
     Raises CorruptCacheError for a local file that is damaged, RemoteError.
     """
     if plan.complete and not verify:
         return
     store, parcel = plan.store, plan.parcel
-    if not plan.complete:
+    if not plan.is_there:
+        store.write(MARKER, digest(parcel.manifest_bytes).encode())
+    for addition in plan.added:
+        push(addition, verify=verify, progress=progress)
+    if not plan.is_there:
         _copy(plan, progress)
     if verify:
         entries = {**parcel.files, **{path: FileEntry.of(data) for path, data in parcel.made.items()}}
@@ -97,10 +121,9 @@ def push(plan: PushPlan, *, verify: bool = False, progress: Progress = lambda n_
 
 def _copy(plan: PushPlan, progress: Progress) -> None:
     store, parcel = plan.store, plan.parcel
-    store.write(MARKER, digest(parcel.manifest_bytes).encode())
 
     def send(path: str) -> None:
-        entry, file = parcel.files[path], plan.source / path
+        entry, file = parcel.files[path], plan.source / parcel.place(path)
         if hash_file(file) != entry:
             raise CorruptCacheError(f"{file}: the checksum does not fit the manifest; nothing damaged is pushed")
         store.upload(path, file)

@@ -8,7 +8,17 @@ import shutil
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
-from sae_granary.cache.format.layout import ABOUT, ADDED, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY
+from sae_granary.cache.format.layout import (
+    ABOUT,
+    ADDED,
+    COMMITS,
+    DOCUMENTS,
+    LOCK,
+    LOG,
+    MANIFEST,
+    TEMPORARY,
+    VOCABULARY,
+)
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import load_manifest, refuse_code, remove_contents
 from sae_granary.cache.write.session import locked
@@ -28,65 +38,51 @@ def check_removable(path: Path) -> Manifest:
         raise NotACacheError(f"{path} is a link: name the cache itself ({os.readlink(path)}), or remove the link")
     refuse_code(path)
     manifest = load_manifest(path)
-    ours = {
-        *manifest.layout.groups,
-        ABOUT,
-        ADDED,
-        COMMITS,
-        DOCUMENTS,
-        LOCK,
-        LOG,
-        MANIFEST,
-        TEMPORARY,
-        VOCABULARY,
-        "zarr.json",
-    }
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    ours = {*manifest.layout.groups, ABOUT, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY, "zarr.json"}
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours | {ADDED})
+    for part in _additions(path):
+        if (part / MANIFEST).is_file() and not part.is_symlink():
+            check_removable(part)
+        elif part.is_symlink() or not part.is_dir() or {entry.name for entry in part.iterdir()} - {LOCK, TEMPORARY}:
+            others.append(f"{ADDED}/{part.name}")
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise CacheError(f"{path} holds files that are not the cache's ({shown}): move them first; nothing was removed")
-    for part in _added(path):
-        check_removable(part)
     if readers := _readers(path):
         raise InUseError(f"{path} is being read by process {readers[0]}: wait for it or stop it; nothing was removed")
     return manifest
 
 
 def remove_cache(path: Path) -> None:
-    """Remove a cache with the hook points added to it; its manifest goes last, so that a removal can be repeated.
+    """Remove a cache; the manifest goes last, so that an interrupted removal can be repeated.
 
     Raises what `check_removable` raises, and CacheLockedError while a harvest writes it. Links inside are removed, not
     followed.
     """
     check_removable(path)
-    lock = locked(path)
-    try:
+    with contextlib.ExitStack() as locks:
+        for place in (path, *_additions(path)):
+            locks.callback(locked(place).release)
         manifest = check_removable(path)
-        for part in _added(path):
-            remove_cache(part)
-        _remove_folder(path / ADDED)
         for name in (ABOUT, LOG):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / TEMPORARY, ignore_errors=True)
+        for part in _additions(path):
+            if (part / MANIFEST).is_file():
+                remove_contents(part, load_manifest(part).layout)
+            shutil.rmtree(part)
+        with contextlib.suppress(OSError):
+            (path / ADDED).rmdir()
         remove_contents(path, manifest.layout)
-    finally:
-        lock.release()
     with contextlib.suppress(OSError):
         path.rmdir()
 
 
-def _added(path: Path) -> list[Path]:
-    """The caches of hook points that were added; a link to a folder of them is not followed."""
+def _additions(path: Path) -> list[Path]:
     folder = path / ADDED
-    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove an empty folder, or a link."""
     if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        folder.rmdir()
+        raise NotACacheError(f"{folder} is a link: remove it first; nothing was removed")
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _readers(path: Path) -> list[int]:

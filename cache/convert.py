@@ -45,7 +45,7 @@ def convert(
     Where the source was extended since, the new shards are added. Hook points that were added to it are added to
     the new cache.
 
-    Checksums of the source are checked on the way. `progress` is told rows done and all rows. Raises SpecError for an
+    Checksums of the source are checked on the way. `progress(done, total)` counts rows. Raises SpecError for an
     unknown dtype or that of the source, StorageLossError where int8 would lose too much, CorruptCacheError for damage.
 
     >>> from sae_granary.cache.convert import convert
@@ -155,7 +155,7 @@ def _blocks(opened: Cache, record: ShardRecord) -> Iterator[tuple[Rows, list[Doc
 
 
 def _cuts(window: NDArray[np.uint64], size: int) -> Iterator[int]:
-    """Where blocks of at least `size` rows end: behind a window."""
+    """The ends of blocks of at least `size` rows, each at the end of a window."""
     ends = np.append(np.flatnonzero(window[1:] != window[:-1]) + 1, len(window))
     end = 0
     while end < len(window):

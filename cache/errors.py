@@ -10,7 +10,7 @@ CacheError
 ├── CacheExistsError          (FileExistsError)     the folder holds something that is not a cache
 ├── CacheLockedError                                another process writes here now
 ├── ConcurrentWriteError                            another process wrote the same shard in spite of the lock
-├── SpecError                 (ValueError)          a cache that cannot be: names, sizes, dtypes
+├── SpecError                 (ValueError)          an invalid cache specification: names, sizes, dtypes
 ├── BadRowsError              (ValueError)          rows that break the writer's contract
 ├── BadActivationError        (ValueError)          NaN, Inf, or a value that the storage dtype cannot hold
 ├── StorageLossError          (ValueError)          a storage dtype that would lose too much of these rows

@@ -77,7 +77,7 @@ def batches(
 class BatchDataset(IterableDataset[Tensor]):
     """The tensors of `batches` as a torch IterableDataset: `DataLoader(BatchDataset("cache/x"), batch_size=None)`.
 
-    Takes the arguments of `batches`. The loader has threads of its own, so the DataLoader needs no workers. A
+    Takes the arguments of `batches`. The loader uses threads, so the DataLoader needs no workers. A
     pass that is broken off is continued by the next one.
 
     >>> from sae_granary import BatchDataset

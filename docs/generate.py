@@ -59,7 +59,7 @@ A default of none means "decided from the rest", as the meaning says.
 HARVEST = """## Harvest (`sae-harvest run`, `plan`, `config`)
 
 In Python these are the keywords of `sae_granary.harvest_activations(model=..., layers=6, max_tokens="5M")`; in a YAML
-file (`--config`) they stand in their section or without one; `--set name=value` takes any. `sae-harvest config` prints
+file (`--config`) they are in their section or without one; `--set name=value` takes any. `sae-harvest config` prints
 the result and where each value comes from.
 """
 

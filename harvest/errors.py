@@ -7,7 +7,7 @@ GranaryError
     ├── NoRowsError           a dataset of which nothing is fit to harvest
     └── SpaceError            not enough room on the disk for what is planned (also an OSError)
 
-Settings that cannot be are a `ConfigError` of `sae_granary.common.errors`, models that cannot be used a `ModelError` of
+Invalid settings are a `ConfigError` of `sae_granary.common.errors`, models that cannot be used a `ModelError` of
 `sae_granary.models.errors`.
 """
 

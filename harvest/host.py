@@ -1,4 +1,4 @@
-"""From the device to the cache's rows: copies on a stream of their own, then the columns beside the activations."""
+"""From the device to the cache's rows: copies on a separate stream, then the columns beside the activations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class HostCopier:
-    """Device tensors -> host arrays; on CUDA through pinned memory, on a stream of its own."""
+    """Device tensors -> host arrays; on CUDA through pinned memory, on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

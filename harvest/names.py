@@ -27,13 +27,13 @@ def name_lines(config: ModelConfig) -> Iterator[str]:
             yield f"--layer 0   output of {blocks.path}.0 at its first use: this model applies it several times"
         else:
             yield f"--layer 0 ... {blocks.n - 1}   output of {blocks.path}.<i>, counted from 0; --layers all" + (
-                " (as far as names tell: this model does not run without its weights)" if ran is None else ""
+                " (by their names alone: this model does not run without its weights)" if ran is None else ""
             )
         if blocks.silent:
             yield "without " + ", ".join(map(str, sorted(blocks.silent))) + ": they do not run on text alone"
     except HookError as error:
         yield str(error)
-    yield "--hook   module path or glob; :in behind it takes the input"
+    yield "--hook   module path or glob; :in after it takes the input"
     for path in hook_names(base):
         if ran is None:
             yield f"  {path}"

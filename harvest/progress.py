@@ -1,4 +1,4 @@
-"""What a harvest tells: a bar or lines while it runs, the table at its end, and the log beside the data."""
+"""What a harvest prints: a bar or lines while it runs, the table at its end, and the log beside the data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Progress:
             self._bar = None
 
     def say(self, message: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if not self._quiet:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -114,7 +114,7 @@ class RunLog:
         self._lines.append(f"{stamp} {message.replace(chr(10), ' | ')}\n")
 
     def close(self, *, keep: bool) -> None:
-        """Append the lines to the file, if there is room: a full disk has an error of its own to tell."""
+        """Append the lines to the file, if there is room: a full disk is reported elsewhere."""
         if keep and self._lines and (self._path.is_file() or not self._path.exists()):
             with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as stream:
                 stream.writelines(self._lines)

@@ -1,4 +1,4 @@
-"""What a harvest did: the numbers behind the table at its end."""
+"""What a harvest did: the numbers of the table at its end."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ GROWN = "grown"  # in provenance.dataset: what of them the last extension found
 
 
 def cache_spec(prepared: Prepared) -> CacheSpec:
-    """What the cache is told before the first row. Hashes all files of a local model, and local text."""
+    """The specification of the cache. Hashes all files of a local model, and local text."""
     out = prepared.config.out_path
     have = existing_manifest(out)
     kept = have if have is not None and (have.complete or has_records(out)) else None
@@ -151,7 +151,7 @@ def as_begun(prepared: Prepared, provenance: Mapping[str, Any]) -> Prepared:
 
 
 def _model_record(prepared: Prepared) -> dict[str, Any]:
-    """What provenance tells about the model."""
+    """The record of the model in provenance."""
     return model_record(prepared.located, prepared.model_class, prepared.n_layers)
 
 

@@ -1,6 +1,6 @@
-"""`--compile`: the transformer blocks up to the last hook point through torch.compile; refused where that cannot be.
+"""`--compile`: the transformer blocks up to the last hook point through torch.compile; refused where it cannot work.
 
-Each block's `forward` is compiled, not its `__call__`: hooks on a block, and the stop behind the last one, stay
+Each block's `forward` is compiled, not its `__call__`: hooks on a block, and the stop after the last one, stay
 outside of the compiled code and fire as ever. Blocks with a hook inside run as they are.
 
 Shapes: S sequences, T tokens. One graph serves all of them (`dynamic=True`): a batch's T is any number up to the

@@ -159,7 +159,7 @@ def test_lists_that_could_all_be_the_blocks_are_refused_by_name(make: Make) -> N
     ):
         harvest(folder, texts(3))
     assert errors_of(harvest(folder, texts(12), layers=[], hooks="layer_norm2.1"), folder) < 1e-5
-    assert any("as far as names tell" in line for line in name_lines(ModelConfig(str(folder))))
+    assert any("by their names alone" in line for line in name_lines(ModelConfig(str(folder))))
 
 
 def test_names_offers_only_the_layer_of_shared_blocks_that_can_be_harvested(make: Make) -> None:

@@ -38,9 +38,9 @@ def rm(
                 try:
                     wanted = typer.confirm(f"remove {path} ({size})?")
                 except typer.Abort:
-                    fail(f"error: {path} was not removed: there is nobody to ask; give --yes", 2)
+                    fail(f"error: {path} was not removed: there is no terminal to confirm on; give --yes", 2)
                 if not wanted:
-                    echo(f"{path} stays")
+                    echo(f"kept {path}")
                     continue
             remove_cache(path)
             echo(f"removed {path} ({size})")

@@ -46,7 +46,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Text that is never read as markup or as control characters, whatever a manifest says."""
+    """Text of a manifest for the console: control characters are escaped, markup is not interpreted."""
     from rich.text import Text
 
     return Text(printable(text), style=style)

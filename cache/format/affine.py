@@ -2,7 +2,7 @@
 
     x[i, j] = q (|q| + 32) scale[i] step[j] + offset[j]        q = codes[i, j] in -127..127
 
-The codes are fine near zero and coarse far out. `step` and `offset` belong to a hook point for ever, `scale` to a row.
+The codes are fine near zero and coarse far out. `step` and `offset` are fixed for a hook point, each row has a `scale`.
 q (|q| + 32) has 15 bits, a scale 6 significant bits and a step 3, so that their product is exact in float32 in any
 order and only the last addition rounds: numpy, torch and any other reader get equal bits. Only decoding is part of the
 format; another encoder may choose other codes.

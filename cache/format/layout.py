@@ -49,7 +49,7 @@ DEFAULT_SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One Zarr array: (n_shards * rows_per_shard, width), or one-dimensional where width is None."""
+    """One Zarr array: (n_shards * rows_per_shard, width), or one-dimensional if width is None."""
 
     path: str  # in the cache, e.g. "activations/layer_6"
     storage: Storage

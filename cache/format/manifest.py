@@ -116,7 +116,7 @@ class Manifest:
 
     @cached_property
     def layout(self) -> CacheLayout:
-        """Where its bytes lie."""
+        """Paths, shapes and types of its arrays."""
         sizes = (self.rows_per_shard, self.inner_chunk_bytes)
         return cache_layout(self.hook_points, self.dtype, *sizes, self.affines)
 

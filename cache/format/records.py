@@ -52,7 +52,7 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
-    """A commit record, with the entry of its own file."""
+    """A commit record, with the size and checksum of its file."""
     file = path / commit_path(shard)
     data = read_bytes(file)
     record = parse_shard_record(Fields(load_signed(file, data), str(file)), manifest, consolidated=False)

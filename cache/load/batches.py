@@ -26,7 +26,7 @@ BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where a loader stands. The cursor counts the rows of the epoch's order, filtered ones included."""
+    """The position of a loader. The cursor counts the rows of the epoch's order, filtered ones included."""
 
     seed: int
     epoch: int = 0

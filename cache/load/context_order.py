@@ -1,7 +1,7 @@
-"""Where the contexts of a pass stand: as harvested, or in a seeded permutation, found from the rows' positions alone.
+"""The order of the contexts of a pass: as harvested, or in a seeded permutation, found from the rows' positions alone.
 
 The rows are cut into blocks of neighbors, of a permutation of `shuffle`; consecutive blocks of it are a pool,
-and a second permutation orders the contexts that start in a pool. Memory: the contexts of a pool, whatever the cache.
+and a second permutation orders the contexts that start in a pool. Memory: the contexts of one pool.
 
 cursor   pool number times the rows that a pool can hold, plus the contexts of the pool that were passed
 """
@@ -42,7 +42,7 @@ class ContextOrder:
         self._wanted = shard_columns(cache, selection, hooks)
 
     def contexts(self, epoch: int, cursor: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
-        """From a cursor to the end of the pass: opened shard, first row in it, row behind, (epoch, cursor) behind."""
+        """From a cursor to the end of the pass: opened shard, first row in it, row after it, next (epoch, cursor)."""
         stride, n_pools = self._order.pool_blocks * self._order.block_rows, self._order.n_pools
         first_pool, first = divmod(cursor, stride)
         for pool in range(first_pool, n_pools):
@@ -58,7 +58,7 @@ class ContextOrder:
         return self._selection.mask({name: column[start:end] for name, column in self._wanted[shard].items()})
 
     def _pool(self, epoch: int, pool: int) -> I64:
-        """(n, 3) shard, first row and row behind of each context of a pool, in the order of delivery."""
+        """(n, 3) shard, first row and row after the last of each context of a pool, in the order of delivery."""
         order, start = self._order, pool * self._order.pool_blocks
         stop = min(start + order.pool_blocks, order.n_blocks)
         if self._seed is None:

@@ -1,6 +1,6 @@
 """Rows as they are stored -> rows as they are read, on any device. Most dtypes are read as they are stored.
 
-Where a dtype has a scale per row (`cache.format.affine`), the scales travel beside the codes under a name of their own,
+Where a dtype has a scale per row (`cache.format.affine`), the scales travel beside the codes under a separate name,
 through pinned memory and pools, and rows are decoded when a batch was taken.
 
 Shapes: B rows of a batch, D = d_in.

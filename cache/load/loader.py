@@ -5,7 +5,7 @@ are stepped over: a batch is the next survivors, the cursor counts all rows. On 
 the next batches straight from the memory maps. For a GPU the pool is copied to the device in disk order, through pinned
 memory and a side stream, and batches are taken there; two pools exist at a time, so memory is O(pool).
 
-Within a batch rows stand in disk order: which rows meet in a batch is shuffled, their order in it means nothing.
+Within a batch rows are in disk order: which rows meet in a batch is shuffled, their order in it means nothing.
 
 Shapes: B batch rows, D = d_in.
 """
@@ -38,7 +38,7 @@ class Loader:
 
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
     With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; contexts never
-    cross shards, so it lies in the same shard. A planned `Order` may be one of other hook points: one loader can
+    cross shards, so it is in the same shard. A planned `Order` may be one of other hook points: one loader can
     deliver to several readers, each in the order that it has alone.
     """
 

@@ -1,4 +1,4 @@
-"""Where the rows of an epoch lie: blocks of the shards, gathered into pools in the order of `cache.load.shuffle`.
+"""The places of the rows of an epoch: blocks of the shards, gathered into pools in the order of `cache.load.shuffle`.
 
 cursor   how many rows of the epoch's order were passed, filtered ones included; a pool covers a range of cursors
 place    position of a block in the epoch's order; pool p covers places [p * pool_blocks, (p + 1) * pool_blocks)
@@ -170,7 +170,7 @@ class PoolPlan:
             done += part.n_rows
 
     def restrict(self, keep: NDArray[np.bool_]) -> tuple[PoolPlan, I64]:
-        """The blocks that hold any of the rows to keep, and where each row of this plan then stands in theirs."""
+        """The blocks that hold any of the rows to keep, and the place of each row of this plan among theirs."""
         parts, wanted, done = [], [], 0
         for part in self.parts:
             starts = np.arange(len(part.blocks)) * part.block_rows

@@ -46,12 +46,12 @@ class Pool:
     row_ids: Callable[[I64], I64] | None  # addresses -> permanent ids
 
     def survivors_before(self, cursor: int) -> int:
-        """How many survivors stand before a cursor of this epoch."""
+        """How many survivors precede a cursor of this epoch."""
         passed = min(max(cursor - self.start, 0), self.n_rows)
         return passed if self.ranks is None else int(np.searchsorted(self.ranks, passed))
 
     def cursor_after(self, n_survivors: int) -> int:
-        """The cursor behind the first n survivors."""
+        """The cursor after the first n survivors."""
         passed = n_survivors if self.ranks is None else int(self.ranks[n_survivors - 1]) + 1
         return self.start + passed
 
@@ -160,7 +160,7 @@ class PoolSource:
         return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)
 
     def take(self, pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
-        """Survivors lo to hi of a pool, of one batch, once the call returned is over (see `PoolRows.take`)."""
+        """Survivors lo to hi of a pool, of one batch, after the returned function was called (see `PoolRows.take`)."""
         index = pool.order[lo:hi]
         copies = {name: pool.rows.take(name, index) for name in self.shards}
         memory = {hook: decoder.memory(len(index), self._rows_device) for hook, decoder in self.decoders.items()}

@@ -118,7 +118,7 @@ class Selection:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the masks need; "norm" stands for the norms of every hook point in use."""
+        """Columns that the masks need; "norm" means the norms of every hook point in use."""
         f = self.filters
         needs_position = f.first_position is False or f.min_position is not None or f.max_position is not None
         needed = {
@@ -193,7 +193,7 @@ def account(
 ) -> Counts:
     """Count what the filters and the holdout do to a cache, in one streaming pass over its metadata.
 
-    `progress` is told the share of the rows that are counted. With `enough` the count ends when the selection's part
+    `progress` gets the share of the rows that are counted. With `enough` the count ends when the selection's part
     has so many rows: then `total` may be less than the rows of the cache.
     """
     selection, counts = selection.resolve(cache), Counts()

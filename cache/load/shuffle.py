@@ -40,7 +40,7 @@ def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int 
 
 
 def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The inverse of `block_order`: at which place of the epoch's order each of these blocks stands."""
+    """The inverse of `block_order`: at which place of the epoch's order each of these blocks is."""
     return _walk(blocks.astype(np.uint64), n_blocks, _round_keys(seed, epoch), inverse=True).astype(np.int64)
 
 
@@ -69,7 +69,7 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
 
 
 def _walk(values: U64, n: int, keys: list[int], *, inverse: bool = False) -> U64:
-    """Permute [0, n) by a Feistel network over the next power of two, applied again while a value lies outside."""
+    """Permute [0, n) by a Feistel network over the next power of two, applied again while a value is outside."""
     if n <= 1:
         return values
     n_bits = max((n - 1).bit_length(), 2)

@@ -46,7 +46,7 @@ class HostRows:
         self.starts: NDArray[np.int64] = self._ends - np.array(lengths, dtype=np.int64)  # addresses of the first rows
 
     def shard_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The shard in which each address lies."""
+        """The shard of each address."""
         return np.searchsorted(self._ends, index, side="right")
 
     def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContextsState:
-    """Where a reader stands; what the cursor counts is told in `cache.load.context_order`."""
+    """The position of a reader; `cache.load.context_order` says what the cursor counts."""
 
     epoch: int = 0
     cursor: int = 0
@@ -75,11 +75,11 @@ def read_contexts(
     epochs: int | None = None,
     seed: int | None = None,
 ) -> Iterator[Contexts]:
-    """Batches of whole contexts with at most `batch_rows` kept rows (a context that holds more is a batch of its own).
+    """Batches of whole contexts with at most `batch_rows` kept rows (a context that holds more is a separate batch).
 
     Contexts without a kept row are stepped over. Batches follow one another over the end of a pass: forever, or for
-    `epochs` passes. Contexts come as harvested, or, with a `seed`, each pass in a permutation of its own. The same
-    arguments and the state of an earlier batch continue exactly behind it; seeking and memory cost O(262,144 rows).
+    `epochs` passes. Contexts come as harvested, or, with a `seed`, each pass in another permutation. The same
+    arguments and the state of an earlier batch continue exactly after it; seeking and memory cost O(262,144 rows).
     The norms that filters may look at are those of `hook`.
     Raises SelectionError for a cache without contexts (`unit text`), or where nothing is kept.
     """
@@ -95,7 +95,7 @@ def read_contexts(
 
 @dataclass(frozen=True, eq=False)
 class _Context:
-    """One context: arrays (T,) by name, and the state behind it."""
+    """One context: arrays (T,) by name, and the state after it."""
 
     arrays: dict[str, NDArray[Any]]
     n_kept: int

@@ -31,7 +31,7 @@ class Addition:
         )
 
     def n_bytes(self, records: Sequence[ShardRecord]) -> int:
-        """Bytes of its own in these shards; the rest repeats the cache's rows and documents."""
+        """Bytes of its activations, norms and scales in these shards; rows and documents are shared with the cache."""
         arrays = (*self.manifest.layout.activations.values(), *self.manifest.layout.norms.values())
         mine = (*arrays, *self.manifest.layout.scales.values())
         shards = self.manifest.shards

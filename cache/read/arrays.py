@@ -1,4 +1,4 @@
-"""Rows of one array of an open cache: memory-mapped shards behind one dense axis."""
+"""Rows of one array of an open cache: memory-mapped shards along one dense axis."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def join_tokens(tokens: Sequence[str | int]) -> str:
 
 
 def split_tokens(tokens: Sequence[str | int], index: int) -> tuple[str, str, str]:
-    """The text before a token, the token's own and the text behind it, spaces where the tokenizer has them.
+    """The text before a token, its text and the text after it, spaces where the tokenizer has them.
 
     As `join_tokens`, but which convention holds is told from all tokens, and nothing is stripped.
     """

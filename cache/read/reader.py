@@ -48,7 +48,7 @@ def open_cache(
     """Open a cache: all its committed shards, or those numbered in `shards`.
 
     Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
-    whose harvest has not finished needs `allow_incomplete`; it is read as it stands now. While a complete cache is
+    whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete cache is
     extended, `allow_incomplete` gives the shards that the extension has committed, too.
 
     >>> from sae_granary import open_cache
@@ -183,7 +183,7 @@ class Cache(RowTexts):
         return ids
 
     def ordinals(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the rows of permanent ids stand now; they are of opened shards."""
+        """The ordinals of rows by their permanent ids; the rows must be of opened shards."""
         shard, offset = np.divmod(row_ids, self.manifest.rows_per_shard)
         found: npt.NDArray[np.int64] = self.starts[np.searchsorted([s.index for s in self.shards], shard)] + offset
         return found

@@ -35,7 +35,7 @@ from sae_granary.common.files import read_regular
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one file; `problem` is None where it is as it should be."""
+    """What was found about one file; `problem` is None if nothing is wrong."""
 
     path: str
     problem: str | None = None

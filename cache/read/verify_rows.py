@@ -73,7 +73,7 @@ def _check_statistics(cache: Cache, i: int, hook: str, record: ShardRecord) -> s
 
 
 def _check_padding(cache: Cache, record: ShardRecord) -> str | None:
-    """Behind the rows stand fill values and the index, byte for byte."""
+    """After the rows come fill values and the index, byte for byte."""
     for array in cache.layout.arrays:
         with (cache.path / array.shard_path(record.shard)).open("rb") as file:
             file.seek(record.n_rows * array.row_bytes)

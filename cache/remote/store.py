@@ -24,7 +24,7 @@ Progress = Callable[[int], None]  # is told how many more bytes have arrived
 
 
 class RemoteError(CacheError, OSError):
-    """Remote storage failed, refused, or is not reachable; what has arrived stays, and the same command continues."""
+    """Remote storage failed, refused, or is not reachable. What has arrived is kept: the same command continues."""
 
 
 def is_url(text: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a file of vectors holds, whatever its format, and which parts of it an import takes."""
+"""What a file of vectors holds, in any format, and which parts of it an import takes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class VectorFile(ABC):
 
     @abstractmethod
     def n_rows(self, name: str) -> int | None:
-        """Rows of a field; None where only reading tells."""
+        """Rows of a field; None if the file must be read to count them."""
 
     @abstractmethod
     def batches(self, names: Sequence[str], width: int, start: int) -> Iterator[dict[str, Any]]:

@@ -48,7 +48,7 @@ class ImportPlan:
     dtype: str
     rows_per_shard: int
     model: str | None
-    n_rows: int | None  # None where only reading tells
+    n_rows: int | None  # None if the files must be read to count them
 
     @property
     def n_bytes(self) -> int | None:
@@ -126,7 +126,7 @@ def open_vectors(path: Path, kind: str | None = None) -> VectorFile:
     kind = kind or _ENDINGS.get(path.suffix.lower().removeprefix("."))
     if kind is None or kind not in FORMATS:
         known = ", ".join(FORMATS)
-        wrong = f"{path}: the ending does not tell its format" if kind is None else f"--format is {kind!r}"
+        wrong = f"{path}: the ending is not of a known format" if kind is None else f"--format is {kind!r}"
         raise VectorFileError(f"{wrong}; expected --format {known}")
     try:
         open_regular(path).close()

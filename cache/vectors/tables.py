@@ -116,7 +116,7 @@ class ArrowFile(TableFile):
         return pa.ipc.open_file(source) if self._is_file else pa.ipc.open_stream(source)
 
     def n_rows(self, name: str) -> int | None:
-        """Rows; the batches' headers tell."""
+        """Rows, counted from the headers of the batches."""
         return sum(len(batch) for batch in self._records())
 
     def _records(self) -> Iterator[Any]:

@@ -48,7 +48,7 @@ class VectorWriter:
         path: folder of the new cache.
         hook: name of the vectors, a folder name; `--hook` of the commands.
         d_in: width of a vector.
-        dtype: float32, float16, bfloat16, or auto: that of the first rows (float32 where it is none of these).
+        dtype: float32, float16, bfloat16, or auto: that of the first rows if it is one of these, else float32.
         model: what made the vectors, for people.
         rows_per_shard: a shard is committed when it is full. (default: about 256 MiB)
         resume: continue an unfinished cache.
@@ -56,7 +56,7 @@ class VectorWriter:
 
     Raises:
         CacheExistsError: the folder holds a cache or something else.
-        SpecError: a name, size or dtype that cannot be.
+        SpecError: an invalid name, size or dtype.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class VectorWriter:
         self.n_rows += len(values)
 
     def check_ids(self, ids: Sequence[Scalar]) -> None:
-        """Remember the ids of rows. Raises BadRowsError for one that is none, or that was there before."""
+        """Remember the ids of rows. Raises BadVectorError for a missing or repeated id."""
         plain = [plain_value(value) for value in ids]
         if None in plain:
             raise BadVectorError(plain.index(None), "an id is missing")
@@ -166,9 +166,9 @@ class VectorWriter:
             if have is not None:
                 self._opened(have.dtype, have.kept_columns)
         if self._writer is None:
-            raise BadRowsError(f"{self.path}: no rows were added, and a cache of none is not written")
+            raise BadRowsError(f"{self.path}: no rows were added, and an empty cache is not written")
         writer, summary = self._writer, {"n_rows": self.n_rows, "n_documents": self.n_rows, "ended": "source"}
-        if self._origin is None:  # it is not known what the rows came from: their checksums tell caches apart
+        if self._origin is None:  # the origin of the rows is unknown: their checksums identify the cache
             writer.end_shard()
             known = contents(load_records(self.path, writer.manifest))
             writer.manifest = replace(writer.manifest, fingerprint={**writer.manifest.fingerprint, **known})
@@ -184,7 +184,7 @@ class VectorWriter:
                 self.path.rmdir()
 
     def close(self) -> None:
-        """Close; committed shards stay."""
+        """Close; committed shards are kept."""
         if self._writer is not None:
             self._writer.close()
 

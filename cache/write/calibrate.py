@@ -97,7 +97,7 @@ def _fit_columns(x_ND: F64, calm_N: Array) -> tuple[F64, F64]:
 
 
 def measure(x_ND: Array, affine: Affine) -> StorageError | None:
-    """The storage error of rows. Of rows that cannot be stored None: the writer refuses them by name."""
+    """The storage error of rows; None for rows that cannot be stored, which the writer refuses by name."""
     with np.errstate(over="ignore", invalid="ignore"):
         moments = merge_all(_measured(x_ND[i : i + _BLOCK_ROWS], affine) for i in range(0, len(x_ND), _BLOCK_ROWS))
         return storage_error(moments) if np.isfinite(moments.largest) else None

@@ -52,7 +52,7 @@ class ChunkFile:
         self._direct = direct and _set_direct(self._fd, True)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes; once their number is no multiple of a sector, the file goes on in the page cache."""
+        """Append bytes; once their number is no multiple of a sector, the rest goes through the page cache."""
         view = memoryview(data).cast("B")
         n_bytes = len(view)
         if self._direct and n_bytes % _SECTOR:

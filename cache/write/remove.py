@@ -32,7 +32,7 @@ def check_removable(path: Path) -> Manifest:
     """The manifest of a cache that may be removed.
 
     Raises NotACacheError for a link and for what is not a cache, InUseError while a process maps its shards (where the
-    system tells), CacheError for files in it that are not the cache's. A harvest is noticed by `remove_cache`.
+    system shows it), CacheError for files in it that are not the cache's. A harvest is noticed by `remove_cache`.
     """
     if path.is_symlink():
         raise NotACacheError(f"{path} is a link: name the cache itself ({os.readlink(path)}), or remove the link")

@@ -15,7 +15,7 @@ from sae_granary.common.rows import FLAG_ABSENT, DocumentRow, Rows
 
 
 def check_rows(rows: Rows, layout: CacheLayout, last_window: int) -> None:
-    """Raise BadRowsError unless the rows are N rows of whole windows behind `last_window`, for these hook points."""
+    """Raise BadRowsError unless the rows are N rows of whole windows after `last_window`, for these hook points."""
     n_rows = rows.n_rows
     for name in COLUMNS:
         _check_column(name, getattr(rows, name), layout.columns[name].storage.numpy, len(rows.window))

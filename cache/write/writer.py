@@ -5,7 +5,7 @@
         writer.append(rows, documents)
         writer.finish(summary)
 
-In which order files come into place is told in FORMAT.md, "Writing"; `session` does it.
+FORMAT.md, "Writing", gives the order in which files come into place; `session` does it.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ class CacheWriter:
             return writer
 
     def tell(self, provenance: Mapping[str, Any]) -> None:
-        """Replace what the manifest tells of where the cache comes from."""
+        """Replace the provenance in the manifest."""
         self.manifest = replace(self.manifest, provenance=dict(provenance))
         self._session.replace(MANIFEST, dump_signed(self.manifest.to_json()))
 
     @property
     def cursor(self) -> Cursor | None:
-        """Where the source continues behind the committed rows; None where none are committed."""
+        """Where the source continues after the committed rows; None if none are committed."""
         return self.committed.cursor
 
     @property
@@ -160,7 +160,7 @@ class CacheWriter:
                     self._append(*part)
 
     def _fit(self, rows: Rows) -> None:
-        """Fit steps and offsets to the first rows; who was killed before the first shard fits them again, equally."""
+        """Fit steps and offsets to the first rows; a resume without committed shards fits the same rows again."""
         affines, warnings = fit_rows(rows.activations, self.layout)
         self.manifest = replace(self.manifest, affines=affines)
         self.layout, self.warnings = self.manifest.layout, warnings
@@ -188,7 +188,7 @@ class CacheWriter:
             return
         with self._breaking():
             if self.n_rows == 0:
-                raise CacheError(f"{self.path}: no rows were harvested, and a cache of none is not written")
+                raise CacheError(f"{self.path}: no rows were harvested, and an empty cache is not written")
             plain_summary = plain_json(summary, "summary")
             self._commit()
             if self.n_shards > len(self.manifest.shards):

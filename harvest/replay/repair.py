@@ -63,7 +63,7 @@ class Damage:
 def find_damage(to: str | Path) -> list[Damage]:
     """Damage of a complete cache and its additions, by existence, size and checksum of every file; empty if none.
 
-    Raises CacheError where the manifest itself is damaged or missing: nothing else tells what the files should be.
+    Raises CacheError where the manifest itself is damaged or missing: nothing else records what the files should be.
     """
     path = find_cache(to)
     manifest = load_manifest(path)
@@ -113,7 +113,7 @@ def repair(
     repair has restored some files; the same call restores the rest. `model` and `dataset` say where these are now.
 
     Raises HarvestError where model, text or settings differ from the record, or other bytes came out: then nothing of
-    that shard is written, and the message tells which rows are lost. CacheError where the manifest is damaged.
+    that shard is written, and the message names the rows that are lost. CacheError where the manifest is damaged.
     """
     stop = StopRequest() if stop is None else stop
     damages = find_damage(to)

@@ -14,7 +14,7 @@ from sae_granary.models.tokens.stream import WindowStream, buffers
 
 @dataclass(frozen=True)
 class Replay:
-    """What is different where rows of a cache come again, or more of them."""
+    """How a pipeline that repeats or extends the rows of a cache differs from a first harvest."""
 
     provenance: Mapping[str, Any] | None = None  # of the finished cache; None: as it is
     ends: Sequence[int] = ()  # documents at which earlier harvests of these rows ended
@@ -23,7 +23,7 @@ class Replay:
 
 
 class BufferStream:
-    """Iterates over sort buffers; `state` and `ended` tell how far it came and why it ended.
+    """Iterates over sort buffers; `state` is the position reached, `ended` why it ended.
 
     `ends` are the numbers of documents at which earlier harvests of the cache ended, ascending. No buffer spans one, so
     that every buffer of an extended cache is made again exactly as it was. The buffer with row `until` is the last one.

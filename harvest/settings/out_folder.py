@@ -9,7 +9,7 @@ from sae_granary.cache.format.records import existing_manifest
 from sae_granary.common.errors import ConfigError
 
 _NAME_BYTES = 255  # of one folder name, on every common file system
-_PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files stand below
+_PATH_BYTES = 3800  # of the whole path: Linux takes 4096, and the cache's own files are below
 
 
 def check_out(out: Path) -> None:

@@ -84,7 +84,7 @@ def observe(
 
     The short one is also run beside the longest window that shares a batch of `batch_tokens`: some models read a text
     otherwise from a length on. Where a pass changes the model, windows of lengths between are run beside it as well.
-    Raises ModelError where the model fails on text, of whatever length, or gives other rows for a window again.
+    Raises ModelError where the model fails on text of any length, or gives other rows for a window again.
     """
     long, other, short, shortest = windows
     longest = ([*long] * ctx_len)[:ctx_len]

@@ -29,11 +29,11 @@ class Contexts(Protocol):
 
     @property
     def token_id(self) -> Ints:
-        """0 behind the end of a context."""
+        """0 after the end of a context."""
 
     @property
     def real(self) -> Bools:
-        """False behind the end of a context."""
+        """False after the end of a context."""
 
     @property
     def keep(self) -> Bools:
@@ -41,11 +41,11 @@ class Contexts(Protocol):
 
     @property
     def doc_id(self) -> Ints:
-        """A packed context holds several documents; -1 behind the end."""
+        """A packed context holds several documents; -1 after the end."""
 
     @property
     def row(self) -> Ints:
-        """A number of each token that does not depend on the batch; -1 behind the end."""
+        """A number of each token that does not depend on the batch; -1 after the end."""
 
     def __len__(self) -> int:
         """S."""
@@ -106,7 +106,7 @@ class LanguageModel(HookedModel):
         """Contexts as the model takes them.
 
         A decoder predicts, at each kept token, the next one of the same document. An encoder predicts 15 % of the kept
-        tokens, replaced by [MASK]; which ones is a function of row and seed. The SAE stands at masked tokens too.
+        tokens, replaced by [MASK]; which ones is a function of row and seed. The SAE is applied at masked tokens too.
         """
         ids, predicted = contexts.token_id.copy(), contexts.keep.copy()
         if self.mask_id is None:

@@ -42,7 +42,7 @@ def patched(module: nn.Module, point: HookPoint, shape: tuple[int, int], edit: E
     finally:
         handle.remove()
     if not ran:
-        raise SpliceError(f"{point.module} did not run in the language model's forward pass: no SAE can stand there")
+        raise SpliceError(f"{point.module} did not run in the language model's forward pass: no SAE can be put there")
 
 
 def _edit_input(args: tuple[Any, ...], kwargs: dict[str, Any], edit: Edit) -> tuple[tuple[Any, ...], dict[str, Any]]:

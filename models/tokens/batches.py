@@ -33,7 +33,7 @@ def plan_batches(
 ) -> list[npt.NDArray[np.int64]]:
     """Group contexts of similar length, longest first, each group at most `batch_tokens` including padding.
 
-    A context longer than the budget is a batch of its own. Without `padded` all contexts of a group have one length.
+    A context longer than the budget is a separate batch. Without `padded` all contexts of a group have one length.
     Batches are padded to a multiple of `multiple`. Ties keep their order, so the result depends on the arguments only.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")

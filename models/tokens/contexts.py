@@ -1,7 +1,7 @@
 """Rules by which text is cut into contexts, contexts, and sort buffers of them.
 
 Shapes: T tokens of a context, N rows (real tokens) of a sort buffer. A context is what the model sees at once: special
-tokens in front, a piece of a document (or of several, packed), special tokens behind. Every context has the special
+tokens in front, a piece of a document (or of several, packed), special tokens after it. Every context has the special
 tokens; each other token of a document is in exactly one context. In code and in the cache a context is called window.
 """
 
@@ -39,7 +39,7 @@ class WindowRules:
 
     @cached_property
     def flag_table(self) -> npt.NDArray[np.uint8]:
-        """Flags of an id wherever it occurs; the last entry stands for all larger ids."""
+        """Flags of an id wherever it occurs; the last entry is that of all larger ids."""
         table = np.zeros(max(self.special_ids | self.control_ids, default=-1) + 2, np.uint8)
         table[list(self.special_ids)] = FLAG_SPECIAL
         table[list(self.control_ids)] = FLAG_SPECIAL | FLAG_CONTROL

@@ -67,7 +67,7 @@ def window_rules(
             raise ConfigError("--pack joins documents for decoders; an encoder would attend across them: leave it out")
         separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if separator is None:
-            raise ConfigError("--pack puts a separator behind each document, but the tokenizer has no EOS token")
+            raise ConfigError("--pack puts a separator after each document, but the tokenizer has no EOS token")
         suffix = ()
     unk = getattr(tokenizer, "unk_token_id", None)
     special = frozenset(int(token) for token in tokenizer.all_special_ids if token != unk or token == separator)
@@ -88,7 +88,7 @@ def _control_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(in front, behind): what the tokenizer puts around a single text."""
+    """(before, after): what the tokenizer puts around a single text."""
     for text in _PROBES:
         bare = list(tokenizer(text, add_special_tokens=False, **PLAIN)["input_ids"])
         full = list(tokenizer(text, add_special_tokens=True, **PLAIN)["input_ids"])
@@ -97,7 +97,7 @@ def special_tokens_around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, .
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return tuple(full[:start]), tuple(full[start + len(bare) :])
-    raise ModelError("the tokenizer's special tokens do not stand around the text: this model is not supported")
+    raise ModelError("the tokenizer's special tokens are not around the text: this model is not supported")
 
 
 def text_tokenizer(tokenizer: Any, load: Callable[[], Any], num_proc: int, prompt: str = "") -> Tokenize:

@@ -13,7 +13,7 @@ from sae_granary.sae_core.variants.topk import TopKSAE
 
 @register("abstopk")
 class AbsTopKSAE(TopKSAE):
-    """Keep the k largest |p| per row; a latent stands for both directions. L0 counts z != 0."""
+    """Keep the k largest |p| per row; a latent represents both directions. L0 counts z != 0."""
 
     signed_codes = True
 

@@ -2,7 +2,7 @@
 
 GranaryError
 ├── CacheError        cache
-├── ConfigError       a setting, or a combination of settings, that cannot be (models, harvest, train)
+├── ConfigError       a setting, or a combination of settings, that is invalid (models, harvest, train)
 ├── HarvestError      harvest
 ├── ModelError        models
 ├── SAEError          sae_core

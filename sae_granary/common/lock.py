@@ -43,7 +43,7 @@ class LockedError(GranaryError):
 
 
 def lock_holder(path: Path) -> str | None:
-    """Who holds a lock file now, in words; None where nobody does, or where it cannot be told."""
+    """A description of the process that holds a lock file; None if no process does, or if that is not known."""
     if fcntl is None:
         return LockedError(path.parent, *_soft_holder(path)).holder if path.exists() else None
     try:

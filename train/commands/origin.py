@@ -25,7 +25,7 @@ def annotated_yaml(layers: Layers) -> str:
     shown = RunData.open(config).config if config.cache else _with_defaults(config)
     lines = list(commented_yaml(to_sections(shown), lambda key, value: _origin(key, value, layers, config)))
     if not config.cache:
-        lines.insert(0, "# no cache was named: null stands where the cache decides")
+        lines.insert(0, "# no cache was named: what depends on it is null")
         lines += [f"# {key}: the cache decides" for key in _undecided(config)]
     return "\n".join(lines) + "\n"
 

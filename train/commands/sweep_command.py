@@ -1,4 +1,4 @@
-"""`sae-train sweep`, and what `run` and `resume` do with several SAEs. Heavy imports stand inside the commands."""
+"""`sae-train sweep`, and what `run` and `resume` do with several SAEs. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `run` and `quick` do with their flags. Heavy imports stand inside."""
+"""What `run` and `quick` do with their flags. Heavy imports are inside."""
 
 from __future__ import annotations
 

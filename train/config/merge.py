@@ -49,7 +49,7 @@ def variant_keys(type_name: str) -> dict[str, Any]:
 
 
 def make_config(layers: Sequence[Mapping[str, Any]]) -> TrainConfig:
-    """Merge layers of flat settings, the last one wins; below them lie the variant's recommended values.
+    """Merge layers of flat settings, the last one wins; below them are the variant's recommended values.
 
     Raises ConfigError for an unknown key (with the nearest known one) or a value that does not fit.
     """

@@ -94,7 +94,7 @@ def used_memory(device: str, *, restart_peak: bool = False) -> Memory | None:
 
 
 def fit_groups(footprints: Sequence[tuple[T, Footprint]], available: int) -> list[list[T]]:
-    """Split runs, in order, into groups that fit together. A run that does not fit by itself is a group of its own."""
+    """Split runs, in order, into groups that fit together. A run that does not fit by itself is a separate group."""
     groups: list[tuple[list[T], int, int]] = []
     for item, needed in footprints:
         for i, (members, resident, step) in enumerate(groups):

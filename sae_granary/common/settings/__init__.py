@@ -2,7 +2,7 @@
 
 declare.py     `setting(...)`: default, help, unit, range, section, flag; `check` of types and ranges
 coerce.py      text or plain values to the declared types
-yaml_file.py   files of settings: flat values, each with the line it stands in
+yaml_file.py   files of settings: flat values, each with its line
 flags.py       the flags of a command
 page.py        the rows of docs/parameters.md
 """

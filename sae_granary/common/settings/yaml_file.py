@@ -1,4 +1,4 @@
-"""YAML files of settings: scalars stay text, every key has its line, no key stands twice.
+"""YAML files of settings: scalars stay text, every key has its line, no key is repeated.
 
 PyYAML follows YAML 1.1, where 007, 12:30, 1_000, 0x1F, on and 2024-01-31 are numbers, booleans and dates. Here scalars
 other than null are text, which the declared type of a setting converts as it does for flags (`common.settings.coerce`).
@@ -16,7 +16,7 @@ from sae_granary.common.errors import ConfigError, nearest
 
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"  # ~ and nothing; <<
 
-ANYWHERE, TOP = "", "top level"  # where a key that belongs to no section may stand
+ANYWHERE, TOP = "", "top level"  # where a key that belongs to no section may be
 
 
 class YamlMapping(dict[Any, Any]):
@@ -53,7 +53,7 @@ class Settings(dict[str, Any]):
 
 
 class RepeatedKeyError(yaml.YAMLError):
-    """A key stands twice in one mapping."""
+    """A key is repeated in one mapping."""
 
     def __init__(self, key: str, first: int, second: int) -> None:
         super().__init__(f"{key!r} is set twice, in lines {first} and {second}")
@@ -87,7 +87,7 @@ _TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 def load_yaml(text: str) -> Any:
     """Return the value of a YAML text; its mappings are YamlMappings.
 
-    Raises yaml.YAMLError, also for a key that stands twice in one mapping.
+    Raises yaml.YAMLError, also for a key that is repeated in one mapping.
     """
     try:
         return yaml.load(text, Loader=_TextLoader)
@@ -123,7 +123,7 @@ def flat_settings(
     known: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Return the settings of a file, which stand in a section or beside the sections, under their names.
+    """Return the settings of a file, which are in a section or beside the sections, by name.
 
     `known` has the section of every setting, ANYWHERE or TOP; without it (files that a run saved, perhaps of an older
     version) unknown settings and sections of others pass. `aliases` are other names of sections.

@@ -126,6 +126,8 @@ def test_the_python_of_a_page_runs(page: Path, small_demo: Path, tmp_path: Path)
 def test_a_recipe_runs_and_prints_what_it_shows(page: Path, store: Path, tmp_path: Path) -> None:
     run_pages.prepare(page, tmp_path, store)
     for _, printed, shown in run_pages.run_page(page.read_text(encoding="utf-8"), tmp_path):
+        if accuracy := re.search(r"held-out accuracy ([0-9.]+)", printed):
+            assert float(accuracy[1]) > 0.97
         if shown is not None:
             likeness = run_pages.likeness(printed, shown.text)
             assert likeness >= ALIKE, f"{name_of(page)}:{shown.line} shows another output ({likeness:.2f}):\n{printed}"

@@ -7,6 +7,7 @@ checked against the commands that exist, not run. `python docs/run_pages.py --wr
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from sae_granary.sae_core import registry
 
@@ -82,6 +84,12 @@ def test_blocks_that_do_not_run_are_few_and_known() -> None:
 NOT_RUN = {"docs/recipes/finetune.md: needs SAEs from the hub"}
 
 
+def shared(made: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that the processes of one run of pytest-xdist have in common."""
+    own = made.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+
+
 @pytest.fixture(scope="session")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """cache/demo_l3 with MiniLM's rows of the beginnings of all demo texts, and two runs of four steps."""
@@ -89,21 +97,26 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from sae_granary import harvest_activations, train_sae
 
-    folder = tmp_path_factory.mktemp("small_demo")
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text[:300]}) + "\n" for _, text in sorted(topics.items())))
-    cache = str(folder / "cache" / "demo_l3")
-    harvest_activations(model="demo", dataset=str(texts), layers=[3], out=cache, device="cpu", quiet=True)
-    common = {"cache": cache, "k": 32, "d_sae": 3072, "steps": 4, "batch_size": 256, "device": "cpu"}
-    for type_name in ("topk", "batchtopk"):
-        train_sae(**common, type=type_name, name=f"demo_{type_name}", runs_dir=str(folder / "runs"))
+    folder = shared(tmp_path_factory, "small_demo")
+    with FileLock(f"{folder}.lock"):
+        if (folder / "complete").exists():
+            return folder
+        folder.mkdir()
+        texts = folder / "texts.jsonl"
+        texts.write_text("".join(json.dumps({"text": text[:100]}) + "\n" for _, text in sorted(topics.items())))
+        cache = str(folder / "cache" / "demo_l3")
+        harvest_activations(model="demo", dataset=str(texts), layers=[3], out=cache, device="cpu", quiet=True)
+        common = {"cache": cache, "k": 32, "d_sae": 768, "steps": 4, "batch_size": 256, "device": "cpu"}
+        for type_name in ("topk", "batchtopk"):
+            train_sae(**common, type=type_name, name=f"demo_{type_name}", runs_dir=str(folder / "runs"))
+        (folder / "complete").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What recipes start from, in full; made when the first needs it."""
-    return tmp_path_factory.mktemp("store")
+    return shared(tmp_path_factory, "store")
 
 
 def python_pages() -> list[Any]:
@@ -124,7 +137,9 @@ def test_the_python_of_a_page_runs(page: Path, small_demo: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=name_of)
 def test_a_recipe_runs_and_prints_what_it_shows(page: Path, store: Path, tmp_path: Path) -> None:
-    run_pages.prepare(page, tmp_path, store)
+    with FileLock(f"{store}.lock"):
+        store.mkdir(exist_ok=True)
+        run_pages.prepare(page, tmp_path, store)
     for _, printed, shown in run_pages.run_page(page.read_text(encoding="utf-8"), tmp_path):
         if accuracy := re.search(r"held-out accuracy ([0-9.]+)", printed):
             assert float(accuracy[1]) > 0.97

@@ -1,14 +1,14 @@
 """One declaration per setting of a harvest: flags, keywords, YAML, --set and the page come from it."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
+from fresh_package import fresh_package
 from harvest_kit import build_model, texts
 from typer.testing import CliRunner
 
@@ -152,45 +152,29 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 # -- one declaration -----------------------------------------------------------------------------------------------
 
-ADDED = """
-import dataclasses
-import importlib.util
-from pathlib import Path
-from typer.testing import CliRunner
-from sae_granary.common.settings.declare import setting
-from sae_granary.models import config
 
-@dataclasses.dataclass(frozen=True)
-class TokenConfig(config.TokenConfig):
-    overlap: int = setting(0, section="contexts", help="Tokens that contexts share.", unit="tokens", ge=0)
+def test_a_setting_is_added_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with fresh_package():
+        from sae_granary.common.settings.declare import setting
+        from sae_granary.models import config
 
-config.TokenConfig = TokenConfig
+        @dataclass(frozen=True)
+        class TokenConfig(config.TokenConfig):
+            overlap: int = setting(0, section="contexts", help="Tokens that contexts share.", unit="tokens", ge=0)
 
-from sae_granary.harvest.cli import app
-from sae_granary.harvest.settings.make import make_config, read_file
+        config.TokenConfig = TokenConfig
+        from sae_granary.harvest.cli import app
+        from sae_granary.harvest.settings.make import make_config, read_file
 
-print(CliRunner().invoke(app, ["run", "--help-all"]).output)
-print(CliRunner().invoke(app, ["config", "--overlap", "3"]).output)
-Path("h.yaml").write_text("model: demo\\nlayers: 1\\ncontexts: {overlap: 4}")
-print("key", make_config(read_file("h.yaml")).tokens.overlap)
-print("keyword", make_config({"model": "demo", "layers": 1, "overlap": "1k"}).tokens.overlap)
-spec = importlib.util.spec_from_file_location("generate", GENERATE)
-generate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate)
-print(generate.page())
-"""
-
-
-def test_a_setting_is_added_in_one_place(tmp_path: Path) -> None:
-    code = f"GENERATE = {str(REPO / 'docs' / 'generate.py')!r}\n{ADDED}"
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"--overlap .*Tokens that contexts share\. \(default: 0 tokens\)", done.stdout)
-    for line in ("  overlap: 3  # flag", "key 4", "keyword 1000"):
-        assert f"{line}\n" in done.stdout
-    assert "| `overlap` | `--overlap` | whole number of tokens | 0 | ≥ 0 | Tokens that contexts share. |" in done.stdout
+        help_all = CliRunner().invoke(app, ["run", "--help-all"], env={"COLUMNS": "200"}).output
+        assert re.search(r"--overlap .*Tokens that contexts share\. \(default: 0 tokens\)", help_all)
+        assert "  overlap: 3  # flag\n" in CliRunner().invoke(app, ["config", "--overlap", "3"]).output
+        Path("h.yaml").write_text("model: demo\nlayers: 1\ncontexts: {overlap: 4}")
+        assert make_config(read_file("h.yaml")).tokens.overlap == 4
+        assert make_config({"model": "demo", "layers": 1, "overlap": "1k"}).tokens.overlap == 1000
+        page = runpy.run_path(str(REPO / "docs" / "generate.py"))["page"]()
+    assert "| `overlap` | `--overlap` | whole number of tokens | 0 | ≥ 0 | Tokens that contexts share. |" in page
 
 
 def test_every_setting_has_help_and_its_own_flag() -> None:

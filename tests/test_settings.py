@@ -1,12 +1,13 @@
 """One declaration per setting: what is added in one place is a flag, a YAML key, a keyword and a row of the page."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from fresh_package import fresh_package
 from typer.testing import CliRunner
 
 from sae_granary import sae_core
@@ -25,51 +26,45 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # -- a setting is added in one place -------------------------------------------------------------------------------
 
-ADD_ONE = """
-import importlib.util, runpy, sys
-from pathlib import Path
-from typer.testing import CliRunner
 
-name = "sae_granary.train.config.settings"
-spec = importlib.util.find_spec(name)
-source = Path(spec.origin).read_text(encoding="utf-8")
-field = "    half_life: int = _training(7, help='Half-life of the momentum.', unit='steps', gt=0)"
-patched = source.replace("    cache: str = ", field + "\\n    cache: str = ", 1)
-assert patched != source
-sys.modules[name] = module = importlib.util.module_from_spec(spec)
-exec(compile(patched, spec.origin, "exec"), module.__dict__)
-
-from sae_granary import train_sae
-from sae_granary.common.errors import ConfigError
-from sae_granary.train.cli import app
-
-def run(*args):
-    result = CliRunner().invoke(app, [*args], env={"COLUMNS": "200"})
-    return " ".join(result.output.split())
-
-assert "--half-life <str> Half-life of the momentum. (default: 7 steps)" in run("run", "--help-all")
-assert "--half-life" not in run("run", "--help")
-Path("c.yaml").write_text("type: topk\\ntraining: {half-life: 8}\\n")
-config = ("config", "--config", "c.yaml")
-assert "half_life: 7 # default" in run("config", "--type", "topk")
-assert "half_life: 8 # c.yaml" in run(*config)
-assert "half_life: 9 # flag" in run(*config, "--set", "half_life=9")
-assert "half_life: 10 # flag" in run(*config, "--half-life", "10")
-assert "unknown setting 'half_live' for type topk, did you mean 'half_life'?" in run(*config, "--set", "half_live=9")
-try:
-    train_sae(cache="nowhere", type="topk", half_life=0)
-except ConfigError as error:
-    assert str(error) == "half_life=0: expected a value > 0"
-page = runpy.run_path(sys.argv[1])["page"]()
-assert "| `half_life` | `--half-life` | whole number of steps | 7 | > 0 | Half-life of the momentum. |" in page
-print("found everywhere")
-"""
+def patched_settings() -> None:
+    """The module of training settings with one more field."""
+    name = "sae_granary.train.config.settings"
+    spec = importlib.util.find_spec(name)
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    field = "    half_life: int = _training(7, help='Half-life of the momentum.', unit='steps', gt=0)"
+    patched = source.replace("    cache: str = ", field + "\n    cache: str = ", 1)
+    assert patched != source
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    exec(compile(patched, spec.origin, "exec"), module.__dict__)
 
 
-def test_a_setting_is_added_in_one_place(tmp_path) -> None:
-    code = [sys.executable, "-c", ADD_ONE, str(ROOT / "docs" / "generate.py")]
-    done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "found everywhere", done.stderr
+def test_a_setting_is_added_in_one_place(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with fresh_package():
+        patched_settings()
+        from sae_granary import train_sae
+        from sae_granary.common.errors import ConfigError
+        from sae_granary.train.cli import app
+
+        def run(*args: str) -> str:
+            result = CliRunner().invoke(app, [*args], env={"COLUMNS": "200"})
+            return " ".join(result.output.split())
+
+        assert "--half-life <str> Half-life of the momentum. (default: 7 steps)" in run("run", "--help-all")
+        assert "--half-life" not in run("run", "--help")
+        Path("c.yaml").write_text("type: topk\ntraining: {half-life: 8}\n")
+        config = ("config", "--config", "c.yaml")
+        assert "half_life: 7 # default" in run("config", "--type", "topk")
+        assert "half_life: 8 # c.yaml" in run(*config)
+        assert "half_life: 9 # flag" in run(*config, "--set", "half_life=9")
+        assert "half_life: 10 # flag" in run(*config, "--half-life", "10")
+        unknown = "unknown setting 'half_live' for type topk, did you mean 'half_life'?"
+        assert unknown in run(*config, "--set", "half_live=9")
+        with pytest.raises(ConfigError, match=r"^half_life=0: expected a value > 0$"):
+            train_sae(cache="nowhere", type="topk", half_life=0)
+        page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]()
+    assert "| `half_life` | `--half-life` | whole number of steps | 7 | > 0 | Half-life of the momentum. |" in page
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.compare_command import compare
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
-from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, errors
+from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, Verify, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
 
@@ -30,6 +30,7 @@ def run(
     read_flags: ReadFlags,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    verify: Verify = False,
     resume: Annotated[
         str, typer.Option("--resume", help="auto: resume if the run exists, else start it. never: start it.")
     ] = "never",
@@ -42,7 +43,7 @@ def run(
     does. A type that reads several hook points reads these layers.
     """
     with errors(debug):
-        train_given(read_flags(), overwrite=overwrite, resume=resume, quiet=quiet, dry_run=dry_run)
+        train_given(read_flags(), overwrite=overwrite, resume=resume, verify=verify, quiet=quiet, dry_run=dry_run)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.verify import verify_files
 from sae_granary.train.errors import RunExistsError, shortage_is_clear
 from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
 from sae_granary.train.lockstep import train_together
@@ -36,6 +37,7 @@ def train_sae(
     callbacks: Sequence[AnyCallback] = (),
     overwrite: bool = False,
     resume: Literal["never", "auto"] = "never",
+    verify: bool = False,
     stop: StopRequest | None = None,
     **settings: Any,
 ) -> Result:
@@ -44,6 +46,7 @@ def train_sae(
     Settings are those of `TrainConfig` and of the variant; together with a `config` they replace its values. `sinks`
     receive the metrics, `callbacks` follow the steps (`train.callbacks`).
     Everything that can be wrong is told before anything is written (ConfigError, CacheError, SAEError).
+    With `verify` the checksums of the files that the run reads are checked first (CorruptCacheError).
     With resume="auto" the same call starts a run, continues it from its newest checkpoint, or returns its result.
 
     >>> from sae_granary import train_sae
@@ -55,9 +58,15 @@ def train_sae(
     config = make_config([settings]) if config is None else _replace(config, settings)
     data = RunData.open(config)
     if resume == "auto" and (begun := _begun(config, data)) is not None:
-        return begun if isinstance(begun, Result) else _train(*begun, sinks, Callbacks(callbacks), stop)
+        if isinstance(begun, Result):
+            return begun
+        if verify:
+            verify_files([begun[0]])
+        return _train(*begun, sinks, Callbacks(callbacks), stop)
     check_language_model(data)
     check_capacity(data.config)
+    if verify:
+        verify_files([data])
     folder = claim_folder(data.config, overwrite=overwrite)
     return _train(data, folder, sinks, Callbacks(callbacks), stop)
 

@@ -12,6 +12,9 @@ from sae_granary.common.app import expected_errors
 from sae_granary.train.config.flags import Given
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Overwrite an existing run of this name.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="First check the checksums of the files that the training reads.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 ReadFlags = Callable[[], Given]
 

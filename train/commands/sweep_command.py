@@ -11,7 +11,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.common.errors import ConfigError
-from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, errors
+from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, Verify, errors
 from sae_granary.train.config.flags import takes_settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def sweep(
     ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    verify: Verify = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -39,7 +40,7 @@ def sweep(
     """
     with errors(debug):
         axes, common = grid_of(read_flags(), grid or [])
-        train_grid(axes, common, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
+        train_grid(axes, common, overwrite=overwrite, verify=verify, quiet=quiet, dry_run=dry_run)
 
 
 def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,7 +87,13 @@ def several(given: Given) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def train_grid(
-    axes: dict[str, Any], common: dict[str, Any], *, overwrite: bool, quiet: bool, dry_run: bool = False
+    axes: dict[str, Any],
+    common: dict[str, Any],
+    *,
+    overwrite: bool,
+    quiet: bool,
+    verify: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Train a grid and print its table, or print its plan."""
     from sae_granary.train.sweeps.sweep import plan_sweep, train_sweep
@@ -95,7 +102,7 @@ def train_grid(
         show_plan(plan_sweep(axes, common))
         return
     device = str(common.get("device") or "auto")
-    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, **options), quiet, device)
+    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, verify=verify, **options), quiet, device)
 
 
 def resume_grid(folder: Path, quiet: bool, cache: Path | None = None, lm: str | None = None) -> None:
@@ -113,13 +120,15 @@ def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     from sae_granary.common.finished_run import read_summary
     from sae_granary.common.process import tuned_process
     from sae_granary.common.signals import explain_bus_errors, stop_on_signals
+    from sae_granary.common.threads import shown
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sweeps.reporter import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
     explain_bus_errors(truncated_shards)
-    with tuned_process(device), stop_on_signals(at_once=True) as stop:
-        result = start(reporter=Reporter() if quiet else SweepConsole(), stop=stop)
+    reporter = Reporter() if quiet else SweepConsole()
+    with tuned_process(device), stop_on_signals(at_once=True) as stop, shown(reporter.message):
+        result = start(reporter=reporter, stop=stop)
     finished = [row for row in result.rows if row["status"] == "finished"]
     if finished:
         show_results([read_summary(result.folder / str(row["name"])) for row in finished])

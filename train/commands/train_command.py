@@ -19,13 +19,14 @@ def train_given(
     overwrite: bool,
     resume: Any,
     quiet: bool,
+    verify: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Train the SAE that flags ask for, or one per hook point or seed; or print what that would be."""
     from sae_granary.train.config.hook_layers import place_hooks
 
     if grid := cli_sweep.several(given):
-        cli_sweep.train_grid(*grid, overwrite=overwrite, quiet=quiet, dry_run=dry_run)
+        cli_sweep.train_grid(*grid, overwrite=overwrite, verify=verify, quiet=quiet, dry_run=dry_run)
         return
     given, _ = place_hooks(given)
     config = config_of(given)
@@ -38,7 +39,7 @@ def train_given(
         return
     from sae_granary.train.run import train_sae
 
-    begin = {"overwrite": overwrite, "resume": resume}
+    begin = {"overwrite": overwrite, "resume": resume, "verify": verify}
     show_training(lambda **options: train_sae(config, **begin, **options), quiet, config.device)
 
 

@@ -20,6 +20,7 @@ from sae_granary.common.signals import StopRequest
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.verify import verify_files
 from sae_granary.train.errors import RunExistsError
 from sae_granary.train.folders import check_name, claim_sweep_folder, is_sweep
 from sae_granary.train.sweeps.execution import MakeCallbacks, SweepExecution
@@ -61,6 +62,7 @@ def train_sweep(
     *,
     callbacks: MakeCallbacks | None = None,
     overwrite: bool = False,
+    verify: bool = False,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
     **more: Any,
@@ -69,7 +71,8 @@ def train_sweep(
 
     Settings are those of `train_sae`, for all points; `seed` in a grid is the initialization's. Called again with the
     same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
-    settings under the same name are refused. `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
+    settings under the same name are refused. With `verify` the checksums of all files that are read are checked first.
+    `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
 
     >>> from sae_granary import train_sweep
     >>> common = {"type": "topk", "d_sae": 768, "steps": 4, "batch_size": 256, "device": "cpu", "name": "ks"}
@@ -88,9 +91,13 @@ def train_sweep(
                 f"{folder} holds a sweep with other settings: choose another --name, continue that one with "
                 f"sae-train resume {folder}, or replace it with --overwrite"
             )
+        if verify:
+            _verify(load_plan(folder))
         return resume_sweep(folder, callbacks=callbacks, reporter=reporter, stop=stop)
     plan = request.plan()
     _check_language_models(plan)
+    if verify:
+        _verify(plan)
     claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
     return SweepExecution(plan, folder, callbacks, reporter, stop).execute(fresh=True)
 
@@ -116,6 +123,10 @@ def resume_sweep(
     _check_callbacks(callbacks)
     folder = Path(folder)
     return SweepExecution(load_plan(folder), folder, callbacks, reporter, stop, cache, lm).execute()
+
+
+def _verify(plan: Plan) -> None:
+    verify_files([RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries])
 
 
 def _check_callbacks(callbacks: Any) -> None:

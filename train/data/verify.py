@@ -1,0 +1,58 @@
+"""`--verify`: the checksums of the files that a run is about to read, before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sae_granary.cache.errors import CacheError, CorruptCacheError
+from sae_granary.cache.format.documents import hash_file
+from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.read.check import check_file
+from sae_granary.cache.read.reader import Cache
+from sae_granary.common.threads import waiting
+from sae_granary.train.data.run_data import RunData
+
+
+def verify_files(runs: list[RunData]) -> None:
+    """Hash what runs of one cache read of it: activations and norms of their hook points, and all columns of rows.
+
+    Only the shards that the runs were opened on. Raises CorruptCacheError at the first file that is not as recorded.
+    """
+    files = {path: (cache, entry) for data in runs for path, cache, entry in _files(data)}
+    total, done = sum(entry.n_bytes for _, entry in files.values()), 0
+    with waiting(f"verifying {len(files):,} files of {runs[0].cache.path}") as progress:
+        for name, (cache, entry) in files.items():
+            try:
+                check_file(cache.path / name, entry.n_bytes)
+                found = hash_file(cache.path / name)
+            except (CacheError, OSError) as error:
+                raise CorruptCacheError(f"{error}; {_remedy(runs[0].cache)}") from error
+            if found != entry:
+                raise CorruptCacheError(
+                    f"{cache.path / name} is damaged: its checksum is {found.xxh3}, expected {entry.xxh3}; "
+                    f"{_remedy(runs[0].cache)}"
+                )
+            done += entry.n_bytes
+            progress(done / total)
+
+
+def _remedy(cache: Cache) -> str:
+    return f"restore it with `sae-harvest repair {cache.path}` or from a copy, nothing was trained"
+
+
+def _files(data: RunData) -> Iterator[tuple[str, Cache, FileEntry]]:
+    """Path, cache that holds it (an addition has its own), and record of each file that a run reads."""
+    main = data.cache
+    for hook in data.config.hook:
+        cache = main.holder(hook)
+        arrays = [cache.layout.activations[hook], cache.layout.norms[hook]]
+        arrays += [cache.layout.scales[hook]] if hook in cache.layout.scales else []
+        for shard in main.shards:
+            entries = cache.records[shard.index].files
+            for array in arrays:
+                path = array.shard_path(shard.index)
+                yield path, cache, entries[path]
+    for column in main.layout.columns.values():
+        for shard in main.shards:
+            path = column.shard_path(shard.index)
+            yield path, main, main.records[shard.index].files[path]

@@ -231,6 +231,16 @@ def test_a_complete_cache_is_not_taken_for_that_of_other_flags(tmp_path):
     assert "kept_columns" in run(path, "--out", tmp_path / "text", "--keep-columns", "text", code=2).stderr
 
 
+def test_texts_cannot_be_encoded_by_a_cache_without_a_model(tmp_path, monkeypatch):
+    from sae_granary.models.errors import ModelError
+    from sae_granary.models.language import recorded
+
+    run(write(tmp_path / "x.npy", "npy"), "--out", tmp_path / "c")
+    monkeypatch.setattr(recorded, "read_configs", lambda located: pytest.fail(f"looked for {located.source}"))
+    with pytest.raises(ModelError, match=r"names no model .*with --model"):
+        recorded.locate_recorded(open_cache(tmp_path / "c").manifest.model, None, "--model")
+
+
 def test_the_writer_takes_arrays_lists_and_tensors(tmp_path):
     import torch
 

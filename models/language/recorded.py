@@ -34,8 +34,10 @@ def locate_recorded(record: Mapping[str, Any], lm: str | None, option: str = "--
     """The folder or hub model, in the revision that was harvested; the local copy of a hub model if there is one.
 
     `lm`, given by the flag `option`, names another place: a folder, a hub id, or demo.
-    Raises ModelError, a SpliceError for a model that is missing.
+    Raises ModelError, a SpliceError for a model that is missing or that the record does not name.
     """
+    if lm is None and record.get("id") is None:
+        raise SpliceError(f"the cache names no model that its rows came from (imported vectors?); {remedy(option)}")
     model_id = str(record.get("id"))
     was_local = lm is None and record.get("weights_xxh3") is not None
     name = _demo_or(lm, model_id, option, was_local=was_local) or model_id

@@ -237,7 +237,7 @@ def copies(tmp_path, monkeypatch):
     return tmp_path / "copies"
 
 
-def test_a_url_is_read_through_a_verified_copy(cache, faulty, copies):
+def test_a_url_is_read_through_a_verified_copy(cache, faulty, copies, capsys):
     push(plan_push(cache, "faulty://b/c"))
     rows = open_cache("faulty://b/c")
     np.testing.assert_array_equal(rows.hook("layer_1")[:], open_cache(cache).hook("layer_1")[:])
@@ -245,6 +245,7 @@ def test_a_url_is_read_through_a_verified_copy(cache, faulty, copies):
     assert "ok (" in run("verify", "faulty://b/c").stdout
     faulty.n_requests, faulty.faults = 0, dict.fromkeys(range(1, 10_000), "error")
     assert open_cache("faulty://b/c").n_rows == rows.n_rows  # out of reach: the copy is complete
+    assert f"reading the local copy {rows.path}" in capsys.readouterr().err
 
 
 def test_a_wrong_byte_is_never_read(cache, faulty, copies):

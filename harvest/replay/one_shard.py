@@ -23,12 +23,12 @@ class Unwritten:
 
     @property
     def n_rows(self) -> int:
-        """Rows so far, those of the shards before included."""
+        """Rows so far, those of the earlier shards included."""
         return self.committed.n_rows
 
     @property
     def bytes_written(self) -> int:
-        """Of the shards before."""
+        """Bytes of the earlier shards."""
         return self.committed.n_bytes
 
     def begin_buffer(self, source_state: Mapping[str, int]) -> None:
@@ -42,7 +42,7 @@ class Unwritten:
 
 
 class ShardAgain(Unwritten):
-    """Takes the rows behind the shards before it, keeps those of one shard, in files of a temporary folder."""
+    """Takes the rows from the end of the earlier shards on, and keeps those of one shard in a temporary folder."""
 
     def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
         super().__init__(path, Committed.of(manifest.shards[:shard]))
@@ -51,7 +51,7 @@ class ShardAgain(Unwritten):
 
     @property
     def n_rows(self) -> int:
-        """Rows so far, those of the shards before included."""
+        """Rows so far, those of the earlier shards included."""
         return self.committed.n_rows + self._shard.n_rows
 
     def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:

@@ -10,7 +10,7 @@ from sae_granary.analyze.commands.show import show
 from sae_granary.analyze.commands.stats import stats
 from sae_granary.common.app import make_app
 
-app = make_app("sae-analyze", "Look at what an SAE learned: its codes of a cache.")
+app = make_app("sae-analyze", "Look at what an SAE learned: codes, latents, metrics, report.")
 
 app.command()(encode)
 app.command(name="eval")(evaluate)

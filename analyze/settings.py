@@ -38,9 +38,11 @@ class Shared:
 class Encode(Shared):
     """Options of `encode`."""
 
-    out: Path | None = _out(help="Folder, or file of npz and parquet.", default_words="beside the SAE, by cache")
+    out: Path | None = _out(
+        help="Folder to write, or file for npz and parquet.", default_words="in the folder of the SAE"
+    )
     pool: str | None = _option(
-        None, help="Write one row per document, pooled over the tokens that `stats` counts.", choices=POOLINGS
+        None, help="Write one row per document, pooled over its tokens without special tokens.", choices=POOLINGS
     )
     format: str = _option(
         "granary",
@@ -63,7 +65,7 @@ class Eval(Shared):
 
     part: str = _option("heldout", help="Rows to evaluate on.", choices=("heldout", "train", "all"))
     downstream: bool = _option(False, help="Measure CE score and KL of the model with the SAE in it.")
-    downstream_rows: int = _option(16_000, help="Maximum length of that measurement.", unit="rows", ge=1)
+    downstream_rows: int = _option(16_000, help="With --downstream: maximum number of rows.", unit="rows", ge=1)
     model: str | None = _model(help="With --downstream: folder or hub id of the model.")
     json: bool = _option(False, help="Print JSON instead of a table.")
     out: Path | None = _out(help="Write the JSON to a file too.")

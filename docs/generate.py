@@ -47,20 +47,21 @@ class TypeOptions:
 
 HEAD = """# Parameters
 
-Generated from the code by `make regenerate`; a test keeps it current.
+This page lists every setting with its type, default, range and meaning. It is generated from the code
+(`make regenerate`). The terms are in the [glossary](concepts.md#glossary).
 
-A parameter of training has one name everywhere: `--set name=value` on the command line, `name: value` in YAML (under
-its section or without one), `train_sae(name=value)` in Python. Each is a flag too (`--help-all`). Stronger layers win:
-defaults < the type's recommended values < YAML (`--config`) < flags and `--set`.
+A setting of training has one name everywhere: `--set name=value` on the command line, `name: value` in YAML (under
+its section or without one), `train_sae(name=value)` in Python. Each is a flag too (`--help-all`).
+Later places override earlier ones: defaults, the type's recommended values, YAML (`--config`), flags and `--set`.
 `sae-train config` prints the result and where each value comes from. Whole numbers take suffixes: `10k`, `5M`, `1.5B`.
-A default of none means "decided from the rest", as the meaning says.
+A default of none means that the setting is off or sets no limit.
 """
 
 HARVEST = """## Harvest (`sae-harvest run`, `plan`, `config`)
 
 In Python these are the keywords of `sae_granary.harvest_activations(model=..., layers=6, max_tokens="5M")`; in a YAML
-file (`--config`) they are in their section or without one; `--set name=value` takes any. `sae-harvest config` prints
-the result and where each value comes from.
+file (`--config`) they may be in their section or at the top level; `--set name=value` takes any.
+`sae-harvest config` prints the result and where each value comes from.
 """
 
 ANALYZE = """## Analyze (`sae-analyze`)

@@ -19,7 +19,8 @@ EVERYWHERE = ("--help", "--help-all", "--debug")
 
 HEAD = """# Commands
 
-Generated from the code by `make regenerate`; a test keeps it current.
+This page lists every command with its flags. It is generated from the code (`make regenerate`); the terms are in the
+[glossary](concepts.md#glossary).
 
 Every command prints its common flags with `--help`, and all of them with `--help-all` where there are more. Errors are
 one line with exit code 2; `--debug` shows the traceback. `--version` prints the version. Numbers of rows and tokens

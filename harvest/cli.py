@@ -22,7 +22,7 @@ app = make_app("sae-harvest", "Stream text through a transformer and keep its ac
 
 ProbeTime = Annotated[
     str | None,
-    typer.Option("--probe", help="Load the model and measure its throughput on the first texts for so long: 30s."),
+    typer.Option("--probe", help="Load the model and measure its throughput on the first texts for this long: 30s."),
 ]
 
 _LAYER = "Block whose output is added, counted from 0: 8, or 2,4,8, or all."
@@ -108,9 +108,9 @@ def add(
     to: Annotated[Path, typer.Option("--to", help="The complete cache whose rows get more hook points.")],
     layers: Annotated[list[str] | None, typer.Option("--layer", "--layers", "-l", help=_LAYER)] = None,
     hooks: Annotated[list[str] | None, typer.Option("--hook", help=_HOOK)] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it was moved.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where the text is now, if moved.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cuda:1 where the harvest ran on cuda.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="New place of the model, if it was moved.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="New place of the text, if moved.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Another GPU: cuda:1 after a harvest on cuda.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show rows, disk and time; write nothing.")] = False,
     probe: ProbeTime = None,
     quiet: Quiet = False,
@@ -142,9 +142,9 @@ def add(
 def repair(
     cache: Annotated[Path, typer.Argument(help="A complete cache.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the damaged files.")] = False,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it was moved.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="Where the text is now, if moved.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cuda:1 where the harvest ran on cuda.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="New place of the model, if it was moved.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", "-d", help="New place of the text, if moved.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Another GPU: cuda:1 after a harvest on cuda.")] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

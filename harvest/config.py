@@ -93,12 +93,12 @@ class HarvestConfig:
     )
     max_tokens: int | None = _output(
         None,
-        help="Maximum length, such as 20k, 5M or 1.5B; the last document is completed.",
+        help="Maximum length of the cache, such as 20k, 5M or 1.5B; the last document is completed.",
         unit="rows",
         ge=1,
         common=True,
     )
-    max_docs: int | None = _output(None, help="Maximum length.", unit="documents", ge=1, common=True)
+    max_docs: int | None = _output(None, help="Maximum length of the cache.", unit="documents", ge=1, common=True)
     rows_per_shard: int | None = _output(None, help="Shard size.", unit="rows", ge=1, default_words="about 512 MiB")
     extend: bool = _output(
         False, help="Continue a complete cache with more of its text, up to --max-tokens.", common=True

@@ -16,7 +16,7 @@ def search(read_options: Callable[[], Search], sae: SAEFolder, quiet: Quiet = Fa
     """Print the documents in which a latent is most active, with their kept columns.
 
     `--by category` first prints, for each value of that column, the share of documents in which the latent is active,
-    and its lift: that share over the one of all documents.
+    and its lift: that share divided by the share among all documents.
     """
     with expected_errors(debug, interrupted=INTERRUPTED):
         options = read_options()

@@ -34,7 +34,9 @@ def import_files(
     keep_columns: Annotated[Name, _option("Columns to store with the rows (a,b).", "--keep-columns")] = None,
     hook: Annotated[str, typer.Option("--hook", help="Name of the vectors in the cache.")] = "vectors",
     dtype: Annotated[str, typer.Option("--dtype", help=f"auto (as in the files), {', '.join(STORAGE)}.")] = "auto",
-    model: Annotated[Name, _option("What made the vectors, for people: text-embedding-3-small.", "--model")] = None,
+    model: Annotated[
+        Name, _option("Model that made the vectors, as a note: text-embedding-3-small.", "--model")
+    ] = None,
     rows_per_shard: Annotated[Name, _option("Rows of a shard. (default: about 256 MiB)", "--rows-per-shard")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", "--dry-run", help="Check the files and show what would be written.")

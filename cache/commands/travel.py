@@ -23,7 +23,7 @@ Hooks = Annotated[
     str | None, typer.Option("--hook", help="Only these hook points (a,b), also added ones.", show_default=False)
 ]
 Rows = Annotated[
-    str | None, typer.Option("--rows", help="Only the first shards that hold so many rows.", show_default=False)
+    str | None, typer.Option("--rows", help="Only the first shards, with this many rows.", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", "--plan", help="Show what would be copied.")]
 INTERRUPTED = "interrupted; the same command continues"
@@ -34,7 +34,7 @@ def push(
     url: Url,
     hook: Hooks = None,
     rows: Rows = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Copy to a place that everyone may read.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Allow a public destination.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back and check it.")] = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,

@@ -17,7 +17,7 @@ from sae_granary import encode_cache, encode_texts, harvest_activations, load_sa
 # %% [markdown]
 # ## Harvest
 #
-# The text is Python's help pages. `layers=3` is the output of block 3, counted from 0. One row of the cache is one token.
+# The text is Python's help. `layers=3` is the output of block 3, counted from 0. One row of the cache is one token.
 
 # %%
 harvest_activations(
@@ -30,7 +30,7 @@ print("row 1000:", rows.token(1000), "in:", rows.context(1000, before=8, after=4
 # %% [markdown]
 # ## Train
 #
-# 1,536 latents, of which 16 per token are active on average. All other settings have their defaults. Any number of SAEs can
+# 1,536 latents, of which 16 per token are active on average. Other settings have their defaults. Any number of SAEs can
 # be trained from this cache; the model is not needed again.
 
 # %%
@@ -57,7 +57,7 @@ plt.show()
 # %% [markdown]
 # ## Look
 #
-# `encode_cache` runs the SAE over every row and stores the codes in the folder of the run. How often does each latent fire?
+# `encode_cache` runs the SAE over every row and stores the codes in the run's folder. How often does each latent fire?
 
 # %%
 codes = encode_cache(result.folder)

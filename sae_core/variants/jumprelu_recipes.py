@@ -59,7 +59,7 @@ class JumpReLUConfig(SharedConfig):
     )
     l0_coef: float | None = option(
         None,
-        help="Weight of the penalty where E|x|^2 = d_in; not for constraint.",
+        help="Weight of the penalty, for rows scaled to E|x|^2 = d_in; not for constraint.",
         default_words="0.3 for l0_penalty and tanh_penalty, 10 for anthropic and tanh, else 1",
         ge=0,
     )
@@ -83,7 +83,7 @@ class JumpReLUConfig(SharedConfig):
     )
     bandwidth: float | None = option(
         None,
-        help="Width of the straight-through kernel.",
+        help="Width of the kernel through which thresholds get a gradient.",
         default_words="2 for tanh and anthropic, 0.001 sqrt(d_in) for l0, l0_target and gemma, else 0.3 * threshold",
         gt=0,
     )

@@ -59,7 +59,9 @@ class RouteSAE(SAE):
         base_options: Mapping[str, Any] | None = option(
             None, help="Further options of the base, as a mapping.", options_of="base"
         )
-        routing: str = option("hard", help="One layer per row, or a mixture.", choices=("hard", "soft"))
+        routing: str = option(
+            "hard", help="hard: one layer per row; soft: a mixture of layers.", choices=("hard", "soft")
+        )
         aggregate: str = option("sum", help="How the router combines the layers that it sees.", choices=("sum", "mean"))
         detach_target: bool = option(
             True,

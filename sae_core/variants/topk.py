@@ -33,7 +33,7 @@ class TopKSAE(SAE):
         k: int = option(32, help="Active latents per row.", gt=0, short="-k", common=True)
         auxk_coef: float = option(1 / 32, help="Weight of the AuxK loss.", ge=0)
         k_aux: int | None = option(
-            None, help="Dead latents per row in the AuxK loss.", default_words="half of d_out", gt=0
+            None, help="Number of dead latents per row in the AuxK loss.", default_words="half of d_out", gt=0
         )
         multi_topk: bool = option(False, help="Add 1/8 of the loss at 4k, so that the SAE still works at a larger k.")
         k_start: int | None = option(

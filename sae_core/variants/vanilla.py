@@ -23,7 +23,7 @@ class VanillaSAE(SAE):
     class Config(SAE.Config):
         """Options of vanilla."""
 
-        l1_coef: float = option(5.0, help="Weight of the sum of z|W_dec| where E|x|^2 = d_in.", ge=0)
+        l1_coef: float = option(5.0, help="Weight of the sum of z|W_dec|, for rows scaled to E|x|^2 = d_in.", ge=0)
         l1_warmup: float = option(0.05, help="Share of the run over which l1_coef rises from 0.", ge=0, le=1)
         p_end: float = option(1.0, help="Exponent of the penalty at the end of the run; 1 is plain L1.", gt=0, le=1)
         p_anneal_from: float = option(0.5, help="Share of the run after which the exponent falls to p_end.", ge=0, lt=1)

@@ -48,9 +48,7 @@ class TrainConfig:
         help="Precision of matrix products; auto is float32.",
     )
 
-    expansion_factor: float | None = _model(
-        None, help="d_sae / d_in, where d_sae is not given.", default_words="8", gt=0
-    )
+    expansion_factor: float | None = _model(None, help="d_sae / d_in, if d_sae is not given.", default_words="8", gt=0)
     init_from: str | None = _model(
         None, help="Start from the weights of an SAE: a run, a checkpoint, or a SAELens or sparsify SAE.", common=True
     )
@@ -59,7 +57,7 @@ class TrainConfig:
         4096, help="Batch size of an optimizer step.", unit="rows", gt=0, short="-b", common=True
     )
     grad_acc_steps: int = _training(1, help="Micro-batches per step, to save memory.", gt=0)
-    tokens: int | None = _training(None, help="Length of the run: 500k, 10M.", unit="rows", gt=0, common=True)
+    tokens: int | None = _training(None, help="Length of the run, such as 500k or 10M.", unit="rows", gt=0, common=True)
     steps: int | None = _training(None, help="Length of the run.", unit="optimizer steps", gt=0, common=True)
     epochs: float | None = _training(
         None,
@@ -82,7 +80,7 @@ class TrainConfig:
     beta2: float = _training(0.999, help="Second decay rate of Adam.", ge=0, lt=1)
     eps: float = _training(1e-8, help="Epsilon of Adam.", ge=0)
     grad_clip: float | None = _training(
-        1.0, help="Maximum global gradient norm, of the loss before division by V; none: no clipping.", gt=0
+        1.0, help="Maximum global gradient norm, of the loss before division by the variance; none: no clipping.", gt=0
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = _training(
         "linear", help="Decay of the learning rate at the end of the run."
@@ -146,7 +144,9 @@ class TrainConfig:
     keep_best: bool = _logging(False, help="Keep the checkpoint with the lowest FVU too.")
     eval_rows: int = _logging(2**17, help="Maximum number of held-out rows in the final evaluation.", unit="rows", gt=0)
     eval_downstream: bool | None = _logging(
-        None, help="Report CE score and KL of the language model with the SAE in it.", default_words="if it is loaded"
+        None,
+        help="Report CE score and KL of the language model with the SAE in it.",
+        default_words="if the model is loaded anyway",
     )
     downstream_rows: int = _logging(
         2**14, help="Maximum number of held-out rows in the evaluation of CE score and KL.", unit="rows", gt=0

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sae_granary.cache.remote.store import is_url
+from sae_granary.common.files import user_path
 from sae_granary.common.settings.declare import check, setting
 
 _option = partial(setting, common=True)
@@ -14,13 +16,19 @@ _out = partial(_option, None, short="-o")
 POOLINGS = ("max", "mean", "sum")
 
 
+def _cache_place(text: object) -> str:
+    """A URL as it is, anything else as a path; `open_cache` takes both."""
+    return str(text) if is_url(text) else str(user_path("cache", str(text)))
+
+
 @dataclass(frozen=True)
 class Shared:
     """Options of every command."""
 
-    cache: Path | None = _option(
+    cache: str | None = _option(
         None,
-        help="Folder of a cache that holds the SAE's hook points.",
+        help="Folder, name or URL of a cache that holds the SAE's hook points.",
+        parse=_cache_place,
         short="-c",
         default_words="the one the SAE was trained on",
     )

@@ -20,4 +20,4 @@ def test_their_trainers_train_from_our_cache(tmp_path, monkeypatch, capsys, path
     runpy.run_path(str(path), run_name="__main__")
     assert "trained on 12,800 rows" in capsys.readouterr().out
     if path.stem == "train_saelens":
-        assert load_sae("saelens_sae").d_in == 16
+        assert load_sae("saelens_sae").config.d_in == 16

@@ -39,11 +39,13 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_file_holds_options_of_all_commands_and_of_each(file: Path) -> None:
     encode = read_options(Encode, file, {"pool": None, "format": "parquet"})  # flags override it
-    assert (encode.cache, encode.device, encode.model) == (Path("cache/a"), "cuda", "demo")
+    assert (encode.cache, encode.device, encode.model) == (str(Path("cache/a")), "cuda", "demo")
     assert (encode.pool, encode.format, encode.text) == ("max", "parquet", ())
     show = read_options(Show, file, {})
     assert (show.device, show.latent, show.text, show.top) == ("cpu", (3, 5), ("a, b",), 5)
-    assert read_options(Search, file, {"top": "7"}) == Search(cache=Path("cache/a"), device="cpu", pool="mean", top=7)
+    assert read_options(Search, file, {"top": "7"}) == Search(
+        cache=str(Path("cache/a")), device="cpu", pool="mean", top=7
+    )
     assert read_options(Stats, file, {}).model == "demo"
     assert read_options(Eval, None, {}) == Eval()
 

@@ -2,8 +2,7 @@
 
 import sys
 
-from dictionary_learning.dictionary import AutoEncoderTopK
-from dictionary_learning.trainers.top_k import TopKTrainer
+from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
 
 from sae_granary import BatchDataset, open_cache

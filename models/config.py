@@ -23,7 +23,7 @@ def parse_layers(value: object) -> tuple[int, ...] | Literal["all"]:
         if len(parts) > 1:
             raise ConfigError("layers=all includes every layer: leave out the other layers")
         return "all"
-    if bad := [part for part in parts if not part.removeprefix("-").isdecimal()]:
+    if bad := [part for part in parts if not part.removeprefix("-").isdecimal() or len(part) > 9]:
         raise ConfigError(f"layers={bad[0]!r}: expected block numbers from 0, such as 6 or 2,4,6, or all")
     return tuple(sorted({int(part) for part in parts}))
 

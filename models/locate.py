@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import one_line
-from sae_granary.common.files import hash_files
+from sae_granary.common.files import hash_files, home_path
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
@@ -135,7 +135,7 @@ def weights_hash(located: Located) -> str:
 
 def is_path(name: str) -> bool:
     """Whether a model's name can only be a folder."""
-    return Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return home_path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def _find(config: ModelConfig) -> Located:
@@ -143,7 +143,7 @@ def _find(config: ModelConfig) -> Located:
         if config.revision is not None:
             raise ModelError("--model demo has one version: leave out --revision")
         return Located(DEMO, DEMO_MODEL_ID, str(demo_model_path()), trust_remote_code=config.trust_remote_code)
-    path = Path(config.model).expanduser()
+    path = home_path(config.model)
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
             raise ModelError(f"the folder {config.model} holds no model: neither config.json nor modules.json is there")

@@ -75,6 +75,26 @@ def test_a_name_is_found_in_the_folders_of_the_variable(tmp_path, monkeypatch):
         sae_granary.open_cache("gpt2")
 
 
+def test_names_that_cannot_be_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRANARY_CACHE_DIR", str(tmp_path))
+    for name, why in [("~nobody-of-that-name/x", "there is no such user"), ("x" * 5000, "no cache xxx")]:
+        error = run("info", name, code=2).stderr
+        assert why in error
+        assert error.count("\n") == 1
+    monkeypatch.setenv("GRANARY_CACHE_DIR", "~nobody-of-that-name")
+    assert "there is no such user" in run("ls", code=2).stderr
+
+
+def test_rm_refuses_a_url_and_copies_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRANARY_REMOTE_DIR", str(tmp_path / "copies"))
+    harvest(tmp_path / "c")
+    error = run("rm", f"file://{tmp_path}/c", "--yes", code=2).stderr
+    assert "is remote, and rm removes local caches" in error
+    assert not (tmp_path / "copies").exists()
+    assert (tmp_path / "c/manifest.json").exists()
+
+
 def test_rm_removes_a_cache_and_nothing_else(tmp_path):
     harvest(tmp_path / "c")
     (tmp_path / "outside").mkdir()

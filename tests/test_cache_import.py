@@ -111,6 +111,12 @@ def _nan(x):
     return x
 
 
+def _overwrite(path, at, data):
+    with open(path, "rb+") as file:
+        file.seek(at)
+        file.write(data)
+
+
 BAD = {
     "nan": (lambda p: np.save(p, _nan(X.copy())), [], "x.npy: row 33: value nan in column 2"),
     "overflow": (lambda p: np.save(p, np.where(X[40, 1] == X, 1e6, X)), ["--dtype", "float16"], "x.npy: row 40: "),
@@ -119,6 +125,7 @@ BAD = {
     "text": (lambda p: np.save(p, np.array([["a"]])), [], "expected numbers of shape (N, D)"),
     "empty": (lambda p: np.save(p, X[:0]), [], "it has no rows"),
     "no npy": (lambda p: p.write_bytes(b"hello"), [], "x.npy: "),
+    "header": (lambda p: (np.save(p, X), _overwrite(p, 10, b"{" * 8)), [], "x.npy: not readable"),
     "truncated": (lambda p: (np.save(p, X), os.truncate(p, 300)), [], "x.npy: not readable"),
 }
 
@@ -149,7 +156,10 @@ BAD_TABLES = {
     "no such column": ({}, ["--text-column", "texts"], "--text-column texts: no such column, did you mean 'text'?"),
     "no vectors": ({"embedding": IDS}, [], "holds no vectors"),
     "two": ({"other": [[1.0]] * N}, [], "several vectors (embedding, other)"),
-    "list": ({"tags": [["a"]] * N}, ["--keep-columns", "tags"], "document 0 keeps"),
+    "list": ({"tags": [["a"]] * N}, ["--keep-columns", "tags"], "x.parquet: row 0: tags is ['a'], expected a text,"),
+    "dict": ({"id": [{"a": i} for i in range(N)]}, ["--id-column", "id"], "x.parquet: row 0: id is {'a': 0}, expected"),
+    "rows per shard": ({}, ["--rows-per-shard", 0], "rows_per_shard is 0, expected 1"),
+    "dtype": ({}, ["--dtype", "float8"], "dtype is 'float8', expected one of float32,"),
 }
 
 
@@ -160,6 +170,17 @@ def test_bad_tables_are_one_line_and_nothing_is_written(tmp_path, name):
     pq.write_table(pa.table({**{n: good[n] for n in good.column_names}, **columns}), tmp_path / "x.parquet")
     error = run(tmp_path / "x.parquet", "--out", tmp_path / "c", "--rows-per-shard", 8, *flags, code=2).stderr
     assert expected in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_in_the_middle_of_an_archive_is_one_line(tmp_path, save):
+    path = tmp_path / "x.npz"
+    save(path, x=np.random.default_rng(0).standard_normal((200_000, 8)).astype(np.float32))
+    _overwrite(path, path.stat().st_size - 1000, bytes(500))
+    error = run(path, "--out", tmp_path / "c", "--rows-per-shard", 8192, code=2).stderr
+    assert f"{path}: x.npy: not readable: " in error
     assert error.count("\n") == 1
     assert not (tmp_path / "c").exists()
 

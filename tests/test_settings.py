@@ -1,6 +1,7 @@
 """One declaration per setting: what is added in one place is a flag, a YAML key, a keyword and a row of the page."""
 
 import importlib.util
+import os
 import runpy
 import sys
 from dataclasses import dataclass, fields
@@ -140,6 +141,12 @@ WRONG = [
     ("type: topk\nk: 0", "line 2: k=0: expected a value > 0"),
     ("type: vanilla\nk: 3", "line 2: unknown setting 'k' for type vanilla; here use l1_coef"),
     ("type: topk\nl0: 3", "line 2: unknown setting 'l0' for type topk; here use k "),
+    ("type: topk\nk: !!bool maybe", "line 2: k='maybe': expected a whole number"),
+    ("type: topk\nk: !!int ''", "line 2: k='': expected a whole number"),
+    ("type: topk\nlr: !!timestamp foo", "line 2: lr='foo': expected a number or none"),
+    ("type: topk\nbatch_size: 1e400", "line 2: batch_size='1e400': expected a whole number"),
+    (f"type: topk\nbatch_size: {'9' * 5000}", "line 2: batch_size='9999"),
+    (f"type: topk\ncache: x\nlr: {'9' * 5000}", "line 3: lr=inf: expected a finite number"),
     ("grid:\n  k: [1]\n  bach_size: [1]", "line 3: unknown setting 'bach_size', did you mean 'batch_size'?"),
     ("grid:\n  batch-size: [1]\n  batch_size: [2]", "line 3: 'batch_size' is set twice, first in line 2; remove one"),
 ]
@@ -154,6 +161,48 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, t
     assert result.stderr.startswith("error: c.yaml")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+REPEATED = {
+    "a list": "training:\n  lr: [&l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]{}]\n".format(
+        "".join(f", &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 9))
+    ),
+    "a merge": "model: {{k: [&m0 {{k: 1}}{}]}}\n".format(
+        "".join(f", &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}]}}" for i in range(1, 9))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_aliases_that_make_a_billion_values_are_refused_before_they_do(tmp_path, kind) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(REPEATED[kind])
+    with pytest.raises(ConfigError, match=r"its aliases \(\*name\) repeat more than 100,000 values"):
+        read_yaml(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="a pipe that nothing is written to, expected a file"):
+        read_yaml(tmp_path / "c.yaml")
+    reader, writer = os.pipe()
+    os.write(writer, b"k: 3")
+    os.close(writer)
+    assert read_yaml(f"/dev/fd/{reader}") == {"k": "3"}
+    os.close(reader)
+
+
+def test_a_file_without_end_is_not_read_to_it() -> None:
+    with pytest.raises(ConfigError, match=r"longer than 4\.0 MiB"):
+        read_yaml("/dev/zero")
+
+
+def test_a_layer_of_any_length_is_a_name(tmp_path, make_cache) -> None:
+    argv = ["config", "--cache", str(make_cache()), "--type", "topk", "--layer", "9" * 5000]
+    result = CliRunner().invoke(app, argv)
+    assert result.exit_code == 2
+    assert "the cache has no hook point 'layer_9999" in result.stderr
 
 
 def test_a_sweep_names_the_line_too(tmp_path, make_cache) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.files import home_path
 from sae_granary.models.tokens.document import Document, text_document
 
 LINES, JSON_LINES, TABLES = (".txt", ".md", ".text", ""), (".jsonl", ".ndjson"), (".csv", ".tsv")
@@ -27,7 +28,7 @@ def read_texts(name: str, column: str | None = None, stdin: IO[bytes] | None = N
     string is a document that is skipped. Raises ConfigError for a missing file, another format, a line that is not
     JSON, a column that is not there.
     """
-    path, kind = Path(name).expanduser(), Path(name).suffix.lower()
+    path, kind = home_path(name), Path(name).suffix.lower()
     if name == "-":
         kind = JSON_LINES[0] if column is not None else LINES[0]
     elif not path.exists() or path.is_dir():  # a FIFO is fine: --texts <(command)
@@ -44,7 +45,7 @@ def read_texts(name: str, column: str | None = None, stdin: IO[bytes] | None = N
 
 def _documents(name: str, kind: str, column: str | None, stdin: IO[bytes] | None) -> Iterator[Document]:
     source = "stdin" if name == "-" else name
-    opened = nullcontext(stdin or sys.stdin.buffer) if name == "-" else Path(name).expanduser().open("rb")
+    opened = nullcontext(stdin or sys.stdin.buffer) if name == "-" else home_path(name).open("rb")
     with opened as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="" if kind in TABLES else "\n")
         try:

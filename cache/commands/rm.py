@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.cache.commands.shared import CachePaths
+from sae_granary.cache.commands.shared import LocalPaths
 from sae_granary.common.app import Debug, echo, expected_errors, fail
 
 
 def rm(
-    paths: CachePaths,
+    paths: LocalPaths,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.common.app import fail, make_console
+from sae_granary.common.app import expected_errors, fail, make_console
 from sae_granary.common.errors import printable
 
 if TYPE_CHECKING:
@@ -19,18 +19,27 @@ if TYPE_CHECKING:
 
 def _find(text: str) -> Path:
     """A cache by its path, its name in the folders of GRANARY_CACHE_DIR, or its URL."""
-    from sae_granary.cache.errors import CacheError
     from sae_granary.cache.remote.mirror import locate
 
-    try:
+    with expected_errors(debug=False):
         return locate(text)
-    except CacheError as error:
-        fail(f"error: {error}", 2)
+
+
+def _find_local(text: str) -> Path:
+    """As `_find`, but no URL: what is remote is not copied."""
+    from sae_granary.cache.remote.store import is_url
+
+    if is_url(text):
+        fail(f"error: {text} is remote, and rm removes local caches: remove it with the tools of its storage", 2)
+    return _find(text)
 
 
 _ABOUT = "Folder of a cache, e.g. cache/bert_l6, or its name in GRANARY_CACHE_DIR."
 CachePath = Annotated[Path, typer.Argument(help=_ABOUT, parser=_find, metavar="PATH", show_default=False)]
 CachePaths = Annotated[list[Path], typer.Argument(help=_ABOUT, parser=_find, metavar="PATH...", show_default=False)]
+LocalPaths = Annotated[
+    list[Path], typer.Argument(help=_ABOUT, parser=_find_local, metavar="PATH...", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user name into about.json.")]
 

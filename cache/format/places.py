@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 from sae_granary.cache.errors import NotACacheError
+from sae_granary.common.files import home_path
 
 VARIABLE = "GRANARY_CACHE_DIR"
 
 
 def cache_folders() -> list[Path]:
     """The folders of GRANARY_CACHE_DIR, which are separated as in PATH."""
-    return [Path(part).expanduser() for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    return [home_path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
 
 
 def find_cache(path: str | os.PathLike[str]) -> Path:
@@ -20,12 +21,12 @@ def find_cache(path: str | os.PathLike[str]) -> Path:
 
     Without that variable, or for an absolute path, the path itself. Raises NotACacheError with the places looked at.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     folders = cache_folders()
-    if path.exists() or path.is_absolute() or not folders:
+    if os.path.exists(path) or path.is_absolute() or not folders:
         return path
     places = [folder / path for folder in folders]
-    found = next((place for place in places if place.exists()), None)
+    found = next((place for place in places if os.path.exists(place)), None)
     if found is None:
         looked = ", ".join(str(place) for place in (path, *places))
         raise NotACacheError(f"no cache {path}: looked at {looked} ({VARIABLE}); `sae-cache ls` lists caches")

@@ -19,6 +19,7 @@ from sae_granary.cache.remote.pull import plan_pull, pull
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import one_line
+from sae_granary.common.files import home_path
 from sae_granary.common.quantities import byte_size, parse_count
 from sae_granary.common.signed import digest
 
@@ -65,7 +66,7 @@ def mirrored(url: str) -> Path:
 
 
 def _root() -> Path:
-    return Path(os.environ.get(FOLDER) or "~/.cache/granary/remote").expanduser()
+    return home_path(os.environ.get(FOLDER) or "~/.cache/granary/remote")
 
 
 def _limit() -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,9 @@ from sae_granary.common.files import open_regular
 
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 _SAFETENSORS |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+# What numpy and zipfile raise for damaged files and for archives they do not read.
+_DAMAGE = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _MAX_HEADER = 100 << 20  # bytes, as safetensors itself allows
 _NPY = "vectors"  # the one array of an .npy file has no name
 
@@ -83,7 +88,7 @@ def open_npy(path: Path) -> VectorFile:
     """An .npy file, mapped."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
+    except _DAMAGE as error:
         raise VectorFileError(f"{path}: {_damage(error)}") from None
     if not isinstance(array, np.ndarray):
         raise VectorFileError(f"{path} is an .npz archive: use --format npz")
@@ -103,7 +108,7 @@ def open_npz(path: Path) -> VectorFile:
             if fortran and len(shape) > 1:
                 raise VectorFileError(f"{path}: {name} is in Fortran order; save np.ascontiguousarray(x)")
             arrays[name.removesuffix(".npy")] = _Array(shape, dtype, _zip_reader(archive, name, shape, dtype))
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, SyntaxError) as error:
+    except _DAMAGE as error:
         if isinstance(error, VectorFileError):
             raise
         raise VectorFileError(f"{path}: {_damage(error)}") from None
@@ -155,7 +160,7 @@ def _mapped(array: Array) -> _Array:
 
 
 def _zip_reader(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    def read(start: int, n_rows: int) -> Iterator[Array]:
+    def pieces(start: int, n_rows: int) -> Iterator[Array]:
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         with archive.open(name) as file:
             _npy_header(file)
@@ -166,6 +171,14 @@ def _zip_reader(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dty
                     raise VectorFileError(f"{archive.filename}: {name} ends after {first} rows, expected {shape[0]}")
                 if first + rows > start:
                     yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])[max(0, start - first) :]
+
+    def read(start: int, n_rows: int) -> Iterator[Array]:
+        try:
+            yield from pieces(start, n_rows)
+        except VectorFileError:
+            raise
+        except _DAMAGE as error:  # in the middle of a compressed array, or in its checksum
+            raise VectorFileError(f"{archive.filename}: {name}: {_damage(error)}") from None
 
     return read
 

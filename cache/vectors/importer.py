@@ -104,8 +104,8 @@ def plan_import(
     if dtype == "auto":
         first = next(opened[0].batches([columns.vectors], width, 0))
         dtype = vectors_of(first[columns.vectors][:0], width).dtype.name
+    vector_spec(hook, width, dtype, 1 if rows_per_shard is None else rows_per_shard)  # raises for what cannot be
     rows_per_shard = rows_per_shard or default_rows_per_shard(width, dtype)
-    vector_spec(hook, width, dtype, rows_per_shard)  # raises for a cache that cannot be
     counts = [file.n_rows(columns.vectors) for file in opened]
     known = [n for n in counts if n is not None]
     return ImportPlan(

@@ -62,6 +62,15 @@ def plain_value(value: Any) -> Scalar:
     return plain
 
 
+def plain_values(name: str, values: Sequence[Any]) -> list[Scalar]:
+    """The values of a column as JSON can hold them. Raises BadVectorError for one that is no text, number or bool."""
+    plain = [plain_value(value) for value in values]
+    for row, value in enumerate(plain):
+        if value is not None and not isinstance(value, (str, int, float, bool)):
+            raise BadVectorError(row, f"{name} is {value!r:.60}, expected a text, a number or a bool; leave it out")
+    return plain
+
+
 def rows_of(hook: str, values: Array, number: npt.NDArray[np.int64]) -> Rows:
     """Rows of these numbers, a text and a window each."""
     n = len(number)

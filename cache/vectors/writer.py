@@ -23,7 +23,7 @@ from sae_granary.cache.format.layout import default_rows_per_shard
 from sae_granary.cache.format.records import existing_manifest, load_records, remove_contents
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.vectors.ids import SeenIds
-from sae_granary.cache.vectors.values import BadVectorError, contents, plain_value, rows_of, vectors_of
+from sae_granary.cache.vectors.values import BadVectorError, contents, plain_values, rows_of, vectors_of
 from sae_granary.cache.write import writer as rows_writer
 from sae_granary.common.rows import DocumentRow, HookPoint, Scalar
 
@@ -76,7 +76,9 @@ class VectorWriter:
         self._rows_per_shard, self._origin = rows_per_shard, origin
         self._ids = SeenIds()
         self._writer: rows_writer.CacheWriter | None = None
-        vector_spec(hook, d_in, "float32" if dtype == "auto" else dtype, rows_per_shard or 1)
+        vector_spec(
+            hook, d_in, "float32" if dtype == "auto" else dtype, 1 if rows_per_shard is None else rows_per_shard
+        )
         self.n_rows = self._begun(resume)
 
     def _begun(self, resume: bool) -> int:
@@ -121,6 +123,7 @@ class VectorWriter:
             self.check_ids(ids)
         writer = self._opened(values.dtype.name if self._dtype == "auto" else self._dtype, tuple(kept))
         first = self.n_rows
+        kept = {name: plain_values(name, given) for name, given in kept.items()}
         number = np.arange(first, first + len(values), dtype=np.int64)
         origin_row = first if source_row is None else source_row
         documents = [
@@ -129,7 +132,7 @@ class VectorWriter:
                 source,
                 origin_row + i,
                 "" if texts is None else texts[i],
-                {name: plain_value(given[i]) for name, given in kept.items()},
+                {name: given[i] for name, given in kept.items()},
             )
             for i in range(len(values))
         ]
@@ -138,7 +141,7 @@ class VectorWriter:
 
     def check_ids(self, ids: Sequence[Scalar]) -> None:
         """Remember the ids of rows. Raises BadVectorError for a missing or repeated id."""
-        plain = [plain_value(value) for value in ids]
+        plain = plain_values(ID, ids)
         if None in plain:
             raise BadVectorError(plain.index(None), "an id is missing")
         at = self._ids.add(plain)

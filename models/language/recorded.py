@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from sae_granary.common.errors import one_line
+from sae_granary.common.files import home_path
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, demo_folder, demo_model_path
 from sae_granary.models.errors import ModelError, SpliceError
 from sae_granary.models.locate import Located, is_path, read_configs, weights_hash
@@ -42,7 +42,7 @@ def locate_recorded(record: Mapping[str, Any], lm: str | None, option: str = "--
     was_local = lm is None and record.get("weights_xxh3") is not None
     name = _demo_or(lm, model_id, option, was_local=was_local) or model_id
     wanted = f"the model {name!r}" + ("" if name != model_id or lm else " that the cache was harvested from")
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     is_local = folder.is_dir()
     if not is_local and (is_path(name) or was_local):
         raise SpliceError(f"{wanted} is not there: no such folder; {remedy(option)}")

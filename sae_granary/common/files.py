@@ -50,6 +50,25 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def read_text_or_pipe(path: Path, max_bytes: int) -> str:
+    """The UTF-8 text of a file, or of a pipe (`<(command)`).
+
+    Raises OSError for a folder, a pipe without a writer (which is not waited for) and what is longer, and
+    UnicodeDecodeError.
+    """
+    fd = os.open(path, os.O_RDONLY | _NO_WAIT | PLAIN)
+    is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+    if _NO_WAIT:
+        os.set_blocking(fd, True)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if is_pipe and not data:
+        raise OSError(errno.EPIPE, "a pipe that nothing is written to, expected a file", str(path))
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"longer than {byte_size(max_bytes)}", str(path))
+    return data.decode("utf-8")
+
+
 def create(path: Path) -> int:
     """Return a descriptor of a new file for writing; its mode follows the umask, unlike tempfile's."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | PLAIN, 0o666)
@@ -198,7 +217,15 @@ def user_path(option: str, text: str) -> Path:
         raise ConfigError(f"{option} is empty: expected the path of a folder")
     if any(ord(char) < 32 or ord(char) == 127 for char in text):
         raise ConfigError(f"{option} is {text!r}: it holds a newline or control character; give a plain folder name")
-    return Path(text).expanduser()
+    return home_path(text)
+
+
+def home_path(text: str | os.PathLike[str]) -> Path:
+    """A path with `~` as the home folder. Raises ConfigError for `~name` of a user that there is not."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{text}: there is no such user, or it has no home folder; give a whole path") from None
 
 
 def is_code(path: Path) -> bool:

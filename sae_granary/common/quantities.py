@@ -7,6 +7,7 @@ from decimal import Decimal
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _COUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)([kmbgt]?)")
+_MAX_DIGITS = 25  # more than a 64-bit number has, fewer than Decimal divides exactly
 COUNT_WORDS = "a whole number such as 20000, 20k, 5M or 1.5B"
 
 
@@ -17,7 +18,7 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.fullmatch(text.strip().lower().replace("_", ""))
     number = Decimal("nan") if match is None else Decimal(match[1]) * _SUFFIXES[match[2]]
-    if match is None or number % 1:
+    if match is None or number.adjusted() >= _MAX_DIGITS or number % 1:
         raise ValueError(f"{text!r}: expected {COUNT_WORDS}")
     return int(number)
 

@@ -71,7 +71,12 @@ def _hook_points(option: str, values: list[str] | str | None) -> list[str]:
     if "" in parts:
         example = "a hook point of the cache" if "hook" in option else "6, or 2,4,6, or all"
         raise ConfigError(f"{option} {','.join(texts)!r}: a name is empty; expected {example}")
-    return [f"layer_{int(part)}" if part.isdecimal() and "layer" in option else part for part in parts]
+    return [_layer(part) if "layer" in option else part for part in parts]
+
+
+def _layer(text: str) -> str:
+    number = text.lstrip("0") or "0"  # of any length, which int() does not take
+    return f"layer_{number}" if text.isascii() and text.isdecimal() else text
 
 
 def _parameters() -> Iterator[inspect.Parameter]:

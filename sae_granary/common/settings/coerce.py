@@ -19,6 +19,7 @@ from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.quantities import COUNT_WORDS, parse_count
 from sae_granary.common.settings.declare import problem_of
 from sae_granary.common.settings.yaml_file import load_yaml
+from sae_granary.common.signed import short as shortened
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONES = ("none", "null", "auto")
@@ -33,7 +34,7 @@ def coerce(key: str, value: Any, kind: Any, hint: Callable[[str, Any], str] | No
         return _convert(value, kind)
     except (ValueError, TypeError, OverflowError, yaml.YAMLError):
         more = (hint(key, value) if hint else "") or _nearest_choice(value, kind)
-        raise ConfigError(f"{key}={value!r}: expected {describe(kind)}{more}") from None
+        raise ConfigError(f"{key}={shortened(value)}: expected {describe(kind)}{more}") from None
 
 
 def typed_value(spec: Field[Any], value: Any, kind: Any, hint: Callable[[str, Any], str] | None = None) -> Any:

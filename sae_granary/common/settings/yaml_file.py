@@ -13,8 +13,13 @@ from typing import Any
 import yaml
 
 from sae_granary.common.errors import ConfigError, nearest
+from sae_granary.common.files import read_text_or_pipe
 
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"  # ~ and nothing; <<
+
+_TEXT_TOO = [f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "timestamp")]  # also as !!int 3
+MAX_VALUES = 100_000  # of a file, each counted as often as aliases repeat it: ten lines of these can make a billion
+MAX_BYTES = 4 << 20
 
 ANYWHERE, TOP = "", "top level"  # where a key that belongs to no section may be
 
@@ -60,7 +65,23 @@ class RepeatedKeyError(yaml.YAMLError):
 
 
 class _TextLoader(yaml.SafeLoader):
-    """SafeLoader that reads scalars as text and refuses a repeated key."""
+    """SafeLoader that reads scalars as text and refuses a repeated key and more than MAX_VALUES values."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _count(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases (*name) repeat more than {MAX_VALUES:,} values; write out what you need")
+        return super().construct_document(node)
+
+
+def _count(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Values of a node with its aliases written out; what holds itself is refused elsewhere."""
+    if node not in known:
+        known[node] = 1
+        if isinstance(node, yaml.CollectionNode):
+            pairs = isinstance(node, yaml.MappingNode)
+            parts = [part for pair in node.value for part in pair] if pairs else node.value
+            known[node] += sum(_count(part, known) for part in parts)
+    return known[node]
 
 
 def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> YamlMapping:
@@ -82,6 +103,8 @@ _TextLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+for _tag in _TEXT_TOO:
+    _TextLoader.add_constructor(_tag, yaml.SafeLoader.construct_scalar)
 
 
 def load_yaml(text: str) -> Any:
@@ -91,8 +114,6 @@ def load_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_TextLoader)
-    except ValueError as error:  # a tagged number or date that is none
-        raise yaml.YAMLError(str(error)) from None
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
 
@@ -100,7 +121,7 @@ def load_yaml(text: str) -> Any:
 def read_mapping(path: str | Path) -> Mapping[Any, Any]:
     """Return the mapping that a YAML file holds; an empty one for an empty file. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text_or_pipe(Path(path), MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -25,8 +25,10 @@ from sae_granary.common.files import open_regular
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 _SAFETENSORS |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 # What numpy and zipfile raise for damaged files and for archives they do not read.
-_DAMAGE = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
-_DAMAGE += (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+_DAMAGE = (
+    *(ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+)
 _MAX_HEADER = 100 << 20  # bytes, as safetensors itself allows
 _NPY = "vectors"  # the one array of an .npy file has no name
 

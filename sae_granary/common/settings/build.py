@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
@@ -50,7 +51,9 @@ def _parsed(spec: Field[Any], value: Any, kind: Any) -> Any:
     if parse := spec.metadata.get("parse"):
         return parse(value)
     if Path in (kind, *typing.get_args(kind)):
-        return user_path(spec.name, str(value))
+        return user_path(
+            spec.name, os.fspath(value) if isinstance(value, os.PathLike) else coerce(spec.name, value, str)
+        )
     if typing.get_origin(kind) is not tuple:
         return coerce(spec.name, value, kind, _without_commas)
     items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)

@@ -98,13 +98,17 @@ def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> YamlMapping:
     return made
 
 
+def _scalar(loader: _TextLoader, node: yaml.ScalarNode) -> Any:
+    return loader.construct_scalar(node)
+
+
 _TextLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _TextLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 for _tag in _TEXT_TOO:
-    _TextLoader.add_constructor(_tag, yaml.SafeLoader.construct_scalar)
+    _TextLoader.add_constructor(_tag, _scalar)
 
 
 def load_yaml(text: str) -> Any:

@@ -198,8 +198,8 @@ def test_options_are_checked_and_named(name: str) -> None:
     cls = registry.get(name)
     with pytest.raises(OptionError, match=r"d_sae=0: expected a value > 0"):
         sae_core.make_config(cls, {"d_in": 4, "d_sae": 0})
-    with pytest.raises(OptionError, match=r"no option 'normalize' .*, did you mean 'normalize'\?"):
-        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalize": "none"})
+    with pytest.raises(OptionError, match=r"no option 'normalise' .*, did you mean 'normalize'\?"):
+        sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalise": "none"})
     with pytest.raises(OptionError, match="normalize='half': expected one of "):
         sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "normalize": "half"})
     with pytest.raises(OptionError, match="needs option 'd_in'"):

@@ -91,6 +91,7 @@ def test_a_killed_addition_continues_to_the_same_bytes_and_is_not_seen_before(co
     assert_same_cache(cut, config.out_path)
 
 
+@pytest.mark.slow
 def test_an_extended_cache_gets_the_rows_that_the_addition_lacks(config: HarvestConfig) -> None:
     both = replace(config, where=WhereConfig(layers=(1, 2)), out=config.out_path.with_name("both"))
     for one in (config, both):
@@ -121,6 +122,7 @@ def test_rows_documents_and_vocabulary_take_no_room_twice(config: HarvestConfig)
     assert not (config.out_path / "added/layer_2/vocabulary.json").exists()
 
 
+@pytest.mark.slow
 def test_another_source_is_refused_with_what_differs(config: HarvestConfig, tmp_path: Path) -> None:
     harvest(config)
     before = contents(config.out_path)

@@ -102,6 +102,7 @@ def test_a_killed_extension_continues_to_the_same_bytes_and_the_cache_always_ope
     assert_same_cache(cut, config.out_path)
 
 
+@pytest.mark.slow
 def test_a_kill_between_metadata_and_manifest_leaves_the_old_rows(
     config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_kill_between_metadata_and_manifest_leaves_the_old_rows(
     assert verify(config.out_path).ok
 
 
+@pytest.mark.slow
 def test_a_text_file_that_was_appended_to_is_extended(config: HarvestConfig) -> None:
     corpus = Path(config.text.dataset)
     whole = corpus.read_text() + "\n"
@@ -143,6 +145,7 @@ def test_a_text_file_that_was_appended_to_is_extended(config: HarvestConfig) -> 
     np.testing.assert_array_equal(found.column("token_id")[:], want.column("token_id")[:])
 
 
+@pytest.mark.slow
 def test_a_text_that_changed_before_the_end_is_not_extended(config: HarvestConfig) -> None:
     harvest(config)
     corpus, before = Path(config.text.dataset), contents(config.out_path)

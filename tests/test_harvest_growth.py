@@ -31,6 +31,7 @@ def said(message: str) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_bytes_of_an_extension_and_an_addition_are_planned_within_2_percent(config: HarvestConfig) -> None:
     corpus = write_corpus(config.out_path.with_name("long.txt"), 1000)
     config = replace(config, rows_per_shard=4096, text=replace(config.text, dataset=str(corpus)))

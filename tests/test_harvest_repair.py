@@ -94,6 +94,7 @@ def test_packed_rows_of_a_decoder_are_repaired(config: HarvestConfig, models: di
     assert contents(config.out_path) == before
 
 
+@pytest.mark.slow
 def test_without_the_source_it_is_said_what_is_lost_and_nothing_is_written(config: HarvestConfig) -> None:
     harvest(config)
     flip(config.out_path / "activations/layer_1/c.1.0")

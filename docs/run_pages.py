@@ -44,7 +44,7 @@ BEFORE = {
     "analyze.md": "sae-analyze encode runs/demo_batchtopk --pool max --format npz --out documents.npz",
     "tickets.md": f"python {ROOT}/tests/tickets.py tickets.csv 5000 && python {ROOT}/tests/tickets.py new.csv 500 1",
 }
-COMMENT = re.compile(r"<!--\s*(not run|file|made by):\s*(.*?)\s*-->\s*\Z", re.DOTALL)
+COMMENT = re.compile(r"<!--\s*(not run|file|made by):\s*((?:(?!-->).)*?)\s*-->\s*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(CacheExistsError, match="is a file"):
         CacheWriter.open(tmp_path / "thesis.tex", toy_spec())
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
-    with pytest.raises(CacheExistsError, match="no activation cache"):
+    with pytest.raises(CacheExistsError, match="not an activation cache"):
         CacheWriter.open(tmp_path, toy_spec())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "thesis.tex"]
 

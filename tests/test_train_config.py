@@ -116,13 +116,13 @@ def test_settings_that_cannot_be(settings, message) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", r"is not plain YAML"),
+        ("a: [1", r"is not plain YAML: line 1: "),
         ("- 1", r"expected keys and values, got list"),
         ("type: topk\nmodel: {k: 3}\nk: 4", r"'k' is set twice"),
         ("type: topk\nk: 3\nk: 4", r"'k' is set twice, in lines 2 and 3"),
         ("type: topk\nmodel: {k: 3, k: 4}", r"'k' is set twice, in lines 2 and 2"),
         ("type: topk\nk: 2020-13-45", r"k='2020-13-45': expected a whole number"),
-        ("type: topk\nk: !!int three", r"is not plain YAML: invalid literal"),
+        ("type: topk\nk: !!int three", r"line 2: k='three': expected a whole number"),
         ("type: topk\nk: " + "[" * 5000, r"is not plain YAML: it is nested too deeply"),
         ("type: !!python/object/apply:os.system ['touch canary']", r"is not plain YAML"),
     ],

@@ -122,6 +122,13 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deeply") from None
 
 
+def _where_and_what(error: yaml.YAMLError) -> str:
+    """The line of an error and the problem, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {' '.join(str(error.problem).split())}"
+    return " ".join(str(error).split())
+
+
 def read_mapping(path: str | Path) -> Mapping[Any, Any]:
     """Return the mapping that a YAML file holds; an empty one for an empty file. Raises ConfigError."""
     try:
@@ -135,7 +142,7 @@ def read_mapping(path: str | Path) -> Mapping[Any, Any]:
     except RepeatedKeyError as error:
         raise ConfigError(f"{path}: {error}; remove one") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not plain YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"config file {path} is not plain YAML: {_where_and_what(error)}") from None
     if not isinstance(content, Mapping | None):
         raise ConfigError(f"config file {path}: expected keys and values, got {type(content).__name__}")
     return content or {}

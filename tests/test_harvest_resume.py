@@ -63,7 +63,7 @@ def test_a_crash_at_any_batch_leaves_no_trace(config: HarvestConfig, pack: bool)
     assert whole.n_shards > 5
     out = config.out_path.with_name("cut")
     resumed, n_cuts = [], 0
-    for n_batches in range(3, 400, 19):
+    for n_batches in range(3, 400, 11):
         try:
             with cut_off_after(n_batches):
                 resumed.append(harvest_activations(replace(config, out=out), quiet=True).resumed_rows)

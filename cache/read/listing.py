@@ -70,7 +70,7 @@ _KEYS = {
 def _folders(root: Path) -> Iterator[Path]:
     for name, inner, files in os.walk(root, followlinks=False):
         folder = Path(name)
-        if MANIFEST in files and not is_code(folder):
+        if MANIFEST in (*files, *inner) and not is_code(folder):
             inner.clear()
             yield folder
         inner[:] = sorted(_visible(inner))

@@ -284,7 +284,7 @@ def test_a_cache_whose_harvest_has_just_begun_says_so_at_every_moment(tmp_path, 
         assert report.ok or "has just begun" in report.problems[0].problem
         if (path / "manifest.json").exists():
             assert "layer_1" in run(cache_app, "info", path, code=0)
-            assert "incomplete" in run(cache_app, "ls", tmp_path, code=0)
+            assert "growing" in run(cache_app, "ls", tmp_path, code=0)
             settings = {"cache": str(path), "type": "topk", "k": 2, "hook": "layer_1", "allow_incomplete": True}
             with pytest.raises(GranaryError, match="0 rows to train on"):
                 RunData.open(make_config([settings]))

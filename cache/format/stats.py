@@ -75,9 +75,10 @@ def block_moments(x_ND: Array) -> tuple[Moments, npt.NDArray[np.float32]]:
 
 def parse_moments(fields: Fields) -> Moments:
     """Moments from their JSON form."""
-    vectors = [fields.vector(name, "<f8") for name in ("mean", "m2", "error") if name in fields.body]
+    names = ("mean", "m2", "error") if "error" in fields.body else ("mean", "m2")
+    vectors = [fields.vector(name, "<f8") for name in names]
     if len({len(vector) for vector in vectors}) > 1:
-        raise CorruptCacheError(f"{fields.where}: mean and m2 differ in length")
+        raise CorruptCacheError(f"{fields.where}: {', '.join(names)} differ in length")
     return Moments(fields.integer("n_rows", 1), *vectors)
 
 

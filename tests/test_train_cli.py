@@ -192,7 +192,7 @@ def test_flags_are_settings() -> None:
     from typer.main import get_command
 
     commands_only = {"layer", "config", "assignments", "overwrite", "quiet", "debug"}
-    commands_only |= {"help_all", "layer_stride", "resume", "dry_run"}
+    commands_only |= {"help_all", "layer_stride", "resume", "dry_run", "verify"}
     names = {p.name for p in get_command(app).commands["run"].params} - commands_only
     assert set(FROZEN_FLAGS) <= names
     assert names == {*TRAINER_KEYS, *(spec.name for spec in fields(TypeOptions))}

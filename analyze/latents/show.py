@@ -140,7 +140,7 @@ def text_lines(found: EncodedTexts, n_latents: int = 5) -> Iterator[str]:
     indptr, indices = codes.indptr.cpu().numpy(), codes.indices.cpu().numpy()
     values = codes.values.reshape(-1).float().cpu().numpy()
     shown = np.flatnonzero(found.flags & FLAG_SPECIAL == 0)
-    pieces = any(token.startswith("##") for token in found.tokens)  # WordPiece says where a word goes on
+    pieces = any(token.startswith("##") for token in found.tokens)  # WordPiece marks continued words
     names = found.tokens if pieces else displayed(found.tokens, found.tokens)
     labels = {row: _label(names[row])[:LABEL_CHARACTERS] for row in shown.tolist()}
     width = max(map(len, [*labels.values(), WHOLE]), default=0)

@@ -28,7 +28,7 @@ TYPES: Mapping[str, Mapping[str, Any]] = {
 TRAINING: Mapping[str, Any] = {"batch_size": 512, "lr": 1e-2, "matrix_lr_scale": 1.0, "log_every": 1000}
 COLUMNS = ("mcc", "f1", "fvu", "l0", "rare", "activation_ratio", "l2_ratio")
 TREE_COLUMNS = ("absorption", "carried", "missed_alone")
-DATA, DICTIONARY = 2, 1  # what a generator's second seed stands for
+DATA, DICTIONARY = 2, 1  # meaning of a generator's second seed
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Our loader and SAELens' cached activations on the same rows, beside a plain copy of them from a warm page cache.
 
-Ours runs over one epoch with its start counted; SAELens' store is warm and goes on. With --keep-freed malloc keeps
+Ours runs over one epoch with its start counted; SAELens' store is warm and continues. With --keep-freed malloc keeps
 freed blocks for both, as our trainer sets it and SAELens' does not. dictionary_learning and sparsify have no cached
 form: they train on what a language model has just computed.
 

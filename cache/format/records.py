@@ -32,7 +32,7 @@ from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
 from sae_granary.common.files import code_folder
 
-_HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # may stand in a folder before a cache does
+_HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # allowed in a folder without a cache
 _SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
 _RECORD_FILE = re.compile(r"(\d{8,})\.json")
 

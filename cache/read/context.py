@@ -19,7 +19,7 @@ class Context:
     row: int
     rows: tuple[int, ...]  # ordinals of the tokens
     tokens: tuple[str | int, ...]  # strings, or ids where the cache has no vocabulary
-    index: int  # where the row itself stands in `tokens`; -1 without tokens
+    index: int  # of the row itself in `tokens`; -1 without tokens
     text: str  # the tokens as text, or the document's
     document: DocumentRow | None
 

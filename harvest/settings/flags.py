@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.app import takes_flags_of
-from sae_granary.common.settings.flags import File, Texts, flag_parameter, give_flags, parameters_of
+from sae_granary.common.settings.flags import file_flags, give_flags, parameters_of
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
@@ -26,19 +26,10 @@ def given_settings(*, config: Path | None = None, assignments: list[str] | None 
     return [*below, ("flag", typed | parse_assignments(assignments or []))]
 
 
-_FILE = [
-    flag_parameter("config", "Settings in a YAML file; flags override it.", kind=File, panel="Settings", common=True),
-    flag_parameter(
-        "assignments",
-        "Set any setting by name: key=value. Repeatable.",
-        kind=Texts,
-        names=("--set",),
-        panel="Settings",
-        common=True,
-    ),
-]
 _PARTS = (ModelConfig, WhereConfig, TextConfig, TokenConfig, HarvestConfig)
-give_flags(given_settings, [*(flag for part in _PARTS for flag in parameters_of(part)), *_FILE])
+give_flags(
+    given_settings, [*(flag for part in _PARTS for flag in parameters_of(part)), *file_flags("the harvest", "Settings")]
+)
 takes_settings = takes_flags_of(given_settings)
 
 

@@ -26,7 +26,7 @@ from sae_granary.harvest.text.formats import (
     told_apart_pairs,
 )
 
-_CR = "\udc0d"  # stands for CR inside of a line, which the module csv takes for its end; no decoder gives it
+_CR = "\udc0d"  # replaces CR inside a line, which the module csv takes for its end; no decoder gives it
 _DELIMITERS = (",", ";", "\t", "|")  # of a .csv; the first of those that divide its header most often
 
 

@@ -57,7 +57,7 @@ class Tokens:
 
     input_ids: Tensor  # (S, T)
     attention_mask: Tensor | None  # (S, T); None when nothing is padded
-    keep: Tensor  # (S, T) where the SAE stands in the model
+    keep: Tensor  # (S, T) where the SAE replaces the activation
     predicted: Tensor  # (S, T) where the model's prediction counts
     targets: Tensor  # (P,) what it should predict there
 

@@ -1,4 +1,4 @@
-"""What an SAE costs the language model that it stands in: cross-entropy and KL divergence, to report or to minimize.
+"""The cost of an SAE to the language model it is spliced into: cross-entropy and KL, to report or to minimize.
 
 CE is the mean over predicted tokens of -log p(token), KL the mean of KL(clean || spliced) over the same tokens, both in
 nats; `models.language.language_model` says what is predicted where. The SAE replaces activations of kept tokens; all

@@ -91,6 +91,6 @@ def checked(tokenize: Tokenize, tokenizer: Any, located: Located, say: Callable[
 
 
 def unknown_id(tokenizer: Any) -> int | None:
-    """The id that stands for what the vocabulary lacks; None where there is none, or it is BOS or EOS as in GPT-2."""
+    """Id of the unknown token; None if there is none, or if it is also BOS or EOS, as in GPT-2."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     return None if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id) else int(unknown)

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_granary.common.app import takes_flags_of
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.settings.flags import File, Texts, flag_parameter, give_flags, parameters_of
+from sae_granary.common.settings.flags import Texts, file_flags, flag_parameter, give_flags, parameters_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.config.type_options import TypeOptions
 
@@ -81,15 +81,7 @@ def _layer(text: str) -> str:
 
 def _parameters() -> Iterator[inspect.Parameter]:
     """Those of the settings, and beside some of them what is no setting."""
-    yield flag_parameter("config", "Settings in a YAML file; flags override it.", kind=File, panel="Run", common=True)
-    yield flag_parameter(
-        "assignments",
-        "Set any setting of the trainer or the type: key=value. Repeatable.",
-        kind=Texts,
-        names=("--set",),
-        panel="Run",
-        common=True,
-    )
+    yield from file_flags("the trainer or the type", "Run")
     for parameter in parameters_of(TrainConfig, without=("options",)):
         yield parameter
         if parameter.name == "hook":

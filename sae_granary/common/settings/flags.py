@@ -43,6 +43,15 @@ def flag_parameter(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def file_flags(whose: str, panel: str) -> list[inspect.Parameter]:
+    """Return `--config` and `--set`, by which any setting of `whose` can be given."""
+    help = f"Set any setting of {whose}: key=value. Repeatable."
+    return [
+        flag_parameter("config", "Settings in a YAML file; flags override it.", kind=File, panel=panel, common=True),
+        flag_parameter("assignments", help, kind=Texts, names=("--set",), panel=panel, common=True),
+    ]
+
+
 def give_flags(function: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:
     """Give a function of keywords the signature of these flags, for `common.app.takes_flags_of`."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

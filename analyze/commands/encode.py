@@ -79,8 +79,7 @@ def _encode_texts(source: Source, options: Encode, *, quiet: bool) -> str:
         documents = read_texts(options.texts, options.text_column)
     else:
         documents = iter(documents_of(options.text))
-    manifest = source.cache.holder(source.hooks[0]).manifest
-    rows = open_text_rows(manifest, source.hooks, options.model, str(source.sae.core.W_dec.device))
+    rows = open_text_rows(source.cache, source.hooks, options.model, str(source.sae.core.W_dec.device))
     with row_progress("encoding", None, unit="texts", quiet=quiet) as tick:
         tally = write_text_codes(source, rows, documents, output, tick)
     if n_without := tally.n_texts - tally.n_encoded:

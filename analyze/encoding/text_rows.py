@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_granary.analyze.errors import AnalyzeError, MismatchError
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.load.decode import rounding
+from sae_granary.cache.read.reader import Cache
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.forward import TokenModel, hooked_model
 from sae_granary.models.hooks import Hook, probe
@@ -89,20 +90,21 @@ class TextRows:
         return [str(token) for token in self.tokenizer.convert_ids_to_tokens(token_ids.tolist())]
 
 
-def open_text_rows(manifest: Manifest, hooks: Sequence[str], model: str | None, device: str) -> TextRows:
-    """Load the model of a cache at hook points of it; `model` says where it is, if not where the cache says.
+def open_text_rows(cache: Cache, hooks: Sequence[str], model: str | None, device: str) -> TextRows:
+    """Load the model of a cache at hook points of it, also added ones; `model` is where it is, if it was moved.
 
     Texts are cut as in that harvest (context length, special tokens), each on its own also where the harvest packed
     documents. Raises ModelError where the model is missing or has other weights, MismatchError where its hook points
     differ, AnalyzeError where the cache does not record how texts were cut.
     """
+    manifest = cache.manifest
     whole = manifest.unit == "text"
     rules = TEXT_RULES if whole else rules_of(manifest)
     located = locate_recorded(manifest.model, model, "--model")
     check_recorded_weights(located, manifest.model, "--model")
-    points = [point for point in manifest.hook_points if point.name in hooks]
+    points = [cache.hook_points[name] for name in hooks]
     dtype = str((manifest.provenance.get("compute") or {}).get("dtype") or "float32")
-    stored = {name: rounding(manifest.layout, name) for name in hooks}
+    stored = {name: rounding(cache.holder(name).layout, name) for name in hooks}
     if whole:
         pooled = _pooled_model(located, points[0], dtype, device)
         return TextRows(pooled, None, pretend_tokens, rules, tuple(hooks), stored, BUFFER_TEXTS)

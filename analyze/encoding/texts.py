@@ -66,8 +66,7 @@ def encode_texts(
 def encode_with(source: Source, texts: Sequence[str], *, model: str | None = None) -> EncodedTexts:
     """`encode_texts` for an open source. Memory: the codes of all texts, and the rows of 65,536 tokens."""
     documents = documents_of(texts)
-    manifest = source.cache.holder(source.hooks[0]).manifest
-    rows = open_text_rows(manifest, source.hooks, model, str(source.sae.core.W_dec.device))
+    rows = open_text_rows(source.cache, source.hooks, model, str(source.sae.core.W_dec.device))
     blocks = list(encoded_blocks(source.sae, rows.blocks(documents)))
     if not texts:
         raise AnalyzeError("no texts are given, expected at least one with words in it")

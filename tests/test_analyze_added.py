@@ -1,0 +1,75 @@
+# ruff: noqa: F811
+"""Texts through an SAE that reads hook points of the harvest and added ones: codes are those of one harvest of all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cache_kit import no_sync  # noqa: F401
+from harvest_kit import WIDTH, texts
+from test_harvest_extend import config, harvest, models  # noqa: F401
+from typer.testing import CliRunner
+
+from sae_granary import encode_texts, sae_core
+from sae_granary.analyze.cli import app
+from sae_granary.analyze.encoding.codes import open_codes
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.replay.add import add_hooks
+from sae_granary.models.config import WhereConfig
+
+ORDERS = (("layer_1", "layer_2"), ("layer_2", "layer_1"))
+
+
+def caches_with_both(config: HarvestConfig, dtype: str) -> tuple[Path, Path]:
+    """A cache of layer 1 to which layer 2 was added, and one that was harvested with both."""
+    harvest(config, dtype=dtype)
+    add_hooks(config.out_path, WhereConfig(layers=(2,)), quiet=True)
+    both = config.out_path.with_name("both")
+    harvest(replace(config, where=WhereConfig(layers=(1, 2)), out=both), dtype=dtype)
+    return config.out_path, both
+
+
+def saved_sae(type_name: str, folder: Path) -> Path:
+    """An SAE with random weights that reads two hook points."""
+    cls = sae_core.registry.get(type_name)
+    of_type = {"crosscoder": {"n_hooks": 2}, "route": {"n_hooks": 2}}.get(type_name, {})
+    sae = cls(sae_core.make_config(cls, {"d_in": WIDTH, "d_sae": 64, "k": 4, **of_type}))
+    sae.core.reset_weights(torch.Generator().manual_seed(1))
+    sae_core.save(sae, folder / type_name)
+    return folder / type_name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_texts_are_encoded_at_original_and_added_hook_points_together(
+    config: HarvestConfig, tmp_path: Path, dtype: str
+) -> None:
+    added, both = caches_with_both(config, dtype)
+    given = texts(5, seed=3)
+    for type_name in ("crosscoder", "route", "transcoder"):
+        sae = saved_sae(type_name, tmp_path)
+        for hooks in ORDERS:
+            found, want = (encode_texts(sae, given, cache=c, hooks=hooks, device="cpu") for c in (added, both))
+            assert found.tokens == want.tokens
+            assert found.codes.indices.numel() > 0
+            np.testing.assert_array_equal(found.codes.dense().numpy(), want.codes.dense().numpy())
+
+
+def test_the_commands_read_original_and_added_hook_points_together(config: HarvestConfig, tmp_path: Path) -> None:
+    added, both = caches_with_both(config, "float32")
+    sae = saved_sae("crosscoder", tmp_path)
+    output = {}
+    for name, cache in (("added", added), ("both", both)):
+        flags = [str(sae), "--cache", str(cache), "--device", "cpu", "--hook", "layer_1,layer_2"]
+        shown = CliRunner().invoke(app, ["show", *flags, "--text", "the quick brown fox"])
+        assert shown.exit_code == 0, shown.output
+        out = str(tmp_path / f"of_{name}")
+        encoded = CliRunner().invoke(app, ["encode", *flags, "--text", "rain falls on stone", "--out", out])
+        assert encoded.exit_code == 0, encoded.output
+        whole = CliRunner().invoke(app, ["encode", *flags, "--pool", "max", "--format", "npz", "--out", f"{out}.npz"])
+        assert whole.exit_code == 0, whole.output
+        output[name] = shown.output, open_codes(out).dense(), np.load(f"{out}.npz")["data"]
+    assert output["added"][0] == output["both"][0]
+    for found, want in zip(output["added"][1:], output["both"][1:], strict=True):
+        np.testing.assert_array_equal(found, want)

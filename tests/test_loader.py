@@ -14,6 +14,7 @@ import torch
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
+from sae_granary.cache.load import batches, pools, staging
 from sae_granary.cache.load.loader import Loader, LoaderState, order_of
 from sae_granary.cache.load.order import Order, Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
@@ -357,3 +358,29 @@ def test_previous_rows_stand_just_before_theirs_in_the_same_window(make_cache) -
     assert len(seen) == len(set(seen)) == loader.n_rows
     with pytest.raises(SelectionError, match="start at position 1"):
         Loader(opened, batch_size=64, previous=True)
+
+
+FROM_SECOND = Selection(Filters(min_position=1))
+
+
+def test_pools_staged_for_a_device_deliver_the_same_batches(make_cache, monkeypatch) -> None:
+    opened = open_cache(make_cache(dtype="bfloat16", hooks=("a", "b"), rows_per_shard=500))
+    order = Shuffle(pool_rows=1100, block_rows=7)
+    given = {"batch_size": 64, "order": order, "with_rows": True, "previous": True, "selection": FROM_SECOND}
+    with Loader(opened, **given) as loader:
+        expected = take(loader, 100)
+    for module in (pools, batches):
+        monkeypatch.setattr(module, "is_staged", lambda device: True)
+    monkeypatch.setattr(staging, "STAGING_BYTES", 4000)  # many pieces of a pool, over the ends of shards
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 900)
+    filled: list[int] = []
+    original = staging.DeviceBuffer.fill
+    monkeypatch.setattr(staging.DeviceBuffer, "fill", lambda self, *args: filled.append(1) or original(self, *args))
+    with Loader(opened, **given) as loader:
+        found = take(loader, 100)
+    assert len(filled) > 4
+    for batch, other in zip(expected, found, strict=True):
+        assert batch.x.keys() == other.x.keys()
+        assert all(torch.equal(rows, other.x[name]) for name, rows in batch.x.items())
+        assert torch.equal(batch.row_ids, other.row_ids)
+        assert batch.state == other.state

@@ -6,10 +6,9 @@ place    position of a block in the epoch's order; pool p covers places [p * poo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from sae_granary.cache.load import shuffle as permutations
 MAX_PARTNERS = 0.1  # expected rows of a batch that share their block with a given row of it
 MAX_BLOCK_ROWS = 64  # larger blocks copy no faster
 POOL_BYTES = 512 * 2**20  # per buffer; a loader holds two
-_CHUNK_BYTES = 8 * 2**20  # of one copying task
 
 I64 = NDArray[np.int64]
+Copy = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -131,24 +130,27 @@ class ShardPart:
         firsts = self.blocks * self.block_rows + start
         return (firsts[:, None] + np.arange(self.block_rows)).ravel()[: self.n_rows]
 
-    def copy(self, rows: NDArray[Any], out: NDArray[Any], executor: Executor | None = None) -> None:
-        """Copy the rows of these blocks from a shard's array (shard_rows, ...) to out (n_rows, ...)."""
+    def copies(self, rows: NDArray[Any], out: NDArray[Any], chunk_bytes: int) -> Iterator[Copy]:
+        """Calls that copy these rows from a shard's array (shard_rows, ...) to out (n_rows, ...), in any order."""
         n_full, width = self.n_full, self.block_rows
         per_block = width * int(np.prod(rows.shape[1:]))
         whole = rows[: self.shard_rows // width * width].reshape(-1, per_block)
         target = out[: n_full * width].reshape(-1, per_block)
-        step = max(_CHUNK_BYTES // max(whole[:1].nbytes, 1), 1)
+        step = max(chunk_bytes // max(whole[:1].nbytes, 1), 1)
         blocks = self.blocks[:n_full]
-        tasks = [(whole, blocks[i : i + step], target[i : i + step]) for i in range(0, n_full, step)]
-        for _ in map(_take, tasks) if executor is None else executor.map(_take, tasks):
-            pass
+        for i in range(0, n_full, step):
+            yield partial(_take, whole, blocks[i : i + step], target[i : i + step])
         if n_full < len(self.blocks):
-            out[n_full * width :] = rows[self.shard_rows // width * width :]
+            yield partial(np.copyto, out[n_full * width :], rows[self.shard_rows // width * width :])
 
 
-def _take(task: tuple[NDArray[Any], I64, NDArray[Any]]) -> None:
-    source, indices, out = task
+def _take(source: NDArray[Any], indices: I64, out: NDArray[Any]) -> None:
     np.take(source, indices, axis=0, out=out, mode="clip")  # the other modes copy once more
+
+
+def _one_by_one(copies: Sequence[Copy]) -> None:
+    for copy in copies:
+        copy()
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,26 @@ class PoolPlan:
         """Rows of the pool, before any filter."""
         return sum(p.n_rows for p in self.parts)
 
-    def gather(self, shards: Sequence[NDArray[Any]], out: NDArray[Any], executor: Executor | None = None) -> None:
+    def gather(self, shards: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
         """Copy the pool's rows from the arrays of the pinned shards to out (n_rows, ...)."""
-        done = 0
+        for copy in self.copies(shards, out, out.nbytes):
+            copy()
+
+    def copies(self, shards: Sequence[NDArray[Any]], out: NDArray[Any], chunk_bytes: int) -> Iterator[Copy]:
+        """Calls that do what `gather` does, of about `chunk_bytes` each, in any order."""
+        done, small, n_bytes = 0, [], 0
         for part in self.parts:
-            part.copy(shards[part.shard], out[done : done + part.n_rows], executor)
+            target = out[done : done + part.n_rows]
             done += part.n_rows
+            if target.nbytes >= chunk_bytes:
+                yield from part.copies(shards[part.shard], target, chunk_bytes)
+                continue
+            small += list(part.copies(shards[part.shard], target, chunk_bytes))
+            n_bytes += target.nbytes
+            if n_bytes >= chunk_bytes:
+                yield partial(_one_by_one, small)
+                small, n_bytes = [], 0
+        yield partial(_one_by_one, small)
 
     def restrict(self, keep: NDArray[np.bool_]) -> tuple[PoolPlan, I64]:
         """The blocks that hold any of the rows to keep, and the place of each row of this plan among theirs."""
@@ -183,10 +199,18 @@ class PoolPlan:
 
     def split(self, max_rows: int) -> Iterator[PoolPlan]:
         """The same rows in plans of at most max_rows, or of one block if a block is larger."""
+        parts: list[ShardPart] = []
+        n_rows = 0
         for part in self.parts:
             step = max(max_rows // part.block_rows, 1)
             for i in range(0, len(part.blocks), step):
-                yield PoolPlan((replace(part, blocks=part.blocks[i : i + step]),))
+                piece = replace(part, blocks=part.blocks[i : i + step])
+                if parts and n_rows + piece.n_rows > max_rows:
+                    yield PoolPlan(tuple(parts))
+                    parts, n_rows = [], 0
+                parts, n_rows = [*parts, piece], n_rows + piece.n_rows
+        if parts:
+            yield PoolPlan(tuple(parts))
 
     def row_ids(self, first_row_ids: Sequence[int]) -> I64:
         """(n_rows,) permanent ids, from the id of the first row of each pinned shard."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ from sae_granary.cache.load.decode import Decoder, stored_names, stored_shards
 from sae_granary.cache.load.order import Order, PoolPlan
 from sae_granary.cache.load.readahead import read_ahead
 from sae_granary.cache.load.selection import Selection, shard_columns
-from sae_granary.cache.load.staging import CudaBuffer, HostRows, PoolRows, n_copy_threads
-from sae_granary.common.threads import THREADS
+from sae_granary.cache.load.staging import DeviceBuffer, HostRows, PoolRows, is_staged, n_copy_threads
+from sae_granary.common.threads import THREADS, Prefetch
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
@@ -34,16 +35,15 @@ Taken = tuple[dict[str, Tensor], I64 | None]  # rows by hook point, their ids if
 
 
 @dataclass(frozen=True)
-class Pool:
-    """One pool: its rows, and which of them are delivered when."""
+class PlannedPool:
+    """Which rows a pool has, and which of them are delivered when."""
 
-    rows: PoolRows
+    plan: PoolPlan  # in disk order; on a GPU without the blocks of which no row survives
     epoch: int
     start: int  # cursor at its first row
-    n_rows: int
+    n_rows: int  # before any filter
     order: I64  # (S,) addresses of the survivors in the order of delivery, ascending within each batch
     ranks: I64 | None  # (S,) how many rows of the pool's order precede each survivor; None: all rows survive
-    row_ids: Callable[[I64], I64] | None  # addresses -> permanent ids
 
     def survivors_before(self, cursor: int) -> int:
         """How many survivors precede a cursor of this epoch."""
@@ -54,6 +54,14 @@ class Pool:
         """The cursor after the first n survivors."""
         passed = n_survivors if self.ranks is None else int(self.ranks[n_survivors - 1]) + 1
         return self.start + passed
+
+
+@dataclass(frozen=True)
+class Pool(PlannedPool):
+    """A planned pool whose rows can be taken."""
+
+    rows: PoolRows
+    row_ids: Callable[[I64], I64] | None  # addresses -> permanent ids
 
 
 class PoolSource:
@@ -108,65 +116,73 @@ class PoolSource:
         The rows of a pool may be overwritten when the next but one is asked for. Raises SelectionError when an epoch
         of an endless stream has no survivor: its reader would wait forever.
         """
-        first, missing = self.order.locate(epoch, cursor), 0
-        buffers: list[CudaBuffer | None] = [None, None]
-        if self.device.type == "cuda":
-            widths = {name: shards[0].shape[1] for name, shards in self.shards.items()}
-            buffers = [CudaBuffer(self.order, widths, self.kinds, self.device) for _ in buffers]
-        with ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor:
-            while epochs is None or epoch < epochs:
-                starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
-                for number in range(first, self.order.n_pools):
-                    pool = self._assemble(epoch, number, int(starts[number]), buffers[0], executor)
-                    missing = sort_batches(pool.order[pool.survivors_before(cursor) :], batch_size, missing)
-                    n_survivors += len(pool.order)
-                    yield pool
-                    buffers.reverse()
-                if epochs is None and whole and not n_survivors:
-                    raise SelectionError(
-                        f"none of the {self.order.n_rows:,} rows passes the filters, although some did when they were "
-                        "counted: the filters have changed since; give those of that time"
-                    )
-                epoch, first, cursor = epoch + 1, 0, 0
+        planned = self._plans(epoch, cursor, epochs, batch_size)
+        if not is_staged(self.device):
+            yield from (self._in_memory(plan) for plan in planned)
+            return
+        widths = {name: shards[0].shape[1] for name, shards in self.shards.items()}
+        buffers = [DeviceBuffer(self.order, widths, self.kinds, self.device) for _ in range(2)]
+        # The next pool is planned while this one is copied: both take about as long.
+        with (
+            ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor,
+            closing(Prefetch(planned, depth=1)) as plans,
+        ):
+            for plan in plans:
+                yield self._staged(plan, buffers[0], executor)
+                buffers.reverse()
 
-    def _assemble(
-        self,
-        epoch: int,
-        number: int,
-        start: int,
-        buffer: CudaBuffer | None,
-        executor: Executor,
-    ) -> Pool:
+    def _plans(
+        self, epoch: int, cursor: int, epochs: int | None, batch_size: int
+    ) -> Generator[PlannedPool, None, None]:
+        """What `pools` delivers, before any row is read."""
+        first, missing = self.order.locate(epoch, cursor), 0
+        while epochs is None or epoch < epochs:
+            starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
+            for number in range(first, self.order.n_pools):
+                plan = self._plan(epoch, number, int(starts[number]))
+                missing = sort_batches(plan.order[plan.survivors_before(cursor) :], batch_size, missing)
+                n_survivors += len(plan.order)
+                yield plan
+            if epochs is None and whole and not n_survivors:
+                raise SelectionError(
+                    f"none of the {self.order.n_rows:,} rows passes the filters, although some did when they were "
+                    "counted: the filters have changed since; give those of that time"
+                )
+            epoch, first, cursor = epoch + 1, 0, 0
+
+    def _plan(self, epoch: int, number: int, start: int) -> PlannedPool:
         plan = self.order.pool(epoch, number)
         order = self.order.permutation(epoch, number, plan.n_rows)
-        keep, ranks = None, None
+        keep, ranks, n_rows = None, None, plan.n_rows
         if self.columns:
             read_ahead(self.column_files, plan)
             keep = self.selection.mask({name: _column(plan, shards) for name, shards in self.columns.items()})
             kept = keep[order]
             order, ranks = order[kept], np.flatnonzero(kept)
-        if buffer is None:
-            read_ahead(self.files, plan)
+        if not is_staged(self.device):
             order = plan.row_ids(self.host_rows.starts.tolist())[order]
-            row_ids: Callable[[I64], I64] | None = None if self.first_row_ids is None else self._ids_of_addresses
-            return Pool(self.host_rows, epoch, start, plan.n_rows, order, ranks, row_ids)
-        fetched = plan
-        if keep is not None:
-            fetched, places = plan.restrict(keep)
+        elif keep is not None:
+            plan, places = plan.restrict(keep)
             order = places[order]
-        read_ahead(self.files, fetched)
-        buffer.fill(fetched, self.shards, executor)
-        row_ids = None if self.first_row_ids is None else fetched.row_ids(self.first_row_ids).__getitem__
-        return Pool(buffer, epoch, start, plan.n_rows, order, ranks, row_ids)
+        read_ahead(self.files, plan)
+        return PlannedPool(plan, epoch, start, n_rows, order, ranks)
+
+    def _in_memory(self, planned: PlannedPool) -> Pool:
+        row_ids = None if self.first_row_ids is None else self._ids_of_addresses
+        return Pool(**vars(planned), rows=self.host_rows, row_ids=row_ids)
+
+    def _staged(self, planned: PlannedPool, buffer: DeviceBuffer, executor: Executor) -> Pool:
+        buffer.fill(planned.plan, planned.order, self.shards, executor)
+        ids = None if self.first_row_ids is None else planned.plan.row_ids(self.first_row_ids)
+        return Pool(**vars(planned), rows=buffer, row_ids=None if ids is None else ids.__getitem__)
 
     def take(self, pool: Pool, lo: int, hi: int) -> Callable[[], Taken]:
         """Survivors lo to hi of a pool, of one batch, after the returned function was called (see `PoolRows.take`)."""
-        index = pool.order[lo:hi]
-        copies = {name: pool.rows.take(name, index) for name in self.shards}
-        memory = {hook: decoder.memory(len(index), self._rows_device) for hook, decoder in self.decoders.items()}
+        copies = {name: pool.rows.take(name, pool.order, lo, hi) for name in self.shards}
+        memory = {hook: decoder.memory(hi - lo, self._rows_device) for hook, decoder in self.decoders.items()}
 
         def finish() -> Taken:
-            ids = None if pool.row_ids is None else pool.row_ids(index)
+            ids = None if pool.row_ids is None else pool.row_ids(pool.order[lo:hi])
             taken = {name: copied() for name, copied in copies.items()}
             return {hook: decoder(taken, memory[hook]) for hook, decoder in self.decoders.items()}, ids
 

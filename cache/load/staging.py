@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,8 @@ from sae_granary.cache.load.decode import torch_dtype
 from sae_granary.cache.load.order import Order, PoolPlan
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
+CHUNK_BYTES = 2**21  # of one copying task: a staging buffer is many of them, so that all threads end together
+FREE_CORES = 2  # beside the copying threads: one launches the training's work, one plans
 
 Shards = Mapping[str, Sequence[NDArray[Any]]]  # name -> one array per pinned shard, as integers of the same size
 
@@ -27,10 +31,11 @@ Shards = Mapping[str, Sequence[NDArray[Any]]]  # name -> one array per pinned sh
 class PoolRows(Protocol):
     """The rows of one pool."""
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
-        """Rows (B, D) of a hook point as they are stored, by ascending addresses (see `cache.load.pools`).
+    def take(self, hook: str, order: NDArray[np.int64], lo: int, hi: int) -> Callable[[], Tensor]:
+        """Rows (B, D) of a hook point as they are stored, at the addresses order[lo:hi] (see `cache.load.pools`).
 
-        Their memory is taken now, in the consumer's thread; they are there when the call returned is over.
+        `order` is the pool's, ascending inside the slice. Their memory is taken now, in the consumer's thread; they are
+        there when the call returned is over.
         """
 
     def release(self) -> None:
@@ -49,8 +54,9 @@ class HostRows:
         """The shard of each address."""
         return np.searchsorted(self._ends, index, side="right")
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
+    def take(self, hook: str, order: NDArray[np.int64], lo: int, hi: int) -> Callable[[], Tensor]:
         """See `PoolRows`. malloc has an arena per thread, and blocks of several threads would be fresh too often."""
+        index = order[lo:hi]
         out = torch.empty(len(index), self._shards[hook][0].shape[1], dtype=self._dtypes[hook])
         return lambda: self.copy(hook, index, out)
 
@@ -69,64 +75,153 @@ class HostRows:
         """Nothing is held."""
 
 
-class CudaBuffer:
-    """A pool in device memory. Copies run on a side stream; events order them with the consumer's stream."""
+class DeviceBuffer:
+    """A pool in device memory. Copies run on a side stream; events order them with the consumer's stream.
+
+    Neither filling it nor taking batches from it waits for what the consumer has launched on the device.
+    """
 
     def __init__(
         self, order: Order, widths: Mapping[str, int], kinds: Mapping[str, Storage], device: torch.device
     ) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._drained: torch.cuda.Event | None = None
+        self._side = SideStream(device)
+        self._filled = self._side.event()
+        self._drained: AnyEvent | None = None
         self._staging: dict[str, list[Tensor]] = {}
-        self._copied: dict[str, list[torch.cuda.Event]] = {}
+        self._copied: dict[str, list[AnyEvent]] = {}
         self.rows: dict[str, Tensor] = {}
         n_rows = order.max_pool_rows
+        self._order = torch.empty(n_rows, dtype=torch.int64, device=device)
         for hook, d in widths.items():
             kind = torch_dtype(kinds[hook])
             n_staged = min(n_rows, max(STAGING_BYTES // (d * kind.itemsize), order.block_rows))
             self.rows[hook] = torch.empty(n_rows, d, dtype=kind, device=device)
-            self._staging[hook] = [torch.empty(n_staged, d, dtype=kind, pin_memory=True) for _ in range(2)]
-            self._copied[hook] = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._staging[hook] = [self._side.pinned(n_staged, d, kind) for _ in range(2)]
+            self._copied[hook] = [self._side.event() for _ in range(2)]
 
-    def fill(self, plan: PoolPlan, shards: Shards, executor: Executor) -> None:
-        """Copy the rows of a pool in, in disk order (background thread)."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+    def fill(self, plan: PoolPlan, order: NDArray[np.int64], shards: Shards, executor: Executor) -> None:
+        """Copy the rows of a pool in, in disk order, and the order of delivery (background thread)."""
+        with self._side:
             if self._drained is not None:
-                self._stream.wait_event(self._drained)
+                self._side.wait(self._drained)
             for hook in self.rows:
                 self._fill_hook(hook, plan, shards[hook], executor)
-            self._filled.record(self._stream)
+            # From pinned memory: from other memory every batch would wait for the device to finish the step before.
+            host = self._side.pinned(len(order), 0, torch.int64).copy_(torch.from_numpy(order))
+            self._order[: len(order)].copy_(host, non_blocking=True)
+            self._side.record(self._filled)
 
     def _fill_hook(self, hook: str, plan: PoolPlan, shards: Sequence[NDArray[Any]], executor: Executor) -> None:
-        """While one staging buffer travels, the other is filled."""
+        """While one staging buffer travels, the other is filled; the threads begin it before the first is full."""
         rows, staging, copied = self.rows[hook], self._staging[hook], self._copied[hook]
-        done = 0
+        done, begun = 0, _Begun([], rows[:0], rows[:0], copied[1])
         for i, piece in enumerate(plan.split(len(staging[0]))):
             copied[i % 2].synchronize()  # returns at once before the first record
             host = staging[i % 2][: piece.n_rows]
-            piece.gather(shards, _as_numpy(host), executor)
-            rows[done : done + piece.n_rows].copy_(host, non_blocking=True)
-            copied[i % 2].record(self._stream)
+            copies = [executor.submit(copy) for copy in piece.copies(shards, _as_numpy(host), CHUNK_BYTES)]
+            self._send(begun)
+            begun = _Begun(copies, host, rows[done : done + piece.n_rows], copied[i % 2])
             done += piece.n_rows
+        self._send(begun)
 
-    def take(self, hook: str, index: NDArray[np.int64]) -> Callable[[], Tensor]:
+    def _send(self, begun: _Begun) -> None:
+        for copied in begun.copies:
+            copied.result()
+        begun.target.copy_(begun.host, non_blocking=True)
+        self._side.record(begun.arrived)
+
+    def take(self, hook: str, order: NDArray[np.int64], lo: int, hi: int) -> Callable[[], Tensor]:
         """See `PoolRows`; launched now, on the consumer's stream."""
-        torch.cuda.current_stream(self.device).wait_event(self._filled)
-        rows = torch.index_select(self.rows[hook], 0, torch.from_numpy(index).to(self.device))
+        self._side.let_consumer_wait(self._filled)
+        rows = torch.index_select(self.rows[hook], 0, self._order[lo:hi])
         return lambda: rows
 
     def release(self) -> None:
         """See `PoolRows`."""
-        self._drained = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._drained.record(torch.cuda.current_stream(self.device))
+        self._drained = self._side.event()
+        self._side.record_consumer(self._drained)
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A staging buffer that threads fill, and where it goes."""
+
+    copies: list[Future[None]]
+    host: Tensor
+    target: Tensor
+    arrived: AnyEvent
+
+
+class AnyEvent(Protocol):
+    """What `SideStream` makes."""
+
+    def synchronize(self) -> None:
+        """Wait until what was launched before the event was recorded is over."""
+
+
+class SideStream:
+    """A stream beside the consumer's. On a CPU, where nothing is launched, everything is over at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._entered = ExitStack()
+
+    def __enter__(self) -> None:
+        """Launch on this stream inside the block."""
+        if self._stream is not None:
+            self._entered.enter_context(torch.cuda.device(self._device))
+            self._entered.enter_context(torch.cuda.stream(self._stream))
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+    def pinned(self, n_rows: int, d: int, dtype: torch.dtype) -> Tensor:
+        """Host memory (n_rows, d), or (n_rows,) for d = 0, that a device copies from by itself."""
+        shape = (n_rows, d) if d else (n_rows,)
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def event(self) -> AnyEvent:
+        """An event that is over until it is recorded."""
+        made: AnyEvent = _Over() if self._stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return made
+
+    def record(self, event: Any) -> None:
+        """Record what was launched on this stream so far."""
+        if self._stream is not None:
+            event.record(self._stream)
+
+    def record_consumer(self, event: Any) -> None:
+        """Record what was launched on the current stream so far."""
+        if self._stream is not None:
+            event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self, event: Any) -> None:
+        """Launch nothing further on this stream before the event is over; the host does not wait."""
+        if self._stream is not None:
+            self._stream.wait_event(event)
+
+    def let_consumer_wait(self, event: Any) -> None:
+        """The same for the current stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+
+
+class _Over:
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 def n_copy_threads(device: torch.device) -> int:
-    """Threads that copy rows: few beside a training that computes on the CPU, several to feed a GPU."""
+    """Threads that copy rows: few beside a training that computes on the CPU, most cores to feed a GPU."""
     n_cores = os.cpu_count() or 1
-    return min(8, max(n_cores // 2, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 1))
+    return min(16, max(n_cores - FREE_CORES, 2)) if device.type == "cuda" else min(4, max(n_cores // 4, 1))
+
+
+def is_staged(device: torch.device) -> bool:
+    """Whether pools are copied to the device before batches are taken from them."""
+    return device.type == "cuda"
 
 
 def _as_numpy(rows: Tensor) -> NDArray[Any]:

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,22 +32,33 @@ from sae_granary.train.data.run_data import RunData
 from sae_granary.train.loop import train_step
 from sae_granary.train.sinks.sink import BaseSink, Metrics
 from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.sweep import plan_sweep
 from sae_granary.train.sweeps.sweep_plan import Entry
 
-D_IN, D_SAE, BATCH, LAYER = 384, 12_288, 2048, 3
+LAYER = 3
 GRID = {"type": ["topk", "batchtopk"], "k": [16, 32], "seed": [0, 1]}
-STEPS, EVERY = 50, 10  # of the sweep; between two lines of metrics
+EVERY = 10  # steps between two lines of metrics
 SAELENS_PRODUCTS = {"topk": 9.16, "batchtopk": 12.81}  # encoder products per step, with our malloc setting: PEERS.md
 NEVER = 10**9  # rows after which a latent is dead: AuxK stays off, as in the steps alone
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of every SAE, and the steps of the sweep."""
+
+    d_sae: int
+    batch: int = 2048
+    steps: int = 50
 
 
 def run(quick: bool) -> str:
     """Return the tables."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        return _tables(folder, _harvest(folder / "cache", 20_000 if quick else 40_000), D_SAE // 4 if quick else D_SAE)
+        cache = Path(name) / "cache"
+        rows_per_second = _harvest(cache, 20_000 if quick else 40_000)
+        return tables(cache, rows_per_second, Size(3072 if quick else 12_288))
 
 
 def _harvest(path: Path, n_tokens: int) -> float:
@@ -58,31 +69,35 @@ def _harvest(path: Path, n_tokens: int) -> float:
     return n_tokens / harvest_activations(config, quiet=True).seconds
 
 
-def _tables(folder: Path, rows_per_second: float, d_sae: int) -> str:
-    settings = {"cache": str(folder / "cache"), "d_sae": d_sae, "batch_size": BATCH, "steps": STEPS, "save_every": 0}
-    settings |= {"dead_after_tokens": NEVER, "log_every": EVERY, "eval_rows": BATCH, "warmup_steps": 0}
-    plan = plan_sweep(GRID, settings, runs_dir=str(folder), name="sweep")
+def tables(cache: Path, rows_per_second: float, size: Size, device: str = "auto") -> str:
+    """Return the tables of a sweep on a cache that was harvested at a given speed; its runs are written beside it."""
+    settings = {"cache": str(cache), "d_sae": size.d_sae, "batch_size": size.batch, "steps": size.steps}
+    settings |= {"dead_after_tokens": NEVER, "log_every": EVERY, "eval_rows": size.batch, "warmup_steps": 0}
+    settings |= {"save_every": 0, "device": device}
+    where = {"runs_dir": str(cache.parent), "name": "sweep"}
+    plan = plan_sweep(GRID, settings, **where)
     runs = [RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
-    with Loader(runs[0].cache, batch_size=BATCH, device=runs[0].config.device) as loader:
+    with Loader(runs[0].cache, batch_size=size.batch, device=runs[0].config.device) as loader:
         batches = (batch.x for batch in loader if isinstance(batch.x, Tensor))
         clock = _Clock(_alone(runs, next(batches)), batches)
         with tuned_process("auto"):
-            result = train_sweep(GRID, settings, runs_dir=str(folder), name="sweep", reporter=clock)
+            result = train_sweep(GRID, settings, **where, reporter=clock)
     assert not result.failures, result.failures
     product, n = clock.alone("product"), len(plan.entries)
     total = sum(clock.alone(entry.name) for entry in plan.entries)
-    title = f"Sweep: {n} SAEs of d_in {D_IN}, d_sae {d_sae}, batch {BATCH}, fp32, {STEPS} steps."
+    shape = f"d_in {runs[0].cache.hook(runs[0].config.hook[0]).d_in}, d_sae {size.d_sae}, batch {size.batch}"
+    title = f"Sweep: {n} SAEs of {shape}, fp32, {size.steps} steps."
     rows = [[f"{n} steps alone (limit)", f"{total * 1e3:.0f}", "1.00"]]
     rows.append(["one step of the sweep: loading, logging, measuring", f"{clock.per_step * 1e3:.0f}"])
     rows[-1].append(f"{clock.per_step / total:.2f}")
     theirs = sum(SAELENS_PRODUCTS[entry.config.type] for entry in plan.entries) * product
     steps = markdown(["", "ms", "of the limit"], rows)
-    return f"{title}\n\n{steps}\n\n{_costs(rows_per_second, clock.per_step, total, theirs, n)}"
+    costs = _costs(rows_per_second, clock.per_step, total, theirs, n, math.ceil(1e6 / size.batch))
+    return f"{title}\n\n{steps}\n\n{costs}"
 
 
-def _costs(rows_per_second: float, sweep: float, total: float, theirs: float, n: int) -> str:
+def _costs(rows_per_second: float, sweep: float, total: float, theirs: float, n: int, n_steps: int) -> str:
     """Seconds for a million tokens per SAE."""
-    n_steps = math.ceil(1e6 / BATCH)
     harvest = 1e6 / rows_per_second
     lines = [
         ("one harvest, one sweep", harvest, sweep * n_steps),
@@ -106,9 +121,14 @@ def _alone(runs: Sequence[RunData], x: Tensor) -> dict[str, Step]:
     for data in runs:
         sae = build_sae(data.config)
         sae.initialize(x.cpu(), torch.Generator().manual_seed(0))
-        steps[str(data.config.name)] = partial(train_step, Run.create(data.config, sae))
-    W_enc, bias = torch.randn(D_IN, sae.config.d_sae, device=x.device), torch.zeros(sae.config.d_sae, device=x.device)
+        steps[str(data.config.name)] = _stepper(Run.create(data.config, sae))
+    d_in, d_sae = x.shape[1], sae.config.d_sae
+    W_enc, bias = torch.randn(d_in, d_sae, device=x.device), torch.zeros(d_sae, device=x.device)
     return {"product": lambda x: torch.addmm(bias, x, W_enc), **steps}
+
+
+def _stepper(run: Run) -> Step:
+    return lambda x: train_step(run, RowInput({"x": x}))
 
 
 class _Clock(Reporter):
@@ -153,6 +173,8 @@ class _Clock(Reporter):
 
 
 class _Ticks(BaseSink):
+    essential = True  # a sink that fails would be left out of the sweep, and the table without its times
+
     def __init__(self, clock: _Clock) -> None:
         self._clock = clock
 

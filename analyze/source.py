@@ -18,7 +18,8 @@ from sae_granary import sae_core
 from sae_granary.analyze.errors import CacheGoneError, MismatchError
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.records import load_manifest
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError

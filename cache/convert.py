@@ -21,7 +21,7 @@ from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.check import check_file
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.calibrate import MAX_ROWS, MIN_ROWS
 from sae_granary.cache.write.writer import CacheWriter
@@ -52,7 +52,7 @@ def convert(
     >>> convert("cache/demo_l3", "cache/demo_l3_int8", "int8").dtype
     'int8'
     """
-    opened, path = open_cache(source), Path(target)
+    opened, path = open_local(source), Path(target)
     parts = {part.path.name: part.path for part in opened.additions if part.covers(opened.records)}
     _check(opened, path, dtype)
     have = existing_manifest(path)
@@ -78,7 +78,7 @@ def convert(
             say(f"warning: {names} is left out: it was not added to all rows; `sae-harvest add` continues it")
     for name, part in parts.items():
         convert(part, path / ADDED / name, dtype, say=say)
-    return open_cache(path) if parts else made
+    return open_local(path) if parts else made
 
 
 def is_exact(source: str, target: str) -> bool:
@@ -170,7 +170,7 @@ def _verified(opened: Cache, path: Path) -> Cache:
         raise CacheError(
             f"{path}: {report.problems[0].path}: {report.problems[0].problem}; remove it and convert again"
         )
-    made = open_cache(path)
+    made = open_local(path)
     for ours, theirs in zip(made.records, opened.records, strict=True):
         same = all(ours.files[name] == entry for name, entry in theirs.files.items() if name.startswith("rows/"))
         if not same or ours.documents != theirs.documents or ours.cursor != theirs.cursor:

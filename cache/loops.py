@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.load.selection import Filters, Holdout, Part, Selection
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.reader import Cache
 
 if TYPE_CHECKING:
     from sae_granary.cache.load.batches import LoaderState

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sae_granary.analyze.encoding.encode import encode_cache
     from sae_granary.analyze.encoding.texts import encode_texts
     from sae_granary.cache.loops import BatchDataset, batches
-    from sae_granary.cache.read.reader import open_cache
+    from sae_granary.cache.opening import open_cache
     from sae_granary.cache.vectors.writer import VectorWriter as CacheWriter
     from sae_granary.harvest.run import harvest_activations
     from sae_granary.sae_core import load as load_sae
@@ -51,7 +51,7 @@ else:
         "encode_texts": ("analyze.encoding.texts", "encode_texts"),
         "harvest_activations": ("harvest.run", "harvest_activations"),
         "load_sae": ("sae_core", "load"),
-        "open_cache": ("cache.read.reader", "open_cache"),
+        "open_cache": ("cache.opening", "open_cache"),
         "resume_sweep": ("train.sweeps.sweep", "resume_sweep"),
         "resume_training": ("train.run", "resume_training"),
         "train_sae": ("train.run", "train_sae"),

@@ -18,7 +18,7 @@ from sae_granary.analyze.encoding.codes import ARRAYS, check_arrays, open_codes
 from sae_granary.analyze.encoding.encode import csr_of, encode_cache
 from sae_granary.analyze.errors import DamagedCodesError, MismatchError
 from sae_granary.analyze.source import open_source
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.opening import open_cache
 from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import Codes, Pattern
 

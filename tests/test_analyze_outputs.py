@@ -20,7 +20,7 @@ from sae_granary.analyze.encoding.document_columns import arrow_column, table_na
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.pool import HOW, pool_documents
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.opening import open_cache
 from sae_granary.common.rows import FLAG_SPECIAL
 
 D_SAE = 32

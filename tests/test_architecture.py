@@ -70,7 +70,7 @@ ALSO = {
 WINGS = {
     "format": set(),
     "write": {"format"},
-    "read": {"format", "remote"},
+    "read": {"format"},
     "load": {"format", "read"},
     "vectors": {"format", "write"},
     "remote": {"format", "read", "write"},

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.cache.load.selection import Part
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.reader import Cache
 from sae_granary.common.finished_run import read_summary
 from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import registry

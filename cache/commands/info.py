@@ -10,9 +10,9 @@ def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
     """Describe a cache: what it was harvested from, its rows, and the statistics of each hook point."""
     with expected_errors(debug):
         from sae_granary.cache.read import render
-        from sae_granary.cache.read.reader import open_cache
+        from sae_granary.cache.read.reader import open_local
 
-        cache = open_cache(path, allow_incomplete=True)
+        cache = open_local(path, allow_incomplete=True)
         statistics = {name: cache.stats(name) for name in cache.hook_points} if cache.n_rows else {}
         if as_json:
             print_json(render.as_json(cache.path, cache.manifest, cache.opened, statistics))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import LOCK, MANIFEST
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.read.reader import open_local
 from sae_granary.cache.read.render import source_name
 from sae_granary.common.files import is_code
 from sae_granary.common.lock import lock_holder
@@ -83,7 +83,7 @@ def _visible(names: Iterable[str]) -> list[str]:
 def _entry(folder: Path) -> Entry:
     age = max(0.0, time.time() - (folder / MANIFEST).lstat().st_mtime)
     try:
-        cache = open_cache(folder, allow_incomplete=True)
+        cache = open_local(folder, allow_incomplete=True)
     except (CacheError, OSError) as error:
         return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
     writing = [folder, *(part.path for part in cache.additions)]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sae_granary.cache.errors import IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.format.stats import Moments, Stats, make_stats, merge_all
@@ -26,7 +27,6 @@ from sae_granary.cache.read.added import additions, hooks_of, shorter
 from sae_granary.cache.read.arrays import Column, HookRows, open_hook
 from sae_granary.cache.read.check import check_files, incomplete_message
 from sae_granary.cache.read.texts import RowTexts
-from sae_granary.cache.remote.mirror import locate
 from sae_granary.common.rows import HookPoint
 
 if TYPE_CHECKING:
@@ -42,24 +42,11 @@ class ShardView:
     first_row_id: int
 
 
-def open_cache(
+def open_local(
     path: str | os.PathLike[str], *, shards: Collection[int] | None = None, allow_incomplete: bool = False
 ) -> Cache:
-    """Open a cache: all its committed shards, or those numbered in `shards`.
-
-    Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
-    whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete cache is
-    extended, `allow_incomplete` gives the shards that the extension has committed, too.
-
-    >>> from sae_granary import open_cache
-    >>> rows = open_cache("cache/demo_l3")
-    >>> rows.hook("layer_3")[:4].shape, rows.document(0).source
-    ((4, 384), 'pydoc_data.topics:assert')
-
-    Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
-    another size), and UnknownNameError for a shard that is not there.
-    """
-    path = locate(path)
+    """Open a cache of this machine by its path, or by its name in GRANARY_CACHE_DIR; see `cache.opening.open_cache`."""
+    path = find_cache(path)
     manifest = load_manifest(path)
     records = manifest.shards
     if allow_incomplete or not manifest.complete:
@@ -76,7 +63,7 @@ def open_cache(
 
 
 class Cache(RowTexts):
-    """An open cache; see `open_cache`. Nothing is ever written to it."""
+    """An open cache; see `cache.opening.open_cache`. Nothing is ever written to it."""
 
     def __init__(
         self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], opened: Sequence[ShardRecord]
@@ -167,7 +154,7 @@ class Cache(RowTexts):
             return self
         part = self._added[hook][1]
         if part.path not in self._parts:
-            self._parts[part.path] = open_cache(part.path, shards=[shard.index for shard in self.shards])
+            self._parts[part.path] = open_local(part.path, shards=[shard.index for shard in self.shards])
         return self._parts[part.path]
 
     def shard_path(self, hook: str | None, i: int) -> Path:

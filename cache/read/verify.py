@@ -28,7 +28,7 @@ from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.zarr_json import zarr_files
 from sae_granary.cache.read.added import Addition
 from sae_granary.cache.read.check import check_file, has_just_begun
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.cache.read.verify_rows import check_rows, check_totals
 from sae_granary.common.files import read_regular
 
@@ -70,7 +70,7 @@ def verify(
     """
     path = Path(path)
     try:
-        cache = open_cache(path, allow_incomplete=True)
+        cache = open_local(path, allow_incomplete=True)
     except CacheError as error:
         return Report((Finding(MANIFEST, str(error)),))
     findings: list[Finding] = []

@@ -21,7 +21,7 @@ def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Cal
 
     Raises CorruptCacheError where they never are, RemoteError.
     """
-    part = target.with_name(target.name + ".part")
+    part = part_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(TRIES):
         start = part.stat().st_size if part.is_file() else 0
@@ -43,6 +43,11 @@ def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Cal
         part.unlink()
         progress(-done)
     raise damaged(f"{store.url}/{path}")
+
+
+def part_of(target: Path) -> Path:
+    """Where the bytes of a file are until it is complete."""
+    return target.with_name(target.name + ".part")
 
 
 def remote_entry(store: Store, path: str, n_bytes: int) -> FileEntry:

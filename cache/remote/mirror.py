@@ -15,7 +15,7 @@ from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import load_manifest
-from sae_granary.cache.remote.pull import plan_pull, pull
+from sae_granary.cache.remote.pull import is_half, plan_pull, pull, remove_half
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import one_line
@@ -78,12 +78,16 @@ def _limit() -> int:
 
 
 def _make_room(folder: Path, allowed: int) -> None:
-    """Remove other copies, those unused for longest first, until they take no more than `allowed` bytes."""
-    others = [place.parent for place in folder.parent.glob(f"*/{MANIFEST}") if place.parent != folder]
+    """Remove other copies, those unused for longest first, until they take no more than `allowed` bytes.
+
+    Copies of which only a part has arrived count, and go the same way.
+    """
+    places = [place for place in folder.parent.glob("*") if place != folder and not place.is_symlink()]
+    others = [place for place in places if is_half(place) or (place / MANIFEST).exists()]
     sizes = {other: sum(f.lstat().st_size for f in other.rglob("*") if f.is_file()) for other in others}
     for other in sorted(others, key=lambda place: place.stat().st_mtime):
         if sum(sizes.values()) <= allowed:
             return
         with contextlib.suppress(CacheError):  # in use, or not ours to remove
-            remove_cache(other)
+            (remove_half if is_half(other) else remove_cache)(other)
             sizes.pop(other)

@@ -19,7 +19,7 @@ from sae_granary.cache.format.records import existing_manifest, load_manifest, r
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.added import Addition, additions, check_additions
 from sae_granary.cache.remote.additions import half_pushed, remote_additions
-from sae_granary.cache.remote.fetch import fetch
+from sae_granary.cache.remote.fetch import fetch, part_of
 from sae_granary.cache.remote.parcel import Parcel, check_continued, chosen, parse, parse_record, part, whole
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.cache.write.session import locked
@@ -50,9 +50,37 @@ class PullPlan:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes to fetch."""
+        """Bytes of the files to fetch; `n_begun` of them are here."""
         own = sum(self.parcel.files[path].n_bytes for path in self.missing)
         return own + sum(part.n_bytes for part in self.added)
+
+    @property
+    def n_begun(self) -> int:
+        """Bytes that have arrived of files that are not complete."""
+        parts = [part_of(self.stage / path) for path in self.missing]
+        own = sum(part.stat().st_size for part in parts if part.is_file())
+        return own + sum(part.n_begun for part in self.added)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the manifest, and of what a part has instead of the files at the remote."""
+        own = 0 if self.is_here else sum(map(len, self.parcel.made.values())) + len(self.parcel.manifest_bytes)
+        return own + sum(part.written_bytes for part in self.added)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space that the pull still takes."""
+        return self.n_bytes - self.n_begun + self.written_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Disk space that is free."""
+        return files.free_bytes(self.target)
+
+    @property
+    def stage(self) -> Path:
+        """Where files wait until all are there."""
+        return self.target / TEMPORARY / STAGE
 
     @property
     def total_bytes(self) -> int:
@@ -141,12 +169,12 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
     if plan.complete:
         return
     target, parcel = plan.target, plan.parcel
-    if plan.n_bytes > (free := files.free_bytes(target)):
-        raise CacheError(f"no space for {target}: {byte_size(plan.n_bytes)} needed, {byte_size(free)} free")
+    if plan.disk_bytes > (free := plan.free_bytes):
+        raise CacheError(f"no space for {target}: {byte_size(plan.disk_bytes)} needed, {byte_size(free)} free")
     target.mkdir(parents=True, exist_ok=True)
     lock = locked(target)
     try:
-        stage = target / TEMPORARY / STAGE
+        stage = plan.stage
         stage.mkdir(parents=True, exist_ok=True)
         files.write_bytes(stage / WANTED, digest(parcel.manifest_bytes).encode())
         for addition in plan.added:  # before the cache, which has its hook points when it is there
@@ -154,6 +182,20 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
         _fetch_all(plan, stage, progress)
         _place(plan, stage)
         shutil.rmtree(target / TEMPORARY, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def is_half(folder: Path) -> bool:
+    """Whether a folder holds a first pull that has not finished, and nothing else."""
+    return (folder / TEMPORARY / STAGE / WANTED).is_file() and not (folder / MANIFEST).exists()
+
+
+def remove_half(folder: Path) -> None:
+    """Remove such a folder. Raises CacheLockedError while the pull runs."""
+    lock = locked(folder)
+    try:
+        shutil.rmtree(folder)
     finally:
         lock.release()
 

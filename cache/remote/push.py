@@ -14,7 +14,7 @@ from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.records import load_record
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.added import check_additions
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.cache.remote.additions import remote_additions
 from sae_granary.cache.remote.parcel import Added, Parcel, check_continued, chosen, parse, part, whole
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
@@ -69,7 +69,7 @@ def plan_push(source: Path, url: str, *, hooks: Sequence[str] = (), n_rows: int 
 
     Raises CacheError where the remote holds something else, or a newer state of the cache.
     """
-    cache, store = open_cache(source), Store(url)
+    cache, store = open_local(source), Store(url)
     parts = [] if hooks or n_rows is not None else [found for found in cache.additions if found.manifest.complete]
     there = store.listing()
     plan = _plan(source, store, there, local_parcel(cache, hooks, n_rows))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_granary.cache.format.layout import ADDED
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.pipeline import Pipeline
@@ -83,7 +83,7 @@ def prepare_addition(
 
     `places` are where `model` and `dataset` are now, and the `device`; None for what the cache records.
     """
-    base = open_cache(to)
+    base = open_local(to)
     path = base.path
     if base.manifest.unit != "token":
         raise ConfigError(f"{path} holds one row per text: layers are added to caches of one row per token only")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.read.reader import open_local
 from sae_granary.common.rows import DocumentRow
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.text.document import TextSource, documents
@@ -24,7 +24,7 @@ def continued(
     if not compare:
         yield from docs if source.seekable else (document for document in docs if document.doc_id >= next_doc)
         return
-    cache = open_cache(path, allow_incomplete=True)
+    cache = open_local(path, allow_incomplete=True)
     last = max((record.documents.last for record in cache.records if record.documents is not None), default=-1)
     doc_id = -1
     for document in docs:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sae_granary import sae_core
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.opening import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.coerce import coerce
 from sae_granary.common.settings.yaml_file import Settings

@@ -8,7 +8,8 @@ from typing import Any
 
 from sae_granary.cache.errors import UnknownNameError
 from sae_granary.cache.format.records import load_manifest
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
 from sae_granary.cache.remote.mirror import locate
 from sae_granary.cache.remote.store import is_url

@@ -12,7 +12,8 @@ from sae_granary.cache.load.loader import PREVIOUS, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Counts, Part
-from sae_granary.cache.read.reader import Cache, open_cache
+from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.reader import Cache
 from sae_granary.common.device import choose_device
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from sae_granary.cache.load.selection import Counts
-from sae_granary.cache.read.reader import open_cache
+from sae_granary.cache.opening import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size

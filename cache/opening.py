@@ -1,0 +1,29 @@
+"""Open a cache by its path, by its name in GRANARY_CACHE_DIR, or by its URL, which is copied first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from sae_granary.cache.read.reader import Cache, open_local
+from sae_granary.cache.remote.mirror import locate
+
+
+def open_cache(
+    path: str | os.PathLike[str], *, shards: Collection[int] | None = None, allow_incomplete: bool = False
+) -> Cache:
+    """Open a cache: all its committed shards, or those numbered in `shards`.
+
+    Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
+    whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete cache is
+    extended, `allow_incomplete` gives the shards that the extension has committed, too.
+
+    >>> from sae_granary import open_cache
+    >>> rows = open_cache("cache/demo_l3")
+    >>> rows.hook("layer_3")[:4].shape, rows.document(0).source
+    ((4, 384), 'pydoc_data.topics:assert')
+
+    Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
+    another size), and UnknownNameError for a shard that is not there.
+    """
+    return open_local(locate(path), shards=shards, allow_incomplete=allow_incomplete)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
+from sae_granary.sae_core.kernels.deferred import host_waits
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +173,8 @@ def _without_zeros(values: Tensor, pattern: Pattern) -> tuple[Tensor | slice, Pa
 
     gated stores latents whose gate is open and whose magnitude is zero, topk those under zero among the k largest.
     """
-    if takes_triton(values):
-        return slice(None), pattern  # those kernels do not read the rows of zeros; to count them the host would wait
+    if takes_triton(values) or host_waits(values):  # Triton kernels do not read the rows of zeros
+        return slice(None), pattern
     live = values != 0
     if 2 * int(live.count_nonzero()) >= values.numel():
         return slice(None), pattern

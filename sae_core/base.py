@@ -58,8 +58,7 @@ class SAE(nn.Module):
     def build(self) -> None:
         """Create the normalizer, the parameters and the buffers; linear paths start at zero."""
         config, d_out = self.config, self.d_out
-        # V = E|x - mean|^2 and E|x|^2 of the normalized rows: the scales that losses are divided by.
-        self.register_buffer("loss_variance", torch.ones(()))
+        self.register_buffer("loss_variance", torch.ones(()))  # V = E|x - mean|^2 of the normalized target
         self.register_buffer("loss_mean_square", torch.ones(()))
         self.register_buffer("num_tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
         self.normalizer = Normalizer(config.normalize, self.d_encoded)
@@ -232,7 +231,7 @@ class SAE(nn.Module):
     def track(self, out: SAEOutput) -> None:
         """Update counters (steps since each latent fired, thresholds) that training and resuming need."""
         self.num_tokens_since_fired += out.codes.shape[0]
-        self.num_tokens_since_fired[out.codes.fired() > 0] = 0
+        self.num_tokens_since_fired.masked_fill_(out.codes.fired() > 0, 0)
 
     @torch.no_grad()
     def project_gradients(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.sae_core.kernels import true_entries
+from sae_granary.sae_core.kernels.deferred import host_waits
 
 
 class Transposed(NamedTuple):
@@ -82,6 +83,15 @@ class Pattern:
         latents, order = sort_narrow(indices, self.d_sae)
         return Transposed(order, self.row_of.take(order), _offsets(latents, self.d_sae))
 
+    def count(self, mask: Tensor) -> Tensor:
+        """(F,) int64: how many entries of each latent a mask (nnz,) marks, or (N, F) for a full pattern."""
+        if self.is_full:
+            return mask.sum(0)
+        indices = self.entries[0]
+        if not host_waits(mask):
+            return torch.bincount(indices[mask], minlength=self.d_sae)
+        return torch.zeros(self.d_sae, dtype=torch.int64, device=mask.device).scatter_add_(0, indices, mask.long())
+
     def take(self, matrix: Tensor) -> Tensor:
         """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
         return matrix if self.is_full else matrix.reshape(-1)[self.row_of * self.d_sae + self.entries[0]]
@@ -145,10 +155,7 @@ class Codes:
 
     def fired(self) -> Tensor:
         """(F,) int64: in how many rows each latent is nonzero."""
-        active = self.values.detach() != 0
-        if self.pattern.is_full:
-            return active.sum(0)
-        return torch.bincount(self.pattern.entries[0][active], minlength=self.shape[1])
+        return self.pattern.count(self.values.detach() != 0)
 
     def keep(self, mask: Tensor) -> "Codes":
         """Only the entries of a mask (nnz,); not for a full pattern."""

@@ -110,11 +110,14 @@ class BatchThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, kept: Tensor) -> None:
-        """Update the average from the kept activations (nnz,) of one training batch."""
+        """Update the average from the positive ones of the kept activations (nnz,) of one training batch."""
         if kept.numel() == 0:
             return
-        self.ema.mul_(EMA_DECAY).add_(float64(kept.min()), alpha=1 - EMA_DECAY)
-        self.n_updates += 1
+        smallest = float64(torch.where(kept > 0, kept, torch.inf).min())
+        found = smallest < torch.inf
+        moved = (self.ema * EMA_DECAY).add_(smallest, alpha=1 - EMA_DECAY)
+        self.ema.copy_(torch.where(found, moved, self.ema))
+        self.n_updates += found
 
     @property
     def value(self) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: N rows, D = d_out, F = d_sae, A dead latents.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
+from sae_granary.sae_core.kernels.deferred import host_waits, known_count
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.sae_core.pre_acts import PreActs
 
@@ -71,17 +72,24 @@ class Dictionary(NamedTuple):
         return Dictionary(W_enc, self.b_enc[latents], self.W_dec.index_select(0, latents))
 
 
+def dead_latents(sae: Any) -> Tensor:
+    """Ascending indices (A,) of the latents in an SAE's `dead_mask`."""
+    mask, n_dead = sae.dead_mask, known_count("dead", sae.core.num_tokens_since_fired)
+    if n_dead is None or not host_waits(mask):
+        return mask.nonzero().squeeze(1)  # type: ignore[no-any-return]
+    return mask.logical_not().to(torch.uint8).argsort(stable=True)[:n_dead]  # type: ignore[no-any-return]
+
+
 def auxk_loss(
-    error: Tensor, pre_acts: PreActs, weights: Dictionary, dead: Tensor, k_aux: int, *, signed: bool = False
+    error: Tensor, pre_acts: PreActs, weights: Dictionary, latents: Tensor, k_aux: int, *, signed: bool = False
 ) -> Tensor:
     """AuxK (arXiv 2406.04093, appendix A.2): |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
     magnitudes, and no ReLU) reconstruct the error (N, D_out), given without gradients, without a bias.
-    pre_acts (N, F) of the SAE's rows; dead (F,) bool.
+    pre_acts (N, F) of the SAE's rows; latents (A,) the dead ones, at least one.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
-    latents = dead.nonzero().squeeze(1)
     n_dead = int(latents.numel())
     own = weights.take(latents)
     chosen = _choose(pre_acts.columns(latents), min(k_aux, n_dead), signed=signed)

@@ -15,7 +15,8 @@ from sae_granary.sae_core.functional import (
     topk_entries,
     topk_pattern,
 )
-from sae_granary.sae_core.kernels import entries_above, sampled_dot, screen, streamed, true_entries
+from sae_granary.sae_core.kernels import entries_above, padded, sampled_dot, screen, streamed, true_entries
+from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits, room_for
 
 
 class PreActs:
@@ -73,11 +74,15 @@ class PreActs:
     def batch_topk(self, k: int) -> Codes:
         """The N*k largest positive ones of the whole batch (arXiv 2412.06410).
 
-        Exactly min(N*k, positives) stay; among equal values the lowest (row, latent) wins. Instead of a selection
+        Exactly min(N*k, positives) stay; among equal values the lowest (row, latent) wins. On a GPU N*k stay, of which
+        those that are not positive count for nothing. Instead of a selection
         over all N*F numbers, a bound guessed from a sample of rows leaves few candidates; a guess that leaves too few
         is lowered, so the answer is exact whatever the rows.
         """
         n_rows, d_sae = self.shape
+        if host_waits(self.rows):
+            slots, values = padded.largest_slots(self.dense, n_rows * k)
+            return Codes(values, Pattern.of_rows(slots.rows, slots.columns, n_rows, d_sae))
         sample = self._screened().sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
         while True:
@@ -98,12 +103,30 @@ class PreActs:
 
     def support(self, bound: Tensor | float) -> Codes:
         """`above`, or a full pattern where too many exceed the bound for sparse products to be faster."""
+        if host_waits(self.rows) and (deferred := current()) is not None:
+            return self._support_of_step(bound, deferred)
         codes = self._screened_above(bound)
         if codes is None and self._streams:
             found = streamed.product_above(self.rows, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
             if found is not None:
                 codes = Codes(found.values, Pattern.of_rows(found.rows, found.latents, *self.shape))
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
+
+    def _support_of_step(self, bound: Tensor | float, deferred: Deferred) -> Codes:
+        """`support` in as many slots as the step before suggests, so that the host does not wait."""
+        above = self.dense > bound
+        count, n_entries = above.count_nonzero(), above.numel()
+        share = deferred.expected_share()
+        if share is None:
+            share = float(count) / n_entries
+        if share > MAX_SPARSE_DENSITY:
+            deferred.note_share(count, n_entries, n_entries)
+            return Codes(self.dense, Pattern(*self.shape))
+        room = room_for(share, n_entries)
+        deferred.note_share(count, n_entries, room)
+        slots = padded.true_slots(above, room)
+        codes = self.at(Pattern.of_rows(slots.rows, slots.columns, *self.shape))
+        return Codes(codes.values.masked_fill(slots.absent, padded.ABSENT), codes.pattern)
 
     @property
     def _screens(self) -> bool:

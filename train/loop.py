@@ -8,7 +8,7 @@ Shapes: B rows of a batch, D = d_in.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,39 +64,76 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
     progress = Progress(run.step, run.n_steps)
     sae.begin_step(progress)
-    measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
-    run.optimizer.zero_grad(set_to_none=True)
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    losses = _accumulate(sae, batch, config.grad_acc_steps, progress, measured, config.compute_dtype)
-    if losses is None:
-        return _reject(sae, before)
-    sae.project_gradients()
-    together = clipped(sae)
-    norm = global_norm(p.grad for p in together if p.grad is not None)
-    if not bool(torch.isfinite(norm)) or not _are_finite(sae, but=together):
-        return _reject(sae, before)
+    gradients = _gradients(run, batch, progress, measure=measure)
+    if gradients is not None and not gradients.fits:
+        _restore(sae, before)
+        gradients = _gradients(run, batch, progress, measure=measure, exact=True)
+    if gradients is None or not gradients.finite:
+        # Earlier micro-batches of a rejected batch changed counters and thresholds.
+        _restore(sae, before)
+        return StepResult(accepted=False)
+    measured = gradients.measured
     grad_norms = _grad_norms(sae) if measured is not None else {}
-    if config.grad_clip is not None:
-        # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
-        in_units = norm * sae.core.loss_scale.unit
-        if bool(in_units > config.grad_clip):  # else every gradient would be multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(together, config.grad_clip, in_units)
+    if config.grad_clip is not None and gradients.exceeds_clip:  # else every gradient would be multiplied by 1
+        torch.nn.utils.clip_grads_with_norm_(clipped(sae), config.grad_clip, gradients.norm_in_units)
     set_lr(run.optimizer, run.lr)
     run.optimizer.step()
     sae.after_step()
     if measured is None:
-        return StepResult(True, grad_norm=float(norm))
-    totals = {name: float(value) for name, value in losses.items()}
-    evaluator = measured.evaluator
+        return StepResult(True, grad_norm=gradients.norm)
+    totals = {name: float(value) for name, value in gradients.losses.items()}
+    metrics, fired = measured.evaluator.result(), measured.evaluator.fired
     return StepResult(
-        True, totals, float(norm), evaluator.result(), measured.details, grad_norms, evaluator.fired, evaluator.n_rows
+        True, totals, gradients.norm, metrics, measured.details, grad_norms, fired, measured.evaluator.n_rows
     )
 
 
-def _are_finite(sae: SAE, but: list[nn.Parameter]) -> bool:
-    """Whether the gradients excluded from the global norm are finite."""
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """What is known of a step whose gradients are in `.grad`, unclipped."""
+
+    losses: Mapping[str, Tensor]
+    measured: _Measured | None
+    finite: bool
+    fits: bool  # whether all selections had enough room; if not, the gradients are wrong
+    norm: float
+    norm_in_units: Tensor  # norm of the gradients of the loss in its own units
+    exceeds_clip: bool
+
+
+def _gradients(
+    run: Run, batch: StepInput, progress: Progress, *, measure: bool, exact: bool = False
+) -> _Gradients | None:
+    """Forward, backward, projection, norm; None where the host has already seen NaN or Inf.
+
+    On a GPU the host waits once, at the end: while the device then updates the weights, the host can prepare the
+    next step. `exact`: selections wait for the number of entries that they find.
+    """
+    sae, deferred = run.sae, run.deferred
+    measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
+    run.optimizer.zero_grad(set_to_none=True)
+    with deferred.of_this_step(exact=exact):
+        losses = _accumulate(run, batch, progress, measured)
+    if losses is None:
+        return None
+    sae.project_gradients()
+    together = clipped(sae)
+    norm = global_norm(p.grad for p in together if p.grad is not None)
+    if deferred.failed(torch.isfinite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
+        return None
+    # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
+    in_units = norm * sae.core.loss_scale.unit
+    clip = math.inf if run.config.grad_clip is None else run.config.grad_clip
+    held, fits, (norm_read, exceeds_clip, n_dead) = deferred.read(norm, in_units > clip, sae.dead_mask.sum())
+    deferred.remember_count("dead", sae.core.num_tokens_since_fired, int(n_dead))
+    return _Gradients(losses, measured, held, fits, norm_read, in_units, bool(exceeds_clip))
+
+
+def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
+    """Whether each gradient is finite that is excluded from the global norm."""
     seen = {id(p) for p in but}
-    return all(bool(torch.isfinite(p.grad).all()) for p in sae.parameters() if p.grad is not None and id(p) not in seen)
+    return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
 
 def _grad_norms(sae: SAE) -> dict[str, float]:
@@ -104,27 +141,27 @@ def _grad_norms(sae: SAE) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _reject(sae: SAE, buffers: Mapping[str, Tensor]) -> StepResult:
-    """Undo what earlier micro-batches of a rejected batch changed in counters and thresholds."""
+def _restore(sae: SAE, buffers: Mapping[str, Tensor]) -> None:
     for name, buffer in sae.named_buffers():
         buffer.copy_(buffers[name])
-    return StepResult(accepted=False)
 
 
-def _accumulate(
-    sae: SAE, batch: StepInput, n_parts: int, progress: Progress, measured: _Measured | None, compute_dtype: str
-) -> dict[str, Tensor] | None:
-    """Accumulate gradients over micro-batches in `.grad`; return None if one of them or its loss is not finite."""
+def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measured | None) -> dict[str, Tensor] | None:
+    """Accumulate gradients over micro-batches in `.grad`; return None if one of them or its loss is not finite.
+
+    On a GPU that is known to `run.deferred` only.
+    """
+    sae, failed = run.sae, run.deferred.failed
     sums: dict[str, Tensor] = {}
-    for part in batch.split(n_parts):
-        if not part.is_sound():
+    for part in batch.split(run.config.grad_acc_steps):
+        if failed(part.is_sound()):
             return None
         share = part.n_rows / batch.n_rows
-        with autocast(part.device, compute_dtype):
+        with autocast(part.device, run.config.compute_dtype):
             terms = part.terms(sae, progress)
             losses = {name: value * share for name, value in terms.losses.items()}
         total = torch.stack(list(losses.values())).sum()
-        if not bool(torch.isfinite(total)):
+        if failed(torch.isfinite(total)):
             return None
         total.backward()  # type: ignore[no-untyped-call]
         sae.track(terms.out)

@@ -46,7 +46,7 @@ class SplicedInput:
         """Split into at most n parts with about equally many contexts."""
         yield from (replace(self, contexts=part) for part in self.contexts.split(n_parts))
 
-    def is_sound(self) -> bool:
+    def is_sound(self) -> Tensor | bool:
         """True: token ids are finite; what the model makes of them shows in the loss."""
         return True
 

@@ -42,8 +42,8 @@ class StepInput(Protocol):
     def split(self: Self, n_parts: int) -> Iterator[Self]:
         """Micro-batches of about equal size."""
 
-    def is_sound(self) -> bool:
-        """Whether all values are usable; checked before the forward pass, so that no counter or threshold sees NaN."""
+    def is_sound(self) -> Tensor | bool:
+        """Whether all values are usable, a scalar."""
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The forward pass and the losses."""
@@ -71,9 +71,10 @@ class RowInput:
         chunks = zip(*(rows.chunk(n_parts) for rows in self.rows.values()), strict=True)
         yield from (RowInput(dict(zip(self.rows, parts, strict=True)), self.limits) for parts in chunks)
 
-    def is_sound(self) -> bool:
+    def is_sound(self) -> Tensor:
         """Whether every value is finite and none exceeds the largest harvested one."""
-        return all(_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items())
+        sound = [_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items()]
+        return torch.stack(sound).all()
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""
@@ -81,6 +82,6 @@ class RowInput:
         return Terms(out, sae.losses(out, progress))
 
 
-def _is_sound(values: Tensor, limit: float) -> bool:
+def _is_sound(values: Tensor, limit: float) -> Tensor:
     extremes = torch.stack(torch.aminmax(values))  # NaN where one is; no mask as large as the values
-    return bool((extremes.abs() <= limit).all())
+    return (extremes.abs() <= limit).all()

@@ -35,8 +35,7 @@ class BatchTopKSAE(TopKSAE):
     def track(self, out: SAEOutput) -> None:
         """Update dead counters and the threshold's EMA."""
         super().track(out)
-        values = out.codes.values.detach()
-        self.threshold.update(values[values > 0])
+        self.threshold.update(out.codes.values.detach())
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
         """The inference threshold, and the number of rows of the last selection (a micro-batch)."""

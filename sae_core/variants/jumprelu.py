@@ -18,8 +18,9 @@ from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Activation, Inputs, SAEOutput, as_rows
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.functional import jumprelu, step
+from sae_granary.sae_core.kernels.deferred import host_waits
 from sae_granary.sae_core.latents import PerLatent
-from sae_granary.sae_core.losses import Dictionary, auxk_loss
+from sae_granary.sae_core.losses import Dictionary, auxk_loss, dead_latents
 from sae_granary.sae_core.options import Progress
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES, JumpReLUConfig
@@ -91,7 +92,8 @@ class JumpReLUSAE(SAE):
         pre_acts, theta = self.pre_acts(h), self.theta
         threshold = theta.detach()
         kept, silent = pre_acts.support(threshold - self._width() / 2 if self.training else threshold), None
-        if self.training and not kept.pattern.is_full and not self.recipe.to_input:
+        separates = not self.recipe.to_input and not host_waits(h.values)  # the silent ones need not be decoded
+        if self.training and separates and not kept.pattern.is_full:
             active = kept.values > threshold[kept.indices]
             kept, silent = kept.keep(active), kept.keep(~active).pattern
         p = self.encode_at(h, kept)
@@ -116,8 +118,7 @@ class JumpReLUSAE(SAE):
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """The recipe's sparsity term, and AuxK or the pre-activation loss, which revive dead latents."""
         terms = {} if self.recipe.penalty is None else self._sparsity(out, progress)
-        dead = self.dead_mask
-        if self.recipe.relative and self.config.auxk_coef > 0 and bool(dead.any()):
+        if self.recipe.relative and self.config.auxk_coef > 0 and len(dead := dead_latents(self)):
             error = (out.source.target - out.recon).detach()
             weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
             auxk = auxk_loss(error, out.pre_acts, weights, dead, max(1, self.d_out // 2))
@@ -131,8 +132,9 @@ class JumpReLUSAE(SAE):
             return {"l0": coef * self._l0(out)}
         norms = self.W_dec.norm(dim=1)
         terms = {"l0": coef * self._tanh(out, norms) / out.codes.shape[0]}
-        revived = self.dead_mask if self.recipe.revives == "dead" else torch.ones_like(self.dead_mask)
-        if self.config.dead_coef > 0 and bool(revived.any()):
+        only_dead = self.recipe.revives == "dead"
+        revived = dead_latents(self) if only_dead else torch.arange(self.config.d_sae, device=norms.device)
+        if self.config.dead_coef > 0 and len(revived):
             terms["dead"] = self.config.dead_coef * self._dead_penalty(out, revived, norms) / unit
         return terms
 
@@ -163,9 +165,8 @@ class JumpReLUSAE(SAE):
         l0 = total / out.codes.shape[0]
         return (l0 / self.config.l0_target - 1).square() if self.recipe.penalty == "l0_target" else l0
 
-    def _dead_penalty(self, out: SAEOutput, dead: Tensor, norms: Tensor) -> Tensor:
+    def _dead_penalty(self, out: SAEOutput, latents: Tensor, norms: Tensor) -> Tensor:
         """Mean over rows of sum over some i of ReLU(theta_i - p_i) |W_dec,i|; over all of them it never ends."""
-        latents = dead.nonzero().squeeze(1)
         h = out.pre_acts.rows  # without gradients to b_dec
         p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
         gap = torch.relu(self.theta[latents] - p)
@@ -189,7 +190,7 @@ class JumpReLUSAE(SAE):
             return
         p, pattern, width = out.extras["p"].detach(), out.codes.pattern, self._width(out.codes.pattern)
         near = (p - per_entry(self.theta, pattern)).abs() < width / 2
-        counts = near.sum(0) if pattern.is_full else torch.bincount(out.codes.indices[near], minlength=len(self.theta))
+        counts = pattern.count(near)
         n_active = (out.codes.values != 0).sum()
         self._controlled.count(counts + out.extras.get("n_silent", 0), n_active, pattern.n_rows)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Reads, Rows, SAEOutput, Source
 from sae_granary.sae_core.files import saelens
+from sae_granary.sae_core.kernels.deferred import host_waits
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
@@ -51,17 +52,22 @@ class TemporalSAE(MatryoshkaSAE):
     def _contrast(self, out: SAEOutput) -> Tensor:
         n_pairs = min(self.config.max_pairs, out.codes.shape[0])
         h = self.center(self.normalizer(out.extras["previous"][:n_pairs]).values)
-        now = self._high_level(out.codes.rows(0, n_pairs))
-        before = self._high_level(self.activate(h).codes)
+        now = self._high_level(out.codes, n_pairs)
+        before = self._high_level(self.activate(h).codes, n_pairs)
         similarity = F.normalize(now, dim=1) @ F.normalize(before, dim=1).t() / self.config.temperature
         own = torch.arange(n_pairs, device=similarity.device)
         return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.t(), own)) / 2
 
-    def _high_level(self, codes: Codes) -> Tensor:
-        """Dense codes of the first group, (N, F / 5): small enough to compare row with row."""
+    def _high_level(self, codes: Codes, n_rows: int) -> Tensor:
+        """Dense codes of the first group in the first rows, (n_rows, F / 5): small enough to compare row with row."""
         n_high = self.config.prefixes[0]
+        if host_waits(codes.values):  # the others go where they are cut off: to select them the host would wait
+            places = codes.pattern.row_of.clamp_max(n_rows), codes.indices.clamp_max(n_high)
+            dense = codes.values.new_zeros(n_rows + 1, n_high + 1)
+            return dense.index_put(places, codes.values, accumulate=True)[:n_rows, :n_high]
+        codes = codes.rows(0, n_rows)
         keep = codes.indices < n_high
-        dense = codes.values.new_zeros(codes.shape[0], n_high)
+        dense = codes.values.new_zeros(n_rows, n_high)
         return dense.index_put((codes.pattern.row_of[keep], codes.indices[keep]), codes.values[keep])
 
 

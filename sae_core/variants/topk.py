@@ -13,7 +13,7 @@ from sae_granary.sae_core.data import Activation, SAEOutput
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.files import saelens, sparsify
 from sae_granary.sae_core.files.disk import entry
-from sae_granary.sae_core.losses import Dictionary, auxk_loss
+from sae_granary.sae_core.losses import Dictionary, auxk_loss, dead_latents
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import register
@@ -82,8 +82,8 @@ class TopKSAE(SAE):
 
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""
-        terms, scale, dead = {}, self.loss_scale, self.dead_mask
-        if self.config.auxk_coef > 0 and bool(dead.any()):
+        terms, scale = {}, self.loss_scale
+        if self.config.auxk_coef > 0 and len(dead := dead_latents(self)):
             error = (out.source.target - out.recon).detach()
             weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
             k_aux = self.config.k_aux or max(1, self.d_out // 2)

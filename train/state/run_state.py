@@ -10,6 +10,7 @@ from torch import nn
 
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE
+from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
 from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
@@ -38,6 +39,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram
+        self.deferred = Deferred()
 
     @classmethod
     def create(cls, config: TrainConfig, sae: SAE) -> Run:

@@ -1,0 +1,114 @@
+"""What a step asks of its device, answered together, so that the host waits for the device once.
+
+On a CPU a number is read as soon as it is needed. On a GPU each reading makes the host wait until everything that it
+launched has run, and the device then waits for the next launches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+ROOM, MIN_ROOM = 1.25, 4096  # slots for entries, relative to the number of the step before; and more
+
+
+def host_waits(tensor: Tensor) -> bool:
+    """Whether the host waits when it reads a number of this tensor, or a size that depends on its values."""
+    return tensor.device.type != "cpu"
+
+
+class Answers(NamedTuple):
+    """What `Deferred.read` found."""
+
+    held: bool  # whether all conditions held
+    fits: bool  # whether every selection had room for what it found
+    numbers: list[float]
+
+
+class Deferred:
+    """Conditions of one step that are read together, and numbers that the next step knows beforehand."""
+
+    def __init__(self) -> None:
+        self._conditions: list[Tensor] = []
+        self._fits: list[Tensor] = []
+        self._shares: list[Tensor] = []  # of (N, F), found by each selection of this step
+        self._last_shares: list[float] = []  # by each of the step before
+        self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
+        self._exact = False
+
+    @contextmanager
+    def of_this_step(self, *, exact: bool = False) -> Iterator[None]:
+        """Context manager: selections use this object. With `exact` they wait for the number that they find."""
+        self._conditions.clear()
+        self._fits.clear()
+        self._shares.clear()
+        self._exact = exact
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def failed(self, condition: Tensor | bool) -> bool:
+        """Whether a condition () is false. Where the host would wait: False for now, and `read` tells."""
+        if isinstance(condition, Tensor) and host_waits(condition):
+            self._conditions.append(condition)
+            return False
+        return not bool(condition)
+
+    def expected_share(self) -> float | None:
+        """Share of (N, F) that the next selection found in the step before; None if it must be counted first."""
+        place = len(self._shares)
+        return None if self._exact or place >= len(self._last_shares) else self._last_shares[place]
+
+    def note_share(self, count: Tensor, n_entries: int, room: int) -> None:
+        """Report how many of n_entries a selection found, a scalar, and how many it had room for."""
+        self._shares.append(count / n_entries)
+        self._fits.append(count <= room)
+
+    def read(self, *numbers: Tensor) -> Answers:
+        """All answers, and scalars as float32: the only wait of a step."""
+        groups = [self._conditions, self._fits, self._shares, list(numbers)]
+        found = to_host(torch.stack([number.detach().to(torch.float32) for group in groups for number in group]))
+        ends = list(accumulate(map(len, groups), initial=0))
+        conditions, fits, self._last_shares, rest = (found[start:end] for start, end in pairwise(ends))
+        return Answers(all(conditions), all(fits), rest)
+
+    def remember_count(self, name: str, tensor: Tensor, count: int) -> None:
+        """Note a count that follows from the values that the tensor has now."""
+        self._counts[name] = (ref(tensor), tensor._version, count)
+
+    def count(self, name: str, tensor: Tensor) -> int | None:
+        """The noted count; None if none was, or if the tensor has changed since."""
+        known, version, count = self._counts.get(name, (None, 0, 0))
+        return count if known is not None and known() is tensor and version == tensor._version else None
+
+
+_current: ContextVar[Deferred | None] = ContextVar("deferred", default=None)
+
+
+def current() -> Deferred | None:
+    """That of the training step which runs in this thread; None outside of one."""
+    return _current.get()
+
+
+def known_count(name: str, tensor: Tensor) -> int | None:
+    """What `Deferred.count` of the step says; None outside of a step."""
+    deferred = current()
+    return None if deferred is None else deferred.count(name, tensor)
+
+
+def room_for(share: float, n_entries: int) -> int:
+    """Slots for about this share of n_entries."""
+    return min(n_entries, int(ROOM * share * n_entries) + MIN_ROOM)
+
+
+def to_host(numbers: Tensor) -> list[float]:
+    """Read a vector, waiting for its device."""
+    values: list[float] = numbers.tolist()
+    return values

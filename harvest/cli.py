@@ -175,7 +175,7 @@ def names(
 ) -> None:
     """List what can be harvested from a model: layers, and module paths for --hook with their widths."""
     with _errors(debug):
-        from sae_granary.harvest.names import name_lines
+        from sae_granary.harvest.settings.names import name_lines
         from sae_granary.models.config import ModelConfig
 
         for line in name_lines(ModelConfig(model, **read_flags())):

@@ -100,6 +100,13 @@ class HarvestConfig:
     )
     max_docs: int | None = _output(None, help="Maximum length of the cache.", unit="documents", ge=1, common=True)
     rows_per_shard: int | None = _output(None, help="Shard size.", unit="rows", ge=1, default_words="about 512 MiB")
+    block_docs: int | None = _output(
+        None,
+        help="Let several processes share --out: each harvests blocks of so many documents.",
+        unit="documents",
+        ge=1,
+        default_words="4,096 under torchrun, else no blocks",
+    )
     extend: bool = _output(
         False, help="Continue a complete cache with more of its text, up to --max-tokens.", common=True
     )

@@ -85,9 +85,7 @@ class Pipeline:
         self._meter = _Meter()
         cursor = writer.cursor
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
-        self._stream = self._open_stream(
-            StreamState() if cursor is None else StreamState.from_ints(dict(cursor.source))
-        )
+        self._stream = self._open_stream(replay.begin if cursor is None else StreamState.from_ints(dict(cursor.source)))
         self._resumed_rows = writer.n_rows
         self._copier = HostCopier(model.device)
         self._warnings: list[str] = []
@@ -101,7 +99,7 @@ class Pipeline:
         if writer.n_rows == 0:
             source = self._prepared.source
             raise NoRowsError(source.name, skipped_counts(self._stream.state.skip_counts), source.columns)
-        writer.finish(self._summary(), self._replay.provenance)
+        writer.finish(self.summary(), self._replay.provenance)
         self._warn(writer.warnings[len(self._warnings) :])
         self._meter.add("write", begin)
         return self._result(writer, time.perf_counter() - start)
@@ -187,7 +185,13 @@ class Pipeline:
             )
         return n
 
-    def _summary(self) -> dict[str, Any]:
+    @property
+    def state(self) -> StreamState:
+        """The position in the text that was reached."""
+        return self._stream.state
+
+    def summary(self) -> dict[str, Any]:
+        """What the harvest has done, as the manifest of its cache holds it."""
         state = self._stream.state
         assert isinstance(self._writer, CacheWriter)
         return {
@@ -208,7 +212,7 @@ class Pipeline:
     def _result(self, writer: CacheWriter, seconds: float) -> HarvestResult:
         meter = self._meter
         busy = sorted(((stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()), key=_share)
-        result = result_of(self._prepared, writer, self._summary())
+        result = result_of(self._prepared, writer, self.summary())
         result = replace(
             result,
             resumed_rows=self._resumed_rows,
@@ -216,7 +220,7 @@ class Pipeline:
             rows_per_second=meter.rows / max(seconds, 1e-9),
             padding=1 - meter.rows / max(1, meter.places),
             busy=tuple(busy),
-            warnings=(*self._warnings, *ending_warnings(self._prepared.config, self._summary())),
+            warnings=(*self._warnings, *ending_warnings(self._prepared.config, self.summary())),
         )
         self._warn(result.warnings[len(self._warnings) :])
         self._log.write(

@@ -17,6 +17,8 @@ from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.ranks.work import Worker
+from sae_granary.harvest.ranks.world import World, in_blocks
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.settings.make import make_config
@@ -64,7 +66,8 @@ def harvest_activations(
     if config is not None and settings:
         raise ConfigError(f"a config and settings ({', '.join(settings)}) were given: give one of them")
     config = make_config(settings) if config is None else config
-    stop = StopRequest() if stop is None else stop
+    stop, world = StopRequest() if stop is None else stop, World.of_environment()
+    config, quiet = in_blocks(config, world), quiet or not world.tells
     with Progress(config.where.unit, config.max_tokens, quiet=quiet) as progress, shown(progress.say):
         with waiting("looking at model, tokenizer and text"):
             prepared = prepare(config, progress.say)
@@ -73,11 +76,14 @@ def harvest_activations(
         model: Model | None = None
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)
+        worked = False
+        if config.block_docs is not None:
+            worked = Worker(prepared, cache_spec(prepared), progress, stop, world).run(load, _tell_behavior, model)
         # On a CPU the model needs the cores that would copy rows into the page cache.
         options = {"direct": prepared.device == "cpu", "extend": config.extend and asks_for_more(prepared)}
         with CacheWriter.open(config.out_path, cache_spec(prepared), **options) as writer:
             if writer.complete:
-                return _finished(prepared, writer)
+                return replace(_finished(prepared, writer), already_complete=not worked)
             log = RunLog(config.out_path)
             say = _both(progress.say, log.write)
             if writer.n_rows:
@@ -169,6 +175,11 @@ def _finished(prepared: Prepared, writer: CacheWriter) -> HarvestResult:
     """A harvest that is complete already: nothing to do, unless more is asked for than it holds."""
     if not prepared.config.extend and asks_for_more(prepared):
         asked = prepared.config.max_tokens
+        if prepared.config.block_docs is not None:
+            raise ConfigError(
+                f"{writer.path} is complete with {writer.n_rows:,} rows, and caches in blocks are not extended: "
+                "harvest more to another --out"
+            )
         raise ConfigError(
             f"{writer.path} is a complete harvest of {writer.n_rows:,} rows: add --extend to continue it "
             f"{f'up to {asked:,} rows' if asked else 'with more of its text'}; the rows that it holds stay as they are"

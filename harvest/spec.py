@@ -54,6 +54,7 @@ def cache_spec(prepared: Prepared) -> CacheSpec:
         fingerprint=determined_by,
         vocabulary=vocabulary(prepared.tokenizer) if prepared.unit == "token" else None,
         kept_columns=prepared.config.text.keep_columns,
+        block_docs=prepared.config.block_docs,
     )
 
 
@@ -106,6 +107,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
         **_compiled(prepared),  # it rounds differently
         **_prompted(prepared),
         **_loaded_with(prepared),
+        **_in_blocks(prepared),
         **prepared.source.identity,
     }
 
@@ -158,6 +160,12 @@ def _model_record(prepared: Prepared) -> dict[str, Any]:
 def _compiled(prepared: Prepared) -> dict[str, bool]:
     """An entry only where it was asked for: without it a cache says what it said before there was `--compile`."""
     return {"compile": True} if prepared.config.model.compile else {}
+
+
+def _in_blocks(prepared: Prepared) -> dict[str, int]:
+    """Documents of a block, where there are blocks: no sort buffer and no packed context spans two of them."""
+    docs = prepared.config.block_docs
+    return {} if docs is None else {"block_docs": docs}
 
 
 def _prompted(prepared: Prepared) -> dict[str, str]:

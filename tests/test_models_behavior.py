@@ -15,8 +15,8 @@ from sae_granary import open_cache
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.errors import HarvestError
-from sae_granary.harvest.names import name_lines
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.harvest.settings.names import name_lines
 from sae_granary.models.behavior.checks import Behavior, observe, pad_id_for
 from sae_granary.models.behavior.state import unchanged
 from sae_granary.models.blocks import choose_hooks, find_blocks

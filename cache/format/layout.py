@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 COMMITS = "commits"
 DOCUMENTS = "documents"
+BLOCKS = "blocks"  # of a harvest by several processes, until it finishes: a cache per block, leases, outcomes
 ADDED = "added"  # caches of hook points that were added to the same rows
 TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest finishes
 LOCK = ".lock"

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_granary.cache.format.affine import Affine, affines_json
 from sae_granary.cache.format.layout import CacheLayout, cache_layout
+from sae_granary.cache.format.signed import BLOCKS_VERSION
 from sae_granary.cache.format.spec import CacheSpec, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, merge_all
 from sae_granary.cache.format.storage import STORAGE
@@ -56,6 +57,7 @@ class ShardRecord:
     statistics: Mapping[str, Moments] | None  # by hook point; in the shard's own record, not in the manifest
     record: FileEntry | None = None  # of commits/<shard>.json; in the manifest only
     affines: Mapping[str, Affine] | None = None  # by hook point; in shard 0's own record, of dtypes with scales
+    block: int | None = None  # of caches that were harvested in blocks of documents
 
     @property
     def n_bytes(self) -> int:
@@ -67,6 +69,7 @@ class ShardRecord:
         docs = self.documents
         body: dict[str, Any] = {
             "shard": self.shard,
+            **({} if self.block is None else {"block": self.block}),
             "n_rows": self.n_rows,
             "windows": {"first": self.first_window, "last": self.last_window},
             "documents": None if docs is None else {"n": docs.n, "first": docs.first, "last": docs.last},
@@ -102,11 +105,12 @@ class Manifest:
     summary: Mapping[str, Any] | None = None
     affines: Mapping[str, Affine] | None = None  # by hook point, of dtypes with scales; of unfinished caches in shard 0
     extended: tuple[Mapping[str, Any], ...] = ()  # summaries of the harvests that were extended, each with `n_shards`
+    block_docs: int | None = None  # documents of a block, of caches that were harvested in blocks
 
     @property
     def version(self) -> int:
-        """Version of the format: that of the dtype."""
-        return STORAGE[self.dtype].version
+        """Version of the format: that of the dtype, or that of caches that were harvested in blocks."""
+        return STORAGE[self.dtype].version if self.block_docs is None else BLOCKS_VERSION
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -118,7 +122,7 @@ class Manifest:
     def layout(self) -> CacheLayout:
         """Paths, shapes and types of its arrays."""
         sizes = (self.rows_per_shard, self.inner_chunk_bytes)
-        return cache_layout(self.hook_points, self.dtype, *sizes, self.affines)
+        return replace(cache_layout(self.hook_points, self.dtype, *sizes, self.affines), version=self.version)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
@@ -136,6 +140,8 @@ class Manifest:
         }
         if self.kept_columns:  # else a manifest is byte for byte what it was before there were any
             body["kept_columns"] = list(self.kept_columns)
+        if self.block_docs is not None:
+            body["block_docs"] = self.block_docs
         if self.complete:
             if self.affines is not None:
                 body["affine"] = affines_json(self.affines)
@@ -161,6 +167,7 @@ def manifest_of(spec: CacheSpec, vocabulary: FileEntry | None) -> Manifest:
         fingerprint=spec.fingerprint,
         vocabulary=vocabulary,
         kept_columns=tuple(spec.kept_columns),
+        block_docs=spec.block_docs,
     )
 
 

@@ -14,7 +14,7 @@ from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.affine import Affine, parse_affine
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry, Manifest, ShardRecord
-from sae_granary.cache.format.signed import Fields
+from sae_granary.cache.format.signed import BLOCKS_VERSION, Fields
 from sae_granary.cache.format.spec import MAX_ROWS_PER_SHARD, UNITS, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, parse_moments
 from sae_granary.cache.format.storage import STORAGE
@@ -36,9 +36,10 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         fingerprint=fields.get("fingerprint", dict),
         vocabulary=parse_file_entry(fields.nested("vocabulary")) if fields.optional("vocabulary", dict) else None,
         kept_columns=_parse_kept_columns(fields),
+        block_docs=_parse_block_docs(fields),
     )
     if fields.get("version", int) != manifest.version:
-        raise fields.error("version", body["version"], f"{manifest.version}, that of dtype {manifest.dtype}")
+        raise fields.error("version", body["version"], f"{manifest.version}, by its dtype {manifest.dtype} and blocks")
     names = {hook.name.casefold() for hook in manifest.hook_points}
     if not names or len(names) != len(manifest.hook_points):
         raise CorruptCacheError(f"{where}: hook_points must be at least one, with names that differ")
@@ -47,6 +48,8 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
     shards = fields.objects("shards", lambda f: parse_shard_record(f, manifest, consolidated=True))
     if [record.shard for record in shards] != list(range(len(shards))):
         raise CorruptCacheError(f"{where}: shards are not numbered from 0 without a gap")
+    if any((a.block or 0) > (b.block or 0) for a, b in pairwise(shards)):
+        raise CorruptCacheError(f"{where}: shards are not in the order of their blocks")
     statistics = _parse_statistics(fields, manifest)
     n_rows = sum(record.n_rows for record in shards)
     if not shards or any(moments.n_rows != n_rows for moments in statistics.values()):
@@ -78,6 +81,7 @@ def parse_shard_record(fields: Fields, manifest: Manifest, *, consolidated: bool
         statistics=None if consolidated else _parse_statistics(fields, manifest),
         record=parse_file_entry(fields.nested("record")) if consolidated else None,
         affines=_parse_affines(fields, manifest) if fields.integer("shard") == 0 and not consolidated else None,
+        block=None if manifest.block_docs is None else fields.integer("block"),
     )
     if record.n_rows > manifest.rows_per_shard:
         raise fields.error("n_rows", record.n_rows, f"at most {manifest.rows_per_shard}, the rows of a shard")
@@ -102,6 +106,10 @@ def _parse_kept_columns(fields: Fields) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise fields.error("kept_columns", names, "names that differ")
     return tuple(names)
+
+
+def _parse_block_docs(fields: Fields) -> int | None:
+    return fields.integer("block_docs", 1) if fields.body.get("version") == BLOCKS_VERSION else None
 
 
 def _parse_extended(fields: Fields, n_shards: int) -> tuple[dict[str, Any], ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
 from sae_granary.cache.format.layout import (
     ABOUT,
+    BLOCKS,
     COMMITS,
     DOCUMENTS,
     LOCK,
@@ -134,7 +135,7 @@ def has_records(path: Path) -> bool:
 
 def remove_contents(path: Path, layout: CacheLayout) -> None:
     """Remove the files of a cache that has committed nothing; anything else in the folder stays."""
-    ours = (*layout.groups, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the last one makes it ours
+    ours = (BLOCKS, *layout.groups, COMMITS, DOCUMENTS, VOCABULARY, "zarr.json", MANIFEST)  # the last one makes it ours
     for name in ours:
         target = path / name
         if target.is_dir() and not target.is_symlink():

@@ -17,7 +17,8 @@ from sae_granary.common.files import NotRegularError, read_regular
 
 FORMAT = "granary-activations"
 VERSION = 1
-VERSIONS = (1, 2)  # 2: dtypes with a scale per row
+BLOCKS_VERSION = 3  # caches that were harvested in blocks of documents
+VERSIONS = (1, 2, BLOCKS_VERSION)  # 2: dtypes with a scale per row
 
 
 class Fields(signed.Fields):

@@ -42,6 +42,7 @@ class CacheSpec:
     vocabulary: Sequence[str] | None = field(default=None, repr=False)  # token id -> string, for display
     inner_chunk_bytes: int = DEFAULT_INNER_CHUNK_BYTES  # about; inner chunks hold whole rows and divide the shard
     kept_columns: tuple[str, ...] = ()  # columns of the source's records that are stored with the documents
+    block_docs: int | None = None  # documents of a block, where several processes harvest a block each
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -58,5 +59,10 @@ class CacheSpec:
             raise SpecError(f"rows_per_shard is {self.rows_per_shard}, expected 1 to {MAX_ROWS_PER_SHARD}")
         if self.inner_chunk_bytes < 1:
             raise SpecError(f"inner_chunk_bytes is {self.inner_chunk_bytes}, expected at least 1")
+        if self.block_docs is not None and (self.block_docs < 1 or STORAGE[self.dtype].scale is not None):
+            raise SpecError(
+                f"block_docs is {self.block_docs} with dtype {self.dtype}, expected at least 1 and a dtype without "
+                "scales: store float16 or bfloat16, and convert the complete cache with `sae-cache convert`"
+            )
         if "" in self.kept_columns or len(set(self.kept_columns)) < len(self.kept_columns):
             raise SpecError(f"kept_columns are {list(self.kept_columns)}, expected names that differ")

@@ -11,6 +11,7 @@ from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import (
     ABOUT,
     ADDED,
+    BLOCKS,
     COMMITS,
     DOCUMENTS,
     LOCK,
@@ -38,7 +39,8 @@ def check_removable(path: Path) -> Manifest:
         raise NotACacheError(f"{path} is a link: name the cache itself ({os.readlink(path)}), or remove the link")
     refuse_code(path)
     manifest = load_manifest(path)
-    ours = {*manifest.layout.groups, ABOUT, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY, "zarr.json"}
+    ours = {*manifest.layout.groups, ABOUT, BLOCKS, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY}
+    ours.add("zarr.json")
     others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours | {ADDED})
     for part in _additions(path):
         if (part / MANIFEST).is_file() and not part.is_symlink():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sae_granary.cache.format.manifest import Manifest
@@ -20,6 +20,7 @@ class Replay:
     ends: Sequence[int] = ()  # documents at which earlier harvests of these rows ended
     until: int | None = None  # the last row that is wanted
     compare: bool = True  # the text with the stored documents
+    begin: StreamState = field(default_factory=StreamState)  # of a harvest without committed rows
 
 
 class BufferStream:

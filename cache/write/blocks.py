@@ -1,0 +1,159 @@
+"""A cache that several processes harvest in blocks: each block is a cache of its own until all are joined into one.
+
+FORMAT.md, "Blocks", says what is where. Whoever finds all blocks complete joins them; two may do so at once, since
+every step leaves what is there and right, and the same blocks give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sae_granary.cache.errors import CacheError, CacheMismatchError, ConcurrentWriteError
+from sae_granary.cache.format.documents import hash_file
+from sae_granary.cache.format.layout import (
+    BLOCKS,
+    COMMITS,
+    DOCUMENTS,
+    MANIFEST,
+    VOCABULARY,
+    CacheLayout,
+    commit_path,
+    documents_path,
+)
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, differences, finished, manifest_of
+from sae_granary.cache.format.records import existing_manifest, load_manifest, load_records
+from sae_granary.cache.format.signed import dump_signed
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.write.session import Session
+from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
+from sae_granary.common import files
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def begin_blocks(path: Path, spec: CacheSpec) -> Manifest:
+    """Begin a cache in blocks, or join in where another process has begun it; its manifest.
+
+    Raises CacheMismatchError with the fields that differ, CacheExistsError where the folder holds something else.
+    """
+    vocabulary = vocabulary_bytes(spec)
+    want = manifest_of(plain_spec(spec), None if vocabulary is None else FileEntry.of(vocabulary))
+    have = existing_manifest(path)
+    if have is None:
+        path.mkdir(parents=True, exist_ok=True)
+        with _session(path) as session, contextlib.suppress(FileExistsError):  # another process was faster
+            session.put(MANIFEST, dump_signed(want.to_json()))
+        have = load_manifest(path)
+    if differing := differences(have, want):
+        raise CacheMismatchError(path, differing, f"{path}_2")
+    if not have.complete:
+        (path / BLOCKS).mkdir(exist_ok=True)
+        for folder in (COMMITS, DOCUMENTS, *have.layout.folders):
+            (path / folder).mkdir(exist_ok=True)
+        if vocabulary is not None and not (path / VOCABULARY).exists():
+            with _session(path) as session, contextlib.suppress(FileExistsError):
+                session.put(VOCABULARY, vocabulary)
+    return have
+
+
+@contextlib.contextmanager
+def _session(path: Path) -> Iterator[Session]:
+    """A temporary folder for this process alone; those of other processes stay."""
+    session = Session(path)
+    session.folder.mkdir(parents=True)
+    try:
+        yield session
+    finally:
+        shutil.rmtree(session.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            session.folder.parent.rmdir()
+
+
+def join_blocks(path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping[str, Any]) -> Manifest:
+    """Make one complete cache of its blocks (number, folder), which ascend and all have rows; the folders stay."""
+    manifest = load_manifest(path)
+    if manifest.complete:
+        return manifest
+    parts = [(number, folder, load_manifest(folder)) for number, folder in blocks]
+    for number, _, part in parts:
+        if part.provenance != parts[0][2].provenance:
+            raise CacheError(f"{path}: blocks {parts[0][0]} and {number} are of other models or versions: remove it")
+    records: list[ShardRecord] = []
+    with _session(path) as session:
+        for number, folder, part in parts:
+            joined = [
+                _renamed(r, len(records) + i, number, part.layout) for i, r in enumerate(load_records(folder, part))
+            ]
+            for record, names in joined:
+                for old, new in names.items():
+                    _link(folder / old, path / new, record.files[new])
+            for name in {Path(new).parent for _, names in joined for new in names.values()}:
+                files.sync_folder(path / name)
+            records += [_put_record(session, path, manifest, record) for record, _ in joined]
+        zarr = zarr_files(manifest.layout, len(records))
+        session.write_zarr(manifest.layout, len(records))
+        told = replace(manifest, provenance=parts[0][2].provenance)
+        entries = {name: FileEntry.of(data) for name, data in zarr.items()}
+        complete = finished(told, records, entries, plain_json(summary, "summary"))
+        session.replace(MANIFEST, dump_signed(complete.to_json()))
+    return complete
+
+
+def remove_blocks(path: Path) -> None:
+    """Remove the blocks of a complete cache."""
+    for _ in range(3):  # a process that has not noticed yet may still write there
+        shutil.rmtree(path / BLOCKS, ignore_errors=True)
+
+
+def _renamed(record: ShardRecord, shard: int, block: int, layout: CacheLayout) -> tuple[ShardRecord, dict[str, str]]:
+    """A record of a block as one of the whole cache, and old path -> new path of its files."""
+    names = {array.shard_path(record.shard): array.shard_path(shard) for array in layout.arrays}
+    names[documents_path(record.shard)] = documents_path(shard)
+    renamed = {names[path]: entry for path, entry in record.files.items()}
+    return replace(record, shard=shard, block=block, files=renamed, record=None), names
+
+
+def _link(source: Path, target: Path, entry: FileEntry) -> None:
+    """Give a file of a block its name in the whole cache; nothing is done where it has that already."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if not os.path.samestat(os.stat(source), os.stat(target)):
+            _check(target, entry)
+    except FileNotFoundError:  # moved there by a process that was killed, where there are no hard links
+        _check(target, entry)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            _check(target, entry)
+        else:
+            os.rename(source, target)
+
+
+def _check(target: Path, entry: FileEntry) -> None:
+    try:
+        same = target.stat().st_size == entry.n_bytes and hash_file(target) == entry
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise ConcurrentWriteError(f"{target} is not what its block recorded: remove the cache and harvest it again")
+
+
+def _put_record(session: Session, path: Path, manifest: Manifest, record: ShardRecord) -> ShardRecord:
+    data = dump_signed({"version": manifest.version, **record.to_json()})
+    place = commit_path(record.shard)
+    try:
+        session.put(place, data)
+    except FileExistsError:
+        if files.read_regular(path / place) != data:
+            raise ConcurrentWriteError(f"{path / place} is not that of these blocks: remove the cache") from None
+    return replace(record, record=FileEntry.of(data))

@@ -1,0 +1,1 @@
+"""Harvest one cache by several processes: blocks of documents, leases, and the join at the end."""

@@ -1,0 +1,35 @@
+"""What all processes of a harvest must have in common beside what determines the rows."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from sae_granary import __version__
+from sae_granary.cache.errors import CacheMismatchError
+from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.format.manifest import Manifest
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.common.files import link_into_place, read_regular, write_new
+from sae_granary.common.signed import parse_object, sign
+from sae_granary.harvest.config import HarvestConfig
+
+_PLAN = "plan.json"
+
+
+def agree(path: Path, config: HarvestConfig, begun: Manifest, spec: CacheSpec) -> None:
+    """Raise CacheMismatchError where this process wants another extent, or has other libraries, than the first one."""
+    wants = {"max_tokens": config.max_tokens, "max_docs": config.max_docs, "sae-granary": __version__}
+    place, new = path / BLOCKS / _PLAN, path / BLOCKS / f".{_PLAN}.{secrets.token_hex(8)}"
+    if not place.exists():
+        write_new(new, sign(wants))
+        try:
+            link_into_place(new, place)
+        except FileExistsError:  # another process was faster
+            new.unlink(missing_ok=True)
+    have = parse_object(read_regular(place))
+    differing = {name: (have.get(name), want) for name, want in wants.items() if have.get(name) != want}
+    ours, theirs = spec.provenance["versions"], begun.provenance.get("versions") or {}
+    differing |= {name: (theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]}
+    if differing:
+        raise CacheMismatchError(path, differing, f"{path}_2")

@@ -1,0 +1,205 @@
+"""One process of a harvest in blocks: claim a block, harvest it, until all are complete; then they are joined."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from sae_granary.cache.errors import CacheLockedError, ConcurrentWriteError, NotACacheError
+from sae_granary.cache.format.layout import BLOCKS, MANIFEST
+from sae_granary.cache.format.records import load_manifest, remove_contents
+from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.files import link_into_place, sync_folder, write_new
+from sae_granary.common.signals import StopRequest
+from sae_granary.harvest.errors import HarvestError, NoRowsError
+from sae_granary.harvest.pipeline import Model, Pipeline
+from sae_granary.harvest.prepare import Prepared
+from sae_granary.harvest.progress import Progress
+from sae_granary.harvest.ranks.blocks import WINDOW_BITS, BlockSource, Outcome, Records
+from sae_granary.harvest.ranks.board import Board, Limits, Task
+from sae_granary.harvest.ranks.lease import Lease, Leases
+from sae_granary.harvest.ranks.plan import agree
+from sae_granary.harvest.ranks.progress import BlockProgress, Heartbeat, RankLog, SummedProgress
+from sae_granary.harvest.ranks.world import World, lease_seconds
+from sae_granary.harvest.replay.stream import Replay
+from sae_granary.harvest.spec import as_begun
+from sae_granary.harvest.text.document import skipped_counts
+from sae_granary.models.tokens.contexts import StreamState
+from sae_granary.models.tokens.document import SKIP_REASONS
+
+Say = Callable[[str], None]
+Load = Callable[[Prepared, Say], tuple[Prepared, Model]]
+Tell = Callable[[Prepared, CacheWriter], None]
+
+_JOIN = "join"
+_TRIES = 3  # at a block whose former process was taken for dead and still wrote
+
+
+class _LostError(Exception):
+    """A block is no longer ours, or no longer wanted."""
+
+
+class Worker:
+    """This process; see the module's docstring."""
+
+    def __init__(
+        self, prepared: Prepared, spec: CacheSpec, progress: Progress, stop: StopRequest, world: World
+    ) -> None:
+        self._prepared, self._stop = prepared, stop
+        self._path, self._spec = prepared.config.out_path, spec
+        self._folder = self._path / BLOCKS
+        self._leases = Leases(self._folder, lease_seconds())
+        self._records = Records(prepared.source)
+        self._deferred: dict[str, float] = {}
+        config = prepared.config
+        assert config.block_docs is not None
+        self._block_docs = config.block_docs
+        self._board = Board(self._folder, self._block_docs, Limits(config.max_tokens, config.max_docs), self._leases)
+        self._shown = SummedProgress(progress, self._board, prepared.layout.bytes_of, tells=world.tells)
+        self._log = RankLog(self._path, world)
+
+    def run(self, load: Load, tell: Tell, model: Model | None) -> bool:
+        """Take part until the cache is complete; False if it was already. Raises what a harvest raises."""
+        begun = begin_blocks(self._path, self._spec)
+        if begun.complete:
+            remove_blocks(self._path)  # of a process that was killed as it finished
+            return False
+        agree(self._path, self._prepared.config, begun, self._spec)
+        self._shown.begin()
+        try:
+            self._take_part(load, tell, model)
+            return True
+        except BaseException as error:
+            self._log.write(f"stopped: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._log.close(keep=(self._path / MANIFEST).exists())
+            with contextlib.suppress(OSError):
+                self._path.rmdir()  # where there were no rows
+
+    def _take_part(self, load: Load, tell: Tell, model: Model | None) -> None:
+        while not self._is_complete():
+            self._stop.check()
+            self._board.look()
+            task = None if self._board.ended else next(filter(self._is_free, self._board.tasks()), None)
+            if self._board.ended:
+                self._join()
+            elif task is None:
+                self._wait()
+            elif model is None:
+                located = self._prepared.located
+                self._shown.say(f"loading {located.name} ({self._prepared.compute_dtype}, {self._prepared.device})")
+                self._prepared, model = load(self._prepared, self._shown.say)
+                self._stop.defer()
+            elif lease := self._leases.claim(task.name):
+                try:
+                    self._harvest(task, lease, model, tell)
+                finally:
+                    lease.release()
+
+    def _is_complete(self) -> bool:
+        try:
+            return load_manifest(self._path).complete
+        except NotACacheError:
+            raise HarvestError(f"{self._path} was removed: another process found no rows, or somebody did") from None
+
+    def _is_free(self, task: Task) -> bool:
+        waits = self._deferred.get(task.name, 0.0) > time.monotonic()
+        return not waits and self._leases.is_free(task.name)
+
+    def _wait(self) -> None:
+        """All blocks that are left are in work elsewhere: wait for them, or for one whose process has ended."""
+        self._shown.show()
+        time.sleep(min(1.0, self._leases.seconds / 10))
+
+    def _harvest(self, task: Task, lease: Lease, model: Model, tell: Tell) -> None:
+        """Harvest a block, or continue it, and publish its outcome; nothing comes of a block that was lost."""
+        progress = BlockProgress(self._shown)
+
+        def check() -> None:
+            self._stop.check()
+            if lease.lost or self._board.is_past_end(task):
+                raise _LostError
+
+        with Heartbeat(lease, self._board, progress):
+            for left in reversed(range(_TRIES)):
+                try:
+                    outcome = self._fill(task, model, tell, progress, check)
+                    break
+                except _LostError:
+                    return
+                except CacheLockedError:  # its process has stopped renewing the lease, but not ended
+                    self._deferred[task.name] = time.monotonic() + self._leases.seconds
+                    return
+                except (ConcurrentWriteError, FileNotFoundError):
+                    lease.renew(progress.n_rows)
+                    if lease.lost or self._is_complete():
+                        return
+                    if not left:
+                        raise
+        self._publish(task, outcome)
+
+    def _fill(
+        self, task: Task, model: Model, tell: Tell, progress: BlockProgress, check: Callable[[], None]
+    ) -> Outcome:
+        start, limits = task.block * self._block_docs, task.limits or Limits(None, None)
+        prepared = replace(
+            self._prepared,
+            source=BlockSource(self._prepared.source, self._records, start + self._block_docs),
+            config=replace(self._prepared.config, max_tokens=limits.max_rows, max_docs=limits.max_docs),
+        )
+        told = {**self._spec.fingerprint, "block": task.block}
+        spec = replace(self._spec, fingerprint=told, vocabulary=None, block_docs=None)
+        begin = StreamState(next_doc=start, next_window=task.block << WINDOW_BITS)
+        with CacheWriter.open(self._folder / task.name, spec, direct=prepared.device == "cpu") as writer:
+            if not writer.complete:
+                tell(prepared, writer)
+                prepared = as_begun(prepared, writer.manifest.provenance)
+                pipeline = Pipeline(prepared, model, writer, progress, self._log, check, Replay(begin=begin))
+                pipeline.fill()
+                check()
+                summary = pipeline.summary() | {"n_records": pipeline.state.next_doc - start}
+                if writer.n_rows:
+                    writer.finish(summary)
+            else:
+                summary = dict(writer.manifest.summary or {})
+        return Outcome.of_summary(summary, task.name, limited=task.limits is not None)
+
+    def _publish(self, task: Task, outcome: Outcome) -> None:
+        new = self._folder / f".{task.name}.{secrets.token_hex(8)}"
+        write_new(new, outcome.to_bytes())
+        try:
+            link_into_place(new, self._folder / f"{task.name}.json")
+        except FileExistsError:  # by a process that was taken for dead; the same block gives the same
+            new.unlink()
+        sync_folder(self._folder)
+        self._log.write(f"block {task.block}: {outcome.n_rows:,} rows of {outcome.n_documents:,} documents")
+
+    def _join(self) -> None:
+        lease = self._leases.claim(_JOIN)
+        if lease is None:
+            self._wait()
+            return
+        try:
+            with Heartbeat(lease, self._board, None):
+                summary = self._board.summary()
+                blocks = [(block, self._folder / found.folder) for block, found in self._board.done if found.n_rows]
+                if not blocks:
+                    remove_contents(self._path, self._prepared.layout)
+                    source = self._prepared.source
+                    raise NoRowsError(source.name, skipped_counts(_skipped(summary)), source.columns)
+                join_blocks(self._path, blocks, summary)
+                remove_blocks(self._path)
+                self._log.write(f"finished: {summary['n_rows']:,} rows in {len(blocks):,} blocks")
+        finally:
+            lease.release()
+
+
+def _skipped(summary: Mapping[str, Any]) -> dict[str, int]:
+    return {reason: int(summary.get(f"skipped_{reason}", 0)) for reason in SKIP_REASONS}

@@ -1,0 +1,91 @@
+"""The processes that share a harvest: torchrun's ranks, or jobs that only share the folder of the cache."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from sae_granary.cache.errors import CacheError
+from sae_granary.cache.format.records import existing_manifest
+from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig
+
+DEFAULT_BLOCK_DOCS = 4096
+LEASE_SECONDS = "GRANARY_LEASE_SECONDS"
+_DEFAULT_LEASE = 120.0
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is. Nothing here waits for the others, or needs them to be there."""
+
+    rank: int | None  # None for a job of its own
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> World:
+        """As torchrun tells it; without torchrun a process is alone."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls(None, 1, 0)
+        return cls(_integer("RANK"), _integer("WORLD_SIZE"), _integer("LOCAL_RANK"))
+
+    @property
+    def tells(self) -> bool:
+        """Whether this process prints the progress of all."""
+        return not self.rank
+
+
+def _integer(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdigit():
+        raise ConfigError(f"the environment has {name}={text!r}: expected a number, as torchrun sets it")
+    return int(text)
+
+
+def lease_seconds() -> float:
+    """After so long without a sign of life the block of another process is taken over."""
+    text = os.environ.get(LEASE_SECONDS, str(_DEFAULT_LEASE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise ConfigError(f"the environment has {LEASE_SECONDS}={text!r}: expected seconds, 0.1 to 86400")
+    return seconds
+
+
+def in_blocks(config: HarvestConfig, world: World) -> HarvestConfig:
+    """The config with the blocks that its cache has, or that several ranks need; each rank gets a GPU.
+
+    Raises ConfigError for what cannot be divided.
+    """
+    try:
+        have = existing_manifest(config.out_path)
+    except CacheError:
+        have = None  # reported when the cache is opened
+    docs = config.block_docs
+    if docs is None and have is not None:
+        docs = have.block_docs
+    if docs is None and world.size > 1 and (have is None or not have.complete):
+        docs = DEFAULT_BLOCK_DOCS
+    if docs is None:
+        return config
+    if config.text.dataset == "-":
+        raise ConfigError("standard input cannot be divided into blocks: write the text to a file first")
+    if config.extend:
+        raise ConfigError(
+            f"{config.out_path} is harvested in blocks, and --extend continues only caches that are not: "
+            "harvest the further text to another --out"
+        )
+    return replace(config, block_docs=docs, model=replace(config.model, device=_device(config.model.device, world)))
+
+
+def _device(wanted: str, world: World) -> str:
+    """With several GPUs each local rank uses one."""
+    if world.size < 2 or wanted not in ("auto", "cuda"):
+        return wanted
+    import torch
+
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{world.local_rank % n}" if n > 1 else wanted

@@ -1,0 +1,254 @@
+"""One cache by several processes: the same bytes for any number of them, whatever happens to them on the way."""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harvest_kit import CutOff, build_model, cut_off_after
+from test_harvest_resume import assert_same_cache, contents, write_corpus
+
+from sae_granary import open_cache
+from sae_granary.cache.errors import CacheMismatchError
+from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.read.verify import verify
+from sae_granary.common.errors import ConfigError
+from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.errors import NoRowsError
+from sae_granary.harvest.ranks import world
+from sae_granary.harvest.ranks.lease import Leases
+from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HarvestConfig:
+    monkeypatch.setenv(world.LEASE_SECONDS, "1")
+    return HarvestConfig(
+        ModelConfig(str(build_model(tmp_path / "model", "bert")), device="cpu"),
+        WhereConfig(layers=(1,)),
+        TextConfig(str(write_corpus(tmp_path / "corpus.txt", 60)), documents="line"),
+        TokenConfig(ctx_len=16, batch_tokens=64),
+        tmp_path / "one",
+        rows_per_shard=512,
+        block_docs=25,
+    )
+
+
+def together(config: HarvestConfig, n: int) -> None:
+    """Harvest one cache by n workers at once: threads, which claim blocks as processes do."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            harvest_activations(config, quiet=True)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_any_number_of_workers_gives_the_same_bytes(config: HarvestConfig, pack: bool) -> None:
+    if pack:
+        model = build_model(Path(config.model.model).parent / "decoder", "llama")
+        config = replace(
+            config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True)
+        )
+    result = harvest_activations(config, quiet=True)
+    assert not result.already_complete
+    assert verify(config.out_path).ok
+    for n in (4,) if pack else (2, 3, 4):  # of three blocks
+        several = replace(config, out=config.out_path.with_name(f"by_{n}"))
+        together(several, n)
+        assert_same_cache(several.out_path, config.out_path)
+
+
+def test_the_rows_are_those_of_a_harvest_without_blocks(config: HarvestConfig) -> None:
+    harvest_activations(config, quiet=True)
+    harvest_activations(replace(config, out=config.out_path.with_name("plain"), block_docs=None), quiet=True)
+    blocks, plain = open_cache(config.out_path), open_cache(config.out_path.with_name("plain"))
+    assert (blocks.manifest.version, plain.manifest.version) == (3, 1)
+    for name in ("token_id", "doc_id", "position", "doc_position", "flags"):
+        assert np.array_equal(blocks.column(name)[:], plain.column(name)[:])
+    assert np.allclose(blocks.hook()[:], plain.hook()[:], rtol=0, atol=1e-5)
+    assert [record.block for record in blocks.records] == sorted(record.block or 0 for record in blocks.records)
+    window, block = blocks.column("window")[:], blocks.column("doc_id")[:] // 25
+    assert np.array_equal(window >> np.uint64(32), block.astype(np.uint64))
+    assert blocks.manifest.summary == plain.manifest.summary
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"max_tokens": 700},
+        pytest.param({"max_docs": 30}, marks=SLOW),
+        pytest.param({"max_tokens": 10}, marks=SLOW),
+        pytest.param({"max_tokens": 10**6}, marks=SLOW),
+    ],
+)
+def test_a_limit_ends_with_the_same_document(config: HarvestConfig, limit: dict[str, int]) -> None:
+    config = replace(config, **limit)
+    one = harvest_activations(config, quiet=True)
+    together(three := replace(config, out=config.out_path.with_name("three")), 3)
+    assert_same_cache(three.out_path, config.out_path)
+    plain = harvest_activations(replace(config, out=config.out_path.with_name("plain"), block_docs=None), quiet=True)
+    assert (one.n_rows, one.n_docs, one.ended, one.skipped) == (plain.n_rows, plain.n_docs, plain.ended, plain.skipped)
+
+
+def test_a_block_that_was_harvested_past_the_end_is_cut(config: HarvestConfig) -> None:
+    config = replace(config, max_tokens=600)  # in the second block
+    harvest_activations(config, quiet=True)
+    other = replace(config, out=config.out_path.with_name("other"))
+    with pytest.raises(CutOff), cut_off_after(2):
+        harvest_activations(other, quiet=True)
+    leases = Leases(other.out_path / BLOCKS, 60)
+    held = leases.claim("00000000.cut")  # so that the second block is taken before it is known how far it goes
+    assert held is not None
+    thread = threading.Thread(target=lambda: harvest_activations(other, quiet=True))
+    thread.start()
+    while not (other.out_path / BLOCKS / "00000001.json").exists():
+        assert thread.is_alive()
+    held.release()
+    thread.join()
+    assert_same_cache(other.out_path, config.out_path)
+
+
+@pytest.mark.parametrize("n_batches", [1, 16, *(pytest.param(n, marks=SLOW) for n in (4, 9, 20, 23))])
+def test_a_crash_leaves_no_trace_whoever_continues(config: HarvestConfig, n_batches: int) -> None:
+    harvest_activations(config, quiet=True)
+    other = replace(config, out=config.out_path.with_name("other"))
+    with pytest.raises(CutOff), cut_off_after(n_batches):
+        harvest_activations(other, quiet=True)
+    together(replace(other, block_docs=None), 2)  # the cache knows its blocks
+    assert_same_cache(other.out_path, config.out_path)
+    before = contents(other.out_path)
+    assert harvest_activations(other, quiet=True).already_complete
+    assert contents(other.out_path) == before
+
+
+def test_without_locks_the_bytes_are_the_same(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    harvest_activations(config, quiet=True)
+    monkeypatch.setattr("sae_granary.common.lock.FolderLock.acquire", lambda self: None)
+    together(several := replace(config, out=config.out_path.with_name("several")), 3)
+    assert_same_cache(several.out_path, config.out_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda c: replace(c, where=WhereConfig(layers=(2,))), "hook_points"),
+        (lambda c: replace(c, tokens=replace(c.tokens, ctx_len=12)), "ctx_len"),
+        (lambda c: replace(c, block_docs=26), "block_docs"),
+        (lambda c: replace(c, max_tokens=100), "max_tokens"),
+    ],
+)
+def test_workers_that_disagree_stop_with_the_field(
+    config: HarvestConfig, change: Callable[[HarvestConfig], HarvestConfig], field: str
+) -> None:
+    with pytest.raises(CutOff), cut_off_after(1):
+        harvest_activations(config, quiet=True)
+    with pytest.raises(CacheMismatchError) as error:
+        harvest_activations(change(config), quiet=True)
+    assert list(error.value.differences) == [field]
+
+
+def test_workers_of_other_versions_stop_with_the_library(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CutOff), cut_off_after(1):
+        harvest_activations(config, quiet=True)
+    monkeypatch.setattr("sae_granary.harvest.spec.version", lambda name: "0.1")
+    with pytest.raises(CacheMismatchError, match=r"torch: the cache has '2.*', this command wants '0\.1'"):
+        harvest_activations(config, quiet=True)
+
+
+def test_what_cannot_be_divided_is_refused(config: HarvestConfig) -> None:
+    with pytest.raises(ConfigError, match="standard input cannot be divided"):
+        harvest_activations(replace(config, text=TextConfig("-")), quiet=True)
+    with pytest.raises(ConfigError, match="--extend continues only caches that are not"):
+        harvest_activations(replace(config, extend=True), quiet=True)
+    with pytest.raises(ValueError, match="block_docs is 25 with dtype int8"):
+        harvest_activations(replace(config, dtype="int8"), quiet=True)
+    assert not config.out_path.exists()
+
+
+def test_text_without_rows_leaves_nothing(config: HarvestConfig) -> None:
+    Path(config.text.dataset).write_text("\n\n \n")
+    with pytest.raises(NoRowsError, match="3 empty"):
+        harvest_activations(config, quiet=True)
+    assert not config.out_path.exists()
+
+
+def test_one_rank_of_many_needs_no_other(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "192.0.2.1")):
+        monkeypatch.setenv(name, value)
+    result = harvest_activations(replace(config, block_docs=None), quiet=True)
+    assert open_cache(config.out_path).manifest.block_docs == world.DEFAULT_BLOCK_DOCS
+    assert result.ended == "source"
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_is_taken_over_when_its_holder_is_silent(tmp_path: Path) -> None:
+    clock = Clock()
+    mine, other = Leases(tmp_path, 10), Leases(tmp_path, 10, clock)
+    held = mine.claim("a")
+    assert held is not None
+    assert other.claim("a") is None
+    for now in (9, 18, 27):  # it is renewed in time
+        clock.now = now
+        held.renew(5)
+        assert other.claim("a") is None
+    assert other.n_rows("a") == 5
+    clock.now = 38
+    taken = other.claim("a")
+    assert taken is not None
+    held.renew(6)
+    assert held.lost
+    assert not taken.lost
+    assert mine.claim("a") is None
+    taken.release()
+    assert (mine.claim("a") is None, mine.claim("b") is None) == (False, False)
+
+
+def test_a_lease_of_a_dead_process_is_free_at_once_on_its_host_only(tmp_path: Path) -> None:
+    if (pid := os.fork()) == 0:
+        Leases(tmp_path, 1000).claim("a")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    there = tmp_path / "a.0.lease"
+    content = there.read_bytes()
+    there.write_bytes(content.replace(b'"host": "', b'"host": "other-'))
+    assert Leases(tmp_path, 1000).claim("a") is None
+    there.write_bytes(content)
+    assert Leases(tmp_path, 1000).claim("a") is not None
+    assert Leases(tmp_path, 1000).claim("a") is None
+
+
+def test_of_many_claims_one_succeeds(tmp_path: Path) -> None:
+    first = Leases(tmp_path, 10).claim("a")
+    assert first is not None
+    first.release()
+    observers = [Leases(tmp_path, 10) for _ in range(8)]
+    assert all(leases.is_free("a") for leases in observers)
+    assert sum(leases.claim("a") is not None for leases in observers) == 1
+    (tmp_path / "b.0.lease").write_bytes(b"")  # a holder that has not written yet
+    assert not Leases(tmp_path, 10).is_free("b")

@@ -42,6 +42,7 @@ def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = F
         from sae_granary.common.process import keep_freed_memory
         from sae_granary.common.signals import explain_bus_errors, stop_on_signals
         from sae_granary.harvest.progress import print_table, summary_rows
+        from sae_granary.harvest.ranks.world import World
         from sae_granary.harvest.run import harvest_activations
         from sae_granary.harvest.settings.make import make_config, merged
 
@@ -52,6 +53,8 @@ def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = F
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
             result = harvest_activations(config, quiet=quiet, stop=stop)
+        if not World.of_environment().tells:  # another rank prints for all
+            return
         if record_user and not result.already_complete:
             add_user(result.path)
         unknown = f" ({result.not_recorded} not recorded)" if result.not_recorded else ""

@@ -25,6 +25,7 @@ from sae_granary.sae_core.losses import LossScale
 from sae_granary.sae_core.normalize import Affine, Normalizer, moments
 from sae_granary.sae_core.options import Progress, SharedConfig
 from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
 
@@ -39,6 +40,8 @@ class SAE(nn.Module):
     linear_paths: ClassVar[tuple[str, ...]] = ()  # parameters (D, D_out) from the encoder's input past the codes
     unclipped: ClassVar[tuple[str, ...]] = ()  # parameters whose gradients a global clip neither counts nor scales
     unit_decoder: bool = False  # rows of W_dec kept at unit norm
+    splits_batches: ClassVar[bool] = True  # losses are means over rows, so that ranks may share a batch
+    ranks: Alone = ALONE  # those that this SAE shares its batches with, in training
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
     recommended: ClassVar[Mapping[str, Any]] = {}  # trainer settings that suit the variant better than the defaults
@@ -174,15 +177,9 @@ class SAE(nn.Module):
         activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon = self.complete(recon, source)
-        return SAEOutput(
-            x_hat=source.undo(recon),
-            x=source.reference,
-            codes=activation.codes,
-            recon=recon,
-            source=source,
-            pre_acts=activation.pre_acts,
-            extras={**source.extras, **activation.extras, **extras},
-        )
+        extras = {**source.extras, **activation.extras, **extras}
+        x_hat, codes, pre_acts = source.undo(recon), activation.codes, activation.pre_acts
+        return SAEOutput(x_hat, source.reference, codes, recon, source, pre_acts, extras)
 
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D); of one row (D,) or sequences (..., D) as of all their rows in order."""
@@ -230,8 +227,9 @@ class SAE(nn.Module):
     @torch.no_grad()
     def track(self, out: SAEOutput) -> None:
         """Update counters (steps since each latent fired, thresholds) that training and resuming need."""
-        self.num_tokens_since_fired += out.codes.shape[0]
-        self.num_tokens_since_fired.masked_fill_(out.codes.fired() > 0, 0)
+        fired, (n_rows,) = self.ranks.total(out.codes.fired(), out.codes.shape[0])
+        self.num_tokens_since_fired += n_rows
+        self.num_tokens_since_fired.masked_fill_(fired > 0, 0)
 
     @torch.no_grad()
     def project_gradients(self) -> None:

@@ -16,6 +16,7 @@ from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
 from sae_granary.sae_core.kernels.deferred import host_waits, known_count
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +82,21 @@ def dead_latents(sae: Any) -> Tensor:
 
 
 def auxk_loss(
-    error: Tensor, pre_acts: PreActs, weights: Dictionary, latents: Tensor, k_aux: int, *, signed: bool = False
+    error: Tensor,
+    pre_acts: PreActs,
+    weights: Dictionary,
+    latents: Tensor,
+    k_aux: int,
+    *,
+    signed: bool = False,
+    ranks: Alone = ALONE,
 ) -> Tensor:
     """AuxK (arXiv 2406.04093, appendix A.2): |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
     magnitudes, and no ReLU) reconstruct the error (N, D_out), given without gradients, without a bias.
-    pre_acts (N, F) of the SAE's rows; latents (A,) the dead ones, at least one.
+    pre_acts (N, F) of the SAE's rows; latents (A,) the dead ones, at least one. The variance is that of the rows of all
+    ranks.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
     n_dead = int(latents.numel())
@@ -97,10 +106,18 @@ def auxk_loss(
     acts = acts if signed else torch.relu(acts)
     codes = Codes(acts if chosen.mask is None else acts * chosen.mask, chosen.kept.pattern)
     squared = (error - decode(codes, own.W_dec)).square().sum(-1).mean()
-    variance = (error - error.mean(0)).square().sum(-1).mean()
+    variance = _variance(error, ranks)
     # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.
     per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)
     return squared * per_variance * min(n_dead / k_aux, 1.0)
+
+
+def _variance(error: Tensor, ranks: Alone) -> Tensor:
+    if ranks.n == 1:
+        return (error - error.mean(0)).square().sum(-1).mean()
+    sums = ranks.sum(torch.cat([error.sum(0), error.new_tensor([len(error)])]))
+    n_rows = sums[-1]
+    return ranks.sum((error - sums[:-1] / n_rows).square().sum()) / n_rows
 
 
 class _Chosen(NamedTuple):

@@ -3,12 +3,15 @@
 Shapes: N rows, D width, F = d_sae latents.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from sae_granary.common.device import float64
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.normalize import NO_VARIANCE
+from sae_granary.sae_core.ranks.reduce import Alone
 
 DEAD_THRESHOLD = 0.0005  # firing rate under which a latent counts as rare
 
@@ -54,6 +57,21 @@ class Evaluator:
         self._scatter += float((x - mean).square().sum()) + float(delta.square().sum()) * self.n_rows * n / total
         self._mean += delta * (n / total)
         self.n_rows = total
+
+    def of_all(self, ranks: Alone) -> Evaluator:
+        """The metrics of the rows of all ranks; of one process this object."""
+        if ranks.n == 1:
+            return self
+        merged = Evaluator(self.d_in, self.d_sae, self.dead_threshold)
+        own = (self.n_rows, self.n_active, self._squares, self._squared_error, self._cosine, self._l2_ratio)
+        n_rows, n_active, *sums = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        merged.n_rows, merged.n_active = int(n_rows), int(n_active)
+        merged._squares, merged._squared_error, merged._cosine, merged._l2_ratio = sums
+        merged._mean = ranks.sum(self._mean * self.n_rows) / max(n_rows, 1)
+        scatter = self._scatter + self.n_rows * (self._mean - merged._mean).square().sum()
+        merged._scatter = float(ranks.sum(scatter.reshape(1)))
+        merged.fired = ranks.sum(self.fired.clone())
+        return merged
 
     def densities(self) -> Tensor:
         """(F,) float64 firing rate of each latent."""

@@ -6,6 +6,7 @@ TrainError(GranaryError)
 ├── DivergedError(TrainError, ArithmeticError) steps keep failing with NaN or Inf
 ├── FilesDifferError(TrainError, ValueError)   the files of a finished run give another SAE than was trained
 ├── ShortageError(TrainError, OSError)         the disk is full, or no more files may be opened
+├── RankError(TrainError, ConnectionError)      another rank of the training is missing, failed or gone
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
 
 Settings that are unknown, of the wrong type or out of range are a `ConfigError` of `sae_granary.common.errors`.
@@ -44,6 +45,10 @@ class FilesDifferError(TrainError, ValueError):
 
 class ShortageError(TrainError, OSError):
     """The disk is full, or no more files may be opened; what was saved stays valid."""
+
+
+class RankError(TrainError, ConnectionError):
+    """Another rank of the training did not come, failed, or stopped answering; what was saved stays valid."""
 
 
 @contextmanager

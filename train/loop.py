@@ -19,6 +19,7 @@ from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
 from sae_granary.train.optim.gradients import clipped, global_norm
 from sae_granary.train.optim.optimizers import set_lr
+from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import StepInput, Terms
 
@@ -52,7 +53,7 @@ def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResu
     """
     result = _update(run, batch, measure=measure)
     run.step += 1
-    run.tokens += batch.n_rows
+    run.tokens += batch.n_total
     run.rejected += not result.accepted
     if result.accepted and run.ema is not None:
         run.ema.update(run.sae)
@@ -82,11 +83,11 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     sae.after_step()
     if measured is None:
         return StepResult(True, grad_norm=gradients.norm)
-    totals = {name: float(value) for name, value in gradients.losses.items()}
-    metrics, fired = measured.evaluator.result(), measured.evaluator.fired
-    return StepResult(
-        True, totals, gradients.norm, metrics, measured.details, grad_norms, fired, measured.evaluator.n_rows
-    )
+    totals = sum_numbers({name: float(value) for name, value in gradients.losses.items()}, sae.ranks)
+    share = measured.evaluator.n_rows / batch.n_total
+    details, evaluator = sum_numbers(measured.details, sae.ranks, share), measured.evaluator.of_all(sae.ranks)
+    metrics, fired, n_rows = evaluator.result(), evaluator.fired, evaluator.n_rows
+    return StepResult(True, totals, gradients.norm, metrics, details, grad_norms, fired, n_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,7 @@ def _gradients(
         losses = _accumulate(run, batch, progress, measured)
     if losses is None:
         return None
+    sum_gradients(sae, sae.ranks)
     sae.project_gradients()
     together = clipped(sae)
     norm = global_norm(p.grad for p in together if p.grad is not None)
@@ -127,6 +129,7 @@ def _gradients(
     clip = math.inf if run.config.grad_clip is None else run.config.grad_clip
     held, fits, (norm_read, exceeds_clip, n_dead) = deferred.read(norm, in_units > clip, sae.dead_mask.sum())
     deferred.remember_count("dead", sae.core.num_tokens_since_fired, int(n_dead))
+    fits = sae.ranks.all(fits)
     return _Gradients(losses, measured, held, fits, norm_read, in_units, bool(exceeds_clip))
 
 
@@ -154,14 +157,14 @@ def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measu
     sae, failed = run.sae, run.deferred.failed
     sums: dict[str, Tensor] = {}
     for part in batch.split(run.config.grad_acc_steps):
-        if failed(part.is_sound()):
+        if failed(sae.ranks.every(part.is_sound())):
             return None
-        share = part.n_rows / batch.n_rows
+        share = part.n_rows / batch.n_total
         with autocast(part.device, run.config.compute_dtype):
             terms = part.terms(sae, progress)
             losses = {name: value * share for name, value in terms.losses.items()}
         total = torch.stack(list(losses.values())).sum()
-        if failed(torch.isfinite(total)):
+        if failed(sae.ranks.every(torch.isfinite(total))):
             return None
         total.backward()  # type: ignore[no-untyped-call]
         sae.track(terms.out)

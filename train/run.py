@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.finished_run import RECORD, SUMMARY, is_complete, read_summary
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import AnyCallback, Callbacks
-from sae_granary.train.config.merge import differing, make_config
+from sae_granary.train.config.merge import differing, make_config, to_sections
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.language import check_language_model
@@ -24,10 +25,13 @@ from sae_granary.train.folders import check_name, claim_folder, exclusive, read_
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity, needed_disk
 from sae_granary.train.open_trainer import open_trainer
+from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.sinks.registry import open_sinks
 from sae_granary.train.sinks.sink import Sink, Sinks
 from sae_granary.train.state.checkpoint import check_identity
-from sae_granary.train.trainer import Result
+from sae_granary.train.trainer import Result, Trainer
+
+Begun = tuple[RunData, Path] | Result  # a run to train, or the result of one that is complete
 
 
 def train_sae(
@@ -56,19 +60,26 @@ def train_sae(
     """
     _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
+    begin = partial(_begin, config, overwrite=overwrite, resume=resume, verify=verify)
+    given = {key: value for values in to_sections(config).values() for key, value in values.items()}
+    return _train(begin, given, config.device, sinks, callbacks, stop)
+
+
+def _begin(
+    config: TrainConfig, check: Callable[[TrainConfig], None], *, overwrite: bool, resume: str, verify: bool
+) -> Begun:
+    """Start a run, or find the one that is there; `check` sees the resolved settings before anything is written."""
     data = RunData.open(config)
+    check(data.config)
     if resume == "auto" and (begun := _begun(config, data)) is not None:
-        if isinstance(begun, Result):
-            return begun
-        if verify:
+        if verify and not isinstance(begun, Result):
             verify_files([begun[0]])
-        return _train(*begun, sinks, Callbacks(callbacks), stop)
+        return begun
     check_language_model(data)
     check_capacity(data.config)
     if verify:
         verify_files([data])
-    folder = claim_folder(data.config, overwrite=overwrite)
-    return _train(data, folder, sinks, Callbacks(callbacks), stop)
+    return data, claim_folder(data.config, overwrite=overwrite)
 
 
 def _check_resume(resume: str, overwrite: bool) -> None:
@@ -78,7 +89,7 @@ def _check_resume(resume: str, overwrite: bool) -> None:
         raise ConfigError("--resume auto continues a run, --overwrite starts it anew every time: give one of them")
 
 
-def _begun(config: TrainConfig, found: RunData) -> tuple[RunData, Path] | Result | None:
+def _begun(config: TrainConfig, found: RunData) -> Begun | None:
     """A run of the same config: a function that continues it, or its result; None if there is none.
 
     Its cache may have moved. Raises RunExistsError for a run of another config, CheckpointError for one of another
@@ -128,17 +139,43 @@ def resume_training(
     Raises NotARunError, CheckpointError (damaged, or another cache), RunExistsError (already complete).
     """
     folder = Path(folder)
-    config, record = read_run(folder)
-    if is_complete(folder):
-        raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-    config = replace(config, cache=find_cache(config.cache, record, folder, cache), lm=lm or config.lm)
-    return _train(RunData.reopen(config, record), folder, sinks, Callbacks(callbacks), stop)
+
+    def begin(check: Callable[[TrainConfig], None]) -> Begun:
+        config, record = read_run(folder)
+        if is_complete(folder):
+            raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
+        config = replace(config, cache=find_cache(config.cache, record, folder, cache), lm=lm or config.lm)
+        check(config)
+        return RunData.reopen(config, record), folder
+
+    given = {"folder": folder, "cache": cache, "lm": lm}
+    return _train(begin, given, read_run(folder)[0].device, sinks, callbacks, stop)
 
 
 def _train(
-    data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Callbacks, stop: StopRequest | None
+    begin: Callable[[Callable[[TrainConfig], None]], Begun],
+    given: Mapping[str, Any],
+    device: str,
+    sinks: Sequence[Sink],
+    callbacks: Sequence[AnyCallback],
+    stop: StopRequest | None,
 ) -> Result:
-    """Train a run from its current step to its result."""
+    """Train a run from its current step to its result, with the other ranks if torchrun started several."""
+    open_run = partial(_opened, extra=sinks, callbacks=callbacks)
+    if (place := place_of_process()) is not None:
+        from sae_granary.train.ranks.run import train_on_ranks  # torch.distributed
+
+        return train_on_ranks(place, begin, open_run, given, device, stop)
+    begun = begin(lambda config: None)
+    if isinstance(begun, Result):
+        return begun
+    with open_run(*begun) as trainer:
+        return train_together([trainer], StopRequest() if stop is None else stop)[trainer]
+
+
+@contextmanager
+def _opened(data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Sequence[AnyCallback]) -> Iterator[Trainer]:
+    """The trainer of a run's folder, which is held until the block ends."""
     with ExitStack() as stack:
         stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))
         stack.enter_context(exclusive(folder))
@@ -148,8 +185,7 @@ def _train(
             stack.callback(sinks.close)
             return sinks
 
-        trainer = open_trainer(data, folder, make_sinks, callbacks=callbacks)
-        return train_together([trainer], StopRequest() if stop is None else stop)[trainer]
+        yield open_trainer(data, folder, make_sinks, callbacks=Callbacks(callbacks))
 
 
 def _replace(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:

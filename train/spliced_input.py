@@ -38,6 +38,11 @@ class SplicedInput:
         return self.contexts.n_rows
 
     @property
+    def n_total(self) -> int:
+        """Kept tokens: ranks do not share them."""
+        return self.n_rows
+
+    @property
     def device(self) -> torch.device:
         """The model's."""
         return self.model.device

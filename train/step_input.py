@@ -5,7 +5,7 @@ Shapes: N rows, D = d_in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -36,6 +36,10 @@ class StepInput(Protocol):
         """Number of rows that the SAE reads."""
 
     @property
+    def n_total(self) -> int:
+        """Number of rows of the batch that this is, or is a rank's part of."""
+
+    @property
     def device(self) -> torch.device:
         """Device of the rows."""
 
@@ -55,11 +59,18 @@ class RowInput:
 
     rows: Rows
     limits: Mapping[str, float] = field(default_factory=dict)  # by name of rows: no harvested value is larger
+    sizes: Sequence[int] | None = None  # of the micro-batches of a rank's part; None: equal ones
+    n_shared: int = 0  # number of rows of the batch that ranks share
 
     @property
     def n_rows(self) -> int:
         """N."""
         return len(next(iter(self.rows.values())))
+
+    @property
+    def n_total(self) -> int:
+        """N, or that of the batch that ranks share."""
+        return self.n_rows if self.sizes is None else self.n_shared
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +79,11 @@ class RowInput:
 
     def split(self, n_parts: int) -> Iterator[RowInput]:
         """Split into equal parts."""
-        chunks = zip(*(rows.chunk(n_parts) for rows in self.rows.values()), strict=True)
+        sizes = self.sizes
+        chunks = zip(
+            *(rows.chunk(n_parts) if sizes is None else torch.split(rows, list(sizes)) for rows in self.rows.values()),
+            strict=True,
+        )
         yield from (RowInput(dict(zip(self.rows, parts, strict=True)), self.limits) for parts in chunks)
 
     def is_sound(self) -> Tensor:

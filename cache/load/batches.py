@@ -34,6 +34,36 @@ class LoaderState:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Part `index` of `n` of every batch: contiguous rows, whose numbers differ by one row at most.
+
+    A batch that is trained on in `pieces` (micro-batches) is divided piece by piece, so that each piece has rows in
+    every part. Which rows are in a batch, and their order, does not depend on n.
+    """
+
+    index: int = 0
+    n: int = 1
+    pieces: int = 1
+
+    def ranges(self, n_rows: int) -> list[tuple[int, int]]:
+        """Start and end of this part's rows in each piece of a batch of n rows; pieces are those of `Tensor.chunk`."""
+        if self.n == 1:
+            return [(0, n_rows)]
+        size = -(-n_rows // self.pieces)
+        starts = range(0, n_rows, size)
+        lengths = [min(size, n_rows - start) for start in starts]
+        pieces = zip(starts, lengths, strict=True)
+        return [(start + k * self.index // self.n, start + k * (self.index + 1) // self.n) for start, k in pieces]
+
+    def sizes(self, n_rows: int) -> list[int]:
+        """How many rows this part has in each piece of a batch of n rows."""
+        return [end - start for start, end in self.ranges(n_rows)]
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class Batch:
     """B rows on the device, and the state after them."""
 
@@ -62,9 +92,10 @@ class _Begun:
 
 
 def deliver(
-    source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None
+    source: PoolSource, state: LoaderState, batch_size: int, epochs: int | None, share: Share = WHOLE
 ) -> Generator[Batch, None, None]:
-    """Batches from a state on, as they are stored, decoded where that is codes, by hook point."""
+    """A share of the batches from a state on, as they are stored, decoded where that is codes, by hook point."""
+    ranges = share.ranges(batch_size)
     on_host = not is_staged(source.device)
     planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
     with _copy_threads(source.device) as threads, closing(Prefetch(planned, depth=1)) as pools:
@@ -73,7 +104,8 @@ def deliver(
             taken = source.take(pool, lo, hi)
             return threads.submit(taken).result if on_host else taken
 
-        yield from _in_order(_cut(pools, state, batch_size, source.order.n_rows, begin), BATCHES_AHEAD * on_host)
+        begun = _cut(pools, state, batch_size, source.order.n_rows, begin, ranges)
+        yield from _in_order(begun, BATCHES_AHEAD * on_host)
 
 
 @contextmanager
@@ -92,8 +124,9 @@ def _cut(
     batch_size: int,
     n_rows: int,
     begin: Callable[[Pool, int, int], Callable[[], Taken]],
+    ranges: Sequence[tuple[int, int]],
 ) -> Iterator[_Begun]:
-    """Batches of the survivors of consecutive pools; `n_rows` is the length of an epoch."""
+    """The rows in `ranges` of batches of the survivors of consecutive pools; `n_rows` is the length of an epoch."""
     pool: Pool | None = None
     taken = 0  # survivors of the pool that were handed out
     while True:
@@ -106,14 +139,16 @@ def _cut(
                     break
                 taken = pool.survivors_before(state.cursor if pool.epoch == state.epoch else 0)
             n = min(missing, len(pool.order) - taken)
-            if n:
-                pieces.append(begin(pool, taken, taken + n))
+            offset = taken - (batch_size - missing)  # from a place in the batch to one among the pool's survivors
+            for lo, hi in ranges:
+                if (first := max(lo + offset, taken)) < (end := min(hi + offset, taken + n)):
+                    pieces.append(begin(pool, first, end))
             taken, missing = taken + n, missing - n
             if taken < len(pool.order):
                 state = LoaderState(state.seed, pool.epoch, pool.cursor_after(taken))
                 continue
-            end = pool.start + pool.n_rows
-            state = LoaderState(state.seed, pool.epoch + (end == n_rows), 0 if end == n_rows else end)
+            stop = pool.start + pool.n_rows
+            state = LoaderState(state.seed, pool.epoch + (stop == n_rows), 0 if stop == n_rows else stop)
             pool.rows.release()
             pool = None
         if not pieces:

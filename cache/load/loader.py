@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.load.batches import Batch, LoaderState, deliver
+from sae_granary.cache.load.batches import WHOLE, Batch, LoaderState, Share, deliver
 from sae_granary.cache.load.order import Order, Shuffle, plan_order
 from sae_granary.cache.load.pools import PREVIOUS, PoolSource
 from sae_granary.cache.load.selection import TRAIN_ROWS, Counts, Filters, Part, Selection, account
@@ -27,7 +27,7 @@ from sae_granary.cache.load.selection import TRAIN_ROWS, Counts, Filters, Part, 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
 
-__all__ = ["PREVIOUS", "Batch", "Loader", "LoaderState", "Selection", "Shuffle"]
+__all__ = ["PREVIOUS", "WHOLE", "Batch", "Loader", "LoaderState", "Selection", "Share", "Shuffle"]
 
 SHUFFLED = Shuffle()
 COUNTED_ROWS = 2**24  # of a larger cache a loader does not count every row before its first batch
@@ -39,7 +39,8 @@ class Loader:
     `state` is where the next batch starts: a new Loader with the same arguments and that state continues exactly.
     With `previous` a batch also holds the row before each row, under the hook point's name and "@-1"; contexts never
     cross shards, so it is in the same shard. A planned `Order` may be one of other hook points: one loader can
-    deliver to several readers, each in the order that it has alone.
+    deliver to several readers, each in the order that it has alone. With a `share` each batch holds that part of its
+    rows; batches and states are those of the whole.
     """
 
     def __init__(
@@ -57,10 +58,14 @@ class Loader:
         with_rows: bool = False,
         previous: bool = False,
         counts: Counts | None = None,
+        share: Share = WHOLE,
     ) -> None:
         self.hooks = resolve_hooks(cache, hooks)
         self.single = (isinstance(hooks, str) or (hooks is None and len(self.hooks) == 1)) and not previous
         self.batch_size, self.device, self.dtype, self.epochs = batch_size, torch.device(device), dtype, epochs
+        if share.n > 1 and epochs is not None:
+            raise SelectionError(f"epochs is {epochs}: parts of batches are for endless loaders, expected None")
+        self._share = share
         selection = selection.resolve(cache)
         self._cache, self.selection = cache, selection
         if counts is None:  # of a large cache no more than tells whether there is a batch
@@ -106,7 +111,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = deliver(self._source, self.state, self.batch_size, self.epochs)
+            self._batches = deliver(self._source, self.state, self.batch_size, self.epochs, self._share)
             self._finalizer = weakref.finalize(self, self._batches.close)
         try:
             drawn = next(self._batches)

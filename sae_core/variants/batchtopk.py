@@ -11,13 +11,17 @@ from sae_granary.sae_core.data import Inputs, SAEOutput
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.latents import BatchThreshold, PerLatent, SharedThreshold
 from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.ranks.select import batch_topk
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.topk import TopKSAE
 
 
 @register("batchtopk")
 class BatchTopKSAE(TopKSAE):
-    """k per row on average over the micro-batch; inference keeps what exceeds one threshold, as a JumpReLU."""
+    """k per row on average over the micro-batch; inference keeps what exceeds one threshold, as a JumpReLU.
+
+    Where ranks share the batches, the micro-batch is that of all ranks: `ranks.select`.
+    """
 
     latents: ClassVar[Mapping[str, PerLatent]] = {**TopKSAE.latents, "threshold": SharedThreshold()}
 
@@ -30,16 +34,19 @@ class BatchTopKSAE(TopKSAE):
 
     def select(self, pre_acts: PreActs, k: int) -> Codes:
         """The batch's largest in training; in inference, all that exceed the threshold."""
-        return pre_acts.batch_topk(k) if self.training else pre_acts.above(float(self.threshold.value))
+        if self.training:
+            return batch_topk(pre_acts, k, self.ranks)
+        return pre_acts.above(float(self.threshold.value))
 
     def track(self, out: SAEOutput) -> None:
         """Update dead counters and the threshold's EMA."""
         super().track(out)
-        self.threshold.update(out.codes.values.detach())
+        self.threshold.update(self.ranks.least(out.codes.values.detach()))
 
     def monitor(self, out: SAEOutput) -> dict[str, float]:
         """The inference threshold, and the number of rows of the last selection (a micro-batch)."""
-        return {"threshold": float(self.threshold.value), "selection_rows": float(out.codes.shape[0])}
+        n_rows = self.ranks.sum(torch.tensor(float(out.codes.shape[0])))
+        return {"threshold": float(self.threshold.value), "selection_rows": float(n_rows)}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:

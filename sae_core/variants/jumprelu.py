@@ -121,7 +121,7 @@ class JumpReLUSAE(SAE):
         if self.recipe.relative and self.config.auxk_coef > 0 and len(dead := dead_latents(self)):
             error = (out.source.target - out.recon).detach()
             weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
-            auxk = auxk_loss(error, out.pre_acts, weights, dead, max(1, self.d_out // 2))
+            auxk = auxk_loss(error, out.pre_acts, weights, dead, max(1, self.d_out // 2), ranks=self.ranks)
             terms["auxk"] = self.config.auxk_coef * auxk * self.loss_scale.fvu_unit
         return terms
 
@@ -162,7 +162,7 @@ class JumpReLUSAE(SAE):
         total = steps.sum()
         if "n_silent" in out.extras:
             total = total + (out.extras["n_silent"] * self._silent(slope)).sum()
-        l0 = total / out.codes.shape[0]
+        l0 = self.ranks.mean(total / out.codes.shape[0], out.codes.shape[0])
         return (l0 / self.config.l0_target - 1).square() if self.recipe.penalty == "l0_target" else l0
 
     def _dead_penalty(self, out: SAEOutput, latents: Tensor, norms: Tensor) -> Tensor:
@@ -190,9 +190,10 @@ class JumpReLUSAE(SAE):
             return
         p, pattern, width = out.extras["p"].detach(), out.codes.pattern, self._width(out.codes.pattern)
         near = (p - per_entry(self.theta, pattern)).abs() < width / 2
-        counts = pattern.count(near)
-        n_active = (out.codes.values != 0).sum()
-        self._controlled.count(counts + out.extras.get("n_silent", 0), n_active, pattern.n_rows)
+        counts = pattern.count(near) + out.extras.get("n_silent", 0)
+        n_active, n_rows = (out.codes.values != 0).sum(), pattern.n_rows
+        counts, numbers = self.ranks.total(counts, n_active, n_rows)
+        self._controlled.count(counts, *numbers)
 
     @torch.no_grad()
     def project_gradients(self) -> None:

@@ -62,7 +62,7 @@ class ControlledThreshold(LogThreshold):
         self.register_buffer("n_active", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("n_rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def count(self, in_window: Tensor, n_active: Tensor, n_rows: int) -> None:
+    def count(self, in_window: Tensor, n_active: int | Tensor, n_rows: int | Tensor) -> None:
         """Add a micro-batch: entries in each latent's window (F,), entries above their threshold, number of rows."""
         self.in_window += in_window
         self.n_active += n_active

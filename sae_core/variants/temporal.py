@@ -25,6 +25,7 @@ class TemporalSAE(MatryoshkaSAE):
     """
 
     reads = Reads(previous=True)
+    splits_batches = False  # each row is compared with the others of its batch
 
     @dataclass(frozen=True)
     class Config(MatryoshkaSAE.Config):

@@ -87,7 +87,7 @@ class TopKSAE(SAE):
             error = (out.source.target - out.recon).detach()
             weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
             k_aux = self.config.k_aux or max(1, self.d_out // 2)
-            auxk = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes)
+            auxk = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes, ranks=self.ranks)
             terms["auxk"] = self.config.auxk_coef * auxk * scale.fvu_unit
         if self.config.multi_topk:
             k = min(4 * self.k, self.config.d_sae)

@@ -11,6 +11,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.shared_flags import NO_CACHE
 from sae_granary.train.config.flags import Given
+from sae_granary.train.ranks.place import place_of_process
 
 
 def train_given(
@@ -63,10 +64,14 @@ def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     from sae_granary.train.sinks.console_sink import ConsoleSink
 
     explain_bus_errors(truncated_shards)
+    place = place_of_process()
+    follows = place is not None and not place.leads
+    quiet = quiet or follows  # rank 0 reports
     console = ConsoleSink()
     lines = nullcontext() if quiet else shown(console.message)
     with tuned_process(device), stop_on_signals(at_once=True) as stop, lines:
         result = start(sinks=[] if quiet else [console], stop=stop)
-    show_results([result.summary])
-    echo(f"{result.folder}")
+    if not follows:
+        show_results([result.summary])
+        echo(f"{result.folder}")
     return result

@@ -6,12 +6,13 @@ Every pass skips damaged rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sae_granary.cache.errors import CorruptCacheError
-from sae_granary.cache.load.loader import Batch, Loader, LoaderState
+from sae_granary.cache.load.loader import WHOLE, Batch, Loader, LoaderState
 from sae_granary.cache.load.selection import Part
 from sae_granary.common.device import float64
 from sae_granary.sae_core import Rows
@@ -54,7 +55,7 @@ def validation(data: RunData) -> Iterator[Rows]:
 
 def upcoming(data: RunData, state: LoaderState, n_rows: int) -> Iterator[Rows]:
     """Training rows from a loader state on, in batches; the training stream itself does not advance."""
-    with open_stream([data], state) as loader:
+    with open_stream([replace(data, share=WHOLE)], state) as loader:
         for batch in _take_rows(loader, n_rows):
             yield sound_rows(data, batch)
 

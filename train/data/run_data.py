@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from sae_granary import sae_core
-from sae_granary.cache.load.loader import PREVIOUS, order_of
+from sae_granary.cache.load.loader import PREVIOUS, WHOLE, Share, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Counts, Part
@@ -34,6 +34,7 @@ class RunData:
     cache: Cache
     config: TrainConfig
     counts: Counts
+    share: Share = WHOLE  # of every training batch, where ranks share them
 
     @classmethod
     def open(cls, config: TrainConfig, opened: Cache | None = None, known: dict[Any, Counts] | None = None) -> RunData:

@@ -28,6 +28,7 @@ def open_stream(runs: Sequence[RunData], state: LoaderState | None = None) -> Lo
         previous=first.reads_previous,
         counts=first.counts,
         order=first.order,
+        share=first.share,
     )
 
 
@@ -71,7 +72,8 @@ def step_input(data: RunData, batch: Batch | Contexts) -> RowInput | SplicedInpu
     """A run's step input from a batch of its stream."""
     if isinstance(batch, Batch):
         assert isinstance(batch.x, dict)
-        return RowInput(data.inputs(batch.x), data.limits)
+        sizes = None if data.share.n == 1 else data.share.sizes(data.config.batch_size)
+        return RowInput(data.inputs(batch.x), data.limits, sizes, data.config.batch_size)
     assert isinstance(data.language_model, LanguageModel)
     finetunes = data.config.finetune_kl is not None
     return SplicedInput(data.language_model, batch, "kl" if finetunes else data.config.options["loss"], finetunes)

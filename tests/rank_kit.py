@@ -1,0 +1,117 @@
+"""Starts the ranks of a training as processes, and the steps that they take in tests.
+
+`python tests/rank_kit.py JOB ...` is one rank, in the environment that torchrun would give it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary import train_sae
+from sae_granary.cache.load.loader import WHOLE, LoaderState, Share
+from sae_granary.sae_core import Codes
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.train import loop
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.data import passes
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.streams import open_stream, step_input
+from sae_granary.train.ranks.place import place_of_process
+from sae_granary.train.ranks.trainer import share_batches
+from sae_granary.train.ranks.world import joined
+from sae_granary.train.state.run_state import Run, build_sae
+
+ROOT = Path(__file__).parent.parent
+STEPS = 10
+COMMON = {"d_sae": 64, "steps": 40, "batch_size": 102, "device": "cpu", "dead_after_tokens": 200, "lr": 3e-3}
+# Each with what its own reductions need: dead latents for AuxK, micro-batches of uneven parts, thresholds.
+CASES: dict[str, dict[str, Any]] = {
+    "topk": {"type": "topk", "k": 3, "k_aux": 2},
+    "batchtopk": {"type": "batchtopk", "k": 3, "grad_acc_steps": 2},
+    "matryoshka": {"type": "matryoshka", "k": 3},
+    "jumprelu": {"type": "jumprelu", "l0_target": 3},
+    "jumprelu_l0_target": {"type": "jumprelu", "l0_target": 3, "recipe": "l0_target"},
+    "vanilla": {"type": "vanilla"},
+    "gated": {"type": "gated", "grad_acc_steps": 3},
+}
+
+
+def start(job: Sequence[str], n: int, env: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
+    """Start n ranks of `python job...`, which meet at a free port of this host."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+    return [
+        subprocess.Popen(
+            [sys.executable, *job],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def steps(cache: Path, given: Mapping[str, Any], share: Share = WHOLE, ranks: Alone = ALONE) -> dict[str, Any]:
+    """The first steps of a run on a share of its batches: the codes of each step, its gradients, weights and losses."""
+    data = replace(RunData.open(make_config([{"cache": str(cache), **COMMON, **given}])), share=share)
+    sae = build_sae(data.config)
+    sae.initialize(passes.sample(data), torch.Generator().manual_seed(0))
+    run = Run.create(data.config, sae)
+    share_batches(sae, ranks)
+    found: dict[str, Any] = {"codes": [], "gradients": [], "weights": [], "results": [], "states": []}
+    activate = type(sae).activate
+
+    def recorded(self: Any, h: Any) -> Any:
+        activation = activate(self, h)
+        found["codes"].append(positions(activation.codes))
+        return activation
+
+    sae.activate = recorded.__get__(sae)  # type: ignore[method-assign]
+    with open_stream([data], LoaderState(data.order.seed)) as stream:
+        for batch in (next(stream) for _ in range(STEPS)):
+            result = loop.train_step(run, step_input(data, batch), measure=True)
+            grads = {name: p.grad for name, p in sae.named_parameters()}
+            found["gradients"].append({name: grad.clone() for name, grad in grads.items() if grad is not None})
+            found["weights"].append({name: t.clone() for name, t in sae.state_dict().items()})
+            found["results"].append({**result.losses, **result.metrics, **result.details, "norm": result.grad_norm})
+            found["states"].append((batch.state, run.tokens))
+    return found
+
+
+def positions(codes: Codes) -> torch.Tensor:
+    """(nnz, 2) row and latent of the active entries."""
+    return (codes.dense() != 0).nonzero()
+
+
+def _take_steps(cache: str, out: str) -> None:
+    place = place_of_process()
+    assert place is not None
+    with joined(place, "cpu") as world:
+        for name, given in CASES.items():
+            share = Share(place.index, place.n, given.get("grad_acc_steps", 1))
+            torch.save(steps(Path(cache), given, share, world.ranks), Path(out) / f"{name}_{place.index}.pt")
+    result = train_sae(cache=cache, **{**COMMON, "type": "batchtopk", "k": 3, "runs_dir": out, "name": f"by_{place.n}"})
+    torch.save(result.sae.state_dict(), Path(out) / f"sae_{place.index}.pt")
+
+
+if __name__ == "__main__":
+    _take_steps(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Several ranks take the steps that one process takes with the same batches, and write the same run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_kit import CASES, COMMON, ended, start, steps
+
+from sae_granary import train_sae
+from sae_granary.cache.load.loader import Share
+
+CLOSE = 1e-5
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_take_the_steps_of_one_process(n: int, make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    cache = make_cache()
+    for code, output in ended(start(["tests/rank_kit.py", str(cache), str(tmp_path)], n)):
+        assert code == 0, output
+    for name, given in CASES.items():
+        alone = steps(cache, given)
+        parts = [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=False) for rank in range(n)]
+        assert all(part["states"] == alone["states"] for part in parts), name  # the same batches
+        joined = joined_codes([part["codes"] for part in parts], given.get("grad_acc_steps", 1))
+        assert all(torch.equal(a, b) for a, b in zip(alone["codes"], joined, strict=True)), name
+        for part in parts:
+            for what in ("gradients", "weights"):
+                for ours, theirs in zip(alone[what], part[what], strict=True):
+                    assert_close(ours, theirs, f"{name}: {what}")
+            for ours, theirs in zip(alone["results"], part["results"], strict=True):
+                assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6), name
+            assert_close(parts[0]["weights"][-1], part["weights"][-1], f"{name}: of the ranks", within=0.0)
+    one = train_sae(cache=cache, **COMMON, type="batchtopk", k=3, runs_dir=tmp_path, name="alone")
+    shared = [torch.load(tmp_path / f"sae_{rank}.pt") for rank in range(n)]
+    for state in shared:
+        assert_close(one.sae.state_dict(), state, "trained", within=1e-3)
+
+
+def joined_codes(parts: list[list[torch.Tensor]], n_pieces: int) -> list[torch.Tensor]:
+    """The active (row, latent) of each micro-batch, from those of the ranks, which count rows from their first on."""
+    n, joined = len(parts), []
+    for piece, codes in enumerate(zip(*parts, strict=True)):
+        row, of_all = 0, []
+        for rank, found in enumerate(codes):
+            of_all.append(found + torch.tensor([row, 0]))
+            row += Share(rank, n, n_pieces).sizes(COMMON["batch_size"])[piece % n_pieces]
+        joined.append(torch.cat(of_all))
+    return joined
+
+
+def assert_close(ours: dict[str, Any], theirs: dict[str, Any], what: str, within: float = CLOSE) -> None:
+    """Equal up to rounding, relative to the largest entry of each tensor."""
+    for key, value in ours.items():
+        scale = float(value.abs().max()) if value.numel() and bool(value.isfinite().all()) else 1.0
+        torch.testing.assert_close(
+            theirs[key], value, rtol=within, atol=within * scale, equal_nan=True, msg=lambda m: f"{what} {key}: {m}"
+        )

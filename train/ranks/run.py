@@ -1,0 +1,105 @@
+"""One SAE on several ranks, each with its part of the rows of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_granary import __version__, sae_core
+from sae_granary.cache.load.loader import LoaderState, Share
+from sae_granary.common.device import choose_device
+from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.yaml_file import load_yaml
+from sae_granary.common.signals import StopRequest
+from sae_granary.train.config.merge import from_sections, to_yaml
+from sae_granary.train.config.phases import first_context_step
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.lockstep import train_together
+from sae_granary.train.ranks.place import Place
+from sae_granary.train.ranks.trainer import RankTrainer, receive_state, send_state
+from sae_granary.train.ranks.world import World, joined, pin_device
+from sae_granary.train.sinks.sink import Sinks
+from sae_granary.train.state.checkpoint import check_identity
+from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.trainer import Result, Trainer
+
+Begun = tuple[RunData, Path] | Result  # a run to train, or the result of one that is complete
+
+
+def train_on_ranks(
+    place: Place,
+    begin: Callable[[Callable[[TrainConfig], None]], Begun],
+    open_run: Callable[[RunData, Path], AbstractContextManager[Trainer]],
+    arguments: Mapping[str, Any],
+    device: str,
+    stop: StopRequest | None,
+) -> Result:
+    """Train one SAE on all ranks, which must be started with equal `arguments`; every rank returns its result.
+
+    Rank 0 begins the run (`begin`, which gets a check of its resolved settings) and writes its folder; the others get
+    settings, shards and weights from it, and need the cache only.
+    Raises RankError for ranks that are missing, fail or stop answering, ConfigError for ranks that disagree.
+    """
+    device = choose_device(device)
+    pin_device(place, device)
+    with joined(place, device) as world:
+        world.compare({"version": __version__, "torch": torch.__version__, "ranks": place.n, **arguments})
+        asked = StopRequest() if stop is None else stop
+        if not place.leads:
+            return _follow(world, asked)
+        begun = begin(lambda config: check_shared(config, place.n))
+        if isinstance(begun, Result):
+            world.say("run", {"complete": str(begun.folder), "summary": begun.summary})
+            return begun
+        data, folder = _shared(begun[0], place), begun[1]
+        with open_run(data, folder) as trainer:
+            record = {"counts": data.counts.to_json(), **asdict(data.identity)}
+            world.say("run", {"config": to_yaml(data.config), "record": record, "folder": str(folder)})
+            send_state(world, trainer.run)
+            state, seconds = trainer.state, trainer.clock.seconds
+            world.say("loader", asdict(state))
+            ours = RankTrainer(
+                world, asked, data, trainer.run, folder, trainer.sinks, state, seconds, trainer.callbacks
+            )
+            return train_together([ours], ours.agreed)[ours]
+
+
+def _follow(world: World, asked: StopRequest) -> Result:
+    told = world.hear("run")
+    if "complete" in told:
+        return Result(sae_core.load(told["complete"]), Path(told["complete"]), told["summary"])
+    config, record = from_sections(load_yaml(told["config"]), "the settings of rank 0"), told["record"]
+    data = RunData.reopen(config, record)
+    where = f"{config.cache} of rank {world.place.index}"
+    check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), Path(where))
+    run = Run.create(config, build_sae(config))
+    run.ema = None  # rank 0 averages the weights
+    receive_state(world, run)
+    state = LoaderState(**world.hear("loader"))
+    ours = RankTrainer(world, asked, _shared(data, world.place), run, Path(told["folder"]), Sinks([]), state)
+    return train_together([ours], ours.agreed)[ours]
+
+
+def _shared(data: RunData, place: Place) -> RunData:
+    return replace(data, share=Share(place.index, place.n, data.config.grad_acc_steps))
+
+
+def check_shared(config: TrainConfig, n: int) -> None:
+    """Refuse what n ranks cannot train as one would. Raises ConfigError."""
+    alone = "train it with one process, or several of them with sae-train sweep"
+    if not sae_core.registry.get(config.type).splits_batches:
+        raise ConfigError(f"type={config.type!r} compares the rows of a batch, which {n} ranks would divide: {alone}")
+    if first_context_step(config) is not None:
+        raise ConfigError(f"a loss through the language model is computed by one rank, there are {n}: {alone}")
+    least = min(size for size in Share(0, n, config.grad_acc_steps).sizes(config.batch_size))
+    if least < 1:
+        raise ConfigError(
+            f"batch_size={config.batch_size} in {config.grad_acc_steps} micro-batches leaves one of {n} ranks without "
+            "rows: raise --batch-size, or start fewer ranks"
+        )

@@ -32,7 +32,7 @@ def test_ranks_take_the_steps_of_one_process(n: int, make_cache: Callable[..., P
             for ours, theirs in zip(alone["results"], part["results"], strict=True):
                 assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6), name
             assert_close(parts[0]["weights"][-1], part["weights"][-1], f"{name}: of the ranks", within=0.0)
-    one = train_sae(cache=cache, **COMMON, type="batchtopk", k=3, runs_dir=tmp_path, name="alone")
+    one = train_sae(cache=str(cache), **COMMON, type="batchtopk", k=3, runs_dir=str(tmp_path), name="alone")
     shared = [torch.load(tmp_path / f"sae_{rank}.pt") for rank in range(n)]
     for state in shared:
         assert_close(one.sae.state_dict(), state, "trained", within=1e-3)

@@ -44,6 +44,7 @@ class SAE(nn.Module):
     ranks: Alone = ALONE  # those that this SAE shares its batches with, in training
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
+    selects_in_batch: ClassVar[bool] = False  # which latents of a row are active depends on the other rows
     recommended: ClassVar[Mapping[str, Any]] = {}  # trainer settings that suit the variant better than the defaults
 
     Config: TypeAlias = SharedConfig
@@ -73,7 +74,8 @@ class SAE(nn.Module):
             setattr(self, name, declared.make(config))
         for name in self.linear_paths:
             setattr(self, name, nn.Parameter(torch.zeros(self.d_encoded, d_out)))
-        self.reset_weights(torch.Generator().manual_seed(0))
+        if not self.W_dec.is_meta:
+            self.reset_weights(torch.Generator().manual_seed(0))
 
     @property
     def core(self) -> "SAE":
@@ -115,9 +117,8 @@ class SAE(nn.Module):
         for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
             normalizer.fit(hook[:MAX_FIT_ROWS])
         rows = float64(self.prepare(x).target[:MAX_FIT_ROWS])
-        variance, mean_square = moments(rows)
-        self.loss_variance.copy_(variance)
-        self.loss_mean_square.copy_(mean_square)
+        for scale, value in zip((self.loss_variance, self.loss_mean_square), moments(rows), strict=True):
+            scale.copy_(value)
         self.reset_weights(generator)
         self.b_dec.copy_(typical_row(rows, self.config.b_dec_init))
 
@@ -138,8 +139,7 @@ class SAE(nn.Module):
 
     def center(self, rows: Tensor) -> Centered:
         """Subtract the decoder bias from normalized rows (N, D) before they are encoded."""
-        core = self.core
-        return center(rows, core.b_dec) if core.subtracts_b_dec else Centered(rows)
+        return center(rows, self.core.b_dec) if self.core.subtracts_b_dec else Centered(rows)
 
     def encoder_input(self, x: Inputs) -> Centered:
         """Return raw rows (N, D) normalized and centered, as the encoder reads them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_granary.common.threads import shown
 from sae_granary.sae_core.kernels import choice, choose
 
 
@@ -23,6 +24,7 @@ def _asks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def installed(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
     monkeypatch.setattr(choice, "triton_installed", lambda: triton)
+    monkeypatch.setattr(choice, "_try_kernel", lambda: None)
 
 
 class OnCuda:
@@ -52,6 +54,34 @@ def test_the_choice_is_made_once_until_it_is_made_again(monkeypatch: pytest.Monk
     assert choice.takes_triton(OnCuda())
     choose("eager")
     assert not choice.takes_triton(OnCuda())
+
+
+def test_a_triton_that_fails_is_one_line_and_torch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("PTX was compiled for\n another driver")
+
+    installed(monkeypatch, True)
+    monkeypatch.setattr(choice, "_try_kernel", fails)
+    said: list[str] = []
+    with shown(said.append):
+        assert [choice.takes_triton(OnCuda()) for _ in range(3)] == [False] * 3
+    assert said == [
+        "Triton fails on this GPU (PTX was compiled for another driver): torch's own operations are used, "
+        "which are slower"
+    ]
+    choose("triton")
+    assert choice.takes_triton(OnCuda())  # asked for by name it is not replaced
+
+
+def test_a_gpu_without_triton_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said: list[str] = []
+    with shown(said.append):
+        assert not choice.takes_triton(OnCuda())
+        assert not choice.takes_triton(OnCuda())
+    assert len(said) == 1
+    assert said[0].startswith("Triton is not installed: torch's own operations are used")
 
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,7 @@ def test_a_batch_with_nan_changes_nothing(type, value) -> None:
     bad[7, 3] = value
     result = train_step(run, RowInput({"x": bad}), measure=True)
     assert not result.accepted
+    assert result.problem == "its rows hold NaN, Inf or values larger than any that was harvested"
     after = weights(run)
     assert all(torch.equal(before[name].nan_to_num(-1), after[name].nan_to_num(-1)) for name in before)
     assert all(torch.equal(run.optimizer.state[run.sae.W_dec][k], v) for k, v in state.items())
@@ -111,7 +112,9 @@ def test_a_gradient_that_overflows_changes_no_weight() -> None:
     run = make_run()
     before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
     run.sae.W_dec.register_hook(lambda grad: grad * float("inf"))
-    assert not train_step(run, RowInput({"x": rows()})).accepted
+    result = train_step(run, RowInput({"x": rows()}))
+    assert not result.accepted
+    assert result.problem == "its rows are sound, but the gradient of W_dec is NaN or Inf"
     assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
 
 
@@ -128,6 +131,14 @@ def test_accumulation_equals_one_batch(type) -> None:
     theirs = dict(parts.sae.named_parameters())
     for name, value in whole.sae.named_parameters():
         assert torch.allclose(value, theirs[name], atol=1e-6), name
+
+
+def test_a_kernel_that_gives_nan_is_told_from_damaged_rows() -> None:
+    run = make_run()
+    run.sae.reconstruct = lambda codes: torch.full((codes.shape[0], 8), float("nan"), requires_grad=True)
+    result = train_step(run, RowInput({"x": rows()}))
+    assert not result.accepted
+    assert result.problem == "its rows are sound, but the loss is NaN or Inf"
 
 
 def test_accumulation_rejects_the_whole_batch() -> None:

@@ -7,6 +7,7 @@ TrainError(GranaryError)
 ├── FilesDifferError(TrainError, ValueError)   the files of a finished run give another SAE than was trained
 ├── ShortageError(TrainError, OSError)         the disk is full, or no more files may be opened
 ├── RankError(TrainError, ConnectionError)      another rank of the training is missing, failed or gone
+├── MemoryLimitError(TrainError, MemoryError)   the memory of the device is full
 └── InterruptedRunError(TrainError)            a signal stopped the run after a checkpoint
 
 Settings that are unknown, of the wrong type or out of range are a `ConfigError` of `sae_granary.common.errors`.
@@ -49,6 +50,10 @@ class ShortageError(TrainError, OSError):
 
 class RankError(TrainError, ConnectionError):
     """Another rank of the training did not come, failed, or stopped answering; what was saved stays valid."""
+
+
+class MemoryLimitError(TrainError, MemoryError):
+    """The memory of the device is full; what was saved stays valid."""
 
 
 @contextmanager

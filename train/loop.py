@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +39,7 @@ class StepResult:
     grad_norms: Mapping[str, float] = field(default_factory=dict)  # by parameter, before clipping
     fired: Tensor | None = None  # (F,) on how many of `n_measured` rows each latent fired, on the CPU
     n_measured: int = 0
+    problem: str = ""  # of a rejected batch: what was not finite
 
     @property
     def loss(self) -> float:
@@ -52,6 +54,8 @@ def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResu
     changes no weight: it is rejected and counted.
     """
     result = _update(run, batch, measure=measure)
+    if not result.accepted:
+        result = StepResult(accepted=False, problem=_problem(run.sae, batch))
     run.step += 1
     run.tokens += batch.n_total
     run.rejected += not result.accepted
@@ -66,10 +70,11 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     progress = Progress(run.step, run.n_steps)
     sae.begin_step(progress)
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    gradients = _gradients(run, batch, progress, measure=measure)
-    if gradients is not None and not gradients.fits:
-        _restore(sae, before)
-        gradients = _gradients(run, batch, progress, measure=measure, exact=True)
+    with _undone_without_memory(sae, before):
+        gradients = _gradients(run, batch, progress, measure=measure)
+        if gradients is not None and not gradients.fits:
+            _restore(sae, before)
+            gradients = _gradients(run, batch, progress, measure=measure, exact=True)
     if gradients is None or not gradients.finite:
         # Earlier micro-batches of a rejected batch changed counters and thresholds.
         _restore(sae, before)
@@ -133,6 +138,15 @@ def _gradients(
     return _Gradients(losses, measured, held, fits, norm_read, in_units, bool(exceeds_clip))
 
 
+def _problem(sae: SAE, batch: StepInput) -> str:
+    """What was not finite in a rejected batch, whose gradients are still there if it came that far."""
+    if not bool(sae.ranks.every(batch.is_sound())):
+        return "its rows hold NaN, Inf or values larger than any that was harvested"
+    named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
+    bad = [name for name, grad in named if not bool(torch.isfinite(grad).all())]
+    return f"its rows are sound, but {f'the gradient of {bad[0]}' if bad else 'the loss'} is NaN or Inf"
+
+
 def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
     """Whether each gradient is finite that is excluded from the global norm."""
     seen = {id(p) for p in but}
@@ -141,6 +155,21 @@ def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
 
 def _grad_norms(sae: SAE) -> dict[str, float]:
     return {name: float(p.grad.norm()) for name, p in sae.named_parameters() if p.grad is not None}
+
+
+class StepTooLargeError(torch.OutOfMemoryError):
+    """The gradients of a step did not fit the memory; the run is as before the step, but for torch's generators."""
+
+
+@contextmanager
+def _undone_without_memory(sae: SAE, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if sae.ranks.n > 1:  # the others wait in a reduction of this step
+            raise
+        _restore(sae, buffers)
+        raise StepTooLargeError(str(error)) from None  # without the error, whose frames hold what was allocated
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ def open_trainer(
         restored = checkpoint.load(found[-1], data.config, data.identity)
         if callbacks is not None:
             callbacks.restore(restored.extra.get("callbacks", []))
+        data = data.with_config(restored.run.config)
         return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
     state = LoaderState(data.order.seed)
     return Trainer(data, _fresh_run(data, sample, sinks), folder, sinks, state, callbacks=callbacks)

@@ -24,6 +24,7 @@ from sae_granary.train.errors import RunExistsError, shortage_is_clear
 from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import check_capacity, needed_disk
+from sae_granary.train.memory.shrink import out_of_memory_is_clear
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.sinks.registry import open_sinks
@@ -76,7 +77,7 @@ def _begin(
             verify_files([begun[0]])
         return begun
     check_language_model(data)
-    check_capacity(data.config)
+    check_capacity(data)
     if verify:
         verify_files([data])
     return data, claim_folder(data.config, overwrite=overwrite)
@@ -179,6 +180,7 @@ def _opened(data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Seque
     with ExitStack() as stack:
         stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))
         stack.enter_context(exclusive(folder))
+        stack.enter_context(out_of_memory_is_clear(data.config, folder))
 
         def make_sinks(wandb_id: str) -> Sinks:
             sinks = open_sinks(data.config, folder, wandb_id, extra)

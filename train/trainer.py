@@ -29,6 +29,7 @@ from sae_granary.train.data.language import evaluation_contexts
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.streams import state_after, step_input
 from sae_granary.train.errors import DivergedError, InterruptedRunError
+from sae_granary.train.memory.shrink import shrink
 from sae_granary.train.optim import resample
 from sae_granary.train.result.evaluate import evaluate, evaluate_downstream, validate
 from sae_granary.train.result.own_files import save_and_check
@@ -38,9 +39,10 @@ from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
-from sae_granary.train.step_input import RowInput
+from sae_granary.train.step_input import RowInput, StepInput
 
 T = TypeVar("T")
+MAX_NAMED = 10  # rejected batches of a run that are named on the console
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,28 @@ class Trainer:
         self.clock.add(waited)
         with self.clock, run.rng:
             x = step_input(self.data, batch)
-            result = loop.train_step(run, x, measure=loop.measures(run))
+            result = self._step(x)
         self.state = state_after(self.data, batch)
         run.optimizer.zero_grad(set_to_none=True)  # one run of a process at a time has gradients
         rows = x.rows if isinstance(x, RowInput) else None
         event = StepEvent(self.folder.name, self.folder, run.step, run.n_steps, run.tokens, run.sae, rows, result)
+        if not result.accepted and run.rejected <= MAX_NAMED:
+            at = f"epoch {self.state.epoch}, cursor {self.state.cursor}"
+            self.sinks.message(f"the batch of step {run.step} ({at}) is rejected: {result.problem}")
         self._log(event)
         if self._save_is_due() or self.callbacks.want_checkpoint(event):
             self.save()
         loop.check_progress(run)
+
+    def _step(self, x: StepInput) -> loop.StepResult:
+        """Take a step, in smaller micro-batches if it does not fit the memory; then all later steps have them."""
+        while True:
+            try:
+                return loop.train_step(self.run, x, measure=loop.measures(self.run))
+            except loop.StepTooLargeError:
+                pass  # shrink outside of this block, where nothing holds the memory of the failed step any more
+            self.sinks.message(shrink(self.run))
+            self.data = self.data.with_config(self.run.config)
 
     def _log(self, event: StepEvent) -> None:
         """Validate, resample, log and write histograms after a step."""

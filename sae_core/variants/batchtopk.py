@@ -23,6 +23,7 @@ class BatchTopKSAE(TopKSAE):
     Where ranks share the batches, the micro-batch is that of all ranks: `ranks.select`.
     """
 
+    selects_in_batch = True
     latents: ClassVar[Mapping[str, PerLatent]] = {**TopKSAE.latents, "threshold": SharedThreshold()}
 
     @dataclass(frozen=True)

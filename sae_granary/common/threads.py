@@ -191,7 +191,7 @@ def waiting(what: str) -> Iterator[Callable[[float], None]]:
         start, pause = time.monotonic(), FIRST_SECONDS
         while not over.wait(pause):
             if share[0] or pause == FIRST_SECONDS:  # one line where there is no progress to tell
-                _say(_line(what, share[0], time.monotonic() - start))
+                say(_line(what, share[0], time.monotonic() - start))
             pause = MORE_SECONDS
 
     thread = threading.Thread(target=work, name=THREADS + "waiting", daemon=True)
@@ -207,6 +207,7 @@ def _line(what: str, share: float, seconds: float) -> str:
     return f"{what}: {share:.0%}, {duration(seconds * (1 - share) / share)} left" if share else f"{what} ..."
 
 
-def _say(line: str) -> None:
-    for say in _shown[-1:]:  # none, once the block is over
-        say(line)
+def say(line: str) -> None:
+    """Show a line where the command says (`shown`); nowhere in the library alone."""
+    for show in _shown[-1:]:  # none, once the block is over
+        show(line)

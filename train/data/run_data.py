@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +70,12 @@ class RunData:
             shards = [(index, n_rows + before) for index, n_rows in record["order"]["shards"]]
             opened = open_pinned(config.cache, shards, allow_incomplete=config.allow_incomplete)
         return cls(opened, config, Counts.from_json(record["counts"]))
+
+    def with_config(self, config: TrainConfig) -> RunData:
+        """The same data, as a run with other micro-batches reads it."""
+        other = copy.copy(self)  # with what is cached in it: the order, the language model
+        object.__setattr__(other, "config", config)
+        return other
 
     def inputs(self, rows: Rows) -> Rows:
         """The SAE's inputs from a batch, which may hold more hook points."""

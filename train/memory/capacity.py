@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,22 +13,26 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.run_data import RunData
 from sae_granary.train.optim.optimizers import OPTIMIZERS
+from sae_granary.train.state.run_state import build_sae
 
 FLOAT_BYTES = 4
+CONTEXT_BYTES = 2**30  # of this process beside its tensors: CUDA's context and its libraries
 LOGIT_COPIES = 6  # clean and spliced, their log-probabilities, gradients
 
 
-def check_capacity(config: TrainConfig) -> None:
+def check_capacity(data: RunData) -> None:
     """Refuse a run that cannot fit. Raises ConfigError with what is needed and what is available."""
+    config = data.config
     memory, disk = needed_memory(config), needed_disk(config)
     there = available_memory(config.device)
-    if there is not None and memory > there:
-        per_latent = memory / config.options["d_sae"]
+    rows = stream_bytes([data])
+    if there is not None and memory + rows > there:
         raise ConfigError(
-            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about {byte_size(memory)} "
-            f"of memory, {config.device} has {byte_size(there)}: about d_sae={int(there / per_latent):,} fits; "
-            "or raise --grad-acc-steps"
+            f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about "
+            f"{byte_size(memory + rows)} of memory, {config.device} has {byte_size(there)}"
+            f"{held_by_others(config.device)}: {_what_fits(config, there - rows)}; or raise --grad-acc-steps"
         )
     free = free_bytes(Path(config.runs_dir))
     if disk > free:
@@ -34,6 +40,21 @@ def check_capacity(config: TrainConfig) -> None:
             f"{config.runs_dir} has {byte_size(free)} free, the run's checkpoints need about {byte_size(disk)}: "
             "free space, lower --keep, or choose another --runs-dir"
         )
+
+
+def _what_fits(config: TrainConfig, there: int) -> str:
+    d_sae = int(config.options["d_sae"])
+    fits = int(max(there, 0) * d_sae / needed_memory(config))
+    return f"about d_sae={fits:,} fits" if fits else "not even d_sae=1 fits"
+
+
+def stream_bytes(runs: Sequence[RunData]) -> int:
+    """Bytes of the loader of runs that share a stream: two pools on a GPU; on a CPU batches only, negligible."""
+    if not runs[0].config.device.startswith("cuda"):
+        return 0
+    names = {name: run for run in runs for name in run.input_names}
+    per_row = sum(runs[0].cache.storage.row_bytes(run.width(name)) for name, run in names.items())
+    return 2 * runs[0].order.max_pool_rows * per_row
 
 
 def check_logits(config: TrainConfig, vocab_size: int) -> None:
@@ -75,11 +96,32 @@ def available_memory(device: str) -> int | None:
         return None
 
 
+def held_by_others(device: str) -> str:
+    """What other processes hold of a GPU's memory, in parentheses after a space; empty where that is little."""
+    if not device.startswith("cuda"):
+        return ""
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    others = total - free - torch.cuda.memory_reserved(device)
+    if others < CONTEXT_BYTES:
+        return ""
+    return f" free of {byte_size(total)} ({byte_size(others)} are held by other processes{_named(device)})"
+
+
+def _named(device: str) -> str:
+    """The other processes on a GPU, where torch can list them (it asks nvidia-smi's library)."""
+    try:
+        listed = re.findall(r"process\s+(\d+) uses\s+([\d.]+) MB", str(torch.cuda.list_gpu_processes(device)))
+    except Exception:  # whatever is missing: this is for a message only
+        return ""
+    others = [f"process {pid}: {byte_size(float(mb) * 2**20)}" for pid, mb in listed if int(pid) != os.getpid()]
+    return f": {', '.join(others)}" if others else ""
+
+
 def parameter_bytes(config: TrainConfig) -> int:
     """Bytes of the parameters, and of their gradients."""
     return FLOAT_BYTES * _n_parameters(config)
 
 
 def _n_parameters(config: TrainConfig) -> int:
-    """Parameters of the encoder and the decoder; everything else is negligible."""
-    return 2 * int(config.options["d_in"]) * int(config.options["d_sae"])
+    with torch.device("meta"):  # sizes without memory
+        return sum(p.numel() for p in build_sae(config).parameters())

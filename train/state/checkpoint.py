@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def save(
             "score": run.score,
             "patience": asdict(run.patience),
             "notes": run.notes,
+            "grad_acc_steps": run.config.grad_acc_steps,
             "density_rows": run.density.n_rows,
             "ema_updates": 0 if run.ema is None else run.ema.n_updates,
             "loader": asdict(loader_state),
@@ -155,6 +156,8 @@ def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity 
         raise CheckpointError(f"{path} holds a {sae.type_name}, the run's config says {config.type}")
     if sae.config != sae_core.make_config(type(sae), config.options):
         raise CheckpointError(f"{path} holds an SAE with other options than the run's config says")
+    if "grad_acc_steps" in state.body:  # more than at first, after an out-of-memory
+        config = replace(config, grad_acc_steps=state.integer("grad_acc_steps"))
     run = Run.create(config, sae)
     load_state_tensors(run.optimizer, run.parameter_names, _read(path / "optimizer.safetensors"))
     run.step, run.tokens = state.integer("step"), state.integer("tokens")

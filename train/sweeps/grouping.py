@@ -12,7 +12,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.memory.capacity import available_memory
+from sae_granary.train.memory.capacity import available_memory, held_by_others, stream_bytes
 from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_groups, measure
 from sae_granary.train.sweeps.sweep_plan import Entry, Group
 
@@ -41,7 +41,7 @@ def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, 
     there = available_memory(device)
     if there is None:
         return [stream], []
-    usable = int(MARGIN * there) - _stream_bytes([data for data, _ in stream])
+    usable = int(MARGIN * there) - stream_bytes([data for data, _ in stream])
     sizes = [estimate(data.config) for data, _ in stream]
     known: dict[str, Footprint] = {}
     if 2 * (sum(s.resident for s in sizes) + max(s.step for s in sizes)) > usable:
@@ -54,7 +54,7 @@ def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, 
         entry, size = next((e, s) for (_, e), s, fits in zip(stream, sizes, alone, strict=True) if not fits)
         raise ConfigError(
             f"{sum(alone)} of these {len(stream)} SAEs would fit: {entry.name} needs {byte_size(size.total)} of "
-            f"memory, {device} has {byte_size(max(usable, 0))} to give; "
+            f"memory, {device} has {byte_size(max(usable, 0))} to give{held_by_others(device)}; "
             "lower d_sae or batch_size, or raise --grad-acc-steps"
         )
     groups = fit_groups([(member, size) for member, size in zip(stream, sizes, strict=True)], usable)
@@ -78,12 +78,3 @@ def _measured(data: RunData, known: dict[str, Footprint]) -> Footprint:
         # A step through the language model wants windows of text: `capacity` counts what it needs.
         known[key] = (None if needs_language_model(config) else measure(data)) or estimate(config)
     return known[key]
-
-
-def _stream_bytes(runs: Sequence[RunData]) -> int:
-    """Bytes of the loader: two pools on a GPU; on a CPU batches only, which are negligible."""
-    if not runs[0].config.device.startswith("cuda"):
-        return 0
-    names = {name: run for run in runs for name in run.input_names}
-    per_row = sum(runs[0].cache.storage.row_bytes(run.width(name)) for name, run in names.items())
-    return 2 * runs[0].order.max_pool_rows * per_row

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
+from sae_granary.cache.write.disk_space import SAMPLE, bytes_per_document, planned_bytes
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size, duration
 from sae_granary.harvest.config import HarvestConfig
@@ -16,8 +16,11 @@ from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.text.document import skipped_counts, to_document
 from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import WindowStream, tokenize_stream
+from sae_granary.models.tokens.vocabulary import vocabulary
 
-SAMPLE_DOCS = 256  # harvested in thought, to learn rows per byte of text
+SAMPLE_DOCS = 256  # tokenized, to learn rows per byte of text; where a row is a text, more are read at no cost
+_SAMPLE_BYTES = 16 << 20
+_TEXT_SHARE = 0.02  # bytes of documents per byte of the arrays, of a text that is not read before: standard input
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096}
 _MATMUL_SHARE = 0.5  # of the speed of one large matrix product that a whole forward pass reaches, roughly
 
@@ -43,12 +46,13 @@ class Plan:
 def plan(config: HarvestConfig, say: Say) -> Plan:
     """Check a harvest and foretell its size."""
     prepared = prepare(config, say)
-    n_rows, rows_from = estimate_rows(prepared)
+    estimate = estimate_rows(prepared)
+    n_rows = estimate.n_rows
     return Plan(
         prepared=prepared,
         n_rows=n_rows,
-        rows_from=rows_from,
-        n_bytes=None if n_rows is None or _no_width(prepared) else prepared.cache_bytes(n_rows),
+        rows_from=estimate.rows_from,
+        n_bytes=None if n_rows is None or _no_width(prepared) else _bytes_of(prepared, estimate),
         n_shards=None if n_rows is None or _no_width(prepared) else math.ceil(n_rows / prepared.rows_per_shard),
         free_bytes=free_bytes(config.out_path),
         seconds=None if n_rows is None else estimate_seconds(prepared, n_rows),
@@ -96,12 +100,12 @@ def _columns(prepared: Prepared) -> list[str]:
 
 def check_space(prepared: Prepared) -> None:
     """Refuse a harvest whose planned size is more than the disk has free."""
-    n_rows, _ = estimate_rows(prepared)
-    if n_rows is None:
+    estimate = estimate_rows(prepared)
+    if estimate.n_rows is None:
         return
     out = prepared.config.out_path
     have = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
-    needed, free = prepared.cache_bytes(n_rows), free_bytes(out)
+    needed, free = _bytes_of(prepared, estimate), free_bytes(out)
     if needed - have > free:
         raise SpaceError(
             f"not enough space for {out}: {needed:,} bytes are planned and {free:,} are free; "
@@ -109,37 +113,57 @@ def check_space(prepared: Prepared) -> None:
         )
 
 
-def estimate_rows(prepared: Prepared) -> tuple[int | None, str]:
-    """(rows, how they are known): from the share of the source that its first records take, and from the limits."""
+@dataclass(frozen=True)
+class Estimate:
+    """How many rows a harvest will have, and what its documents take."""
+
+    n_rows: int | None
+    rows_from: str  # how they are known
+    document_bytes: float | None = None  # on disk, per row; None where the text was not read
+
+
+def estimate_rows(prepared: Prepared) -> Estimate:
+    """The rows, from the share of the source that its first records take, and from the limits."""
     asked = prepared.config.max_tokens
     size = prepared.source.n_bytes()
     if size is None:
-        return asked, "--max-tokens"
-    seen_bytes = 0.0
+        return Estimate(asked, "--max-tokens")
+    seen_bytes, whole = 0.0, True
+    most = SAMPLE_DOCS if prepared.unit == "token" else SAMPLE
 
     def sample() -> Iterator[Document]:
-        nonlocal seen_bytes
-        for doc_id, record in enumerate(islice(prepared.source.records(0), SAMPLE_DOCS)):
+        nonlocal seen_bytes, whole
+        for doc_id, record in enumerate(prepared.source.records(0)):
+            if doc_id >= most or (doc_id >= SAMPLE_DOCS and seen_bytes > _SAMPLE_BYTES):
+                whole = False
+                return
             seen_bytes += record.n_bytes
             yield to_document(doc_id, record, prepared.render)
 
     tokenized = tokenize_stream(sample(), prepared.tokenize)
     stream = WindowStream(tokenized, prepared.rules, max_docs=prepared.config.max_docs, max_rows=asked)
-    for _ in stream:
-        pass
+    documents = [document for window in stream for document in window.documents]
     rows = stream.state.n_rows
-    whole = stream.ended == "source" and stream.state.next_doc < SAMPLE_DOCS
+    whole = whole and stream.ended == "source"
     if whole and rows == 0:
         source = prepared.source
         raise NoRowsError(source.name, skipped_counts(stream.state.skip_counts), source.columns)
+    each = bytes_per_document(documents, prepared.config.text.keep_columns) * len(documents) / max(1, rows)
     if whole or stream.ended in ("max_tokens", "max_docs"):
-        return rows, "counted"
+        return Estimate(rows, "counted", each)
     estimate = round(rows * max(1.0, size / max(1.0, seen_bytes)))
     if prepared.config.max_docs is not None:
         estimate = min(estimate, round(rows * prepared.config.max_docs / max(1, stream.state.n_docs)))
     if asked is not None and asked <= estimate:
-        return asked, "--max-tokens"
-    return estimate, f"estimated from {stream.state.n_docs:,} documents"
+        return Estimate(asked, "--max-tokens", each)
+    return Estimate(estimate, f"estimated from {stream.state.n_docs:,} documents", each)
+
+
+def _bytes_of(prepared: Prepared, estimate: Estimate) -> int:
+    n_rows, each = estimate.n_rows or 0, estimate.document_bytes
+    documents = prepared.layout.bytes_of(n_rows) * _TEXT_SHARE if each is None else n_rows * each
+    words = None if prepared.unit == "text" else vocabulary(prepared.tokenizer)
+    return planned_bytes(prepared.layout, n_rows, documents, words)
 
 
 def estimate_seconds(prepared: Prepared, n_rows: int) -> float | None:

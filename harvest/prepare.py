@@ -55,7 +55,6 @@ BATCHES_PER_BUFFER = 16  # enough to find windows of like length; the last buffe
 BUFFER_BYTES = 512 << 20  # of activations; up to three buffers are alive at once
 SHARD_BYTES = 512 << 20  # of activations at the widest hook point
 DEFAULT_CTX_LEN = 512
-SPACE_MARGIN = 1.02  # documents and statistics beside the arrays
 
 Say = Callable[[str], None]
 
@@ -123,10 +122,6 @@ class Prepared:
     def layout(self) -> CacheLayout:
         """The arrays of the cache."""
         return cache_layout([hook.point() for hook in self.hooks], self.dtype, self.rows_per_shard)
-
-    def cache_bytes(self, n_rows: int) -> int:
-        """Size of a cache of n rows."""
-        return round(self.layout.bytes_of(n_rows) * SPACE_MARGIN)
 
 
 def prepare(config: HarvestConfig, say: Say) -> Prepared:

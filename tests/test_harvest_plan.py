@@ -4,12 +4,15 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from harvest_kit import build_model, texts
+from harvest_kit import WIDTH, build_model, texts
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as sentence_modules
 from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
@@ -82,3 +85,20 @@ def test_plan_exits_1_when_the_disk_is_too_small_and_names_the_column(model: Pat
     assert "0.0" not in fits.output.split("bytes")[1].split("\n")[0]
     small = CliRunner().invoke(app, [*line, "--dataset", "-", "--max-tokens", "900T"])
     assert (small.exit_code, "it does NOT fit" in small.output) == (1, True)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"unit": "text"}], ids=str)
+def test_bytes_of_a_harvest_are_planned_within_2_percent(model: Path, tmp_path: Path, options: dict[str, str]) -> None:
+    WRITE["a.jsonl"](tmp_path / "a.jsonl")
+    config = replace(config_of(model, tmp_path / "a.jsonl", max_tokens=5000, rows_per_shard=2048))
+    config = replace(config, dtype=options.get("dtype", "auto"), text=replace(config.text, keep_columns=("log",)))
+    if "unit" in options:
+        place = tmp_path / "pooled"
+        models = [sentence_modules.Transformer(str(model)), sentence_modules.Pooling(WIDTH)]
+        SentenceTransformer(modules=models, device="cpu").save(str(place))
+        config = replace(config, model=ModelConfig(str(place), device="cpu"), tokens=TokenConfig(), max_tokens=None)
+        config = replace(config, where=WhereConfig(unit="text"))
+    told = planned(config).n_bytes
+    harvest_activations(config, quiet=True)
+    files = [f for f in config.out_path.rglob("*") if f.is_file() and f.name not in ("about.json", "harvest.log")]
+    assert told == pytest.approx(sum(f.stat().st_size for f in files), rel=0.02)

@@ -79,7 +79,7 @@ def import_files(
         elif not quiet and not as_json:
             _show_plan(checked)
         if plan:
-            return
+            raise typer.Exit(0 if checked.fits else 1)
         result = _run(checked, quiet or as_json)
         if not result.already_complete:
             record_about(result.path, user=record_user)
@@ -112,6 +112,7 @@ def _plan_json(plan: ImportPlan) -> dict[str, object]:
         "rows_per_shard": plan.rows_per_shard,
         "n_rows": plan.n_rows,
         "n_bytes": plan.n_bytes,
+        "free_bytes": plan.free_bytes,
     }
 
 
@@ -121,5 +122,6 @@ def _show_plan(plan: ImportPlan) -> None:
     n_files = len(plan.files)
     rows = "rows" if plan.n_rows is None else f"{plan.n_rows:,} rows"
     size = "" if plan.n_bytes is None else f", {byte_size(plan.n_bytes)}"
+    size += "" if plan.fits else f": it does NOT fit, {byte_size(plan.free_bytes)} are free"
     line = f"{n_files} file{'s' if n_files > 1 else ''}: {rows} of {plan.d_in} numbers ({plan.columns.vectors})"
     console().print(plain(f"{line} -> {plan.out}, hook point {plan.hook}, {plan.dtype}{size}"), soft_wrap=True)

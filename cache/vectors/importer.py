@@ -16,24 +16,17 @@ from sae_granary.cache.errors import BadActivationError, CacheError
 from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import existing_manifest, refuse_mismatch
-from sae_granary.cache.vectors.arrays import open_npy, open_npz, open_safetensors
+from sae_granary.cache.vectors.documents import document_bytes, kept_columns
 from sae_granary.cache.vectors.fields import Columns, VectorFile, VectorFileError
-from sae_granary.cache.vectors.tables import ArrowFile, ParquetFile
+from sae_granary.cache.vectors.formats import open_vectors
 from sae_granary.cache.vectors.values import BadVectorError, vectors_of
-from sae_granary.cache.vectors.writer import ID, VectorWriter, vector_spec
-from sae_granary.common.files import NotRegularError, free_bytes, hash_files, open_regular
+from sae_granary.cache.vectors.writer import VectorWriter, vector_spec
+from sae_granary.cache.write.disk_space import planned_bytes
+from sae_granary.common import files as disk
+from sae_granary.common.files import hash_files
 from sae_granary.common.quantities import byte_size
 from sae_granary.common.rows import HookPoint
 from sae_granary.common.signed import digest
-
-FORMATS: Mapping[str, Callable[[Path], VectorFile]] = {
-    "npy": open_npy,
-    "npz": open_npz,
-    "parquet": ParquetFile,
-    "safetensors": open_safetensors,
-    "arrow": ArrowFile,
-}
-_ENDINGS = {"feather": "arrow", "pq": "parquet"} | {name: name for name in FORMATS}
 
 
 @dataclass(frozen=True)
@@ -50,13 +43,26 @@ class ImportPlan:
     model: str | None
     n_rows: int | None  # None if the files must be read to count them
 
+    document_bytes: float = 0.0  # of a row's document on disk
+
     @property
     def n_bytes(self) -> int | None:
-        """About the size of the cache, documents apart."""
+        """About the size of the cache."""
         if self.n_rows is None:
             return None
         point = HookPoint(self.hook, "", "output", None, self.d_in)
-        return cache_layout([point], self.dtype, self.rows_per_shard).bytes_of(self.n_rows)
+        layout = cache_layout([point], self.dtype, self.rows_per_shard)
+        return planned_bytes(layout, self.n_rows, self.n_rows * self.document_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """Disk space that is free."""
+        return disk.free_bytes(self.out)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room, as far as known."""
+        return self.n_bytes is None or self.n_bytes <= self.free_bytes
 
 
 @dataclass(frozen=True)
@@ -118,23 +124,8 @@ def plan_import(
         rows_per_shard=rows_per_shard,
         model=model,
         n_rows=sum(known) if len(known) == len(counts) else None,
+        document_bytes=document_bytes(opened[0], columns, width),
     )
-
-
-def open_vectors(path: Path, kind: str | None = None) -> VectorFile:
-    """A file of vectors, by its ending or as `kind`."""
-    kind = kind or _ENDINGS.get(path.suffix.lower().removeprefix("."))
-    if kind is None or kind not in FORMATS:
-        known = ", ".join(FORMATS)
-        wrong = f"{path}: the ending is not of a known format" if kind is None else f"--format is {kind!r}"
-        raise VectorFileError(f"{wrong}; expected --format {known}")
-    try:
-        open_regular(path).close()
-    except FileNotFoundError:
-        raise VectorFileError(f"{path} does not exist") from None
-    except NotRegularError as error:
-        raise VectorFileError(f"{path} is {error.strerror}, expected a file of vectors") from None
-    return FORMATS[kind](path)
 
 
 def import_vectors(plan: ImportPlan, progress: Callable[[int], None] = lambda done: None) -> ImportResult:
@@ -173,7 +164,7 @@ def import_vectors(plan: ImportPlan, progress: Callable[[int], None] = lambda do
 
 def _wanted(plan: ImportPlan, have: Manifest, origin: Mapping[str, Any]) -> Manifest:
     """The manifest of a complete cache as the import would have written it."""
-    kept = ((ID,) if plan.columns.ids is not None else ()) + plan.columns.keep
+    kept = kept_columns(plan.columns)
     spec = vector_spec(plan.hook, plan.d_in, plan.dtype, plan.rows_per_shard, plan.model, kept, origin)
     return replace(have, kept_columns=kept, fingerprint=spec.fingerprint)
 
@@ -237,8 +228,6 @@ def _origin(plan: ImportPlan) -> dict[str, Any]:
 
 
 def _check_space(plan: ImportPlan) -> None:
-    needed = plan.n_bytes
-    if needed is not None and not plan.out.exists() and needed > (free := free_bytes(plan.out)):
-        raise CacheError(
-            f"no space for {plan.out}: {byte_size(needed)} needed, {byte_size(free)} free; use --dtype or another --out"
-        )
+    if not plan.out.exists() and not plan.fits:
+        needed, free = byte_size(plan.n_bytes or 0), byte_size(plan.free_bytes)
+        raise CacheError(f"no space for {plan.out}: {needed} needed, {free} free; use --dtype or another --out")

@@ -22,12 +22,12 @@ from sae_granary.cache.errors import BadRowsError, CacheExistsError
 from sae_granary.cache.format.layout import default_rows_per_shard
 from sae_granary.cache.format.records import existing_manifest, load_records, remove_contents
 from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.vectors.documents import ID
 from sae_granary.cache.vectors.ids import SeenIds
 from sae_granary.cache.vectors.values import BadVectorError, contents, plain_values, rows_of, vectors_of
 from sae_granary.cache.write import writer as rows_writer
 from sae_granary.common.rows import DocumentRow, HookPoint, Scalar
 
-ID = "id"  # the kept column that holds ids
 UNNAMED = "python"
 
 

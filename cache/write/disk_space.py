@@ -1,13 +1,43 @@
-"""Clear errors for a full disk."""
+"""The disk space of a cache: what it will take, told before it is written, and a clear error where the disk is full."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from sae_granary.cache.errors import DiskFullError
+from sae_granary.cache.format.documents import GROUP_DOCUMENTS, DocumentFile
+from sae_granary.cache.format.layout import CacheLayout
+from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.write.spec_json import vocabulary_bytes
 from sae_granary.common.files import NO_SPACE, free_bytes
+from sae_granary.common.rows import DocumentRow
+
+SAMPLE = GROUP_DOCUMENTS  # documents that are written at once: more do not tell more
+_STATISTICS = 2 * 8 * 4 / 3  # bytes per number of a row: mean and m2 in base64
+_SHARD_JSON = 4096  # of a shard, in its record and in the manifest
+
+
+def planned_bytes(layout: CacheLayout, n_rows: int, documents: float, vocabulary: Sequence[str] | None = None) -> int:
+    """Bytes of a complete cache of so many rows; `documents` are those of its documents, all together."""
+    n_shards = math.ceil(n_rows / layout.columns["flags"].rows_per_shard)
+    numbers = sum(array.width or 1 for array in layout.activations.values())
+    beside = (n_shards + 1) * numbers * _STATISTICS + n_shards * _SHARD_JSON
+    beside += sum(map(len, zarr_files(layout, n_shards).values())) + len(vocabulary_bytes(vocabulary) or b"")
+    return layout.bytes_of(n_rows) + round(documents + beside)
+
+
+def bytes_per_document(documents: Sequence[DocumentRow], kept_columns: Sequence[str] = ()) -> float:
+    """Bytes that a document like these takes on disk: measured by writing them."""
+    if not documents:
+        return 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        file = DocumentFile(Path(folder) / "documents", kept_columns)
+        file.append(documents)
+        return file.finish().n_bytes / len(documents)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +29,10 @@ def plain_json(part: Mapping[str, Any], name: str) -> dict[str, Any]:
     return plain
 
 
-def vocabulary_bytes(spec: CacheSpec) -> bytes | None:
+def vocabulary_bytes(words: Sequence[str] | None) -> bytes | None:
     """The token strings as a JSON list, one per line."""
-    if spec.vocabulary is None:
+    if words is None:
         return None
-    if not all(isinstance(word, str) for word in spec.vocabulary):
+    if not all(isinstance(word, str) for word in words):
         raise SpecError("vocabulary must hold a string for every token id (an empty one for an id that is not used)")
-    return json.dumps(list(spec.vocabulary), indent=0).encode() + b"\n"
+    return json.dumps(list(words), indent=0).encode() + b"\n"

@@ -70,7 +70,7 @@ class CacheWriter:
         else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
         path = Path(path)
-        vocabulary = vocabulary_bytes(spec)
+        vocabulary = vocabulary_bytes(spec.vocabulary)
         want = manifest_of(plain_spec(spec), None if vocabulary is None else FileEntry.of(vocabulary))
         have = existing_manifest(path)
         if have is not None:

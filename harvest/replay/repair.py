@@ -154,7 +154,7 @@ def _restore(
         raise
     prepared = replace(prepared, recorded_buffer=int(manifest.fingerprint["buffer_tokens"]))
     if VOCABULARY in damage.others and manifest.vocabulary is not None:
-        _replace(session, VOCABULARY, vocabulary_bytes(cache_spec(prepared)) or b"", manifest.vocabulary)
+        _replace(session, VOCABULARY, vocabulary_bytes(cache_spec(prepared).vocabulary) or b"", manifest.vocabulary)
     if not damage.shards:
         return
     progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")

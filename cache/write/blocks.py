@@ -44,7 +44,7 @@ def begin_blocks(path: Path, spec: CacheSpec) -> Manifest:
 
     Raises CacheMismatchError with the fields that differ, CacheExistsError where the folder holds something else.
     """
-    vocabulary = vocabulary_bytes(spec)
+    vocabulary = vocabulary_bytes(spec.vocabulary)
     want = manifest_of(plain_spec(spec), None if vocabulary is None else FileEntry.of(vocabulary))
     have = existing_manifest(path)
     if have is None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.signed import Fields, to_base64
 from sae_granary.cache.format.storage import Array
+from sae_granary.common.rows import BlockSums
 
 F64 = npt.NDArray[np.float64]
 MASSIVE = 100.0
@@ -57,20 +58,32 @@ def merge_all(moments: Iterable[Moments]) -> Moments:
     return reduce(Moments.merge, moments)
 
 
-def block_moments(x_ND: Array) -> tuple[Moments, npt.NDArray[np.float32]]:
-    """Moments of a block of rows and the norm of each row.
+def block_sums(x_ND: Array) -> BlockSums:
+    """Sums over a block of rows, those of dimensions from the first row to the last.
 
     Sums are numpy's own, not BLAS', whose order depends on the number of threads. The squares of stored values are
     exact in float64, so that the cancellation of mean(x^2) - mean(x)^2 costs no digits that matter.
     """
-    n_rows = len(x_ND)
-    exact_ND = x_ND.astype(np.float32, copy=False).astype(np.float64)
-    mean_D = exact_ND.sum(axis=0) / n_rows
-    np.multiply(exact_ND, exact_ND, out=exact_ND)
-    m2_D = np.maximum(exact_ND.sum(axis=0) - mean_D * mean_D * n_rows, 0.0)
+    with np.errstate(invalid="ignore"):  # the caller looks whether they are finite
+        exact_ND = x_ND.astype(np.float64)
+        sum_D = exact_ND.sum(axis=0)
+        np.multiply(exact_ND, exact_ND, out=exact_ND)
+        return BlockSums(sum_D, exact_ND.sum(axis=0), exact_ND.sum(axis=1))
+
+
+def moments_of(sums: BlockSums) -> tuple[Moments, npt.NDArray[np.float32]]:
+    """Moments of a block of rows and the norm of each row, from its sums."""
+    n_rows = len(sums.square_N)
+    mean_D = sums.sum_D / n_rows
+    m2_D = np.maximum(sums.square_D - mean_D * mean_D * n_rows, 0.0)
     with np.errstate(over="ignore"):
-        norms_N = np.sqrt(exact_ND.sum(axis=1)).astype(np.float32)
-    return Moments(n_rows, mean_D, m2_D), norms_N
+        norms_N = np.sqrt(sums.square_N).astype(np.float32)
+    return Moments(n_rows, mean_D, m2_D, sums.error_D), norms_N
+
+
+def block_moments(x_ND: Array) -> tuple[Moments, npt.NDArray[np.float32]]:
+    """Moments of a block of rows and the norm of each row."""
+    return moments_of(block_sums(x_ND))
 
 
 def parse_moments(fields: Fields) -> Moments:

@@ -69,11 +69,15 @@ class Storage:
 
         A finite value beyond the range of the type is stored as Inf, so it is found too.
         """
+        self.cast(values, out)
+        return self.first_non_finite(out)
+
+    def cast(self, values: Array, out: Array) -> None:
+        """Round `values` into `out`, an array of this type; unlike `store`, nothing is checked."""
         import numpy as np
 
         with np.errstate(over="ignore", invalid="ignore"):
             out[...] = values
-        return self.first_non_finite(out)
 
     def first_non_finite(self, values: Array) -> int | None:
         """Flat index of the first NaN or Inf in `values` of this type, or None. Two integer passes, no float ones."""

@@ -1,15 +1,17 @@
 """The open shard: rows streamed into temporary files, statistics on the way, one inner chunk per array in memory.
 
 Every sum runs over inner chunks counted from the start of the shard, so that the result does not depend on how many
-rows come per call.
+rows come per call. With several threads hook points, and the chunks of each, are worked on at the same time; the bytes
+are the same.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, CacheLayout, documents_path
@@ -30,15 +32,20 @@ class OpenShard:
         *,
         kept_columns: Sequence[str] = (),
         direct: bool = False,
+        n_threads: int = 1,
     ) -> None:
         self.layout, self.index, self.folder = layout, index, folder
         self.n_rows = 0
         self.first_window = self.last_window = -1
         folder.mkdir()
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
-        self._hooks = open_hooks(layout, folder, self._syncer, direct=direct)
+        self._workers = ThreadPoolExecutor(n_threads, "cache-write") if n_threads > 1 else None
+        n_hooks = min(n_threads, len(layout.activations))
+        self._by_hook = ThreadPoolExecutor(n_hooks, "cache-hook") if n_hooks > 1 else None  # they wait for workers
+        options: dict[str, Any] = {"direct": direct, "workers": self._workers}
+        self._hooks = open_hooks(layout, folder, self._syncer, **options)
         self._columns = {
-            name: ArrayStream(array, folder / f"rows.{name}", self._syncer, direct=direct)
+            name: ArrayStream(array, folder / f"rows.{name}", self._syncer, **options)
             for name, array in layout.columns.items()
         }
         self.documents = DocumentFile(folder / "documents", kept_columns)
@@ -52,8 +59,14 @@ class OpenShard:
     def append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         """Add rows that fit, of whole windows."""
         first_row = self.index * self._rows_per_shard + self.n_rows
-        for hook in self._hooks:
-            hook.append(rows, first_row)
+        if self._by_hook is None:
+            for hook in self._hooks:
+                hook.append(rows, first_row)
+        else:
+            done = [self._by_hook.submit(hook.append, rows, first_row) for hook in self._hooks]
+            wait(done)
+            for each in done:
+                each.result()
         for name in COLUMNS:
             self._columns[name].append(getattr(rows, name))
         self.documents.append(documents)
@@ -91,6 +104,8 @@ class OpenShard:
         """Close and remove the temporary files."""
         for stream in self._streams:
             stream.close()
-        self._syncer.shutdown()
+        for threads in (self._by_hook, self._workers, self._syncer):
+            if threads is not None:
+                threads.shutdown()
         self.documents.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,8 +5,8 @@ Shapes: N rows, D = d_in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from sae_granary.cache.errors import BadActivationError
 from sae_granary.cache.format.affine import Affine
 from sae_granary.cache.format.layout import ArrayLayout, CacheLayout
 from sae_granary.cache.format.manifest import FileEntry
-from sae_granary.cache.format.stats import Moments, block_moments
+from sae_granary.cache.format.stats import Moments, block_sums, moments_of
 from sae_granary.cache.format.storage import Array, wider_than
 from sae_granary.cache.write.calibrate import error_sums
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
-from sae_granary.common.rows import Rows
+from sae_granary.common.rows import BlockSums, Rows
 
 
 class ArrayStream:
-    """One array of the open shard: rows collect in an inner chunk, full ones go to the file."""
+    """One array of the open shard: rows collect in an inner chunk, full ones go to the file.
+
+    Whole chunks of the stored type go there from the caller's memory.
+    """
 
     def __init__(
         self,
@@ -34,13 +37,17 @@ class ArrayStream:
         syncer: Executor,
         *,
         direct: bool,
-        on_chunk: Callable[[Array], None] | None = None,
+        workers: Executor | None = None,
+        on_chunk: Callable[[Array, int | None, bool], None] | None = None,
     ) -> None:
         self.layout, self.path = layout, path
         self.n_rows = 0
-        self._on_chunk = on_chunk  # sees the stored rows of every chunk once
+        # Sees the stored rows of every chunk once; the first of them in what is appended, if all are of that; and
+        # whether they stay in memory until `append` returns.
+        self._on_chunk = on_chunk
+        self._direct = direct
         self._chunk, self.filled = page_aligned(layout.block()) if direct else layout.block(), 0
-        self._file = ChunkFile(path, syncer, direct=direct)
+        self._file = ChunkFile(path, syncer, direct=direct, workers=workers)
 
     @property
     def room(self) -> int:
@@ -48,25 +55,44 @@ class ArrayStream:
         return self.layout.inner_rows - self.filled
 
     def append(self, values: Array, check: Callable[[int], None] | None = None) -> None:
-        """Add rows, cast to the stored type; `check(i)` is called when row i came out as NaN or Inf."""
-        done = 0
-        while done < len(values):
-            take = min(len(values) - done, self.room)
-            room = self._chunk[self.filled : self.filled + take]
-            bad = self.layout.storage.store(values[done : done + take], room)
-            if check is not None and bad is not None:
-                check(done + bad // (self.layout.width or 1))
-            done += take
-            self.filled += take
-            self.n_rows += take
-            if self.filled == self.layout.inner_rows:
-                self._flush()
+        """Add rows, cast to the stored type.
+
+        `check(i)` is called when row i came out as NaN or Inf, but for whole chunks, which `on_chunk` sees at once.
+        """
+        done, size = 0, self.layout.inner_rows
+        as_stored = not self._direct and values.dtype == self.layout.storage.numpy and values.flags.c_contiguous
+        try:
+            while done < len(values):
+                take = min(len(values) - done, self.room)
+                if take == size and as_stored:
+                    self._put(values[done : done + size], done)
+                else:
+                    self._collect(values[done : done + take], done, check)
+                done += take
+                self.n_rows += take
+        finally:
+            self._file.settle()
+
+    def _collect(self, values: Array, first: int, check: Callable[[int], None] | None) -> None:
+        """Copy rows into the open chunk."""
+        if not self.filled:
+            self._file.settle()  # the chunk before it is written from the same memory
+        room, storage = self._chunk[self.filled : self.filled + len(values)], self.layout.storage
+        storage.cast(values, room)
+        whole = len(values) == self.layout.inner_rows
+        if check is not None and not whole and (bad := storage.first_non_finite(room)) is not None:
+            check(first + bad // (self.layout.width or 1))
+        self.filled += len(values)
+        if not self.room:
+            self.filled = 0
+            self._put(self._chunk, first if whole else None)
 
     def finish(self) -> FileEntry:
         """Pad the last chunk with absent rows, write the index, sync and close."""
         if self.filled:
             self._chunk[self.filled :] = self.layout.storage.fill
-            self._flush()
+            self._put(self._chunk, None, self.filled)
+            self.filled = 0
         self._file.write(self.layout.index(self.n_rows))
         return self._file.finish()
 
@@ -74,11 +100,10 @@ class ArrayStream:
         """Close the file; finish() has done so already."""
         self._file.close()
 
-    def _flush(self) -> None:
+    def _put(self, chunk: Array, first: int | None, n_rows: int | None = None) -> None:
         if self._on_chunk is not None:
-            self._on_chunk(self._chunk[: self.filled])
-        self._file.write(self._chunk.view(np.uint8).reshape(-1).data)
-        self.filled = 0
+            self._on_chunk(chunk[:n_rows], first, chunk is not self._chunk)
+        self._file.write(chunk.view(np.uint8).reshape(-1).data)
 
 
 class HookStream:
@@ -93,32 +118,68 @@ class HookStream:
         syncer: Executor,
         *,
         direct: bool,
+        workers: Executor | None = None,
     ) -> None:
         self.hook = hook
         self.moments: Moments | None = None
         self.scales: ArrayStream | None = None  # of dtypes with a scale per row
-        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct)
+        self._workers = workers
+        self._rows: Rows  # those that are being appended, from row `_first_row` on
+        self._first_row = 0
+        self._given: Mapping[int, BlockSums] = {}
+        self._sums: list[tuple[int, Future[BlockSums]]] = []  # of blocks of what is appended, by their first row
+        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct, workers=workers)
         path = folder / f"activations.{hook}"
-        self.values = ArrayStream(values, path, syncer, direct=direct, on_chunk=self._measure)
+        options: dict[str, Any] = {"direct": direct, "workers": workers, "on_chunk": self._measure}
+        self.values = ArrayStream(values, path, syncer, **options)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
-        self.values.append(rows.activations[self.hook], lambda i: self._refuse(rows, i, first_row))
+        self._rows, self._first_row = rows, first_row
+        self._given = rows.sums.get(self.hook, {})
+        try:
+            self.values.append(rows.activations[self.hook], self._refuse)
+        finally:
+            wait([sums for _, sums in self._sums])  # the rows are not ours after this
+        for first, sums in self._sums:
+            self._add(sums.result(), first)
+        self._sums = []
 
-    def _refuse(self, rows: Rows, i: int, first_row: int) -> None:
+    def _refuse(self, i: int) -> None:
         """Raise BadActivationError for the value that row i cannot be stored for."""
-        storage, row = self.values.layout.storage, rows.activations[self.hook][i]
-        at = storage.misfit(row)
-        raise BadActivationError(
-            self.hook, int(rows.doc_id[i]), first_row + i, float(row[at]), storage.name, wider_than(storage)
-        )
+        storage, row, doc_id = self.values.layout.storage, self._rows.activations[self.hook][i], self._rows.doc_id[i]
+        value = float(row[storage.misfit(row)])
+        raise BadActivationError(self.hook, int(doc_id), self._first_row + i, value, storage.name, wider_than(storage))
 
-    def _measure(self, chunk_ND: Array) -> None:
-        self._add(*block_moments(chunk_ND))
+    def _measure(self, chunk_ND: Array, first: int | None, lasts: bool) -> None:
+        given = None if first is None else self._given.get(first)
+        if given is not None and len(given.square_N) != len(chunk_ND):
+            given = None
+        if self._workers is None or not lasts or first is None:
+            self._add(given or self._sums_of(chunk_ND), first)
+            return
+        if given is None:
+            self._sums.append((first, self._workers.submit(self._sums_of, chunk_ND)))
+        else:
+            self._sums.append((first, done := Future[BlockSums]()))
+            done.set_result(given)
 
-    def _add(self, moments: Moments, norms_N: Array) -> None:
+    def _sums_of(self, chunk_ND: Array) -> BlockSums:
+        return block_sums(chunk_ND)
+
+    def _add(self, sums: BlockSums, first: int | None) -> None:
+        if first is not None and not np.isfinite(sums.square_D).all():
+            self._refuse_block(first, len(sums.square_N))
+        moments, norms_N = moments_of(sums)
         self.moments = moments if self.moments is None else self.moments.merge(moments)
         self.norms.append(norms_N)
+
+    def _refuse_block(self, first: int, n_rows: int) -> None:
+        """Refuse the first row of a block that cannot be stored."""
+        storage, values_ND = self.values.layout.storage, self._rows.activations[self.hook][first : first + n_rows]
+        stored_ND = np.empty(values_ND.shape, storage.numpy)
+        if (bad := storage.store(values_ND, stored_ND)) is not None:
+            self._refuse(first + bad // values_ND.shape[1])
 
 
 class CodedHookStream(HookStream):
@@ -133,17 +194,20 @@ class CodedHookStream(HookStream):
         syncer: Executor,
         *,
         direct: bool,
+        workers: Executor | None = None,
         scales: ArrayLayout,
         affine: Affine,
     ) -> None:
-        super().__init__(hook, values, norms, folder, syncer, direct=direct)
-        self.scales = ArrayStream(scales, folder / f"scales.{hook}", syncer, direct=direct)
+        super().__init__(hook, values, norms, folder, syncer, direct=direct, workers=workers)
+        self._workers = None  # a chunk is measured while its exact rows are at hand
+        self.scales = ArrayStream(scales, folder / f"scales.{hook}", syncer, direct=direct, workers=workers)
         self._affine = affine
         self._exact_ND = np.empty(values.shape(values.inner_rows), np.float32)  # of the open chunk, for its error
         self._scales_N = np.empty(values.inner_rows, scales.storage.numpy)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
+        self._rows, self._first_row, self._given = rows, first_row, {}
         source_ND, done = rows.activations[self.hook], 0
         assert self.scales is not None
         while done < len(source_ND):
@@ -153,26 +217,28 @@ class CodedHookStream(HookStream):
             codes_ND = np.empty(exact_ND.shape, self.values.layout.storage.numpy)
             misfit = self._affine.encode(exact_ND, codes_ND, scales_N)
             if misfit is not None:
-                self._refuse(rows, done + misfit, first_row)
+                self._refuse(done + misfit)
             self.scales.append(scales_N)
             self.values.append(codes_ND)
             done += len(exact_ND)
 
-    def _measure(self, chunk_ND: Array) -> None:
+    def _sums_of(self, chunk_ND: Array) -> BlockSums:
         n_rows = len(chunk_ND)
         stored_ND = self._affine.decode(chunk_ND, self._scales_N[:n_rows])
-        moments, norms_N = block_moments(stored_ND)
-        self._add(replace(moments, error_D=error_sums(stored_ND, self._exact_ND[:n_rows])), norms_N)
+        return replace(block_sums(stored_ND), error_D=error_sums(stored_ND, self._exact_ND[:n_rows]))
 
 
-def open_hooks(layout: CacheLayout, folder: Path, syncer: Executor, *, direct: bool) -> list[HookStream]:
+def open_hooks(
+    layout: CacheLayout, folder: Path, syncer: Executor, *, direct: bool, workers: Executor | None = None
+) -> list[HookStream]:
     """A stream for each hook point."""
     streams = []
     for hook, values in layout.activations.items():
         place = (hook, values, layout.norms[hook], folder, syncer)
+        parts: dict[str, Any] = {"direct": direct, "workers": workers}
         if layout.affines is None:
-            streams.append(HookStream(*place, direct=direct))
+            streams.append(HookStream(*place, **parts))
         else:
-            parts: dict[str, Any] = {"scales": layout.scales[hook], "affine": layout.affines[hook]}
-            streams.append(CodedHookStream(*place, direct=direct, **parts))
+            parts |= {"scales": layout.scales[hook], "affine": layout.affines[hook]}
+            streams.append(CodedHookStream(*place, **parts))
     return streams

@@ -44,7 +44,7 @@ from sae_granary.common.rows import DocumentRow, Rows
 class CacheWriter:
     """The one writer of a cache; see the module's docstring. Made by `open`, closed by `with`."""
 
-    def __init__(self, path: Path, manifest: Manifest, committed: Committed, *, direct: bool, extend: bool) -> None:
+    def __init__(self, path: Path, manifest: Manifest, committed: Committed, *, extend: bool, **how: Any) -> None:
         self.path, self.manifest = path, manifest
         self.warnings: list[str] = []  # about what is lost by storing rows
         self.layout = manifest.layout
@@ -54,21 +54,28 @@ class CacheWriter:
         self._source: Mapping[str, int] | None = None
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
-        self._direct, self._broken = direct, False
+        self._how, self._broken = how, False
         self._lock: FolderLock | None = None
         self._session = Session(path)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], spec: CacheSpec, *, direct: bool = False, extend: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        spec: CacheSpec,
+        *,
+        direct: bool = False,
+        n_threads: int = 1,
+        extend: bool = False,
     ) -> CacheWriter:
         """Create a cache, or continue an unfinished one of the same spec; with `extend` also a finished one.
 
-        With `direct` rows go past the page cache (see `cache.write.chunk_file`); the bytes are the same.
-        Of a finished one that is not extended, `complete` is true and nothing is locked or written. One that is
-        extended stays as it is for its readers until `finish`. Raises CacheExistsError where the folder holds something
-        else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
+        The bytes are the same with `direct` (rows go past the page cache, see `cache.write.chunk_file`) and with any
+        number of threads. Of a finished one that is not extended, `complete` is true and nothing is locked or written.
+        One that is extended stays as it is for its readers until `finish`. Raises CacheExistsError where the folder
+        holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
+        how = {"direct": direct, "n_threads": n_threads}
         path = Path(path)
         vocabulary = vocabulary_bytes(spec.vocabulary)
         want = manifest_of(plain_spec(spec), None if vocabulary is None else FileEntry.of(vocabulary))
@@ -77,12 +84,12 @@ class CacheWriter:
             refuse_mismatch(path, have, want)
             if have.complete and not extend:
                 remove_leftovers(path)
-                return cls(path, have, Committed.of(have.shards), direct=direct, extend=False)
+                return cls(path, have, Committed.of(have.shards), extend=False, **how)
         with no_space_is_clear(path):
-            return cls._open_locked(path, want, vocabulary, direct=direct, extend=extend)
+            return cls._open_locked(path, want, vocabulary, extend=extend, **how)
 
     @classmethod
-    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, **options: bool) -> CacheWriter:
+    def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, **options: Any) -> CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         lock = locked(path)
         with concurrent_writes_are_clear(path), contextlib.ExitStack() as undo:
@@ -169,7 +176,7 @@ class CacheWriter:
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         if self._shard is None:
             folder, kept = self._session.folder / f"{self.n_shards:08d}", self.manifest.kept_columns
-            self._shard = OpenShard(self.layout, self.n_shards, folder, kept_columns=kept, direct=self._direct)
+            self._shard = OpenShard(self.layout, self.n_shards, folder, kept_columns=kept, **self._how)
         self._shard.append(rows, documents)
         self._buffer_rows += rows.n_rows
         if documents:

@@ -35,6 +35,16 @@ HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
+class BlockSums:
+    """Sums over a block of rows, in float64 and in the order of `cache.format.stats.block_sums`."""
+
+    sum_D: npt.NDArray[np.float64]
+    square_D: npt.NDArray[np.float64]  # sum of x^2; not finite if any value of the block is not
+    square_N: npt.NDArray[np.float64]  # ||x||^2 of each row
+    error_D: npt.NDArray[np.float64] | None = None  # sum of (stored - exact)^2, of dtypes whose error is measured
+
+
+@dataclass(frozen=True)
 class Rows:
     """N rows of whole windows in source order; every array has N as its first length."""
 
@@ -45,6 +55,8 @@ class Rows:
     position: npt.NDArray[np.int32]  # in the window, special tokens counted
     doc_position: npt.NDArray[np.int32]  # in the document's own tokens; -1 for special tokens added per window
     flags: npt.NDArray[np.uint8]  # FLAG_* bits
+    # Of a device that summed some blocks of rows already: hook point name -> first row -> sums.
+    sums: Mapping[str, Mapping[int, BlockSums]] = field(default_factory=dict)
 
     @property
     def n_rows(self) -> int:
@@ -53,6 +65,11 @@ class Rows:
 
     def __getitem__(self, index: slice) -> Rows:
         """The rows of a slice, as views."""
+        start, stop, _ = index.indices(self.n_rows)
+        sums = {
+            hook: {row - start: block for row, block in blocks.items() if start <= row < stop}
+            for hook, blocks in self.sums.items()
+        }
         return Rows(
             {name: array[index] for name, array in self.activations.items()},
             self.token_id[index],
@@ -61,6 +78,7 @@ class Rows:
             self.position[index],
             self.doc_position[index],
             self.flags[index],
+            sums,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +144,8 @@ def _blocks(opened: Cache, record: ShardRecord) -> Iterator[tuple[Rows, list[Doc
     for stop in _cuts(columns["window"], size):
         part = slice(start, stop)
         values = {name: opened.hook(name).block(i, start, stop) for name in names}
-        rows = Rows(values, *(np.asarray(columns[name][part]) for name in COLUMNS))
+        cut: dict[str, Any] = {name: np.asarray(column[part]) for name, column in columns.items()}
+        rows = Rows(values, **cut)
         last, documents = int(rows.doc_id.max()), []
         while waiting and waiting[-1] <= last:
             document = read_document(file, waiting.pop(), opened.kept_columns)

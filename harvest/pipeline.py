@@ -1,12 +1,14 @@
-"""Three stages that overlap, from documents to committed shards.
+"""Stages that overlap, from documents to committed shards.
 
 source -> documents -> windows -> sort buffers     (a thread: tokenizer and batches)
        -> forward pass to the last hook point      (the main thread)
-       -> copy to the host -> cache writer         (a thread)
+       -> casts, sums, copy to the host            (on a GPU a thread and a stream)
+       -> cache writer                             (a thread)
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.threads import Background, Prefetch
+from sae_granary.harvest.device.host import HostCopier, OnHost, Places, documents_from, timed_event, to_rows
 from sae_granary.harvest.errors import HarvestError, NoRowsError
-from sae_granary.harvest.host import HostCopier, documents_from, to_rows
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.replay.one_shard import Unwritten
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGES = ("tokenizer", "model", "copy", "write")
+STAGED = ("cuda",)  # devices that cast, sum and copy while the model runs
 
 
 class Model(Protocol):
@@ -64,11 +67,21 @@ class _Done:
 
     buffer: Buffer
     activations: dict[str, torch.Tensor]
-    ready: Any  # CUDA event after the last batch; None on a CPU
+    begun: Any  # CUDA event before the first batch; None on a CPU
+    ready: Any  # and after the last one
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A buffer with its activations on the host."""
+
+    buffer: Buffer
+    host: OnHost
+    n_committed: int  # rows of it that an earlier run committed
 
 
 class Pipeline:
-    """One run of the three stages."""
+    """One run of the stages."""
 
     def __init__(
         self,
@@ -87,7 +100,9 @@ class Pipeline:
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
         self._stream = self._open_stream(replay.begin if cursor is None else StreamState.from_ints(dict(cursor.source)))
         self._resumed_rows = writer.n_rows
-        self._copier = HostCopier(model.device)
+        self._staged = model.device.type in STAGED
+        self._copier = HostCopier(model.device, writer.layout, progress.say, staged=self._staged)
+        self._places = Places(prepared.rows_per_shard)
         self._warnings: list[str] = []
 
     def run(self) -> HarvestResult:
@@ -107,12 +122,14 @@ class Pipeline:
     def fill(self) -> None:
         """Give the writer all rows that are wanted."""
         self._progress.begin(self._resumed_rows)
-        with (
-            Background(self._write, self._check) as background,
-            Prefetch(self._work(), 2, self._check) as prefetch,
-        ):
+        with contextlib.ExitStack() as stages:
+            write: Callable[[_Copied], None] = self._write
+            if self._staged:
+                write = stages.enter_context(Background(self._write, self._check)).submit
+            copying = stages.enter_context(Background[_Done](lambda done: write(self._copy(done)), self._check))
+            prefetch = stages.enter_context(Prefetch(self._work(), 2, self._check))
             for work in prefetch:
-                background.submit(self._encode(work))
+                copying.submit(self._encode(work))
         self._meter.seconds["tokenizer"] = prefetch.busy
 
     def _open_stream(self, state: StreamState) -> BufferStream:
@@ -140,38 +157,40 @@ class Pipeline:
             yield self._model.prepare(buffer)
 
     def _encode(self, work: Work) -> _Done:
-        start = time.perf_counter()
+        start, begun, ready = time.perf_counter(), timed_event(self._model.device), timed_event(self._model.device)
+        if begun is not None:
+            begun.record()
         activations = self._model(work, self._tick)
-        ready = None
-        if self._model.device.type == "cuda":
-            import torch
-
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if ready is not None:
             ready.record()
         else:
             self._meter.add("model", start)
         self._meter.rows += work.buffer.n_rows
         self._meter.places += work.n_places
-        return _Done(work.buffer, activations, ready)
+        return _Done(work.buffer, activations, begun, ready)
 
     def _tick(self, n_rows: int) -> None:
         self._progress.advance(n_rows, self._writer.bytes_written)
         self._check()
 
-    def _write(self, done: _Done) -> None:
-        start = time.perf_counter()
+    def _copy(self, done: _Done) -> _Copied:
         if done.ready is not None:
-            done.ready.synchronize()  # until then the writer waits for the model
-            self._meter.add("model", start)
-            start = time.perf_counter()
-        arrays = self._copier(done.activations)
-        self._meter.add("copy", start)
+            done.ready.synchronize()  # no other thread waits for the device
+            self._meter.seconds["model"] += done.begun.elapsed_time(done.ready) / 1e3
         start = time.perf_counter()
-        rows, n_committed = to_rows(done.buffer.windows, arrays), self._committed_rows(done.buffer)
-        self._writer.begin_buffer(done.buffer.state.to_ints())
+        n_committed = self._committed_rows(done.buffer)
+        parts = self._places.parts(done.buffer.windows, n_committed) if self._staged else ()
+        copied = _Copied(done.buffer, self._copier(done.activations, parts), n_committed)
+        self._meter.add("copy", start)
+        return copied
+
+    def _write(self, copied: _Copied) -> None:
+        start, n_committed, windows = time.perf_counter(), copied.n_committed, copied.buffer.windows
+        rows = to_rows(windows, copied.host)
+        self._writer.begin_buffer(copied.buffer.state.to_ints())
         self._writer.skip(n_committed)
         if n_committed < rows.n_rows:
-            self._writer.append(rows[n_committed:], documents_from(done.buffer.windows, n_committed))
+            self._writer.append(rows[n_committed:], documents_from(windows, n_committed))
             self._warn(self._writer.warnings[len(self._warnings) :])
         self._meter.add("write", start)
 
@@ -211,7 +230,8 @@ class Pipeline:
 
     def _result(self, writer: CacheWriter, seconds: float) -> HarvestResult:
         meter = self._meter
-        busy = sorted(((stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()), key=_share)
+        busy = [(stage, spent / max(seconds, 1e-9)) for stage, spent in meter.seconds.items()]
+        busy.sort(key=lambda item: -item[1])
         result = result_of(self._prepared, writer, self.summary())
         result = replace(
             result,
@@ -228,7 +248,3 @@ class Pipeline:
             + ", ".join(f"{stage} {share:.0%}" for stage, share in busy)
         )
         return result
-
-
-def _share(item: tuple[str, float]) -> float:
-    return -item[1]

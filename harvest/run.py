@@ -12,6 +12,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.threads import shown, waiting
 from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
@@ -79,8 +80,7 @@ def harvest_activations(
         worked = False
         if config.block_docs is not None:
             worked = Worker(prepared, cache_spec(prepared), progress, stop, world).run(load, _tell_behavior, model)
-        # On a CPU the model needs the cores that would copy rows into the page cache.
-        options = {"direct": prepared.device == "cpu", "extend": config.extend and asks_for_more(prepared)}
+        options = {**writing(prepared.device), "extend": config.extend and asks_for_more(prepared)}
         with CacheWriter.open(config.out_path, cache_spec(prepared), **options) as writer:
             if writer.complete:
                 return replace(_finished(prepared, writer), already_complete=not worked)

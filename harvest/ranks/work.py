@@ -17,6 +17,7 @@ from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blo
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.files import link_into_place, sync_folder, write_new
 from sae_granary.common.signals import StopRequest
+from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared
@@ -157,7 +158,7 @@ class Worker:
         told = {**self._spec.fingerprint, "block": task.block}
         spec = replace(self._spec, fingerprint=told, vocabulary=None, block_docs=None)
         begin = StreamState(next_doc=start, next_window=task.block << WINDOW_BITS)
-        with CacheWriter.open(self._folder / task.name, spec, direct=prepared.device == "cpu") as writer:
+        with CacheWriter.open(self._folder / task.name, spec, **writing(prepared.device)) as writer:
             if not writer.complete:
                 tell(prepared, writer)
                 prepared = as_begun(prepared, writer.manifest.provenance)

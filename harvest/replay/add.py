@@ -11,6 +11,7 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
+from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.pipeline import Pipeline
 from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
@@ -51,7 +52,7 @@ def add_hooks(
         base, prepared = prepare_addition(to, where, places, progress.say)
         path, names, place = base.path, [hook.name for hook in prepared.hooks], prepared.config.out_path
         spec = _spec(prepared, base)
-        with AddingWriter.open(place, spec, direct=prepared.device == "cpu", extend=True) as writer:
+        with AddingWriter.open(place, spec, **writing(prepared.device), extend=True) as writer:
             assert isinstance(writer, AddingWriter)
             writer.on(base)
             if writer.manifest.complete and writer.n_rows == base.n_rows:

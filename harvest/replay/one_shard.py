@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sae_granary.cache.format.layout import CacheLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.spec import Cursor
 from sae_granary.cache.write.committed import Committed
@@ -20,6 +21,7 @@ class Unwritten:
         self.path, self.committed = path, committed
         self.cursor: Cursor | None = committed.cursor
         self.warnings: list[str] = []
+        self.layout: CacheLayout | None = None  # of what is written
 
     @property
     def n_rows(self) -> int:
@@ -46,7 +48,7 @@ class ShardAgain(Unwritten):
 
     def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
         super().__init__(path, Committed.of(manifest.shards[:shard]))
-        self._record = manifest.shards[shard]
+        self._record, self.layout = manifest.shards[shard], manifest.layout
         self._shard = OpenShard(manifest.layout, shard, folder, kept_columns=manifest.kept_columns, direct=False)
 
     @property

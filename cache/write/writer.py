@@ -62,10 +62,10 @@ class CacheWriter:
     def open(cls, path: str | os.PathLike[str], spec: CacheSpec, *, extend: bool = False, **how: Any) -> CacheWriter:
         """Create a cache, or continue an unfinished one of the same spec; with `extend` also a finished one.
 
-        The bytes are the same with `direct=True` (rows go past the page cache, see `cache.write.chunk_file`) and with
-        any number of threads (`n_threads=1`). Of a finished one that is not extended, `complete` is true and nothing is locked or written.
-        One that is extended stays as it is for its readers until `finish`. Raises CacheExistsError where the folder
-        holds something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
+        The bytes are the same with `direct=True` (rows go past the page cache, see `cache.write.chunk_file`) and any
+        `n_threads`. Of a finished one that is not extended, `complete` is true and nothing is locked or written. One
+        that is extended stays as it is for its readers until `finish`. Raises CacheExistsError where the folder holds
+        something else, CacheMismatchError where it holds another harvest, CacheLockedError while it is written.
         """
         path = Path(path)
         vocabulary = vocabulary_bytes(spec.vocabulary)

@@ -52,7 +52,8 @@ def run(read_flags: ReadFlags, record_user: RecordUser = False, quiet: Quiet = F
         explain_bus_errors(lambda: _TRUNCATED)
         with stop_on_signals(at_once=True, second="exit") as stop:
             keep_freed_memory(config.model.device)
-            result = harvest_activations(config, quiet=quiet, stop=stop)
+            with World.of_environment().named():
+                result = harvest_activations(config, quiet=quiet, stop=stop)
         if not World.of_environment().tells:  # another rank prints for all
             return
         if record_user and not result.already_complete:

@@ -1,13 +1,17 @@
 """One cache by several processes: the same bytes for any number of them, whatever happens to them on the way."""
 
 import os
+import signal
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 
@@ -252,3 +256,49 @@ def test_of_many_claims_one_succeeds(tmp_path: Path) -> None:
     assert sum(leases.claim("a") is not None for leases in observers) == 1
     (tmp_path / "b.0.lease").write_bytes(b"")  # a holder that has not written yet
     assert not Leases(tmp_path, 10).is_free("b")
+
+
+def start(config: HarvestConfig) -> int:
+    """Harvest in a process of its own; its pid."""
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            harvest_activations(config, quiet=True)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pids: list[int]) -> list[int]:
+    """Exit codes of processes; negative for a signal."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=SLOW)])
+def test_killed_processes_lose_and_double_nothing(config: HarvestConfig, n_kills: int) -> None:
+    config = replace(config, block_docs=7)
+    harvest_activations(config, quiet=True)
+    rng, n_left, run = np.random.default_rng(7), n_kills, 0
+    while n_left:
+        run += 1
+        other = replace(config, out=config.out_path.with_name(f"killed_{run}"))
+        while n_left and not _is_complete(other.out_path):
+            pids = [start(other) for _ in range(int(rng.integers(1, 4)))]
+            time.sleep(float(rng.uniform(0.2, 3.0)))
+            n_dead = len(pids) if rng.integers(2) else 1  # torchrun ends all of them
+            for pid in pids[:n_dead]:
+                os.kill(pid, signal.SIGKILL)
+            assert set(ended(pids[:n_dead])) <= {-signal.SIGKILL, 0}
+            assert set(ended(pids[n_dead:])) <= {0}
+            n_left -= 1
+        assert ended([start(other) for _ in range(2)]) == [0, 0]
+        assert_same_cache(other.out_path, config.out_path)
+        assert verify(other.out_path).ok
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / "manifest.json").exists() and open_cache(path, allow_incomplete=True).complete

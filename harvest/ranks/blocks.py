@@ -68,7 +68,8 @@ class Records:
 
     def between(self, start: int, stop: int) -> Iterator[Record]:
         """Records start..stop; fewer where the source ends."""
-        if self._stream is None or start < self._position or self._source.seekable:
+        far = start != self._position if self._source.seekable else start < self._position
+        if self._stream is None or far:
             self._stream, self._position = self._source.records(start), start
         stream = self._stream
         self._stream = None  # an error of the source must not look like its end

@@ -138,6 +138,12 @@ class Leases:
         """Whether anyone has ever held it."""
         return self._look(name) is not None
 
+    def holder(self, name: str) -> str:
+        """Who holds a lease, for a message."""
+        seen = self._look(name)
+        told = {} if seen is None else _parsed(seen.content)
+        return f"process {told.get('pid')} on {told.get('host')}"
+
     def n_rows(self, name: str) -> int:
         """Rows that the holder of a lease has told of."""
         seen = self._look(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sae_granary.common.errors import GranaryError
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.ranks.board import Board
 from sae_granary.harvest.ranks.lease import Lease
@@ -106,4 +108,5 @@ class Heartbeat:
             batches = self._progress.batches
             if idle < _HUNG:
                 self._lease.renew(self._progress.n_rows)
-            self._board.look()
+            with contextlib.suppress(OSError, GranaryError):  # the main thread looks again, and raises it
+                self._board.look()

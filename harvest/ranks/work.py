@@ -57,7 +57,8 @@ class Worker:
         self._folder = self._path / BLOCKS
         self._leases = Leases(self._folder, lease_seconds())
         self._records = Records(prepared.source)
-        self._deferred: dict[str, float] = {}
+        self._deferred: dict[str, float] = {}  # tasks that cannot be claimed before a time
+        self._waited = set[str]()
         config = prepared.config
         assert config.block_docs is not None
         self._block_docs = config.block_docs
@@ -117,6 +118,10 @@ class Worker:
     def _wait(self) -> None:
         """All blocks that are left are in work elsewhere: wait for them, or for one whose process has ended."""
         self._shown.show()
+        task = None if self._board.ended else next(self._board.tasks(), None)
+        if task is not None and task.name not in self._waited:
+            self._waited.add(task.name)
+            self._log.write(f"waiting for block {task.block} of {self._leases.holder(task.name)}")
         time.sleep(min(1.0, self._leases.seconds / 10))
 
     def _harvest(self, task: Task, lease: Lease, model: Model, tell: Tell) -> None:
@@ -135,8 +140,9 @@ class Worker:
                     break
                 except _LostError:
                     return
-                except CacheLockedError:  # its process has stopped renewing the lease, but not ended
+                except CacheLockedError as error:  # its process has stopped renewing the lease, but not ended
                     self._deferred[task.name] = time.monotonic() + self._leases.seconds
+                    self._shown.say(f"block {task.block} waits for a process that does nothing ({error}): end it")
                     return
                 except (ConcurrentWriteError, FileNotFoundError):
                     lease.renew(progress.n_rows)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sae_granary.cache.errors import CacheError
@@ -34,6 +37,17 @@ class World:
     def tells(self) -> bool:
         """Whether this process prints the progress of all."""
         return not self.rank
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the rank in front of the message of an error that leaves the block."""
+        try:
+            yield
+        except Exception:
+            if self.rank is not None:
+                sys.stderr.write(f"rank {self.rank}: ")
+                sys.stderr.flush()
+            raise
 
 
 def _integer(name: str) -> int:

@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -35,7 +35,9 @@ def apart(contestants: Mapping[str, Contestant], repeats: int) -> dict[str, floa
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     with ExitStack() as stack:
-        players = {name: stack.enter_context(_Player(name, contestant)) for name, contestant in contestants.items()}
+        players = {name: stack.enter_context(Player(name, contestant)) for name, contestant in contestants.items()}
+        for player in players.values():
+            player.ready()
         for turn in range(repeats + 1):
             for name, player in players.items():
                 player.step()
@@ -45,8 +47,8 @@ def apart(contestants: Mapping[str, Contestant], repeats: int) -> dict[str, floa
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-class _Player:
-    """A process that takes a step when told."""
+class Player:
+    """A process that takes a step when told. What it raises, or a limit exceeded, is a RuntimeError here."""
 
     def __init__(self, name: str, contestant: Contestant) -> None:
         self._name = name
@@ -56,25 +58,34 @@ class _Player:
         self._process.start()
         theirs.close()
 
-    def __enter__(self) -> _Player:
-        self._receive()  # ready for its first step
+    def __enter__(self) -> Player:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
-        self._process.join()
+        self._process.join(timeout=2)
+        self._process.kill()
 
-    def step(self) -> float:
+    def ready(self, limit: float | None = None) -> None:
+        """Wait, at most so many seconds, until it has prepared its first step."""
+        self._receive(limit)
+
+    def step(self, limit: float | None = None) -> float:
         """Seconds of one step."""
-        return self._receive(send=True)
+        with suppress(BrokenPipeError):  # why it has ended is in the pipe
+            self._pipe.send(None)
+        return self._receive(limit)
 
-    def _receive(self, *, send: bool = False) -> float:
+    def _receive(self, limit: float | None) -> float:
         try:
-            if send:
-                self._pipe.send(None)
-            return float(self._pipe.recv())
-        except (EOFError, BrokenPipeError):
+            if not self._pipe.poll(limit):
+                raise RuntimeError(f"{self._name}: no answer within {limit:.0f} s")
+            received = self._pipe.recv()
+        except (EOFError, ConnectionError):
             raise RuntimeError(f"{self._name} stopped: an error above, or too little memory") from None
+        if isinstance(received, str):
+            raise RuntimeError(f"{self._name}: {received}")
+        return float(received)
 
 
 def _play(contestant: Contestant, pipe: Connection) -> None:
@@ -91,4 +102,8 @@ def _play(contestant: Contestant, pipe: Connection) -> None:
             os._exit(0)
         start = time.perf_counter()
 
-    contestant(turn)
+    try:
+        contestant(turn)
+    except Exception as error:
+        pipe.send(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        raise

@@ -17,7 +17,7 @@ from benchmarks.peers.memory import EnoughError
 from benchmarks.peers.rows import rows
 from benchmarks.peers.step import TYPES
 
-ARGS = argparse.Namespace(cache=None, d_in=16, d_sae=64, k=4, batch_size=128, device="cpu", types=TYPES)
+ARGS = argparse.Namespace(cache=None, d_in=16, d_sae=64, k=4, batch_size=128, device="cpu", types=TYPES, autocast=False)
 
 
 def test_saelens_store_gives_the_rows_written(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ def test_a_sweep_is_timed_beside_its_steps_alone(
     monkeypatch.setattr(sweep, "GRID", {"type": ["topk", "batchtopk"], "k": [4]})
     table = sweep.tables(make_cache(d_in=32), 1000.0, sweep.Size(d_sae=64, batch=128, steps=20), "cpu")
     assert "2 SAEs of d_in 32, d_sae 64, batch 128, fp32, 20 steps" in table
-    assert re.search(r"\| 2 steps alone \(limit\) +\| +\d+ \| 1\.00", table), table
-    assert re.search(r"\| one step of the sweep.* \| +\d+ \| \d+\.\d\d", table), table
+    assert re.search(r"\| 2 steps alone \(limit\) +\| +\d+ +\| 1\.00", table), table
+    assert re.search(r"\| one step of the sweep.* \| +\d+ +\| \d+\.\d\d", table), table
 
 
 @pytest.mark.slow
 def test_the_loader_is_timed_beside_a_copy() -> None:
     table = loader_speed.run(quick=True)
-    assert re.search(r"\| shuffled batches, one epoch +\| +[\d.]+ \| +\d+\.\d\d", table), table
+    assert re.search(r"\| shuffled batches, one epoch +\| +[\d.]+ +\| +\d+\.\d\d", table), table
 
 
 @pytest.mark.slow

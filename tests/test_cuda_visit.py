@@ -1,14 +1,20 @@
 """The script for a machine with a GPU: all but the GPU, on the CPU."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import visit_parts
 
+from benchmarks.apart import Player
 from benchmarks.cuda_visit import agreement, products, roofline, speed
+from benchmarks.cuda_visit.parts import PARTS
+from benchmarks.cuda_visit.place import Place
 from benchmarks.cuda_visit.roofline import Limits, Size
+from benchmarks.cuda_visit.visit import Part, Visit
 from sae_granary.sae_core import Pattern
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +43,7 @@ def test_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed, table = agreement.check("cpu", ["eager"], ["topk", "vanilla"])
+    passed, table = agreement.check("cpu", ["eager"], ["topk", "vanilla", "crosscoder", "temporal"])
     assert passed, table
     monkeypatch.setattr(agreement, "BOUND", -1.0)
     passed, table = agreement.check("cpu", ["eager"], ["topk"])
@@ -61,3 +67,68 @@ def test_parts_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gradient of the codes" in text
     assert "| topk " in text
     assert "| vanilla " in text
+
+
+def visit(folder: Path, monkeypatch: pytest.MonkeyPatch, *parts: Part, seconds: float = 500) -> tuple[Visit, bool, str]:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    said: list[str] = []
+    made = Visit(Place("cpu", folder), folder / "results.md", seconds, said.append)
+    return made, made.carry_out(parts), (folder / "results.md").read_text()
+
+
+def part(name: str, limit: float = 300, *, ahead: bool = False) -> Part:
+    return Part(name, f"visit_parts:{name}", limit, "a test", ahead)
+
+
+def test_a_part_that_raises_or_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch) -> None:
+    parts = [part(name) for name in ("raises", "fails_a_check", "passes")]
+    made, passed, results = visit(tmp_path, monkeypatch, *parts)
+    assert not passed
+    outcomes = [outcome.split(" (")[0] for outcome in made.outcomes.values()]
+    assert outcomes == ["FAILED with exit code 1", "CHECKS FAILED", "passed"]
+    for text in ("| first table | 1 |", "ValueError: no such kernel", "| bitwise equal | NO |", "| device | cpu |"):
+        assert text in results
+    assert "- raises: FAILED with exit code 1" in results.split("## Summary")[1]
+
+
+def test_a_part_that_hangs_is_stopped_and_what_it_printed_is_kept(tmp_path, monkeypatch) -> None:
+    made, passed, results = visit(tmp_path, monkeypatch, part("hangs", 5), part("passes"))
+    assert not passed
+    assert made.outcomes["hangs"].startswith("STOPPED after its limit of 5 s")
+    assert made.outcomes["passes"].startswith("passed")
+    assert "| before it hangs | 1 |" in results
+
+
+def test_parts_for_which_no_time_is_left_are_named(tmp_path, monkeypatch) -> None:
+    made, passed, _ = visit(tmp_path, monkeypatch, part("passes"), seconds=5)
+    assert not passed
+    assert made.outcomes["passes"].startswith("not started")
+
+
+def test_a_part_that_starts_ahead_waits_for_its_turn(tmp_path, monkeypatch) -> None:
+    parts = [part("takes_its_turn"), part("prepares", ahead=True)]
+    _, passed, results = visit(tmp_path, monkeypatch, *parts)
+    assert passed, results
+    assert "| its turn came after others | True |" in results
+
+
+def test_a_contestant_that_fails_says_why() -> None:
+    with Player("peer", visit_parts.contestant_that_fails) as player:
+        player.ready()
+        with pytest.raises(RuntimeError, match="peer: ValueError: no such option"):
+            player.step()
+    with (
+        Player("peer", visit_parts.contestant_that_never_starts) as player,
+        pytest.raises(RuntimeError, match="peer: no answer within 0 s"),
+    ):
+        player.ready(0.1)
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_a_tiny_size(tmp_path) -> None:
+    out = tmp_path / "results.md"
+    command = [sys.executable, "-m", "benchmarks.cuda_visit", "--device", "cpu", "--minutes", "25", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
+    summary = out.read_text().split("## Summary")[1]
+    assert [line.split(" (")[0] for line in summary.split("\n") if line] == [f"- {p.name}: passed" for p in PARTS]

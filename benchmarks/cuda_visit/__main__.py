@@ -1,43 +1,85 @@
-"""`python -m benchmarks.cuda_visit [--quick]`: check the CUDA kernels, then print tables for RESULTS.md.
+"""`python -m benchmarks.cuda_visit [--minutes 14] [--only NAMES]`: check and time everything on a CUDA GPU.
 
-Imports no zarr: torch and the models are enough. Exit code 0: all checks passed; 1: one failed; 2: there is no CUDA.
+Each part runs in a process of its own with a limit, in the order of their worth; a part that fails or exceeds its limit
+is reported, and the next one starts. Tables are appended to --out as they come. Weights are random, the text is
+Python's own help, nothing is downloaded. What all parts take has not been measured yet: their limits (--list) add up to
+27 minutes, those of the first eight, up to the peers, to 15. Parts for which no time is left are listed as not started.
+
+Needs the package's own dependencies; peers that are not installed are left out. `--device cpu` runs every part in a
+tiny size, to test this script. Exit code 0: all parts were done and passed; 1: not all; 2: there is no CUDA device.
 """
 
 import argparse
+import shutil
+import signal
 import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
 
-import torch
+from benchmarks.cuda_visit.parts import PARTS
+from benchmarks.cuda_visit.place import Place
+from benchmarks.cuda_visit.visit import Visit
 
-from benchmarks import machine
-from benchmarks.cuda_visit import agreement, products, speed
-from sae_granary.sae_core.kernels.choice import triton_installed
+ROOMY = 16 * 2**30  # bytes free in memory's own file system for caches to be written there
 
 
 def main() -> int:
-    """Checks first: a fast kernel that is wrong is not fast."""
-    parser = argparse.ArgumentParser(prog="benchmarks.cuda_visit", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the smallest size only")
-    parser.add_argument("--only", choices=["checks", "times"], help="one of the two halves")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    """Carry out the chosen parts."""
+    arguments = parse_args()
+    if arguments.list:
+        for part in PARTS:
+            print(f"{part.name:16}{part.limit:5.0f} s  {part.about}")
+        print(f"{'together':16}{sum(part.limit for part in PARTS):5.0f} s")
+        return 0
+    import torch
+
+    from benchmarks import machine
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing was checked or timed")
         return 2
-    kernels = ["eager", "triton"] if triton_installed() else ["eager"]
-    print(f"{machine.describe()}, {_triton_version()}\n", flush=True)
-    passed = True
-    if arguments.only != "times":
-        for stage in (products.check, agreement.check):
-            stage_passed, text = stage("cuda", kernels)
-            passed &= stage_passed
-            print(f"{text}\n", flush=True)
-    if arguments.only != "checks":
-        for size in speed.SIZES[: 1 if arguments.quick else None]:
-            print(f"{speed.measure(size, 'cuda', kernels)}\n", flush=True)
-    print("all checks passed" if passed else "CHECKS FAILED, see the tables")
-    return 0 if passed else 1
+    signal.signal(signal.SIGTERM, _leave)
+    chosen = [part for part in PARTS if part.name in (arguments.only or [part.name])]
+    with tempfile.TemporaryDirectory(prefix="cuda_visit_", dir=_roomy_folder()) as folder:
+        title = f"{machine.describe()}, {_triton_version()}, {arguments.device}, files in {folder}"
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(f"\n# {title}\n")
+        print(title, flush=True)
+        visit = Visit(Place(arguments.device, Path(folder)), arguments.out, 60 * arguments.minutes, _say)
+        return 0 if visit.carry_out(chosen) else 1
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.cuda_visit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [part.name for part in PARTS]
+    parser.add_argument("--minutes", type=float, default=14.0, help="no part runs longer (default 14)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these parts: see --list")
+    parser.add_argument("--list", action="store_true", help="print the parts with their limits")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny sizes, a test")
+    parser.add_argument("--out", type=Path, default=Path("cuda_visit.md"), help="file that the tables are appended to")
+    return parser.parse_args()
+
+
+def _roomy_folder() -> str | None:
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > ROOMY else None
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)  # the parts' processes are ended, the folder is removed
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _triton_version() -> str:
+    from sae_granary.sae_core.kernels.choice import triton_installed
+
     if not triton_installed():
         return "no Triton"
     import triton

@@ -1,4 +1,4 @@
-"""Training steps of every type that reads one hook point: a device against the CPU, and against itself."""
+"""Training steps of every type: a device against the CPU, and against itself."""
 
 import copy
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cuda_visit.saes import mixtures, one_hook_types, settings, start, use
+from benchmarks.cuda_visit.saes import rows_for, settings, start, use
 from benchmarks.table import markdown
-from sae_granary.sae_core import SAE
+from sae_granary.sae_core import SAE, Rows, registry
 from sae_granary.sae_core.kernels import choose
 from sae_granary.train.loop import train_step
 from sae_granary.train.state.run_state import Run
@@ -23,9 +23,9 @@ D_IN, D_SAE, K, BATCH, N_STEPS = 64, 1024, 8, 512, 3
 
 def check(device: str, kernels: Sequence[str], names: Sequence[str] | None = None) -> tuple[bool, str]:
     """Whether all agree, and the table."""
-    x = mixtures(BATCH, D_IN, "cpu")
     rows, passed = [], True
-    for name in names or one_hook_types():
+    for name in names or registry.names():
+        x = rows_for(name, BATCH, D_IN, "cpu")
         sae = start(name, D_IN, D_SAE, K, x)
         for which in kernels:
             use(which, device)
@@ -43,22 +43,22 @@ def check(device: str, kernels: Sequence[str], names: Sequence[str] | None = Non
     return passed, f"{title}\n\n{markdown(header, rows)}"
 
 
-def _compare(name: str, kernels: str, sae: SAE, x: Tensor, device: str) -> tuple[list[str], bool]:
+def _compare(name: str, kernels: str, sae: SAE, x: Rows, device: str) -> tuple[list[str], bool]:
     here, there, again = (_run(sae, name, where) for where in ("cpu", device, device))
-    x_there = x.to(device)
+    x_there = {hook: part.to(device) for hook, part in x.items()}
     with torch.no_grad():
         active = [(run.sae(rows).codes.dense() != 0).cpu() for run, rows in ((here, x), (there, x_there))]
     n_differ = int((active[0] != active[1]).sum())
-    pairs = ((here, RowInput({"x": x})), (there, RowInput({"x": x_there})))
+    pairs = ((here, RowInput(x)), (there, RowInput(x_there)))
     first = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     loss = _relative(torch.tensor(list(first[1].values())), torch.tensor(list(first[0].values())))
     gradient = _gradient_difference(here.sae, there.sae)
     second = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     second_loss = _relative(torch.tensor(list(second[1].values())), torch.tensor(list(second[0].values())))
     for _ in range(N_STEPS - 2):
-        train_step(there, RowInput({"x": x_there}))
+        train_step(there, RowInput(x_there))
     for _ in range(N_STEPS):
-        train_step(again, RowInput({"x": x_there}))
+        train_step(again, RowInput(x_there))
     equal = _states_equal(there.sae, again.sae)
     bound = BOUND_IF_CODES_DIFFER if n_differ else BOUND
     fine = loss <= bound and gradient <= bound and second_loss <= max(bound, SECOND_BOUND) and equal

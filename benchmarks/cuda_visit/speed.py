@@ -39,7 +39,9 @@ def measure(size: Size, device: str, kernels: Sequence[str]) -> str:
 
 
 def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
-    run = Run.create(settings("topk", device, NO_CHANGE, "bfloat16"), start("topk", size.d_in, size.d_sae, size.k, x))
+    run = Run.create(
+        settings("topk", device, NO_CHANGE, "bfloat16"), start("topk", size.d_in, size.d_sae, size.k, {"x": x})
+    )
     train_step(run, RowInput({"x": x}))  # gradients and moments
     sae = run.sae
     with torch.no_grad():
@@ -103,29 +105,32 @@ def _under(kernels: str, function: Callable[[], object], device: str) -> str:
 
 
 def _steps(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
-    """Types without k at the first size only: they are not k-sparse, and their pre-activations fill the memory."""
+    """Types without k at the first size only: they are not k-sparse, and their pre-activations fill the memory.
+
+    float32 means the codes: where the encoder is screened (`kernels/screen.py`), its product is in bfloat16 there too.
+    """
     names = [name for name in one_hook_types() if name not in SLOW and (has_k(name) or size == SIZES[0])]
     table = []
     for name in names:
-        for which in kernels:
+        ways = [("bfloat16", which) for which in kernels] + [("float32", kernels[-1])] * has_k(name)
+        for dtype, which in ways:
             use(which, device)
-            ms, gigabytes, l0 = _step(name, size, x, device)
+            ms, gigabytes, l0 = _step(name, size, x, device, dtype)
             share = f"{limits.step_ms(size) / ms:.0%}" if has_k(name) else ""
-            table.append(
-                [name, which, f"{ms:.3f}", share, f"{size.batch / ms / 1e3:.2f}", f"{gigabytes:.1f}", f"{l0:.0f}"]
-            )
+            numbers = [f"{ms:.3f}", share, f"{size.batch / ms / 1e3:.2f}", f"{gigabytes:.1f}", f"{l0:.0f}"]
+            table.append([name, dtype, which, *numbers])
     choose(None)
-    return markdown(["step", "kernels", "ms", "of the roofline", "M rows/s", "peak GB", "L0"], table)
+    return markdown(["step", "dtype", "kernels", "ms", "of the roofline", "M rows/s", "peak GB", "L0"], table)
 
 
-def _step(name: str, size: Size, x: Tensor, device: str) -> tuple[float, float, float]:
+def _step(name: str, size: Size, x: Tensor, device: str, dtype: str) -> tuple[float, float, float]:
     """Milliseconds of a step, peak memory in GB, and the mean number of active latents."""
     on_cuda = device != "cpu"
     if on_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config = settings(name, device, NO_CHANGE, "bfloat16")
-    run = Run.create(config, start(name, size.d_in, size.d_sae, size.k, x))
+    config = settings(name, device, NO_CHANGE, dtype)
+    run = Run.create(config, start(name, size.d_in, size.d_sae, size.k, {"x": x}))
     ms = median_ms(lambda: train_step(run, RowInput({"x": x})), device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else 0.0
     with torch.no_grad():

@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=384, help="ignored by step with --cache")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--autocast", action="store_true", help="products in bfloat16; sparsify decides for itself")
     parser.add_argument("--keep-freed", action="store_true", help="lend the peers our trainer's setting of malloc")
     steps = parser.add_argument_group("step")
     steps.add_argument("--d-sae", type=int, default=12_288)

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.apart import Turn
@@ -37,4 +38,9 @@ def dictionary_learning_steps(kind: str, x: Tensor, args: argparse.Namespace, tu
         device=args.device,
         **options,
     )
-    repeat(lambda: trainer.update(PAST_WARM_UP, x), turn)
+
+    def step() -> None:  # as their training loop calls it with autocast_dtype
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=args.autocast):
+            trainer.update(PAST_WARM_UP, x)
+
+    repeat(step, turn)

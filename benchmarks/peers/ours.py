@@ -38,9 +38,9 @@ def our_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> Non
         with torch.no_grad():
             pre_acts = sae.pre_acts(sae.encoder_input(x)).dense
             sae.encoder_bias.sub_(pre_acts.flatten()[::97].quantile(1 - TRAINED_L0 / args.d_sae))
-    lr = 2e-4 if sparse else 1e-12
+    lr, dtype = 2e-4 if sparse else 1e-12, "bfloat16" if args.autocast else "float32"
     config = TrainConfig(
-        type=kind, device=args.device, compute_dtype="float32", steps=10**6, lr=lr, warmup_steps=0, options=options
+        type=kind, device=args.device, compute_dtype=dtype, steps=10**6, lr=lr, warmup_steps=0, options=options
     )
     run = Run.create(config, sae)
     repeat(lambda: train_step(run, RowInput({"x": x})), turn)

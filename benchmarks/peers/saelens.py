@@ -26,6 +26,6 @@ def saelens_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) ->
     sae = getattr(sae_lens, f"{name}TrainingSAE")(
         config(d_in=x.shape[1], d_sae=args.d_sae, device=args.device, **options)
     )
-    settings = SAETrainerConfig(10**9, args.batch_size, lr_end=3e-5, device=args.device)
+    settings = SAETrainerConfig(10**9, args.batch_size, lr_end=3e-5, device=args.device, autocast=args.autocast)
     trainer = SAETrainer(settings, sae, iter(()))
     repeat(lambda: trainer.step(x), turn)

@@ -156,15 +156,16 @@ def repair(
     with _errors(debug):
         from sae_granary.common.process import keep_freed_memory
         from sae_granary.common.signals import stop_on_signals
-        from sae_granary.harvest.replay import repair as repairing
+        from sae_granary.harvest.replay.damage import find_damage, report_lines
+        from sae_granary.harvest.replay.repair import repair as restore
 
         if dry_run:
-            damages = repairing.find_damage(cache)
+            damages = find_damage(cache)
         else:
             with stop_on_signals(at_once=True, second="exit") as stop:
                 keep_freed_memory(device or "auto")
-                damages = repairing.repair(cache, model=model, dataset=dataset, device=device, quiet=quiet, stop=stop)
-        for line in repairing.report_lines(damages, restored=not dry_run):
+                damages = restore(cache, model=model, dataset=dataset, device=device, quiet=quiet, stop=stop)
+        for line in report_lines(damages, restored=not dry_run):
             echo(line)
         if damages and dry_run:
             raise typer.Exit(1)

@@ -2,6 +2,7 @@
 """Damaged files of a cache come back byte for byte: their rows are harvested again."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from sae_granary.harvest.cli import app
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.replay.add import add_hooks
-from sae_granary.harvest.replay.repair import find_damage, repair
+from sae_granary.harvest.replay.damage import find_damage
+from sae_granary.harvest.replay.repair import repair
 from sae_granary.models.config import ModelConfig, WhereConfig
 
 
@@ -40,7 +42,9 @@ def damage_each_kind(path: Path) -> int:
     (path / "commits/00000004.json").unlink()
     flip(path / "rows/zarr.json", 5)
     flip(path / "vocabulary.json", 20)
-    return 8
+    n_flags = len(list((path / "rows/flags").iterdir()))
+    shutil.rmtree(path / "rows/flags")
+    return 8 + n_flags
 
 
 @pytest.fixture
@@ -61,12 +65,17 @@ def test_every_kind_of_damage_is_repaired_to_the_original_bytes(grown: HarvestCo
     broken = contents(path)
     found = CliRunner().invoke(app, ["repair", str(path), "--dry-run"])
     assert found.exit_code == 1
-    assert found.stdout.count("damaged: ") == sum(len(damage.files) for damage in find_damage(path)) >= n + 1
+    damages = find_damage(path)
+    assert found.stdout.count("damaged: ") == sum(len(damage.files) for damage in damages) == n + 1
     assert contents(path) == broken
     result = CliRunner().invoke(app, ["repair", str(path), "--quiet", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert contents(path) == before
     assert verify(path).ok
+    log = (path / "harvest.log").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in log[-2:]] == [
+        f"repaired {len(damage.files)} files of {damage.path}" for damage in damages
+    ]
     assert "nothing to repair" in CliRunner().invoke(app, ["repair", str(path)]).stdout
 
 

@@ -23,6 +23,7 @@ from sae_granary.cache.format.layout import (
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import load_manifest, refuse_code, remove_contents
 from sae_granary.cache.write.session import locked
+from sae_granary.common.files import TEMP_PREFIX
 
 
 class InUseError(CacheError):
@@ -41,7 +42,8 @@ def check_removable(path: Path) -> Manifest:
     manifest = load_manifest(path)
     ours = {*manifest.layout.groups, ABOUT, BLOCKS, COMMITS, DOCUMENTS, LOCK, LOG, MANIFEST, TEMPORARY, VOCABULARY}
     ours.add("zarr.json")
-    others = sorted(entry.name for entry in path.iterdir() if entry.name not in ours | {ADDED})
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(TEMP_PREFIX)}
+    others = sorted(names - ours - {ADDED})
     for part in _additions(path):
         if (part / MANIFEST).is_file() and not part.is_symlink():
             check_removable(part)

@@ -105,8 +105,15 @@ class Session:
         files.link_into_place(temporary, self.path / path)
         files.sync_folder((self.path / path).parent)
 
+    def move(self, path: str, temporary: Path) -> None:
+        """Put a synced file in the place of another, or where one is missing."""
+        (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, self.path / path)
+        files.sync_folder((self.path / path).parent)
+
     def replace(self, path: str, data: bytes) -> None:
         """Write a file, or another in its place."""
+        (self.path / path).parent.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "new"
         temporary.unlink(missing_ok=True)
         files.replace_file(self.path / path, data, temporary)
@@ -127,12 +134,16 @@ def concurrent_writes_are_clear(path: Path) -> Iterator[None]:
 
 
 def locked(path: Path) -> FolderLock:
-    """The lock of a cache, taken. Raises CacheLockedError while another process writes."""
+    """The lock of a cache, taken; a half-written about.json of a killed process is removed.
+
+    Raises CacheLockedError while another process writes.
+    """
     lock = FolderLock(path / LOCK)
     try:
         lock.acquire()
     except LockedError as error:
         raise CacheLockedError(path, error.pid, error.age) from None
+    files.remove_temporary(path)
     return lock
 
 
@@ -140,7 +151,6 @@ def remove_leftovers(path: Path) -> None:
     """Remove what a writer left that was killed between its last write and its end."""
     if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
         return
-    with contextlib.suppress(OSError, CacheLockedError):  # a read-only cache, or its writer is just about to end
-        lock = locked(path)
+    # A read-only cache, or its writer is just about to end.
+    with contextlib.suppress(OSError, CacheLockedError), locked(path):
         shutil.rmtree(path / TEMPORARY, ignore_errors=True)
-        lock.release()

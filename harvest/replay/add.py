@@ -9,6 +9,7 @@ from pathlib import Path
 from sae_granary.cache.format.layout import ADDED
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.read.reader import Cache, open_local
+from sae_granary.cache.write.session import locked
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.device.host import writing
@@ -52,7 +53,8 @@ def add_hooks(
         base, prepared = prepare_addition(to, where, places, progress.say)
         path, names, place = base.path, [hook.name for hook in prepared.hooks], prepared.config.out_path
         spec = _spec(prepared, base)
-        with AddingWriter.open(place, spec, **writing(prepared.device), extend=True) as writer:
+        options = {**writing(prepared.device), "extend": True}
+        with locked(path), AddingWriter.open(place, spec, **options) as writer:
             assert isinstance(writer, AddingWriter)
             writer.on(base)
             if writer.manifest.complete and writer.n_rows == base.n_rows:

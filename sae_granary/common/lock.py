@@ -88,6 +88,12 @@ class FolderLock:
         os.close(self._fd)
         self._fd = -1
 
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def _acquire_flock(self) -> None:
         while True:
             fd = os.open(self.path, os.O_CREAT | os.O_RDWR | PLAIN | NO_FOLLOW, 0o666)

@@ -1,0 +1,72 @@
+# ruff: noqa: F811
+"""Killed at any instant and run again, an extension, an addition and a repair end with the same bytes."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cache_kit import no_sync  # noqa: F401
+from kill_kit import damage
+from test_harvest_extend import config, harvest, models  # noqa: F401
+from test_train_grown import SETTINGS
+from test_train_resume import interrupted
+
+from sae_granary import train_sae
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.replay.add import add_hooks
+from sae_granary.models.config import WhereConfig
+
+TESTS = Path(__file__).parent
+LAYER_2 = WhereConfig(layers=(2,))
+
+
+@pytest.fixture
+def growths(config: HarvestConfig, tmp_path: Path) -> Path:
+    """A folder with what the kit needs: a cache before an extension, an addition and a repair."""
+    harvest(config, max_tokens=300)
+    for what in ("extend", "add"):
+        shutil.copytree(config.out_path, tmp_path / what / "before")
+    add_hooks(config.out_path, LAYER_2, quiet=True)
+    damage(config.out_path)
+    shutil.copytree(config.out_path, tmp_path / "repair" / "before")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    return tmp_path
+
+
+def killed(root: Path, whats: str, every: int | str, n_random: int) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OPENBLAS_NUM_THREADS": "1"}
+    line = [sys.executable, str(TESTS / "kill_kit.py"), root, whats, str(every), str(n_random)]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_killed_extension_addition_and_repair_end_with_the_same_bytes(growths: Path) -> None:
+    killed(growths, "extend,add,repair", 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["extend", "add", "repair"])
+def test_killed_at_every_rename(growths: Path, config: HarvestConfig, what: str) -> None:
+    with_runs(growths, config)
+    killed(growths, what, 4, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["extend", "add", "repair"])
+def test_killed_at_20_random_instants(growths: Path, config: HarvestConfig, what: str) -> None:
+    with_runs(growths, config)
+    killed(growths, what, "none", 20)
+
+
+def with_runs(root: Path, config: HarvestConfig) -> None:
+    """A run on the cache before, one of them stopped; they are resumed on what the kills leave."""
+    shutil.rmtree(config.out_path)
+    shutil.copytree(root / "extend/before", config.out_path)
+    settings = {**SETTINGS, "cache": str(config.out_path), "runs_dir": str(root / "runs")}
+    train_sae(**settings, name="whole")
+    interrupted(10, **settings, name="stopped")

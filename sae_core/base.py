@@ -212,8 +212,8 @@ class SAE(nn.Module):
         """Weighted penalties by name, divided by `loss_scale.unit`, added to the reconstruction loss."""
         return {}
 
-    def monitor(self, out: SAEOutput) -> dict[str, float]:
-        """Values to log beside losses and metrics, by name."""
+    def monitor(self, out: SAEOutput) -> dict[str, Tensor | float]:
+        """Scalars to log beside losses and metrics, by name."""
         return {}
 
     def begin_step(self, progress: Progress) -> None:

@@ -5,6 +5,8 @@ Shapes: N rows, D width, F = d_sae latents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,13 @@ class Evaluator:
     def __init__(self, d_in: int, d_sae: int, dead_threshold: float = DEAD_THRESHOLD) -> None:
         self.d_in, self.d_sae, self.dead_threshold = d_in, d_sae, dead_threshold
         self.n_rows = 0
-        self.n_active = 0
+        self._n_active: Tensor | int = 0  # sums stay on the device of the rows: adding a batch waits for nothing
         self._mean = torch.zeros(d_in, dtype=torch.float64)
-        self._scatter = 0.0  # sum |x - mean|^2 over the rows so far
-        self._squares = 0.0  # sum |x|^2
-        self._squared_error = 0.0
-        self._cosine = 0.0
-        self._l2_ratio = 0.0
+        self._scatter: Tensor | float = 0.0  # sum |x - mean|^2 over the rows so far
+        self._squares: Tensor | float = 0.0  # sum |x|^2
+        self._squared_error: Tensor | float = 0.0
+        self._cosine: Tensor | float = 0.0
+        self._l2_ratio: Tensor | float = 0.0
         self.fired = torch.zeros(d_sae, dtype=torch.int64)  # rows on which each latent fired
 
     @torch.no_grad()
@@ -38,24 +40,26 @@ class Evaluator:
             return
         x, x_hat = float64(x), float64(x_hat)
         self._update_scatter(x)
-        self._squared_error += float((x - x_hat).square().sum())
-        self._squares += float(x.square().sum())
+        self._squared_error = self._squared_error + (x - x_hat).square().sum()
+        self._squares = self._squares + x.square().sum()
         norms = x.norm(dim=1).clamp_min(1e-30)
         norms_hat = x_hat.norm(dim=1)
-        self._cosine += float(((x * x_hat).sum(1) / (norms * norms_hat.clamp_min(1e-30))).sum())
-        self._l2_ratio += float((norms_hat / norms).sum())
-        fired = codes.fired().cpu()
-        self.fired += fired
-        self.n_active += int(fired.sum())
+        self._cosine = self._cosine + ((x * x_hat).sum(1) / (norms * norms_hat.clamp_min(1e-30))).sum()
+        self._l2_ratio = self._l2_ratio + (norms_hat / norms).sum()
+        fired = codes.fired()
+        self.fired = _on(fired.device, self.fired) + fired
+        self._n_active = self._n_active + fired.sum()
 
     def _update_scatter(self, x: Tensor) -> None:
         """Chan's merge of (count, mean, sum of squared deviations): no cancellation for a large mean."""
         n = x.shape[0]
         mean = x.mean(0)
-        delta = mean.cpu() - self._mean
+        self._mean = _on(mean.device, self._mean)
+        delta = mean - self._mean
         total = self.n_rows + n
-        self._scatter += float((x - mean).square().sum()) + float(delta.square().sum()) * self.n_rows * n / total
-        self._mean += delta * (n / total)
+        between = delta.square().sum() * self.n_rows * n / total
+        self._scatter = self._scatter + ((x - mean).square().sum() + between)
+        self._mean = self._mean + delta * (n / total)
         self.n_rows = total
 
     def of_all(self, ranks: Alone) -> Evaluator:
@@ -63,41 +67,72 @@ class Evaluator:
         if ranks.n == 1:
             return self
         merged = Evaluator(self.d_in, self.d_sae, self.dead_threshold)
-        own = (self.n_rows, self.n_active, self._squares, self._squared_error, self._cosine, self._l2_ratio)
-        n_rows, n_active, *sums = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        merged.n_rows, merged.n_active = int(n_rows), int(n_active)
-        merged._squares, merged._squared_error, merged._cosine, merged._l2_ratio = sums
-        merged._mean = ranks.sum(self._mean * self.n_rows) / max(n_rows, 1)
-        scatter = self._scatter + self.n_rows * (self._mean - merged._mean).square().sum()
+        sums = (self._squares, self._squared_error, self._cosine, self._l2_ratio)
+        own = (self.n_rows, self.n_active, *map(float, sums))
+        n_rows, n_active, *totals = ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        merged.n_rows, merged._n_active = int(n_rows), int(n_active)
+        merged._squares, merged._squared_error, merged._cosine, merged._l2_ratio = totals
+        mean = self._mean.cpu()
+        merged._mean = ranks.sum(mean * self.n_rows) / max(n_rows, 1)
+        scatter = float(self._scatter) + self.n_rows * (mean - merged._mean).square().sum()
         merged._scatter = float(ranks.sum(scatter.reshape(1)))
-        merged.fired = ranks.sum(self.fired.clone())
+        merged.fired = ranks.sum(self.fired.cpu().clone())
         return merged
+
+    @property
+    def n_active(self) -> int:
+        """Active latents, summed over the rows."""
+        return int(self._n_active)
 
     def densities(self) -> Tensor:
         """(F,) float64 firing rate of each latent."""
         return float64(self.fired) / max(self.n_rows, 1)
 
     def result(self) -> dict[str, float | None]:
-        """Return the metrics by name.
+        """Return the metrics by name: `of_sums` of the sums so far."""
+        return self.of_sums({name: float(value) for name, value in self.sums().items()})
+
+    def sums(self) -> dict[str, Tensor | float]:
+        """What the metrics follow from: scalars, on the device of the rows."""
+        densities = self.densities()
+        return {
+            "n_active": self._n_active,
+            "scatter": self._scatter,
+            "squares": self._squares,
+            "squared_error": self._squared_error,
+            "cosine": self._cosine,
+            "l2_ratio": self._l2_ratio,
+            "rare": float64(densities < self.dead_threshold).mean(),
+            "never_fired": float64(densities == 0).mean(),
+        }
+
+    def of_sums(self, sums: Mapping[str, float]) -> dict[str, float | None]:
+        """Return the metrics by name, from the `sums` of this object's rows.
 
         l0: mean active latents per row. fvu: sum|e|^2 / sum|x - mean|^2 and explained_variance = 1 - fvu; both None for
         rows without variance, such as a single one. mse: mean over rows of sum_d e^2. cosine, l2_ratio: mean over rows.
         rare: share of latents that fire on less than `dead_threshold` of the rows; never_fired: on none.
         """
         n = max(self.n_rows, 1)
-        densities = self.densities()
-        varies = self._scatter > NO_VARIANCE * self._squares
-        fvu = self._squared_error / self._scatter if varies else None
+        varies = sums["scatter"] > NO_VARIANCE * sums["squares"]
+        fvu = sums["squared_error"] / sums["scatter"] if varies else None
         return {
-            "l0": self.n_active / n,
+            "l0": sums["n_active"] / n,
             "fvu": fvu,
             "explained_variance": None if fvu is None else 1.0 - fvu,
-            "mse": self._squared_error / n,
-            "cosine": self._cosine / n,
-            "l2_ratio": self._l2_ratio / n,
-            "rare": float(float64(densities < self.dead_threshold).mean()),
-            "never_fired": float(float64(densities == 0).mean()),
+            "mse": sums["squared_error"] / n,
+            "cosine": sums["cosine"] / n,
+            "l2_ratio": sums["l2_ratio"] / n,
+            "rare": sums["rare"],
+            "never_fired": sums["never_fired"],
         }
+
+
+def _on(device: torch.device, sums: Tensor) -> Tensor:
+    """Sums where the rows are; zeros of the start are not copied there, but made."""
+    if sums.device == device:
+        return sums
+    return sums.to(device) if bool(sums.any()) else torch.zeros_like(sums, device=device)
 
 
 @torch.no_grad()

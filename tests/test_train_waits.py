@@ -1,130 +1,116 @@
-"""How often a step makes the host wait for a GPU. Counted on the CPU, where the steps are told that reading costs."""
+"""Between two steps a run reads nothing from its device, and on a GPU its lines are written one step later."""
 
-import sys
-import traceback
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_granary.sae_core import registry
-from sae_granary.sae_core.kernels import deferred
-from sae_granary.train.config.merge import make_config
-from sae_granary.train.loop import train_step
-from sae_granary.train.state.run_state import Run, build_sae
-from sae_granary.train.step_input import RowInput
+from sae_granary import train_sae
+from sae_granary.common.finished_run import read_metrics
+from sae_granary.train import loop
+from sae_granary.train.callbacks import Callback
+from sae_granary.train.sinks import metrics_line
+from sae_granary.train.sinks.sink import TIMING
+from sae_granary.train.trainer import Trainer
 
-D_IN, D_SAE, N_ROWS = 8, 512, 64
-READ = ("_local_scalar_dense", "nonzero.default", "masked_select", "is_nonzero", "unique", "bincount", "aten.equal")
+SETTINGS: dict[str, Any] = {
+    "type": "batchtopk",
+    "k": 4,
+    "d_sae": 64,
+    "batch_size": 64,
+    "device": "cpu",
+    "eval_rows": 200,
+}
+READS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default", "aten.masked_select.default"}
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait on CUDA: numbers that are read, and sizes that depend on data."""
+class Reads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: Counter[str] = Counter()
+        self.found: list[str] = []
+        self.on = True
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name, kwargs = str(operation), kwargs or {}
-        masks = args[1] if name.startswith(("aten.index.", "aten.index_put")) else []
-        waits = any(op in name for op in READ) and not name.startswith("aten.count_nonzero")
-        waits |= "repeat_interleave" in name and kwargs.get("output_size") is None
-        if waits or any(m is not None and m.dtype == torch.bool for m in masks):
-            self.note(name)
-        return operation(*args, **kwargs)
-
-    def note(self, name: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "site-packages" not in f.filename][:-2]
-        self.places[f"{name} in {frames[-1].filename}:{frames[-1].lineno}"] += 1
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.on and str(func) in READS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def reading(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes the CPU count as a device of its own; gives how many numbers each read of the answers returned."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("sae_granary.")]:
-        if hasattr(module, "host_waits"):
-            monkeypatch.setattr(module, "host_waits", lambda tensor: True)
-    reads: list[int] = []
-    read = deferred.to_host
-    monkeypatch.setattr(deferred, "to_host", lambda numbers: reads.append(numbers.numel()) or read(numbers))
-    return reads
+def reads_by_step(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[int]:
+    """What each call of `Trainer.take` reads outside of the step itself."""
+    counts: list[int] = []
+    take, step = Trainer.take, loop.train_step
+
+    def counted(self: Trainer, *args: Any) -> None:
+        with Reads() as reads, inside(reads):
+            take(self, *args)
+        counts.append(len(reads.found))
+
+    @contextmanager
+    def inside(reads: Reads) -> Iterator[None]:
+        def stepped(*args: Any, **options: Any) -> Any:
+            reads.on = False
+            try:
+                return step(*args, **options)
+            finally:
+                reads.on = True
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", stepped)
+            yield
+
+    monkeypatch.setattr(Trainer, "take", counted)
+    train_sae(**SETTINGS, **settings)
+    return counts
 
 
-def make_run(name: str, **settings) -> Run:
-    known = registry.get(name).Config.__dataclass_fields__
-    options = {option: 3 for option in ("k", "l0_target") if option in known}
-    options |= {"n_hooks": 2} if "n_hooks" in known else {}
-    options |= {"d_out": D_IN} if "d_out" in known else {}
-    options |= {"dead_after_tokens": 2 * N_ROWS, "d_in": D_IN, "d_sae": D_SAE}
-    given = {"type": name, "cache": "c", "steps": 50, "lr": 1e-3, "warmup_steps": 0, "device": "cpu"}
-    config = make_config([given, {"compute_dtype": "float32"}, options, settings])
-    sae = build_sae(config)
-    x = batch(name, 0).rows
-    sae.initialize(x, torch.Generator().manual_seed(0))
-    if not {"k", "l0_target", "base"} & set(known):  # few active latents
-        with torch.no_grad():
-            sae.encoder_bias.sub_(sae.pre_acts(sae.encoder_input(x)).dense.quantile(0.98))
-    return Run.create(config, sae)
+def test_a_step_that_is_not_measured_reads_nothing_between_steps(make_cache, tmp_path, monkeypatch) -> None:
+    given = {"cache": str(make_cache()), "runs_dir": str(tmp_path), "steps": 9, "log_every": 4, "save_every": 0}
+    counts = reads_by_step(monkeypatch, **given)
+    assert [n for step, n in enumerate(counts, 1) if step not in (1, 4, 8, 9)] == [0] * 5
+    assert counts[3] <= 2  # dead latents and the mean silence, which a GPU sends without being waited for
 
 
-def batch(name: str, seed: int, n_rows: int = N_ROWS) -> RowInput:
-    reads = registry.get(name).reads
-    two = reads.several or reads.previous or "d_out" in registry.get(name).Config.__dataclass_fields__
-    generator = torch.Generator().manual_seed(seed)
-    hooks = ["a", "b"] if two else ["a"]
-    return RowInput({hook: torch.randn(n_rows, D_IN, generator=generator) for hook in hooks})
+def test_a_measured_step_reads_its_numbers_once(make_cache, tmp_path, monkeypatch) -> None:
+    """Everything that a line holds is a tensor until `Readback` takes all of them together."""
+    taken: list[int] = []
+    original = loop.Measured.__init__
+
+    def counted(self: Any, *args: Any) -> None:
+        taken.append(sum(isinstance(value, torch.Tensor) for group in args[:3] for value in group.values()))
+        original(self, *args)
+
+    monkeypatch.setattr(loop.Measured, "__init__", counted)
+    train_sae(**SETTINGS, cache=str(make_cache()), runs_dir=str(tmp_path), steps=4, log_every=2)
+    assert len(taken) == 3
+    assert min(taken) >= 1 + 2 + 4  # the loss, threshold and selection_rows, a norm of each parameter
 
 
-@pytest.mark.parametrize("name", registry.names())
-def test_a_step_waits_once_and_computes_the_same(name: str, reading: list[int], monkeypatch) -> None:
-    run, plain = make_run(name), make_run(name)
-    for step in range(6):
-        with Waits() as waits:
-            result = train_step(run, batch(name, step))
-        assert result.accepted
-        if step >= 1:  # the first step counts what the others expect
-            assert dict(waits.places) == {}
-            assert len(reading) == step + 1
-    with monkeypatch.context() as patched:
-        for module in [m for name, m in sys.modules.items() if name.startswith("sae_granary.")]:
-            if hasattr(module, "host_waits"):
-                patched.setattr(module, "host_waits", lambda tensor: False)
-        for step in range(6):
-            expected = train_step(plain, batch(name, step))
-    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
-    for key, value in plain.sae.state_dict().items():
-        torch.testing.assert_close(run.sae.state_dict()[key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert run.sae.dead_mask.any() == plain.sae.dead_mask.any()
+class Seen(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_step(self, event: Any) -> dict[str, float] | None:
+        self.losses.append(event.result.loss)
+        return {"own": 1.0} if event.step == 5 else None
 
 
-@pytest.mark.parametrize("name", ["vanilla", "jumprelu", "gated"])
-def test_a_selection_without_room_is_taken_again(name: str, reading: list[int], monkeypatch) -> None:
-    monkeypatch.setattr(deferred, "MIN_ROOM", 0)
-    runs = [make_run(name), make_run(name)]
-    for run, n_rows in zip(runs, (1, N_ROWS), strict=True):
-        train_step(run, batch(name, 0))
-        if n_rows == 1:  # it expects nothing
-            run.deferred._last_shares = [0.0] * len(run.deferred._last_shares)
-        train_step(run, batch(name, 1))
-    assert len(reading) == 5
-    for key, value in runs[1].sae.state_dict().items():
-        torch.testing.assert_close(runs[0].sae.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=key)
-
-
-@pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
-def test_a_batch_with_nan_changes_nothing(name: str) -> None:
-    run = make_run(name)
-    train_step(run, batch(name, 0))
-    state = {key: value.clone() for key, value in run.sae.state_dict().items()}
-    moments = {key: value.clone() for key, value in run.optimizer.state[run.sae.W_dec].items()}
-    bad = batch(name, 1)
-    bad.rows["a"][5, 3] = torch.nan
-    assert not train_step(run, bad).accepted
-    assert all(
-        torch.equal(value.nan_to_num(-1), state[key].nan_to_num(-1)) for key, value in run.sae.state_dict().items()
-    )
-    assert all(torch.equal(run.optimizer.state[run.sae.W_dec][key], value) for key, value in moments.items())
-    assert train_step(run, batch(name, 2)).accepted
+def test_lines_that_are_written_later_are_the_same_in_the_same_order(make_cache, tmp_path, monkeypatch) -> None:
+    given = {
+        **SETTINGS, "cache": str(make_cache()), "steps": 12, "log_every": 3, "eval_every": 4, "density_every": 6,
+        "resample_every": 5, "save_every": 4, "name": "a",
+    }  # fmt: skip
+    runs = {}
+    for name in ("at_once", "later"):
+        if name == "later":
+            monkeypatch.setattr(metrics_line, "host_waits", lambda tensor: True)
+        folder = train_sae(**given, runs_dir=str(tmp_path / name), callbacks=[Seen()]).folder
+        lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
+        runs[name] = (lines, (folder / "sae_weights.safetensors").read_bytes())
+    assert runs["later"] == runs["at_once"]
+    assert [line["step"] for line in runs["later"][0]] == [1, 3, 4, 5, 6, 8, 9, 12]

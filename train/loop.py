@@ -21,6 +21,8 @@ from sae_granary.train.errors import DivergedError
 from sae_granary.train.optim.gradients import clipped, global_norm
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
+from sae_granary.train.state.measured import Measured
+from sae_granary.train.state.readback import Numbers
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import StepInput, Terms
 
@@ -32,19 +34,29 @@ class StepResult:
     """Losses, gradient norm and metrics of one optimizer step."""
 
     accepted: bool
-    losses: Mapping[str, float] = field(default_factory=dict)  # mean over micro-batches, by name
     grad_norm: float = math.nan  # global, before clipping
-    metrics: Mapping[str, float | None] = field(default_factory=dict)  # l0, fvu, ... of this batch, when measured
-    details: Mapping[str, float] = field(default_factory=dict)  # what the variant reports: threshold, routing ...
-    grad_norms: Mapping[str, float] = field(default_factory=dict)  # by parameter, before clipping
-    fired: Tensor | None = None  # (F,) on how many of `n_measured` rows each latent fired, on the CPU
-    n_measured: int = 0
+    measured: Measured | None = None
     problem: str = ""  # of a rejected batch: what was not finite
+
+    @property
+    def losses(self) -> Mapping[str, float]:
+        """Mean over micro-batches, by name, when measured."""
+        return {} if self.measured is None else self.measured.losses
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        """l0, fvu, ... of this batch, when measured."""
+        return {} if self.measured is None else self.measured.metrics
+
+    @property
+    def details(self) -> Mapping[str, float]:
+        """What the variant reports (threshold, routing ...), when measured."""
+        return {} if self.measured is None else self.measured.details
 
     @property
     def loss(self) -> float:
         """The minimized loss."""
-        return sum(self.losses.values()) if self.losses else math.nan
+        return sum(losses.values()) if (losses := self.losses) else math.nan
 
 
 def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResult:
@@ -88,11 +100,9 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     sae.after_step()
     if measured is None:
         return StepResult(True, grad_norm=gradients.norm)
-    totals = sum_numbers({name: float(value) for name, value in gradients.losses.items()}, sae.ranks)
-    share = measured.evaluator.n_rows / batch.n_total
-    details, evaluator = sum_numbers(measured.details, sae.ranks, share), measured.evaluator.of_all(sae.ranks)
-    metrics, fired, n_rows = evaluator.result(), evaluator.fired, evaluator.n_rows
-    return StepResult(True, totals, gradients.norm, metrics, details, grad_norms, fired, n_rows)
+    losses = sum_numbers(gradients.losses, sae.ranks)
+    details = sum_numbers(measured.details, sae.ranks, measured.evaluator.n_rows / batch.n_total)
+    return StepResult(True, gradients.norm, Measured(losses, details, grad_norms, measured.evaluator.of_all(sae.ranks)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +163,8 @@ def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
     return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
 
-def _grad_norms(sae: SAE) -> dict[str, float]:
-    return {name: float(p.grad.norm()) for name, p in sae.named_parameters() if p.grad is not None}
+def _grad_norms(sae: SAE) -> dict[str, Tensor]:
+    return {name: p.grad.norm() for name, p in sae.named_parameters() if p.grad is not None}
 
 
 class StepTooLargeError(torch.OutOfMemoryError):
@@ -209,12 +219,13 @@ class _Measured:
     """Metrics of one batch, and the variant's own values (of its last micro-batch)."""
 
     evaluator: Evaluator
-    details: Mapping[str, float] = field(default_factory=dict)
+    details: Numbers = field(default_factory=dict)
 
     def update(self, sae: SAE, terms: Terms) -> None:
         out = terms.out
         self.evaluator.update(out.x.detach(), out.x_hat.detach(), out.codes)
-        self.details = {**sae.monitor(out), **terms.details}
+        found = {**sae.monitor(out), **terms.details}  # copied, since the step may change what they are taken from
+        self.details = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in found.items()}
 
 
 def measures(run: Run) -> bool:

@@ -34,7 +34,7 @@ from sae_granary.train.optim import resample
 from sae_granary.train.result.evaluate import evaluate, evaluate_downstream, validate
 from sae_granary.train.result.own_files import save_and_check
 from sae_granary.train.result.summary import export_metadata, summarize
-from sae_granary.train.sinks.metrics_line import finite, histograms_of, metrics_line
+from sae_granary.train.sinks.metrics_line import Line, Lines, histograms_of
 from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.clock import Clock
@@ -71,6 +71,7 @@ class Trainer:
         self.state = state  # of the stream, behind the last batch taken
         self.clock = Clock(seconds, run.tokens)
         self.callbacks = Callbacks() if callbacks is None else callbacks
+        self._lines = Lines(run, sinks)
         self._saved_step = run.step
         self._saved_at = time.monotonic()
 
@@ -103,6 +104,7 @@ class Trainer:
         with self.clock, run.rng:
             x = step_input(self.data, batch)
             result = self._step(x)
+        self._lines.write()
         self.state = state_after(self.data, batch)
         run.optimizer.zero_grad(set_to_none=True)  # one run of a process at a time has gradients
         rows = x.rows if isinstance(x, RowInput) else None
@@ -113,6 +115,8 @@ class Trainer:
         self._log(event)
         if self._save_is_due() or self.callbacks.want_checkpoint(event):
             self.save()
+        if run.rejected_in_row:
+            self._lines.write()
         loop.check_progress(run)
 
     def _step(self, x: StepInput) -> loop.StepResult:
@@ -128,13 +132,11 @@ class Trainer:
     def _log(self, event: StepEvent) -> None:
         """Validate, resample, log and write histograms after a step."""
         run, result = self.run, event.result
-        if result.fired is not None:
-            run.density.update(result.fired, result.n_measured)
-        if (fvu := result.metrics.get("fvu")) is not None and not run.config.eval_every:
-            run.score = fvu
+        if (measured := result.measured) is not None:
+            run.density.update(measured.fired, measured.n_rows)
         numbers = {**self._resample(), **self._validate(), **self._densities(), **self.callbacks.on_step(event)}
-        if result.metrics or not result.accepted or numbers:
-            self.sinks.metrics({**finite(numbers), **metrics_line(run, self.state, result, self.clock)})
+        if measured is not None or not result.accepted or numbers:
+            self._lines.put(Line(run, self.state, result, self.clock, numbers))
 
     def _resample(self) -> dict[str, float]:
         run, first_context = self.run, first_context_step(self.run.config)
@@ -174,6 +176,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
+        self._lines.write()
         if self.step == self._saved_step:
             return
         self.sinks.flush()
@@ -193,6 +196,7 @@ class Trainer:
         Raises DivergedError, FilesDifferError if the files give another SAE, and InterruptedRunError if asked to stop.
         """
         run, data = self.run, self.data
+        self._lines.write()
         with run.rng:
             if run.ema is not None:
                 run.ema.copy_to(run.sae)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Inputs, SAEOutput
@@ -44,10 +45,10 @@ class BatchTopKSAE(TopKSAE):
         super().track(out)
         self.threshold.update(self.ranks.least(out.codes.values.detach()))
 
-    def monitor(self, out: SAEOutput) -> dict[str, float]:
+    def monitor(self, out: SAEOutput) -> dict[str, Tensor | float]:
         """The inference threshold, and the number of rows of the last selection (a micro-batch)."""
         n_rows = self.ranks.sum(torch.tensor(float(out.codes.shape[0])))
-        return {"threshold": float(self.threshold.value), "selection_rows": float(n_rows)}
+        return {"threshold": self.threshold.value, "selection_rows": n_rows}
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:

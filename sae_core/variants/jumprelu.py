@@ -178,9 +178,9 @@ class JumpReLUSAE(SAE):
     def _controlled(self) -> ControlledThreshold | None:
         return self.threshold if isinstance(self.threshold, ControlledThreshold) else None
 
-    def monitor(self, out: SAEOutput) -> dict[str, float]:
+    def monitor(self, out: SAEOutput) -> dict[str, Tensor | float]:
         """The price: the loss per additional active latent per row."""
-        return {} if self._controlled is None else {"price": float(self._controlled.price)}
+        return {} if self._controlled is None else {"price": self._controlled.price}
 
     @torch.no_grad()
     def track(self, out: SAEOutput) -> None:

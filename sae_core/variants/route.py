@@ -141,14 +141,14 @@ class RouteSAE(SAE):
         seen = layers.sum(1) if self.config.aggregate == "sum" else layers.mean(1)
         return torch.softmax(seen @ self.W_router, dim=1)
 
-    def monitor(self, out: SAEOutput) -> dict[str, float]:
+    def monitor(self, out: SAEOutput) -> dict[str, Tensor | float]:
         """Share of rows per hook point, entropy of these shares in nats, mean p_max, and the base's values."""
         probabilities = out.extras["probabilities"]
         chosen = torch.bincount(probabilities.argmax(1), minlength=self.config.n_hooks) / probabilities.shape[0]
         entropy = -(chosen * chosen.clamp_min(1e-12).log()).sum()
-        shares = {f"route_{i}": float(share) for i, share in enumerate(chosen)}
-        p_max = float(probabilities.max(1).values.mean())
-        return {"route_entropy": float(entropy), "p_max": p_max, **shares, **self.base_sae.monitor(out)}
+        shares = {f"route_{i}": share for i, share in enumerate(chosen)}
+        p_max = probabilities.max(1).values.mean()
+        return {"route_entropy": entropy, "p_max": p_max, **shares, **self.base_sae.monitor(out)}
 
     # -- the base does the rest ------------------------------------------------------------------------------------
 

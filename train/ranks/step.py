@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.ranks.reduce import Alone
+from sae_granary.train.state.readback import Numbers
 
 
 def sum_gradients(sae: SAE, ranks: Alone) -> None:
@@ -23,9 +22,9 @@ def sum_gradients(sae: SAE, ranks: Alone) -> None:
         ranks.sum(parameter.grad)
 
 
-def sum_numbers(numbers: Mapping[str, float], ranks: Alone, share: float = 1.0) -> Mapping[str, float]:
+def sum_numbers(numbers: Numbers, ranks: Alone, share: float = 1.0) -> Numbers:
     """The sums over the ranks of numbers times each rank's share."""
     if ranks.n == 1 or not numbers:
         return numbers
-    sums = ranks.sum(torch.tensor(list(numbers.values()), dtype=torch.float64) * share)
+    sums = ranks.sum(torch.tensor(list(map(float, numbers.values())), dtype=torch.float64) * share)
     return dict(zip(numbers, sums.tolist(), strict=True))

@@ -16,7 +16,7 @@ LOG_FLOOR = 1e-10  # a latent that never fired stands at 10^-10, as SAELens draw
 class Density:
     """Counts over the measured batches since the window started; part of a checkpoint."""
 
-    fired: Tensor  # (F,) int64, on the CPU
+    fired: Tensor  # (F,) int64, on the device of the counts
     n_rows: int = 0
 
     @classmethod
@@ -26,12 +26,12 @@ class Density:
 
     def update(self, fired: Tensor, n_rows: int) -> None:
         """Add the counts of a batch."""
-        self.fired += fired
+        self.fired = self.fired.to(fired.device) + fired
         self.n_rows += n_rows
 
     def clear(self) -> None:
         """Start a new window."""
-        self.fired.zero_()
+        self.fired = torch.zeros_like(self.fired)
         self.n_rows = 0
 
     @property

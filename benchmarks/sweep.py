@@ -90,20 +90,22 @@ def tables(cache: Path, rows_per_second: float, size: Size, device: str = "auto"
     rows = [[f"{n} steps alone (limit)", f"{total * 1e3:.0f}", "1.00"]]
     rows.append(["one step of the sweep: loading, logging, measuring", f"{clock.per_step * 1e3:.0f}"])
     rows[-1].append(f"{clock.per_step / total:.2f}")
-    theirs = sum(SAELENS_PRODUCTS[entry.config.type] for entry in plan.entries) * product
+    on_cpu = runs[0].config.device == "cpu"  # where PEERS.md measured them
+    theirs = sum(SAELENS_PRODUCTS[entry.config.type] for entry in plan.entries) * product if on_cpu else None
     steps = markdown(["", "ms", "of the limit"], rows)
     costs = _costs(rows_per_second, clock.per_step, total, theirs, n, math.ceil(1e6 / size.batch))
     return f"{title}\n\n{steps}\n\n{costs}"
 
 
-def _costs(rows_per_second: float, sweep: float, total: float, theirs: float, n: int, n_steps: int) -> str:
+def _costs(rows_per_second: float, sweep: float, total: float, theirs: float | None, n: int, n_steps: int) -> str:
     """Seconds for a million tokens per SAE."""
     harvest = 1e6 / rows_per_second
     lines = [
         ("one harvest, one sweep", harvest, sweep * n_steps),
         (f"{n} live runs with our steps (computed)", n * harvest, total * n_steps),
-        (f"{n} live runs with SAELens' steps (computed)", n * harvest, theirs * n_steps),
     ]
+    if theirs is not None:
+        lines.append((f"{n} live runs with SAELens' steps (computed)", n * harvest, theirs * n_steps))
     first = lines[0][1] + lines[0][2]
     rows = [[name, f"{h:,.0f}", f"{t:,.0f}", f"{h + t:,.0f}", f"{(h + t) / first:.2f}"] for name, h, t in lines]
     title = (

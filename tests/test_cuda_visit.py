@@ -1,6 +1,7 @@
 """The script for a machine with a GPU: all but the GPU, on the CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_parts_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gradient of the codes" in text
     assert "| topk " in text
     assert "| vanilla " in text
+
+
+def test_the_minutes_in_the_documentation_are_the_limits_of_the_parts() -> None:
+    names = [each.name for each in PARTS]
+    assert len(set(names)) == len(names)
+    up_to_peers = PARTS[: names.index("peers") + 1]
+    total, first = (round(sum(each.limit for each in parts) / 60) for parts in (PARTS, up_to_peers))
+    for page in ("benchmarks/cuda_visit/__main__.py", "docs/performance.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert f"add up to {total} minutes" in text, page
+        assert re.search(rf"those of the parts up to the [a-z ]+ to {first}[.;]", text), page
 
 
 def visit(folder: Path, monkeypatch: pytest.MonkeyPatch, *parts: Part, seconds: float = 500) -> tuple[Visit, bool, str]:

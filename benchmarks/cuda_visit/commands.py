@@ -45,7 +45,7 @@ def run_against_step(at: Place) -> bool:
     d_in, d_sae, k, batch = (32, 256, 4, 256) if at.tiny else (768, 24_576, 32, 8192)
     lines: list[list[object]] = []
     for name in TYPES:
-        for dtype in ("float32",) if at.tiny else ("bfloat16", "auto"):
+        for dtype in ("float32",) if at.tiny else ("bfloat16", "float32"):
             x = mixtures(batch, d_in, at.device)
             run = Run.create(settings(name, at.device, NO_CHANGE, dtype), start(name, d_in, d_sae, k, {"x": x}))
             ms = median_ms(_stepper(run, RowInput({"x": x})), at.device)

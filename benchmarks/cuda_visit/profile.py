@@ -44,8 +44,8 @@ def _profile(at: Place, name: str, dtype: str) -> str:
     calls, spent, times = Counter[str](), Counter[str](), Counter[str]()
     for event in profiled.events() or ():
         calls[event.name] += 1
-        if event.device_type == device:
-            spent[event.name] += event.self_cpu_time_total if at.tiny else event.self_device_time_total
+        if event.device_type == device and not event.is_user_annotation:  # those span other events
+            spent[event.name] += event.self_cpu_time_total if at.tiny else event.time_range.elapsed_us()
             times[event.name] += 1
     counted = [sum(calls[call] for call in group) / N_STEPS for group in (LAUNCHES, WAITS)]
     title = (

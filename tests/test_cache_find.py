@@ -86,6 +86,18 @@ def test_names_that_cannot_be_are_one_line(tmp_path, monkeypatch):
     assert "there is no such user" in run("ls", code=2).stderr
 
 
+def test_ls_names_the_variable_whose_folder_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRANARY_CACHE_DIR", f"/nonexistent{os.pathsep}{tmp_path}/none")
+    told = f"GRANARY_CACHE_DIR names /nonexistent, {tmp_path}/none: no such folder"
+    assert run("ls", code=2).stderr == f"error: {told}, and there is no folder cache here\n"
+    harvest(tmp_path / "cache/c")
+    listed = run("ls", "--json")
+    assert len(json.loads(listed.stdout)) == 1
+    assert listed.stderr == f"{told}\n"
+    assert run("ls", "cache").stderr == ""
+
+
 def test_rm_refuses_a_url_and_copies_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("GRANARY_REMOTE_DIR", str(tmp_path / "copies"))
     harvest(tmp_path / "c")

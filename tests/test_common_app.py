@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def raiser(error: BaseException) -> Callable[[], None]:
         raise error
 
     return work
+
+
+@pytest.mark.parametrize("value", ["a" * 5000, "a b" * 5000])
+def test_a_message_leaves_out_the_middle_of_a_long_value(value: str) -> None:
+    line = call(raiser(GranaryError(f"no layer {value!r}: give another"))).stderr
+    assert len(line) < 1200
+    assert re.fullmatch(r"error: no layer 'a.* \.\.\.\([\d,]+ characters\)\.\.\. .*: give another\n", line)
+    for argument in (value, f"--{value}"):
+        usage = call(raiser(GranaryError("none")), argument)
+        assert usage.exit_code == 2
+        assert "characters)..." in usage.stderr
+        assert usage.stderr.count("a") < 1200
+    path = "/".join(["folder"] * 50)
+    assert path in call(raiser(GranaryError(f"no cache {path}"))).stderr
 
 
 class Stopped(GranaryError):

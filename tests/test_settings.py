@@ -17,6 +17,7 @@ from sae_granary.common.settings.declare import check, setting
 from sae_granary.common.settings.flags import parameters_of
 from sae_granary.common.settings.page import rows_of
 from sae_granary.common.settings.yaml_file import TOP, flat_settings, load_yaml
+from sae_granary.harvest.settings.flags import given_settings
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import read_yaml
 from sae_granary.train.config.settings import OPTIMIZERS, TrainConfig
@@ -147,6 +148,8 @@ WRONG = [
     ("type: topk\nbatch_size: 1e400", "line 2: batch_size='1e400': expected a whole number"),
     (f"type: topk\nbatch_size: {'9' * 5000}", "line 2: batch_size='9999"),
     (f"type: topk\ncache: x\nlr: {'9' * 5000}", "line 3: lr=inf: expected a finite number"),
+    ("lr: 1\n~: 3", "line 2: unknown setting 'None'"),
+    ("training:\n  ~: 3", "line 2: unknown setting 'None'"),
     ("grid:\n  k: [1]\n  bach_size: [1]", "line 3: unknown setting 'bach_size', did you mean 'batch_size'?"),
     ("grid:\n  batch-size: [1]\n  batch_size: [2]", "line 3: 'batch_size' is set twice, first in line 2; remove one"),
 ]
@@ -161,6 +164,22 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, t
     assert result.stderr.startswith("error: c.yaml")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "".join(f"\n{' ' * i}- " for i in range(1, 150))])
+def test_deep_lists_are_refused_at_their_line(tmp_path, text) -> None:
+    (tmp_path / "c.yaml").write_text(f"lr: 1\nk: {text}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml is not plain YAML: line (2|102): lists and mappings are nested more"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_an_assignment_that_is_given_twice_is_refused(make_cache) -> None:
+    given = ["--type", "topk", "--set", "batch-size=1", "--set", "batch_size=2"]
+    result = CliRunner().invoke(app, ["run", "--cache", str(make_cache()), *given])
+    assert result.exit_code == 2
+    assert "error: --set batch_size is given twice, as '1' and '2': give it once" in result.stderr
+    with pytest.raises(ConfigError, match="--set layers is given twice"):
+        given_settings(assignments=["layers=1", "layers=1"])
 
 
 REPEATED = {

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sae_granary.cache.commands.shared import Json, console, plain, print_json
-from sae_granary.common.app import Debug, expected_errors, fail
+from sae_granary.common.app import Debug, echo, expected_errors, fail
 
 Roots = Annotated[
     list[Path] | None,
@@ -24,14 +24,20 @@ def ls(
 ) -> None:
     """List the caches in folders, at any depth."""
     with expected_errors(debug):
-        from sae_granary.cache.format.places import cache_folders
+        from sae_granary.cache.format.places import VARIABLE, cache_folders
         from sae_granary.cache.read.listing import COLUMNS, SORTS, list_caches
 
         if sort not in SORTS:
             fail(f"error: --sort is {sort!r}, expected {', '.join(SORTS)}", 2)
-        folders = [folder for folder in cache_folders() if folder.is_dir()]
         if not roots:
-            roots = [Path("cache"), *folders] if Path("cache").is_dir() or not folders else folders
+            named = cache_folders()
+            folders = [folder for folder in named if folder.is_dir()]
+            missing = f"{VARIABLE} names {_joined(named, folders)}: no such folder" if len(folders) < len(named) else ""
+            roots = [Path("cache"), *folders] if Path("cache").is_dir() or not named else folders
+            if not roots:
+                fail(f"error: {missing}, and there is no folder cache here", 2)
+            if missing:
+                echo(missing, err=True)
         entries = list_caches(roots, sort=sort)
         if as_json:
             print_json([vars(entry) for entry in entries])
@@ -49,3 +55,7 @@ def ls(
         for entry in entries:
             if entry.error is not None:
                 console().print(plain(entry.error, "red"), soft_wrap=True)
+
+
+def _joined(named: list[Path], there: list[Path]) -> str:
+    return ", ".join(str(folder) for folder in named if folder not in there)

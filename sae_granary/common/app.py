@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
-from sae_granary.common.errors import GranaryError, one_line, printable
+from sae_granary.common.errors import GranaryError, one_line, printable, shortened
 from sae_granary.common.files import shortage
 from sae_granary.common.process import allow_open_files
 from sae_granary.common.threads import shown, waiting
@@ -33,6 +33,7 @@ def make_app(name: str, about: str) -> typer.Typer:
     """Create an app without commands: no arguments print the help, unexpected errors their plain traceback."""
     app = typer.Typer(
         name=name,
+        cls=_Group,
         help=about,
         no_args_is_help=True,
         add_completion=False,
@@ -41,6 +42,28 @@ def make_app(name: str, about: str) -> typer.Typer:
     )
     app.callback(help=about)(_options)
     return app
+
+
+class _Group(TyperGroup):
+    """Commands whose usage errors leave out the middle of a very long argument."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _short_usage_errors():
+            return super().make_context(*args, **more)
+
+    def invoke(self, *args: Any, **more: Any) -> Any:
+        with _short_usage_errors():
+            return super().invoke(*args, **more)
+
+
+@contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):  # those of typer, which have no public root
+            vars(error)["message"] = shortened(message)
+        raise
 
 
 def _print_version(wanted: bool) -> None:
@@ -121,8 +144,7 @@ def expected_errors(debug: bool, *, interrupted: str = "interrupted", remedy: st
 
     GranaryError and OSError exit with code 2, with `debug` after a traceback; `remedy` is advice for system errors. An
     interruption has its own exit code (its `exit_code`, else 130) and prints `interrupted`, or its own message if it is
-    a GranaryError. A closed pipe (`
-    head`) is left to the caller.
+    a GranaryError. A closed pipe (`... | head`) is left to the caller.
     """
     try:
         yield
@@ -151,7 +173,7 @@ def _system_problem(error: OSError) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a red line and exit."""
-    typer.secho(printable(message, keep="\n"), fg="red", err=True)
+    typer.secho(printable(shortened(message), keep="\n"), fg="red", err=True)
     raise typer.Exit(code)
 
 

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 
 _SHOWN_CHARACTERS = 300
+_LONG_WORD, _LONG_LINE = 400, 2000  # characters; a path has fewer
 # What moves a cursor, colors, hides or reorders text on a terminal, or cannot be encoded.
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
@@ -40,6 +41,20 @@ def nearest(name: str, known: Iterable[str], *, n: int = 1, cutoff: float = 0.6)
 def printable(text: str, keep: str = "") -> str:
     r"""Text with control characters escaped (\x1b), except those in `keep`: safe to print whatever its source."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+
+
+def shortened(text: str) -> str:
+    """Each line of a message with the middle of what is very long left out: a value may have any length."""
+    return "\n".join(
+        _middle_out(re.sub(rf"\S{{{_LONG_WORD + 1},}}", lambda m: _middle_out(m[0], _LONG_WORD), line), _LONG_LINE)
+        for line in text.split("\n")
+    )
+
+
+def _middle_out(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 4]} ...({len(text):,} characters)... {text[-longest // 4 :]}"
 
 
 def one_line(error: BaseException) -> str:

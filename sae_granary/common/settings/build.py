@@ -72,11 +72,14 @@ def _without_commas(key: str, value: Any) -> str:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """Return the settings that `--set key=value` texts name."""
+    """Return the settings that `--set key=value` texts name. Raises ConfigError, also for one that is set twice."""
     out: dict[str, str] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: expected key=value")
-        out[key.strip().replace("-", "_")] = value.strip()
+        name, value = key.strip().replace("-", "_"), value.strip()
+        if name in out:
+            raise ConfigError(f"--set {name} is given twice, as {out[name]!r} and {value!r}: give it once")
+        out[name] = value
     return out

@@ -20,6 +20,7 @@ _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"  # ~ and not
 _TEXT_TOO = [f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "timestamp")]  # also as !!int 3
 MAX_VALUES = 100_000  # of a file, each counted as often as aliases repeat it: ten lines of these can make a billion
 MAX_BYTES = 4 << 20
+MAX_DEPTH = 100  # of lists and mappings in each other: PyYAML takes seconds for thousands
 
 ANYWHERE, TOP = "", "top level"  # where a key that belongs to no section may be
 
@@ -65,7 +66,20 @@ class RepeatedKeyError(yaml.YAMLError):
 
 
 class _TextLoader(yaml.SafeLoader):
-    """SafeLoader that reads scalars as text and refuses a repeated key and more than MAX_VALUES values."""
+    """SafeLoader that reads scalars as text and refuses a repeated key, too many values and too much depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"lists and mappings are nested more than {MAX_DEPTH} deep", problem_mark=mark
+            )
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_document(self, node: yaml.Node) -> Any:
         if _count(node, {}) > MAX_VALUES:
@@ -94,8 +108,13 @@ def _mapping(loader: _TextLoader, node: yaml.MappingNode) -> YamlMapping:
             lines[key.value] = line
     loader.flatten_mapping(node)
     made = YamlMapping(loader.construct_mapping(node, deep=True))
-    made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+    made.lines = {_text(key): key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
     return made
+
+
+def _text(key: yaml.ScalarNode) -> str:
+    """A key as `str` shows it: `~` is None."""
+    return str(None) if key.tag == _NULL else str(key.value)
 
 
 def _scalar(loader: _TextLoader, node: yaml.ScalarNode) -> Any:

@@ -169,7 +169,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, t
 @pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "".join(f"\n{' ' * i}- " for i in range(1, 150))])
 def test_deep_lists_are_refused_at_their_line(tmp_path, text) -> None:
     (tmp_path / "c.yaml").write_text(f"lr: 1\nk: {text}\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml is not plain YAML: line (2|102): lists and mappings are nested more"):
+    with pytest.raises(ConfigError, match=r"c\.yaml is not plain YAML: line (2|102): lists and mappings are nested"):
         read_yaml(tmp_path / "c.yaml")
 
 

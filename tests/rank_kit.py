@@ -45,13 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(job: Sequence[str], n: int, env: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
-    """Start n ranks of `python job...`, which meet at a free port of this host."""
+def start(jobs: Sequence[Sequence[str]], **env: str) -> list[subprocess.Popen[str]]:
+    """Start a rank of `python job...` for each job; they meet at a free port of this host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    common |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+    common |= {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
     return [
         subprocess.Popen(
             [sys.executable, *job],
@@ -60,7 +60,7 @@ def start(job: Sequence[str], n: int, env: Mapping[str, str] | None = None) -> l
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(n)
+        for rank, job in enumerate(jobs)
     ]
 
 

@@ -17,7 +17,7 @@ CLOSE = 1e-5
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_take_the_steps_of_one_process(n: int, make_cache: Callable[..., Path], tmp_path: Path) -> None:
     cache = make_cache()
-    for code, output in ended(start(["tests/rank_kit.py", str(cache), str(tmp_path)], n)):
+    for code, output in ended(start([["tests/rank_kit.py", str(cache), str(tmp_path)]] * n)):
         assert code == 0, output
     for name, given in CASES.items():
         alone = steps(cache, given)

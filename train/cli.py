@@ -15,6 +15,7 @@ from sae_granary.train.commands.quick import quick
 from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, Verify, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
+from sae_granary.train.ranks.place import quiet_torch
 
 app = make_app("sae-train", "Train sparse autoencoders from an activation cache.")
 
@@ -143,6 +144,7 @@ def types(
 
 def main() -> None:
     """Entry point of the command."""
+    quiet_torch()
     app()
 
 

@@ -13,6 +13,7 @@ from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, Verify, errors
 from sae_granary.train.config.flags import takes_settings
+from sae_granary.train.ranks.place import place_of_process
 
 if TYPE_CHECKING:
     from sae_granary.train.config.flags import Given
@@ -126,9 +127,13 @@ def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
     explain_bus_errors(truncated_shards)
-    reporter = Reporter() if quiet else SweepConsole()
+    place = place_of_process()
+    follows = place is not None and not place.leads  # rank 0 reports
+    reporter = Reporter() if quiet or follows else SweepConsole()
     with tuned_process(device), stop_on_signals(at_once=True) as stop, shown(reporter.message):
         result = start(reporter=reporter, stop=stop)
+    if follows:
+        return
     finished = [row for row in result.rows if row["status"] == "finished"]
     if finished:
         show_results([read_summary(result.folder / str(row["name"])) for row in finished])

@@ -46,6 +46,12 @@ def place_of_process(env: Mapping[str, str] | None = None) -> Place | None:
     return Place(index, n, local, env["MASTER_ADDR"], port, _timeout(env))
 
 
+def quiet_torch() -> None:
+    """Of a rank that is gone torch prints every frame, unless this is called before torch is imported."""
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
     text = env.get(name, str(default))
     if not text.isdigit():

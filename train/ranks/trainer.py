@@ -35,6 +35,7 @@ class RankTrainer(Trainer):
         self._ended = False
         asked.defer()
         share_batches(self.run.sae, world.ranks)
+        world.watch(True)
         self._agree()
 
     @property
@@ -85,6 +86,7 @@ class RankTrainer(Trainer):
 
     def finish(self, stop: StopRequest) -> Result:
         """Rank 0 calibrates, evaluates and writes; the others get its SAE and its summary."""
+        self.world.watch(not self.world.place.leads)  # a result can be written without the others
         if self.world.place.leads:
             with alone(self.run.sae):
                 result = super().finish(self.asked)

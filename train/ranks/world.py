@@ -31,6 +31,7 @@ BEAT = 0.5  # seconds
 BEATS_MISSED = 10  # in a row, after a connection broke: the rank is gone
 _meetings = itertools.count(1)  # of this process: each has names of its own in the store
 _served: list[Store] = []  # by this process, to its end: others may still be reading
+GRACE = 5.0  # seconds, beyond the timeout, in which a rank that waits for a text ends by itself
 SLOWEST = timedelta(days=1)  # of a reduction: rank 0 may evaluate or write meanwhile, its beats go on
 
 
@@ -67,6 +68,7 @@ class World:
                     f"rank {self.place.index} on {socket.gethostname()} has {name}={own.get(name)!r}, rank 0 has "
                     f"{first.get(name)!r}: start all ranks with the same command, version and cache"
                 )
+        self.ranks.all(True)  # nothing is begun before all agree
 
     # -- failures --------------------------------------------------------------------------------------------------
 
@@ -110,6 +112,10 @@ class World:
                 return RankError(self._gone(gone))
             time.sleep(BEAT)
         return RankError(f"the ranks cannot reach each other any more: {one_line(error)}")
+
+    def watch(self, wanted: bool) -> None:
+        """Whether a silent rank ends this one: while it takes steps with the others."""
+        self._hearts.watches = wanted
 
     def close(self) -> None:
         """Leave, after the others have heard everything."""
@@ -167,6 +173,7 @@ class _Hearts:
         self._place, self._store = place, store
         self._seen = {i: (b"", time.monotonic()) for i in range(place.n) if i != place.index}
         self._names: dict[int, str] = {}
+        self.watches = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="granary-beat", daemon=True)
         self._thread.start()
@@ -179,6 +186,14 @@ class _Hearts:
         """Ranks that have not beaten for so long."""
         now = time.monotonic()
         return [i for i, (_, since) in sorted(self._seen.items()) if now - since > seconds]
+
+    def _end_if_stuck(self) -> None:
+        """End the process where a rank was silent for so long that this one waits for it in a reduction."""
+        if self.watches and (gone := self.silent(self._place.timeout + GRACE)):
+            who = ", ".join(f"rank {i} ({self.where(i)})" for i in gone)
+            text = f"error: {who} has not answered for {self._place.timeout:g} s; run the same command again\n"
+            os.write(2, text.encode())
+            os._exit(RankError.exit_code)
 
     def stop(self) -> None:
         """End the thread."""
@@ -196,6 +211,7 @@ class _Hearts:
                 for i, (last, _) in list(self._seen.items()):
                     if self._store.check([f"beat/{i}"]) and (found := self._store.get(f"beat/{i}")) != last:
                         self._seen[i] = (found, time.monotonic())
+            self._end_if_stuck()
 
 
 def pin_device(place: Place, device: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,27 +61,52 @@ class SweepExecution:
 
     def execute(self, *, fresh: bool = False) -> SweepResult:
         """Train every SAE without a result, then write the tables; a new plan is saved first."""
+        with self.held(fresh=fresh):
+            self.train()
+            return self.table()
+
+    @contextmanager
+    def held(self, *, fresh: bool = False) -> Iterator[None]:
+        """Context manager: this process has the sweep's folder; a new plan is saved first."""
+        with self.reported(), exclusive(self.folder):
+            if fresh:
+                save_plan(self.plan, self.folder)
+            for note in self.plan.notes:
+                self.reporter.message(note)
+            yield
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Context manager: errors name the sweep; the reporter is closed at the end."""
         try:
-            needed = sum(needed_disk(entry.config) for entry in self.plan.entries)
-            with shortage_is_clear(self.folder, needed), exclusive(self.folder):
-                if fresh:
-                    save_plan(self.plan, self.folder)
-                for note in self.plan.notes:
-                    self.reporter.message(note)
-                for group in self.plan.groups:
-                    self._train(group)
-                rows = sweep_rows(self.plan, self.folder)
-                write_results(rows, self.folder)
+            with shortage_is_clear(self.folder, sum(needed_disk(entry.config) for entry in self.plan.entries)):
+                yield
         except InterruptedRunError as error:
             raise InterruptedRunError(error.signum, error.step, self.folder) from None
         finally:
             self.reporter.close()
+
+    def left(self) -> list[str]:
+        """Names of the SAEs without a result."""
+        return [entry.name for entry in self.plan.entries if not is_complete(self.folder / entry.name)]
+
+    def train(self, only: Collection[str] | None = None) -> None:
+        """Train the SAEs without a result; `only` those of these names."""
+        for group in self.plan.groups:
+            self._train(group, only)
+
+    def table(self) -> SweepResult:
+        """Write the tables."""
+        rows = sweep_rows(self.plan, self.folder)
+        write_results(rows, self.folder)
         return SweepResult(self.folder, rows)
 
-    def _train(self, group: Group) -> None:
+    def _train(self, group: Group, only: Collection[str] | None) -> None:
         """Train the rest of a group."""
         left = []
         for entry in group.entries:
+            if only is not None and entry.name not in only:
+                continue
             if is_complete(self.folder / entry.name):
                 self.reporter.ended(entry.name, "was complete")
             elif (failure := read_failure(self.folder / entry.name)) and failure.get("final"):

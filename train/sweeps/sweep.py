@@ -9,8 +9,9 @@ runs/<sweep>/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.verify import verify_files
 from sae_granary.train.errors import RunExistsError
 from sae_granary.train.folders import check_name, claim_sweep_folder, is_sweep
+from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.sweeps.execution import MakeCallbacks, SweepExecution
 from sae_granary.train.sweeps.grid import Point, check_grid, expand
 from sae_granary.train.sweeps.grid_to_plan import default_sweep_name, make_plan, request_of
@@ -84,22 +86,52 @@ def train_sweep(
     """
     _check_callbacks(callbacks)
     request = _Request.of(grid, Settings(settings or {}, more))
+    begin = partial(_begin, request, overwrite=overwrite, verify=verify)
+    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop)
+
+
+def _begin(request: _Request, *, overwrite: bool, verify: bool) -> tuple[Plan, bool]:
+    """The plan of a new sweep, or of the one that is there, and whether it is new."""
     folder = request.folder
     if is_sweep(folder) and not overwrite:
-        if load_plan(folder).request != request.hash:
+        plan = load_plan(folder)
+        if plan.request != request.hash:
             raise RunExistsError(
                 f"{folder} holds a sweep with other settings: choose another --name, continue that one with "
                 f"sae-train resume {folder}, or replace it with --overwrite"
             )
         if verify:
-            _verify(load_plan(folder))
-        return resume_sweep(folder, callbacks=callbacks, reporter=reporter, stop=stop)
+            _verify(plan)
+        return plan, False
     plan = request.plan()
     _check_language_models(plan)
     if verify:
         _verify(plan)
     claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
-    return SweepExecution(plan, folder, callbacks, reporter, stop).execute(fresh=True)
+    return plan, True
+
+
+def _execute(
+    begin: Callable[[], tuple[Plan, bool]],
+    folder: Path,
+    given: Mapping[str, Any],
+    callbacks: MakeCallbacks | None,
+    reporter: Reporter | None,
+    stop: StopRequest | None,
+    cache: str | Path | None = None,
+    lm: str | None = None,
+) -> SweepResult:
+    """Carry out a plan, on all ranks if torchrun started several."""
+
+    def carry_out(plan: Plan) -> SweepExecution:
+        return SweepExecution(plan, folder, callbacks, reporter, stop, cache, lm)
+
+    if (place := place_of_process()) is not None:
+        from sae_granary.train.ranks.sweep import sweep_on_ranks  # torch.distributed
+
+        return sweep_on_ranks(place, begin, carry_out, folder, given)
+    plan, is_new = begin()
+    return carry_out(plan).execute(fresh=is_new)
 
 
 def resume_sweep(
@@ -122,7 +154,8 @@ def resume_sweep(
     """
     _check_callbacks(callbacks)
     folder = Path(folder)
-    return SweepExecution(load_plan(folder), folder, callbacks, reporter, stop, cache, lm).execute()
+    given = {"folder": folder, "cache": cache, "lm": lm}
+    return _execute(lambda: (load_plan(folder), False), folder, given, callbacks, reporter, stop, cache, lm)
 
 
 def _verify(plan: Plan) -> None:

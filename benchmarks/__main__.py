@@ -4,6 +4,7 @@ import argparse
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded, as the commands do (common.process)
 
 from benchmarks import harvest_speed, loader_speed, machine, step_speed, sweep
 

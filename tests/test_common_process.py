@@ -108,3 +108,25 @@ def test_a_mean_gradient_that_fades_becomes_zero_within_and_not_outside() -> Non
             raise RuntimeError("stop")
         assert flushes_denormals()
     assert float((0.9 * faded).sum()) > 0.0
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "10000"),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),
+    ({"OMP_WAIT_POLICY": "active"}, "None"),
+])  # fmt: skip
+def test_commands_share_the_cores_before_torch_is_loaded(given: dict[str, str], expected: str) -> None:
+    code = """
+import os, sys
+from typer.testing import CliRunner
+from sae_granary.{0}.cli import app
+early = "torch" not in sys.modules
+assert CliRunner().invoke(app, ["{1}"]).exit_code == 0
+print(early, os.environ.get("GOMP_SPINCOUNT"))
+"""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    clean = {name: value for name, value in os.environ.items() if name not in names} | given
+    for stage, command in (("train", "types"), ("cache", "ls")):
+        done = subprocess.run([sys.executable, "-c", code.format(stage, command)], env=clean, capture_output=True,
+                              text=True, check=True, cwd=REPO)  # fmt: skip
+        assert done.stdout.split() == ["True", expected]

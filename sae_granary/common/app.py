@@ -17,7 +17,7 @@ from typer.core import TyperGroup, TyperOption
 
 from sae_granary.common.errors import GranaryError, one_line, printable, shortened
 from sae_granary.common.files import shortage
-from sae_granary.common.process import allow_open_files
+from sae_granary.common.process import allow_open_files, share_cores
 from sae_granary.common.threads import shown, waiting
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ _Version = Annotated[bool, typer.Option("--version", help="Print the version.", 
 def _options(version: _Version = False) -> None:
     """Options before the command."""
     allow_open_files()
+    share_cores()
 
 
 def _print_all_flags(context: typer.Context, wanted: bool) -> None:

@@ -24,6 +24,10 @@ from sae_granary.common.threads import waiting
 DENORMAL = 1e-40
 MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows more
 
+# Times that a thread looks again before it sleeps: no slower on a machine that is otherwise idle, and half as long a
+# step on one that is not (benchmarks/RESULTS.md).
+SPIN_COUNT = "10000"
+
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
@@ -40,6 +44,17 @@ def allow_open_files() -> None:
         if soft != resource.RLIM_INFINITY:
             wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def share_cores() -> None:
+    """Have torch's threads sleep soon when they wait for each other; set before torch is loaded, else without effect.
+
+    By default a thread of GNU's OpenMP that waits for another spins 300,000 times (about 7 ms on an AMD processor). On
+    a machine that other processes use too, the one waited for may not be running: the spinning thread then takes the
+    time that it needs. Environment variables of the user go first.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def open_files_left() -> int | None:

@@ -28,7 +28,7 @@ from sae_granary.harvest.text.committed import continued
 from sae_granary.harvest.text.document import skipped_counts
 from sae_granary.models.forward import Tick, Work, first_rows
 from sae_granary.models.tokens.contexts import Buffer, StreamState
-from sae_granary.models.tokens.stream import tokenize_stream
+from sae_granary.models.tokens.stream import tokenize_ahead, tokenize_stream
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +95,11 @@ class Pipeline:
     ) -> None:
         self._prepared, self._model, self._writer = prepared, model, writer
         self._progress, self._log, self._check, self._replay = progress, log, check, replay
-        self._meter = _Meter()
+        self._meter, self._staged = _Meter(), model.device.type in STAGED
         cursor = writer.cursor
         self._skip = cursor.rows_into_buffer if cursor is not None else 0
         self._stream = self._open_stream(replay.begin if cursor is None else StreamState.from_ints(dict(cursor.source)))
         self._resumed_rows = writer.n_rows
-        self._staged = model.device.type in STAGED
         self._copier = HostCopier(model.device, writer.layout, progress.say, staged=self._staged)
         self._places = Places(prepared.rows_per_shard)
         self._warnings: list[str] = []
@@ -127,6 +126,7 @@ class Pipeline:
             if self._staged:
                 write = stages.enter_context(Background(self._write, self._check)).submit
             copying = stages.enter_context(Background[_Done](lambda done: write(self._copy(done)), self._check))
+            stages.callback(self._stream.close)
             prefetch = stages.enter_context(Prefetch(self._work(), 2, self._check))
             for work in prefetch:
                 copying.submit(self._encode(work))
@@ -140,7 +140,7 @@ class Pipeline:
         )
         max_rows, max_docs = prepared.config.max_tokens, prepared.config.max_docs
         return BufferStream(
-            tokenize_stream(docs, prepared.tokenize),
+            (tokenize_ahead if self._staged else tokenize_stream)(docs, prepared.tokenize),
             prepared.rules,
             state,
             ends=self._replay.ends,

@@ -1,5 +1,6 @@
 """What a GPU does beside its model: casts and sums, bit for bit those of the CPU. Here the CPU does it the same way."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sae_granary.cache.format.layout import cache_layout
 from sae_granary.cache.format.stats import block_sums
 from sae_granary.cache.write import streams
 from sae_granary.common.rows import HookPoint
+from sae_granary.common.threads import THREADS
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.device import sums as device_sums
 from sae_granary.harvest.device.host import HostCopier, Places
@@ -152,6 +154,9 @@ def test_a_staged_harvest_is_the_same_also_when_it_is_cut(tmp_path: Path, monkey
     n_summed.clear()
     result = harvest_activations(replace(config, out=tmp_path / "staged"), quiet=True)
     assert_same_cache(tmp_path / "staged", config.out_path)
+    for thread in (thread for thread in threading.enumerate() if thread.name.startswith(THREADS)):
+        thread.join(10)  # the one that tokenized ahead
+        assert not thread.is_alive()
     assert {stage for stage, _ in result.busy} == {"tokenizer", "model", "copy", "write"}
     assert len(n_summed) == n_alone if dtype == "int8" else len(n_summed) < n_alone / 4
     assert open_cache(out).n_rows == result.n_rows

@@ -1,6 +1,7 @@
 """Documents -> windows -> buffers -> batches: every token once, in its place, from any state."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
+from sae_granary.common.threads import THREADS
 from sae_granary.models.tokens.batches import collate, plan_batches
 from sae_granary.models.tokens.contexts import Buffer, StreamState, Window, WindowRules
 from sae_granary.models.tokens.document import Document
-from sae_granary.models.tokens.stream import WindowStream, buffers, tokenize_stream
+from sae_granary.models.tokens.stream import Tokenized, WindowStream, buffers, tokenize_ahead, tokenize_stream
 
 PREFIX, SUFFIX, SEPARATOR = 201, 202, 203
 
@@ -181,3 +183,31 @@ def test_collate_maps_real_tokens_to_their_rows(lengths: list[int]) -> None:
 def test_a_buffer_counts_its_rows() -> None:
     windows = tuple(stream(["abc", "de"], WindowRules(9)))
     assert Buffer(StreamState(), windows).n_rows == 5
+
+
+def test_tokens_made_ahead_are_the_same_and_end_with_their_reader() -> None:
+    ended: list[bool] = []
+
+    def source(n: int) -> Iterator[Document]:
+        try:
+            yield from (document(i, "abc" if i % 3 else "") for i in range(n))
+            raise OSError("the disk is gone")
+        finally:
+            ended.append(True)
+
+    def made(tokenized: Iterator[Tokenized]) -> list[tuple[int, list[int]]]:
+        found = []
+        with pytest.raises(OSError, match="the disk is gone"):
+            found.extend((doc.doc_id, ids.tolist()) for doc, ids in tokenized)
+        return found
+
+    assert made(tokenize_ahead(source(1000), fake_tokenize)) == made(tokenize_stream(source(1000), fake_tokenize)) != []
+    ended.clear()
+    ahead = tokenize_ahead(source(10_000), fake_tokenize)
+    next(ahead)
+    ahead.close()  # type: ignore[attr-defined]
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert ended == [True]

@@ -164,13 +164,14 @@ def to_numpy(tensor: torch.Tensor) -> Any:
 
 def to_rows(windows: Sequence[Window], host: OnHost) -> Rows:
     """Activations with all that is known about their rows."""
-    lengths = [len(window) for window in windows]
+    lengths = np.array([len(window) for window in windows])
+    starts = np.cumsum(lengths) - lengths
     return Rows(
         activations=host.activations,
         token_id=np.concatenate([window.ids for window in windows]),
         doc_id=np.concatenate([window.doc_id for window in windows]),
         window=np.repeat(np.array([window.number for window in windows], np.uint64), lengths),
-        position=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        position=(np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32),
         doc_position=np.concatenate([window.doc_position for window in windows]),
         flags=np.concatenate([window.flags for window in windows]),
         sums=host.sums,

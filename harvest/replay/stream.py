@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,12 @@ class BufferStream:
         self._tokenized, self._rules, self._until = iter(tokenized), rules, until
         self._limits = [(None, end) for end in ends if end >= state.n_docs] + [(max_rows, max_docs)]
         self._window_stream = WindowStream(self._tokenized, rules, state)
+
+    def close(self) -> None:
+        """End what reads ahead; after an error another thread may be in the middle of it, and ends with the process."""
+        if close := getattr(self._tokenized, "close", None):
+            with contextlib.suppress(ValueError):
+                close()
 
     @property
     def state(self) -> StreamState:

@@ -65,6 +65,7 @@ def collate(
     inside = np.arange(width) < lengths[:, None]
     input_ids = np.full(inside.shape, pad_id, np.int64)
     input_ids[inside] = np.concatenate([windows[index].ids for index in members])
-    rows = np.concatenate([np.arange(len(windows[index])) + first_rows[index] for index in members])
+    starts = np.array([first_rows[index] for index in members]) - (np.cumsum(lengths) - lengths)
+    rows = np.arange(lengths.sum()) + np.repeat(starts, lengths)
     mask = None if inside.all() else inside.astype(np.int64)
     return TokenBatch(input_ids, mask, np.flatnonzero(inside), rows)

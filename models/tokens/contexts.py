@@ -38,6 +38,11 @@ class WindowRules:
         return self.ctx_len - len(self.prefix) - len(self.suffix)
 
     @cached_property
+    def around(self) -> tuple[IntArray, IntArray]:
+        """Prefix and suffix as arrays."""
+        return np.array(self.prefix, np.int32), np.array(self.suffix, np.int32)
+
+    @cached_property
     def flag_table(self) -> npt.NDArray[np.uint8]:
         """Flags of an id wherever it occurs; the last entry is that of all larger ids."""
         table = np.zeros(max(self.special_ids | self.control_ids, default=-1) + 2, np.uint8)
@@ -105,7 +110,7 @@ class Buffer:
     state: StreamState
     windows: tuple[Window, ...]
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """N."""
         return sum(len(window) for window in self.windows)
@@ -114,21 +119,32 @@ class Buffer:
 def make_window(
     number: int,
     ids: IntArray,
-    doc_id: npt.NDArray[np.int64],
-    doc_position: npt.NDArray[np.int64],
+    doc_id: int | npt.NDArray[np.int64],
+    doc_position: int | npt.NDArray[np.int64],
     documents: tuple[DocumentRow, ...],
     rules: WindowRules,
 ) -> Window:
-    """Special tokens around a piece; they belong to the first and last document in it."""
+    """Special tokens around a piece; they belong to the first and last document in it.
+
+    An integer for `doc_id` and `doc_position`: all tokens are of one document, from this position on.
+    """
     start, stop = len(rules.prefix), len(rules.prefix) + len(ids)
     n = stop + len(rules.suffix)
-    out = Window(
-        number, np.empty(n, np.int32), np.empty(n, np.int64), np.full(n, -1, np.int32), np.zeros(n, np.uint8), documents
-    )
-    out.ids[:start], out.ids[start:stop], out.ids[stop:] = rules.prefix, ids, rules.suffix
-    out.doc_id[:start], out.doc_id[start:stop], out.doc_id[stop:] = doc_id[0], doc_id, doc_id[-1]
-    out.doc_position[start:stop] = doc_position
-    out.flags[:] = rules.flag_table.take(out.ids, mode="clip")
-    out.flags[out.doc_position < 0] |= FLAG_SPECIAL
-    out.flags[0] |= FLAG_WINDOW_START
-    return out
+    out_ids = np.concatenate((rules.around[0], ids, rules.around[1]), dtype=np.int32)
+    flags = rules.flag_table.take(out_ids, mode="clip")
+    out_doc = np.empty(n, np.int64)
+    if isinstance(doc_id, int):
+        out_doc.fill(doc_id)
+    else:
+        out_doc[:start], out_doc[start:stop], out_doc[stop:] = doc_id[0], doc_id, doc_id[-1]
+    if isinstance(doc_position, int):
+        position = np.arange(doc_position - start, doc_position - start + n, dtype=np.int32)
+    else:
+        position = np.empty(n, np.int32)
+        position[start:stop] = doc_position
+        flags[start:stop][doc_position < 0] |= FLAG_SPECIAL
+    for ends in (slice(0, start), slice(stop, n)):
+        position[ends] = -1
+        flags[ends] |= FLAG_SPECIAL
+    flags[0] |= FLAG_WINDOW_START
+    return Window(number, out_ids, out_doc, position, flags, documents)

@@ -12,32 +12,47 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_granary.common.rows import DocumentRow
+from sae_granary.common.threads import Prefetch
 from sae_granary.models.tokens.contexts import Buffer, IntArray, StreamState, Tokenize, Window, WindowRules, make_window
 from sae_granary.models.tokens.document import Document
 
-TOKENIZE_DOCS = 64  # documents tokenized in one call
+TOKENIZE_DOCS = 256  # documents tokenized in one call
 TOKENIZE_CHARS = 1 << 20  # ... or fewer, when together they are longer than this
 
+Tokenized = tuple[Document, IntArray]
 
-def tokenize_stream(docs: Iterable[Document], tokenize: Tokenize) -> Iterator[tuple[Document, IntArray]]:
+
+def tokenize_stream(docs: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokenized]:
     """Documents with their token ids; skipped ones with none. Texts go to the tokenizer in batches."""
+    for batch in tokenize_batches(docs, tokenize):
+        yield from batch
+
+
+def tokenize_ahead(docs: Iterable[Document], tokenize: Tokenize) -> Iterator[Tokenized]:
+    """The same by a separate thread, since a fast tokenizer leaves the interpreter to other threads."""
+    with Prefetch(tokenize_batches(docs, tokenize), 2) as ahead:
+        for batch in ahead:
+            yield from batch
+
+
+def tokenize_batches(docs: Iterable[Document], tokenize: Tokenize) -> Iterator[list[Tokenized]]:
+    """The same by the batches that are tokenized in one call: as many documents keep all cores at work."""
     batch: list[Document] = []
     chars = 0
     for document in docs:
         batch.append(document)
         chars += len(document.text)
         if len(batch) == TOKENIZE_DOCS or chars >= TOKENIZE_CHARS:
-            yield from _tokenize_batch(batch, tokenize)
+            yield _tokenize_batch(batch, tokenize)
             batch, chars = [], 0
-    yield from _tokenize_batch(batch, tokenize)
+    yield _tokenize_batch(batch, tokenize)
 
 
-def _tokenize_batch(batch: list[Document], tokenize: Tokenize) -> Iterator[tuple[Document, IntArray]]:
+def _tokenize_batch(batch: list[Document], tokenize: Tokenize) -> list[Tokenized]:
     wanted = [document.text for document in batch if document.skipped is None]
     tokens = iter(tokenize(wanted) if wanted else ())
     empty = np.empty(0, np.int32)
-    for document in batch:
-        yield document, (next(tokens) if document.skipped is None else empty)
+    return [(document, next(tokens) if document.skipped is None else empty) for document in batch]
 
 
 @dataclass
@@ -72,9 +87,7 @@ class WindowStream:
                 piece = ids[start : start + self.rules.room]
                 end = start + len(piece)
                 rows = () if start else (_document_row(document),)
-                doc_id = np.full(len(piece), document.doc_id)
-                number = self.state.next_window
-                window = make_window(number, piece, doc_id, np.arange(start, end), rows, self.rules)
+                window = make_window(self.state.next_window, piece, document.doc_id, start, rows, self.rules)
                 self._emit(window, document.doc_id + (end == len(ids)), 0 if end == len(ids) else end)
                 yield window
 
@@ -115,18 +128,13 @@ class WindowStream:
         return bool(reason)
 
     def _begin(self, document: Document) -> None:
-        if self.state.token_offset == 0:
-            repaired = self.state.repaired + document.repaired
-            self.state = replace(self.state, n_docs=self.state.n_docs + 1, repaired=repaired)
+        if (s := self.state).token_offset == 0:
+            found = (s.n_docs + 1, s.repaired + document.repaired)
+            self.state = StreamState(s.next_doc, 0, s.next_window, s.n_rows, *found, s.skipped)
 
     def _emit(self, window: Window, next_doc: int, token_offset: int) -> None:
-        self.state = replace(
-            self.state,
-            next_doc=next_doc,
-            token_offset=token_offset,
-            next_window=window.number + 1,
-            n_rows=self.state.n_rows + len(window),
-        )
+        s, n_rows = self.state, self.state.n_rows + len(window)
+        self.state = StreamState(next_doc, token_offset, window.number + 1, n_rows, s.n_docs, s.repaired, s.skipped)
 
     def _full(self, pending: int) -> bool:
         if self.state.token_offset:  # in the middle of a document: it is finished first

@@ -15,8 +15,19 @@ from sae_granary.sae_core.functional import (
     topk_entries,
     topk_pattern,
 )
-from sae_granary.sae_core.kernels import entries_above, padded, sampled_dot, screen, streamed, true_entries
+from sae_granary.sae_core.kernels import (
+    entries_above,
+    gpu_screen,
+    padded,
+    row_topk,
+    sampled_dot,
+    screen,
+    streamed,
+    true_entries,
+)
 from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits, room_for
+
+MAX_DENSE = 2**29  # entries of (N, F) that a selection on a GPU holds at a time, 2 GiB
 
 
 class PreActs:
@@ -33,6 +44,7 @@ class PreActs:
         # Each is computed when it is first needed.
         self._dense: Tensor | None = None
         self._screen: screen.Screen | None = None
+        self._on_gpu: gpu_screen.GpuScreen | None = None
 
     @property
     def dense(self) -> Tensor:
@@ -62,13 +74,19 @@ class PreActs:
 
     def topk(self, k: int, *, by_magnitude: bool = False) -> Codes:
         """The k largest of each row, or the k of largest magnitude."""
-        if self._screens:
+        if (screened := self._gpu_screen(k)) is not None:
+            columns, values, fits = screened.topk(k, by_magnitude=by_magnitude)
+            if _accepted(fits):
+                return Codes(values.view(-1), Pattern.fixed_k(columns, self.shape[1]))
+        elif self._screens:
             found = screen.topk_candidates(self._screened(), k, by_magnitude=by_magnitude)
             if found is not None:
                 codes = self._at_positions(found)
                 chosen = topk_entries(codes.values.abs() if by_magnitude else codes.values, codes.pattern, k)
                 pattern = Pattern.fixed_k(codes.indices[chosen], self.shape[1])
                 return Codes(codes.values[chosen].view(-1), pattern)
+        if host_waits(self.rows) and self.shape[0] * self.shape[1] > MAX_DENSE:
+            return self.at(Pattern.fixed_k(self._topk_by_parts(k, by_magnitude=by_magnitude), self.shape[1]))
         return self.at(topk_pattern(self.dense.abs() if by_magnitude else self.dense, k))
 
     def batch_topk(self, k: int) -> Codes:
@@ -80,6 +98,8 @@ class PreActs:
         is lowered, so the answer is exact whatever the rows.
         """
         n_rows, d_sae = self.shape
+        if (screened := self._gpu_screen(k)) is not None and _accepted((found := screened.batch_topk(k)).fits):
+            return Codes(found.values, Pattern(n_rows, d_sae, found.columns, found.indptr, found.rows))
         if host_waits(self.rows):
             slots, values = padded.largest_slots(self.dense, n_rows * k)
             return Codes(values, Pattern.of_rows(slots.rows, slots.columns, n_rows, d_sae))
@@ -114,9 +134,17 @@ class PreActs:
 
     def _support_of_step(self, bound: Tensor | float, deferred: Deferred) -> Codes:
         """`support` in as many slots as the step before suggests, so that the host does not wait."""
+        share, n_entries = deferred.expected_share(), self.shape[0] * self.shape[1]
+        if (screened := self._gpu_screen(1)) is not None:
+            share = self._share_above(bound) if share is None else share
+            if share <= screen.MAX_CANDIDATES:
+                room = room_for(gpu_screen.SLOTS * share, n_entries)
+                found = screened.above(bound, room)
+                deferred.note_share((found.values > padded.ABSENT).sum(), n_entries, room)
+                deferred.note_fits(found.fits)
+                return Codes(found.values, Pattern(*self.shape, found.columns, found.indptr, found.rows))
         above = self.dense > bound
-        count, n_entries = above.count_nonzero(), above.numel()
-        share = deferred.expected_share()
+        count = above.count_nonzero()
         if share is None:
             share = float(count) / n_entries
         if share > MAX_SPARSE_DENSITY:
@@ -127,6 +155,24 @@ class PreActs:
         slots = padded.true_slots(above, room)
         codes = self.at(Pattern.of_rows(slots.rows, slots.columns, *self.shape))
         return Codes(codes.values.masked_fill(slots.absent, padded.ABSENT), codes.pattern)
+
+    def _gpu_screen(self, k: int) -> gpu_screen.GpuScreen | None:
+        """The rows, latents and bias for screening on a GPU; None where it would not be faster, or has failed."""
+        deferred = current()
+        failed = deferred is not None and deferred.exact
+        if failed or self.is_dense or not gpu_screen.pays(self.rows, self.shape[1], k):
+            return None
+        if self._on_gpu is None:
+            self._on_gpu = gpu_screen.GpuScreen(self.rows, self._W_enc.t(), self._bias)
+        return self._on_gpu
+
+    def _topk_by_parts(self, k: int, *, by_magnitude: bool) -> Tensor:
+        """Columns (N, k) of each row's k largest, where the whole (N, F) does not fit."""
+        parts = []
+        for rows in torch.split(self.rows, max(1, MAX_DENSE // self.shape[1])):
+            entries = self._product(rows, self._W_enc, self._bias)
+            parts.append(row_topk(entries.abs_() if by_magnitude else entries, k))
+        return torch.cat(parts)
 
     @property
     def _screens(self) -> bool:
@@ -175,3 +221,12 @@ class PreActs:
         # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
         # addmm would first spread the bias over the result.
         return (h @ W_enc).to(h.dtype).add_(bias)
+
+
+def _accepted(fits: Tensor) -> bool:
+    """Whether a selection is right. In a training step on a GPU that is assumed, and seen when the step is over."""
+    deferred = current()
+    if deferred is None:
+        return bool(fits)
+    deferred.note_fits(fits)
+    return True

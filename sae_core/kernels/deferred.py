@@ -39,7 +39,7 @@ class Deferred:
         self._shares: list[Tensor] = []  # of (N, F), found by each selection of this step
         self._last_shares: list[float] = []  # by each of the step before
         self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
-        self._exact = False
+        self.exact = False  # selections wait for the number that they find
 
     @contextmanager
     def of_this_step(self, *, exact: bool = False) -> Iterator[None]:
@@ -47,7 +47,7 @@ class Deferred:
         self._conditions.clear()
         self._fits.clear()
         self._shares.clear()
-        self._exact = exact
+        self.exact = exact
         token = _current.set(self)
         try:
             yield
@@ -64,12 +64,16 @@ class Deferred:
     def expected_share(self) -> float | None:
         """Share of (N, F) that the next selection found in the step before; None if it must be counted first."""
         place = len(self._shares)
-        return None if self._exact or place >= len(self._last_shares) else self._last_shares[place]
+        return None if self.exact or place >= len(self._last_shares) else self._last_shares[place]
 
     def note_share(self, count: Tensor, n_entries: int, room: int) -> None:
         """Report how many of n_entries a selection found, a scalar, and how many it had room for."""
         self._shares.append(count / n_entries)
-        self._fits.append(count <= room)
+        self.note_fits(count <= room)
+
+    def note_fits(self, fits: Tensor) -> None:
+        """Report whether a selection had room for what it found, a scalar; if not, the step is taken again."""
+        self._fits.append(fits)
 
     def read(self, *numbers: Tensor) -> Answers:
         """All answers, and scalars as float32: the only wait of a step."""

@@ -108,7 +108,7 @@ def screen(h: Tensor, W: Tensor, bias: Tensor) -> Screen:
     # Bound of entry (n, j) without the bias: |h_n| loss_j + loss_n |W'_j| + summing |h_n| |W'_j|.
     summing = (h.shape[1] + PAD) * FLOAT32_ROUNDING
     largest_loss, largest_norm = latent_loss.max(), latent_norm.max()
-    row_norm = h.norm(dim=1) + _lost_in_norms(h)
+    row_norm = h.norm(dim=1) + lost_in_norms(h)
     row_slack = row_norm * (largest_loss + summing * largest_norm) + row_loss * largest_norm
     shares = torch.maximum(latent_loss / largest_loss, latent_norm / largest_norm)
     bias_slack = summing * bias.abs().max() + 4 * (h.shape[1] + PAD) * SMALLEST
@@ -131,10 +131,10 @@ def _round(matrix: Tensor, block: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         back = buffer[: len(exact)].copy_(low.copy_(exact))
         torch.linalg.vector_norm(back, dim=1, out=kept[i : i + block])
         torch.linalg.vector_norm(back.sub_(exact), dim=1, out=lost[i : i + block])
-    return rounded, lost.add_(_lost_in_norms(matrix)), kept.add_(_lost_in_norms(matrix))
+    return rounded, lost.add_(lost_in_norms(matrix)), kept.add_(lost_in_norms(matrix))
 
 
-def _lost_in_norms(matrix: Tensor) -> float:
+def lost_in_norms(matrix: Tensor) -> float:
     """Bound on how much a row norm of (M, D) is underestimated because squares underflow to 0."""
     return math.sqrt(matrix.shape[1] * SMALLEST)
 

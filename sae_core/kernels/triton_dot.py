@@ -47,7 +47,7 @@ def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) 
     """
     n_rows, width = rows.shape
     dtype = torch.promote_types(rows.dtype, columns.dtype)
-    out = torch.empty(indices.numel(), dtype=dtype, device=rows.device)
+    out = torch.zeros(indices.numel(), dtype=dtype, device=rows.device)  # behind the last row's entries they stay
     if n_rows == 0 or out.numel() == 0:
         return out
     accumulator = tl.float64 if dtype == torch.float64 else tl.float32

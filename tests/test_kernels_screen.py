@@ -1,0 +1,180 @@
+"""Selections through a product in bfloat16 on a GPU, or in Triton's interpreter on the CPU (`make kernels`)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: run `make kernels`", allow_module_level=True)
+if DEVICE == "cpu" and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+
+# ruff: noqa: E402 - the kernels can be imported behind the checks only
+from sae_granary.sae_core import Progress, make_config, registry
+from sae_granary.sae_core.kernels import choose, gpu_screen
+from sae_granary.sae_core.kernels.deferred import Deferred
+from sae_granary.sae_core.kernels.gpu_screen import GpuScreen
+from sae_granary.sae_core.pre_acts import PreActs
+
+ROOT = Path(__file__).parent.parent
+N, D, F = (4, 24, 512) if DEVICE == "cpu" else (300, 200, 4096)
+KINDS = ["normal", "heavy", "zero_rows", "uneven_latents", "large_bias"]
+
+
+@pytest.fixture(autouse=True)
+def everything_is_screened(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    choose("triton")
+    monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", 0)
+    if DEVICE == "cpu":  # smaller than the matrices
+        monkeypatch.setattr(gpu_screen, "BLOCKS", {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "TOGETHER": 2})
+    yield
+    choose(None)
+
+
+def factors(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (N, D), latents (F, D), bias (F,)."""
+    generator = torch.Generator().manual_seed(KINDS.index(kind) if kind in KINDS else 99)
+    h, W = torch.randn(N, D, generator=generator), torch.randn(F, D, generator=generator)
+    bias = torch.randn(F, generator=generator) * (100 if kind == "large_bias" else 0.1)
+    if kind == "heavy":
+        h *= torch.randn(N, 1, generator=generator).exp()
+    if kind == "zero_rows":
+        h[::3] = 0.0
+    if kind == "uneven_latents":
+        W *= torch.randn(F, 1, generator=generator).exp()
+    if kind == "near_ties":  # latents that bfloat16 cannot tell apart
+        W = W[:8].repeat(F // 8, 1) * (1 + 1e-4 * torch.randn(F, 1, generator=generator))
+    return h.to(DEVICE), W.to(DEVICE), bias.to(DEVICE)
+
+
+def exact(h: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    return (h.double() @ W.double().t() + bias.double()).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_of_each_row(kind: str) -> None:
+    h, W, bias = factors(kind)
+    by_magnitude = kind == "uneven_latents"
+    columns, values, fits = GpuScreen(h, W, bias).topk(5, by_magnitude=by_magnitude)
+    expected = exact(h, W, bias)
+    assert fits
+    assert all(len(set(row)) == 5 and row == sorted(row) for row in columns.tolist())
+    torch.testing.assert_close(values, expected.gather(1, columns), rtol=1e-5, atol=1e-4)
+    ranked, found = (expected.abs(), values.abs()) if by_magnitude else (expected, values)
+    torch.testing.assert_close(found.sort(descending=True).values, ranked.topk(5).values, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_largest_of_a_batch(in_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gpu_screen, "CHUNK_ENTRIES", 128 * F if in_parts and DEVICE == "cuda" else 2**30 * (not in_parts)
+    )
+    h, W, bias = factors("normal")
+    found, expected = GpuScreen(h, W, bias).batch_topk(3), exact(h, W, bias)
+    assert found.fits
+    assert len(found.values) == int(found.indptr[-1]) == 3 * N
+    assert torch.equal(torch.bincount(found.rows, minlength=N), found.indptr.diff())
+    torch.testing.assert_close(found.values, expected[found.rows, found.columns], rtol=1e-5, atol=1e-4)
+    wanted = expected.flatten().topk(3 * N).values
+    torch.testing.assert_close(found.values.sort(descending=True).values, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_latent", [False, True])
+def test_entries_above_a_bound(per_latent: bool) -> None:
+    h, W, bias = factors("normal")
+    bound = torch.linspace(6, 14, F, device=DEVICE) * (D / 24) ** 0.5 if per_latent else 9.0 * (D / 24) ** 0.5
+    expected = exact(h, W, bias)
+    n_above = int((expected > bound).sum())
+    found = GpuScreen(h, W, bias).above(bound, 2 * n_above)
+    there = found.values > 0
+    mask = torch.zeros_like(expected, dtype=torch.bool)
+    mask[found.rows[there], found.columns[there]] = True
+    clear = (expected - bound).abs() > 1e-4
+    assert found.fits
+    assert torch.equal(mask[clear], (expected > bound)[clear])
+    assert len(found.values) == 2 * n_above
+    assert not GpuScreen(h, W, bias).above(bound, n_above // 2).fits
+
+
+def test_what_does_not_fit_is_selected_from_the_whole_product() -> None:
+    h, W, bias = factors("near_ties")
+    pre_acts = PreActs(h, W.t(), bias)
+    assert not GpuScreen(h, W, bias).topk(2)[2]
+    found = pre_acts.topk(2)
+    assert pre_acts.is_dense
+    torch.testing.assert_close(found.values.view(N, 2).amax(1), exact(h, W, bias).amax(1), rtol=1e-5, atol=1e-4)
+    if DEVICE == "cuda":  # NumPy, which the interpreter computes with, warns of NaN
+        broken = PreActs(torch.full_like(h, torch.nan), W.t(), bias)
+        assert broken.topk(2).values.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_step_has_the_gradients_of_the_dense_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, d_sae = registry.get(name), 128
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    outcomes = []
+    for least in (0, 2**40):
+        monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
+        sae = cls(make_config(cls, {"d_in": 8, "d_sae": d_sae, "k": 2})).to(DEVICE)
+        sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
+        deferred = Deferred()
+        with deferred.of_this_step():
+            out = sae.train()(x)
+            losses = sae.losses(out, Progress(50, 100))
+        torch.stack(list(losses.values())).sum().backward()
+        assert out.pre_acts.is_dense == (least > 0)
+        assert deferred.read(out.recon.sum()).fits
+        outcomes.append({**losses, **{n: p.grad for n, p in sae.named_parameters()}})
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sae_granary.sae_core.kernels import gpu_screen, triton_screen as kernels
+
+CONSTANTS = dict(BLOCK=1024, GROUP=16, **gpu_screen.BLOCKS, WIDEN=False, TILE=64, WIDTH=128, SLOTS=32, BINS=1024)
+TYPES = dict.fromkeys(("matrix", "norms", "bias", "row_slack", "share", "bias_slack", "least"), "*fp32")
+TYPES |= dict.fromkeys(("rounded", "latents", "entries", "maxima"), "*bf16") | {"absent": "fp32"}
+TYPES |= dict.fromkeys(("starts", "columns", "indptr", "chosen"), "*i64")
+TYPES |= dict.fromkeys(("values", "chosen_values"), "*fp32")
+TYPES |= dict.fromkeys(("groups", "n_hot", "largest"), "*i32")
+for name in ("round_rows", "product", "find_hot_groups", "collect", "choose_largest", "histogram"):
+    kernel = getattr(kernels, name)
+    types = TYPES | {"rows": "*i64", "counts": "*i64"}
+    types |= {"product": {"rows": "*bf16"}, "histogram": {"counts": "*i32"}}.get(name, {})
+    for switch in (False, True):
+        switches = dict.fromkeys(("MAGNITUDE", "STORE", "SEARCH", "SAME", "WRITE"), switch)
+        constants = {n: v for n, v in (CONSTANTS | switches).items() if n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+        places = [i for i, n in enumerate(kernel.arg_names) if n not in constants]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in places if signature[kernel.arg_names[i]] != "fp32"}
+        source = ASTSource(kernel, signature, constants, aligned)
+        options = {"num_warps": 8, "num_stages": 3}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert "st.local" not in compiled.asm["ptx"], f"{name} spills registers"
+        assert name != "product" or "wgmma" in compiled.asm["ptx"], "the product does not use matrix units"
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux packages")
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does; the compiler needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE, encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr

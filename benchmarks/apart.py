@@ -95,10 +95,10 @@ def _play(contestant: Contestant, pipe: Connection) -> None:
         nonlocal start
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start if took is None else took)
         try:
+            pipe.send(time.perf_counter() - start if took is None else took)
             pipe.recv()
-        except EOFError:  # the race is over; a trainer's threads may wait forever
+        except (EOFError, ConnectionError):  # the race is over; a trainer's threads may wait forever
             os._exit(0)
         start = time.perf_counter()
 

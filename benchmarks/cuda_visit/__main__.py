@@ -19,10 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from benchmarks.cuda_visit.parts import PARTS
-from benchmarks.cuda_visit.place import Place
+from benchmarks.cuda_visit.place import CPU_PATIENCE, Place
 from benchmarks.cuda_visit.visit import Visit
 
-CPU_PATIENCE = 10  # times the limits: a test may share its cores
 ROOMY = 16 * 2**30  # bytes free in memory's own file system for caches to be written there
 
 

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+CPU_PATIENCE = 10  # on a CPU limits are so many times as long: a test may share its cores
+
 
 @dataclass(frozen=True)
 class Place:

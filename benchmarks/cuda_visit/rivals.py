@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 from benchmarks.apart import Contestant, Player
 from benchmarks.cuda_visit.part import tell
-from benchmarks.cuda_visit.place import Place
+from benchmarks.cuda_visit.place import CPU_PATIENCE, Place
 from benchmarks.peers.contestants import contestants
 from benchmarks.peers.step import product, train
 from benchmarks.table import markdown
@@ -44,10 +44,11 @@ def run(at: Place) -> bool:
             for name, contestant in wanted.items()
             if name not in why
         }
+        limit = IMPORT_SECONDS * (CPU_PATIENCE if at.tiny else 1)
         started = time.monotonic()
         sys.stdin.readline()  # the visit says when it is this part's turn
         for name in list(players):
-            _attempt(players, why, name, max(1.0, started + IMPORT_SECONDS - time.monotonic()))
+            _attempt(players, why, name, max(1.0, started + limit - time.monotonic()))
         seconds = _race(players, why, 2 if at.tiny else 20)
         print(_table(args, seconds, why), flush=True)
     return bool(seconds) and set(why.values()) <= {NOT_INSTALLED}

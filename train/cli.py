@@ -12,6 +12,7 @@ from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.compare_command import compare
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
+from sae_granary.train.commands.script_command import script
 from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, Verify, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
@@ -23,6 +24,7 @@ app.command()(cli_sweep.sweep)
 app.command()(quick)
 app.command()(demo)
 app.command()(compare)
+app.command()(script)
 
 
 @app.command()

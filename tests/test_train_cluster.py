@@ -1,0 +1,119 @@
+"""What training on a cluster needs beside the ranks: the sbatch file, the bytes of a step, the environment."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sae_granary.cache.load.loader import Share
+from sae_granary.common.errors import ConfigError
+from sae_granary.train.cli import app
+from sae_granary.train.ranks.place import place_of_process
+from sae_granary.train.ranks.traffic import ETHERNET, NVLINK, step_traffic
+
+# model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
+SIZES = (
+    ("gpt2", 768, 24_576, 32, 4_096),
+    ("8B", 4_096, 131_072, 64, 16_384),
+    ("70B", 8_192, 1_048_576, 128, 65_536),
+)
+RUN = ["run", "--cache", "/shared/my cache", "--type", "topk"]
+
+
+def test_the_sbatch_file_is_bash_and_continues_a_run(tmp_path: Path) -> None:
+    flags = ["script", "--nodes", "2", "--gpus", "4", "--partition", "gpu", "--", *RUN]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "train.sbatch"
+    path.write_text(result.output)
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    assert "-m sae_granary.train run --cache '/shared/my cache' --type topk --resume auto &" in result.output
+    assert "--nnodes=2 --nproc-per-node=4" in result.output
+    assert result.output.startswith("#!/bin/bash\n#SBATCH")
+    assert "#SBATCH --partition=gpu\n" in result.output
+
+
+def test_the_sbatch_file_stops_the_training_and_queues_the_job_again(tmp_path: Path) -> None:
+    """The script runs with stand-ins for SLURM's commands: USR1 reaches the training as TERM."""
+    result = CliRunner().invoke(app, ["script", "--gpus", "1", "--", *RUN])
+    stand_ins = {
+        "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else echo host1; fi',
+        "srun": "trap 'echo saved; exit 143' TERM; kill -USR1 $PPID; while :; do sleep 0.05; done",
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]"}
+    done = subprocess.run(
+        ["bash", "-c", result.output], env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.split("\n")[:2] == ["saved", "requeued 7"], done
+    assert done.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--", "harvest"], "'harvest': expected run, sweep, resume after --"),
+        (["--time", "4h", "--", "run"], "time='4h': expected minutes, HH:MM:SS or D-HH:MM:SS"),
+        (["--job", "a b", "--", "run"], "job='a b': expected letters, digits"),
+    ],
+)
+def test_what_an_sbatch_file_cannot_hold(flags: list[str], text: str) -> None:
+    result = CliRunner().invoke(app, ["script", *flags])
+    assert result.exit_code == 2
+    assert text in result.output
+
+
+def test_bytes_of_a_step() -> None:
+    """Two ranks exchange all gradients once; eight send 2 * 7/8 of them; batchtopk also sends k values per row."""
+    gradients, counters = (2 * 768 * 24_576 + 24_576 + 768) * 4, 24_576 * 8
+    assert step_traffic(768, 24_576, 32, 4_096, 2).sent == gradients + counters
+    assert step_traffic(768, 24_576, 32, 4_096, 8).sent == 2 * 7 / 8 * (gradients + counters)
+    assert step_traffic(768, 24_576, 32, 4_096, 1).sent == 0
+    more = step_traffic(768, 24_576, 32, 4_096, 8, batchwise=True).sent - step_traffic(768, 24_576, 32, 4_096, 8).sent
+    assert more == 7 * 512 * 32 * 4
+    assert step_traffic(768, 24_576, 32, 4_096, 8).flop == 512 * (2 * 768 * 24_576 + 8 * 32 * 768)
+
+
+def test_the_table_of_the_page_is_computed() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
+    for row in (table_row(*size) for size in SIZES):
+        assert row in page, row
+
+
+def table_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
+    """One row of the table: eight ranks."""
+    step = step_traffic(d_in, d_sae, k, batch_size, 8)
+    sizes = f"| {model} | {d_in:,} | {d_sae:,} | {batch_size:,} | {step.sent / 2**20:,.0f} MiB "
+    times = f"| {1e3 * step.seconds(NVLINK):,.1f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
+    return f"{sizes}{times}| {step.flop / 1e12:,.2f} |"
+
+
+@pytest.mark.parametrize("n_rows", [7, 102, 4096])
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_shares_divide_every_batch(n_rows: int, pieces: int) -> None:
+    for n in (2, 3, 4):
+        rows = [row for i in range(n) for lo, hi in Share(i, n, pieces).ranges(n_rows) for row in range(lo, hi)]
+        assert sorted(rows) == list(range(n_rows))
+        for sizes in zip(*(Share(i, n, pieces).sizes(n_rows) for i in range(n)), strict=True):
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=5: expected 0 to 1"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x': expected a number"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns(env: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        place_of_process(env)
+
+
+def test_one_process_trains_alone() -> None:
+    assert place_of_process({}) is None
+    assert place_of_process({"RANK": "0", "WORLD_SIZE": "1"}) is None

@@ -1,0 +1,35 @@
+"""What the ranks of a training send in a step, beside what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT, COUNT = 4, 8  # bytes of a gradient's entry, and of a counter
+NVLINK, ETHERNET = 450e9, 12.5e9  # bytes per second in one direction: NVLink 4 of a card; 100 Gb Ethernet of a host
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One step of one rank of n that share the batches of an SAE."""
+
+    sent: float  # bytes that the rank sends, and as many that it receives
+    flop: float  # of its products: encoder, decoder, and their gradients
+
+    def seconds(self, bytes_per_second: float) -> float:
+        """The least time of sending at a bandwidth; latency and overlap with computing are not counted."""
+        return self.sent / bytes_per_second
+
+
+def step_traffic(d_in: int, d_sae: int, k: int, batch_size: int, n: int, *, batchwise: bool = False) -> Traffic:
+    """Bytes and products of a step of topk, or of batchtopk (`batchwise`), with rows divided over n ranks.
+
+    all_reduce on a ring sends 2 (n - 1) / n of its data: all gradients (2 d_in d_sae + d_sae + d_in numbers) and
+    counters of d_sae latents. batchtopk also gathers about k values for each row of the other ranks.
+    The encoder's product takes 2 d_in d_sae operations for each row. The other three (decoder, and the gradients of
+    both matrices; the decoder's needs two) touch k latents for each row.
+    """
+    rows = batch_size / n
+    numbers = 2 * d_in * d_sae + d_sae + d_in
+    reduced = 2 * (n - 1) / n * (numbers * FLOAT + d_sae * COUNT)
+    gathered = (n - 1) * rows * k * FLOAT if batchwise else 0.0
+    return Traffic(reduced + gathered, rows * (2 * d_in * d_sae + 4 * 2 * k * d_in))

@@ -18,13 +18,18 @@ import torch
 
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import WHOLE, LoaderState, Share
-from sae_granary.sae_core import Codes
+from sae_granary.sae_core import Codes, Progress
+from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.sae_core.ranks.select import batch_topk
+from sae_granary.sae_core.ranks.sharded import ShardedTopKSAE
+from sae_granary.sae_core.variants.topk import TopKSAE
 from sae_granary.train import loop
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.streams import open_stream, step_input
+from sae_granary.train.optim.resample import latent_axes
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.ranks.trainer import share_batches
 from sae_granary.train.ranks.world import joined
@@ -97,6 +102,46 @@ def steps(cache: Path, given: Mapping[str, Any], share: Share = WHOLE, ranks: Al
     return found
 
 
+def tied_selections(ranks: Alone = ALONE) -> list[torch.Tensor]:
+    """What this rank's rows have of the batch-top-k of pre-activations most of which are equal; for several k."""
+    generator = torch.Generator().manual_seed(0)
+    h, W_enc = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((41, 4), (4, 24)))
+    ((start, stop),) = Share(ranks.index, ranks.n).ranges(len(h)) if ranks.n > 1 else [(0, len(h))]
+    found = []
+    for k in (1, 3, 7, 24):  # the last: fewer are positive
+        codes = batch_topk(PreActs(h[start:stop], W_enc, torch.zeros(24)), k, ranks)
+        found.append(torch.stack([codes.pattern.row_of + start, codes.indices, codes.values.long()], dim=1))
+    return found
+
+
+def sharded_step(shards: Alone = ALONE) -> dict[str, torch.Tensor]:
+    """One forward and backward pass of a topk SAE with dead latents, of which this rank has a part."""
+    generator = torch.Generator().manual_seed(0)
+    config = TopKSAE.Config(d_in=16, d_sae=60, k=5, k_aux=6, dead_after_tokens=10)
+    whole = TopKSAE(config)
+    x = torch.randn(50, 16, generator=generator)
+    whole.initialize({"x": x}, generator)
+    whole.num_tokens_since_fired[torch.arange(0, 60, 4)] = 10
+    sae = whole
+    if shards.n > 1:
+        own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
+        sae = ShardedTopKSAE(replace(config, d_sae=own.stop - own.start))
+        sae.shards = shards
+        axes = latent_axes(whole) | {"num_tokens_since_fired": 0}
+        state = {
+            name: value if name not in axes else value.index_select(axes[name], torch.arange(own.start, own.stop))
+            for name, value in whole.state_dict().items()
+        }
+        sae.load_state_dict(state)
+    out = sae.train()({"x": x})
+    losses = sae.losses(out, Progress(0, 1))
+    torch.stack(list(losses.values())).sum().backward()
+    found = {"x_hat": out.x_hat.detach(), "codes": out.codes.dense().detach(), **losses}
+    return {key: value.detach() for key, value in found.items()} | {
+        f"grad {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None
+    }
+
+
 def positions(codes: Codes) -> torch.Tensor:
     """(nnz, 2) row and latent of the active entries."""
     return (codes.dense() != 0).nonzero()
@@ -109,6 +154,8 @@ def _take_steps(cache: str, out: str) -> None:
         for name, given in CASES.items():
             share = Share(place.index, place.n, given.get("grad_acc_steps", 1))
             torch.save(steps(Path(cache), given, share, world.ranks), Path(out) / f"{name}_{place.index}.pt")
+        torch.save(tied_selections(world.ranks), Path(out) / f"tied_{place.index}.pt")
+        torch.save(sharded_step(world.ranks), Path(out) / f"shard_{place.index}.pt")
     result = train_sae(cache=cache, **{**COMMON, "type": "batchtopk", "k": 3, "runs_dir": out, "name": f"by_{place.n}"})
     torch.save(result.sae.state_dict(), Path(out) / f"sae_{place.index}.pt")
 

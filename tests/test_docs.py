@@ -68,6 +68,9 @@ def wrong_flag(program: str, words: list[str], own: frozenset[str]) -> str | Non
     if program not in generator().apps():
         return f"no program {program}" if program.startswith("sae-") else None
     group = generator().apps()[program]
+    if "--" in words:  # `script`, and the command that it takes
+        parts = words[: words.index("--")], words[words.index("--") + 1 :]
+        return next((text for part in parts if (text := wrong_flag(program, part, own))), None)
     if words[:1] and words[0].startswith("-"):
         return None if words[0] in ("--version", "--help") else f"{program} has no {words[0]}"
     if words and words[0] not in group.commands:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 
@@ -23,7 +24,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.ranks import world
-from sae_granary.harvest.ranks.lease import Leases
+from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
@@ -32,7 +33,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HarvestConfig:
-    monkeypatch.setenv(world.LEASE_SECONDS, "1")
+    monkeypatch.setenv(world.LEASE_SECONDS, "20")
     return HarvestConfig(
         ModelConfig(str(build_model(tmp_path / "model", "bert")), device="cpu"),
         WhereConfig(layers=(1,)),
@@ -53,6 +54,7 @@ def together(config: HarvestConfig, n: int) -> None:
             harvest_activations(config, quiet=True)
         except BaseException as error:
             errors.append(error)
+            traceback.print_exc()
 
     threads = [threading.Thread(target=work) for _ in range(n)]
     for thread in threads:
@@ -302,3 +304,21 @@ def test_killed_processes_lose_and_double_nothing(config: HarvestConfig, n_kills
 
 def _is_complete(path: Path) -> bool:
     return (path / "manifest.json").exists() and open_cache(path, allow_incomplete=True).complete
+
+
+@SLOW
+def test_processes_that_are_wrongly_taken_for_dead_do_no_damage(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest_activations(config, quiet=True)
+    monkeypatch.setattr("sae_granary.common.lock.FolderLock.acquire", lambda self: None)
+
+    def silent(lease: Lease, n_rows: int) -> None:
+        lease.lost = lease.lost or lease._next.exists()
+
+    monkeypatch.setattr(Lease, "renew", silent)
+    monkeypatch.setenv(world.LEASE_SECONDS, "0.3")
+    for n in range(3):
+        other = replace(config, out=config.out_path.with_name(f"contested_{n}"))
+        together(other, 4)
+        assert_same_cache(other.out_path, config.out_path)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import shutil
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
@@ -31,11 +34,13 @@ from sae_granary.cache.format.manifest import (
 )
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
-from sae_granary.common.files import code_folder
+from sae_granary.common.files import code_folder, read_regular
 
 _HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # allowed in a folder without a cache
 _SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
 _RECORD_FILE = re.compile(r"(\d{8,})\.json")
+_OUTCOME_FILE = re.compile(r"\d{8}(\.cut)?\.json")
+_RENEWED_SECONDS = 300.0  # a lease that was written to since is taken for held: advice, by the clock of this machine
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -152,3 +157,30 @@ def clear_uncommitted(path: Path, layout: CacheLayout, n_shards: int) -> None:
             if match and int(match[1]) >= n_shards and not (path / commit_path(int(match[1]))).exists():
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
+
+
+@dataclass(frozen=True)
+class InBlocks:
+    """Complete blocks and their rows, and whether a process works on another one now."""
+
+    n_blocks: int = 0
+    n_rows: int = 0
+    growing: bool = False
+
+
+def blocks_of(path: Path) -> InBlocks | None:
+    """The blocks of an unfinished cache; None where it has none."""
+    if (path / BLOCKS).is_symlink() or not (path / BLOCKS).is_dir():
+        return None
+    rows: dict[str, int] = {}
+    growing = False
+    with contextlib.suppress(OSError), os.scandir(path / BLOCKS) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                if _OUTCOME_FILE.fullmatch(entry.name):
+                    n_rows = int(json.loads(read_regular(Path(entry.path)))["n_rows"])
+                    if entry.name.endswith(".cut.json") or entry.name[:8] not in rows:
+                        rows[entry.name[:8]] = n_rows
+                elif entry.name.endswith(".lease") and time.time() - entry.stat().st_mtime < _RENEWED_SECONDS:
+                    growing |= json.loads(read_regular(Path(entry.path))).get("released") is not True
+    return InBlocks(len(rows), sum(rows.values()), growing)

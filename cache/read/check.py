@@ -10,6 +10,7 @@ from pathlib import Path
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError
 from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.records import blocks_of
 
 
 def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
@@ -55,6 +56,11 @@ def check_file(path: Path | str, expected_bytes: int) -> None:
 def incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
     """What is there of a cache whose harvest has not finished, and how to finish or read it."""
     n_rows = sum(record.n_rows for record in records)
+    if not records and (blocks := blocks_of(path)) is not None:
+        return (
+            f"{path} is incomplete: {blocks.n_rows:,} rows in {blocks.n_blocks} complete blocks; run the same "
+            f"`sae-harvest run ... --out {path}` again to finish it: blocks are read when they are joined"
+        )
     begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
     return (
         f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import LOCK, MANIFEST
+from sae_granary.cache.format.records import blocks_of
 from sae_granary.cache.read.reader import open_local
 from sae_granary.cache.read.render import source_name
 from sae_granary.common.files import is_code
@@ -87,14 +88,15 @@ def _entry(folder: Path) -> Entry:
     except (CacheError, OSError) as error:
         return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
     writing = [folder, *(part.path for part in cache.additions)]
-    growing = any(lock_holder(place / LOCK) is not None for place in writing)
+    blocks = None if cache.complete else blocks_of(folder)
+    growing = any(lock_holder(place / LOCK) is not None for place in writing) or (blocks is not None and blocks.growing)
     return Entry(
         path=str(folder),
         state="growing" if growing else "complete" if cache.complete else "incomplete",
         model=source_name(cache.manifest.provenance.get("model")),
         dataset=source_name(cache.manifest.provenance.get("dataset")),
         hook_points=tuple(cache.hook_points),
-        n_rows=cache.n_rows,
+        n_rows=cache.n_rows or (blocks.n_rows if blocks is not None else 0),
         dtype=cache.dtype,
         n_bytes=cache.n_bytes,
         age_seconds=age,

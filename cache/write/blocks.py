@@ -125,18 +125,19 @@ def _link(source: Path, target: Path, entry: FileEntry) -> None:
     """Give a file of a block its name in the whole cache; nothing is done where it has that already."""
     try:
         os.link(source, target)
-    except FileExistsError:
-        if not os.path.samestat(os.stat(source), os.stat(target)):
-            _check(target, entry)
-    except FileNotFoundError:  # moved there by a process that was killed, where there are no hard links
-        _check(target, entry)
+        return
+    except (FileExistsError, FileNotFoundError):  # linked, or moved where there are no hard links: by another join
+        pass
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if target.exists():
-            _check(target, entry)
-        else:
+        if not target.exists():
             os.rename(source, target)
+            return
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(source), os.stat(target)):
+            return
+    _check(target, entry)
 
 
 def _check(target: Path, entry: FileEntry) -> None:

@@ -21,7 +21,7 @@ from sae_granary.cache.format.layout import (
     VOCABULARY,
 )
 from sae_granary.cache.format.manifest import Manifest
-from sae_granary.cache.format.records import load_manifest, refuse_code, remove_contents
+from sae_granary.cache.format.records import blocks_of, load_manifest, refuse_code, remove_contents
 from sae_granary.cache.write.session import locked
 from sae_granary.common.files import TEMP_PREFIX
 
@@ -68,6 +68,8 @@ def remove_cache(path: Path) -> None:
         for place in (path, *_additions(path)):
             locks.callback(locked(place).release)
         manifest = check_removable(path)
+        if not manifest.complete and (blocks := blocks_of(path)) is not None and blocks.growing:
+            raise InUseError(f"{path} is being harvested in blocks: stop the harvest first; nothing was removed")
         for name in (ABOUT, LOG):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / TEMPORARY, ignore_errors=True)

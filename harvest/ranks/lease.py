@@ -76,8 +76,9 @@ def _link(path: str) -> str:
 class Lease:
     """A lease that this process holds until `release`, or until another process has taken it (`lost`)."""
 
-    def __init__(self, fd: int, next_generation: Path, seconds: float) -> None:
+    def __init__(self, fd: int, next_generation: Path, seconds: float, *, taken_over: bool) -> None:
         self._fd, self._next, self._beat = fd, next_generation, 0
+        self.taken_over = taken_over  # whether another process has held it before
         self._told = {**this_process(), "seconds": seconds}
         self.seconds, self.lost = seconds, False
         self.renew(0)
@@ -127,7 +128,7 @@ class Leases:
             fd = create(self._path(name, generation))
         except (FileExistsError, FileNotFoundError):  # another process was faster, or the harvest has finished
             return None
-        return Lease(fd, self._path(name, generation + 1), self.seconds)
+        return Lease(fd, self._path(name, generation + 1), self.seconds, taken_over=generation > 0)
 
     def is_free(self, name: str) -> bool:
         """Whether nobody holds a lease, as far as this process can tell."""

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sae_granary.cache.errors import CacheLockedError, ConcurrentWriteError, NotACacheError
+from sae_granary.cache.errors import (
+    BadActivationError,
+    CacheError,
+    CacheLockedError,
+    ConcurrentWriteError,
+    DiskFullError,
+    NotACacheError,
+)
 from sae_granary.cache.format.layout import BLOCKS, MANIFEST
 from sae_granary.cache.format.records import load_manifest, remove_contents
 from sae_granary.cache.format.spec import CacheSpec
@@ -39,7 +47,7 @@ Load = Callable[[Prepared, Say], tuple[Prepared, Model]]
 Tell = Callable[[Prepared, CacheWriter], None]
 
 _JOIN = "join"
-_TRIES = 3  # at a block whose former process was taken for dead and still wrote
+_TRIES = 5  # at a block whose former process was taken for dead and still writes, where locks do nothing
 
 
 class _LostError(Exception):
@@ -144,12 +152,15 @@ class Worker:
                     self._deferred[task.name] = time.monotonic() + self._leases.seconds
                     self._shown.say(f"block {task.block} waits for a process that does nothing ({error}): end it")
                     return
-                except (ConcurrentWriteError, FileNotFoundError):
+                except (CacheError, OSError) as error:
                     lease.renew(progress.n_rows)
                     if lease.lost or self._is_complete():
                         return
-                    if not left:
+                    hopeless = isinstance(error, DiskFullError | BadActivationError)
+                    if hopeless or not left or not lease.taken_over:
                         raise
+                    if not isinstance(error, ConcurrentWriteError):  # it was cleaned up by the other process
+                        shutil.rmtree(self._folder / task.name, ignore_errors=True)
         self._publish(task, outcome)
 
     def _fill(

@@ -1,0 +1,170 @@
+"""Caches in blocks (format 3): joined into one cache, interrupted at any step, with and without hard links."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_kit import no_sync, toy_buffer, toy_spec  # noqa: F401
+from typer.testing import CliRunner
+
+from sae_granary import open_cache
+from sae_granary.cache.cli import app
+from sae_granary.cache.errors import CacheMismatchError, IncompleteCacheError, SpecError
+from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
+from sae_granary.cache.write.writer import CacheWriter
+
+FROZEN = Path(__file__).parent / "data" / "format3_tiny"
+N_BLOCKS = 3
+
+
+def in_blocks(path: Path) -> list[tuple[int, Path]]:
+    """A cache of three complete blocks, not joined yet: their numbers and folders."""
+    spec = toy_spec("float32", ("layer_1",), 4, block_docs=16, fingerprint={"model": "toy", "block_docs": 16})
+    begin_blocks(path, spec)
+    blocks = []
+    for block in range(N_BLOCKS):
+        folder = path / BLOCKS / f"{block:08d}"
+        told = {**spec.fingerprint, "block": block}
+        with CacheWriter.open(folder, replace(spec, fingerprint=told, vocabulary=None, block_docs=None)) as writer:
+            for buffer in (2 * block, 2 * block + 1):
+                rows, documents = toy_buffer(buffer, ("layer_1",), 4)
+                writer.begin_buffer({"next_doc": 8 * buffer})
+                writer.append(replace(rows, window=rows.window + np.uint64(block << 32)), documents)
+            writer.finish({})
+        blocks.append((block, folder))
+    return blocks
+
+
+def joined(path: Path) -> Path:
+    join_blocks(path, in_blocks(path), {"n_documents": 24})
+    remove_blocks(path)
+    return path
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def test_a_cache_of_format_3_opens_forever_and_the_same_bytes_are_written(tmp_path: Path) -> None:
+    frozen, today = open_cache(FROZEN), tree(joined(tmp_path / "today"))
+    assert verify(FROZEN).ok
+    assert [record.block for record in frozen.records] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert frozen.n_rows == open_cache(tmp_path / "today").n_rows == 417
+    for name, data in tree(FROZEN).items():
+        if not name.startswith(("documents", "commits", "manifest")):  # pyarrow names its version
+            assert today[name] == data
+        elif name.endswith(".json"):
+            assert json.loads(data)["version"] == json.loads(today[name])["version"] == 3
+
+
+def test_blocks_of_one_cache_share_every_setting(tmp_path: Path) -> None:
+    in_blocks(tmp_path / "a")
+    with pytest.raises(CacheMismatchError, match="rows_per_shard"):
+        begin_blocks(tmp_path / "a", toy_spec("float32", ("layer_1",), 4, rows_per_shard=32, block_docs=16))
+    with pytest.raises(SpecError, match="dtype without scales"):
+        toy_spec("int8", block_docs=16)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_join_that_was_interrupted_is_repeated(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tree(joined(tmp_path / "whole"))
+    if not links:
+
+        def no_link(source: object, target: object) -> None:
+            if os.path.lexists(os.fspath(target)):  # type: ignore[call-overload]
+                raise FileExistsError(errno.EEXIST, "exists")
+            raise OSError(errno.EPERM, "no hard links here")
+
+        monkeypatch.setattr(os, "link", no_link)
+    before = tmp_path / "before"
+    in_blocks(before)
+    n_cuts = 0
+    for step in range(1, 200, 13):
+        path = tmp_path / f"cut_{step}"
+        shutil.copytree(before, path)
+        blocks = [(block, path / BLOCKS / f"{block:08d}") for block in range(N_BLOCKS)]
+        with monkeypatch.context() as patch:
+            done = _stop_after(patch, step)
+            try:
+                join_blocks(path, blocks, {"n_documents": 24})
+            except KeyboardInterrupt:
+                n_cuts += 1
+        join_blocks(path, blocks, {"n_documents": 24})
+        remove_blocks(path)
+        assert {name: data for name, data in tree(path).items() if not name.startswith(".tmp")} == whole
+        if done():
+            break
+    assert n_cuts > 4
+
+
+def _stop_after(patch: pytest.MonkeyPatch, step: int):
+    """Raise at the n-th name that is given to a file; tells whether there were fewer."""
+    left, found = step, {name: getattr(os, name) for name in ("link", "rename", "replace")}
+
+    def counted(name: str):
+        def call(*args: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            found[name](*args)
+
+        return call
+
+    for name in found:
+        patch.setattr(os, name, counted(name))
+    return lambda: left > 0
+
+
+def test_a_second_join_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    blocks = in_blocks(path)
+    (path / "manifest.json").rename(tmp_path / "unfinished")
+    shutil.copy(tmp_path / "unfinished", path / "manifest.json")
+    join_blocks(path, blocks, {"n_documents": 24})
+    before = tree(path)
+    shutil.copy(tmp_path / "unfinished", path / "manifest.json")  # as another process may have read it
+    join_blocks(path, blocks, {"n_documents": 24})
+    assert tree(path) == before
+
+
+def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    in_blocks(path)
+    (path / BLOCKS / "00000000.json").write_text(json.dumps({"n_rows": 90}))
+    run = CliRunner()
+    with pytest.raises(IncompleteCacheError, match="90 rows in 1 complete blocks; run the same"):
+        open_cache(path)
+    assert verify(path).ok
+    assert json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]["state"] == "incomplete"
+    (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
+    listed = json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]
+    assert (listed["state"], listed["n_rows"]) == ("growing", 90)
+    refused = run.invoke(app, ["rm", str(path), "--yes"])
+    assert (refused.exit_code, "is being harvested in blocks" in refused.output) == (2, True)
+    (path / BLOCKS / "00000001.0.lease").write_text('{"released": true}')
+    assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == 0
+    assert not path.exists()
+
+
+def test_a_cache_in_blocks_travels_and_converts(tmp_path: Path) -> None:
+    path, run = joined(tmp_path / "cache"), CliRunner()
+    for arguments in (
+        ["push", str(path), f"file://{tmp_path}/there"],
+        ["pull", f"file://{tmp_path}/there", str(tmp_path / "back")],
+        ["pull", f"file://{tmp_path}/there", str(tmp_path / "part"), "--rows", "100"],
+        ["convert", str(path), str(tmp_path / "rounded"), "--dtype", "bfloat16"],
+    ):
+        result = run.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert tree(tmp_path / "back") == tree(path)
+    assert verify(tmp_path / "part").ok
+    assert open_cache(tmp_path / "part").manifest.block_docs == 16
+    assert open_cache(tmp_path / "rounded").manifest.version == 1

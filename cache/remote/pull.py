@@ -182,6 +182,10 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
         _fetch_all(plan, stage, progress)
         _place(plan, stage)
         shutil.rmtree(target / TEMPORARY, ignore_errors=True)
+    except OSError as error:
+        if text := files.shortage(error, target, plan.disk_bytes):
+            raise CacheError(f"{text}; free some space and run the same command again: it continues") from None
+        raise
     finally:
         lock.release()
 

@@ -103,11 +103,11 @@ def seen_of(path: Path) -> tuple[int, tuple[str, ...]]:
 
 
 class Armed:
-    """Counts the calls that change names from now on; before the n-th, or after some seconds, the process dies."""
+    """Lists the calls that change names from now on; something happens before the n-th, or it dies after a time."""
 
-    def __init__(self, n: int | None, seconds: float | None) -> None:
+    def __init__(self, n: int | None, seconds: float | None, happens: Callable[[], None]) -> None:
         self.calls: list[str] = []
-        self._n, self._seconds, self.begun = n, seconds, 0.0
+        self._n, self._seconds, self._happens, self.begun = n, seconds, happens, 0.0
         for name in CALLS:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
 
@@ -119,8 +119,7 @@ class Armed:
                 if self._seconds is not None:  # of the processor; the signal has no handler, so that it kills
                     signal.setitimer(signal.ITIMER_PROF, self._seconds)
             if len(self.calls) == self._n:
-                os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(HANGS_SECONDS)  # of another thread than the one that dies first
+                self._happens()
             return real(*args, **kwargs)
 
         return call
@@ -133,6 +132,11 @@ def processor_seconds() -> float:
 
 def child(run: Callable[[], Any]) -> Any:
     """What `run` returns in a fork, or the exit code of one that was killed."""
+    return ended(begun(run))
+
+
+def begun(run: Callable[[], Any]) -> tuple[int, int]:
+    """The process of a fork that runs `run`, and the pipe of what that returns."""
     threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     assert set(threads[1:]) <= {"jemalloc_bg_thd"}, threads  # which has handlers for forks; others do not survive one
     read, write = os.pipe()
@@ -147,6 +151,12 @@ def child(run: Callable[[], Any]) -> Any:
             traceback.print_exc()
         os._exit(code)
     os.close(write)
+    return pid, read
+
+
+def ended(process: tuple[int, int]) -> Any:
+    """What it returned, or its exit code where it was killed."""
+    pid, read = process
     with os.fdopen(read, "rb") as pipe:
         data = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -156,9 +166,17 @@ def child(run: Callable[[], Any]) -> Any:
 
 def count_of(growth: Growth) -> tuple[list[str], float]:
     """Calls that change names in an uninterrupted one, and processor seconds from the first of them on."""
-    armed = Armed(None, None)
+    armed = Armed(None, None, die)
     growth.act()
     return armed.calls, processor_seconds() - armed.begun
+
+
+def import_all(growth: Growth) -> None:
+    """Import what it imports, so that no fork has to."""
+    for name in child(lambda: modules_of(growth)):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    growth.start()
 
 
 def modules_of(growth: Growth) -> list[str]:
@@ -168,8 +186,13 @@ def modules_of(growth: Growth) -> list[str]:
     return list(sys.modules)
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(HANGS_SECONDS)  # of another thread than the one that dies first
+
+
 def kill(growth: Growth, n: int | None, seconds: float | None) -> None:
-    Armed(n, seconds)
+    Armed(n, seconds, die)
     growth.act()
 
 
@@ -207,10 +230,7 @@ def main(root: Path, whats: str, every: int | None, n_random: int) -> None:
         before = contents(growth.path)
         seen = {child(lambda g=growth: seen_of(g.path))} if what != "repair" else set()
         if what == whats.split(",")[0]:
-            for name in child(lambda g=growth: modules_of(g)):
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(name)
-            growth.start()
+            import_all(growth)
         calls, seconds = child(lambda g=growth: count_of(g))
         states = {"before": before, "after": contents(growth.path)}
         states["seen"] = seen | {child(lambda g=growth: seen_of(g.path))}

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ LAYER_2 = WhereConfig(layers=(2,))
 
 
 @pytest.fixture
-def growths(config: HarvestConfig, tmp_path: Path) -> Path:
+def growths(config: HarvestConfig, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A folder with what the kit needs: a cache before an extension, an addition and a repair."""
+    config = replace(config, dtype=getattr(request, "param", "auto"))
     harvest(config, max_tokens=300)
     for what in ("extend", "add"):
         shutil.copytree(config.out_path, tmp_path / what / "before")
@@ -38,8 +40,12 @@ def growths(config: HarvestConfig, tmp_path: Path) -> Path:
 
 
 def killed(root: Path, whats: str, every: int | str, n_random: int) -> None:
+    run_kit("kill_kit.py", root, whats, every, n_random)
+
+
+def run_kit(name: str, *args: object) -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OPENBLAS_NUM_THREADS": "1"}
-    line = [sys.executable, str(TESTS / "kill_kit.py"), root, whats, str(every), str(n_random)]
+    line = [sys.executable, str(TESTS / name), *map(str, args)]
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,6 +67,21 @@ def test_killed_at_every_rename(growths: Path, config: HarvestConfig, what: str)
 def test_killed_at_20_random_instants(growths: Path, config: HarvestConfig, what: str) -> None:
     with_runs(growths, config)
     killed(growths, what, "none", 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("growths", ["int8"], indirect=True)
+def test_int8_killed_at_10_random_instants(growths: Path) -> None:
+    killed(growths, "extend,add,repair", "none", 10)
+
+
+def test_a_second_process_is_refused_and_does_no_damage_without_locks(growths: Path) -> None:
+    run_kit("at_once_kit.py", growths, "extend", "add", 0)
+
+
+@pytest.mark.slow
+def test_no_interleaving_of_two_processes_without_locks_does_damage(growths: Path) -> None:
+    run_kit("at_once_kit.py", growths, "extend,add,extend,add", "extend,add,add,extend", 9)
 
 
 def with_runs(root: Path, config: HarvestConfig) -> None:

@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """A file system that is really full, and few file descriptors: what is said, what is kept, how it goes on."""
 
 import os
@@ -5,10 +6,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import write_cache
+from test_harvest_extend import config, harvest, models  # noqa: F401
+from test_harvest_resume import assert_same_cache, contents
 
 from sae_granary import open_cache, resume_training, sae_core, train_sae
 from sae_granary.analyze.encoding.codes import CodesRecord
@@ -16,9 +20,13 @@ from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
 from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import open_source
+from sae_granary.cache.read.verify import verify
 from sae_granary.common.errors import ConfigError, GranaryError
 from sae_granary.common.files import free_bytes
+from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.replay.add import add_hooks
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.models.config import WhereConfig
 from sae_granary.train.callbacks import StepEvent
 from sae_granary.train.errors import ShortageError
 
@@ -83,6 +91,43 @@ def test_a_harvest_on_a_full_disk_names_it_and_continues(small_disk, tmp_path) -
     assert (result.resumed_rows, committed > 0) == (committed, True)
     harvest_activations(**settings, max_tokens=4000, out=tmp_path / "whole")
     assert (open_cache(folder / "c").hook()[:] == open_cache(tmp_path / "whole").hook()[:]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["extend", "add"])
+def test_a_cache_that_grows_on_a_full_disk_names_it_and_continues(small_disk, config, tmp_path, what) -> None:
+    folder, resize = small_disk
+    resize("64M")
+    here, there = (replace(config, out=out, max_tokens=2000) for out in (folder / "c", tmp_path / "whole"))
+
+    def grow(one: HarvestConfig) -> None:
+        if what == "extend":
+            harvest(one, extend=True, max_tokens=4000)
+        else:
+            add_hooks(one.out_path, WhereConfig(layers=(2,)), quiet=True)
+
+    for one in (here, there):
+        harvest(one)
+    before = contents(here.out_path)
+    grow(there)
+    taken = sum(map(len, contents(there.out_path).values())) - sum(map(len, before.values()))
+    (folder / "other").write_bytes(bytes(free_bytes(folder) - taken // 2))
+    words = r"not enough space for .*/disk/c.*: [\d,]+ bytes are planned and [\d,]+ are free"
+    with pytest.raises(GranaryError, match=words):
+        grow(here)
+    with pytest.MonkeyPatch.context() as patch:  # as if the other file came after the plan
+        patch.setattr("sae_granary.harvest.run.check_space", lambda prepared: None)
+        patch.setattr("sae_granary.harvest.replay.add.check_addition_space", lambda base, prepared: None)
+        with pytest.raises(GranaryError, match=r"free some space and run the same command again"):
+            grow(here)
+    assert contents(here.out_path).items() >= before.items()
+    assert verify(here.out_path).ok
+    assert open_cache(here.out_path).n_rows == len(open_cache(here.out_path).hook()[:])
+    committed = list(here.out_path.rglob("commits/*.json"))
+    assert len(committed) > len([name for name in before if name.startswith("commits")])
+    (folder / "other").unlink()
+    grow(here)
+    assert_same_cache(here.out_path, there.out_path)
 
 
 @pytest.mark.slow

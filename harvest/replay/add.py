@@ -16,6 +16,7 @@ from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.pipeline import Pipeline
 from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.replay.growth import check_addition_space
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
@@ -52,6 +53,7 @@ def add_hooks(
     with Progress("token", None, quiet=quiet) as progress:
         base, prepared = prepare_addition(to, where, places, progress.say)
         path, names, place = base.path, [hook.name for hook in prepared.hooks], prepared.config.out_path
+        check_addition_space(base, prepared)
         spec = _spec(prepared, base)
         options = {**writing(prepared.device), "extend": True}
         with locked(path), AddingWriter.open(place, spec, **options) as writer:

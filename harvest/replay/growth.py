@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from sae_granary.cache.format.layout import DOCUMENTS, MANIFEST, CacheLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
-from sae_granary.cache.format.records import existing_manifest
+from sae_granary.cache.format.records import committed, existing_manifest
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.files import free_bytes
 from sae_granary.harvest.config import HarvestConfig
+from sae_granary.harvest.errors import SpaceError
 from sae_granary.harvest.plan import Plan, estimate_seconds, plan
 from sae_granary.harvest.prepare import Prepared, Say
 from sae_granary.harvest.run import asks_for_more
@@ -59,18 +60,34 @@ def plan_growth(config: HarvestConfig, say: Say) -> Plan:
 
 def plan_addition(base: Cache, prepared: Prepared) -> Plan:
     """What `sae-harvest add` will do: rows and documents are those of the cache, as hard links."""
+    rest, n_bytes = _addition(base, prepared)
+    n_rows = sum(record.n_rows for record in rest)
+    return Plan(
+        prepared=prepared, n_rows=n_rows, rows_from=f"those of {base.path}", n_bytes=n_bytes,
+        n_shards=len(rest), free_bytes=free_bytes(prepared.config.out_path),
+        seconds=estimate_seconds(prepared, n_rows),
+    )  # fmt: skip
+
+
+def check_addition_space(base: Cache, prepared: Prepared) -> None:
+    """Raise SpaceError for an addition whose planned size is more than the disk has free."""
+    needed, free = _addition(base, prepared)[1], free_bytes(base.path)
+    if needed > free:
+        raise SpaceError(
+            f"not enough space for {prepared.config.out_path}: {needed:,} bytes are planned and {free:,} are free; "
+            "add fewer hook points, or free some space"
+        )
+
+
+def _addition(base: Cache, prepared: Prepared) -> tuple[Sequence[ShardRecord], int]:
+    """The shards whose rows an addition lacks, and the bytes that it takes on them."""
     out = prepared.config.out_path
     have = existing_manifest(out)
-    done = len(have.shards) if have is not None and have.complete else 0
+    done = 0 if have is None else len(committed(out, have)[1])
     rest = base.records[done:]
-    n_rows = sum(record.n_rows for record in rest)
     measured = Measured.of((base.path / MANIFEST).stat().st_size, base.manifest)
     statistics = _STATISTIC * sum(hook.d_in for hook in prepared.hooks)
-    n_bytes = _array_bytes(prepared.layout, rest) + len(rest) * (measured.per_shard + statistics)
-    return Plan(
-        prepared=prepared, n_rows=n_rows, rows_from=f"those of {base.path}", n_bytes=round(n_bytes),
-        n_shards=len(rest), free_bytes=free_bytes(out), seconds=estimate_seconds(prepared, n_rows),
-    )  # fmt: skip
+    return rest, round(_array_bytes(prepared.layout, rest) + len(rest) * (measured.per_shard + statistics))
 
 
 def _array_bytes(layout: CacheLayout, records: Sequence[ShardRecord]) -> int:

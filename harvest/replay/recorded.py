@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_granary.cache.convert import CONVERTED
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
@@ -108,6 +109,11 @@ def refuse_other_source(path: Path, prepared: Prepared, manifest: Manifest) -> N
     A local text that has grown is not refused: its rows are compared one by one.
     """
     have, now = manifest.fingerprint, fingerprint(prepared)
+    if CONVERTED in have:
+        raise HarvestError(
+            f"{path} was converted from a cache of {have[CONVERTED]}: its rows do not come from a model; "
+            "do this to that cache, and convert it again"
+        )
     same = {"hook_points", *grown(prepared, manifest)}
     if have.get("weights_xxh3") and have["weights_xxh3"] == now["weights_xxh3"]:
         same.add("model")  # it was moved

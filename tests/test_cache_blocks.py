@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sae_granary.cache.cli import app
 from sae_granary.cache.errors import CacheMismatchError, IncompleteCacheError, SpecError
 from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write import blocks as blocks_module
 from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
 from sae_granary.cache.write.writer import CacheWriter
 
@@ -168,3 +170,22 @@ def test_a_cache_in_blocks_travels_and_converts(tmp_path: Path) -> None:
     assert verify(tmp_path / "part").ok
     assert open_cache(tmp_path / "part").manifest.block_docs == 16
     assert open_cache(tmp_path / "rounded").manifest.version == 1
+
+
+def test_processes_that_begin_and_end_together_do_not_disturb_each_other(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(300):
+                with blocks_module._session(tmp_path):
+                    pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []

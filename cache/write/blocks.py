@@ -68,7 +68,10 @@ def begin_blocks(path: Path, spec: CacheSpec) -> Manifest:
 def _session(path: Path) -> Iterator[Session]:
     """A temporary folder for this process alone; those of other processes stay."""
     session = Session(path)
-    session.folder.mkdir(parents=True)
+    while True:
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another process removes the folder above
+            session.folder.mkdir(parents=True)
+            break
     try:
         yield session
     finally:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from sae_granary.common.device import float64
 from sae_granary.sae_core.codes import Codes, Pattern
-from sae_granary.sae_core.kernels import kth_largest, row_topk
+from sae_granary.sae_core.kernels import kth_largest, row_topk, takes_triton
 
 # Above this share of stored entries, dense products beat the sparse ones (2 CPU cores, d 384, F 12288).
 MAX_SPARSE_DENSITY = 0.08
@@ -153,14 +153,32 @@ def geometric_median(rows: Tensor) -> Tensor:
 
 def remove_parallel(grad: Tensor, rows: Tensor) -> None:
     """Remove from each row of grad (F, D), in place, its component along the same row of unit-norm rows (F, D)."""
+    if _takes_row_kernels(grad, rows):
+        from sae_granary.sae_core.kernels import triton_rows
+
+        triton_rows.remove_parallel(grad, rows)
+        return
     for g, row in zip(_blocks(grad), _blocks(rows), strict=True):
         g.addcmul_(torch.linalg.vecdot(g, row)[:, None], row, value=-1)
 
 
 def to_unit_norm(rows: Tensor) -> None:
     """Scale rows (F, D) to unit norm, in place. Rows of zeros stay."""
+    if _takes_row_kernels(rows):
+        from sae_granary.sae_core.kernels import triton_rows
+
+        triton_rows.to_unit_norm(rows)
+        return
     for row in _blocks(rows):
         row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def _takes_row_kernels(*matrices: Tensor) -> bool:
+    if not takes_triton(matrices[0]):
+        return False
+    from sae_granary.sae_core.kernels import triton_rows
+
+    return triton_rows.takes(*matrices)
 
 
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 from sae_granary.sae_core import Progress, make_config, registry
 from sae_granary.sae_core.autograd import Centered, decode, encode_at, sum_by_latent
 from sae_granary.sae_core.codes import Codes, Pattern
+from sae_granary.sae_core.functional import remove_parallel, to_unit_norm
 from sae_granary.sae_core.kernels import choose, reference, row_topk, triton_bag, triton_dot
 from sae_granary.sae_core.pre_acts import PreActs
 
@@ -222,17 +223,34 @@ def test_the_largest_of_each_row_on_this_device(ties: bool, k: int) -> None:
     assert torch.equal(matrix.gather(1, columns).sort(descending=True).values, matrix.topk(k).values)
 
 
+@pytest.mark.parametrize("width", [1, 5, 300])
+def test_unit_rows_and_gradients_without_parallel_parts(width: int) -> None:
+    grad, rows = normal(9, width).to(DEVICE), normal(9, width, seed=1).to(DEVICE)
+    rows[3] = 0.0
+    outcomes = []
+    for kernels in ("triton", "eager"):
+        choose(kernels)
+        unit, projected = rows.clone(), grad.clone()
+        to_unit_norm(unit)
+        remove_parallel(projected, unit)
+        outcomes.append((unit, projected))
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6)
+    assert not outcomes[0][0][3].any()
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sae_granary.sae_core.kernels import triton_bag, triton_dot
+from sae_granary.sae_core.kernels import triton_bag, triton_dot, triton_rows
 
 CONSTANTS = dict(CHUNK=256, BLOCK=256, TILE=8, ENTRIES=8, SPLIT=4, ACCUMULATOR=triton.language.float32)
-for kernel in (triton_bag.sum_chunks, triton_bag.sum_bags, triton_dot.dot_at_entries):
+OF_ROWS = triton_rows.remove_parallel_rows, triton_rows.scale_to_unit_rows
+for kernel in (triton_bag.sum_chunks, triton_bag.sum_bags, triton_dot.dot_at_entries, *OF_ROWS):
     for table in ("*fp32", "*bf16"):
         types = dict.fromkeys(("indices", "offsets", "indptr"), "*i64")
-        types |= dict.fromkeys(("table", "columns", "rows", "out"), table) | {"weights": "*fp32", "sums": "*fp32"}
+        types |= dict.fromkeys(("table", "columns", "rows", "out", "grad"), table)
+        types |= {"weights": "*fp32", "sums": "*fp32"}
         names = kernel.arg_names
         constants = {name: CONSTANTS[name] for name in names if name in CONSTANTS}
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}

@@ -45,7 +45,7 @@ class TrainConfig:
     device: str = _run("auto", help="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:N or mps.", common=True)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = _run(
         "auto",
-        help="Precision of matrix products; auto is float32.",
+        help="Precision of matrix products; auto is float32. Selections use bfloat16 where that finds the same.",
     )
 
     expansion_factor: float | None = _model(None, help="d_sae / d_in, if d_sae is not given.", default_words="8", gt=0)

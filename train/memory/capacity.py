@@ -12,6 +12,8 @@ import torch
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
+from sae_granary.sae_core.kernels.choice import triton_installed
+from sae_granary.sae_core.kernels.gpu_screen import CHUNK_ENTRIES
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.optim.optimizers import OPTIMIZERS
@@ -72,9 +74,14 @@ def check_logits(config: TrainConfig, vocab_size: int) -> None:
 def needed_memory(config: TrainConfig) -> int:
     """Bytes of parameters, gradients, optimizer and one micro-batch's pre-activations."""
     copies = OPTIMIZERS[config.optimizer].in_memory + (config.ema_decay is not None)
-    micro_batch = config.batch_size // config.grad_acc_steps
-    pre_acts = micro_batch * config.options["d_sae"]
-    return int(FLOAT_BYTES * (_n_parameters(config) * copies + pre_acts))
+    return int(FLOAT_BYTES * (_n_parameters(config) * copies + pre_act_entries(config)))
+
+
+def pre_act_entries(config: TrainConfig) -> int:
+    """Pre-activations, as float32 numbers, that a micro-batch holds; screened on a GPU it holds a part at a time."""
+    entries = config.batch_size // config.grad_acc_steps * int(config.options["d_sae"])
+    screened = config.device.startswith("cuda") and triton_installed()
+    return min(entries, CHUNK_ENTRIES) if screened else entries
 
 
 def needed_disk(config: TrainConfig) -> int:

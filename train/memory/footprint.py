@@ -13,7 +13,13 @@ import torch
 from sae_granary.train import loop
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.memory.capacity import FLOAT_BYTES, available_memory, needed_memory, parameter_bytes
+from sae_granary.train.memory.capacity import (
+    FLOAT_BYTES,
+    available_memory,
+    needed_memory,
+    parameter_bytes,
+    pre_act_entries,
+)
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.step_input import RowInput
@@ -41,7 +47,7 @@ class Footprint:
 def estimate(config: TrainConfig) -> Footprint:
     """From the sizes of parameters, optimizer and pre-activations."""
     total = needed_memory(config)
-    pre_acts = FLOAT_BYTES * (config.batch_size // config.grad_acc_steps) * int(config.options["d_sae"])
+    pre_acts = FLOAT_BYTES * pre_act_entries(config)
     step = parameter_bytes(config) + pre_acts  # gradients, pre-activations
     return Footprint(total - step, step + pre_acts)
 

@@ -1,0 +1,140 @@
+"""How often a step makes the host wait for a GPU. Counted on the CPU, where the steps are told that reading costs."""
+
+import sys
+import traceback
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sae_granary.sae_core import registry
+from sae_granary.sae_core.kernels import deferred, gpu_screen
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.loop import train_step
+from sae_granary.train.memory import capacity
+from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
+
+D_IN, D_SAE, N_ROWS = 8, 512, 64
+READ = ("_local_scalar_dense", "nonzero.default", "masked_select", "is_nonzero", "unique", "bincount", "aten.equal")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait on CUDA: numbers that are read, and sizes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = str(operation), kwargs or {}
+        masks = args[1] if name.startswith(("aten.index.", "aten.index_put")) else []
+        waits = any(op in name for op in READ) and not name.startswith("aten.count_nonzero")
+        waits |= "repeat_interleave" in name and kwargs.get("output_size") is None
+        if waits or any(m is not None and m.dtype == torch.bool for m in masks):
+            self.note(name)
+        return operation(*args, **kwargs)
+
+    def note(self, name: str) -> None:
+        frames = [f for f in traceback.extract_stack() if "site-packages" not in f.filename][:-2]
+        self.places[f"{name} in {frames[-1].filename}:{frames[-1].lineno}"] += 1
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the CPU count as a device of its own; gives how many numbers each read of the answers returned."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("sae_granary.")]:
+        if hasattr(module, "host_waits"):
+            monkeypatch.setattr(module, "host_waits", lambda tensor: True)
+    reads: list[int] = []
+    read = deferred.to_host
+    monkeypatch.setattr(deferred, "to_host", lambda numbers: reads.append(numbers.numel()) or read(numbers))
+    return reads
+
+
+def make_run(name: str, **settings) -> Run:
+    known = registry.get(name).Config.__dataclass_fields__
+    options = {option: 3 for option in ("k", "l0_target") if option in known}
+    options |= {"n_hooks": 2} if "n_hooks" in known else {}
+    options |= {"d_out": D_IN} if "d_out" in known else {}
+    options |= {"dead_after_tokens": 2 * N_ROWS, "d_in": D_IN, "d_sae": D_SAE}
+    given = {"type": name, "cache": "c", "steps": 50, "lr": 1e-3, "warmup_steps": 0, "device": "cpu"}
+    config = make_config([given, {"compute_dtype": "float32"}, options, settings])
+    sae = build_sae(config)
+    x = batch(name, 0).rows
+    sae.initialize(x, torch.Generator().manual_seed(0))
+    if not {"k", "l0_target", "base"} & set(known):  # few active latents
+        with torch.no_grad():
+            sae.encoder_bias.sub_(sae.pre_acts(sae.encoder_input(x)).dense.quantile(0.98))
+    return Run.create(config, sae)
+
+
+def batch(name: str, seed: int, n_rows: int = N_ROWS) -> RowInput:
+    reads = registry.get(name).reads
+    two = reads.several or reads.previous or "d_out" in registry.get(name).Config.__dataclass_fields__
+    generator = torch.Generator().manual_seed(seed)
+    hooks = ["a", "b"] if two else ["a"]
+    return RowInput({hook: torch.randn(n_rows, D_IN, generator=generator) for hook in hooks})
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_step_waits_once_and_computes_the_same(name: str, reading: list[int], monkeypatch) -> None:
+    run, plain = make_run(name), make_run(name)
+    for step in range(6):
+        with Waits() as waits:
+            result = train_step(run, batch(name, step))
+        assert result.accepted
+        if step >= 1:  # the first step counts what the others expect
+            assert dict(waits.places) == {}
+            assert len(reading) == step + 1
+    with monkeypatch.context() as patched:
+        for module in [m for name, m in sys.modules.items() if name.startswith("sae_granary.")]:
+            if hasattr(module, "host_waits"):
+                patched.setattr(module, "host_waits", lambda tensor: False)
+        for step in range(6):
+            expected = train_step(plain, batch(name, step))
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    for key, value in plain.sae.state_dict().items():
+        torch.testing.assert_close(run.sae.state_dict()[key], value, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert run.sae.dead_mask.any() == plain.sae.dead_mask.any()
+
+
+@pytest.mark.parametrize("name", ["vanilla", "jumprelu", "gated"])
+def test_a_selection_without_room_is_taken_again(name: str, reading: list[int], monkeypatch) -> None:
+    monkeypatch.setattr(deferred, "MIN_ROOM", 0)
+    runs = [make_run(name), make_run(name)]
+    for run, n_rows in zip(runs, (1, N_ROWS), strict=True):
+        train_step(run, batch(name, 0))
+        if n_rows == 1:  # it expects nothing
+            run.deferred._last_shares = [0.0] * len(run.deferred._last_shares)
+        train_step(run, batch(name, 1))
+    assert len(reading) == 5
+    for key, value in runs[1].sae.state_dict().items():
+        torch.testing.assert_close(runs[0].sae.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_a_million_latents_fit_a_gpu_because_products_are_taken_in_parts(monkeypatch) -> None:
+    monkeypatch.setattr(capacity, "triton_installed", lambda: True)
+    given = {"type": "topk", "cache": "c", "lr": 1e-3, "d_in": 768, "d_sae": 2**20, "batch_size": 8192}
+    monkeypatch.setattr(capacity, "_n_parameters", lambda config: 2 * 768 * 2**20)
+    needed = [capacity.needed_memory(make_config([{**given, "device": device}])) for device in ("cpu", "cuda")]
+    assert needed[1] == needed[0] - 4 * 8192 * 2**20 + 4 * gpu_screen.CHUNK_ENTRIES
+    assert needed[1] < 40 * 2**30 < needed[0]
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu"])
+def test_a_batch_with_nan_changes_nothing(name: str) -> None:
+    run = make_run(name)
+    train_step(run, batch(name, 0))
+    state = {key: value.clone() for key, value in run.sae.state_dict().items()}
+    moments = {key: value.clone() for key, value in run.optimizer.state[run.sae.W_dec].items()}
+    bad = batch(name, 1)
+    bad.rows["a"][5, 3] = torch.nan
+    assert not train_step(run, bad).accepted
+    assert all(
+        torch.equal(value.nan_to_num(-1), state[key].nan_to_num(-1)) for key, value in run.sae.state_dict().items()
+    )
+    assert all(torch.equal(run.optimizer.state[run.sae.W_dec][key], value) for key, value in moments.items())
+    assert train_step(run, batch(name, 2)).accepted

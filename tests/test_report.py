@@ -25,6 +25,7 @@ from sae_granary.analyze.source import Source, open_source
 from sae_granary.analyze.token_texts import displayed
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common import threads
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 
 D_SAE = 300  # several blobs
@@ -267,3 +268,16 @@ def test_a_folder_of_runs_is_compared_and_an_empty_one_refused(make_cache, tmp_p
     assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
     refused = CliRunner().invoke(app, ["report", str(tmp_path / "runs"), "--cache", settings["cache"]])
     assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+
+
+def test_what_takes_long_is_said_off_a_terminal(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "FIRST_SECONDS", 0.0)  # everything takes long
+    command = ["report", str(tmp_path / "sae"), "--cache", str(source.cache.path), "--device", "cpu"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    for what in ("encoding", "computing the statistics of the latents", "collecting the examples of the latents"):
+        assert what in shown.stderr, shown.stderr
+    quiet = CliRunner().invoke(app, [*command, "--quiet"])
+    assert (quiet.exit_code, quiet.stderr) == (0, "")

@@ -25,6 +25,7 @@ from sae_granary.analyze.source import Source
 from sae_granary.common.files import hash_files, new_folder
 from sae_granary.common.lock import FolderLock
 from sae_granary.common.signed import write_signed
+from sae_granary.common.threads import waiting
 
 RECORD, ARRAYS, LOCK = "stats.json", "stats.npz", ".stats.lock"
 FORMAT = 3  # those of earlier formats are computed again
@@ -179,7 +180,8 @@ def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick
         try:
             if not _is_stored(folder):
                 check_arrays(codes)
-                save_stats(compute_stats(source, codes, tick=tick), source, folder)
+                with waiting("computing the statistics of the latents"):
+                    save_stats(compute_stats(source, codes, tick=tick), source, folder)
         finally:
             lock.release()
     return load_stats(source, folder)

@@ -27,6 +27,7 @@ from sae_granary.analyze.report.page import render, write_page
 from sae_granary.analyze.report.run_facts import run_facts
 from sae_granary.analyze.source import Source, hash_of
 from sae_granary.common.finished_run import read_metadata
+from sae_granary.common.threads import waiting
 from sae_granary.sae_core import load
 from sae_granary.sae_core.latents import latent_numbers
 
@@ -41,7 +42,8 @@ def report_run(
 
     Without source and codes (the cache is gone) the examples of the latents have no texts.
     """
-    data = latent_data(stats, None if source is None else source.cache, codes)
+    with waiting("collecting the examples of the latents"):
+        data = latent_data(stats, None if source is None else source.cache, codes)
     run = run_facts(folder) | {"density": log_histogram(stats.density), "silent": int((stats.fired == 0).sum())}
     if source is not None:
         run = run | {

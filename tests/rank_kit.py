@@ -36,7 +36,7 @@ from sae_granary.train.ranks.world import joined
 from sae_granary.train.state.run_state import Run, build_sae
 
 ROOT = Path(__file__).parent.parent
-STEPS = 10
+STEPS, POISONED = 10, 4  # the number of a batch with NaN
 COMMON = {"d_sae": 64, "steps": 40, "batch_size": 102, "device": "cpu", "dead_after_tokens": 200, "lr": 3e-3}
 # Each with what its own reductions need: dead latents for AuxK, micro-batches of uneven parts, thresholds.
 CASES: dict[str, dict[str, Any]] = {
@@ -92,13 +92,19 @@ def steps(cache: Path, given: Mapping[str, Any], share: Share = WHOLE, ranks: Al
 
     sae.activate = recorded.__get__(sae)  # type: ignore[method-assign]
     with open_stream([data], LoaderState(data.order.seed)) as stream:
-        for batch in (next(stream) for _ in range(STEPS)):
+        for number, batch in enumerate(next(stream) for _ in range(STEPS)):
+            if number == POISONED and share.index == share.n - 1:
+                batch.x["layer_3"][-1, 0] = torch.nan  # of the last rank only
+            n_before = len(found["codes"])
             result = loop.train_step(run, step_input(data, batch), measure=True)
+            found["states"].append((batch.state, run.tokens, run.rejected))
+            if not result.accepted:
+                del found["codes"][n_before:]
+                continue
             grads = {name: p.grad for name, p in sae.named_parameters()}
             found["gradients"].append({name: grad.clone() for name, grad in grads.items() if grad is not None})
             found["weights"].append({name: t.clone() for name, t in sae.state_dict().items()})
             found["results"].append({**result.losses, **result.metrics, **result.details, "norm": result.grad_norm})
-            found["states"].append((batch.state, run.tokens))
     return found
 
 

@@ -117,24 +117,30 @@ class World:
         """Whether a silent rank ends this one: while it takes steps with the others."""
         self._hearts.watches = wanted
 
-    def close(self) -> None:
-        """Leave, after the others have heard everything."""
+    def close(self, *, all_there: bool = True) -> None:
+        """Leave. Ranks that are gone are not waited for unless `all_there`."""
         self._hearts.stop()
-        distributed.destroy_process_group()
+        if all_there and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @contextmanager
 def joined(place: Place, device: str) -> Iterator[World]:
     """Meet the other ranks. Raises RankError with those that have not come in time."""
     name = f"granary/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
+    on_gpu = device.startswith("cuda")
     world = World(place, _meet(place, name), name)
-    with world.told():
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        store = _connect(place, f"{name}/group", timedelta(seconds=place.timeout))
-        distributed.init_process_group(backend, store=store, rank=place.index, world_size=place.n, timeout=SLOWEST)
-        yield world
-        world.ranks.all(True)  # nobody leaves before all have come so far
-        world.close()
+    try:
+        with world.told():
+            store = _connect(place, f"{name}/group", timedelta(seconds=place.timeout))
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            distributed.init_process_group(backend, store=store, rank=place.index, world_size=place.n, timeout=SLOWEST)
+            yield world
+            world.ranks.all(True)  # nobody leaves before all have come so far
+    except BaseException:
+        world.close(all_there=not on_gpu)  # NCCL would wait for those that are gone
+        raise
+    world.close()
 
 
 def _connect(place: Place, name: str, timeout: timedelta) -> Store:

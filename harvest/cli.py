@@ -171,6 +171,22 @@ def repair(
             raise typer.Exit(1)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def script(
+    context: typer.Context,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs of the array.")] = 8,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of each job: 0 or 1.", max=1)] = 1,
+    time: Annotated[str, typer.Option("--time", help="Time limit of a job.")] = "04:00:00",
+    debug: Debug = False,
+) -> None:
+    """Print an sbatch file for SLURM that harvests one cache in several jobs; all other flags are those of `run`."""
+    with _errors(debug):
+        from sae_granary.harvest.ranks.slurm import sbatch_script
+
+        typer.main.get_command(app).commands["run"].make_context("run", list(context.args))  # type: ignore[attr-defined]
+        echo(sbatch_script(context.args, jobs=jobs, gpus=gpus, time=time), nl=False)
+
+
 @app.command()
 @takes_model_flags
 def names(

@@ -1,0 +1,69 @@
+"""The sbatch file: bash parses it, and it stops and queues again as the scheduler asks it to."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sae_granary.harvest.cli import app
+
+FLAGS = ["--model", "gpt2", "--layer", "8", "--dataset", "my text.jsonl", "--out", "/shared/gpt2"]
+
+
+def script(*flags: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["script", *flags])
+    return result.exit_code, result.output
+
+
+def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
+    code, text = script("--jobs", "16", "--time", "1-00:00:00", *FLAGS)
+    assert code == 0
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr == ""
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line
+    )
+    assert (options["array"], options["time"], options["signal"]) == ("0-15", "1-00:00:00", "B:USR1@120")
+    assert "requeue" in options
+    assert "--dataset 'my text.jsonl' --out /shared/gpt2 --block-docs 4096 &" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*FLAGS, "--lyer", "3"), "No such option: --lyer"),
+        ((*FLAGS, "--time", "soon"), "--time soon: expected a time as sbatch takes it"),
+        (FLAGS[:4], "--out is missing: name the folder that all jobs share"),
+        ((*FLAGS, "--jobs", "0"), "--jobs"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: tuple[str, ...], message: str) -> None:
+    code, text = script(*flags)
+    assert (code, message in " ".join(text.split())) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"), [(signal.SIGUSR1, 0, "requeue 7_3\n"), (signal.SIGTERM, 143, "")]
+)
+def test_the_job_stops_its_harvest_and_queues_itself_again(
+    tmp_path: Path, sent: signal.Signals, code: int, requeued: str
+) -> None:
+    for name, body in {
+        "srun": 'exec "$@"',
+        "sae-harvest": f"trap 'echo stopped > {tmp_path}/stopped; exit 143' TERM; touch {tmp_path}/began; "
+        "while true; do sleep 0.05; done",
+        "scontrol": f'echo "$@" >> {tmp_path}/calls',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    job = subprocess.Popen(["bash", "-c", script(*FLAGS)[1]], env=environment)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.02)
+    job.send_signal(sent)
+    assert job.wait(60) == code
+    assert (tmp_path / "stopped").exists()
+    assert ((tmp_path / "calls").read_text() if requeued else "") == requeued

@@ -11,13 +11,12 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, CacheLayout, documents_path
 from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.format.spec import Cursor
-from sae_granary.cache.write.streams import ArrayStream, open_hooks
+from sae_granary.cache.write.streams import ArrayStream, Place, open_hooks
 from sae_granary.common.rows import DocumentRow, Rows
 
 
@@ -42,12 +41,9 @@ class OpenShard:
         self._workers = ThreadPoolExecutor(n_threads, "cache-write") if n_threads > 1 else None
         n_hooks = min(n_threads, len(layout.activations))
         self._by_hook = ThreadPoolExecutor(n_hooks, "cache-hook") if n_hooks > 1 else None  # they wait for workers
-        options: dict[str, Any] = {"direct": direct, "workers": self._workers}
-        self._hooks = open_hooks(layout, folder, self._syncer, **options)
-        self._columns = {
-            name: ArrayStream(array, folder / f"rows.{name}", self._syncer, **options)
-            for name, array in layout.columns.items()
-        }
+        place = Place(folder, self._syncer, direct, self._workers)
+        self._hooks = open_hooks(layout, place)
+        self._columns = {name: place.stream(array, f"rows.{name}") for name, array in layout.columns.items()}
         self.documents = DocumentFile(folder / "documents", kept_columns)
         self._rows_per_shard = layout.columns["flags"].rows_per_shard
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sae_granary.cache.errors import BadActivationError
-from sae_granary.cache.format.affine import Affine
 from sae_granary.cache.format.layout import ArrayLayout, CacheLayout
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.format.stats import Moments, block_sums, moments_of
@@ -24,30 +22,38 @@ from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.common.rows import BlockSums, Rows
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the files of the open shard are, and how they are written."""
+
+    folder: Path
+    syncer: Executor
+    direct: bool
+    workers: Executor | None = None
+
+    def stream(self, layout: ArrayLayout, name: str, on_chunk: OnChunk | None = None) -> ArrayStream:
+        """The stream of an array, into a file of this name."""
+        return ArrayStream(layout, self, name, on_chunk)
+
+
+# Sees the stored rows of every chunk once; the first of them in what is appended, if all are of that; and whether they
+# stay in memory until `append` returns.
+OnChunk = Callable[[Array, int | None, bool], None]
+
+
 class ArrayStream:
     """One array of the open shard: rows collect in an inner chunk, full ones go to the file.
 
     Whole chunks of the stored type go there from the caller's memory.
     """
 
-    def __init__(
-        self,
-        layout: ArrayLayout,
-        path: Path,
-        syncer: Executor,
-        *,
-        direct: bool,
-        workers: Executor | None = None,
-        on_chunk: Callable[[Array, int | None, bool], None] | None = None,
-    ) -> None:
-        self.layout, self.path = layout, path
+    def __init__(self, layout: ArrayLayout, place: Place, name: str, on_chunk: OnChunk | None = None) -> None:
+        self.layout, self.path = layout, place.folder / name
         self.n_rows = 0
-        # Sees the stored rows of every chunk once; the first of them in what is appended, if all are of that; and
-        # whether they stay in memory until `append` returns.
         self._on_chunk = on_chunk
-        self._direct = direct
-        self._chunk, self.filled = page_aligned(layout.block()) if direct else layout.block(), 0
-        self._file = ChunkFile(path, syncer, direct=direct, workers=workers)
+        self._direct = place.direct
+        self._chunk, self.filled = page_aligned(layout.block()) if place.direct else layout.block(), 0
+        self._file = ChunkFile(self.path, place.syncer, direct=place.direct, workers=place.workers)
 
     @property
     def room(self) -> int:
@@ -109,29 +115,17 @@ class ArrayStream:
 class HookStream:
     """Activations of one hook point with their norms and moments."""
 
-    def __init__(
-        self,
-        hook: str,
-        values: ArrayLayout,
-        norms: ArrayLayout,
-        folder: Path,
-        syncer: Executor,
-        *,
-        direct: bool,
-        workers: Executor | None = None,
-    ) -> None:
+    def __init__(self, layout: CacheLayout, hook: str, place: Place) -> None:
         self.hook = hook
         self.moments: Moments | None = None
         self.scales: ArrayStream | None = None  # of dtypes with a scale per row
-        self._workers = workers
+        self._workers = place.workers
         self._rows: Rows  # those that are being appended, from row `_first_row` on
         self._first_row = 0
         self._given: Mapping[int, BlockSums] = {}
         self._sums: list[tuple[int, Future[BlockSums]]] = []  # of blocks of what is appended, by their first row
-        self.norms = ArrayStream(norms, folder / f"norms.{hook}", syncer, direct=direct, workers=workers)
-        path = folder / f"activations.{hook}"
-        options: dict[str, Any] = {"direct": direct, "workers": workers, "on_chunk": self._measure}
-        self.values = ArrayStream(values, path, syncer, **options)
+        self.norms = place.stream(layout.norms[hook], f"norms.{hook}")
+        self.values = place.stream(layout.activations[hook], f"activations.{hook}", self._measure)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
@@ -185,23 +179,13 @@ class HookStream:
 class CodedHookStream(HookStream):
     """Activations of one hook point as codes with a scale per row; moments and norms are those of the decoded rows."""
 
-    def __init__(
-        self,
-        hook: str,
-        values: ArrayLayout,
-        norms: ArrayLayout,
-        folder: Path,
-        syncer: Executor,
-        *,
-        direct: bool,
-        workers: Executor | None = None,
-        scales: ArrayLayout,
-        affine: Affine,
-    ) -> None:
-        super().__init__(hook, values, norms, folder, syncer, direct=direct, workers=workers)
+    def __init__(self, layout: CacheLayout, hook: str, place: Place) -> None:
+        super().__init__(layout, hook, place)
+        assert layout.affines is not None
+        values, scales = layout.activations[hook], layout.scales[hook]
         self._workers = None  # a chunk is measured while its exact rows are at hand
-        self.scales = ArrayStream(scales, folder / f"scales.{hook}", syncer, direct=direct, workers=workers)
-        self._affine = affine
+        self.scales = place.stream(scales, f"scales.{hook}")
+        self._affine = layout.affines[hook]
         self._exact_ND = np.empty(values.shape(values.inner_rows), np.float32)  # of the open chunk, for its error
         self._scales_N = np.empty(values.inner_rows, scales.storage.numpy)
 
@@ -228,17 +212,7 @@ class CodedHookStream(HookStream):
         return replace(block_sums(stored_ND), error_D=error_sums(stored_ND, self._exact_ND[:n_rows]))
 
 
-def open_hooks(
-    layout: CacheLayout, folder: Path, syncer: Executor, *, direct: bool, workers: Executor | None = None
-) -> list[HookStream]:
+def open_hooks(layout: CacheLayout, place: Place) -> list[HookStream]:
     """A stream for each hook point."""
-    streams = []
-    for hook, values in layout.activations.items():
-        place = (hook, values, layout.norms[hook], folder, syncer)
-        parts: dict[str, Any] = {"direct": direct, "workers": workers}
-        if layout.affines is None:
-            streams.append(HookStream(*place, **parts))
-        else:
-            parts |= {"scales": layout.scales[hook], "affine": layout.affines[hook]}
-            streams.append(CodedHookStream(*place, **parts))
-    return streams
+    kind = HookStream if layout.affines is None else CodedHookStream
+    return [kind(layout, hook, place) for hook in layout.activations]

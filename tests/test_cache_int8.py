@@ -278,7 +278,7 @@ def test_an_older_reader_refuses_by_number_and_a_version_must_be_that_of_the_dty
     shutil.copytree(opened.path, path)
     assert b'"version": 2' in (path / "manifest.json").read_bytes()[:100]  # what version 1 said of it: see test_damage
     changed(path, "manifest.json", lambda body: body.update(version=1))
-    with pytest.raises(CorruptCacheError, match="version is 1, expected 2, that of dtype int8"):
+    with pytest.raises(CorruptCacheError, match="version is 1, expected 2, by its dtype int8"):
         open_cache(path)
     for missing in ("affine", "statistics"):
         shutil.copy(opened.path / "manifest.json", path / "manifest.json")

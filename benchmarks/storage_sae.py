@@ -74,8 +74,8 @@ def steps(caches: dict[str, Path], n_pairs: int, d_sae: int) -> str:
     seconds: dict[str, list[float]] = {dtype: [] for dtype in caches}
     alone: dict[str, list[float]] = {dtype: [] for dtype in caches}
     loaders = {dtype: iter(Loader(open_cache(path), batch_size=4096)) for dtype, path in caches.items()}
-    kind = registry.get("topk")
-    core = kind(make_config(kind, {"d_in": 384, "d_sae": d_sae, "k": 32})).train()
+    kind, d_in = registry.get("topk"), open_cache(next(iter(caches.values()))).hook().d_in
+    core = kind(make_config(kind, {"d_in": d_in, "d_sae": d_sae, "k": 32})).train()
     core.reset_weights(torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(core.parameters(), 1e-4)
     for _ in range(n_pairs):

@@ -1,12 +1,16 @@
 """The benchmarks in tiny sizes: that they run, and what they print."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import loader_speed, step_speed, sweep
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_sweep_is_timed_beside_its_steps_alone(
@@ -33,3 +37,19 @@ def test_the_steps_of_all_types_are_timed_beside_the_product(monkeypatch: pytest
     assert "encoder product (limit)" in table
     for name in step_speed.compared():
         assert re.search(rf"\| {name} +\| +\d+ ", table), table
+
+
+SMALL = {"storage_sae": "--steps 10 --batch-size 64 --d-sae 64 --seeds 1"}
+SMALL |= {"storage_sae step": "--table step --d-sae 64", "jumprelu_l0": "--steps 20 --batch-size 64 --d-sae 64"}
+SMALL |= {"analyze": "--rows 512 --repeats 1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_others_print_a_table_for_a_tiny_cache(name: str, make_cache: Callable[..., Path]) -> None:
+    module, options = f"benchmarks.{name.split()[0]}", SMALL[name].split()
+    options += ["--targets", "4"] if "jumprelu" in name else []
+    command = [sys.executable, "-m", module, "--cache", str(make_cache(d_in=32)), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\|-+\|", done.stdout, re.MULTILINE), done.stdout

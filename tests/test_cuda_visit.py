@@ -10,7 +10,7 @@ import pytest
 import torch
 import visit_parts
 
-from benchmarks.apart import Player
+from benchmarks.apart import Player, apart
 from benchmarks.cuda_visit import agreement, products, roofline, speed
 from benchmarks.cuda_visit.parts import PARTS
 from benchmarks.cuda_visit.place import Place
@@ -125,6 +125,7 @@ def test_a_part_that_starts_ahead_waits_for_its_turn(tmp_path, monkeypatch) -> N
 
 
 def test_a_contestant_that_fails_says_why() -> None:
+    assert apart({"peer": visit_parts.contestant}, repeats=1)["peer"] >= 0
     with Player("peer", visit_parts.contestant_that_fails) as player:
         player.ready()
         with pytest.raises(RuntimeError, match="peer: ValueError: no such option"):

@@ -21,7 +21,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 # ruff: noqa: E402 - the kernels can be imported behind the checks only
 from sae_granary.sae_core import Progress, make_config, registry
-from sae_granary.sae_core.kernels import choose, gpu_screen
+from sae_granary.sae_core.kernels import choose, deferred, gpu_screen, screen
 from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.kernels.gpu_screen import GpuScreen
 from sae_granary.sae_core.pre_acts import PreActs
@@ -127,14 +127,46 @@ def test_a_step_has_the_gradients_of_the_dense_one(name: str, monkeypatch: pytes
         monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
         sae = cls(make_config(cls, {"d_in": 8, "d_sae": d_sae, "k": 2})).to(DEVICE)
         sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
-        deferred = Deferred()
-        with deferred.of_this_step():
+        answers = Deferred()
+        with answers.of_this_step():
             out = sae.train()(x)
             losses = sae.losses(out, Progress(50, 100))
         torch.stack(list(losses.values())).sum().backward()
         assert out.pre_acts.is_dense == (least > 0)
-        assert deferred.read(out.recon.sum()).fits
+        assert answers.read(out.recon.sum()).fits
         outcomes.append({**losses, **{n: p.grad for n, p in sae.named_parameters()}})
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated", "jumprelu"])
+def test_a_step_in_slots_has_the_gradients_of_the_dense_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [m for key, m in sys.modules.items() if key.startswith("sae_granary.") and hasattr(m, "host_waits")]:
+        monkeypatch.setattr(module, "host_waits", lambda tensor: True)
+    monkeypatch.setattr(deferred, "MIN_ROOM", 32)
+    monkeypatch.setattr(screen, "MAX_CANDIDATES", 1.0)
+    cls = registry.get(name)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    outcomes = []
+    for least in (0, 2**40):
+        monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
+        sae = cls(make_config(cls, {"d_in": 8, "d_sae": 128} | ({"l0_target": 4} if name == "jumprelu" else {})))
+        sae = sae.to(DEVICE)
+        sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
+        if name != "jumprelu":
+            with torch.no_grad():
+                sae.encoder_bias.sub_(sae.pre_acts(sae.encoder_input(x)).dense.quantile(0.97))
+        answers = Deferred()
+        answers._last_shares = [0.05]
+        with answers.of_this_step():
+            out = sae.train()(x)
+            losses = sae.losses(out, Progress(50, 100))
+        torch.stack(list(losses.values())).sum().backward()
+        sae.track(out)
+        assert out.pre_acts.is_dense == (least > 0)
+        assert not out.codes.pattern.is_full
+        assert answers.read(out.recon.sum()).fits
+        outcomes.append({**losses, **{n: p.grad for n, p in sae.named_parameters() if p.grad is not None}})
+        outcomes[-1] |= {n: buffer.float() for n, buffer in sae.named_buffers()}
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)
 
 

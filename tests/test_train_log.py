@@ -11,10 +11,12 @@ from rich.console import Console
 
 from sae_granary import train_sae
 from sae_granary.common.finished_run import read_metrics
+from sae_granary.train.result.notes import slow_rows
 from sae_granary.train.sinks.chart_names import charted
 from sae_granary.train.sinks.console_sink import ConsoleSink
 from sae_granary.train.sinks.jsonl_sink import JsonlSink
 from sae_granary.train.sinks.sink import BaseSink, Sinks
+from sae_granary.train.state.clock import Clock
 
 SETTINGS = {"type": "batchtopk", "k": 4, "batch_size": 128, "steps": 20, "eval_rows": 300}
 
@@ -209,3 +211,17 @@ def test_own_sinks_see_the_run(make_cache, tmp_path) -> None:
     train_sae(cache=str(make_cache()), runs_dir=str(tmp_path), sinks=[own], **SETTINGS)
     assert own.calls == ["start 20 0", "metrics 1", "metrics 10", "metrics 20", "finish 20", "close"]
     assert Path(tmp_path).is_dir()
+
+
+def test_a_training_that_waits_for_its_rows_says_so() -> None:
+    clock = Clock(seconds=0.0, tokens=0)
+    clock.wait(500.0)  # the first batch
+    clock.wait(30.0)
+    clock.wait(30.0)
+    clock._here += 140.0  # of steps
+    assert clock.waited == (60.0, 0.3)
+    (note,) = slow_rows(*clock.waited)
+    assert note.startswith(
+        "30% of the training time was spent on waiting for rows: reading is the limit, not the steps; copy"
+    )
+    assert slow_rows(60.0, 0.1) == slow_rows(2.0, 0.9) == slow_rows(*Clock(0.0, 0).waited) == []

@@ -100,7 +100,7 @@ class Trainer:
         `waited` is this run's share of the seconds spent waiting for the batch.
         """
         run = self.run
-        self.clock.add(waited)
+        self.clock.wait(waited)
         with self.clock, run.rng:
             x = step_input(self.data, batch)
             result = self._step(x)
@@ -205,7 +205,7 @@ class Trainer:
             with waiting("evaluating"):
                 numbers, rows = self._evaluate(stop)
         self.sinks.flush()
-        summary = summarize(run, data, self.folder, numbers, self.clock.seconds)
+        summary = summarize(run, data, self.folder, numbers, self.clock)
         with self._diverges(), waiting("writing the SAE and reading it again"):
             save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
         self.sinks.finish(summary)

@@ -13,6 +13,7 @@ from typing import Any
 
 FEW_ROWS = 2000  # evaluated rows; on fewer a latent of the usual `dead_threshold` cannot be told from a silent one
 STORED = 0.05  # storage error, relative to the SAE's
+WAITED_SECONDS, WAITED_SHARE = 10.0, 0.2  # from which on the time for which a training waited for its rows is named
 MANY_DEAD = 0.25  # share of the latents
 MISSED_L0, SHIFTED_L0 = 0.1, 0.25  # relative, in training and in inference on other rows
 
@@ -35,6 +36,16 @@ def damage(summary: Mapping[str, Any]) -> list[str]:
     if dropped := summary["eval"].get("n_dropped", 0):
         found.append(f"{dropped:,} damaged rows were left out of the evaluation")
     return [f"{text}: run sae-cache verify {summary['cache']}" for text in found]
+
+
+def slow_rows(seconds: float, share: float) -> list[str]:
+    """A remark on a training that waited for its rows, of so many seconds and this share of its time."""
+    if seconds < WAITED_SECONDS or share < WAITED_SHARE:
+        return []
+    return [
+        f"{share:.0%} of the training time was spent on waiting for rows: reading is the limit, not the steps; copy the "
+        "cache to a faster disk, or harvest with --dtype int8"
+    ]
 
 
 def _storage(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -13,16 +13,17 @@ from sae_granary.cache.format.stats import storage_error
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.models.language.losses import notes_on
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.result.notes import remarks
+from sae_granary.train.result.notes import remarks, slow_rows
 from sae_granary.train.state.checkpoint import best_checkpoint
+from sae_granary.train.state.clock import Clock
 from sae_granary.train.state.run_state import Run
 
 
 def summarize(
-    run: Run, data: RunData, folder: Path, numbers: Mapping[str, float | None], seconds: float
+    run: Run, data: RunData, folder: Path, numbers: Mapping[str, float | None], clock: Clock
 ) -> dict[str, Any]:
     """summary.json: what was trained, and its metrics."""
-    config = data.config
+    config, seconds = data.config, clock.seconds
     summary = {
         "name": config.name,
         "type": config.type,
@@ -48,7 +49,7 @@ def summarize(
         "tokens_per_second": round(run.tokens / max(seconds, 1e-9), 1),
     }
     notes = remarks(summary, wanted_l0=run.sae.config.wanted_l0, warmup_steps=config.warmup_steps or 0)
-    summary["notes"] = [*run.notes, *notes_on(numbers), *notes]
+    summary["notes"] = [*run.notes, *notes_on(numbers), *notes, *slow_rows(*clock.waited)]
     if config.keep_best and (best := best_checkpoint(folder)):
         summary["best_checkpoint"] = best.name
     return summary

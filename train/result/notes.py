@@ -43,8 +43,8 @@ def slow_rows(seconds: float, share: float) -> list[str]:
     if seconds < WAITED_SECONDS or share < WAITED_SHARE:
         return []
     return [
-        f"{share:.0%} of the training time was spent on waiting for rows: reading is the limit, not the steps; copy the "
-        "cache to a faster disk, or harvest with --dtype int8"
+        f"{share:.0%} of the training time was spent on waiting for rows: reading is the limit, not the steps; copy "
+        "the cache to a faster disk, or harvest with --dtype int8"
     ]
 
 

@@ -229,11 +229,11 @@ def main(root: Path, whats: str, every: int | None, n_random: int) -> None:
         growth.start()
         before = contents(growth.path)
         seen = {child(lambda g=growth: seen_of(g.path))} if what != "repair" else set()
-        if what == whats.split(",")[0]:
+        if every != 0 and what == whats.split(",")[0]:
             import_all(growth)
         calls, seconds = child(lambda g=growth: count_of(g))
         states = {"before": before, "after": contents(growth.path)}
-        states["seen"] = seen | {child(lambda g=growth: seen_of(g.path))}
+        states["seen"] = seen | ({child(lambda g=growth: seen_of(g.path))} if seen else set())
         run = root / "runs" if (root / "runs").exists() and what != "repair" else None
         chance, n_traces = random.Random(what), 0
         points: list[tuple[int | None, float | None]]

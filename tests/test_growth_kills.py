@@ -51,8 +51,8 @@ def run_kit(name: str, *args: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_killed_extension_addition_and_repair_end_with_the_same_bytes(growths: Path) -> None:
-    killed(growths, "extend,add,repair", 0, 0)
+def test_a_killed_extension_and_repair_end_with_the_same_bytes(growths: Path) -> None:
+    killed(growths, "extend,repair", 0, 0)
 
 
 @pytest.mark.slow
@@ -75,6 +75,7 @@ def test_int8_killed_at_10_random_instants(growths: Path) -> None:
     killed(growths, "extend,add,repair", "none", 10)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_does_no_damage_without_locks(growths: Path) -> None:
     run_kit("at_once_kit.py", growths, "extend", "add", 0)
 

@@ -171,20 +171,22 @@ def repair(
             raise typer.Exit(1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
 def script(
-    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="What to harvest, after --: run, with all flags.")],
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs of the array.")] = 8,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of each job: 0 or 1.", max=1)] = 1,
-    time: Annotated[str, typer.Option("--time", help="Time limit of a job.")] = "04:00:00",
+    gpus: Annotated[int, typer.Option("--gpus", min=0, max=1, help="GPUs of each job.")] = 1,
+    time: Annotated[str, typer.Option("--time", help="Time limit of a job, as SLURM writes it.")] = "04:00:00",
     debug: Debug = False,
 ) -> None:
-    """Print an sbatch file for SLURM that harvests one cache in several jobs; all other flags are those of `run`."""
+    """Print an sbatch file for SLURM: an array of jobs that harvest one cache together."""
     with _errors(debug):
         from sae_granary.harvest.ranks.slurm import sbatch_script
 
-        typer.main.get_command(app).commands["run"].make_context("run", list(context.args))  # type: ignore[attr-defined]
-        echo(sbatch_script(context.args, jobs=jobs, gpus=gpus, time=time), nl=False)
+        if command[0] != "run":
+            raise typer.BadParameter(f"{command[0]}: expected run, with its flags, after --")
+        typer.main.get_command(app).commands["run"].make_context("run", command[1:])  # type: ignore[attr-defined]
+        echo(sbatch_script(command[1:], jobs=jobs, gpus=gpus, time=time), nl=False)
 
 
 @app.command()

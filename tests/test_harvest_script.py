@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,13 +15,13 @@ from sae_granary.harvest.cli import app
 FLAGS = ["--model", "gpt2", "--layer", "8", "--dataset", "my text.jsonl", "--out", "/shared/gpt2"]
 
 
-def script(*flags: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["script", *flags])
+def script(*flags: str, options: tuple[str, ...] = (), command: str = "run") -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["script", *options, "--", command, *flags])
     return result.exit_code, result.output
 
 
 def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
-    code, text = script("--jobs", "16", "--time", "1-00:00:00", *FLAGS)
+    code, text = script(*FLAGS, options=("--jobs", "16", "--time", "1-00:00:00"))
     assert code == 0
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr == ""
     options = dict(
@@ -32,16 +33,17 @@ def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "changes", "message"),
     [
-        ((*FLAGS, "--lyer", "3"), "No such option: --lyer"),
-        ((*FLAGS, "--time", "soon"), "--time soon: expected a time as sbatch takes it"),
-        (FLAGS[:4], "--out is missing: name the folder that all jobs share"),
-        ((*FLAGS, "--jobs", "0"), "--jobs"),
+        ((*FLAGS, "--lyer", "3"), {}, "No such option: --lyer"),
+        (FLAGS, {"options": ("--time", "soon")}, "--time soon: expected a time as sbatch takes it"),
+        (FLAGS[:4], {}, "--out is missing: name the folder that all jobs share"),
+        (FLAGS, {"options": ("--jobs", "0")}, "--jobs"),
+        (FLAGS, {"command": "add"}, "add: expected run, with its flags, after --"),
     ],
 )
-def test_wrong_flags_are_refused(flags: tuple[str, ...], message: str) -> None:
-    code, text = script(*flags)
+def test_wrong_flags_are_refused(flags: tuple[str, ...], changes: dict[str, Any], message: str) -> None:
+    code, text = script(*flags, **changes)
     assert (code, message in " ".join(text.split())) == (2, True)
 
 

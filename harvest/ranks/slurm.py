@@ -48,7 +48,7 @@ def sbatch_script(flags: Sequence[str], *, jobs: int, gpus: int, time: str) -> s
     """Return the file for `sae-harvest run` with these flags in so many jobs. Raises ConfigError."""
     if not _TIME.fullmatch(time):
         raise ConfigError(f"--time {time}: expected a time as sbatch takes it, such as 04:00:00 or 1-00:00:00")
-    if not any(flag == "--out" or flag == "-o" or flag.startswith("--out=") for flag in flags):
+    if not any(flag.partition("=")[0] in ("--out", "-o", "--config") for flag in flags):
         raise ConfigError("--out is missing: name the folder that all jobs share")
     blocks = any(flag.startswith("--block-docs") for flag in flags)
     command = ["sae-harvest", "run", *flags, *([] if blocks else ["--block-docs", str(DEFAULT_BLOCK_DOCS)])]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [harvest] [loader] [step] [sweep] [--full]`: print the tables."""
+"""`python -m benchmarks [harvest] [writer] [loader] [step] [sweep] [--full]`: print the tables."""
 
 import argparse
 import os
@@ -6,9 +6,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded, as the commands do (common.process)
 
-from benchmarks import harvest_speed, loader_speed, machine, step_speed, sweep
+from benchmarks import harvest_speed, loader_speed, machine, step_speed, sweep, writer_speed
 
-STAGES = {"harvest": harvest_speed.run, "loader": loader_speed.run, "step": step_speed.run, "sweep": sweep.run}
+STAGES = {
+    "harvest": harvest_speed.run,
+    "writer": writer_speed.run,
+    "loader": loader_speed.run,
+    "step": step_speed.run,
+    "sweep": sweep.run,
+}
 
 
 def main() -> None:

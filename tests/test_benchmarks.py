@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import loader_speed, step_speed, sweep
+from benchmarks import loader_speed, step_speed, sweep, writer_speed
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +37,12 @@ def test_the_steps_of_all_types_are_timed_beside_the_product(monkeypatch: pytest
     assert "encoder product (limit)" in table
     for name in step_speed.compared():
         assert re.search(rf"\| {name} +\| +\d+ ", table), table
+
+
+def test_the_writer_is_timed_in_parts() -> None:
+    table = writer_speed.tables(2048, (1, 2), 1)
+    for name in ("write()", "XXH3-128", "2 threads, sums given, as by a GPU"):
+        assert re.search(rf"\| {re.escape(name)} +\| [\d.]+", table), table
 
 
 SMALL = {"storage_sae": "--steps 10 --batch-size 64 --d-sae 64 --seeds 1"}

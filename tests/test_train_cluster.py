@@ -1,5 +1,6 @@
 """What training on a cluster needs beside the ranks: the sbatch file, the bytes of a step, the environment."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from typer.testing import CliRunner
 from sae_granary.cache.load.loader import Share
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.cli import app
+from sae_granary.train.config.merge import make_config
 from sae_granary.train.ranks.place import place_of_process
+from sae_granary.train.ranks.run import check_shared
 from sae_granary.train.ranks.traffic import ETHERNET, NVLINK, step_traffic
 
 # model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
@@ -117,3 +120,20 @@ def test_an_environment_that_is_not_torchruns(env: dict[str, str], text: str) ->
 def test_one_process_trains_alone() -> None:
     assert place_of_process({}) is None
     assert place_of_process({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"type": "temporal"}, "type='temporal' compares the rows of a batch, which 3 ranks would divide"),
+        ({"type": "topk", "loss": "kl"}, "a loss through the language model is computed by one rank, there are 3"),
+        ({"type": "topk", "finetune_kl": "100"}, "a loss through the language model is computed by one rank"),
+        ({"type": "topk", "batch_size": 2}, "batch_size=2 in 1 micro-batches leaves one of 3 ranks without rows"),
+        ({"type": "topk", "batch_size": 8, "grad_acc_steps": 4}, "batch_size=8 in 4 micro-batches leaves one of 3"),
+    ],
+)
+def test_what_ranks_cannot_train_as_one_process_would(given: dict[str, object], text: str) -> None:
+    config = make_config([{"cache": "cache/toy", "d_sae": 64, "steps": 10, "device": "cpu", **given}])
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        check_shared(config, 3)
+    check_shared(make_config([{"cache": "cache/toy", "type": "batchtopk", "batch_size": 3, "steps": 10}]), 3)

@@ -99,6 +99,13 @@ def test_a_device_that_adds_in_another_order_is_not_believed(monkeypatch) -> Non
     assert said == ["cpu does not add in the order of numpy: the CPU makes the statistics"]
 
 
+def test_a_value_that_is_not_finite_is_left_to_the_writer() -> None:
+    said: list[str] = []
+    x = torch.full((30, 8), float("nan"))
+    copier("float32", said.append)({"a": x}, [(0, 30, 0)])
+    assert said == []
+
+
 def test_places_are_those_of_the_writer() -> None:
     ids, rules = np.arange(7, dtype=np.int32), WindowRules(ctx_len=7)
     windows = [make_window(i, ids, ids, ids, (), rules) for i in range(4)]

@@ -81,8 +81,11 @@ def test_a_second_process_is_refused_and_does_no_damage_without_locks(growths: P
 
 
 @pytest.mark.slow
-def test_no_interleaving_of_two_processes_without_locks_does_damage(growths: Path) -> None:
-    run_kit("at_once_kit.py", growths, "extend,add,extend,add", "extend,add,add,extend", 9)
+@pytest.mark.parametrize(
+    ("first", "second"), [("extend", "extend"), ("add", "add"), ("extend", "add"), ("add", "extend")]
+)
+def test_no_interleaving_of_two_processes_without_locks_does_damage(growths: Path, first: str, second: str) -> None:
+    run_kit("at_once_kit.py", growths, first, second, 19)
 
 
 def with_runs(root: Path, config: HarvestConfig) -> None:

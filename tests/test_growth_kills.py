@@ -51,8 +51,13 @@ def run_kit(name: str, *args: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_killed_extension_and_repair_end_with_the_same_bytes(growths: Path) -> None:
-    killed(growths, "extend,repair", 0, 0)
+def test_a_killed_repair_ends_with_the_same_bytes(growths: Path) -> None:
+    killed(growths, "repair", 0, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_extension_and_addition_end_with_the_same_bytes(growths: Path) -> None:
+    killed(growths, "extend,add", 0, 0)
 
 
 @pytest.mark.slow

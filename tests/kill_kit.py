@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401
-import transformers  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers.models.bert.modeling_bert  # noqa: F401
 from test_harvest_repair import flip
 from test_harvest_resume import contents
 from test_train_resume import assert_same

@@ -116,9 +116,8 @@ bench-peers: $(INTEROP_STAMP)
 
 $(KERNELS_STAMP): Makefile constraints.txt
 	$(PYTHON) -m venv $(KERNELS_VENV)
-	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy safetensors pytest
+	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$(TRITON)
-	$(KERNELS_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 kernels: $(KERNELS_STAMP)

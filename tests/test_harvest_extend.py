@@ -196,6 +196,7 @@ def test_a_smaller_limit_ends_after_the_document_of_the_last_committed_row(confi
     )
 
 
+@pytest.mark.slow
 def test_two_extenders_at_once(config: HarvestConfig) -> None:
     harvest(config)
     lock = session.locked(config.out_path)

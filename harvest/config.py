@@ -105,6 +105,7 @@ class HarvestConfig:
         help="Let several processes share --out: each harvests blocks of so many documents.",
         unit="documents",
         ge=1,
+        le=1_000_000_000,
         default_words="4,096 under torchrun, else no blocks",
     )
     extend: bool = _output(

@@ -25,6 +25,7 @@ from sae_granary.cache.errors import CacheMismatchError
 from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.read.verify import verify
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.ranks import world
@@ -208,6 +209,30 @@ def test_one_rank_of_many_needs_no_other(config: HarvestConfig, monkeypatch: pyt
     result = harvest_activations(replace(config, block_docs=None), quiet=True)
     assert open_cache(config.out_path).manifest.block_docs == world.DEFAULT_BLOCK_DOCS
     assert result.ended == "source"
+
+
+def test_a_number_of_ranks_without_a_rank_is_refused(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4, but no RANK"):
+        harvest_activations(config, quiet=True)
+    assert not config.out_path.exists()
+
+
+def test_a_damaged_plan_is_named(config: HarvestConfig) -> None:
+    with pytest.raises(CutOff), cut_off_after(1):
+        harvest_activations(config, quiet=True)
+    plan = config.out_path / BLOCKS / "plan.json"
+    os.truncate(plan, 20)
+    with pytest.raises(DamagedFileError, match=r"plan\.json is not valid JSON .*: remove it"):
+        harvest_activations(config, quiet=True)
+    plan.unlink()
+    assert harvest_activations(config, quiet=True).ended == "source"
+
+
+def test_blocks_that_numbers_cannot_hold_are_refused(config: HarvestConfig) -> None:
+    with pytest.raises(ConfigError, match="expected a value <= 1000000000"):
+        replace(config, block_docs=2**62)
 
 
 class Clock:

@@ -17,9 +17,10 @@ def diff(first: CachePath, second: CachePath, as_json: Json = False, debug: Debu
     """Compare two caches: what they were made from, and every row that both have. Exit code 1 if they differ."""
     with expected_errors(debug):
         from sae_granary.cache.diff import diff as compare
+        from sae_granary.cache.format.records import blocks_of
         from sae_granary.cache.read.reader import open_local
 
-        a, b = open_local(first, allow_incomplete=True), open_local(second, allow_incomplete=True)
+        a, b = (open_local(path, allow_incomplete=blocks_of(path) is None) for path in (first, second))
         found = compare(a, b)
         if as_json:
             print_json(found.to_json())

@@ -29,9 +29,14 @@ class World:
     @classmethod
     def of_environment(cls) -> World:
         """As torchrun tells it; without torchrun a process is alone."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return cls(None, 1, 0)
-        return cls(_integer("RANK"), _integer("WORLD_SIZE"), _integer("LOCAL_RANK"))
+        size = _integer("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            return cls(_integer("RANK"), size, _integer("LOCAL_RANK"))
+        if size > 1:
+            raise ConfigError(
+                f"the environment has WORLD_SIZE={size}, but no RANK: start the ranks with torchrun, or unset WORLD_SIZE"
+            )
+        return cls(None, 1, 0)
 
     @property
     def tells(self) -> bool:
@@ -52,7 +57,7 @@ class World:
 
 def _integer(name: str) -> int:
     text = os.environ.get(name, "0")
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"the environment has {name}={text!r}: expected a number, as torchrun sets it")
     return int(text)
 

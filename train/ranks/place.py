@@ -32,17 +32,21 @@ class Place:
 def place_of_process(env: Mapping[str, str] | None = None) -> Place | None:
     """The place of this process; None where it trains alone. Raises ConfigError for an incomplete environment."""
     env = os.environ if env is None else env
-    if "RANK" not in env or "WORLD_SIZE" not in env:
+    if "WORLD_SIZE" not in env:
         return None
     n = _number(env, "WORLD_SIZE")
     if n < 2:
         return None
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
-        raise ConfigError(f"WORLD_SIZE={n}, but {missing[0]} is not set: start the ranks with torchrun")
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE={n}, but {missing[0]} is not set: start the ranks with torchrun, or unset WORLD_SIZE"
+        )
     index = _number(env, "RANK")
     if not 0 <= index < n:
         raise ConfigError(f"RANK={index}: expected 0 to {n - 1} with WORLD_SIZE={n}; start the ranks with torchrun")
     local, port = _number(env, "LOCAL_RANK", index), _number(env, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"MASTER_PORT={port}: expected a port, 1 to 65535; start the ranks with torchrun")
     return Place(index, n, local, env["MASTER_ADDR"], port, _timeout(env))
 
 
@@ -54,7 +58,7 @@ def quiet_torch() -> None:
 
 def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
     text = env.get(name, str(default))
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"{name}={text!r}: expected a number; start the ranks with torchrun")
     return int(text)
 

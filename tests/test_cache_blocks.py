@@ -149,11 +149,14 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
     listed = json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]
     assert (listed["state"], listed["n_rows"]) == ("growing", 90)
+    assert listed["n_bytes"] > 90 * 4
     compared = run.invoke(app, ["diff", str(path), str(path)])
     assert (compared.exit_code, "90 rows in 1 complete blocks" in compared.output) == (2, True)
     refused = run.invoke(app, ["rm", str(path), "--yes"])
     assert (refused.exit_code, "is being harvested in blocks" in refused.output) == (2, True)
     (path / BLOCKS / "00000001.0.lease").write_text('{"released": true}')
+    asked = run.invoke(app, ["rm", str(path)], input="n\n")
+    assert (asked.exit_code, "90 rows in blocks" in asked.output) == (0, True)
     assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == 0
     assert not path.exists()
 

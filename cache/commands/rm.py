@@ -18,7 +18,7 @@ def rm(
     """Remove caches. Asks first; refuses one in use, and what is not a cache. Links are not followed."""
     with expected_errors(debug):
         from sae_granary.cache.format.manifest import Manifest
-        from sae_granary.cache.format.records import load_records
+        from sae_granary.cache.format.records import blocks_of, bytes_in_blocks, load_records
         from sae_granary.cache.write.remove import check_removable, remove_cache
         from sae_granary.common.errors import GranaryError
         from sae_granary.common.quantities import byte_size
@@ -28,6 +28,8 @@ def rm(
                 records = manifest.shards if manifest.complete else load_records(path, manifest)
             except GranaryError:
                 return "damaged"
+            if not records and (blocks := blocks_of(path)) is not None:
+                return f"{blocks.n_rows:,} rows in blocks, {byte_size(bytes_in_blocks(path))}"
             return f"{sum(r.n_rows for r in records):,} rows, {byte_size(sum(r.n_bytes for r in records))}"
 
         sizes = {}

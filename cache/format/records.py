@@ -184,3 +184,13 @@ def blocks_of(path: Path) -> InBlocks | None:
                 elif entry.name.endswith(".lease") and time.time() - entry.stat().st_mtime < _RENEWED_SECONDS:
                     growing |= json.loads(read_regular(Path(entry.path))).get("released") is not True
     return InBlocks(len(rows), sum(rows.values()), growing)
+
+
+def bytes_in_blocks(path: Path) -> int:
+    """Bytes of all files of the blocks of an unfinished cache."""
+    total = 0
+    for folder, _, names in os.walk(path / BLOCKS):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a process works there
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import LOCK, MANIFEST
-from sae_granary.cache.format.records import blocks_of
+from sae_granary.cache.format.records import blocks_of, bytes_in_blocks
 from sae_granary.cache.read.reader import open_local
 from sae_granary.cache.read.render import source_name
 from sae_granary.common.files import is_code
@@ -98,6 +98,6 @@ def _entry(folder: Path) -> Entry:
         hook_points=tuple(cache.hook_points),
         n_rows=cache.n_rows or (blocks.n_rows if blocks is not None else 0),
         dtype=cache.dtype,
-        n_bytes=cache.n_bytes,
+        n_bytes=cache.n_bytes or (bytes_in_blocks(folder) if blocks is not None else 0),
         age_seconds=age,
     )

@@ -34,7 +34,8 @@ class World:
             return cls(_integer("RANK"), size, _integer("LOCAL_RANK"))
         if size > 1:
             raise ConfigError(
-                f"the environment has WORLD_SIZE={size}, but no RANK: start the ranks with torchrun, or unset WORLD_SIZE"
+                f"the environment has WORLD_SIZE={size}, but no RANK: start the ranks with torchrun, or unset "
+                "WORLD_SIZE"
             )
         return cls(None, 1, 0)
 

@@ -83,6 +83,13 @@ def test_a_pull_that_does_not_fit_is_refused_before_the_first_byte(tmp_path, cac
     run("pull", URL, tmp_path / "back")
 
 
+def test_a_plan_of_a_pull_onto_a_file_is_refused(tmp_path, cache, faulty) -> None:
+    push(plan_push(cache, URL))
+    (tmp_path / "file").write_text("mine")
+    for target in ("file", "file/below/it"):
+        assert "file is a file, expected a folder" in run("pull", URL, tmp_path / target, "--dry-run", code=2).stderr
+
+
 def half_copy(url: str, faulty: type[Faulty]) -> None:
     """Open a cache at a URL whose remote breaks off in the middle."""
     faulty.n_requests, faulty.faults = 0, dict.fromkeys(range(60, 10_000), "error")

@@ -121,6 +121,9 @@ def plan_pull(url: str, target: Path, *, hooks: Sequence[str] = (), n_rows: int 
     Raises CacheError for another cache in the folder.
     """
     refuse_code(target)
+    nearest = next(place for place in (target.absolute(), *target.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise CacheError(f"{nearest} is a file, expected a folder: use another folder for the copy")
     store = Store(url)
     there = store.listing()
     plan = _plan(store, target, remote_parcel(store, there, hooks, n_rows))

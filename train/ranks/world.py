@@ -99,7 +99,7 @@ class World:
 
     def _gone(self, indices: list[int]) -> str:
         who = ", ".join(f"rank {i} ({self._hearts.where(i)})" for i in indices)
-        return f"{who} is gone; run the same command again to continue from the last checkpoint"
+        return f"{who} is gone; start the ranks again to continue from the last checkpoint (`run` with --resume auto)"
 
     def _failed(self, error: RuntimeError) -> Exception:
         """Why a reduction failed: what a rank has told, else which of them has no heartbeat any more."""
@@ -197,7 +197,8 @@ class _Hearts:
         """End the process where a rank was silent for so long that this one waits for it in a reduction."""
         if self.watches and (gone := self.silent(self._place.timeout + GRACE)):
             who = ", ".join(f"rank {i} ({self.where(i)})" for i in gone)
-            text = f"error: {who} has not answered for {self._place.timeout:g} s; run the same command again\n"
+            text = f"error: {who} has not answered for {self._place.timeout:g} s; start the ranks again (`run` with "
+            text += "--resume auto)\n"
             os.write(2, text.encode())
             os._exit(RankError.exit_code)
 

@@ -17,6 +17,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from sae_granary.common import threads
+
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 
@@ -29,6 +31,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if os.environ.get("CI") == "true" and re.search(r"\bneeds (root|Chromium|namespaces)\b", reason):
         report.outcome, report.longrepr = "failed", f"{reason}; under CI=true it must run"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _silent_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine adds no lines about waits to what a command prints."""
+    monkeypatch.setattr(threads, "FIRST_SECONDS", 60.0)
 
 
 @pytest.fixture(scope="session")

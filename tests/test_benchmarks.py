@@ -3,14 +3,22 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import loader_speed, step_speed, sweep, writer_speed
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _denormals_as_before() -> Iterator[None]:
+    """Benchmarks set their process as a training does."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def test_a_sweep_is_timed_beside_its_steps_alone(

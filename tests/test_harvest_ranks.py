@@ -29,6 +29,7 @@ from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.ranks import world
+from sae_granary.harvest.ranks.blocks import Outcome
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
@@ -224,10 +225,19 @@ def test_a_damaged_plan_is_named(config: HarvestConfig) -> None:
         harvest_activations(config, quiet=True)
     plan = config.out_path / BLOCKS / "plan.json"
     os.truncate(plan, 20)
-    with pytest.raises(DamagedFileError, match=r"plan\.json is not valid JSON .*: remove it"):
+    with pytest.raises(DamagedFileError, match=r"plan\.json cannot be read: not valid JSON .*; remove it"):
         harvest_activations(config, quiet=True)
     plan.unlink()
     assert harvest_activations(config, quiet=True).ended == "source"
+
+
+def test_an_altered_outcome_of_a_block_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "00000000.json"
+    path.write_bytes(Outcome(3, 40, 3, {"repaired": 0}, "00000000", limited=False).to_bytes())
+    assert Outcome.read(path) == Outcome(3, 40, 3, {"repaired": 0}, "00000000", limited=False)
+    path.write_bytes(path.read_bytes().replace(b'"n_rows": 40', b'"n_rows": 41'))
+    with pytest.raises(DamagedFileError, match=r"checksum in its last line does not fit.*; remove it, and its block"):
+        Outcome.read(path)
 
 
 def test_blocks_that_numbers_cannot_hold_are_refused(config: HarvestConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.rows import Scalar
-from sae_granary.common.signed import DamagedFileError, Fields, parse_object, sign
+from sae_granary.common.signed import Fields, sign
 from sae_granary.harvest.text.document import Record, TextSource
 
 WINDOW_BITS = 32  # windows of block b are numbered from b << 32
@@ -33,14 +33,9 @@ class Outcome:
     @classmethod
     def read(cls, path: Path) -> Outcome | None:
         """The outcome in a file; None where there is none yet. Raises DamagedFileError."""
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        try:
-            fields = Fields(parse_object(data), str(path))
-        except ValueError as error:
-            raise DamagedFileError(f"{path} is {error}: remove it, and its block is harvested again") from None
+        fields = Fields.of_file(path, "remove it, and its block is harvested again", signed_since=1)
         counts = fields.nested("counts")
         return cls(
             fields.integer("n_records"),

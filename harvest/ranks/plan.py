@@ -10,8 +10,8 @@ from sae_granary.cache.errors import CacheMismatchError
 from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.common.files import link_into_place, read_regular, write_new
-from sae_granary.common.signed import DamagedFileError, parse_object, sign
+from sae_granary.common.files import link_into_place, write_new
+from sae_granary.common.signed import Fields, sign
 from sae_granary.harvest.config import HarvestConfig
 
 _PLAN = "plan.json"
@@ -27,10 +27,7 @@ def agree(path: Path, config: HarvestConfig, begun: Manifest, spec: CacheSpec) -
             link_into_place(new, place)
         except FileExistsError:  # another process was faster
             new.unlink(missing_ok=True)
-    try:
-        have = parse_object(read_regular(place))
-    except ValueError as error:
-        raise DamagedFileError(f"{place} is {error}: remove it, and run the same command again") from None
+    have = Fields.of_file(place, "remove it, and run the same command again", signed_since=1).body
     differing = {name: (have.get(name), want) for name, want in wants.items() if have.get(name) != want}
     ours, theirs = spec.provenance["versions"], begun.provenance.get("versions") or {}
     differing |= {name: (theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]}

@@ -24,6 +24,7 @@ from sae_granary import open_cache
 from sae_granary.cache.errors import CacheMismatchError
 from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.read.verify import verify
+from sae_granary.cache.write import blocks
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
@@ -156,6 +157,24 @@ def test_without_locks_the_bytes_are_the_same(config: HarvestConfig, monkeypatch
     monkeypatch.setattr("sae_granary.common.lock.FolderLock.acquire", lambda self: None)
     together(several := replace(config, out=config.out_path.with_name("several")), 3)
     assert_same_cache(several.out_path, config.out_path)
+
+
+def test_a_join_that_another_process_has_taken_over_ends_well(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join_late(*args: Any) -> None:
+        """By the other process first, which removes the blocks when this one has seen an unfinished cache."""
+        unfinished = blocks.load_manifest(config.out_path)
+        blocks.join_blocks(*args)
+        blocks.remove_blocks(config.out_path)
+        with monkeypatch.context() as patch:
+            read = blocks.load_manifest
+            patch.setattr(blocks, "load_manifest", lambda at: unfinished if at == config.out_path else read(at))
+            blocks.join_blocks(*args)
+
+    monkeypatch.setattr("sae_granary.harvest.ranks.work.join_blocks", join_late)
+    harvest_activations(config, quiet=True)
+    assert verify(config.out_path).ok
 
 
 @pytest.mark.parametrize(

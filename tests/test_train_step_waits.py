@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.kernels import deferred, gpu_screen
+from sae_granary.sae_core.ranks.reduce import Ranks
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.loop import train_step
 from sae_granary.train.memory import capacity
@@ -138,3 +140,15 @@ def test_a_batch_with_nan_changes_nothing(name: str) -> None:
     )
     assert all(torch.equal(run.optimizer.state[run.sae.W_dec][key], value) for key, value in moments.items())
     assert train_step(run, batch(name, 2)).accepted
+
+
+def test_counters_that_another_rank_sent_are_counted_anew() -> None:
+    counters, step = torch.zeros(4, dtype=torch.int64), deferred.Deferred()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        step.remember_count("dead", counters, 3)
+        assert step.count("dead", counters) == 3
+        Ranks(0, 1).broadcast([counters])
+    finally:
+        distributed.destroy_process_group()
+    assert step.count("dead", counters) is None

@@ -212,7 +212,12 @@ class Worker:
                     remove_contents(self._path, self._prepared.layout)
                     source = self._prepared.source
                     raise NoRowsError(source.name, skipped_counts(_skipped(summary)), source.columns)
-                join_blocks(self._path, blocks, summary)
+                try:
+                    join_blocks(self._path, blocks, summary)
+                except (CacheError, OSError):
+                    if not self._is_complete():
+                        raise
+                    return  # another process took this one for dead, joined the blocks and removed them
                 remove_blocks(self._path)
                 self._log.write(f"finished: {summary['n_rows']:,} rows in {len(blocks):,} blocks")
         finally:

@@ -114,6 +114,7 @@ class Ranks(Alone):
         for tensor in tensors:
             with _dense(tensor) as dense:
                 self._call("broadcast", dense.values, 0)
+            torch.autograd.graph.increment_version(tensor)  # torch does not: see `Deferred.count`
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
         from torch import distributed

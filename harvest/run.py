@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.records import existing_manifest
+from sae_granary.cache.read.added import additions
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
@@ -90,6 +91,10 @@ def harvest_activations(
                 say(f"continuing {config.out_path} after {writer.n_rows:,} committed rows")
                 if unknown := not_recorded(writer.manifest):
                     say(f"warning: the cache was begun without a record of the {unknown}: that is not compared")
+            if options["extend"]:
+                for addition in additions(config.out_path, writer.manifest):
+                    names = ", ".join(hook.name for hook in addition.manifest.hook_points)
+                    say(f"warning: {names}, added before, gets no further rows: run `sae-harvest add` again afterwards")
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 if model is None:

@@ -27,6 +27,8 @@ from sae_granary.harvest.replay.add import add_hooks
 from sae_granary.harvest.replay.on_rows import RowsDifferError
 from sae_granary.models.config import ModelConfig, WhereConfig
 from sae_granary.models.errors import ModelError
+from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.run_data import RunData
 
 LAYER_2 = WhereConfig(layers=(2,))
 
@@ -104,6 +106,9 @@ def test_an_extended_cache_gets_the_rows_that_the_addition_lacks(config: Harvest
     assert tuple(open_cache(config.out_path, shards=range(n_old)).hook_points) == ("layer_1", "layer_2")
     with pytest.raises(UnknownNameError, match=rf"layer_2 was added to {n_old} of {len(cache.records)} shards: .*add"):
         cache.hook("layer_2")
+    assert "warning: layer_2, added before, gets no further rows" in (config.out_path / "harvest.log").read_text()
+    with pytest.raises(ConfigError, match=rf"'layer_2' for all of its rows; layer_2 was added to {n_old} of .*add"):
+        RunData.open(TrainConfig(cache=str(config.out_path), hook=("layer_2",)))
     add(config.out_path)
     assert same_arrays(config.out_path / "added/layer_2", both.out_path, "layer_2")
     fresh = config.out_path.with_name("fresh")

@@ -14,8 +14,10 @@ from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Counts, Part
 from sae_granary.cache.opening import open_cache
+from sae_granary.cache.read.added import shorter
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.device import choose_device
+from sae_granary.common.errors import ConfigError
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows
 from sae_granary.train.config.phases import first_context_step, needs_language_model
@@ -47,6 +49,9 @@ class RunData:
         n_layers = opened.manifest.model.get("n_layers")
         # Added ones are named: what a command trains on does not change when more hook points are added to a cache.
         available = opened.hook_points if config.hook else (hook.name for hook in opened.manifest.hook_points)
+        for name in config.hook:
+            if lacks := shorter(name, opened.additions, opened.opened):
+                raise ConfigError(f"{opened.path} has no hook point {name!r} for all of its rows{lacks}")
         hooks = resolve_hooks(config, tuple(available), n_layers)
         selection = selection_of(config)
         key = (selection, hooks if selection.filters.reads_norms else ())

@@ -234,7 +234,7 @@ def test_one_rank_of_many_needs_no_other(config: HarvestConfig, monkeypatch: pyt
 def test_a_number_of_ranks_without_a_rank_is_refused(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=4, but no RANK"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4, but RANK is not set"):
         harvest_activations(config, quiet=True)
     assert not config.out_path.exists()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.environment import rank_of_process, seconds
 from sae_granary.harvest.config import HarvestConfig
 
 DEFAULT_BLOCK_DOCS = 4096
@@ -29,15 +30,8 @@ class World:
     @classmethod
     def of_environment(cls) -> World:
         """As torchrun tells it; without torchrun a process is alone."""
-        size = _integer("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            return cls(_integer("RANK"), size, _integer("LOCAL_RANK"))
-        if size > 1:
-            raise ConfigError(
-                f"the environment has WORLD_SIZE={size}, but no RANK: start the ranks with torchrun, or unset "
-                "WORLD_SIZE"
-            )
-        return cls(None, 1, 0)
+        rank = rank_of_process()
+        return cls(None, 1, 0) if rank is None else cls(rank.index, rank.n, rank.local)
 
     @property
     def tells(self) -> bool:
@@ -56,23 +50,9 @@ class World:
             raise
 
 
-def _integer(name: str) -> int:
-    text = os.environ.get(name, "0")
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"the environment has {name}={text!r}: expected a number, as torchrun sets it")
-    return int(text)
-
-
 def lease_seconds() -> float:
     """After so long without a sign of life the block of another process is taken over."""
-    text = os.environ.get(LEASE_SECONDS, str(_DEFAULT_LEASE))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86400:
-        raise ConfigError(f"the environment has {LEASE_SECONDS}={text!r}: expected seconds, 0.1 to 86400")
-    return seconds
+    return seconds(os.environ, LEASE_SECONDS, _DEFAULT_LEASE, least=0.1)
 
 
 def in_blocks(config: HarvestConfig, world: World) -> HarvestConfig:

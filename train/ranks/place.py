@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.settings.environment import not_set, number, rank_of_process, seconds
 
 TIMEOUT = "GRANARY_RANK_TIMEOUT"  # seconds
 DEFAULT_TIMEOUT = 300.0
@@ -32,43 +33,19 @@ class Place:
 def place_of_process(env: Mapping[str, str] | None = None) -> Place | None:
     """The place of this process; None where it trains alone. Raises ConfigError for an incomplete environment."""
     env = os.environ if env is None else env
-    if "WORLD_SIZE" not in env:
+    rank = rank_of_process(env)
+    if rank is None or rank.n < 2:
         return None
-    n = _number(env, "WORLD_SIZE")
-    if n < 2:
-        return None
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
-        raise ConfigError(
-            f"WORLD_SIZE={n}, but {missing[0]} is not set: start the ranks with torchrun, or unset WORLD_SIZE"
-        )
-    index = _number(env, "RANK")
-    if not 0 <= index < n:
-        raise ConfigError(f"RANK={index}: expected 0 to {n - 1} with WORLD_SIZE={n}; start the ranks with torchrun")
-    local, port = _number(env, "LOCAL_RANK", index), _number(env, "MASTER_PORT")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        raise not_set(rank.n, missing[0])
+    port = number(env, "MASTER_PORT")
     if not 1 <= port <= 65535:
         raise ConfigError(f"MASTER_PORT={port}: expected a port, 1 to 65535; start the ranks with torchrun")
-    return Place(index, n, local, env["MASTER_ADDR"], port, _timeout(env))
+    timeout = seconds(env, TIMEOUT, DEFAULT_TIMEOUT, least=1)
+    return Place(rank.index, rank.n, rank.local, env["MASTER_ADDR"], port, timeout)
 
 
 def quiet_torch() -> None:
     """Of a rank that is gone torch prints every frame, unless this is called before torch is imported."""
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
-    text = env.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name}={text!r}: expected a number; start the ranks with torchrun")
-    return int(text)
-
-
-def _timeout(env: Mapping[str, str]) -> float:
-    text = env.get(TIMEOUT, str(DEFAULT_TIMEOUT))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 1 <= seconds <= 86400:
-        raise ConfigError(f"{TIMEOUT}={text!r}: expected seconds from 1 to 86400")
-    return seconds

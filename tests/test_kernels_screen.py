@@ -1,6 +1,5 @@
 """Selections through a product in bfloat16 on a GPU, or in Triton's interpreter on the CPU (`make kernels`)."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,16 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from triton_kit import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed: run `make kernels`", allow_module_level=True)
-if DEVICE == "cpu" and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
-
-# ruff: noqa: E402 - the kernels can be imported behind the checks only
 from sae_granary.sae_core import Progress, make_config, registry
 from sae_granary.sae_core.kernels import choose, deferred, gpu_screen, screen
 from sae_granary.sae_core.kernels.deferred import Deferred

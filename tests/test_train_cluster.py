@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.rank_traffic import ETHERNET, NVLINK, step_traffic
 from sae_granary.cache.load.loader import Share
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.ranks.run import check_shared
-from sae_granary.train.ranks.traffic import ETHERNET, NVLINK, step_traffic
 
 # model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
 SIZES = (

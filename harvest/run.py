@@ -87,14 +87,7 @@ def harvest_activations(
                 return replace(_finished(prepared, writer), already_complete=not worked)
             log = RunLog(config.out_path)
             say = _both(progress.say, log.write)
-            if writer.n_rows:
-                say(f"continuing {config.out_path} after {writer.n_rows:,} committed rows")
-                if unknown := not_recorded(writer.manifest):
-                    say(f"warning: the cache was begun without a record of the {unknown}: that is not compared")
-            if options["extend"]:
-                for addition in additions(config.out_path, writer.manifest):
-                    names = ", ".join(hook.name for hook in addition.manifest.hook_points)
-                    say(f"warning: {names}, added before, gets no further rows: run `sae-harvest add` again afterwards")
+            _say_what_is_there(writer, say, extend=options["extend"])
             try:
                 progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
                 if model is None:
@@ -110,6 +103,17 @@ def harvest_activations(
                 raise
             finally:
                 log.close(keep=writer.n_shards > 0)
+
+
+def _say_what_is_there(writer: CacheWriter, say: Callable[[str], None], *, extend: bool) -> None:
+    """Of a cache that is continued: its rows, and what they are not compared with or will not be followed by."""
+    if writer.n_rows:
+        say(f"continuing {writer.path} after {writer.n_rows:,} committed rows")
+        if unknown := not_recorded(writer.manifest):
+            say(f"warning: the cache was begun without a record of the {unknown}: that is not compared")
+    for addition in additions(writer.path, writer.manifest) if extend else ():
+        names = ", ".join(hook.name for hook in addition.manifest.hook_points)
+        say(f"warning: {names}, added before, gets no further rows: run `sae-harvest add` again afterwards")
 
 
 def load(prepared: Prepared, say: Callable[[str], None]) -> tuple[Prepared, Model]:

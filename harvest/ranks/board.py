@@ -119,7 +119,7 @@ class Board:
         return {"n_rows": self.n_rows, "n_documents": self.n_docs, "ended": self.ended, **numbers}
 
     def rows_in_work(self) -> int:
-        """Rows of blocks after the first gap, complete ones and those that others have told of."""
+        """Rows of blocks after the first gap: of complete blocks, and of those in work as their leases say."""
         total, block = 0, len(self.done)
         while not self.ended and (self.last is None or block <= self.last):
             names = (f"{block:08d}", f"{block:08d}{LIMITED}")

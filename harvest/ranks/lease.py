@@ -84,7 +84,7 @@ class Lease:
         self.renew(0)
 
     def renew(self, n_rows: int) -> None:
-        """Say that the work goes on, and how many rows it has given."""
+        """Renew it, with the number of rows harvested so far."""
         self._beat += 1
         self._write(n_rows=n_rows, beat=self._beat)
         self.lost = self.lost or self._next.exists()
@@ -146,7 +146,7 @@ class Leases:
         return f"process {told.get('pid')} on {told.get('host')}"
 
     def n_rows(self, name: str) -> int:
-        """Rows that the holder of a lease has told of."""
+        """Rows that the holder has harvested, when it last renewed the lease."""
         seen = self._look(name)
         told = {} if seen is None else _parsed(seen.content)
         n_rows = told.get("n_rows")

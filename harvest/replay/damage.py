@@ -1,4 +1,4 @@
-"""What is damaged in a complete cache, and what is told about it."""
+"""What is damaged in a complete cache, and the messages about it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ One kernel writes the product rounded to bfloat16, half the bytes of float32, an
 that. The maxima give a bound that the wanted entries reach, and tell which groups hold candidates; only those groups
 are read again. (Writing no product at all would mean to compute it twice: at d_in 768 that costs four times the
 writing.) Candidates get their exact values from `sampled_dot`. Every shape is known beforehand, so the host never
-waits; what does not fit is told by a flag on the device. Rows are taken in parts whose product fits in CHUNK_ENTRIES.
+waits; a flag on the device says whether everything fit. Rows are taken in parts whose product fits in CHUNK_ENTRIES.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class GpuScreen:
         self.n_rows, self.d_sae = len(h), len(W)
         self._rows, (row_norm, row_loss, _) = _round(h)
         self._latents, (_, latent_loss, latent_norm) = _round(W)
-        # As in `screen.screen`; sums of matrix units are cut off, not rounded, hence the 2.
+        # As in `screen.screen`, twice: matrix units truncate their sums, and `sampled_dot` rounds its own.
         summing = 2 * (h.shape[1] + GROUP) * screen.FLOAT32_ROUNDING
         largest_loss, largest_norm = latent_loss.max(), latent_norm.max()
         roomy = 1 + 1e-4

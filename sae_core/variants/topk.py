@@ -24,7 +24,7 @@ class TopKSAE(SAE):
     """Keep k per row, then ReLU; AuxK revives dead latents. Decoder rows have unit norm."""
 
     unit_decoder = True
-    signed_codes: ClassVar[bool] = False  # latents stand for both directions: no ReLU, the largest magnitudes count
+    signed_codes: ClassVar[bool] = False  # True: no ReLU, and the k of largest magnitude are kept
 
     @dataclass(frozen=True)
     class Config(SAE.Config):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_granary.common.device import float64
 
-LOG_FLOOR = 1e-10  # a latent that never fired stands at 10^-10, as SAELens draws it
+LOG_FLOOR = 1e-10  # density of a latent that never fired, as in SAELens' histogram
 
 
 @dataclass(eq=False)

@@ -72,7 +72,7 @@ def train_sweep(
     """Train an SAE per point of a grid: `train_sweep({"k": [16, 32]}, cache="cache/bert_l6", type="topk")`.
 
     Settings are those of `train_sae`, for all points; `seed` in a grid is the initialization's. Called again with the
-    same settings it continues: what is finished is left alone, what was stopped goes on from its checkpoint. Other
+    same settings it continues: complete SAEs are kept, the others resume from their checkpoints. Other
     settings under the same name are refused. With `verify` the checksums of all files that are read are checked first.
     `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
 

@@ -62,7 +62,7 @@ def main(root: Path, firsts: str, seconds: str, step: int) -> None:
             import_all(first)
         calls, _ = child(lambda f=first: count_of(f))
         wants, n_stopped = [], 0
-        for order in ((first, second), (second, first, second)):
+        for order in ((first, second, first), (second, first, second)):  # as one after the other, until both are done
             first.start()
             for growth in order:
                 child(growth.act)

@@ -1,4 +1,4 @@
-"""Advice to read ahead: what a pool takes and memory lacks, in few calls, and a switch that turns it off."""
+"""Advice to read ahead: what a pool takes, in few calls, and a switch that turns it off."""
 
 import os
 
@@ -16,19 +16,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this s
 
 
 @pytest.fixture
-def in_memory(tmp_path):
+def files(tmp_path):
     path = tmp_path / "shard"
     path.write_bytes(bytes(N_ROWS * ROW_BYTES))
     return [[(path, ROW_BYTES)]]
-
-
-@pytest.fixture
-def files(in_memory):
-    """The same, on the disk alone."""
-    with in_memory[0][0][0].open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return in_memory
 
 
 @pytest.fixture
@@ -56,16 +47,6 @@ def test_small_gaps_are_read_too(files, advised) -> None:
 def test_blocks_far_apart_are_announced_one_by_one(files, advised) -> None:
     read_ahead(files, plan([1, 2, 500, 1000]))
     assert advised == [(BLOCK, 2 * BLOCK), (500 * BLOCK, BLOCK), (1000 * BLOCK, BLOCK)]
-
-
-def test_what_is_in_memory_is_not_announced(in_memory, advised) -> None:
-    with in_memory[0][0][0].open("rb") as file:
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-        except OSError:
-            pytest.skip("this file system does not tell what is in memory")
-    read_ahead(in_memory, plan([1, 500]))
-    assert advised == []
 
 
 def test_the_switch(files, advised, monkeypatch) -> None:

@@ -1,6 +1,5 @@
 """Ask the kernel to read a pool's blocks from the disk, in order, before rows are taken from them at random.
 
-Asking takes about a microsecond per block: half of the time of a shuffled read, so a shard in memory is not asked for.
 Switch: the environment variable GRANARY_READ_AHEAD, 1 (default) or 0.
 """
 
@@ -16,7 +15,6 @@ from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.order import PoolPlan, ShardPart
 
 VARIABLE = "GRANARY_READ_AHEAD"
-PROBES = 8  # blocks of a shard that are looked for in memory
 MERGED_GAP = 128 * 2**10  # smaller gaps between two blocks are read too: a disk reads so many bytes at once
 
 
@@ -29,8 +27,7 @@ def read_ahead(files: Sequence[Sequence[tuple[Path, int]]], plan: PoolPlan) -> N
             path, row_bytes = shards[part.shard]
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                if not _in_memory(descriptor, part, row_bytes):
-                    _announce(descriptor, part, row_bytes)
+                _announce(descriptor, part, row_bytes)
             finally:
                 os.close(descriptor)
 
@@ -40,19 +37,6 @@ def _is_on() -> bool:
     if value not in ("0", "1"):
         raise SelectionError(f"{VARIABLE}={value!r}: expected 0 or 1; unset it for the default")
     return value == "1"
-
-
-def _in_memory(descriptor: int, part: ShardPart, row_bytes: int) -> bool:
-    """Whether a byte of each of some blocks is there without waiting; False where the system cannot tell."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return False
-    byte = bytearray(1)
-    try:
-        for block in part.blocks[:: max(1, len(part.blocks) // PROBES)].tolist():
-            os.preadv(descriptor, [byte], block * part.block_rows * row_bytes, os.RWF_NOWAIT)
-    except OSError:  # BlockingIOError: it would wait; others: the file system does not know
-        return False
-    return True
 
 
 def _announce(descriptor: int, part: ShardPart, row_bytes: int) -> None:

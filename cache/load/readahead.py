@@ -1,5 +1,6 @@
 """Ask the kernel to read a pool's blocks from the disk, in order, before rows are taken from them at random.
 
+Rows that are in memory are announced too: to look for them first (RWF_NOWAIT) would miss the holes of sparse files.
 Switch: the environment variable GRANARY_READ_AHEAD, 1 (default) or 0.
 """
 

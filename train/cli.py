@@ -13,7 +13,7 @@ from sae_granary.train.commands.compare_command import compare
 from sae_granary.train.commands.demo import demo
 from sae_granary.train.commands.quick import quick
 from sae_granary.train.commands.script_command import script
-from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, Verify, errors
+from sae_granary.train.commands.shared_flags import DryRun, Overwrite, ReadFlags, Stage, Verify, errors
 from sae_granary.train.commands.train_command import show_training, train_given
 from sae_granary.train.config.flags import takes_settings
 from sae_granary.train.ranks.place import quiet_torch
@@ -34,6 +34,7 @@ def run(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     verify: Verify = False,
+    stage: Stage = None,
     resume: Annotated[
         str, typer.Option("--resume", help="auto: resume if the run exists, else start it. never: start it.")
     ] = "never",
@@ -45,7 +46,7 @@ def run(
     With several layers (--layers 2,4) or seeds (--init-seed 0,1,2) it trains one SAE each in a single pass, as `sweep`
     does. A type that reads several hook points reads these layers.
     """
-    with errors(debug):
+    with errors(debug, stage):
         train_given(read_flags(), overwrite=overwrite, resume=resume, verify=verify, quiet=quiet, dry_run=dry_run)
 
 
@@ -73,11 +74,12 @@ def resume(
     folder: Annotated[Path, typer.Argument(help="Folder of a stopped run or sweep: runs/<name>.")],
     cache: Annotated[Path | None, typer.Option("--cache", "-c", help="New path of the cache, if it was moved.")] = None,
     lm: Annotated[str | None, typer.Option("--lm", help="New path of the language model, if it was moved.")] = None,
+    stage: Stage = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Resume a run, or all runs of a sweep, from the last checkpoint; the result is bitwise the same."""
-    with errors(debug):
+    with errors(debug, stage):
         from sae_granary.common.finished_run import is_complete
         from sae_granary.train.folders import is_sweep, read_run
         from sae_granary.train.state.checkpoint import list_checkpoints

@@ -21,6 +21,7 @@ from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.folders import read_run
 from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
@@ -42,6 +43,7 @@ def open_trainer(
     A run that never started is recorded first: from then on it can be resumed. `make_sinks` gets the id for wandb.
     Raises CheckpointError (damaged, or another cache).
     """
+    stage(data)
     record = _record(data, folder)
     files.remove_temporary(folder / CHECKPOINTS)
     sinks = make_sinks(str(record["wandb_id"]))

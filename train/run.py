@@ -19,6 +19,7 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.data.verify import verify_files
 from sae_granary.train.errors import RunExistsError, shortage_is_clear
 from sae_granary.train.folders import check_name, claim_folder, exclusive, read_run
@@ -78,6 +79,7 @@ def _begin(
         return begun
     check_language_model(data)
     check_capacity(data)
+    stage(data, copy=False)
     if verify:
         verify_files([data])
     return data, claim_folder(data.config, overwrite=overwrite)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -16,6 +17,8 @@ from sae_granary.cache.format.layout import ArrayLayout, CacheLayout
 from sae_granary.cache.format.storage import Array
 from sae_granary.common.files import NO_FOLLOW, PLAIN, shortage
 
+Copies = Mapping[Path, Path]  # files that are read from a copy: their path in the cache, and that of the copy
+NO_COPIES: Copies = MappingProxyType({})
 _MAPPED: dict[Path, int] = {}  # bytes of every shard that this process has mapped
 
 
@@ -37,10 +40,12 @@ class RowArray:
     map, anything else a copy. `shard(i)` is the map of the i-th opened shard.
     """
 
-    def __init__(self, root: Path, layout: ArrayLayout, shards: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, root: Path, layout: ArrayLayout, shards: Sequence[tuple[int, int]], copies: Copies = NO_COPIES
+    ) -> None:
         self.layout = layout
         self.dtype: np.dtype[Any] = layout.storage.numpy
-        self._root = root
+        self._root, self._copies = root, copies
         self._shards = tuple(shards)  # (shard number, rows) of each opened shard
         self._starts = np.concatenate([[0], np.cumsum([n_rows for _, n_rows in shards], dtype=np.int64)])
         self._maps: dict[int, np.memmap[Any, Any]] = {}
@@ -61,7 +66,8 @@ class RowArray:
 
     def path(self, i: int) -> Path:
         """The file of the i-th opened shard."""
-        return self._root / self.layout.shard_path(self._shards[i][0])
+        path = self._root / self.layout.shard_path(self._shards[i][0])
+        return self._copies.get(path, path)
 
     def shard(self, i: int) -> Array:
         """The rows of the i-th opened shard, memory-mapped, read-only."""
@@ -156,12 +162,18 @@ class CodedRows(HookRows):
     """
 
     def __init__(
-        self, root: Path, layout: ArrayLayout, scales: ArrayLayout, affine: Affine, shards: Sequence[tuple[int, int]]
+        self,
+        root: Path,
+        layout: ArrayLayout,
+        scales: ArrayLayout,
+        affine: Affine,
+        shards: Sequence[tuple[int, int]],
+        copies: Copies = NO_COPIES,
     ) -> None:
-        super().__init__(root, layout, shards)
+        super().__init__(root, layout, shards, copies)
         self.dtype = layout.storage.decoded.numpy
         self.affine, self._decode = affine, affine.decode
-        self._codes, self._scales = RowArray(root, layout, shards), Column(root, scales, shards)
+        self._codes, self._scales = RowArray(root, layout, shards, copies), Column(root, scales, shards, copies)
         self.scales = self._scales
 
     @property
@@ -185,12 +197,14 @@ class CodedRows(HookRows):
         return self._decode(self._codes[index], self._scales[index])
 
 
-def open_hook(root: Path, layout: CacheLayout, hook: str, shards: Sequence[tuple[int, int]]) -> HookRows:
+def open_hook(
+    root: Path, layout: CacheLayout, hook: str, shards: Sequence[tuple[int, int]], copies: Copies = NO_COPIES
+) -> HookRows:
     """The activations of a hook point over opened shards: (shard number, rows)."""
     values = layout.activations[hook]
     if layout.affines is None:
-        return HookRows(root, values, shards)
-    return CodedRows(root, values, layout.scales[hook], layout.affines[hook], shards)
+        return HookRows(root, values, shards, copies)
+    return CodedRows(root, values, layout.scales[hook], layout.affines[hook], shards, copies)
 
 
 def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:

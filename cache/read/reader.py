@@ -6,7 +6,7 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +91,7 @@ class Cache(RowTexts):
         self._hooks: dict[str, HookRows] = {}
         self._columns: dict[str, Column] = {}
         self._parts: dict[Path, Cache] = {}
+        self._copies: dict[Path, Path] = {}
 
     def __len__(self) -> int:
         return self.n_rows
@@ -110,7 +111,7 @@ class Cache(RowTexts):
         name = self.hook_name(name)
         if name not in self._hooks:
             holder = self.holder(name)
-            self._hooks[name] = open_hook(holder.path, holder.layout, name, self._sizes)
+            self._hooks[name] = open_hook(holder.path, holder.layout, name, self._sizes, self._copies)
         return self._hooks[name]
 
     def tensor(self, rows: slice | npt.NDArray[np.int64] | Sequence[int], *, hook: str | None = None) -> Tensor:
@@ -133,7 +134,7 @@ class Cache(RowTexts):
 
     def _column(self, layout: ArrayLayout) -> Column:
         if layout.path not in self._columns:
-            self._columns[layout.path] = Column(self.path, layout, self._sizes)
+            self._columns[layout.path] = Column(self.path, layout, self._sizes, self._copies)
         return self._columns[layout.path]
 
     def hook_name(self, name: str | None = None) -> str:
@@ -155,7 +156,15 @@ class Cache(RowTexts):
         part = self._added[hook][1]
         if part.path not in self._parts:
             self._parts[part.path] = open_local(part.path, shards=[shard.index for shard in self.shards])
+            self._parts[part.path]._copies = self._copies
         return self._parts[part.path]
+
+    def read_copies(self, copies: Mapping[Path, Path]) -> None:
+        """Read files of activations, norms and columns from copies from now on: path in the cache -> path of a copy."""
+        self._copies |= copies
+        for part in (self, *self._parts.values()):
+            part._hooks.clear()
+            part._columns.clear()
 
     def shard_path(self, hook: str | None, i: int) -> Path:
         """The file that holds a hook point's rows of the i-th opened shard, from byte 0."""

@@ -2,6 +2,8 @@
 
 The copy is made before the first row is read. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
 take at most GRANARY_REMOTE_BYTES together (default 100 GiB): those unused for longest are removed, never one in use.
+With a folder for copies on a disk of this machine (`--stage`) they are there, and without GRANARY_REMOTE_BYTES the
+disk is the limit.
 """
 
 from __future__ import annotations
@@ -9,19 +11,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError
+from sae_granary.cache.errors import CacheError, CacheLockedError
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import load_manifest
-from sae_granary.cache.remote.pull import is_half, plan_pull, pull, remove_half
+from sae_granary.cache.remote.pull import PullPlan, is_half, plan_pull, pull, remove_half
+from sae_granary.cache.remote.stage import AGAIN, stage_folder
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import home_path
 from sae_granary.common.quantities import byte_size, parse_count
 from sae_granary.common.signed import digest
+from sae_granary.common.threads import waiting
 
 FOLDER, LIMIT = "GRANARY_REMOTE_DIR", "GRANARY_REMOTE_BYTES"
 DEFAULT_LIMIT = 100 << 30
@@ -59,20 +64,32 @@ def mirrored(url: str) -> Path:
             )
         _make_room(folder, limit - needed)
         sys.stderr.write(f"copying {url} ({byte_size(plan.n_bytes)}) to {folder}\n")
-        pull(plan)
+        _pull(plan, url, folder)
     with contextlib.suppress(OSError):
         os.utime(folder)  # used now
     return folder
 
 
+def _pull(plan: PullPlan, url: str, folder: Path) -> None:
+    """Copy it, or wait for another process that does: a rank of the same machine."""
+    with waiting(f"copying {url} to {folder}, or waiting for another process that does"):
+        while not plan.complete:
+            try:
+                pull(plan)
+                return
+            except CacheLockedError:
+                time.sleep(AGAIN)
+                plan = plan_pull(url, folder)
+
+
 def _root() -> Path:
-    return home_path(os.environ.get(FOLDER) or "~/.cache/granary/remote")
+    return stage_folder() or home_path(os.environ.get(FOLDER) or "~/.cache/granary/remote")
 
 
 def _limit() -> int:
     text = os.environ.get(LIMIT)
     try:
-        return DEFAULT_LIMIT if not text else parse_count(text)
+        return parse_count(text) if text else sys.maxsize if stage_folder() else DEFAULT_LIMIT
     except ValueError as error:
         raise CacheError(f"{LIMIT}={text!r}: {error}") from None
 

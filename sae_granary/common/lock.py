@@ -13,6 +13,8 @@ import json
 import os
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_shared: dict[Path, int] = {}  # descriptors of the lock files that this process holds together with others
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 
 
@@ -82,7 +85,7 @@ class FolderLock:
             self._soft = None
         if self._fd < 0:
             return
-        if self._is_current(self._fd):
+        if _is_current(self._fd, self.path):
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
         os.close(self._fd)
@@ -110,18 +113,12 @@ class FolderLock:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.close(fd)
                 raise NotRegularError(errno.EINVAL, "not a regular file: remove it", str(self.path))
-            if self._is_current(fd):
+            if _is_current(fd, self.path):
                 break
             os.close(fd)  # the former holder removed it between our open and our lock
         self._fd = fd
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps({"pid": os.getpid(), "started": time.time()}).encode(), 0)
-
-    def _is_current(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(fd), os.stat(self.path))
-        except FileNotFoundError:
-            return False
 
     def _acquire_soft(self) -> None:
         import filelock
@@ -132,6 +129,51 @@ class FolderLock:
         except filelock.Timeout:
             raise LockedError(self.path.parent, *_soft_holder(self.path)) from None
         self._soft = soft
+
+
+def hold_shared(path: Path) -> None:
+    """Hold a lock file, together with other processes, until this one ends; its folder is made, its time is now.
+
+    `try_alone` finds it in use. Without flock it is only made.
+    """
+    while path not in _shared or not _is_current(_shared[path], path):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | PLAIN | NO_FOLLOW, 0o666)
+        except FileNotFoundError:  # the folder was removed between the two
+            continue
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH)  # waits for one that removes the folder
+        if path in _shared:
+            os.close(_shared.pop(path))
+        _shared[path] = fd
+    os.utime(path)
+
+
+@contextmanager
+def try_alone(path: Path) -> Iterator[bool]:
+    """Context manager: whether no process holds a file that `hold_shared` made; none can while the block runs."""
+    fd = os.open(path, os.O_RDWR | PLAIN | NO_FOLLOW)
+    try:
+        if fcntl is None:
+            yield False
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield _is_current(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _is_current(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _holder(fd: int) -> tuple[int | None, float | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -16,15 +16,33 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="First check the checksums of the files that the training reads.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage",
+        help="Folder on a disk of this machine: what is read of the cache is copied there once, checked and read. "
+        "(default: GRANARY_STAGE, else no copy)",
+        show_default=False,
+    ),
+]
 ReadFlags = Callable[[], Given]
 
 NO_CACHE = "error: no cache was given; name its folder with --cache (sae-harvest run makes one)"
 
 
-def errors(debug: bool) -> AbstractContextManager[None]:
-    """The errors of all training commands, in one red line."""
-    return expected_errors(
+@contextmanager
+def errors(debug: bool, stage: str | None = None) -> Iterator[None]:
+    """The errors of all training commands, in one red line; `stage` is the folder of --stage."""
+    told = expected_errors(
         debug,
         interrupted="interrupted: run the same command again, or sae-train resume <folder> if a run has begun",
         remedy="fix this, then run `sae-train resume`; committed work is safe",
     )
+    with told:
+        if stage is None:
+            yield
+            return
+        from sae_granary.cache.remote.stage import staging
+
+        with staging(stage):
+            yield

@@ -11,7 +11,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.common.errors import ConfigError
-from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, Verify, errors
+from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, Stage, Verify, errors
 from sae_granary.train.config.flags import takes_settings
 from sae_granary.train.ranks.place import place_of_process
 
@@ -31,6 +31,7 @@ def sweep(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     verify: Verify = False,
+    stage: Stage = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -39,7 +40,7 @@ def sweep(
     `sae-train sweep --cache cache/bert_l6 --grid type=topk,batchtopk --grid k=16,32 --grid seed=0,1`, or a file with
     a `grid:` section (--config). The other flags apply to all SAEs. The same command resumes a stopped sweep.
     """
-    with errors(debug):
+    with errors(debug, stage):
         axes, common = grid_of(read_flags(), grid or [])
         train_grid(axes, common, overwrite=overwrite, verify=verify, quiet=quiet, dry_run=dry_run)
 

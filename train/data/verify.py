@@ -18,7 +18,7 @@ def verify_files(runs: list[RunData]) -> None:
 
     Only the shards that the runs were opened on. Raises CorruptCacheError at the first file that is not as recorded.
     """
-    files = {path: (cache, entry) for data in runs for path, cache, entry in _files(data)}
+    files = {path: (cache, entry) for data in runs for path, cache, entry in files_read(data)}
     total, done = sum(entry.n_bytes for _, entry in files.values()), 0
     with waiting(f"verifying {len(files):,} files of {runs[0].cache.path}") as progress:
         for name, (cache, entry) in files.items():
@@ -40,7 +40,7 @@ def _remedy(cache: Cache) -> str:
     return f"restore it with `sae-harvest repair {cache.path}` or from a copy, nothing was trained"
 
 
-def _files(data: RunData) -> Iterator[tuple[str, Cache, FileEntry]]:
+def files_read(data: RunData) -> Iterator[tuple[str, Cache, FileEntry]]:
     """Path, cache that holds it (an addition has its own), and record of each file that a run reads."""
     main = data.cache
     for hook in data.config.hook:

@@ -12,6 +12,8 @@ import torch
 
 from sae_granary import __version__, sae_core
 from sae_granary.cache.load.loader import LoaderState, Share
+from sae_granary.cache.remote.mirror import locate
+from sae_granary.cache.remote.store import is_url
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.yaml_file import load_yaml
@@ -20,6 +22,7 @@ from sae_granary.train.config.merge import from_sections, to_yaml
 from sae_granary.train.config.phases import first_context_step
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.ranks.place import Place
 from sae_granary.train.ranks.trainer import RankTrainer, receive_state, send_state
@@ -52,15 +55,15 @@ def train_on_ranks(
         world.compare({"version": __version__, "torch": torch.__version__, "ranks": place.n, **arguments})
         asked = StopRequest() if stop is None else stop
         if not place.leads:
-            return _follow(world, asked)
+            return _follow(world, asked, arguments.get("cache"))
         begun = begin(lambda config: check_shared(config, place.n))
         if isinstance(begun, Result):
             world.say("run", {"complete": str(begun.folder), "summary": begun.summary})
             return begun
         data, folder = _shared(begun[0], place), begun[1]
+        record = {"counts": data.counts.to_json(), **asdict(data.identity)}
+        world.say("run", {"config": to_yaml(data.config), "record": record, "folder": str(folder)})
         with open_run(data, folder) as trainer:
-            record = {"counts": data.counts.to_json(), **asdict(data.identity)}
-            world.say("run", {"config": to_yaml(data.config), "record": record, "folder": str(folder)})
             send_state(world, trainer.run)
             state, seconds = trainer.state, trainer.clock.seconds
             world.say("loader", asdict(state))
@@ -70,12 +73,15 @@ def train_on_ranks(
             return train_together([ours], ours.agreed)[ours]
 
 
-def _follow(world: World, asked: StopRequest) -> Result:
+def _follow(world: World, asked: StopRequest, cache: Any) -> Result:
     told = world.hear("run")
     if "complete" in told:
         return Result(sae_core.load(told["complete"]), Path(told["complete"]), told["summary"])
     config, record = from_sections(load_yaml(told["config"]), "the settings of rank 0"), told["record"]
+    if is_url(cache):  # each machine has a copy of its own
+        config = replace(config, cache=str(locate(cache)))
     data = RunData.reopen(config, record)
+    stage(data)
     where = f"{config.cache} of rank {world.place.index}"
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), Path(where))
     run = Run.create(config, build_sae(config))

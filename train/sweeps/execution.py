@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sae_granary.cache.remote.stage import stage_folder
 from sae_granary.common.files import shortage
 from sae_granary.common.finished_run import RECORD, is_complete, read_record
 from sae_granary.common.process import open_files_left
@@ -23,6 +24,7 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data import passes
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.errors import DivergedError, InterruptedRunError, ShortageError, shortage_is_clear
 from sae_granary.train.folders import FAILURE, exclusive
 from sae_granary.train.lockstep import train_together
@@ -92,8 +94,21 @@ class SweepExecution:
 
     def train(self, only: Collection[str] | None = None) -> None:
         """Train the SAEs without a result; `only` those of these names."""
+        self._stage(only)
         for group in self.plan.groups:
             self._train(group, only)
+
+    def _stage(self, only: Collection[str] | None) -> None:
+        """Copy what all SAEs without a result read (`--stage`), before one of them begins."""
+        left = [name for name in self.left() if only is None or name in only] if stage_folder() else []
+        runs = [
+            RunData.reopen(replace(entry.config, cache=self._cache_of(group)), group.record)
+            for group in self.plan.groups
+            for entry in group.entries
+            if entry.name in left
+        ]
+        if runs:
+            stage(*runs)
 
     def table(self) -> SweepResult:
         """Write the tables."""

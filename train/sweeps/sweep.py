@@ -15,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sae_granary.cache.remote.stage import stage_folder
+from sae_granary.cache.remote.store import is_url
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.yaml_file import Settings
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.config.phases import needs_language_model
 from sae_granary.train.data.language import check_language_model
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.data.verify import verify_files
 from sae_granary.train.errors import RunExistsError
 from sae_granary.train.folders import check_name, claim_sweep_folder, is_sweep
@@ -87,7 +90,9 @@ def train_sweep(
     _check_callbacks(callbacks)
     request = _Request.of(grid, Settings(settings or {}, more))
     begin = partial(_begin, request, overwrite=overwrite, verify=verify)
-    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop)
+    cache = request.points[0].settings.get("cache")  # of a URL each machine has a copy of its own
+    where = str(cache) if is_url(cache) else None
+    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop, where)
 
 
 def _begin(request: _Request, *, overwrite: bool, verify: bool) -> tuple[Plan, bool]:
@@ -100,13 +105,11 @@ def _begin(request: _Request, *, overwrite: bool, verify: bool) -> tuple[Plan, b
                 f"{folder} holds a sweep with other settings: choose another --name, continue that one with "
                 f"sae-train resume {folder}, or replace it with --overwrite"
             )
-        if verify:
-            _verify(plan)
+        _check(plan, verify=verify)
         return plan, False
     plan = request.plan()
     _check_language_models(plan)
-    if verify:
-        _verify(plan)
+    _check(plan, verify=verify)
     claim_sweep_folder(folder, overwrite=overwrite, starts=[entry.config.init_from for entry in plan.entries])
     return plan, True
 
@@ -158,8 +161,14 @@ def resume_sweep(
     return _execute(lambda: (load_plan(folder), False), folder, given, callbacks, reporter, stop, cache, lm)
 
 
-def _verify(plan: Plan) -> None:
-    verify_files([RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries])
+def _check(plan: Plan, *, verify: bool) -> None:
+    """Check the space for copies of what is read, and its checksums."""
+    if not (verify or stage_folder()):
+        return
+    runs = [RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
+    stage(*runs, copy=False)
+    if verify:
+        verify_files(runs)
 
 
 def _check_callbacks(callbacks: Any) -> None:

@@ -1,0 +1,208 @@
+"""`--stage`: what a training reads of a cache is copied to a disk of this machine once, checked, and read there."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_kit import no_sync, run_python  # noqa: F401
+from rank_kit import COMMON, ended, start
+from stage_kit import staged
+from test_cache_travel_added import add, grow, harvest
+from typer.testing import CliRunner
+
+from sae_granary import open_cache, train_sae
+from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.remote.stage import IN_USE, staging
+from sae_granary.train.cli import app
+
+RUN = {**COMMON, "type": "topk", "k": 3, "steps": 4}
+STAGE_ALL = "import sys; from stage_kit import staged; staged(*sys.argv[1:])"
+
+
+def copies(folder: Path) -> dict[str, int]:
+    """Path -> inode of every copy: a file that is copied again has another inode."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != IN_USE]
+    return {path.relative_to(folder).as_posix(): path.stat().st_ino for path in found}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "toy"
+    harvest(path)
+    return path
+
+
+@pytest.fixture
+def cache(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "toy"))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Path:
+    (tmp_path / "disk").mkdir()
+    return tmp_path / "disk"
+
+
+def test_a_run_reads_copies_of_its_hook_point_only_and_gives_the_same_bits(
+    make_cache: Callable[..., Path], tmp_path: Path, disk: Path
+) -> None:
+    cache = make_cache(hooks=("layer_1", "layer_3"))
+    settings = {**RUN, "cache": str(cache), "hook": ("layer_3",)}
+    plain = train_sae(**settings, runs_dir=str(tmp_path / "plain"), name="r")
+    read: set[Path] = set()
+    with staging(disk):
+        data = train_sae(
+            **settings,
+            runs_dir=str(tmp_path / "staged"),
+            name="r",
+            callbacks=[lambda event: read.update(_mapped(disk))],
+        )
+    for name in ("sae_weights.safetensors", "config.yaml", "summary.json"):
+        a, b = ((result.folder / name).read_text("latin1") for result in (plain, data))
+        if name == "summary.json":
+            a, b = (json.dumps({**json.loads(text), "seconds": 0}.get("eval")) for text in (a, b))
+        assert a.replace("/plain", "/staged") == b, name
+    assert any("layer_3" in path.as_posix() for path in read)
+    assert not [path for path in copies(disk) if "layer_1" in path]
+    before = copies(disk)
+    with staging(disk):
+        train_sae(**settings, runs_dir=str(tmp_path / "again"), name="r")
+    assert copies(disk) == before
+
+
+def _mapped(folder: Path) -> set[Path]:
+    lines = Path("/proc/self/maps").read_text().splitlines() if sys.platform == "linux" else []
+    return {Path(line.split()[-1]) for line in lines if line.split()[-1].startswith(str(folder))}
+
+
+def test_an_extended_cache_is_completed_and_a_changed_one_is_copied_anew(cache: Path, disk: Path) -> None:
+    first = staged(cache, disk)
+    assert first.hook("layer_1").path(0).is_relative_to(disk)
+    before = copies(disk)
+    grow(cache, range(6, 9))
+    grown = staged(cache, disk)
+    kept = copies(disk)
+    assert len(kept) > len(before)
+    assert kept.items() >= before.items()
+    np.testing.assert_array_equal(grown.hook("layer_1")[:], open_cache(cache).hook("layer_1")[:])
+    shutil.rmtree(cache)
+    harvest(cache, n_buffers=3)  # another cache of the same name and settings: its last shard is another
+    changed = staged(cache, disk)
+    np.testing.assert_array_equal(changed.hook("layer_1")[:], open_cache(cache).hook("layer_1")[:])
+    assert copies(disk).items() >= kept.items()
+
+
+def test_added_hook_points_are_copied_too(cache: Path, disk: Path) -> None:
+    opened = staged(add(cache), disk, "layer_2")
+    assert opened.hook("layer_2").path(0).is_relative_to(disk)
+    np.testing.assert_array_equal(opened.hook("layer_2")[:], open_cache(cache).hook("layer_2")[:])
+
+
+def test_processes_divide_the_copying_and_one_that_was_killed_loses_nothing(cache: Path, disk: Path) -> None:
+    whole = copies_of_one(cache, disk)
+    place = next(disk.glob("toy-*"))
+    names = sorted(path for path in place.rglob("*") if path.is_file() and path.name != IN_USE)
+    names[0].rename(names[0].with_name(names[0].name + ".part"))
+    half = names[1].read_bytes()[:100]
+    names[1].unlink()
+    names[1].with_name(names[1].name + ".part").write_bytes(half)
+    for path in names[2:]:
+        path.unlink()
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    jobs = [subprocess.Popen([sys.executable, "-c", STAGE_ALL, str(cache), str(disk)], env=env) for _ in range(2)]
+    assert [job.wait(60) for job in jobs] == [0, 0]
+    assert copies(disk).keys() == whole.keys()
+    assert copies(disk)[names[0].relative_to(disk).as_posix()] == whole[names[0].relative_to(disk).as_posix()]
+    rows = staged(cache, disk).hook("layer_1")[:]
+    np.testing.assert_array_equal(rows, open_cache(cache).hook("layer_1")[:])
+
+
+def copies_of_one(cache: Path, disk: Path) -> dict[str, int]:
+    """Copies that another process has made, which has ended."""
+    run_python(STAGE_ALL, cache, disk)
+    return copies(disk)
+
+
+def test_room_is_made_from_copies_that_nobody_reads(
+    cache: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "used"):
+        shutil.copytree(cache, tmp_path / name)
+    run_python(STAGE_ALL, tmp_path / "old", disk)
+    staged(tmp_path / "used", disk)  # this process reads it until it ends
+    size = sum((disk / path).stat().st_size for path in copies(disk))
+    monkeypatch.setattr(  # a disk that has no room for a third
+        "sae_granary.cache.remote.stage.free_bytes",
+        lambda path: size - sum((disk / path).stat().st_size for path in copies(disk)),
+    )
+    staged(cache, disk)
+    assert {path.name[:3] for path in disk.iterdir()} == {"use", "toy"}
+    shutil.copytree(cache, tmp_path / "more")
+    with pytest.raises(Exception, match=r"no space in .*disk for what is read of .*more: [\d.]+ KiB needed, 0 B free"):
+        staged(tmp_path / "more", disk)
+
+
+def test_wrong_bytes_are_never_read_and_nothing_is_written(
+    make_cache: Callable[..., Path], tmp_path: Path, disk: Path
+) -> None:
+    cache = make_cache()
+    file = next(cache.glob("activations/layer_3/c*"))
+    file.write_bytes(bytes(file.stat().st_size))
+    with staging(disk), pytest.raises(CorruptCacheError, match="is damaged: its checksum is not the recorded"):
+        train_sae(**RUN, cache=str(cache), runs_dir=str(tmp_path / "runs"), name="r")
+    assert not list((tmp_path / "runs").rglob("run.json"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("{tmp}/nowhere/disk", "expected a folder on a disk of this machine; no such folder"),
+        ("$NO_SUCH_VARIABLE", "--stage $NO_SUCH_VARIABLE: expected a folder"),
+        (" ", "--stage is empty"),
+        ("{tmp}/toy/manifest.json", "no such folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_folder_that_is_not_there_is_refused(
+    folder: str, message: str, command: str, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    flags = ["--cache", make_cache(), "--type", "topk", "--d-sae", 32, "--steps", 2, "--runs-dir", tmp_path / "runs"]
+    flags += ["--stage", folder.format(tmp=tmp_path), *(["--grid", "k=2,4"] if command == "sweep" else [])]
+    result = CliRunner().invoke(app, [command, *map(str, flags)])
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_url_is_copied_to_the_same_folder(
+    make_cache: Callable[..., Path], tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRANARY_STAGE", str(disk))
+    cache = make_cache()
+    result = train_sae(**RUN, cache=f"file://{cache}", runs_dir=str(tmp_path / "runs"), name="r")
+    assert result.folder.is_dir()
+    (copy,) = disk.iterdir()
+    assert open_cache(copy).n_rows == open_cache(cache).n_rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "own"), [("run", ["--hook", "layer_3"]), ("sweep", ["--layers", "1,3"])])
+def test_the_ranks_of_a_machine_share_the_copies(
+    command: str, own: list[str], make_cache: Callable[..., Path], tmp_path: Path, disk: Path
+) -> None:
+    cache = make_cache(hooks=("layer_1", "layer_3"))
+    values = {**RUN, "cache": f"file://{cache}" if command == "run" else cache, "runs_dir": tmp_path, "stage": disk}
+    flags = [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    job = ["-m", "sae_granary.train", command, *flags, *own, "--name", "r"]
+    for code, output in ended(start([job, job], GRANARY_RANK_TIMEOUT="60"), timeout=60):
+        assert code == 0, output
+    assert len(list((tmp_path / "r").rglob("sae_weights.safetensors"))) == (1 if command == "run" else 2)
+    kept = copies(disk)
+    assert {hook for hook in ("layer_1", "layer_3") for path in kept if f"activations/{hook}/" in path} == {
+        "layer_1",
+        "layer_3",
+    }

@@ -16,7 +16,7 @@ from sae_granary.harvest.settings.out_folder import check_out
 from sae_granary.harvest.text.document import TextSource
 from sae_granary.harvest.text.sources import open_source
 from sae_granary.models.blocks import choose_hooks
-from sae_granary.models.compiled import check_compile
+from sae_granary.models.device.compiled import check_compile
 from sae_granary.models.hooks import Hook
 from sae_granary.models.load import (
     choose_compute_dtype,
@@ -131,8 +131,11 @@ def prepare(config: HarvestConfig, say: Say) -> Prepared:
     located = locate(config.model)
     device = choose_device(config.model.device)
     compute_dtype = choose_compute_dtype(config.model.compute_dtype, device)
+    located.placement.check(device)
     batch_tokens = config.tokens.batch_tokens or BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"]
     if config.where.unit == "text":
+        if located.placement.given:
+            raise ConfigError("--unit text runs the model on one device: leave out --device-map and --load-in")
         if config.model.compile:
             check_compile(config.where, None, None, (), device)
         return _prepare_text(config, located, device, compute_dtype, batch_tokens, say)

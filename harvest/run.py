@@ -27,7 +27,7 @@ from sae_granary.harvest.settings.make import make_config
 from sae_granary.harvest.spec import as_begun, cache_spec, extended_provenance, grown, not_recorded
 from sae_granary.models.behavior.checks import running
 from sae_granary.models.blocks import choose_hooks
-from sae_granary.models.compiled import compiled_blocks
+from sae_granary.models.device.compiled import compiled_blocks
 from sae_granary.models.forward import hooked_model
 from sae_granary.models.hooks import Hook, probe, probe_all
 from sae_granary.models.load import load_base, model_record

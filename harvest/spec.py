@@ -105,6 +105,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str | int | bool | None]:
         "buffer_tokens": prepared.buffer_tokens,
         "rows_per_shard": prepared.rows_per_shard,
         **_compiled(prepared),  # it rounds differently
+        **prepared.located.placement.record(),
         **_prompted(prepared),
         **_loaded_with(prepared),
         **_in_blocks(prepared),

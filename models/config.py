@@ -9,6 +9,7 @@ from typing import Literal
 
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.declare import check, setting
+from sae_granary.models.device.placement import Placement, parse_device_map
 
 _model = partial(setting, section="model", panel="Model")
 _where = partial(setting, section="where", panel="Activations")
@@ -46,10 +47,29 @@ class ModelConfig:
         help="Compile the blocks with torch.compile, which takes a minute. Worth it for long harvests in float32.",
     )
 
+    device_map: str | None = _model(
+        None,
+        help="For a model larger than one GPU: auto, balanced, sequential, or JSON that gives modules a device; "
+        "accelerate places them.",
+        parse=parse_device_map,
+    )
+    load_in: str | None = _model(
+        None, help="Load the weights with fewer bits (bitsandbytes, on a GPU).", choices=("8bit", "4bit")
+    )
+
     def __post_init__(self) -> None:
         check(self)
         if not self.model.strip():
             raise ConfigError("--model is empty: give a hub id, a local folder, or demo")
+        if self.device_map is not None:
+            object.__setattr__(self, "device_map", parse_device_map(self.device_map))
+        if self.compile and self.placement.given:
+            raise ConfigError("--compile needs the model on one device with all its bits: leave it out")
+
+    @property
+    def placement(self) -> Placement:
+        """How the model is loaded."""
+        return Placement(self.device_map or "", self.load_in or "")
 
 
 @dataclass(frozen=True)

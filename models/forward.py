@@ -12,7 +12,7 @@ import numpy as np
 from sae_granary.common.errors import GranaryError
 from sae_granary.models.behavior.checks import USUAL, Behavior, failure, observe, pad_id_for, probe_windows
 from sae_granary.models.behavior.state import State
-from sae_granary.models.compiled import compile_blocks, no_recompiling
+from sae_granary.models.device.compiled import compile_blocks, no_recompiling
 from sae_granary.models.errors import HookError, MemoryLimitError, ModelError
 from sae_granary.models.hooks import Capture, Hook, tensor_of, vocabulary_size
 from sae_granary.models.tokens.batches import TokenBatch, collate, plan_batches
@@ -175,7 +175,7 @@ class TokenModel:
 
         def sink(hook: Hook, value: Any) -> None:
             found = rows_of(hook, value, shape, flat)
-            out[hook.name].index_copy_(0, rows, found.to(self._dtype))
+            out[hook.name].index_copy_(0, rows, found.to(self.device, self._dtype))
 
         mask = None if batch.attention_mask is None else move(batch.attention_mask)
         self._capture.run(move(batch.input_ids), mask, sink)
@@ -204,6 +204,8 @@ def rows_of(hook: Hook, value: Any, shape: tuple[int, ...], flat: torch.Tensor) 
     if tensor is not None and hook.time_first and tensor.ndim == 3:
         tensor = tensor.transpose(0, 1)
     n_places = shape[0] * shape[1]
+    if tensor is not None:
+        flat = flat.to(tensor.device)  # accelerate may have put this module on another GPU
     if tensor is not None and tensor.shape[-1] == hook.d_in:
         if tensor.ndim == 3 and tuple(tensor.shape[:2]) == shape:
             return tensor.reshape(n_places, hook.d_in).index_select(0, flat)  # type: ignore[no-any-return]

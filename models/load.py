@@ -143,9 +143,10 @@ def guess_widths(hooks: Sequence[Hook], located: Located) -> tuple[Hook, ...]:
 
 
 def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
-    """Load the base model with its weights on the device, in evaluation mode, without a key-value cache."""
+    """Load the base model with its weights on the device, or where its placement says, in evaluation mode."""
     import torch
 
+    placed = located.placement.arguments(device, compute_dtype)
     try:
         model, info = _model_class(located).from_pretrained(
             located.source,
@@ -154,11 +155,12 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
             ignore_mismatched_sizes=True,  # refused below, by name
             **_config(located),
             **located.kwargs_of("model"),
+            **placed,
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)
-    return takes_text(base_model(frozen(model)), located).to(device)
+    return located.placement.placed(takes_text(base_model(frozen(model)), located), device)
 
 
 def _config(located: Located) -> dict[str, Any]:
@@ -230,6 +232,7 @@ def model_record(located: Located, model_class: str | None, layers: int | None) 
         "n_layers": layers,
         "subfolder": located.subfolder or None,
         "trust_remote_code": located.trust_remote_code,
+        **located.placement.record(),
     }
 
 

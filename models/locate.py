@@ -13,6 +13,7 @@ from sae_granary.common.errors import one_line
 from sae_granary.common.files import hash_files, home_path
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, check_demo_weights, demo_model_path
+from sae_granary.models.device.placement import NOT_PLACED, Placement
 from sae_granary.models.errors import LOAD_ERRORS, ModelError
 from sae_granary.models.online import OFFLINE_HINT, online
 from sae_granary.models.sentence import SENTENCE_CONFIGS, sentence_settings
@@ -42,6 +43,7 @@ class Located:
     local_only: bool = False
     subfolder: str = ""  # of the transformer inside a Sentence-Transformer
     config: Any = field(default=None, repr=False)  # transformers config
+    placement: Placement = NOT_PLACED
     causal: bool | None = None  # what the loaded model does (`models.behavior.checks`); None: not known yet
 
     @property
@@ -94,7 +96,7 @@ class Located:
 
 def locate(config: ModelConfig) -> Located:
     """Find the model and read its config. Raises ModelError with a one-line reason."""
-    return read_configs(_find(config))
+    return read_configs(replace(_find(config), placement=config.placement))
 
 
 def read_configs(located: Located) -> Located:

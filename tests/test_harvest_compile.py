@@ -17,8 +17,8 @@ from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.harvest.spec import fingerprint
 from sae_granary.models.blocks import choose_hooks
-from sae_granary.models.compiled import compiled_blocks
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.device.compiled import compiled_blocks
 from sae_granary.models.errors import HookError, ModelError
 from sae_granary.models.load import skeleton
 from sae_granary.models.locate import locate

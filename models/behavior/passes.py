@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.models.behavior.state import State
+from sae_granary.models.device.placement import input_device
 from sae_granary.models.hooks import Capture, Hook, no_vectors, round_up, tensor_of, vectors_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Rows:
     """Batches of contexts -> for each context the rows of all hook points, concatenated; the model stays unchanged."""
 
     def __init__(self, base: nn.Module, hooks: Sequence[Hook], pad_id: int, state: State) -> None:
-        self._base, self._pad_id = base, pad_id
+        self._base, self._pad_id, self._device = base, pad_id, input_device(base)
         self.multiple = 1  # of the length of batches
         self._capture = Capture(base, hooks)
         self.close, self.restore = self._capture.close, state.restore
@@ -58,7 +59,7 @@ class Rows:
                 tensor = tensor.transpose(0, 1) if hook.time_first else tensor
                 parts = [part[: len(w)] for part, w in zip(tensor.reshape(*shape, -1), windows, strict=True)]
             for window, part in zip(found, parts, strict=True):
-                window.append(part.clone())
+                window.append(part.to(self._device, copy=True))
 
         self.run(windows, sink)
         width = max(part.shape[1] for part in found[0])
@@ -73,7 +74,7 @@ def batch_of(
     """(ids (S, T), mask or None where nothing is padded), on the model's device."""
     import torch
 
-    device, longest = next(base.parameters()).device, round_up(max(map(len, windows)), multiple)
+    device, longest = input_device(base), round_up(max(map(len, windows)), multiple)
     ids = torch.tensor([[*window, *[pad_id] * (longest - len(window))] for window in windows], device=device)
     mask = torch.tensor([[1] * len(w) + [0] * (longest - len(w)) for w in windows], device=device)
     return ids, None if bool(mask.all()) else mask

@@ -85,7 +85,11 @@ class HookedModel:
         """The model's output, with the activation (S, T, D) at the hook point replaced by `edit` of it."""
         shape = (tokens.input_ids.shape[0], tokens.input_ids.shape[1])
         kwargs = {} if tokens.attention_mask is None else {"attention_mask": tokens.attention_mask}
-        with patched(self.module, self.point, shape, edit):
+
+        def here(x: Tensor) -> Tensor:  # the module may be on another GPU
+            return edit(x.to(self.device)).to(x.device)
+
+        with patched(self.module, self.point, shape, here):
             return self.model(input_ids=tokens.input_ids, **kwargs)
 
     def _tokens(self, contexts: Contexts, ids: Ints, predicted: Bools, targets: Ints) -> Tokens:

@@ -9,6 +9,7 @@ from typing import Any
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import home_path
 from sae_granary.models.demo import DEMO, DEMO_MODEL_ID, demo_folder, demo_model_path
+from sae_granary.models.device.placement import Placement
 from sae_granary.models.errors import ModelError, SpliceError
 from sae_granary.models.locate import Located, is_path, read_configs, weights_hash
 from sae_granary.models.online import quiet
@@ -54,6 +55,7 @@ def locate_recorded(record: Mapping[str, Any], lm: str | None, option: str = "--
         revision=record.get("revision") if name == model_id else None,
         subfolder="" if is_local else record.get("subfolder") or "",
         local_only=True,
+        placement=Placement.of(record),
     )
     try:
         return read_configs(located)

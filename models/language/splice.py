@@ -139,11 +139,12 @@ def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, de
     key = (kind.__name__, located.source, str(located.hub_kwargs), str(found), dtype, device)
     model = _IN_USE.get(key)
     if model is None:
-        model = _IN_USE[key] = _with_head(located, kind, dtype).to(device)
+        model = _IN_USE[key] = located.placement.placed(_with_head(located, kind, dtype, device), device)
     return model
 
 
-def _with_head(located: Located, kind: Any, dtype: str) -> nn.Module:
+def _with_head(located: Located, kind: Any, dtype: str, device: str) -> nn.Module:
+    placed = located.placement.spread().arguments(device, dtype)
     try:
         model, info = kind.from_pretrained(
             located.source,
@@ -151,6 +152,7 @@ def _with_head(located: Located, kind: Any, dtype: str) -> nn.Module:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **located.hub_kwargs,
+            **placed,
         )
     except LOAD_ERRORS as error:
         raise SpliceError(

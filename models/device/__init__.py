@@ -1,0 +1,1 @@
+"""How a model runs on its devices: placed by accelerate, with fewer bits, compiled."""

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,6 +32,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if os.environ.get("CI") == "true" and re.search(r"\bneeds (root|Chromium|namespaces)\b", reason):
         report.outcome, report.longrepr = "failed", f"{reason}; under CI=true it must run"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _commands_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs and that hangs is killed after 5 minutes, so that it does not outlive its test."""
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: real(*args, **{"timeout": 300, **options}))
 
 
 @pytest.fixture(autouse=True)

@@ -245,13 +245,13 @@ def test_of_1000_mutations_of_the_bytes_of_a_manifest_none_is_silent(whole, cach
 
 
 @pytest.mark.slow
-def test_of_1000_mutations_of_signed_values_of_a_manifest_none_is_a_traceback(whole, cache) -> None:
+def test_of_300_mutations_of_signed_values_of_a_manifest_none_is_a_traceback(whole, cache) -> None:
     """What opens is described, verified and trained from, or refused in one line; its rows are the same or refused."""
     chance, file, outcomes = random.Random(1), cache / "manifest.json", {"refused": 0, "opened": 0}
     body = _body(file)
     rows = open_cache(whole).hook("layer_1")[:].copy()
     settings = {"cache": str(cache), "type": "topk", "k": 2, "batch_size": 8, "steps": 2}
-    for i in range(1000):
+    for i in range(300):
         signal.alarm(60)
         value = mutate_value(body, chance)
         try:
@@ -270,7 +270,7 @@ def test_of_1000_mutations_of_signed_values_of_a_manifest_none_is_a_traceback(wh
         assert not good or (found == rows).all(), i
         run(cache_app, "info", cache, code=0)
         _lines(lambda: RunData.open(make_config([settings])))
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > 30
 
 
 def test_a_cache_whose_harvest_has_just_begun_says_so_at_every_moment(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
-from sae_granary.sae_core.kernels.deferred import host_waits
+from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits
+from sae_granary.sae_core.kernels.sparse import bag_sum_and_square
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class _EncodeAt(Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.step = pattern, current()
         return values.view_as(values)
 
     @staticmethod
@@ -104,8 +105,7 @@ class _EncodeAt(Function):
         if needs_x:
             grad_x = bag_sum(indices, W_enc.t().contiguous(), indptr, grad)
         if needs_W:
-            order, rows, offsets = pattern.transposed
-            grad_W = bag_sum(rows, x, offsets, grad[order]).t()
+            grad_W = _sum_by_latent(x, grad, pattern, W_enc.t(), ctx.step).t()
         return grad_x, grad_W, grad_b, None, None, grad_bias
 
 
@@ -113,7 +113,7 @@ class _Decode(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(values, W_dec)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.step = pattern, current()
         ctx.live = kept, live_pattern = _without_zeros(values, pattern)
         indices, indptr = live_pattern.entries
         return bag_sum(indices, W_dec, indptr, values[kept])
@@ -127,8 +127,7 @@ class _Decode(Function):
             grad_values = _dots(grad.contiguous(), W_dec, pattern)
         if ctx.needs_input_grad[1]:
             kept, live_pattern = ctx.live
-            order, rows, offsets = live_pattern.transposed
-            grad_W = bag_sum(rows, grad.contiguous(), offsets, values[kept][order])
+            grad_W = _sum_by_latent(grad.contiguous(), values[kept], live_pattern, W_dec, ctx.step)
         return grad_values, grad_W, None
 
 
@@ -156,6 +155,20 @@ class _AddSilent(Function):
         _, rows, offsets = ctx.silent.transposed
         sums = bag_sum(rows, grad.contiguous(), offsets)
         return grad, torch.linalg.vecdot(sums, W_dec), None, None
+
+
+def _sum_by_latent(table: Tensor, values: Tensor, pattern: Pattern, W: Tensor, step: Deferred | None) -> Tensor:
+    """Sum of the entries' rows of table (N, D), times their values (nnz,), by latent: the gradient (F, D) of W.
+
+    A step that asked for the gradient's norm is told.
+    """
+    order, rows, offsets = pattern.transposed
+    projects = None if step is None else step.wants_square(W)
+    if step is None or projects is None or not takes_triton(table):
+        return bag_sum(rows, table, offsets, values[order])
+    grad, square = bag_sum_and_square(rows, table, offsets, values[order], W if projects else None)
+    step.note_square(W, grad, square)
+    return grad
 
 
 def _dots(rows: Tensor, latents: Tensor, pattern: Pattern) -> Tensor:

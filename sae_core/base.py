@@ -40,6 +40,7 @@ class SAE(nn.Module):
     linear_paths: ClassVar[tuple[str, ...]] = ()  # parameters (D, D_out) from the encoder's input past the codes
     unclipped: ClassVar[tuple[str, ...]] = ()  # parameters whose gradients a global clip neither counts nor scales
     unit_decoder: bool = False  # rows of W_dec kept at unit norm
+    keeps_unit_rows: bool = True  # by `project_gradients` and `after_step`; False: the optimizer's step does it
     splits_batches: ClassVar[bool] = True  # losses are means over rows, so that ranks may share a batch
     ranks: Alone = ALONE  # those that this SAE shares its batches with, in training
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
@@ -234,13 +235,13 @@ class SAE(nn.Module):
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Remove the gradient component parallel to each decoder row, which renormalization would undo."""
-        if self.unit_decoder and self.W_dec.grad is not None:
+        if self.unit_decoder and self.keeps_unit_rows and self.W_dec.grad is not None:
             remove_parallel(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Return the decoder rows to unit norm."""
-        if self.unit_decoder:
+        if self.unit_decoder and self.keeps_unit_rows:
             to_unit_norm(self.W_dec)
 
     def calibrate(self, batches: Iterable[Inputs]) -> None:

@@ -1,10 +1,7 @@
 """Selections through a product in bfloat16 on a GPU, or in Triton's interpreter on the CPU (`make kernels`)."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.kernels.gpu_screen import GpuScreen
 from sae_granary.sae_core.pre_acts import PreActs
 
-ROOT = Path(__file__).parent.parent
 N, D, F = (4, 24, 512) if DEVICE == "cpu" else (300, 200, 4096)
 KINDS = ["normal", "heavy", "zero_rows", "uneven_latents", "large_bias"]
 
@@ -159,45 +155,3 @@ def test_a_step_in_slots_has_the_gradients_of_the_dense_one(name: str, monkeypat
         outcomes.append({**losses, **{n: p.grad for n, p in sae.named_parameters() if p.grad is not None}})
         outcomes[-1] |= {n: buffer.float() for n, buffer in sae.named_buffers()}
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-6)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sae_granary.sae_core.kernels import gpu_screen, triton_screen as kernels
-
-CONSTANTS = dict(BLOCK=1024, GROUP=16, **gpu_screen.BLOCKS, WIDEN=False, TILE=64, WIDTH=128, SLOTS=32, BINS=1024)
-TYPES = dict.fromkeys(("matrix", "norms", "bias", "row_slack", "share", "bias_slack", "least"), "*fp32")
-TYPES |= dict.fromkeys(("rounded", "latents", "entries", "maxima"), "*bf16") | {"absent": "fp32"}
-TYPES |= dict.fromkeys(("starts", "columns", "indptr", "chosen"), "*i64")
-TYPES |= dict.fromkeys(("values", "chosen_values"), "*fp32")
-TYPES |= dict.fromkeys(("groups", "n_hot", "largest"), "*i32")
-for name in ("round_rows", "product", "find_hot_groups", "collect", "choose_largest", "histogram"):
-    kernel = getattr(kernels, name)
-    types = TYPES | {"rows": "*i64", "counts": "*i64"}
-    types |= {"product": {"rows": "*bf16"}, "histogram": {"counts": "*i32"}}.get(name, {})
-    for switch in (False, True):
-        switches = dict.fromkeys(("MAGNITUDE", "STORE", "SEARCH", "SAME", "WRITE"), switch)
-        constants = {n: v for n, v in (CONSTANTS | switches).items() if n in kernel.arg_names}
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-        places = [i for i, n in enumerate(kernel.arg_names) if n not in constants]
-        aligned = {(i,): [["tt.divisibility", 16]] for i in places if signature[kernel.arg_names[i]] != "fp32"}
-        source = ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": 8, "num_stages": 3}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert "st.local" not in compiled.asm["ptx"], f"{name} spills registers"
-        assert name != "product" or "wgmma" in compiled.asm["ptx"], "the product does not use matrix units"
-print("compiled")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux packages")
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """The interpreter takes more than the compiler does; the compiler needs no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(COMPILE, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr

@@ -1,10 +1,6 @@
 """Triton kernels against the dense references: on a GPU, or in Triton's interpreter on the CPU (`make kernels`)."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,6 @@ from sae_granary.sae_core.functional import remove_parallel, to_unit_norm
 from sae_granary.sae_core.kernels import choose, reference, row_topk, triton_bag, triton_dot
 from sae_granary.sae_core.pre_acts import PreActs
 
-ROOT = Path(__file__).parent.parent
 N_LATENTS = 40
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -227,37 +222,3 @@ def test_unit_rows_and_gradients_without_parallel_parts(width: int) -> None:
         outcomes.append((unit, projected))
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6)
     assert not outcomes[0][0][3].any()
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sae_granary.sae_core.kernels import triton_bag, triton_dot, triton_rows
-
-CONSTANTS = dict(CHUNK=256, BLOCK=256, TILE=8, ENTRIES=8, SPLIT=4, ACCUMULATOR=triton.language.float32)
-OF_ROWS = triton_rows.remove_parallel_rows, triton_rows.scale_to_unit_rows
-for kernel in (triton_bag.sum_chunks, triton_bag.sum_bags, triton_dot.dot_at_entries, *OF_ROWS):
-    for table in ("*fp32", "*bf16"):
-        types = dict.fromkeys(("indices", "offsets", "indptr"), "*i64")
-        types |= dict.fromkeys(("table", "columns", "rows", "out", "grad"), table)
-        types |= {"weights": "*fp32", "sums": "*fp32"}
-        names = kernel.arg_names
-        constants = {name: CONSTANTS[name] for name in names if name in CONSTANTS}
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        source = ASTSource(kernel, signature, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
-        assert compiled.asm["cubin"]
-print("compiled")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux packages")
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """The interpreter takes more than the compiler does; the compiler needs no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(COMPILE, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr

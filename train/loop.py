@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import clipped, global_norm
+from sae_granary.train.optim.gradients import clip, clipped, global_norm, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -92,12 +92,11 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
         _restore(sae, before)
         return StepResult(accepted=False)
     measured = gradients.measured
-    grad_norms = _grad_norms(sae) if measured is not None else {}
-    if config.grad_clip is not None and gradients.exceeds_clip:  # else every gradient would be multiplied by 1
-        torch.nn.utils.clip_grads_with_norm_(clipped(sae), config.grad_clip, gradients.norm_in_units)
+    grad_norms = norms_by_name(sae, gradients.norms) if measured is not None else {}
     set_lr(run.optimizer, run.lr)
-    run.optimizer.step()
-    sae.after_step()
+    run.row_pass.step(clip(run.row_pass.others(clipped(sae)), config.grad_clip, gradients.norm_in_units))
+    with run.row_pass.takes_over():
+        sae.after_step()
     if measured is None:
         return StepResult(True, grad_norm=gradients.norm)
     losses = sum_numbers(gradients.losses, sae.ranks)
@@ -114,8 +113,8 @@ class _Gradients:
     finite: bool
     fits: bool  # whether all selections had enough room; if not, the gradients are wrong
     norm: float
-    norm_in_units: Tensor  # norm of the gradients of the loss in its own units
-    exceeds_clip: bool
+    norms: Mapping[nn.Parameter, Tensor]  # of those that are known, without the parts along unit-norm rows
+    norm_in_units: float  # norm of the gradients of the loss in its own units
 
 
 def _gradients(
@@ -129,23 +128,24 @@ def _gradients(
     sae, deferred = run.sae, run.deferred
     measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
+    run.row_pass.ask(deferred)
     with deferred.of_this_step(exact=exact):
         losses = _accumulate(run, batch, progress, measured)
     if losses is None:
         return None
     sum_gradients(sae, sae.ranks)
-    sae.project_gradients()
-    together = clipped(sae)
-    norm = global_norm(p.grad for p in together if p.grad is not None)
+    with run.row_pass.takes_over():
+        sae.project_gradients()
+    together, norms = clipped(sae), run.row_pass.norms(deferred)
+    norm = global_norm((p.grad for p in together if p.grad is not None and p not in norms), norms.values())
     if deferred.failed(torch.isfinite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
         return None
     # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
     in_units = norm * sae.core.loss_scale.unit
-    clip = math.inf if run.config.grad_clip is None else run.config.grad_clip
-    held, fits, (norm_read, exceeds_clip, n_dead) = deferred.read(norm, in_units > clip, sae.dead_mask.sum())
+    held, fits, (norm_read, norm_in_units, n_dead) = deferred.read(norm, in_units, sae.dead_mask.sum())
     deferred.remember_count("dead", sae.core.num_tokens_since_fired, int(n_dead))
     fits = sae.ranks.all(fits)
-    return _Gradients(losses, measured, held, fits, norm_read, in_units, bool(exceeds_clip))
+    return _Gradients(losses, measured, held, fits, norm_read, norms, norm_in_units)
 
 
 def _problem(sae: SAE, batch: StepInput) -> str:
@@ -161,10 +161,6 @@ def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
     """Whether each gradient is finite that is excluded from the global norm."""
     seen = {id(p) for p in but}
     return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
-
-
-def _grad_norms(sae: SAE) -> dict[str, Tensor]:
-    return {name: p.grad.norm() for name, p in sae.named_parameters() if p.grad is not None}
 
 
 class StepTooLargeError(torch.OutOfMemoryError):

@@ -52,7 +52,7 @@ def _compare(name: str, kernels: str, sae: SAE, x: Rows, device: str) -> tuple[l
     pairs = ((here, RowInput(x)), (there, RowInput(x_there)))
     first = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     loss = _relative(torch.tensor(list(first[1].values())), torch.tensor(list(first[0].values())))
-    gradient = _gradient_difference(here.sae, there.sae)
+    gradient = _gradient_difference(here, there)
     second = [train_step(run, batch, measure=True).losses for run, batch in pairs]
     second_loss = _relative(torch.tensor(list(second[1].values())), torch.tensor(list(second[0].values())))
     for _ in range(N_STEPS - 2):
@@ -71,9 +71,16 @@ def _run(sae: SAE, name: str, device: str) -> Run:
     return Run.create(settings(name, device, lr=1e-3), copy.deepcopy(sae))
 
 
-def _gradient_difference(here: SAE, there: SAE) -> float:
-    """The largest over parameters; one whose gradients cancel is held against a thousandth of all gradients."""
-    pairs = [(p.grad, q.grad) for p, q in zip(here.parameters(), there.parameters(), strict=True) if p.grad is not None]
+def _gradient_difference(here: Run, there: Run) -> float:
+    """The largest over parameters; one whose gradients cancel is held against a thousandth of all gradients.
+
+    Compared are the first moments after one step: gradients as the optimizer takes them, projected and clipped.
+    """
+    pairs = [
+        (here.optimizer.state[p]["exp_avg"], there.optimizer.state[q]["exp_avg"])
+        for p, q in zip(here.sae.parameters(), there.sae.parameters(), strict=True)
+        if p.grad is not None
+    ]
     least = 1e-3 * float(torch.nn.utils.get_total_norm([mine for mine, _ in pairs]))
     return max(float((theirs.cpu() - mine).norm()) / max(float(mine.norm()), least) for mine, theirs in pairs)
 

@@ -4,7 +4,7 @@ On a CPU a number is read as soon as it is needed. On a GPU each reading makes t
 launched has run, and the device then waits for the next launches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
@@ -13,6 +13,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+
+Matrix = tuple[int, torch.Size]  # address and shape
 
 ROOM, MIN_ROOM = 1.25, 4096  # slots for entries, relative to the number of the step before; and more
 
@@ -39,6 +41,8 @@ class Deferred:
         self._shares: list[Tensor] = []  # of (N, F), found by each selection of this step
         self._last_shares: list[float] = []  # by each of the step before
         self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
+        self._matrices: dict[Matrix, bool] = {}  # whose gradients' norms are wanted; True: without the part along rows
+        self._squares: dict[Matrix, tuple[Tensor, int, int] | None] = {}
         self.exact = False  # selections wait for the number that they find
 
     @contextmanager
@@ -83,6 +87,28 @@ class Deferred:
         conditions, fits, self._last_shares, rest = (found[start:end] for start, end in pairwise(ends))
         return Answers(all(conditions), all(fits), rest)
 
+    def want_squares(self, matrices: Mapping[Tensor, bool]) -> None:
+        """Ask the kernels of this step for the squared norms of the gradients of matrices (F, D).
+
+        True: that of what remains without the parts along the matrix's unit-norm rows.
+        """
+        self._matrices = {_matrix(tensor): projects for tensor, projects in matrices.items()}
+        self._squares.clear()
+
+    def wants_square(self, matrix: Tensor) -> bool | None:
+        """How the squared norm of a matrix's gradient is wanted, see `want_squares`; None if it is not."""
+        return self._matrices.get(_matrix(matrix))
+
+    def note_square(self, matrix: Tensor, grad: Tensor, square: Tensor) -> None:
+        """Report the squared norm, a scalar, of a gradient of a matrix."""
+        key = _matrix(matrix)  # of several gradients, which autograd adds, none has the norm of the sum
+        self._squares[key] = None if key in self._squares else (square, grad.data_ptr(), grad._version)
+
+    def square(self, matrix: Tensor, grad: Tensor) -> Tensor | None:
+        """The squared norm of the gradient of a matrix; None if none was reported of it as it is now."""
+        square, *noted = self._squares.get(_matrix(matrix)) or (None,)
+        return square if noted == [grad.data_ptr(), grad._version] else None
+
     def remember_count(self, name: str, tensor: Tensor, count: int) -> None:
         """Note a count that follows from the values that the tensor has now."""
         self._counts[name] = (ref(tensor), tensor._version, count)
@@ -91,6 +117,10 @@ class Deferred:
         """The noted count; None if none was, or if the tensor has changed since."""
         known, version, count = self._counts.get(name, (None, 0, 0))
         return count if known is not None and known() is tensor and version == tensor._version else None
+
+
+def _matrix(tensor: Tensor) -> Matrix:
+    return tensor.data_ptr(), tensor.shape
 
 
 _current: ContextVar[Deferred | None] = ContextVar("deferred", default=None)

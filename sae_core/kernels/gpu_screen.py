@@ -28,6 +28,9 @@ PER_BATCH_K = 16  # the same where rows share N * k: some have many
 SLOTS = 2.0  # for candidates of all rows, over N * k
 BINS = 1024  # of bfloat16 numbers under the largest: a factor of 256
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "TOGETHER": 8}
+PRODUCT_WARPS = 8
+# The largest that spill no register and leave 24 active warps on a multiprocessor: `benchmarks.kernel_resources`.
+SEARCHED, COUNTED, TILE = 1024, 512, 32  # maxima that a program looks at together, to find or to count; hot groups
 
 
 class Candidates(NamedTuple):
@@ -130,7 +133,7 @@ class GpuScreen:
             product[(n_programs,)](
                 rows, self._latents, self.bias, entries, maxima, len(rows), self.d_sae, rows.shape[1],
                 **BLOCKS, GROUP=GROUP, MAGNITUDE=by_magnitude, STORE=store, WIDEN=rows.device.type == "cpu",
-                num_warps=8, num_stages=3,
+                num_warps=PRODUCT_WARPS, num_stages=3,
             )  # fmt: skip
         return entries, maxima
 
@@ -144,7 +147,7 @@ class GpuScreen:
         with torch.cuda.device_of(maxima):
             histogram[(min(self.n_rows, 1024),)](
                 maxima, self._row_slack, self._share, self._bias_slack, largest, counts, self.n_rows, n_groups,
-                BINS=BINS, BLOCK=min(1024, _power_of_two(n_groups)), num_warps=4,
+                BINS=BINS, BLOCK=min(COUNTED, _power_of_two(n_groups)), num_warps=4,
             )  # fmt: skip
         place = (counts.cumsum(0) < n_keep).sum()
         bits = torch.where(place < BINS - 1, largest - place, 0).clamp_min(0).to(torch.int32) << 16
@@ -172,11 +175,11 @@ class GpuScreen:
             groups = torch.empty(n, room, dtype=torch.int32, device=device)
             own, hot = least[start:] if bound is None else least, n_hot[start:]
             counts = indptr.new_empty(n)
-            options = {"TILE": max(16, min(64, room)), "GROUP": GROUP, "SAME": bound is not None, "num_warps": 4}
+            options = {"TILE": TILE, "GROUP": GROUP, "SAME": bound is not None, "num_warps": 4}
             with torch.cuda.device_of(self.h):
                 find_hot_groups[(n,)](
                     maxima, *slack, own, groups, hot, n_groups, k, room,
-                    BLOCK=min(2048, _power_of_two(n_groups)), SEARCH=bound is None, num_warps=4,
+                    BLOCK=min(SEARCHED, _power_of_two(n_groups)), SEARCH=bound is None, num_warps=4,
                 )  # fmt: skip
                 given = (entries, groups, hot, own, *slack)
                 places = (rows, columns, counts, start, self.d_sae, room, n_slots)

@@ -38,6 +38,18 @@ def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | N
     return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
+def bag_sum_and_square(
+    indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`bag_sum` as a Triton kernel, and its squared norm, a float64 scalar, found while it is written.
+
+    With contiguous unit-norm rows (N, D) the norm is that of what `functional.remove_parallel` leaves.
+    """
+    from sae_granary.sae_core.kernels import triton_bag
+
+    return triton_bag.bag_sum_and_square(indices, table, offsets, weights, rows)
+
+
 def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
     """Return the entries of rows @ columns.T at a CSR pattern: out[j] = rows[r(j)] . columns[indices[j]].
 

@@ -14,7 +14,8 @@ from torch import Tensor
 CHUNK = 256  # above the usual k, so that the bags of a row seldom need a second kernel's sums
 MAX_BLOCK = 256  # columns per program: 64 threads read 16 bytes each of a float32 row
 TILE = 8  # rows of the table that a program waits for at once
-N_WARPS = 2
+# 72 registers let 28 warps of a multiprocessor wait for memory at once (`python -m benchmarks.kernel_resources`).
+OPTIONS = {"num_warps": 2} | ({} if torch.version.hip else {"maxnreg": 72})
 
 
 @triton.jit
@@ -63,10 +64,13 @@ def sum_chunks(
 
 @triton.jit
 def sum_bags(
-    indices, table, offsets, weights, sums, out, width, stride_row, stride_column,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    indices, table, offsets, weights, sums, out, rows, squares, dots, width, stride_row, stride_column,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SQUARES: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = the sum over bag b, with the sums of the chunks that lie inside it."""
+    """out[b] = the sum over bag b, with the sums of the chunks that lie inside it.
+
+    SQUARES, DOTS: squares[b, c] and dots[b, c] are column block c's part of |out[b]|^2 and of out[b] . rows[b].
+    """
     # Neighboring programs take neighboring bags and the same columns: those columns of the table stay in the cache.
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +91,15 @@ def sum_bags(
     total = _add_entries(
         total, tail_start, stop, indices, table, weights, columns, width, stride_row, stride_column, TILE
     )
-    tl.store(out + bag * width + columns, total.to(out.dtype.element_ty), mask=inside)
+    written = total.to(out.dtype.element_ty)
+    tl.store(out + bag * width + columns, written, mask=inside)
+    if SQUARES:
+        number = tl.where(inside, written, 0.0)
+        part = bag * tl.num_programs(1) + tl.program_id(1)
+        tl.store(squares + part, tl.sum(number * number, axis=0))
+        if DOTS:
+            row = tl.load(rows + bag * width + columns, mask=inside, other=0.0)
+            tl.store(dots + part, tl.sum(number * row, axis=0))
 
 
 def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -95,26 +107,49 @@ def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) ->
 
     The result has the wider dtype of the two. Table and weights need not be contiguous.
     """
+    return _sum(indices, table, offsets, weights, None, squares=False)[0]
+
+
+def bag_sum_and_square(
+    indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`bag_sum` and its squared norm, a float64 scalar.
+
+    With contiguous unit-norm rows (B, D) the norm is that of what `functional.remove_parallel` leaves.
+    """
+    out, squares, dots = _sum(indices, table, offsets, weights, rows, squares=True)
+    total = squares.sum(dtype=torch.float64)
+    if rows is not None:
+        total = (total - dots.sum(1, dtype=torch.float64).square().sum()).clamp_min_(0.0)
+    return out, total
+
+
+def _sum(
+    indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor, rows: Tensor | None, *, squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bags (B, D), and the parts (B, column blocks) of their squares and of their dots with rows, if asked for."""
     n_bags, width, n_entries = offsets.numel() - 1, table.shape[1], indices.numel()
     dtype = torch.promote_types(table.dtype, weights.dtype)
     out = torch.empty(n_bags, width, dtype=dtype, device=table.device)
+    block = max(16, min(MAX_BLOCK, triton.next_power_of_2(width)))
+    n_blocks = triton.cdiv(width, block)
+    by_block = out.new_empty(n_bags if squares else 0, n_blocks)
+    dots = out.new_empty(n_bags if rows is not None else 0, n_blocks)
     if out.numel() == 0:
-        return out
+        return out, by_block, dots
     n_chunks = n_entries // CHUNK
     sums_dtype = torch.promote_types(dtype, torch.float32)
     sums = torch.empty(max(n_chunks, 1), width, dtype=sums_dtype, device=table.device)
     indices, offsets, weights = indices.contiguous(), offsets.contiguous(), weights.contiguous()
-    block = max(16, min(MAX_BLOCK, triton.next_power_of_2(width)))
-    n_blocks = triton.cdiv(width, block)
     strides = table.stride()
     with torch.cuda.device_of(table):
         if n_chunks:
             sum_chunks[(n_chunks, n_blocks)](
                 indices, table, offsets, weights, sums, n_bags, width, *strides,
-                CHUNK=CHUNK, BLOCK=block, TILE=TILE, num_warps=N_WARPS,
+                CHUNK=CHUNK, BLOCK=block, TILE=TILE, **OPTIONS,
             )  # fmt: skip
         sum_bags[(n_bags, n_blocks)](
-            indices, table, offsets, weights, sums, out, width, *strides,
-            CHUNK=CHUNK, BLOCK=block, TILE=TILE, num_warps=N_WARPS,
+            indices, table, offsets, weights, sums, out, out if rows is None else rows, by_block, dots, width, *strides,
+            CHUNK=CHUNK, BLOCK=block, TILE=TILE, SQUARES=squares, DOTS=rows is not None, **OPTIONS,
         )  # fmt: skip
-    return out
+    return out, by_block, dots

@@ -1,7 +1,9 @@
-"""Unit-norm rows as Triton kernels: each matrix is read, and written, once.
+"""Rows of weights and gradients as Triton kernels: each matrix is read, and written, once.
 
 Shapes: F rows of D entries, each the work of one program. Rows are contiguous.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 2**14  # entries of a row that a program holds
+MAX_UPDATED_WIDTH = 2**13  # of a row with its gradient and moments
 
 
 @triton.jit
@@ -33,6 +36,68 @@ def scale_to_unit_rows(rows, width, BLOCK: tl.constexpr):
     tl.store(rows + f * width + at, row / tl.maximum(norm, 1e-12), mask=inside)
 
 
+@triton.jit
+def square_rows(grad, rows, squares, width, BLOCK: tl.constexpr, PROJECT: tl.constexpr):
+    """squares[f] = |grad[f]|^2, with PROJECT of what `remove_parallel_rows` leaves of it; float64."""
+    f = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(grad + f * width + at, mask=inside, other=0.0)
+    if PROJECT:
+        row = tl.load(rows + f * width + at, mask=inside, other=0.0)
+        g -= tl.sum(g * row, axis=0) * row
+    wide = g.to(tl.float64)
+    tl.store(squares + f, tl.sum(wide * wide, axis=0))
+
+
+@triton.jit(do_not_specialize=["scale", "step_size", "root", "eps", "new_mean", "beta2", "new_square", "decay"])
+def update_rows(
+    rows, grad, mean, square, width, scale, step_size, root, eps, new_mean, beta2, new_square, decay,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, DECOUPLED: tl.constexpr,
+):  # fmt: skip
+    """Adam's step of a row, with UNIT on the gradient without its part along the row, which gets unit norm again.
+
+    Divisions and roots are rounded as on a CPU.
+    """
+    f = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    place = f * width + at
+    g = tl.load(grad + place, mask=inside, other=0.0)
+    row = tl.load(rows + place, mask=inside, other=0.0)
+    m = tl.load(mean + place, mask=inside, other=0.0)
+    v = tl.load(square + place, mask=inside, other=0.0)
+    if UNIT:
+        g -= tl.sum(g * row, axis=0) * row
+    g *= scale
+    if DECOUPLED:
+        row -= decay * row
+    else:
+        g += decay * row
+    m += new_mean * (g - m)
+    v = beta2 * v + new_square * g * g
+    row -= step_size * tl.math.div_rn(m, tl.math.div_rn(tl.math.sqrt_rn(v), root) + eps)
+    if UNIT:
+        norm = tl.math.sqrt_rn(tl.sum(row * row, axis=0))
+        row = tl.math.div_rn(row, tl.broadcast_to(tl.maximum(norm, 1e-12), (BLOCK,)))
+    tl.store(rows + place, row, mask=inside)
+    tl.store(mean + place, m, mask=inside)
+    tl.store(square + place, v, mask=inside)
+
+
+class AdamStep(NamedTuple):
+    """The numbers of one step of Adam."""
+
+    scale: float  # of the gradient: what a clip leaves of it
+    step_size: float  # learning rate / (1 - beta1^step)
+    root: float  # sqrt(1 - beta2^step)
+    eps: float
+    beta1: float
+    beta2: float
+    decay: float  # weight decay, with `decoupled` times the learning rate
+    decoupled: bool  # the decay shrinks the weights (AdamW) and is no part of the gradient (Adam)
+
+
 def takes(*matrices: Tensor) -> bool:
     """Whether these kernels can process the matrices."""
     return all(m.is_contiguous() and m.dtype == torch.float32 and 0 < m.shape[1] <= MAX_WIDTH for m in matrices)
@@ -50,6 +115,31 @@ def to_unit_norm(rows: Tensor) -> None:
     n_rows, width = rows.shape
     with torch.cuda.device_of(rows):
         scale_to_unit_rows[(n_rows,)](rows, width, **_sizes(width))
+
+
+def squared_norms(grad: Tensor, rows: Tensor | None) -> Tensor:
+    """(F,) float64 |grad[f]|^2 of grad (F, D); if unit-norm rows (F, D) are given, after `remove_parallel` of them."""
+    n_rows, width = grad.shape
+    squares = torch.empty(n_rows, dtype=torch.float64, device=grad.device)
+    with torch.cuda.device_of(grad):
+        square_rows[(n_rows,)](
+            grad, grad if rows is None else rows, squares, width, PROJECT=rows is not None, **_sizes(width)
+        )
+    return squares
+
+
+def adam_step(rows: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamStep, *, unit: bool) -> None:
+    """Adam's step of rows (F, D) in place, with the moments of its gradient, in one pass over the four matrices.
+
+    With `unit`, `remove_parallel` of the gradient comes first and `to_unit_norm` of the rows last; `grad` is only read.
+    """
+    n_rows, width = rows.shape
+    with torch.cuda.device_of(rows):
+        update_rows[(n_rows,)](
+            rows, grad, mean, square, width, step.scale, step.step_size, step.root, step.eps,
+            1 - step.beta1, step.beta2, 1 - step.beta2, step.decay,
+            UNIT=unit, DECOUPLED=step.decoupled, **_sizes(width),
+        )  # fmt: skip
 
 
 def _sizes(width: int) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""Global gradient norm."""
+"""Norms of gradients, and clipping by the global one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,15 +15,34 @@ def clipped(sae: SAE) -> list[nn.Parameter]:
     return [p for p in sae.parameters() if p.grad is not None and id(p) not in own]
 
 
-def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all entries of all gradients, a scalar.
+def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:
+    """Euclidean norm of all entries of all gradients, a scalar; of others the norms are known, scalars.
 
     Of a matrix the norms of its rows (or columns, where these are contiguous) come first: one number from each takes
     two thirds of the time of one number from all.
     """
     norms: list[Tensor] = [torch.linalg.vector_norm(grad, dim=_contiguous(grad)).reshape(-1) for grad in grads]
+    norms += [norm.reshape(1) for norm in known]
     total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
     return total
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: float) -> float:
+    """Scale gradients down in place if their global norm exceeds the allowed one; return the factor."""
+    if max_norm is None or np.float32(norm) <= np.float32(max_norm):  # else every gradient would be multiplied by 1
+        return 1.0
+    factor = float(1 / (np.float32(norm) + np.float32(1e-6)) * np.float32(max_norm))  # to the bit as torch.nn.utils
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)
+    return factor
+
+
+def norms_by_name(sae: SAE, known: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+    """Norm of the gradient of each parameter, a scalar, by name; some are known."""
+    named = {name: p for name, p in sae.named_parameters() if p.grad is not None}
+    return {name: known[p] if p in known else p.grad.norm() for name, p in named.items() if p.grad is not None}
 
 
 def _contiguous(grad: Tensor) -> int | None:

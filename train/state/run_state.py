@@ -14,6 +14,7 @@ from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
 from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
+from sae_granary.train.optim.row_pass import RowPass
 from sae_granary.train.optim.schedule import Schedule
 from sae_granary.train.state.density import Density
 from sae_granary.train.state.patience import Patience
@@ -40,6 +41,7 @@ class Run:
     def __post_init__(self) -> None:
         self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram
         self.deferred = Deferred()
+        self.row_pass = RowPass(self.sae, self.optimizer)
 
     @classmethod
     def create(cls, config: TrainConfig, sae: SAE) -> Run:

@@ -1,0 +1,153 @@
+"""`python -m benchmarks.kernel_resources`: what each Triton kernel needs of a multiprocessor of an H100 or H200.
+
+Needs Triton and no GPU: the kernels are compiled for compute capability 9.0 with the block sizes and numbers of warps
+that a step uses. Printed are registers per thread, shared memory of a program, bytes of spilled registers, and how many
+of the multiprocessor's 64 warps can be active at once. `make kernels` asserts that nothing is spilled.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.table import markdown
+
+CAPABILITY = 90
+REGISTERS, SHARED, WARPS, PROGRAMS = 2**16, 227 * 2**10, 64, 32  # of a multiprocessor; a program takes 1 KB more
+TYPES = {
+    **dict.fromkeys(("indices", "offsets", "indptr", "starts", "columns", "chosen"), "*i64"),
+    **dict.fromkeys(("grad", "mean", "square", "weights", "sums", "values", "chosen_values"), "*fp32"),
+    **dict.fromkeys(("matrix", "norms", "bias", "row_slack", "share", "bias_slack", "least"), "*fp32"),
+    **dict.fromkeys(("table", "out", "rows"), "*fp32"),
+    **dict.fromkeys(("rounded", "latents", "entries", "maxima"), "*bf16"),
+    **dict.fromkeys(("groups", "n_hot", "largest"), "*i32"),
+    **dict.fromkeys(("squares", "dots"), "*fp32"),
+    **dict.fromkeys(("scale", "step_size", "root", "eps", "new_mean", "beta2", "new_square", "decay"), "fp32"),
+    "absent": "fp32",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A kernel as a step launches it."""
+
+    module: str
+    kernel: str
+    constants: Mapping[str, Any]
+    n_warps: int
+    max_registers: int | None = None
+    n_stages: int = 3
+    types: Mapping[str, str] = field(default_factory=dict)  # of arguments, where they differ from TYPES
+
+
+class Resources(NamedTuple):
+    """What a program needs."""
+
+    registers: int  # per thread
+    shared: int  # bytes
+    spilled: int  # bytes per thread
+    n_warps: int
+    uses_matrix_units: bool
+
+    @property
+    def active_warps(self) -> int:
+        """Warps of a multiprocessor that can be active at once. Registers are given to warps in units of 256."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = REGISTERS // per_warp // self.n_warps
+        return min(by_registers, SHARED // (self.shared + 1024), WARPS // self.n_warps, PROGRAMS) * self.n_warps
+
+
+def uses(d_in: int, k: int) -> Iterator[Use]:
+    """The kernels of a step at d_in and k."""
+    from sae_granary.sae_core.kernels import triton_bag, triton_dot, triton_rows
+
+    block = max(16, min(triton_bag.MAX_BLOCK, 1 << (d_in - 1).bit_length()))
+    limits = triton_bag.OPTIONS["num_warps"], triton_bag.OPTIONS.get("maxnreg")
+    bags = {"CHUNK": triton_bag.CHUNK, "BLOCK": block, "TILE": triton_bag.TILE}
+    for table in ("*fp32", "*bf16"):
+        types = {"table": table, "weights": table, "out": table, "columns": table, "rows": table}
+        yield Use("triton_bag", "sum_chunks", bags, *limits, types=types)
+        yield Use("triton_bag", "sum_bags", {**bags, "SQUARES": False, "DOTS": False}, *limits, types=types)
+        dots = {"ENTRIES": triton_dot.ENTRIES, "SPLIT": triton_dot.SPLIT, "BLOCK": block, "ACCUMULATOR": "float32"}
+        yield Use("triton_dot", "dot_at_entries", dots, triton_dot.N_WARPS, types=types)
+    yield Use("triton_bag", "sum_bags", {**bags, "SQUARES": True, "DOTS": True}, *limits)
+    sizes = triton_rows._sizes(d_in)
+    whole = {"BLOCK": sizes["BLOCK"]}
+    yield Use("triton_rows", "square_rows", {**whole, "PROJECT": True}, sizes["num_warps"], types={"squares": "*fp64"})
+    for unit in (False, True):
+        yield Use("triton_rows", "update_rows", {**whole, "UNIT": unit, "DECOUPLED": unit}, sizes["num_warps"])
+    yield from _of_screen(d_in, k)
+
+
+def _of_screen(d_in: int, k: int) -> Iterator[Use]:
+    from sae_granary.sae_core.kernels import gpu_screen
+
+    group, room = gpu_screen.GROUP, gpu_screen._power_of_two(gpu_screen.PER_K * k)
+    counts = {"rows": "*i64", "counts": "*i64"}
+    yield Use("triton_screen", "round_rows", {"BLOCK": min(1024, gpu_screen._power_of_two(d_in))}, 4)
+    for magnitude in (False, True):
+        constants = {**gpu_screen.BLOCKS, "GROUP": group, "MAGNITUDE": magnitude, "STORE": True, "WIDEN": False}
+        yield Use("triton_screen", "product", constants, gpu_screen.PRODUCT_WARPS, types={"rows": "*bf16"})
+    for search in (False, True):
+        yield Use("triton_screen", "find_hot_groups", {"BLOCK": gpu_screen.SEARCHED, "SEARCH": search}, 4)
+        tile = {"TILE": gpu_screen.TILE, "GROUP": group}
+        yield Use("triton_screen", "collect", {**tile, "SAME": not search, "WRITE": search}, 4, types=counts)
+        largest = {"WIDTH": room, "SLOTS": gpu_screen._power_of_two(k), "MAGNITUDE": search}
+        yield Use("triton_screen", "choose_largest", largest, gpu_screen._warps(room))
+    yield Use(
+        "triton_screen",
+        "histogram",
+        {"BINS": gpu_screen.BINS, "BLOCK": gpu_screen.COUNTED},
+        4,
+        types={"counts": "*i32"},
+    )
+
+
+def compile_use(use: Use) -> Resources:
+    """Compile a kernel and read what the assembler says of it."""
+    from importlib import import_module
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(f"sae_granary.sae_core.kernels.{use.module}"), use.kernel)
+    constants = {
+        name: triton.language.float32 if value == "float32" else value for name, value in use.constants.items()
+    }
+    types = {**TYPES, **use.types}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    numbers = [i for i, n in enumerate(kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in numbers})
+    options = {"num_warps": use.n_warps, "num_stages": use.n_stages, "maxnreg": use.max_registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    shared = max(found["SHARED"], int(compiled.metadata.shared))
+    return Resources(found["REG"], shared, found["STACK"] + found["LOCAL"], use.n_warps, "wgmma" in compiled.asm["ptx"])
+
+
+def main() -> int:
+    """Print the table for the sizes of `benchmarks.cuda_visit`."""
+    rows = []
+    for d_in in (768, 2048):
+        for use in uses(d_in, 32):
+            got = compile_use(use)
+            switches = " ".join(name.lower() for name, value in use.constants.items() if value is True)
+            name = f"{use.kernel} {switches} {use.types.get('table', '').removeprefix('*')}".rstrip()
+            numbers = [use.n_warps, got.registers, got.shared, got.spilled, got.active_warps]
+            rows.append([name, str(d_in), *map(str, numbers)])
+    print(markdown(["kernel", "d_in", "warps", "registers", "shared", "spilled", "active warps of 64"], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The update of the weights in one pass: Triton kernels against torch's optimizer on the CPU (`make kernels`)."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from triton_kit import DEVICE
+
+from sae_granary.sae_core import registry
+from sae_granary.sae_core.kernels import choose, triton_bag, triton_rows
+from sae_granary.train.config.merge import make_config
+from sae_granary.train.loop import StepResult, train_step
+from sae_granary.train.optim.optimizers import load_state_tensors, state_tensors
+from sae_granary.train.state.run_state import Run, build_sae
+from sae_granary.train.step_input import RowInput
+
+D_IN, D_SAE, N_ROWS, N_STEPS = 20, 16, 6, 2  # d_in: more than a column block
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(triton_bag, "CHUNK", 16)
+    monkeypatch.setattr(triton_bag, "MAX_BLOCK", 4)  # rows of several column blocks; at least 16 are taken
+    yield
+    choose(None)
+
+
+def batch(name: str, seed: int, device: str) -> RowInput:
+    reads = registry.get(name).reads
+    hooks = ["a"] if reads.one_row else ["a", "b"]
+    generator = torch.Generator().manual_seed(seed)
+    return RowInput({hook: torch.randn(N_ROWS, D_IN, generator=generator).to(device) for hook in hooks})
+
+
+def make_run(name: str, device: str, **settings: object) -> Run:
+    known = registry.get(name).Config.__dataclass_fields__
+    options = {option: 2 for option in ("k", "l0_target", "n_hooks") if option in known}
+    given = {"type": name, "cache": "c", "steps": 50, "lr": 1e-2, "warmup_steps": 0, "device": device, "d_in": D_IN}
+    config = make_config([given, {"compute_dtype": "float32", "d_sae": D_SAE}, options, settings])
+    sae = build_sae(config)
+    sae.initialize(batch(name, 0, "cpu").rows, torch.Generator().manual_seed(0))
+    return Run.create(config, sae)
+
+
+def outcome(name: str, kernels: str, **settings: object) -> tuple[dict[str, Tensor], list[StepResult], int]:
+    """Parameters, buffers and moments after some steps; the steps; how many matrices were updated in one pass."""
+    choose(kernels)
+    device = DEVICE if kernels == "triton" else "cpu"
+    run = make_run(name, device, **settings)
+    results = [train_step(run, batch(name, seed, device), measure=True) for seed in range(N_STEPS)]
+    state = {**run.sae.state_dict(), **state_tensors(run.optimizer, run.parameter_names)}
+    return {key: value.cpu() for key, value in state.items()}, results, len(run.row_pass.matrices)
+
+
+@pytest.mark.parametrize(("name", "settings", "separate"), [
+    ("topk", {"optimizer": "adamw", "weight_decay": 0.1, "grad_clip": 1e-3}, 0),
+    ("topk", {"optimizer": "adam", "weight_decay": 0.1, "grad_acc_steps": 2}, 2 * N_STEPS),
+    ("batchtopk", {"grad_clip": None, "dead_after_tokens": N_ROWS}, None),
+    ("vanilla", {}, None),
+    ("jumprelu", {"grad_clip": 1e-3}, None),
+    ("route", {}, None),
+])  # fmt: skip
+def test_a_step_leaves_what_torchs_optimizer_leaves(
+    name: str, settings: dict[str, object], separate: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []  # over gradients whose kernel did not give the norm, as when two gradients are added
+    squared_norms = triton_rows.squared_norms
+    monkeypatch.setattr(triton_rows, "squared_norms", lambda *given: passes.append(1) or squared_norms(*given))
+    (expected, theirs, by_torch), (got, ours, own) = (outcome(name, which, **settings) for which in ("eager", "triton"))
+    assert len(passes) == separate or separate is None
+    assert (by_torch, own) == (0, 2)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.accepted
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        assert mine.measured is not None
+        assert other.measured is not None
+        assert mine.measured.grad_norms == pytest.approx(dict(other.measured.grad_norms), rel=1e-4, abs=1e-6)
+    assert got.keys() == expected.keys()
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5, equal_nan=True)
+
+
+def test_other_optimizers_update_the_weights_themselves() -> None:
+    choose("triton")
+    assert not make_run("topk", DEVICE, optimizer="signum").row_pass.matrices
+    assert make_run("topk", DEVICE, optimizer="adam").row_pass.matrices
+
+
+def test_a_resumed_run_counts_its_steps_on() -> None:
+    choose("triton")
+    runs = [make_run("topk", DEVICE) for _ in range(2)]
+    train_step(runs[0], batch("topk", 0, DEVICE))
+    runs[1].sae.load_state_dict(runs[0].sae.state_dict())
+    saved = {key: value.clone() for key, value in state_tensors(runs[0].optimizer, runs[0].parameter_names).items()}
+    load_state_tensors(runs[1].optimizer, runs[1].parameter_names, saved)
+    runs[1].step = runs[0].step
+    for run in runs:
+        train_step(run, batch("topk", 1, DEVICE))
+    for key, value in runs[0].sae.state_dict().items():
+        assert torch.equal(value.nan_to_num(-1), runs[1].sae.state_dict()[key].nan_to_num(-1)), key
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_norms_that_come_with_a_sum_are_those_of_the_sum(projects: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, rows = (torch.randn(5, 37, generator=generator).to(DEVICE) for _ in range(2))
+    rows /= rows.norm(dim=1, keepdim=True)
+    indices, offsets = torch.tensor([0, 3, 3, 1, 2, 4], device=DEVICE), torch.tensor([0, 2, 2, 3, 5, 6], device=DEVICE)
+    weights = torch.randn(6, generator=generator).to(DEVICE)
+    out, square = triton_bag.bag_sum_and_square(indices, table, offsets, weights, rows if projects else None)
+    assert torch.equal(out, triton_bag.bag_sum(indices, table, offsets, weights))
+    exact = out.double()
+    if projects:
+        exact -= (exact * rows).sum(1, keepdim=True) * rows
+    assert square.item() == pytest.approx(exact.square().sum().item(), rel=1e-6)
+    separate = triton_rows.squared_norms(out, rows if projects else None)
+    torch.testing.assert_close(separate, exact.square().sum(1), rtol=1e-5, atol=1e-9)

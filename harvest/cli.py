@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -181,11 +182,14 @@ def script(
 ) -> None:
     """Print an sbatch file for SLURM: an array of jobs that harvest one cache together."""
     with _errors(debug):
+        from sae_granary.common.slurm import parsed
         from sae_granary.harvest.ranks.slurm import sbatch_script
+        from sae_granary.harvest.settings.flags import given_settings
+        from sae_granary.harvest.settings.make import make_config, merged
 
-        if command[0] != "run":
-            raise typer.BadParameter(f"{command[0]}: expected run, with its flags, after --")
-        typer.main.get_command(app).commands["run"].make_context("run", command[1:])  # type: ignore[attr-defined]
+        flags = parsed(app, command, "sae-harvest", ("run",))
+        given = {name: value for name, value in flags.items() if name in inspect.signature(given_settings).parameters}
+        make_config(merged(given_settings(**given)))
         echo(sbatch_script(command[1:], jobs=jobs, gpus=gpus, time=time), nl=False)
 
 

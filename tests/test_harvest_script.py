@@ -35,11 +35,12 @@ def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
-        ((*FLAGS, "--lyer", "3"), {}, "No such option: --lyer"),
+        ((*FLAGS, "--lyer", "3"), {}, "sae-harvest run: No such option: --lyer"),
+        ((*FLAGS, "--dtype", "flot"), {}, "dtype='flot': expected one of"),
         (FLAGS, {"options": ("--time", "soon")}, "--time soon: expected a time as sbatch takes it"),
         (FLAGS[:4], {}, "--out is missing: name the folder that all jobs share"),
         (FLAGS, {"options": ("--jobs", "0")}, "--jobs"),
-        (FLAGS, {"command": "add"}, "add: expected run, with its flags, after --"),
+        (FLAGS, {"command": "add"}, "'add': expected run after --"),
     ],
 )
 def test_wrong_flags_are_refused(flags: tuple[str, ...], changes: dict[str, Any], message: str) -> None:
@@ -47,25 +48,22 @@ def test_wrong_flags_are_refused(flags: tuple[str, ...], changes: dict[str, Any]
     assert (code, message in " ".join(text.split())) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("sent", "code", "requeued"), [(signal.SIGUSR1, 0, "requeue 7_3\n"), (signal.SIGTERM, 143, "")]
-)
-def test_the_job_stops_its_harvest_and_queues_itself_again(
-    tmp_path: Path, sent: signal.Signals, code: int, requeued: str
-) -> None:
+@pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "requeue 7\n"), (signal.SIGTERM, "")])
+def test_the_job_stops_its_harvest_and_queues_itself_again(tmp_path: Path, sent: signal.Signals, requeued: str) -> None:
     for name, body in {
-        "srun": 'exec "$@"',
+        "srun": f'echo $$ > {tmp_path}/pid; shift; exec "$@"',
+        "scancel": f'test "$*" = "--signal=TERM 7.0" && kill -TERM $(cat {tmp_path}/pid)',
         "sae-harvest": f"trap 'echo stopped > {tmp_path}/stopped; exit 143' TERM; touch {tmp_path}/began; "
         "while true; do sleep 0.05; done",
         "scontrol": f'echo "$@" >> {tmp_path}/calls',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     job = subprocess.Popen(["bash", "-c", script(*FLAGS)[1]], env=environment)
     while not (tmp_path / "began").exists():
         time.sleep(0.02)
     job.send_signal(sent)
-    assert job.wait(60) == code
+    assert job.wait(60) == 143
     assert (tmp_path / "stopped").exists()
     assert ((tmp_path / "calls").read_text() if requeued else "") == requeued

@@ -95,6 +95,11 @@ def train_sweep(
     return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop, where)
 
 
+def check_request(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Check a grid as far as that goes without opening the cache. Raises ConfigError, SAEError."""
+    _Request.of(grid, settings)
+
+
 def _begin(request: _Request, *, overwrite: bool, verify: bool) -> tuple[Plan, bool]:
     """The plan of a new sweep, or of the one that is there, and whether it is new."""
     folder = request.folder

@@ -15,7 +15,7 @@ from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
 from sae_granary.sae_core.kernels.deferred import host_waits, known_count
 from sae_granary.sae_core.options import LM_LOSSES
-from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.pre_acts import MAX_DENSE, PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 
@@ -101,7 +101,12 @@ def auxk_loss(
     """
     n_dead = int(latents.numel())
     own = weights.take(latents)
-    chosen = _choose(pre_acts.columns(latents), min(k_aux, n_dead), signed=signed)
+    k = min(k_aux, n_dead)
+    if host_waits(error) and k <= MAX_SPARSE_DENSITY * n_dead and len(error) * n_dead > MAX_DENSE:
+        own_acts = PreActs(pre_acts.rows, own.W_enc, own.b_enc)
+        chosen = _Chosen(own_acts.topk(k, by_magnitude=signed), None)  # which never holds the (N, A) matrix
+    else:
+        chosen = _choose(pre_acts.columns(latents), k, signed=signed)
     acts = encode_at(Centered(pre_acts.rows), own.W_enc, own.b_enc, chosen.kept)
     acts = acts if signed else torch.relu(acts)
     codes = Codes(acts if chosen.mask is None else acts * chosen.mask, chosen.kept.pattern)

@@ -3,6 +3,8 @@
 Shapes: N rows, D width of the encoder's input, F = d_sae latents, A some of the latents, nnz entries of a pattern.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from sae_granary.sae_core.kernels import (
 )
 from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits, room_for
 
-MAX_DENSE = 2**29  # entries of (N, F) that a selection on a GPU holds at a time, 2 GiB
+MAX_DENSE = 2**29  # entries of (N, F) that a GPU holds at a time, 2 GiB
 
 
 class PreActs:
@@ -58,6 +60,20 @@ class PreActs:
         """Whether all pre-activations have been computed."""
         return self._dense is not None
 
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the (N, F) matrix is too large for a GPU to hold beside everything else."""
+        return host_waits(self.rows) and not self.is_dense and self.shape[0] * self.shape[1] > MAX_DENSE
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """All pre-activations in parts of rows (n, F), with the first row of each; one part where they all fit."""
+        if not self._in_parts:
+            yield 0, self.dense
+            return
+        size = max(1, MAX_DENSE // self.shape[1])
+        for start in range(0, self.shape[0], size):
+            yield start, self._product(self.rows[start : start + size], self._W_enc, self._bias)
+
     def at(self, pattern: Pattern) -> Codes:
         """Pre-activations of a pattern."""
         if pattern.is_full or self.is_dense:
@@ -85,8 +101,9 @@ class PreActs:
                 chosen = topk_entries(codes.values.abs() if by_magnitude else codes.values, codes.pattern, k)
                 pattern = Pattern.fixed_k(codes.indices[chosen], self.shape[1])
                 return Codes(codes.values[chosen].view(-1), pattern)
-        if host_waits(self.rows) and self.shape[0] * self.shape[1] > MAX_DENSE:
-            return self.at(Pattern.fixed_k(self._topk_by_parts(k, by_magnitude=by_magnitude), self.shape[1]))
+        if self._in_parts:
+            parts = [row_topk(part.abs_() if by_magnitude else part, k) for _, part in self.parts()]
+            return self.at(Pattern.fixed_k(torch.cat(parts), self.shape[1]))
         return self.at(topk_pattern(self.dense.abs() if by_magnitude else self.dense, k))
 
     def batch_topk(self, k: int) -> Codes:
@@ -101,7 +118,7 @@ class PreActs:
         if (screened := self._gpu_screen(k)) is not None and _accepted((found := screened.batch_topk(k)).fits):
             return Codes(found.values, Pattern(n_rows, d_sae, found.columns, found.indptr, found.rows))
         if host_waits(self.rows):
-            slots, values = padded.largest_slots(self.dense, n_rows * k)
+            slots, values = padded.largest_slots(self.parts(), self.shape, n_rows * k)
             return Codes(values, Pattern.of_rows(slots.rows, slots.columns, n_rows, d_sae))
         sample = self._screened().sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
@@ -117,9 +134,12 @@ class PreActs:
         codes = self._screened_above(bound)
         if codes is not None:
             return codes
-        if isinstance(bound, float):
-            return self._at_positions(entries_above(self.dense, bound))
-        return self._at_positions(true_entries(self.dense > bound))
+        found = [
+            start * self.shape[1]
+            + (entries_above(part, bound) if isinstance(bound, float) else true_entries(part > bound))
+            for start, part in self.parts()
+        ]
+        return self._at_positions(torch.cat(found))
 
     def support(self, bound: Tensor | float) -> Codes:
         """`above`, or a full pattern where too many exceed the bound for sparse products to be faster."""
@@ -130,6 +150,8 @@ class PreActs:
             found = streamed.product_above(self.rows, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
             if found is not None:
                 codes = Codes(found.values, Pattern.of_rows(found.rows, found.latents, *self.shape))
+        if codes is None and self._in_parts:
+            return self.above(bound)
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
 
     def _support_of_step(self, bound: Tensor | float, deferred: Deferred) -> Codes:
@@ -143,16 +165,15 @@ class PreActs:
                 deferred.note_share((found.values > padded.ABSENT).sum(), n_entries, room)
                 deferred.note_fits(found.fits)
                 return Codes(found.values, Pattern(*self.shape, found.columns, found.indptr, found.rows))
-        above = self.dense > bound
-        count = above.count_nonzero()
         if share is None:
-            share = float(count) / n_entries
-        if share > MAX_SPARSE_DENSITY:
-            deferred.note_share(count, n_entries, n_entries)
+            share = float(self._count_above(bound)) / n_entries
+        if share > MAX_SPARSE_DENSITY and not self._in_parts:
+            deferred.note_share(self._count_above(bound), n_entries, n_entries)
             return Codes(self.dense, Pattern(*self.shape))
         room = room_for(share, n_entries)
+        above = ((start, part > bound) for start, part in self.parts())
+        slots, count = padded.true_slots(above, self.shape, room)
         deferred.note_share(count, n_entries, room)
-        slots = padded.true_slots(above, room)
         codes = self.at(Pattern.of_rows(slots.rows, slots.columns, *self.shape))
         return Codes(codes.values.masked_fill(slots.absent, padded.ABSENT), codes.pattern)
 
@@ -166,13 +187,8 @@ class PreActs:
             self._on_gpu = gpu_screen.GpuScreen(self.rows, self._W_enc.t(), self._bias)
         return self._on_gpu
 
-    def _topk_by_parts(self, k: int, *, by_magnitude: bool) -> Tensor:
-        """Columns (N, k) of each row's k largest, where the whole (N, F) does not fit."""
-        parts = []
-        for rows in torch.split(self.rows, max(1, MAX_DENSE // self.shape[1])):
-            entries = self._product(rows, self._W_enc, self._bias)
-            parts.append(row_topk(entries.abs_() if by_magnitude else entries, k))
-        return torch.cat(parts)
+    def _count_above(self, bound: Tensor | float) -> Tensor:
+        return torch.stack([(part > bound).count_nonzero() for _, part in self.parts()]).sum()
 
     @property
     def _screens(self) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_granary.sae_core import registry
-from sae_granary.sae_core.kernels import deferred, gpu_screen
+from sae_granary.sae_core import losses, pre_acts, registry
+from sae_granary.sae_core.kernels import deferred, gpu_screen, padded
+from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.ranks.reduce import Ranks
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.loop import train_step
@@ -117,12 +118,45 @@ def test_a_selection_without_room_is_taken_again(name: str, reading: list[int], 
 
 
 def test_a_million_latents_fit_a_gpu_because_products_are_taken_in_parts(monkeypatch) -> None:
-    monkeypatch.setattr(capacity, "triton_installed", lambda: True)
     given = {"type": "topk", "cache": "c", "lr": 1e-3, "d_in": 768, "d_sae": 2**20, "batch_size": 8192}
     monkeypatch.setattr(capacity, "_n_parameters", lambda config: 2 * 768 * 2**20)
     needed = [capacity.needed_memory(make_config([{**given, "device": device}])) for device in ("cpu", "cuda")]
     assert needed[1] == needed[0] - 4 * 8192 * 2**20 + 4 * gpu_screen.CHUNK_ENTRIES
     assert needed[1] < 40 * 2**30 < needed[0]
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "vanilla", "gated", "jumprelu"])
+def test_a_matrix_that_does_not_fit_is_computed_in_parts_of_rows(name: str, monkeypatch) -> None:
+    limit, sizes, product = 7 * D_SAE, [], PreActs._product
+    monkeypatch.setattr(PreActs, "_product", staticmethod(lambda *given: sizes.append(product(*given)) or sizes[-1]))
+    outcomes = []
+    for largest in (limit, 2**40):
+        for module in (pre_acts, losses):
+            monkeypatch.setattr(module, "MAX_DENSE", largest)
+        run = make_run(name)
+        for step in range(4):
+            if step == 3:
+                run.sae.calibrate([batch(name, 9).rows])
+            assert train_step(run, batch(name, step)).accepted
+        run.sae.eval()
+        sizes.clear()
+        codes = run.sae.encode(batch(name, 8).rows)
+        outcomes.append({**run.sae.state_dict(), "codes": codes.dense()})
+        assert (max(part.numel() for part in sizes) <= limit) == (largest == limit)
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_slots", [0, 5, 20, 100])
+def test_slots_found_in_parts_are_those_of_the_whole(n_slots: int) -> None:
+    matrix = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    parts = list(zip(range(0, 7, 2), matrix.split(2), strict=True))
+    for found, whole in (
+        [padded.largest_slots(given, (7, 12), n_slots) for given in (parts, [(0, matrix)])],
+        [padded.true_slots([(n, part > 0) for n, part in given], (7, 12), n_slots) for given in (parts, [(0, matrix)])],
+    ):
+        assert all(torch.equal(mine, other) for mine, other in zip(found[0], whole[0], strict=True))
+        assert torch.equal(found[1], whole[1])
 
 
 @pytest.mark.usefixtures("reading")

@@ -4,6 +4,7 @@ Shapes: N rows, F columns, S slots. Slots without an entry come last; they are a
 ABSENT, which every activation function maps to 0 with gradient 0.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,18 +21,46 @@ class Slots(NamedTuple):
     absent: Tensor  # (S,) bool
 
 
-def true_slots(mask: Tensor, n_slots: int) -> Slots:
-    """The first n_slots true entries of a mask (N, F)."""
-    found = torch.nonzero_static(mask.reshape(-1), size=n_slots, fill_value=-1).squeeze(1)
-    absent = found < 0
-    positions = found.masked_fill_(absent, mask.numel() - 1)
-    rows = positions // mask.shape[1]
-    return Slots(rows, positions - rows * mask.shape[1], absent)
+def true_slots(parts: Iterable[tuple[int, Tensor]], shape: tuple[int, int], n_slots: int) -> tuple[Slots, Tensor]:
+    """The first n_slots true entries of a mask of this shape (N, F), and how many there are, a scalar.
+
+    The mask comes in parts of rows (n, F) with the first row of each.
+    """
+    n_rows, n_columns = shape
+    positions, count = torch.empty(0, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    for start, mask in parts:
+        found = torch.nonzero_static(mask.reshape(-1), size=n_slots, fill_value=-1).squeeze(1)
+        if start == 0:
+            positions, count = found, mask.count_nonzero()
+            continue
+        # Behind those found so far; what is absent, or has no room, goes to a slot that is cut off.
+        place = torch.where(found < 0, n_slots, torch.arange(n_slots, device=found.device) + count).clamp_(max=n_slots)
+        roomy = torch.nn.functional.pad(positions, (0, 1))
+        positions = roomy.scatter_(0, place, found + start * n_columns)[:n_slots]
+        count = count + mask.count_nonzero()
+    absent = positions < 0
+    positions = positions.masked_fill(absent, n_rows * n_columns - 1)
+    rows = positions // n_columns
+    return Slots(rows, positions - rows * n_columns, absent), count
 
 
-def largest_slots(matrix: Tensor, n_slots: int) -> tuple[Slots, Tensor]:
-    """The n_slots largest entries of the whole matrix (N, F), and their values (S,); none is absent."""
-    positions = matrix.reshape(-1).topk(min(n_slots, matrix.numel()), sorted=False).indices.sort().values
-    rows = positions // matrix.shape[1]
-    values = matrix.reshape(-1)[positions]
-    return Slots(rows, positions - rows * matrix.shape[1], torch.zeros_like(rows, dtype=torch.bool)), values
+def largest_slots(parts: Iterable[tuple[int, Tensor]], shape: tuple[int, int], n_slots: int) -> tuple[Slots, Tensor]:
+    """The n_slots largest entries of a matrix of this shape (N, F), and their values (S,); none is absent.
+
+    The matrix comes in parts of rows (n, F) with the first row of each.
+    """
+    n_columns = shape[1]
+    positions, values = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    for start, matrix in parts:
+        entries = matrix.reshape(-1)
+        found = entries.topk(min(n_slots, entries.numel()), sorted=False).indices
+        if start == 0:
+            positions, values = found, entries[found]
+            continue
+        positions, values = torch.cat([positions, found + start * n_columns]), torch.cat([values, entries[found]])
+        kept = values.topk(min(n_slots, values.numel()), sorted=False).indices
+        positions, values = positions[kept], values[kept]
+    positions, order = positions.sort()
+    rows = positions // n_columns
+    slots = Slots(rows, positions - rows * n_columns, torch.zeros_like(rows, dtype=torch.bool))
+    return slots, values[order]

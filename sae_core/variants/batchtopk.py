@@ -53,7 +53,8 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold so that the mean L0 over the batches is k."""
-        self.threshold.calibrate((self.pre_acts(self.encoder_input(x)).dense for x in batches), self.config.k)
+        parts = (part for x in batches for _, part in self.pre_acts(self.encoder_input(x)).parts())
+        self.threshold.calibrate(parts, self.config.k)
 
 
 saelens.express(BatchTopKSAE, "jumprelu")

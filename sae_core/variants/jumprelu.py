@@ -220,7 +220,7 @@ class JumpReLUSAE(SAE):
         if self._controlled is None:
             return
         theta = self.theta
-        ratios = (self.pre_acts(self.encoder_input(x)).dense / theta for x in batches)
+        ratios = (part / theta for x in batches for _, part in self.pre_acts(self.encoder_input(x)).parts())
         self._controlled.set_to(theta * bound_with_l0(ratios, self.config.l0_target))
 
 

@@ -12,7 +12,6 @@ import torch
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
-from sae_granary.sae_core.kernels.choice import triton_installed
 from sae_granary.sae_core.kernels.gpu_screen import CHUNK_ENTRIES
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
@@ -78,10 +77,9 @@ def needed_memory(config: TrainConfig) -> int:
 
 
 def pre_act_entries(config: TrainConfig) -> int:
-    """Pre-activations, as float32 numbers, that a micro-batch holds; screened on a GPU it holds a part at a time."""
+    """Pre-activations, as float32 numbers, that a micro-batch holds; on a GPU it holds a part at a time."""
     entries = config.batch_size // config.grad_acc_steps * int(config.options["d_sae"])
-    screened = config.device.startswith("cuda") and triton_installed()
-    return min(entries, CHUNK_ENTRIES) if screened else entries
+    return min(entries, CHUNK_ENTRIES) if config.device.startswith("cuda") else entries
 
 
 def needed_disk(config: TrainConfig) -> int:

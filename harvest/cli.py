@@ -174,6 +174,7 @@ def repair(
 
 @app.command()
 def script(
+    context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="What to harvest, after --: run, with all flags.")],
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs of the array.")] = 8,
     gpus: Annotated[int, typer.Option("--gpus", min=0, max=1, help="GPUs of each job.")] = 1,
@@ -182,12 +183,12 @@ def script(
 ) -> None:
     """Print an sbatch file for SLURM: an array of jobs that harvest one cache together."""
     with _errors(debug):
-        from sae_granary.common.slurm import parsed
+        from sae_granary.common.settings.sbatch import parsed
         from sae_granary.harvest.ranks.slurm import sbatch_script
         from sae_granary.harvest.settings.flags import given_settings
         from sae_granary.harvest.settings.make import make_config, merged
 
-        flags = parsed(app, command, "sae-harvest", ("run",))
+        flags = parsed(context, command, "sae-harvest", ("run",))
         given = {name: value for name, value in flags.items() if name in inspect.signature(given_settings).parameters}
         make_config(merged(given_settings(**given)))
         echo(sbatch_script(command[1:], jobs=jobs, gpus=gpus, time=time), nl=False)

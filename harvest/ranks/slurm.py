@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.slurm import batch_script
+from sae_granary.common.settings.sbatch import batch_script
 from sae_granary.harvest.ranks.world import DEFAULT_BLOCK_DOCS
 
 CPUS, WARNING = 8, 120  # cores of a job; seconds before the time limit: a block is released at once

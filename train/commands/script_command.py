@@ -11,7 +11,7 @@ import typer
 
 from sae_granary.common.app import Debug, echo
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.slurm import batch_script, parsed
+from sae_granary.common.settings.sbatch import batch_script, parsed
 from sae_granary.train.commands.shared_flags import NO_CACHE, errors
 
 COMMANDS = ("run", "sweep", "resume")
@@ -26,6 +26,7 @@ IN_NAME = ("type", "k", "d_sae", "seed", "init_seed", "hook")  # settings that t
 
 
 def script(
+    context: typer.Context,
     command: Annotated[
         list[str], typer.Argument(help="What to train, after --: run, sweep or resume, with all flags.")
     ],
@@ -66,7 +67,7 @@ def script(
         }
         resumed = ["--resume", "auto"] if command[0] == "run" and not _has(command, "--resume") else []
         for value in values or [""]:
-            check_command([*command, *resumed, *_of_array(command, key, value, job)])
+            check_command(context, [*command, *resumed, *_of_array(command, key, value, job)])
         step = shlex.join([*command, *resumed])
         step += "".join(f" {word}" for word in _of_array(command, key, '"$value"', job))
         before = [f"export OMP_NUM_THREADS={max(1, cpus // gpus)} # of each of {gpus} processes", *HEAD]
@@ -76,11 +77,9 @@ def script(
         echo(batch_script(options, cpus=cpus, warning=warning, step=TORCHRUN.format(nodes, gpus, step), before=before))
 
 
-def check_command(command: Sequence[str]) -> None:
+def check_command(context: typer.Context, command: Sequence[str]) -> None:
     """Check the command of a job as far as that goes without its cache. Raises ConfigError, SAEError."""
-    from sae_granary.train.cli import app
-
-    flags = parsed(app, command, "sae-train", COMMANDS)
+    flags = parsed(context, command, "sae-train", COMMANDS)
     if flags.get("overwrite"):
         raise ConfigError("--overwrite would start anew after each stop: remove the old run first")
     if flags.get("resume") not in (None, "auto"):

@@ -77,15 +77,15 @@ def batch_script(
     )
 
 
-def parsed(app: typer.Typer, command: Sequence[str], program: str, allowed: Sequence[str]) -> dict[str, Any]:
-    """Parse the command of a job with its own parser; return its parameters, not checked any further.
+def parsed(context: typer.Context, command: Sequence[str], program: str, allowed: Sequence[str]) -> dict[str, Any]:
+    """Parse the command of a job as the program of this context does; return its parameters, not checked any further.
 
     Raises ConfigError for another command than the allowed ones, and for what the parser refuses.
     """
     name, *words = command
     if name not in allowed:
         raise ConfigError(f"{name!r}: expected {', '.join(allowed)} after --, as in: {program} script -- run ...")
-    found = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    found = context.find_root().command.commands[name]  # type: ignore[attr-defined]
     try:
         values = found.make_context(name, words).params
     except Exception as error:

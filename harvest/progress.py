@@ -53,7 +53,7 @@ class Progress:
         """Count rows and time from now on; `done` rows are there already."""
         self._done = self._first = done
         self._start = self._last = time.perf_counter()
-        if self._console.is_terminal and not self._quiet:
+        if self._console.is_terminal and not self._quiet and self._bar is None:
             self._open_bar()
 
     def advance(self, n_rows: int, bytes_written: int) -> None:

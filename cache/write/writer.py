@@ -51,6 +51,7 @@ class CacheWriter:
         self.complete = manifest.complete and not extend
         self.committed = committed
         self._last_document = self.committed.last_document  # those of the open shard included
+        self.block: int | None = None  # of the next shards, in a cache that was harvested in blocks
         self._source: Mapping[str, int] | None = None
         self._buffer_rows = 0
         self._shard: OpenShard | None = None
@@ -201,6 +202,7 @@ class CacheWriter:
         if self._shard is None:
             return
         temporary, record = self._shard.finish(Cursor(dict(self._source or {}), self._buffer_rows))
+        record = replace(record, block=self.block)
         body = dump_signed({"version": self.manifest.version, **record.to_json()})
         self._session.place(temporary, commit_path(record.shard), body)
         self._shard.discard()

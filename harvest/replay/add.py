@@ -13,10 +13,12 @@ from sae_granary.cache.write.session import locked
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.device.host import writing
-from sae_granary.harvest.pipeline import Pipeline
+from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.ranks.blocks import Records
 from sae_granary.harvest.replay.growth import check_addition_space
+from sae_granary.harvest.replay.in_blocks import begin_of, of_block, unfinished_blocks
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
@@ -73,12 +75,29 @@ def add_hooks(
                 prepared = as_begun(prepared, base.manifest.provenance)
                 ends = recorded_ends(base.manifest)
                 log.write(f"adding {', '.join(names)}")
+                if base.manifest.block_docs is not None:
+                    _add_blocks(prepared, loaded, writer, progress, log, stop)
+                    return result_of(prepared, writer, base.manifest.summary or {})
                 return Pipeline(prepared, loaded, writer, progress, log, stop.check, Replay(None, ends)).run()
             except BaseException as error:
                 log.write(f"stopped: {type(error).__name__}: {error}")
                 raise
             finally:
                 log.close(keep=True)
+
+
+def _add_blocks(
+    prepared: Prepared, loaded: Model, writer: AddingWriter, progress: Progress, log: RunLog, stop: StopRequest
+) -> None:
+    """Harvest the hook points onto the rows of a cache in blocks, block by block."""
+    text, docs = Records(prepared.source), prepared.config.block_docs
+    assert docs is not None
+    for block, rows in unfinished_blocks(writer):
+        part = of_block(prepared, text, writer.base.records, block)
+        replay = Replay(begin=begin_of(block, docs))
+        Pipeline(part, loaded, rows, progress, log, stop.check, replay).fill()
+    writer.finish({})
+    log.write(f"finished: {writer.n_rows:,} rows")
 
 
 def prepare_addition(

@@ -13,6 +13,7 @@ import numpy as np
 
 from sae_granary.cache.errors import CacheMismatchError
 from sae_granary.cache.format.layout import COLUMNS, DOCUMENTS
+from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.write.session import Session
 from sae_granary.cache.write.writer import CacheWriter
@@ -36,6 +37,20 @@ class AddingWriter(CacheWriter):
         """Say which cache the hook points are added to; before the first row."""
         self.base = base
         self._session = _SharingSession(self._session, base.path)
+
+    def begin_block(self, block: int) -> None:
+        """Say that the next rows are of a block, of a cache that was harvested in blocks."""
+        self.block = block
+
+    def end_block(self, last: ShardRecord) -> None:
+        """Commit the last shard of a block. Raises RowsDifferError where the text gave too few rows."""
+        shard = self.n_shards + (self._open_rows > 0)
+        if shard <= last.shard or (self._open_rows and self._open_rows != last.n_rows):
+            raise RowsDifferError(
+                self.base.path,
+                f"the text of block {last.block} ends after {self.n_rows:,} rows in all, {self.base.path} holds more",
+            )
+        self.end_shard()
 
     def append(self, rows: Rows, documents: Sequence[DocumentRow] = ()) -> None:
         """Add rows, as CacheWriter does. Raises RowsDifferError at the first one that is not that of the cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sae_granary.cache.format.layout import CacheLayout
@@ -47,8 +48,9 @@ class ShardAgain(Unwritten):
     """Takes the rows from the end of the earlier shards on, and keeps those of one shard in a temporary folder."""
 
     def __init__(self, path: Path, manifest: Manifest, shard: int, folder: Path) -> None:
-        super().__init__(path, Committed.of(manifest.shards[:shard]))
         self._record, self.layout = manifest.shards[shard], manifest.layout
+        block = self._record.block  # whose harvest knows nothing of earlier blocks
+        super().__init__(path, Committed.of(record for record in manifest.shards[:shard] if record.block == block))
         self._shard = OpenShard(manifest.layout, shard, folder, kept_columns=manifest.kept_columns, direct=False)
 
     @property
@@ -65,7 +67,8 @@ class ShardAgain(Unwritten):
 
     def finished(self) -> tuple[dict[str, Path], ShardRecord]:
         """Its files by their path in the cache, and its record."""
-        return self._shard.finish(self._record.cursor)
+        files, record = self._shard.finish(self._record.cursor)
+        return files, replace(record, block=self._record.block)
 
     def discard(self) -> None:
         """Close and remove its files."""

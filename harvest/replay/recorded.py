@@ -37,11 +37,6 @@ def recorded_config(
     windows, summary = provenance.get("windows"), manifest.summary or {}
     if not isinstance(windows, Mapping) or "n_documents" not in summary or "buffer_tokens" not in told:
         raise ConfigError(f"{path} does not record how it was harvested, as caches of sae-harvest do")
-    if "block_docs" in told:
-        raise ConfigError(
-            f"{path} was harvested in blocks of documents: its rows cannot be harvested again one by one; harvest all "
-            "hook points to another --out, or restore damaged files from a copy"
-        )
     record = manifest.model
     shuffle = re.fullmatch(r"buffer (\d+), seed (-?\d+)", str(told.get("shuffle")))
     of_tokens = manifest.unit == "token"
@@ -78,6 +73,7 @@ def recorded_config(
         dtype=manifest.dtype,
         max_docs=int(summary["n_documents"]),
         rows_per_shard=manifest.rows_per_shard,
+        block_docs=manifest.block_docs,
     )
 
 

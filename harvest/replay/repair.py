@@ -22,7 +22,9 @@ from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Pipeline
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.ranks.blocks import Records
 from sae_granary.harvest.replay.damage import Damage, find_damage
+from sae_granary.harvest.replay.in_blocks import begin_of, of_block
 from sae_granary.harvest.replay.one_shard import ShardAgain
 from sae_granary.harvest.replay.recorded import (
     recorded_config,
@@ -124,13 +126,18 @@ def _restore(damage: Damage, session: Session, run: _Run) -> None:
     refuse_other_batching(manifest, prepared)
     prepared = as_begun(prepared, manifest.provenance)
     run.stop.defer()
+    text, docs = Records(prepared.source), manifest.block_docs
     for shard, names in damage.shards.items():
-        progress.say(f"harvesting shard {shard} again: {manifest.shards[shard].n_rows:,} rows")
+        record = manifest.shards[shard]
+        progress.say(f"harvesting shard {shard} again: {record.n_rows:,} rows")
         again = ShardAgain(path, manifest, shard, session.folder / str(shard))
-        end = again.n_rows + manifest.shards[shard].n_rows
-        what = Replay(ends=damage.ends, until=end, compare=False)
+        what = Replay(ends=damage.ends, until=again.n_rows + record.n_rows, compare=False)
+        part = prepared
+        if record.block is not None and docs is not None:
+            part = of_block(prepared, text, manifest.shards, record.block)
+            what = replace(what, begin=begin_of(record.block, docs))
         try:
-            Pipeline(prepared, loaded, again, progress, run.log, run.stop.check, what).fill()
+            Pipeline(part, loaded, again, progress, run.log, run.stop.check, what).fill()
             _put_back(damage, session, again, shard, names)
         except HarvestError as error:
             raise HarvestError(f"shard {shard} of {path} does not come out as it was: {error}{damage.lost}") from error

@@ -75,6 +75,11 @@ class BufferStream:
 
 
 def recorded_ends(manifest: Manifest) -> tuple[int, ...]:
-    """The numbers of documents at which the harvests of a complete cache ended; none of one that is unfinished."""
+    """The numbers of documents at which the harvests of a complete cache ended; none of one that is unfinished.
+
+    Of a cache in blocks none either: each block is a harvest that ended once.
+    """
+    if manifest.block_docs is not None:
+        return ()
     summaries = (*manifest.extended, manifest.summary) if manifest.summary is not None else ()
     return tuple(int(summary["n_documents"]) for summary in summaries)

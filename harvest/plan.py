@@ -39,6 +39,7 @@ class Plan:
     n_shards: int | None
     free_bytes: int
     seconds: float | None
+    n_blocks: int | None = None  # of a harvest in blocks
 
     @property
     def fits(self) -> bool:
@@ -56,9 +57,10 @@ def plan(config: HarvestConfig, say: Say) -> Plan:
         n_rows=n_rows,
         rows_from=estimate.rows_from,
         n_bytes=None if n_rows is None or _no_width(prepared) else _bytes_of(prepared, estimate),
-        n_shards=None if n_rows is None or _no_width(prepared) else math.ceil(n_rows / prepared.rows_per_shard),
+        n_shards=None if n_rows is None or _no_width(prepared) else _n_shards(prepared, estimate),
         free_bytes=free_bytes(config.out_path),
         seconds=None if n_rows is None else estimate_seconds(prepared, n_rows),
+        n_blocks=None if (each := _rows_per_block(prepared, estimate)) is None else math.ceil((n_rows or 0) / each),
     )
 
 
@@ -81,6 +83,9 @@ def plan_rows(result: Plan, time_words: str = "") -> list[tuple[str, str]]:
             ("bytes", f"{result.n_bytes:,} ({byte_size(result.n_bytes)})"),
             ("shards", f"{result.n_shards:,} of up to {prepared.rows_per_shard:,} rows"),
         ]
+    if (docs := prepared.config.block_docs) is not None:
+        number = "" if result.n_blocks is None else f"about {result.n_blocks:,} "
+        rows.append(("blocks", f"{number}of {docs:,} documents"))
     rows.append(("free space", f"{result.free_bytes:,} ({byte_size(result.free_bytes)})"))
     if time_words:
         rows.append(("time", time_words))
@@ -133,6 +138,7 @@ class Estimate:
     n_rows: int | None
     rows_from: str  # how they are known
     document_bytes: float | None = None  # on disk, per row; None where the text was not read
+    rows_per_record: float | None = None  # of the source; None where the text was not read
 
 
 def estimate_rows(prepared: Prepared) -> Estimate:
@@ -162,21 +168,34 @@ def estimate_rows(prepared: Prepared) -> Estimate:
         source = prepared.source
         raise NoRowsError(source.name, skipped_counts(stream.state.skip_counts), source.columns)
     each = bytes_per_document(documents, prepared.config.text.keep_columns) * len(documents) / max(1, rows)
+    found = each, rows / max(1, stream.state.next_doc)
     if whole or stream.ended in ("max_tokens", "max_docs"):
-        return Estimate(rows, "counted", each)
+        return Estimate(rows, "counted", *found)
     estimate = round(rows * max(1.0, size / max(1.0, seen_bytes)))
     if prepared.config.max_docs is not None:
         estimate = min(estimate, round(rows * prepared.config.max_docs / max(1, stream.state.n_docs)))
     if asked is not None and asked <= estimate:
-        return Estimate(asked, "--max-tokens", each)
-    return Estimate(estimate, f"estimated from {stream.state.n_docs:,} documents", each)
+        return Estimate(asked, "--max-tokens", *found)
+    return Estimate(estimate, f"estimated from {stream.state.n_docs:,} documents", *found)
+
+
+def _rows_per_block(prepared: Prepared, estimate: Estimate) -> int | None:
+    """Rows of a block of documents; None where there are no blocks, or the text was not read."""
+    docs, each = prepared.config.block_docs, estimate.rows_per_record
+    return None if docs is None or each is None else max(1, round(docs * each))
+
+
+def _n_shards(prepared: Prepared, estimate: Estimate) -> int:
+    n_rows, size = estimate.n_rows or 0, prepared.rows_per_shard
+    in_block = _rows_per_block(prepared, estimate) or n_rows or 1  # each block ends with a short shard
+    return n_rows // in_block * math.ceil(in_block / size) + math.ceil(n_rows % in_block / size)
 
 
 def _bytes_of(prepared: Prepared, estimate: Estimate) -> int:
     n_rows, each = estimate.n_rows or 0, estimate.document_bytes
     documents = prepared.layout.bytes_of(n_rows) * _TEXT_SHARE if each is None else n_rows * each
     words = None if prepared.unit == "text" else vocabulary(prepared.tokenizer)
-    return planned_bytes(prepared.layout, n_rows, documents, words)
+    return planned_bytes(prepared.layout, n_rows, documents, words, _n_shards(prepared, estimate))
 
 
 def estimate_seconds(prepared: Prepared, n_rows: int) -> float | None:

@@ -20,7 +20,7 @@ from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.ranks.work import Worker
-from sae_granary.harvest.ranks.world import World, in_blocks
+from sae_granary.harvest.ranks.world import World, in_blocks, share_cores
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
 from sae_granary.harvest.result import HarvestResult, result_of
 from sae_granary.harvest.settings.make import make_config
@@ -75,6 +75,7 @@ def harvest_activations(
             prepared = prepare(config, progress.say)
         check_weights(prepared.located)
         check_space(prepared)
+        share_cores(world, prepared.device)
         model: Model | None = None
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)

@@ -145,6 +145,8 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     with pytest.raises(IncompleteCacheError, match="90 rows in 1 complete blocks; run the same"):
         open_cache(path)
     assert verify(path).ok
+    assert "90 (one per token) in 1 complete blocks, not joined yet" in run.invoke(app, ["info", str(path)]).output
+    assert json.loads(run.invoke(app, ["info", str(path), "--json"]).output)["n_rows"] == 90
     assert json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]["state"] == "incomplete"
     (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
     listed = json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
+from sae_granary.harvest.plan import plan, plan_rows
 from sae_granary.harvest.ranks import world
 from sae_granary.harvest.ranks.blocks import Outcome
+from sae_granary.harvest.ranks.board import Board, Limits
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
@@ -262,6 +265,47 @@ def test_an_altered_outcome_of_a_block_is_named(tmp_path: Path) -> None:
 def test_blocks_that_numbers_cannot_hold_are_refused(config: HarvestConfig) -> None:
     with pytest.raises(ConfigError, match="expected a value <= 1000000000"):
         replace(config, block_docs=2**62)
+
+
+def test_blocks_that_are_certainly_past_the_end_are_not_claimed(tmp_path: Path) -> None:
+    leases = Leases(tmp_path, 60)
+    first, second = leases.claim("00000000"), leases.claim("00000001")
+    assert first is not None
+    assert second is not None
+    board = Board(tmp_path, 25, Limits(600, None), leases)
+    assert [task.block for task in islice(board.tasks(), 4)] == [0, 1, 2, 3]
+    first.renew(400)
+    second.renew(250)
+    assert [task.block for task in islice(board.tasks(), 4)] == [0, 1]
+    assert (board.rows_in_work(), board.n_shown()) == (650, 600)
+    write = Outcome(25, 380, 24, {"repaired": 0}, "00000000", limited=False).to_bytes
+    (tmp_path / "00000000.json").write_bytes(write())
+    docs = Board(tmp_path, 25, Limits(None, 24), leases)
+    assert [task.name for task in islice(docs.tasks(), 4)] == ["00000000.cut"]
+
+
+def test_a_plan_counts_blocks_and_their_short_shards(config: HarvestConfig) -> None:
+    config = replace(config, rows_per_shard=256)
+    planned, result = plan(config, print), harvest_activations(config, quiet=True)
+    assert planned.n_blocks == 3
+    assert planned.n_shards == pytest.approx(result.n_shards, abs=1)
+    assert planned.n_shards > plan(replace(config, block_docs=None), print).n_shards
+    assert ("blocks", "about 3 of 25 documents") in plan_rows(planned)
+
+
+def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it
+    try:
+        world.share_cores(world.World(0, 4, 0, 2), "cpu")
+        assert torch.get_num_threads() == 4
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        world.share_cores(world.World(0, 4, 0, 2), "cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 class Clock:

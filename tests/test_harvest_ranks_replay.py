@@ -34,7 +34,8 @@ def packed(config: HarvestConfig) -> HarvestConfig:
 
 @pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(config: HarvestConfig, pack: bool) -> None:
-    config = replace(packed(config) if pack else config, max_tokens=1500, rows_per_shard=256)  # ends in a block
+    config = replace(packed(config) if pack else config, max_tokens=1400, rows_per_shard=256)  # ends in a block
+    config = replace(config, tokens=replace(config.tokens, batch_tokens=32))
     both = replace(config, where=WhereConfig(layers=(1, 2)), out=config.out_path.with_name("both"))
     cut = replace(config, out=config.out_path.with_name("cut"))
     for one in (config, both, cut):
@@ -50,7 +51,7 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(config
     assert verify(config.out_path).ok
     assert add_hooks(config.out_path, LAYER_2, quiet=True).already_complete
 
-    with pytest.raises(CutOff), cut_off_after(20):
+    with pytest.raises(CutOff), cut_off_after(50):  # in the second sort buffer of the second block
         add_hooks(cut.out_path, LAYER_2, quiet=True)
     assert open_cache(cut.out_path / "added/layer_2", allow_incomplete=True).records[-1].block == 1
     add_hooks(cut.out_path, LAYER_2, quiet=True)
@@ -59,7 +60,7 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(config
 
 @pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_damaged_files_come_back_byte_for_byte(config: HarvestConfig, pack: bool) -> None:
-    config = replace(packed(config) if pack else config, max_tokens=1500, rows_per_shard=256)
+    config = replace(packed(config) if pack else config, max_tokens=1400, rows_per_shard=256)
     harvest_activations(config, quiet=True)
     add_hooks(config.out_path, LAYER_2, quiet=True)
     path, before = config.out_path, contents(config.out_path)
@@ -83,7 +84,7 @@ def test_other_text_is_refused(config: HarvestConfig) -> None:
     corpus = Path(config.text.dataset)
     lines = corpus.read_text().split("\n")
     corpus.write_text("\n".join([*lines[:30], "salt water fire", *lines[31:]]))
-    with pytest.raises((RowsDifferError, HarvestError), match=r"harvested from something else|the text or the tokenizer"):
+    with pytest.raises((RowsDifferError, HarvestError), match="the text or the tokenizer"):
         add_hooks(config.out_path, LAYER_2, quiet=True)
     records = open_cache(config.out_path).records
     shard = next(r.shard for r in records if r.documents and r.documents.first <= 30 <= r.documents.last)

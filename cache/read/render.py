@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.records import InBlocks, blocks_of, bytes_in_blocks
 from sae_granary.cache.format.stats import Stats
 from sae_granary.common.errors import printable
 from sae_granary.common.quantities import byte_size
@@ -31,6 +32,9 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         "shards": f"{len(opened)}{part} of up to {manifest.rows_per_shard:,} rows",
         "size": byte_size(n_bytes),
     }
+    if (blocks := unjoined(path, manifest, opened)) is not None:
+        lines["rows"] = f"{blocks.n_rows:,} (one per {unit}) in {blocks.n_blocks:,} complete blocks, not joined yet"
+        lines["size"] = byte_size(bytes_in_blocks(path))
     if manifest.kept_columns:
         lines["kept columns"] = ", ".join(manifest.kept_columns)
     for name in ("model", "dataset"):
@@ -38,6 +42,11 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         if value:
             lines[name] = value
     return lines
+
+
+def unjoined(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> InBlocks | None:
+    """The blocks of a harvest in blocks that has not finished; None for any other cache."""
+    return None if manifest.complete or manifest.block_docs is None or opened else blocks_of(path)
 
 
 def source_name(value: Any) -> str:
@@ -70,12 +79,13 @@ def as_json(
     path: Path, manifest: Manifest, opened: Sequence[ShardRecord], statistics: Mapping[str, Stats]
 ) -> dict[str, Any]:
     """What `sae-cache info --json` prints; `statistics` by hook point."""
+    blocks = unjoined(path, manifest, opened)
     return {
         "path": str(path),
         "complete": manifest.complete,
         "unit": manifest.unit,
         "dtype": manifest.dtype,
-        "n_rows": sum(record.n_rows for record in opened),
+        "n_rows": sum(record.n_rows for record in opened) if blocks is None else blocks.n_rows,
         "n_shards": len(opened),
         "n_documents": _n_documents(opened),
         "n_bytes": sum(record.n_bytes for record in opened),

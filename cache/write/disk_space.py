@@ -21,9 +21,18 @@ _STATISTICS = 2 * 8 * 4 / 3  # bytes per number of a row: mean and m2 in base64
 _SHARD_JSON = 4096  # of a shard, in its record and in the manifest
 
 
-def planned_bytes(layout: CacheLayout, n_rows: int, documents: float, vocabulary: Sequence[str] | None = None) -> int:
-    """Bytes of a complete cache of so many rows; `documents` are those of its documents, all together."""
-    n_shards = math.ceil(n_rows / layout.columns["flags"].rows_per_shard)
+def planned_bytes(
+    layout: CacheLayout,
+    n_rows: int,
+    documents: float,
+    vocabulary: Sequence[str] | None = None,
+    n_shards: int | None = None,
+) -> int:
+    """Bytes of a complete cache of so many rows; `documents` are those of its documents, all together.
+
+    `n_shards` is for caches in blocks, of which each ends with a short shard; else shards are full.
+    """
+    n_shards = math.ceil(n_rows / layout.columns["flags"].rows_per_shard) if n_shards is None else n_shards
     numbers = sum(array.width or 1 for array in layout.activations.values())
     beside = (n_shards + 1) * numbers * _STATISTICS + n_shards * _SHARD_JSON
     beside += sum(map(len, zarr_files(layout, n_shards).values())) + len(vocabulary_bytes(vocabulary) or b"")

@@ -86,15 +86,25 @@ class Board:
 
     def tasks(self) -> Iterator[Task]:
         """What may be claimed, in source order; endless where the end of the source is not known yet."""
-        block = len(self.done)
+        block, n_rows, n_docs = len(self.done), self.n_rows, self.n_docs
         while not self.ended and (self.last is None or block <= self.last):
+            if block > len(self.done) and self._limits.reached(n_rows, n_docs):
+                return  # the blocks before have enough
             task = self._task(block)
             if task is not None:
                 yield task
             known = self._outcome(f"{block:08d}")
             if known is not None and known.n_records < self._block_docs:
                 return
+            n_rows += self._rows_of(block)
+            n_docs += known.n_documents if known is not None else 0
             block += 1
+
+    def _rows_of(self, block: int) -> int:
+        """Rows of a block that are known: of a complete one, or those that the process that harvests it has told."""
+        names = (f"{block:08d}{LIMITED}", f"{block:08d}")
+        found = next((outcome for name in names if (outcome := self._outcome(name))), None)
+        return found.n_rows if found is not None else max(self._leases.n_rows(name) for name in names)
 
     def _task(self, block: int) -> Task | None:
         whole = Task(block, None)
@@ -126,9 +136,14 @@ class Board:
             found = next((outcome for name in names if (outcome := self._outcome(name))), None)
             if found is None and not any(self._leases.exists(name) for name in names):
                 return total
-            total += found.n_rows if found is not None else max(self._leases.n_rows(name) for name in names)
+            total += self._rows_of(block)
             block += 1
         return total
+
+    def n_shown(self) -> int:
+        """Rows of all blocks, for the progress: no more than are wanted, though blocks past the end may be in work."""
+        total, wanted = self.n_rows + self.rows_in_work(), self._limits.max_rows
+        return total if wanted is None or self.ended else min(total, max(wanted, self.n_rows))
 
     def _outcome(self, name: str) -> Outcome | None:
         if name not in self._outcomes and (found := Outcome.read(self._folder / f"{name}.json")) is not None:

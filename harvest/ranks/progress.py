@@ -53,7 +53,7 @@ class SummedProgress:
             self._shown.advance(int(self._total - before), self._bytes_of(int(self._total)))
 
     def _rows(self) -> int:
-        return self._board.n_rows + self._board.rows_in_work()
+        return self._board.n_shown()
 
 
 class BlockProgress(Progress):

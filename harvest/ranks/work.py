@@ -197,7 +197,8 @@ class Worker:
         except FileExistsError:  # by a process that was taken for dead; the same block gives the same
             new.unlink()
         sync_folder(self._folder)
-        self._log.write(f"block {task.block}: {outcome.n_rows:,} rows of {outcome.n_documents:,} documents")
+        if outcome.n_records:  # else it was past the end of the text
+            self._log.write(f"block {task.block}: {outcome.n_rows:,} rows of {outcome.n_documents:,} documents")
 
     def _join(self) -> None:
         lease = self._leases.claim(_JOIN)

@@ -59,6 +59,16 @@ def lease_seconds() -> float:
     return seconds(os.environ, LEASE_SECONDS, _DEFAULT_LEASE, least=0.1)
 
 
+def share_cores(world: World, device: str) -> None:
+    """On a CPU, give each process of torchrun its share of the cores: torchrun gives each one thread."""
+    if world.local_size < 2 or device != "cpu" or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return
+    import torch
+
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, n // world.local_size))
+
+
 def in_blocks(config: HarvestConfig, world: World) -> HarvestConfig:
     """The config with the blocks that its cache has, or that several ranks need; each rank gets a GPU.
 

@@ -26,6 +26,7 @@ from sae_granary.sae_core.normalize import Affine, Normalizer, moments
 from sae_granary.sae_core.options import Progress, SharedConfig
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.sae_core.ranks.sharded import normal_rows, sum_gradients, sum_values
 
 MAX_FIT_ROWS = 2**20  # rows that mean, scale and V are taken from
 
@@ -43,6 +44,8 @@ class SAE(nn.Module):
     keeps_unit_rows: bool = True  # by `project_gradients` and `after_step`; False: the optimizer's step does it
     splits_batches: ClassVar[bool] = True  # losses are means over rows, so that ranks may share a batch
     ranks: Alone = ALONE  # those that this SAE shares its batches with, in training
+    shards: Alone = ALONE  # those that its latents are divided over: it then has d_sae of them, after lower ranks'
+    shards_latents: ClassVar[bool] = False  # whether they can be; see `register`
     has_encoder: ClassVar[bool] = True  # False: the dictionary is its own encoder, there is no W_enc
     subtracts_b_dec: ClassVar[bool] = True  # the decoder bias is taken off the input before it is encoded
     selects_in_batch: ClassVar[bool] = False  # which latents of a row are active depends on the other rows
@@ -101,7 +104,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def reset_weights(self, generator: torch.Generator) -> None:
         """Draw isotropic unit decoder rows, set the encoder to their transpose, reset each latent's numbers."""
-        rows = torch.randn(self.W_dec.shape, generator=generator, device=generator.device)
+        rows = normal_rows(self.W_dec.shape, generator, self.shards)
         self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         if self.has_encoder:
             self.W_enc.copy_(self.W_dec.t())
@@ -140,7 +143,8 @@ class SAE(nn.Module):
 
     def center(self, rows: Tensor) -> Centered:
         """Subtract the decoder bias from normalized rows (N, D) before they are encoded."""
-        return center(rows, self.core.b_dec) if self.core.subtracts_b_dec else Centered(rows)
+        b_dec = sum_gradients(self.core.b_dec, self.shards)
+        return center(rows, b_dec) if self.core.subtracts_b_dec else Centered(rows)
 
     def encoder_input(self, x: Inputs) -> Centered:
         """Return raw rows (N, D) normalized and centered, as the encoder reads them."""
@@ -160,7 +164,7 @@ class SAE(nn.Module):
 
     def reconstruct(self, codes: Codes) -> Tensor:
         """Decode in the normalized space: (N, D_out)."""
-        return decode(codes, self.W_dec) + self.b_dec
+        return sum_values(decode(codes, self.W_dec), self.shards) + self.b_dec
 
     def reconstruct_for_losses(self, activation: Activation, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruct target (N, D_out), and return what the variant's losses need from the decoder."""
@@ -177,10 +181,9 @@ class SAE(nn.Module):
         source = self.prepare(as_rows(x, self))
         activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
-        recon = self.complete(recon, source)
-        extras = {**source.extras, **activation.extras, **extras}
-        x_hat, codes, pre_acts = source.undo(recon), activation.codes, activation.pre_acts
-        return SAEOutput(x_hat, source.reference, codes, recon, source, pre_acts, extras)
+        recon, extras = self.complete(recon, source), {**source.extras, **activation.extras, **extras}
+        codes, pre_acts = activation.codes, activation.pre_acts
+        return SAEOutput(source.undo(recon), source.reference, codes, recon, source, pre_acts, extras)
 
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D); of one row (D,) or sequences (..., D) as of all their rows in order."""

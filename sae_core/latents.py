@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sae_granary.common.device import float64, lacks_float64
 from sae_granary.sae_core.options import PRE_ACTS
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 EMA_DECAY = 0.999
 # Positive floats are ordered like their bits; dropping 10 of 23 mantissa bits leaves bins 1.2e-4 wide (relative).
@@ -126,8 +127,10 @@ class BatchThreshold(nn.Module):
         return torch.where(self.calibrated.isnan(), corrected, self.calibrated)
 
     @torch.no_grad()
-    def calibrate(self, pre_acts: Iterable[Tensor], k: float) -> None:
+    def calibrate(self, pre_acts: Iterable[Tensor], k: float, shards: Alone = ALONE) -> None:
         """Set the threshold so that on average k pre-activations per row exceed it, over all batches (N, F).
+
+        Where `shards` divide the latents, each has its own columns of the same rows.
 
         A histogram over the bits of the floats keeps memory constant: 2**21 counters for any number of rows.
         """
@@ -136,6 +139,7 @@ class BatchThreshold(nn.Module):
         for batch in pre_acts:
             n_rows += batch.shape[0]
             counts += _bins(batch).cpu()
+        counts = shards.sum(counts)
         above = counts.flip(0).cumsum(0).flip(0)  # above[b]: entries in bin b and higher
         lowest = int((above > n_rows * k).sum())  # the first bin whose entries all fit
         edge = torch.tensor(max(lowest, 0) << DROPPED_BITS, dtype=torch.int32).view(torch.float32)

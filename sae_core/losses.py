@@ -17,6 +17,7 @@ from sae_granary.sae_core.kernels.deferred import host_waits, known_count
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.sae_core.pre_acts import MAX_DENSE, PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.sae_core.ranks.sharded import kept_of_rows, sum_values, topk
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,27 +91,29 @@ def auxk_loss(
     *,
     signed: bool = False,
     ranks: Alone = ALONE,
+    shards: Alone = ALONE,
 ) -> Tensor:
     """AuxK (arXiv 2406.04093, appendix A.2): |error - error_hat|^2 / variance(error) * min(A / k_aux, 1), a scalar.
 
     The k_aux dead latents with the largest ReLU'd pre-activations of each row (of signed codes: with the largest
     magnitudes, and no ReLU) reconstruct the error (N, D_out), given without gradients, without a bias.
     pre_acts (N, F) of the SAE's rows; latents (A,) the dead ones, at least one. The variance is that of the rows of all
-    ranks.
+    ranks. Where `shards` divide the latents, A counts the dead ones of all, of which this rank may have none.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
-    n_dead = int(latents.numel())
+    n_dead = int(shards.sum(torch.tensor(latents.numel())))
     own = weights.take(latents)
     k = min(k_aux, n_dead)
-    if host_waits(error) and k <= MAX_SPARSE_DENSITY * n_dead and len(error) * n_dead > MAX_DENSE:
-        own_acts = PreActs(pre_acts.rows, own.W_enc, own.b_enc)
-        chosen = _Chosen(own_acts.topk(k, by_magnitude=signed), None)  # which never holds the (N, A) matrix
+    if host_waits(error) and k <= MAX_SPARSE_DENSITY * n_dead and len(error) * len(latents) > MAX_DENSE:
+        own_acts = PreActs(pre_acts.rows, own.W_enc, own.b_enc)  # which never holds the (N, A) matrix
+        kept = own_acts.topk(k, by_magnitude=signed) if shards.n == 1 else topk(own_acts, k, shards)
+        chosen = _Chosen(kept, None)
     else:
-        chosen = _choose(pre_acts.columns(latents), k, signed=signed)
+        chosen = _choose(pre_acts.columns(latents), k, n_dead, shards, signed=signed)
     acts = encode_at(Centered(pre_acts.rows), own.W_enc, own.b_enc, chosen.kept)
     acts = acts if signed else torch.relu(acts)
     codes = Codes(acts if chosen.mask is None else acts * chosen.mask, chosen.kept.pattern)
-    squared = (error - decode(codes, own.W_dec)).square().sum(-1).mean()
+    squared = (error - sum_values(decode(codes, own.W_dec), shards)).square().sum(-1).mean()
     variance = _variance(error, ranks)
     # A perfect reconstruction leaves nothing to explain: the term is then zero, not 0/0.
     per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)
@@ -127,16 +130,22 @@ def _variance(error: Tensor, ranks: Alone) -> Tensor:
 
 class _Chosen(NamedTuple):
     kept: Codes  # pre-activations without gradients
-    mask: Tensor | None  # (N, A) which of a full pattern's are meant; None: all that are kept
+    mask: Tensor | None  # which of the pattern's are meant, shaped as its values; None: all that are kept
 
 
-def _choose(pre_acts: Tensor, k: int, *, signed: bool) -> _Chosen:
-    """The k strongest of each row of (N, A); a full pattern where k is too large a share of A for sparse products."""
-    n_rows, n_dead = pre_acts.shape
-    everything = Codes(pre_acts, Pattern(n_rows, n_dead))
+def _choose(pre_acts: Tensor, k: int, n_dead: int, shards: Alone, *, signed: bool) -> _Chosen:
+    """The k strongest of each row over all shards, of n_dead in all, as far as they are among this one's (N, A).
+
+    A full pattern where k is too large a share of A for sparse products.
+    """
+    n_rows, n_own = pre_acts.shape
+    everything = Codes(pre_acts, Pattern(n_rows, n_own))
     if k == n_dead:
         return _Chosen(everything, None)
-    indices = (pre_acts.abs() if signed else pre_acts).topk(k, dim=-1, sorted=False).indices
+    values, indices = (pre_acts.abs() if signed else pre_acts).topk(min(k, n_own), dim=-1, sorted=shards.n > 1)
+    if shards.n > 1:
+        mask = kept_of_rows(values, k, shards).to(values.dtype)
+        return _Chosen(Codes(pre_acts.gather(1, indices).view(-1), Pattern.fixed_k(indices, n_own)), mask.view(-1))
     if k > MAX_SPARSE_DENSITY * n_dead:
         return _Chosen(everything, torch.zeros_like(pre_acts).scatter_(1, indices, 1.0))
     return _Chosen(Codes(pre_acts.gather(1, indices).view(-1), Pattern.fixed_k(indices, n_dead)), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_granary.common.device import float64
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.normalize import NO_VARIANCE
-from sae_granary.sae_core.ranks.reduce import Alone
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 DEAD_THRESHOLD = 0.0005  # firing rate under which a latent counts as rare
 
@@ -21,8 +21,9 @@ DEAD_THRESHOLD = 0.0005  # firing rate under which a latent counts as rare
 class Evaluator:
     """Streaming l0, fvu, densities, cosine and l2_ratio: call `update` per batch, then `result`."""
 
-    def __init__(self, d_in: int, d_sae: int, dead_threshold: float = DEAD_THRESHOLD) -> None:
-        self.d_in, self.d_sae, self.dead_threshold = d_in, d_sae, dead_threshold
+    def __init__(self, d_in: int, d_sae: int, dead_threshold: float = DEAD_THRESHOLD, shards: Alone = ALONE) -> None:
+        """`shards` divide the latents: each has d_sae of them, and the same rows and reconstructions."""
+        self.d_in, self.d_sae, self.dead_threshold, self.shards = d_in, d_sae, dead_threshold, shards
         self.n_rows = 0
         self._n_active: Tensor | int = 0  # sums stay on the device of the rows: adding a batch waits for nothing
         self._mean = torch.zeros(d_in, dtype=torch.float64)
@@ -94,16 +95,16 @@ class Evaluator:
 
     def sums(self) -> dict[str, Tensor | float]:
         """What the metrics follow from: scalars, on the device of the rows."""
-        densities = self.densities()
+        densities, shards = self.densities(), self.shards
         return {
-            "n_active": self._n_active,
+            "n_active": shards.sum(torch.as_tensor(self._n_active).clone()) if shards.n > 1 else self._n_active,
             "scatter": self._scatter,
             "squares": self._squares,
             "squared_error": self._squared_error,
             "cosine": self._cosine,
             "l2_ratio": self._l2_ratio,
-            "rare": float64(densities < self.dead_threshold).mean(),
-            "never_fired": float64(densities == 0).mean(),
+            "rare": shards.average(float64(densities < self.dead_threshold).mean()),
+            "never_fired": shards.average(float64(densities == 0).mean()),
         }
 
     def of_sums(self, sums: Mapping[str, float]) -> dict[str, float | None]:
@@ -136,15 +137,22 @@ def _on(device: torch.device, sums: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decoder_max_cosine(W_dec: Tensor, chunk: int = 2048) -> float:
-    """Mean over latents of the largest |cosine| to another decoder row of W_dec (F, D); lower is better."""
-    if W_dec.shape[0] < 2:
+def decoder_max_cosine(W_dec: Tensor, chunk: int = 2048, shards: Alone = ALONE) -> float:
+    """Mean over latents of the largest |cosine| to another decoder row of W_dec (F, D); lower is better.
+
+    Where `shards` divide the latents, each has F rows of the decoder, and gets those of the others, a part at a time.
+    """
+    if W_dec.shape[0] * shards.n < 2:
         return 0.0
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     total = 0.0
     for start in range(0, rows.shape[0], chunk):
-        cosines = (rows[start : start + chunk] @ rows.t()).abs()
-        own = torch.arange(cosines.shape[0], device=rows.device)
-        cosines[own, own + start] = 0.0
-        total += float(float64(cosines.max(dim=1).values).sum())
-    return total / int(rows.shape[0])
+        part = rows[start : start + chunk]
+        for rank, others in enumerate(shards.gather(part.reshape(-1))):
+            cosines = (others.view_as(part) @ rows.t()).abs()
+            if rank == shards.index:
+                own = torch.arange(cosines.shape[0], device=rows.device)
+                cosines[own, own + start] = 0.0
+            largest = -shards.minimum(-cosines.max(dim=1).values)
+            total += float(float64(largest).sum())
+    return total / (int(rows.shape[0]) * shards.n)

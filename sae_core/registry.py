@@ -3,27 +3,31 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any, TypeVar
 
 from sae_granary.common.errors import nearest
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.errors import OptionError, UnknownTypeError
 from sae_granary.sae_core.options import SharedConfig
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 T = TypeVar("T", bound=type[SAE])
 
 _VARIANTS: dict[str, type[SAE]] = {}
 
 
-def register(name: str) -> Callable[[T], T]:
-    """Class decorator: register a variant under `name` for the commands, the loader and the contract tests."""
+def register(name: str, *, shards_latents: bool = False) -> Callable[[T], T]:
+    """Class decorator: register a variant under `name` for the commands, the loader and the contract tests.
+
+    `shards_latents`: its latents can be divided over ranks (`SAE.shards`). Not inherited by other variants.
+    """
 
     def add(cls: T) -> T:
         taken = _VARIANTS.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise ValueError(f"variant {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}")
-        cls.type_name = name
+        cls.type_name, cls.shards_latents = name, shards_latents
         _VARIANTS[name] = cls
         return cls
 
@@ -70,3 +74,15 @@ def make_config(cls: type[SAE], options: Mapping[str, Any]) -> SharedConfig:
             raise OptionError(f"{cls.type_name} needs option {name!r}: {spec.metadata['help']}")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     return cls.Config(**values)
+
+
+def build(cls: type[SAE], config: SharedConfig, shards: Alone = ALONE) -> SAE:
+    """Create an SAE; where `shards` divide its latents, with those of this rank."""
+    sae = cls(replace(config, d_sae=config.d_sae // shards.n))
+    sae.shards = shards
+    return sae
+
+
+def whole_config(sae: SAE) -> SharedConfig:
+    """The Config of an SAE with the latents of all shards."""
+    return replace(sae.config, d_sae=sae.config.d_sae * sae.shards.n)

@@ -18,18 +18,17 @@ import torch
 
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import WHOLE, LoaderState, Share
-from sae_granary.sae_core import Codes, Progress
+from sae_granary.sae_core import Codes, Progress, registry
+from sae_granary.sae_core import make_config as make_options
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.sae_core.ranks.select import batch_topk
-from sae_granary.sae_core.ranks.sharded import ShardedTopKSAE
-from sae_granary.sae_core.variants.topk import TopKSAE
 from sae_granary.train import loop
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.streams import open_stream, step_input
-from sae_granary.train.optim.resample import latent_axes
+from sae_granary.train.optim.gradients import norm_of_all
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.ranks.trainer import share_batches
 from sae_granary.train.ranks.world import joined
@@ -70,8 +69,12 @@ def start(jobs: Sequence[Sequence[str]], **env: str) -> list[subprocess.Popen[st
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
-    """Exit code and output of each rank."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    """Exit code and output of each rank; after the timeout, in seconds, they are killed."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
@@ -120,29 +123,36 @@ def tied_selections(ranks: Alone = ALONE) -> list[torch.Tensor]:
     return found
 
 
-def sharded_step(shards: Alone = ALONE) -> dict[str, torch.Tensor]:
-    """One forward and backward pass of a topk SAE with dead latents, of which this rank has a part."""
+def sharded_steps(shards: Alone = ALONE) -> dict[str, dict[str, torch.Tensor]]:
+    """A forward and backward pass of SAEs of which this rank has some latents, in several cases."""
+    dead = {
+        "spread": torch.arange(0, 60, 4),
+        "of the first rank": torch.arange(9),
+        "all chosen": torch.arange(0, 60, 15),
+    }
+    given = {"k_aux": 6, "dead_after_tokens": 10}
+    cases: dict[str, dict[str, Any]] = {
+        **{f"topk, dead {name}": {"type": "topk", "k": 5, "dead": latents} for name, latents in dead.items()},
+        "topk, multi": {"type": "topk", "k": 5, "multi_topk": True},
+        "batchtopk": {"type": "batchtopk", "k": 5, "dead": dead["spread"]},
+        "batchtopk, tied": {"type": "batchtopk", "k": 5, "tied": True},
+    }
+    return {name: _sharded_step({**given, **case}, shards) for name, case in cases.items()}
+
+
+def _sharded_step(given: dict[str, Any], shards: Alone) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    config = TopKSAE.Config(d_in=16, d_sae=60, k=5, k_aux=6, dead_after_tokens=10)
-    whole = TopKSAE(config)
+    dead, tied, cls = given.pop("dead", []), given.pop("tied", False), registry.get(given.pop("type"))
+    sae = registry.build(cls, make_options(cls, {"d_in": 16, "d_sae": 60, **given}), shards)
     x = torch.randn(50, 16, generator=generator)
-    whole.initialize({"x": x}, generator)
-    whole.num_tokens_since_fired[torch.arange(0, 60, 4)] = 10
-    sae = whole
-    if shards.n > 1:
-        own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
-        sae = ShardedTopKSAE(replace(config, d_sae=own.stop - own.start))
-        sae.shards = shards
-        axes = latent_axes(whole) | {"num_tokens_since_fired": 0}
-        state = {
-            name: value if name not in axes else value.index_select(axes[name], torch.arange(own.start, own.stop))
-            for name, value in whole.state_dict().items()
-        }
-        sae.load_state_dict(state)
-    out = sae.train()({"x": x})
+    sae.initialize({"x": x[:25].repeat(2, 1) if tied else x}, generator)
+    own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
+    silent = torch.zeros(60, dtype=torch.int64).index_fill_(0, torch.as_tensor(dead, dtype=torch.int64), 10)
+    sae.num_tokens_since_fired.copy_(silent[own])
+    out = sae.train()({"x": x[:25].repeat(2, 1) if tied else x})
     losses = sae.losses(out, Progress(0, 1))
     torch.stack(list(losses.values())).sum().backward()
-    found = {"x_hat": out.x_hat.detach(), "codes": out.codes.dense().detach(), **losses}
+    found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters())}
     return {key: value.detach() for key, value in found.items()} | {
         f"grad {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None
     }
@@ -161,7 +171,7 @@ def _take_steps(cache: str, out: str) -> None:
             share = Share(place.index, place.n, given.get("grad_acc_steps", 1))
             torch.save(steps(Path(cache), given, share, world.ranks), Path(out) / f"{name}_{place.index}.pt")
         torch.save(tied_selections(world.ranks), Path(out) / f"tied_{place.index}.pt")
-        torch.save(sharded_step(world.ranks), Path(out) / f"shard_{place.index}.pt")
+        torch.save(sharded_steps(world.ranks), Path(out) / f"shard_{place.index}.pt")
     result = train_sae(cache=cache, **{**COMMON, "type": "batchtopk", "k": 3, "runs_dir": out, "name": f"by_{place.n}"})
     torch.save(result.sae.state_dict(), Path(out) / f"sae_{place.index}.pt")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_kit import CASES, COMMON, ended, sharded_step, start, steps, tied_selections
+from rank_kit import CASES, COMMON, ended, sharded_steps, start, steps, tied_selections
 
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import Share
@@ -34,14 +34,15 @@ def test_ranks_take_the_steps_of_one_process(n: int, make_cache: Callable[..., P
             assert_close(parts[0]["weights"][-1], part["weights"][-1], f"{name}: of the ranks", within=0.0)
     tied = zip(*(torch.load(tmp_path / f"tied_{rank}.pt") for rank in range(n)), strict=True)
     assert all(torch.equal(alone, torch.cat(parts)) for alone, parts in zip(tied_selections(), tied, strict=True))
-    whole = sharded_step()
     shards = [torch.load(tmp_path / f"shard_{rank}.pt") for rank in range(n)]
-    for name, value in whole.items():
-        axis = {"codes": 1, "grad W_enc": 1, "grad b_enc": 0, "grad W_dec": 0}.get(name)
-        found = shards[-1][name] if axis is None else torch.cat([shard[name] for shard in shards], dim=axis)
-        assert_close({name: value}, {name: found}, "sharded")
-    assert torch.equal(whole["codes"] != 0, torch.cat([shard["codes"] for shard in shards], dim=1) != 0)
-    assert float(whole["auxk"]) > 0
+    for case, whole in sharded_steps().items():
+        for name, value in whole.items():
+            axis = {"codes": 1, "grad W_enc": 1, "grad b_enc": 0, "grad W_dec": 0}.get(name)
+            parts = [shard[case][name] for shard in shards]
+            found = parts[-1] if axis is None else torch.cat(parts, dim=axis)
+            assert_close({name: value}, {name: found}, f"sharded: {case}")
+        assert torch.equal(whole["codes"] != 0, torch.cat([shard[case]["codes"] for shard in shards], dim=1) != 0), case
+        assert ("dead" in case) <= (float(whole.get("auxk", torch.zeros(()))) > 0)
     one = train_sae(cache=str(cache), **COMMON, type="batchtopk", k=3, runs_dir=str(tmp_path), name="alone")
     shared = [torch.load(tmp_path / f"sae_{rank}.pt") for rank in range(n)]
     for state in shared:

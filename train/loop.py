@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import clip, clipped, global_norm, norms_by_name
+from sae_granary.train.optim.gradients import clip, clipped, norm_of_all, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -126,7 +126,7 @@ def _gradients(
     next step. `exact`: selections wait for the number of entries that they find.
     """
     sae, deferred = run.sae, run.deferred
-    measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae)) if measure else None
+    measured = _Measured(Evaluator(sae.d_out, sae.config.d_sae, shards=sae.shards)) if measure else None
     run.optimizer.zero_grad(set_to_none=True)
     run.row_pass.ask(deferred)
     with deferred.of_this_step(exact=exact):
@@ -137,14 +137,14 @@ def _gradients(
     with run.row_pass.takes_over():
         sae.project_gradients()
     together, norms = clipped(sae), run.row_pass.norms(deferred)
-    norm = global_norm((p.grad for p in together if p.grad is not None and p not in norms), norms.values())
+    norm = norm_of_all(sae, together, norms)
     if deferred.failed(torch.isfinite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
         return None
     # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
     in_units = norm * sae.core.loss_scale.unit
     held, fits, (norm_read, norm_in_units, n_dead) = deferred.read(norm, in_units, sae.dead_mask.sum())
     deferred.remember_count("dead", sae.core.num_tokens_since_fired, int(n_dead))
-    fits = sae.ranks.all(fits)
+    fits = sae.shards.all(sae.ranks.all(fits))
     return _Gradients(losses, measured, held, fits, norm_read, norms, norm_in_units)
 
 
@@ -172,7 +172,7 @@ def _undone_without_memory(sae: SAE, buffers: Mapping[str, Tensor]) -> Iterator[
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if sae.ranks.n > 1:  # the others wait in a reduction of this step
+        if sae.ranks.n > 1 or sae.shards.n > 1:  # the others wait in a reduction of this step
             raise
         _restore(sae, buffers)
         raise StepTooLargeError(str(error)) from None  # without the error, whose frames hold what was allocated

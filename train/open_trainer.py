@@ -25,6 +25,7 @@ from sae_granary.train.data.stage import stage
 from sae_granary.train.folders import read_run
 from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
+from sae_granary.train.state.identity import check_identity
 from sae_granary.train.state.initial import start_from
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
@@ -48,14 +49,20 @@ def open_trainer(
     files.remove_temporary(folder / CHECKPOINTS)
     sinks = make_sinks(str(record["wandb_id"]))
     found = checkpoint.list_checkpoints(folder)
-    if found:
-        restored = checkpoint.load(found[-1], data.config, data.identity)
-        if callbacks is not None:
-            callbacks.restore(restored.extra.get("callbacks", []))
-        data = data.with_config(restored.run.config)
-        return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
-    state = LoaderState(data.order.seed)
-    return Trainer(data, _fresh_run(data, sample, sinks), folder, sinks, state, callbacks=callbacks)
+    restored = restore_or_start(data, found[-1] if found else None, sinks, sample)
+    if found and callbacks is not None:
+        callbacks.restore(restored.extra.get("callbacks", []))
+    data = data.with_config(restored.run.config)
+    return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
+
+
+def restore_or_start(
+    data: RunData, path: Path | None, sinks: Sinks, sample: Callable[[RunData], Rows] = passes.sample
+) -> checkpoint.Restored:
+    """The state of a checkpoint; without one, that of a new run."""
+    if path is not None:
+        return checkpoint.load(path, data.config, data.identity, data.shards)
+    return checkpoint.Restored(_fresh_run(data, sample, sinks), LoaderState(data.order.seed), 0.0, {})
 
 
 def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
@@ -63,7 +70,7 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     identity = asdict(data.identity)
     if (folder / RECORD).is_file():
         record = read_run(folder)[1]
-        checkpoint.check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
+        check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
         return record
     settings = to_yaml(data.config)
     record = {
@@ -84,7 +91,7 @@ def _fresh_run(data: RunData, sample: Callable[[RunData], Rows], sinks: Sinks) -
     assert data.config.init_seed is not None
     seed = data.config.init_seed
     with Rng.seeded(seed) as rng:
-        sae = build_sae(data.config)
+        sae = build_sae(data.config, data.shards)
         with waiting("initializing the SAE from a sample of rows"):
             rows = sample(data)
             sae.initialize(rows, torch.Generator().manual_seed(seed))

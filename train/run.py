@@ -30,7 +30,7 @@ from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.sinks.registry import open_sinks
 from sae_granary.train.sinks.sink import Sink, Sinks
-from sae_granary.train.state.checkpoint import check_identity
+from sae_granary.train.state.identity import check_identity
 from sae_granary.train.trainer import Result, Trainer
 
 Begun = tuple[RunData, Path] | Result  # a run to train, or the result of one that is complete
@@ -68,15 +68,16 @@ def train_sae(
 
 
 def _begin(
-    config: TrainConfig, check: Callable[[TrainConfig], None], *, overwrite: bool, resume: str, verify: bool
+    config: TrainConfig, part: Callable[[RunData], RunData], *, overwrite: bool, resume: str, verify: bool
 ) -> Begun:
-    """Start a run, or find the one that is there; `check` sees the resolved settings before anything is written."""
-    data = RunData.open(config)
-    check(data.config)
+    """Start a run, or find the one that is there; `part` checks what was resolved, and gives this rank its part."""
+    data = part(RunData.open(config))
     if resume == "auto" and (begun := _begun(config, data)) is not None:
-        if verify and not isinstance(begun, Result):
+        if isinstance(begun, Result):
+            return begun
+        if verify:
             verify_files([begun[0]])
-        return begun
+        return part(begun[0]), begun[1]
     check_language_model(data)
     check_capacity(data)
     stage(data, copy=False)
@@ -143,20 +144,19 @@ def resume_training(
     """
     folder = Path(folder)
 
-    def begin(check: Callable[[TrainConfig], None]) -> Begun:
+    def begin(part: Callable[[RunData], RunData]) -> Begun:
         config, record = read_run(folder)
         if is_complete(folder):
             raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
         config = replace(config, cache=find_cache(config.cache, record, folder, cache), lm=lm or config.lm)
-        check(config)
-        return RunData.reopen(config, record), folder
+        return part(RunData.reopen(config, record)), folder
 
     given = {"folder": folder, "cache": cache, "lm": lm}
     return _train(begin, given, read_run(folder)[0].device, sinks, callbacks, stop)
 
 
 def _train(
-    begin: Callable[[Callable[[TrainConfig], None]], Begun],
+    begin: Callable[[Callable[[RunData], RunData]], Begun],
     given: Mapping[str, Any],
     device: str,
     sinks: Sequence[Sink],
@@ -169,7 +169,7 @@ def _train(
         from sae_granary.train.ranks.run import train_on_ranks  # torch.distributed
 
         return train_on_ranks(place, begin, open_run, given, device, stop)
-    begun = begin(lambda config: None)
+    begun = begin(lambda data: data)
     if isinstance(begun, Result):
         return begun
     with open_run(*begun) as trainer:

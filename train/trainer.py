@@ -113,7 +113,7 @@ class Trainer:
             at = f"epoch {self.state.epoch}, cursor {self.state.cursor}"
             self.sinks.message(f"the batch of step {run.step} ({at}) is rejected: {result.problem}")
         self._log(event)
-        if self._save_is_due() or self.callbacks.want_checkpoint(event):
+        if run.sae.shards.any(self._save_is_due() or self.callbacks.want_checkpoint(event)):
             self.save()
         if run.rejected_in_row:
             self._lines.write()
@@ -135,7 +135,7 @@ class Trainer:
         if (measured := result.measured) is not None:
             run.density.update(measured.fired, measured.n_rows)
         numbers = {**self._resample(), **self._validate(), **self._densities(), **self.callbacks.on_step(event)}
-        if measured is not None or not result.accepted or numbers:
+        if run.sae.shards.any(measured is not None or not result.accepted or bool(numbers)):
             self._lines.put(Line(run, self.state, result, self.clock, numbers))
 
     def _resample(self) -> dict[str, float]:
@@ -160,7 +160,7 @@ class Trainer:
         run = self.run
         if not run.density.n_rows or not (run.done or run.is_at(run.config.density_every)):
             return {}
-        numbers = run.density.numbers(run.config.dead_threshold)
+        numbers = run.density.numbers(run.config.dead_threshold, run.sae.shards)
         self.sinks.histograms(run.step, histograms_of(run))
         run.density.clear()
         return numbers
@@ -210,7 +210,8 @@ class Trainer:
             save_and_check(run.sae, self.folder, export_metadata(data, self.folder), rows)
         self.sinks.finish(summary)
         self.sinks.flush()
-        write_signed(self.folder / SUMMARY, summary, allow_nan=True)
+        if run.sae.shards.index == 0:
+            write_signed(self.folder / SUMMARY, summary, allow_nan=True)
         self.callbacks.on_end(summary)
         return Result(run.sae.eval(), self.folder, summary)
 

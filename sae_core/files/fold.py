@@ -119,7 +119,7 @@ def _latent_scales(core: SAE, W_dec: Tensor) -> Tensor:
     """Scale of each latent's pre-activations (F,), and W_dec (F, D_out) for raw rows."""
     norms: Tensor = W_dec.norm(dim=1)
     if core.unit_decoder:
-        return norms.mean().expand_as(norms)
+        return core.shards.average(norms.mean()).expand_as(norms)
     # An option in units of pre-activations is one number for all latents: then no latent changes its unit.
     return torch.ones_like(norms) if in_pre_acts(core.config) else norms.clamp_min(1e-12)
 

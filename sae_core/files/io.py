@@ -5,7 +5,10 @@ and, for what SAELens has no name for, granary.safetensors.
 Native form: sae.json, sae.safetensors (weights and buffers as trained). Nothing is pickled.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from sae_granary.sae_core.files import saelens, sparsify
 from sae_granary.sae_core.files.disk import check_finite, check_size, read_tensors, write_json, write_tensors
 from sae_granary.sae_core.files.fold import Folded, fold
 from sae_granary.sae_core.files.record import DAMAGED, read_record, write_record
+from sae_granary.sae_core.files.sharded import part_name, read_parts, write_whole
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.sae_core.registry import build, whole_config
 
 WEIGHTS, OURS, EXTRA = saelens.WEIGHTS, "granary.json", "granary.safetensors"
 NATIVE_WEIGHTS, NATIVE = "sae.safetensors", "sae.json"
@@ -29,23 +35,30 @@ def save(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None
     """Write the inference form and return its files; `metadata` (model_name, hook_name ...) goes into cfg.json.
 
     A variant that SAELens cannot express gets no cfg.json: its granary.json says all that `load` needs.
-    Raises NonFiniteError, and writes nothing, if a weight is NaN or Inf.
+    Where the latents are divided over ranks, rank 0 writes those of all. Raises NonFiniteError, and writes nothing, if
+    a weight is NaN or Inf.
     """
-    folder = Path(folder)
+    folder, shards = Path(folder), sae.shards
     metadata, folded = dict(metadata or {}), fold(sae)
     check_finite({**folded.weights, **folded.extra})
     folder.mkdir(parents=True, exist_ok=True)
-    checksums = {WEIGHTS: write_tensors(folder / WEIGHTS, folded.weights)}
+    checksums = {WEIGHTS: write_whole(folder / WEIGHTS, folded.weights, sae.core.latents, shards)}
     if folded.extra:
         checksums[EXTRA] = write_tensors(folder / EXTRA, folded.extra)
     files = [folder / name for name in checksums]
-    if saelens.expresses(sae):
-        files.append(write_json(folder / saelens.CFG, saelens.saelens_config(sae, metadata)))
-    return [*files, write_record(folder / OURS, sae.type_name, folded.config, checksums, metadata=metadata)]
+    if shards.index == 0:
+        if saelens.expresses(sae):
+            files.append(write_json(folder / saelens.CFG, saelens.saelens_config(sae, metadata)))
+        config = replace(folded.config, d_sae=whole_config(sae).d_sae)
+        files.append(write_record(folder / OURS, sae.type_name, config, checksums, metadata=metadata))
+    shards.all(True)  # the files are complete before any rank reads them
+    return files if shards.index == 0 else []
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
+def load(folder: str | Path, device: str | torch.device = "cpu", shards: Alone = ALONE) -> SAE:
     """Return the SAE of a folder written by `save`, by SAELens or by sparsify, in evaluation mode.
+
+    Of one written by `save`, each of several `shards` takes its latents only.
 
     >>> from sae_granary import load_sae
     >>> sae = load_sae("runs/demo_topk")
@@ -55,12 +68,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     Raises NotAnSAEError if the folder holds none of them or is damaged.
     """
     folder = Path(folder)
-    found = (read(folder) for read in (_read_ours, *FOREIGN))
+    found = (read(folder) for read in (partial(_read_ours, shards=shards), *FOREIGN))
     folded = next((each for each in found if each is not None), None)
     if folded is None:
         raise NotAnSAEError(f"{folder} holds no SAE: {_what_instead(folder)}")
     try:
-        return folded.build().to(device).eval()
+        sae = folded.build().to(device).eval()
+        sae.shards = shards
+        return sae
     except DAMAGED as error:
         raise NotAnSAEError(f"{folder}: {one_line(error)}") from error
 
@@ -80,25 +95,31 @@ def _what_instead(folder: Path) -> str:
 
 
 def save_native(sae: SAE, folder: str | Path) -> None:
-    """Write weights and buffers as trained, for checkpoints. Raises NonFiniteError as `save` does."""
+    """Write weights and buffers as trained, for checkpoints; each of several shards writes its latents.
+
+    Raises NonFiniteError as `save` does.
+    """
     folder = Path(folder)
     check_finite(dict(sae.named_parameters()))
     folder.mkdir(parents=True, exist_ok=True)
-    checksum = write_tensors(folder / NATIVE_WEIGHTS, dict(sae.state_dict()))
-    write_record(folder / NATIVE, sae.type_name, sae.config, {NATIVE_WEIGHTS: checksum})
+    name = part_name(NATIVE_WEIGHTS, sae.shards)
+    own = {name: write_tensors(folder / name, dict(sae.state_dict()))}
+    checksums = [json.loads(text) for text in sae.shards.texts(json.dumps(own))]
+    if sae.shards.index == 0:
+        write_record(folder / NATIVE, sae.type_name, whole_config(sae), {k: v for c in checksums for k, v in c.items()})
 
 
-def load_native(folder: str | Path) -> SAE:
-    """Return the SAE written by `save_native`, bit for bit.
+def load_native(folder: str | Path, shards: Alone = ALONE) -> SAE:
+    """Return the SAE written by `save_native`, by any number of shards, bit for bit; a shard gets its latents.
 
     Raises NotAnSAEError if files are missing, damaged or do not fit each other.
     """
     folder = Path(folder)
     cls, config, checksums = read_record(folder / NATIVE)
-    tensors = read_tensors(folder / NATIVE_WEIGHTS, checksums.get(NATIVE_WEIGHTS))
+    tensors = read_parts(folder, NATIVE_WEIGHTS, config.d_sae, cls.latents, shards, checksums)
     try:
-        check_size(config, tensors.values())
-        sae = cls(config)
+        check_size(replace(config, d_sae=config.d_sae // shards.n), tensors.values())
+        sae = build(cls, config, shards)
         if changed := [
             name for name, t in sae.state_dict().items() if name in tensors and tensors[name].dtype != t.dtype
         ]:
@@ -110,10 +131,13 @@ def load_native(folder: str | Path) -> SAE:
     return sae
 
 
-def _read_ours(folder: Path) -> Folded | None:
+def _read_ours(folder: Path, shards: Alone = ALONE) -> Folded | None:
     if not (folder / OURS).is_file():
         return None
     cls, config, checksums = read_record(folder / OURS)
+    if shards.n > 1:
+        weights = read_parts(folder, WEIGHTS, config.d_sae, cls.latents, shards)
+        return Folded(cls, replace(config, d_sae=config.d_sae // shards.n), weights, {})
     has_extra = EXTRA in checksums if checksums else (folder / EXTRA).is_file()
     extra = read_tensors(folder / EXTRA, checksums.get(EXTRA)) if has_extra else {}
     return Folded(cls, config, read_tensors(folder / WEIGHTS, checksums.get(WEIGHTS)), extra)

@@ -60,7 +60,7 @@ def saelens_config(sae: SAE, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architecture": architecture.name,
         "d_in": sae.core.d_encoded,
-        "d_sae": sae.core.config.d_sae,
+        "d_sae": registry.whole_config(sae.core).d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,

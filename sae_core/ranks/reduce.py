@@ -42,9 +42,24 @@ class Alone:
         """Values whose smallest positive one is that of the values (n_r,) of all ranks; Inf if no rank has any."""
         return values
 
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, by element. `values` may be overwritten."""
+        return values
+
     def all(self, flag: bool) -> bool:
         """Whether the flag is true on every rank."""
         return flag
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on some rank."""
+        return not self.all(not flag)
+
+    def texts(self, text: str) -> list[str]:
+        """The text of each rank."""
+        return [text]
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite tensors with those of a rank."""
 
     def every(self, condition: Tensor | bool) -> Tensor | bool:
         """Whether a condition, a scalar, holds on every rank; where it is on a device, the host does not wait."""
@@ -72,6 +87,15 @@ class Ranks(Alone):
     def minimum(self, values: Tensor) -> Tensor:
         """See `Alone`."""
         return self._reduce(values, "MIN")
+
+    def average(self, values: Tensor) -> Tensor:
+        """See `Alone`."""
+        return self.sum(values) / self.n
+
+    def texts(self, text: str) -> list[str]:
+        """See `Alone`."""
+        parts = self.gather(torch.frombuffer(bytearray(text.encode() + b" "), dtype=torch.uint8))
+        return [bytes(part.tolist()).decode()[:-1] for part in parts]
 
     def all(self, flag: bool) -> bool:
         """See `Alone`; through the CPU, so that no device waits."""
@@ -109,11 +133,11 @@ class Ranks(Alone):
         self._call("all_gather", parts, filled)
         return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with those of rank 0."""
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """See `Alone`."""
         for tensor in tensors:
             with _dense(tensor) as dense:
-                self._call("broadcast", dense.values, 0)
+                self._call("broadcast", dense.values, source)
             torch.autograd.graph.increment_version(tensor)  # torch does not: see `Deferred.count`
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:

@@ -1,83 +1,49 @@
-"""A topk SAE whose latents are divided over ranks, for dictionaries that one card cannot hold.
+"""One SAE whose latents are divided over ranks, for dictionaries that one card cannot hold.
 
-Every rank has all rows of a batch and F / n latents: their columns of W_enc, rows of W_dec, counters and optimizer
-state. What the ranks exchange has the size of rows: the k largest pre-activations of each row (N, k), and the sum of
-their reconstructions (N, D); no (N, F) matrix leaves a rank. Losses are the same on all ranks, and each rank gets the
-gradients of its own latents; those of b_dec, which all have, are whole.
+Every rank has all rows of a batch and F / n latents, those after the latents of lower ranks: their columns of W_enc,
+rows of W_dec, counters and optimizer state. What the ranks exchange has the size of rows: the k largest pre-activations
+of each row (N, k), and the sum of their reconstructions (N, D); no (N, F) matrix leaves a rank. Losses are the same on
+all ranks, and each rank gets the gradients of its latents; those of b_dec, which all have, are whole.
 
-Shapes: N rows, D = d_in, F latents of all ranks, A dead latents of this rank.
+Shapes: N rows, D = d_in, F latents of all ranks, F' of this one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sae_granary.sae_core.autograd import Centered, center, decode, encode_at
 from sae_granary.sae_core.codes import Codes, Pattern
-from sae_granary.sae_core.data import SAEOutput
-from sae_granary.sae_core.losses import Dictionary, dead_latents
-from sae_granary.sae_core.options import Progress
+from sae_granary.sae_core.kernels import padded
 from sae_granary.sae_core.pre_acts import PreActs
-from sae_granary.sae_core.ranks.reduce import ALONE, Alone
-from sae_granary.sae_core.variants.topk import TopKSAE
+from sae_granary.sae_core.ranks.reduce import Alone
+
+DRAWN_ROWS = 2**14  # at a time; a multiple of 16 entries, so that blocks draw the numbers of one large tensor
 
 
-class ShardedTopKSAE(TopKSAE):
-    """The latents of one rank of a topk SAE: `config.d_sae` of them, after those of lower ranks. Set `shards` to train.
+def topk(pre_acts: PreActs, k: int, shards: Alone) -> Codes:
+    """This rank's part of the k largest of each row over all ranks.
 
-    k and k_aux count latents of all ranks.
+    The pattern has this rank's k largest of each row; those that are not among the k of all ranks are negative.
     """
-
-    shards: Alone = ALONE
-
-    def center(self, rows: Tensor) -> Centered:
-        """Subtract the decoder bias, whose gradient from the encoder is the sum over the ranks' latents."""
-        return center(rows, _sum_gradients(self.b_dec, self.shards))
-
-    def select(self, pre_acts: PreActs, k: int) -> Codes:
-        """This rank's part of the k largest of each row over all ranks."""
-        values, indices = pre_acts.dense.topk(min(k, pre_acts.shape[1]), dim=1)
-        kept = kept_of_rows(values, k, self.shards)
-        rows = torch.arange(len(values), device=values.device)[:, None].expand_as(kept)[kept]
-        return Codes(values[kept], Pattern.of_rows(rows, indices[kept], *pre_acts.shape))
-
-    def reconstruct(self, codes: Codes) -> Tensor:
-        """Decode in the normalized space: the sum of what the ranks decode."""
-        return _sum_values(decode(codes, self.W_dec), self.shards) + self.b_dec
-
-    def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
-        """AuxK over the dead latents of all ranks."""
-        latents = dead_latents(self)
-        n_dead = int(self.shards.sum(torch.tensor(len(latents))))
-        if not self.config.auxk_coef or not n_dead:
-            return {}
-        error = (out.source.target - out.recon).detach()
-        k_aux = self.config.k_aux or max(1, self.d_out // 2)
-        auxk = self._auxk(error, out.pre_acts, latents, n_dead, k_aux)
-        return {"auxk": self.config.auxk_coef * auxk * self.loss_scale.fvu_unit}
-
-    def _auxk(self, error: Tensor, pre_acts: PreActs, latents: Tensor, n_dead: int, k_aux: int) -> Tensor:
-        """See `losses.auxk_loss`; latents (A,) are this rank's dead ones."""
-        own = Dictionary(self.W_enc, self.encoder_bias, self.W_dec).take(latents)
-        values, indices = pre_acts.columns(latents).topk(min(k_aux, len(latents)), dim=1)
-        kept = kept_of_rows(values, min(k_aux, n_dead), self.shards)
-        rows = torch.arange(len(values), device=values.device)[:, None].expand_as(kept)[kept]
-        chosen = Codes(values[kept], Pattern.of_rows(rows, indices[kept], len(values), len(latents)))
-        acts = torch.relu(encode_at(Centered(pre_acts.rows), own.W_enc, own.b_enc, chosen))
-        error_hat = _sum_values(decode(Codes(acts, chosen.pattern), own.W_dec), self.shards)
-        variance = (error - error.mean(0)).square().sum(-1).mean()
-        per_variance = torch.where(variance > 0, 1.0 / variance, 0.0)
-        return (error - error_hat).square().sum(-1).mean() * per_variance * min(n_dead / k_aux, 1.0)
+    n_own = min(k, pre_acts.shape[1])  # of multi_topk a rank may have fewer
+    own = pre_acts.topk(n_own)
+    if shards.n == 1:
+        return own
+    values, order = own.values.view(-1, n_own).sort(dim=1, descending=True, stable=True)
+    indices = own.indices.view(-1, n_own).gather(1, order)
+    values = values.masked_fill(~kept_of_rows(values, k, shards), padded.ABSENT)
+    return Codes(values.view(-1), Pattern.fixed_k(indices, pre_acts.shape[1]))
 
 
 def kept_of_rows(values: Tensor, k: int, shards: Alone) -> Tensor:
     """Mask (N, m) of a rank's values, descending in each row, that are among the k largest of the row over all ranks.
 
-    Among equal values those of lower ranks win, which have the lower latents. Each rank sends k values per row.
+    Among equal values those of lower ranks win, which have the lower latents. Each rank sends k values for each row.
     """
     n_rows, n_own = values.shape
     mine = torch.nn.functional.pad(values, (0, k - n_own), value=-torch.inf) if n_own < k else values
@@ -90,9 +56,36 @@ def kept_of_rows(values: Tensor, k: int, shards: Alone) -> Tensor:
     return torch.arange(n_own, device=values.device) < n_kept[:, None]
 
 
-class _SumValues(Function):
-    """The sum over the ranks; its gradient, the same on all ranks, is that of each part."""
+def normal_rows(shape: torch.Size, generator: torch.Generator, shards: Alone) -> Tensor:
+    """The rows (F', D) of this rank in a normal matrix (F, D) that does not depend on the number of ranks."""
+    if shards.n == 1:
+        return torch.randn(shape, generator=generator, device=generator.device)
+    n_own, width = shape
+    own, first = torch.empty(shape, device=generator.device), shards.index * n_own
+    for start in range(0, n_own * shards.n, DRAWN_ROWS):
+        n_drawn = min(DRAWN_ROWS, n_own * shards.n - start)
+        drawn = torch.randn(n_drawn, width, generator=generator, device=generator.device)
+        low, high = max(start, first), min(start + n_drawn, first + n_own)
+        if low < high:
+            own[low - first : high - first] = drawn[low - start : high - start]
+    return own
 
+
+def latent_axis(name: str, n_axes: int, per_latent: Container[str]) -> int | None:
+    """The axis of a tensor that counts latents; None for one that all ranks have.
+
+    Names are those of an SAE's state, of the optimizer's (`W_enc/exp_avg`) and of `Density`; `per_latent` those of
+    `SAE.latents`.
+    """
+    own = name.partition("/")[0]
+    if not n_axes or (own in per_latent and n_axes > 1):
+        return None
+    if own == "W_enc":
+        return 1
+    return 0 if own in ("W_dec", "num_tokens_since_fired", "fired") or own in per_latent else None
+
+
+class _SumValues(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, shards: Alone) -> Tensor:
         return shards.sum(values.clone())
@@ -103,8 +96,6 @@ class _SumValues(Function):
 
 
 class _SumGradients(Function):
-    """The same values on all ranks, whose gradients are added up."""
-
     @staticmethod
     def forward(ctx: Any, values: Tensor, shards: Alone) -> Tensor:
         ctx.shards = shards
@@ -115,9 +106,11 @@ class _SumGradients(Function):
         return ctx.shards.sum(grad.clone()), None
 
 
-def _sum_values(values: Tensor, shards: Alone) -> Tensor:
-    return _SumValues.apply(values, shards)  # type: ignore[no-any-return, no-untyped-call]
+def sum_values(values: Tensor, shards: Alone) -> Tensor:
+    """The sum over the ranks; its gradient, the same on all ranks, is that of each part."""
+    return values if shards.n == 1 else _SumValues.apply(values, shards)  # type: ignore[no-untyped-call]
 
 
-def _sum_gradients(values: Tensor, shards: Alone) -> Tensor:
-    return _SumGradients.apply(values, shards)  # type: ignore[no-any-return, no-untyped-call]
+def sum_gradients(values: Tensor, shards: Alone) -> Tensor:
+    """The same values on all ranks, whose gradients are added up."""
+    return values if shards.n == 1 else _SumGradients.apply(values, shards)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.topk import TopKSAE
 
 
-@register("batchtopk")
+@register("batchtopk", shards_latents=True)
 class BatchTopKSAE(TopKSAE):
     """k per row on average over the micro-batch; inference keeps what exceeds one threshold, as a JumpReLU.
 
@@ -37,13 +37,13 @@ class BatchTopKSAE(TopKSAE):
     def select(self, pre_acts: PreActs, k: int) -> Codes:
         """The batch's largest in training; in inference, all that exceed the threshold."""
         if self.training:
-            return batch_topk(pre_acts, k, self.ranks)
+            return batch_topk(pre_acts, k, self.ranks, self.shards)
         return pre_acts.above(float(self.threshold.value))
 
     def track(self, out: SAEOutput) -> None:
         """Update dead counters and the threshold's EMA."""
         super().track(out)
-        self.threshold.update(self.ranks.least(out.codes.values.detach()))
+        self.threshold.update(self.shards.least(self.ranks.least(out.codes.values.detach())))
 
     def monitor(self, out: SAEOutput) -> dict[str, Tensor | float]:
         """The inference threshold, and the number of rows of the last selection (a micro-batch)."""
@@ -54,7 +54,7 @@ class BatchTopKSAE(TopKSAE):
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold so that the mean L0 over the batches is k."""
         parts = (part for x in batches for _, part in self.pre_acts(self.encoder_input(x)).parts())
-        self.threshold.calibrate(parts, self.config.k)
+        self.threshold.calibrate(parts, self.config.k, self.shards)
 
 
 saelens.express(BatchTopKSAE, "jumprelu")

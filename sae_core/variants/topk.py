@@ -16,10 +16,11 @@ from sae_granary.sae_core.files.disk import entry
 from sae_granary.sae_core.losses import Dictionary, auxk_loss, dead_latents
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.pre_acts import PreActs
+from sae_granary.sae_core.ranks import sharded
 from sae_granary.sae_core.registry import register
 
 
-@register("topk")
+@register("topk", shards_latents=True)
 class TopKSAE(SAE):
     """Keep k per row, then ReLU; AuxK revives dead latents. Decoder rows have unit norm."""
 
@@ -69,7 +70,7 @@ class TopKSAE(SAE):
 
     def select(self, pre_acts: PreActs, k: int) -> Codes:
         """Select from all pre-activations (N, F)."""
-        return pre_acts.topk(k)
+        return sharded.topk(pre_acts, k, self.shards)
 
     def activate(self, h: Centered) -> Activation:
         """ReLU of the selected pre-activations."""
@@ -83,14 +84,23 @@ class TopKSAE(SAE):
     def penalties(self, out: SAEOutput, progress: Progress) -> dict[str, Tensor]:
         """AuxK while latents are dead; with multi_topk, an eighth of the loss at 4k."""
         terms, scale = {}, self.loss_scale
-        if self.config.auxk_coef > 0 and len(dead := dead_latents(self)):
+        if self.config.auxk_coef > 0 and self.shards.any(len(dead := dead_latents(self)) > 0):
             error = (out.source.target - out.recon).detach()
             weights = Dictionary(self.W_enc, self.encoder_bias, self.W_dec)
             k_aux = self.config.k_aux or max(1, self.d_out // 2)
-            auxk = auxk_loss(error, out.pre_acts, weights, dead, k_aux, signed=self.signed_codes, ranks=self.ranks)
+            auxk = auxk_loss(
+                error,
+                out.pre_acts,
+                weights,
+                dead,
+                k_aux,
+                signed=self.signed_codes,
+                ranks=self.ranks,
+                shards=self.shards,
+            )
             terms["auxk"] = self.config.auxk_coef * auxk * scale.fvu_unit
         if self.config.multi_topk:
-            k = min(4 * self.k, self.config.d_sae)
+            k = min(4 * self.k, self.config.d_sae * self.shards.n)
             codes = self._codes(self.center(out.source.input), out.pre_acts, k)
             recon = self.complete(self.reconstruct(codes), out.source)
             terms["multi_topk"] = scale.reconstruction(recon, out.source.target) / 8

@@ -66,6 +66,9 @@ class TrainConfig:
         default_words="1, or up to 16 to reach 1000 steps",
         gt=0,
     )
+    shard_latents: bool = _training(
+        False, help="Divide the latents over the ranks of torchrun: for dictionaries that one card cannot hold."
+    )
     optimizer: str = _training("adam", help="Optimizer; muon uses Adam for vectors.", choices=OPTIMIZERS)
     lr: float | None = _training(
         None,

@@ -15,7 +15,7 @@ from sae_granary.cache.remote.mirror import locate
 from sae_granary.cache.remote.store import is_url
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.errors import CheckpointError
-from sae_granary.train.state.checkpoint import check_identity
+from sae_granary.train.state.identity import check_identity
 
 
 def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str | Path | None = None) -> str:

@@ -20,12 +20,13 @@ from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.phases import first_context_step, needs_language_model
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import open_pinned
 from sae_granary.train.data.counts import counted
-from sae_granary.train.state.checkpoint import Identity
+from sae_granary.train.state.identity import Identity
 from sae_granary.train.state.initial import check_initial
 from sae_granary.train.step_input import FLOAT32_MAX
 
@@ -38,6 +39,7 @@ class RunData:
     config: TrainConfig
     counts: Counts
     share: Share = WHOLE  # of every training batch, where ranks share them
+    shards: Alone = ALONE  # ranks that the latents are divided over
 
     @classmethod
     def open(cls, config: TrainConfig, opened: Cache | None = None, known: dict[Any, Counts] | None = None) -> RunData:

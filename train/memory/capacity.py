@@ -26,7 +26,7 @@ LOGIT_COPIES = 6  # clean and spliced, their log-probabilities, gradients
 def check_capacity(data: RunData) -> None:
     """Refuse a run that cannot fit. Raises ConfigError with what is needed and what is available."""
     config = data.config
-    memory, disk = needed_memory(config), needed_disk(config)
+    memory, disk = needed_memory(config) // data.shards.n, needed_disk(config)
     there = available_memory(config.device)
     rows = stream_bytes([data])
     if there is not None and memory + rows > there:

@@ -7,12 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core import SAE
+from sae_granary.sae_core.ranks.sharded import latent_axis
 
 
 def clipped(sae: SAE) -> list[nn.Parameter]:
     """The parameters with gradients that a global clip counts and scales: all but those a variant excludes."""
     own = {id(p) for name, p in sae.core.named_parameters() if name in sae.core.unclipped}
     return [p for p in sae.parameters() if p.grad is not None and id(p) not in own]
+
+
+def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """`global_norm` of the gradients of some parameters, where ranks divide the latents with those of all shards.
+
+    Some norms are known: of the latents of this rank, scalars.
+    """
+    given = [p for p in parameters if p.grad is not None]
+    if sae.shards.n == 1:
+        return global_norm((p.grad for p in given if p.grad is not None and p not in known), known.values())
+    norms, wanted = norms_by_name(sae, known), {id(p) for p in given}
+    return torch.stack([norms[name] for name, p in sae.named_parameters() if id(p) in wanted]).norm()
 
 
 def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:
@@ -40,9 +53,14 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: float
 
 
 def norms_by_name(sae: SAE, known: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """Norm of the gradient of each parameter, a scalar, by name; some are known."""
+    """Norm of the gradient of each parameter, a scalar, by name; some are known. Of the latents of all shards."""
     named = {name: p for name, p in sae.named_parameters() if p.grad is not None}
-    return {name: known[p] if p in known else p.grad.norm() for name, p in named.items() if p.grad is not None}
+    own = {name: known[p] if p in known else p.grad.norm() for name, p in named.items() if p.grad is not None}
+    if sae.shards.n == 1:
+        return own
+    divided = [name for name, p in named.items() if latent_axis(name, p.ndim, sae.latents) is not None]
+    sums = sae.shards.sum(torch.stack([own[name].square() for name in divided])).sqrt()
+    return {**own, **dict(zip(divided, sums.unbind(), strict=True))}
 
 
 def _contiguous(grad: Tensor) -> int | None:

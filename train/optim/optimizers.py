@@ -47,6 +47,7 @@ class Kind:
     make: Callable[[Groups, Hyperparameters], torch.optim.Optimizer]
     in_memory: int  # parameter, gradient, state; temporaries counted as whole copies
     on_disk: int  # parameter and state
+    elementwise: bool = True  # the update of an entry depends on that entry only
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], name: str, given: Hyperparameters) -> torch.optim.Optimizer:
@@ -170,8 +171,8 @@ OPTIMIZERS = {
     "adam": Kind(partial(_adam, _Adam), in_memory=4, on_disk=3),
     "adamw": Kind(partial(_adam, _AdamW), in_memory=4, on_disk=3),
     "sgd": Kind(_sgd, in_memory=3, on_disk=2),
-    "muon": Kind(_muon, in_memory=4, on_disk=2),
-    "adafactor": Kind(_adafactor, in_memory=3, on_disk=1),
+    "muon": Kind(_muon, in_memory=4, on_disk=2, elementwise=False),
+    "adafactor": Kind(_adafactor, in_memory=3, on_disk=1, elementwise=False),
     "signum": Kind(_signum, in_memory=4, on_disk=2),
 }
 

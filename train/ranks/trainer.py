@@ -1,4 +1,4 @@
-"""The trainer of one rank: rank 0 logs, writes and evaluates; all take the same steps and end together."""
+"""The trainer of one rank. All take the same steps and end together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sae_granary.train.trainer import Result, Trainer
 
 
 class RankTrainer(Trainer):
-    """A trainer that shares its batches with those of the other ranks.
+    """A trainer of one of several ranks.
 
     `asked` is what a signal to this process sets. After each step the ranks agree whether one of them was asked to stop
     and whether rank 0 has ended the run; `agreed` holds that, so that all stop at the same step.
@@ -34,9 +34,15 @@ class RankTrainer(Trainer):
         self.world, self.asked, self.agreed = world, asked, StopRequest()
         self._ended = False
         asked.defer()
-        share_batches(self.run.sae, world.ranks)
+        self._join()
         world.watch(True)
         self._agree()
+
+    def _join(self) -> None:
+        """Before the first step: what the ranks have in common."""
+
+    def _save_is_due(self) -> bool:
+        return self.run.done or super()._save_is_due()
 
     @property
     def done(self) -> bool:
@@ -60,6 +66,13 @@ class RankTrainer(Trainer):
         super().take(batch, waited)
         self._agree()
 
+
+class RowsTrainer(RankTrainer):
+    """A trainer that shares the rows of its batches with the other ranks. Rank 0 logs, writes and evaluates."""
+
+    def _join(self) -> None:
+        share_batches(self.run.sae, self.world.ranks)
+
     def _log(self, event: StepEvent) -> None:
         if self.world.place.leads:
             super()._log(event)
@@ -77,7 +90,7 @@ class RankTrainer(Trainer):
         return numbers
 
     def _save_is_due(self) -> bool:
-        return self.world.place.leads and (self.run.done or super()._save_is_due())
+        return self.world.place.leads and super()._save_is_due()
 
     def save(self) -> None:
         """Rank 0 writes a checkpoint."""

@@ -25,7 +25,7 @@ def evaluate(sae: SAE, batches: Iterable[Rows], dead_threshold: float = DEAD_THR
     `rare` is the share of latents that fire on less than `dead_threshold` of the rows. The SAE is left in the
     mode that it was in.
     """
-    evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold)
+    evaluator = Evaluator(sae.d_out, sae.config.d_sae, dead_threshold, sae.shards)
     with in_evaluation(sae):
         for x in batches:
             out = sae(x)
@@ -34,7 +34,7 @@ def evaluate(sae: SAE, batches: Iterable[Rows], dead_threshold: float = DEAD_THR
         return {"n_rows": 0}
     return {
         **evaluator.result(),
-        "decoder_max_cosine": decoder_max_cosine(sae.core.W_dec),
+        "decoder_max_cosine": decoder_max_cosine(sae.core.W_dec, shards=sae.shards),
         "n_rows": evaluator.n_rows,
     }
 

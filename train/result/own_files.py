@@ -67,7 +67,7 @@ def _check(sae: SAE, folder: Path, rows: Rows) -> None:
         f"of pre-activations is declared with unit=PRE_ACTS), then run: sae-train resume {folder}"
     )
     try:
-        again = sae_core.load(folder, sae.core.W_dec.device)
+        again = sae_core.load(folder, sae.core.W_dec.device, sae.shards)
     except sae_core.SAEError as error:
         raise FilesDifferError(f"the files of this {sae.type_name} SAE cannot be loaded: {error}; {remedy}") from None
     found = difference(sae, again, rows)

@@ -36,7 +36,7 @@ def summarize(
         "tokens": run.tokens,
         "rejected": run.rejected,
         "l0_train": _last_training_l0(folder),
-        "dead": float(run.sae.dead_mask.float().mean()),
+        "dead": float(run.sae.shards.average(run.sae.dead_mask.float().mean())),
         "dead_threshold": config.dead_threshold,
         "dead_after_tokens": config.options.get("dead_after_tokens"),
         "eval_part": data.eval_part,

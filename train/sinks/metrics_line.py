@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae_granary.cache.load.loader import LoaderState
@@ -27,9 +28,10 @@ class Line:
     def __init__(
         self, run: Run, state: LoaderState, result: StepResult, clock: Clock, numbers: Mapping[str, float]
     ) -> None:
-        self._numbers, self._result, self._d_sae = finite(numbers), result, run.sae.config.d_sae
-        silent = float64(run.sae.core.num_tokens_since_fired).mean()
-        self._latents = Readback(latents={"dead": run.sae.dead_mask.sum(), "silent": silent})
+        shards = run.sae.shards
+        self._numbers, self._result, self._d_sae = finite(numbers), result, run.sae.config.d_sae * shards.n
+        silent = shards.average(float64(run.sae.core.num_tokens_since_fired).mean())
+        self._latents = Readback(latents={"dead": shards.sum(run.sae.dead_mask.sum()), "silent": silent})
         self._batch_size = run.config.batch_size
         self._first = {"step": run.step, "tokens": run.tokens, "epoch": state.epoch, "cursor": state.cursor}
         self._last = {
@@ -95,9 +97,10 @@ def histograms_of(run: Run) -> dict[str, Tensor]:
     """Log10 firing rates, decoder norms, and the latents' own tensors: thresholds, biases."""
     core = run.sae.core
     own = {f"weights/{name}": tensor for name, tensor in latent_numbers(core).items()}
-    return {
+    histograms = {
         "log10_density": run.density.log10,
         "weights/W_dec_norms": core.W_dec.detach().norm(dim=1),
         "tokens_since_fired": float64(core.num_tokens_since_fired),
         **own,
     }
+    return {name: torch.cat(run.sae.shards.gather(values)) for name, values in histograms.items()}

@@ -7,11 +7,12 @@ checkpoints/step_00001000/
     ema.safetensors          averaged weights, if the run keeps them
     rng.safetensors          torch's generators
     state.json               step, counters, loader state, what the run belongs to, and a hash of every file above
+
+Where ranks divide the latents, each writes its part of the files of tensors (`sae_core.files.sharded`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -27,18 +28,22 @@ from torch import Tensor
 
 from sae_granary import sae_core
 from sae_granary.cache.load.loader import LoaderState
-from sae_granary.common import files
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import hash_files, read_regular
 from sae_granary.common.finished_run import CHECKPOINTS
 from sae_granary.common.signed import Fields, sign
+from sae_granary.sae_core import SAE
+from sae_granary.sae_core.files.sharded import has_latents_of, part_name, read_parts
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.optim.optimizers import load_state_tensors, state_tensors
 from sae_granary.train.state.density import Density
+from sae_granary.train.state.identity import Identity, check_identity
 from sae_granary.train.state.patience import Patience
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run
+from sae_granary.train.state.shared_folder import hashes_of_all, shared_folder
 
 FORMAT_VERSION = 2  # since 2 state.json carries a checksum
 FOLDER, STATE = "checkpoints", "state.json"
@@ -51,14 +56,6 @@ class _State(Fields):
     """Fields of state.json."""
 
     damaged = CheckpointError
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint belongs to; a resume with anything else is refused."""
-
-    cache: Mapping[str, Any]  # the cache's fingerprint
-    order: Mapping[str, Any]  # the loader's order: shards, block size, pool size, seed
 
 
 @dataclass(frozen=True)
@@ -81,15 +78,19 @@ def save(
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write checkpoints/step_N of a run's folder, then drop all but the newest `keep` and the best, if that is kept."""
-    path = folder / CHECKPOINTS / _folder_name(run.step)
-    with files.new_folder(path) as temp:
+    path, shards = folder / CHECKPOINTS / _folder_name(run.step), run.sae.shards
+    with shared_folder(path, shards) as temp:
         sae_core.save_native(run.sae, temp / "sae")
-        _write(temp / "optimizer.safetensors", state_tensors(run.optimizer, run.parameter_names))
-        _write(temp / "rng.safetensors", run.rng.tensors)
-        _write(temp / "density.safetensors", {"fired": run.density.fired})
-        if run.ema is not None:
-            _write(temp / "ema.safetensors", run.ema.tensors)
-        hashes = {str(p.relative_to(temp)): hash_files([p]) for p in sorted(temp.rglob("*")) if p.is_file()}
+        parts = {
+            "optimizer": state_tensors(run.optimizer, run.parameter_names),
+            "density": {"fired": run.density.fired},
+        }
+        parts |= {} if run.ema is None else {"ema": run.ema.tensors}
+        for name, tensors in parts.items():
+            _write(temp / part_name(f"{name}.safetensors", shards), tensors)
+        if shards.index == 0:
+            _write(temp / "rng.safetensors", run.rng.tensors)
+        hashes = hashes_of_all(temp, shards)
         state = {
             "format_version": FORMAT_VERSION,
             "step": run.step,
@@ -108,7 +109,10 @@ def save(
             "extra": dict(extra or {}),
             "files": hashes,
         }
-        (temp / STATE).write_bytes(sign(state, allow_nan=True))
+        if shards.index == 0:
+            (temp / STATE).write_bytes(sign(state, allow_nan=True))
+    if shards.index:
+        return path
     kept = list_checkpoints(folder)[-run.config.keep :]
     if run.config.keep_best:
         kept.append(best_checkpoint(folder) or path)
@@ -134,11 +138,14 @@ def _score(path: Path) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
-def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> Restored:
-    """Read a checkpoint back into a run. Raises CheckpointError if it is damaged or belongs to something else."""
-    state = read_state(path)
+def load(path: Path, config: TrainConfig, identity: Identity | None = None, shards: Alone = ALONE) -> Restored:
+    """Read a checkpoint back into a run, by any number of shards.
+
+    Raises CheckpointError if it is damaged or belongs to something else.
+    """
+    state = read_state(path, shards)
     try:
-        return _restore(path, state, config, identity)
+        return _restore(path, state, config, identity, shards)
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
@@ -146,30 +153,30 @@ def load(path: Path, config: TrainConfig, identity: Identity | None = None) -> R
         raise CheckpointError(f"{path}/{STATE} is damaged ({problem}); {_remedy(path)}") from None
 
 
-def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity | None) -> Restored:
+def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity | None, shards: Alone) -> Restored:
     if identity is not None:
         saved = state.nested("identity")
         parts = {part: saved.get(part, dict) for part in ("cache", "order")}
         check_identity(parts, asdict(identity), path)
-    sae = sae_core.load_native(path / "sae")
+    sae = sae_core.load_native(path / "sae", shards)
     if sae.type_name != config.type:
         raise CheckpointError(f"{path} holds a {sae.type_name}, the run's config says {config.type}")
-    if sae.config != sae_core.make_config(type(sae), config.options):
+    if sae_core.registry.whole_config(sae) != sae_core.make_config(type(sae), config.options):
         raise CheckpointError(f"{path} holds an SAE with other options than the run's config says")
     if "grad_acc_steps" in state.body:  # more than at first, after an out-of-memory
         config = replace(config, grad_acc_steps=state.integer("grad_acc_steps"))
     run = Run.create(config, sae)
-    load_state_tensors(run.optimizer, run.parameter_names, _read(path / "optimizer.safetensors"))
+    load_state_tensors(run.optimizer, run.parameter_names, _read(path, "optimizer", sae))
     run.step, run.tokens = state.integer("step"), state.integer("tokens")
     run.rejected, run.rejected_in_row = state.integer("rejected"), state.integer("rejected_in_row")
     if "patience" in state.body:
         patience = state.nested("patience")
         run.patience = Patience(_optional_number(patience, "best"), patience.integer("since"))
     run.notes = [str(note) for note in state.get("notes", list)] if "notes" in state.body else []
-    run.density = Density(_read(path / "density.safetensors")["fired"], state.integer("density_rows"))
+    run.density = Density(_read(path, "density", sae)["fired"], state.integer("density_rows"))
     if run.ema is not None:
-        run.ema.restore(state.integer("ema_updates"), _read(path / "ema.safetensors"))
-    run.rng, run.score = Rng(_read(path / "rng.safetensors")), _optional_number(state, "score")
+        run.ema.restore(state.integer("ema_updates"), _read(path, "ema", sae))
+    run.rng, run.score = Rng(_read_file(path / "rng.safetensors")), _optional_number(state, "score")
     loader = state.nested("loader")
     loader_state = LoaderState(**{name: loader.integer(name) for name in loader.body})
     return Restored(run, loader_state, state.number("seconds"), state.get("extra", dict))
@@ -189,8 +196,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
-def read_state(path: Path) -> Fields:
-    """state.json of a checkpoint whose files all have the bytes that were written. Raises CheckpointError."""
+def read_state(path: Path, shards: Alone = ALONE) -> Fields:
+    """state.json of a checkpoint whose files have the bytes that were written; of several shards, those it reads.
+
+    Raises CheckpointError.
+    """
     state = _State.of_file(path / STATE, _remedy(path), signed_since=2, key="format_version")
     version = state.integer("format_version")
     if not 1 <= version <= FORMAT_VERSION:
@@ -201,6 +211,8 @@ def read_state(path: Path) -> Fields:
     for name in hashes.body:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{path}/{STATE} names a file outside of the checkpoint: {name!r}; {_remedy(path)}")
+        if not has_latents_of(name, shards):
+            continue
         if not (path / name).is_file() or hash_files([path / name]) != hashes.get(name, str):
             raise CheckpointError(f"{path / name} is missing or damaged; {_remedy(path)}")
     if unlisted := [name for name in _OWN_FILES if (path / name).exists() and name not in hashes.body]:
@@ -212,27 +224,18 @@ def _folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Compare what a checkpoint belongs to with what there is. Raises CheckpointError with the first differences."""
-    saved, now = json.loads(json.dumps(saved)), json.loads(json.dumps(now))
-    differences = [
-        f"{part}.{key}: checkpoint {saved[part].get(key)!r}, now {now[part].get(key)!r}"
-        for part in ("cache", "order")
-        for key in sorted({*saved[part], *now[part]})
-        if saved[part].get(key) != now[part].get(key)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{path} belongs to another cache or order of rows: {'; '.join(differences[:4])}; "
-            "name its own cache with --cache, or train a new run on this one"
-        )
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Through our own open(): safetensors' writer makes files that only their owner can read.
     path.write_bytes(save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(folder: Path, name: str, sae: SAE) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    if sae.shards.n == 1 and path.is_file():
+        return _read_file(path)
+    return read_parts(folder, path.name, sae_core.registry.whole_config(sae).d_sae, sae.core.latents, sae.shards)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_tensors(read_regular(path))
     return tensors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.common.device import float64
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 LOG_FLOOR = 1e-10  # density of a latent that never fired, as in SAELens' histogram
 
@@ -39,11 +40,14 @@ class Density:
         """(F,) log10 of the firing rates."""
         return (float64(self.fired) / max(self.n_rows, 1) + LOG_FLOOR).log10()
 
-    def numbers(self, dead_threshold: float) -> dict[str, float]:
-        """Mean log10 rate, share of latents below the threshold, share that never fired, over the measured batches."""
+    def numbers(self, dead_threshold: float, shards: Alone = ALONE) -> dict[str, float]:
+        """Mean log10 rate, share of latents below the threshold, share that never fired, over the measured batches.
+
+        Of the latents of all `shards`, where they are divided.
+        """
         rates = float64(self.fired) / max(self.n_rows, 1)
         return {
-            "mean_log10_density": float(self.log10.mean()),
-            "density/rare": float(float64(rates < dead_threshold).mean()),
-            "density/never_fired": float(float64(self.fired == 0).mean()),
+            "mean_log10_density": float(shards.average(self.log10.mean())),
+            "density/rare": float(shards.average(float64(rates < dead_threshold).mean())),
+            "density/never_fired": float(shards.average(float64(self.fired == 0).mean())),
         }

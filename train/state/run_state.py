@@ -11,6 +11,7 @@ from torch import nn
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.kernels.deferred import Deferred
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
 from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
@@ -92,7 +93,7 @@ class Run:
         return {parameter: name for name, parameter in self.sae.named_parameters()}
 
 
-def build_sae(config: TrainConfig) -> SAE:
-    """A new SAE of a resolved config, not initialized."""
+def build_sae(config: TrainConfig, shards: Alone = ALONE) -> SAE:
+    """A new SAE of a resolved config, not initialized; where `shards` divide its latents, with those of this rank."""
     cls = sae_core.registry.get(config.type)
-    return cls(sae_core.make_config(cls, config.options))
+    return sae_core.registry.build(cls, sae_core.make_config(cls, config.options), shards)

@@ -58,6 +58,8 @@ def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
     equal = 0
     for point in points:
         data = RunData.open(make_config([{**point.settings, "name": None}]), opened, known)
+        if data.config.shard_latents:
+            raise ConfigError("--shard-latents is for run: a sweep divides its SAEs over the ranks, not their latents")
         config = replace(data.config, name=_name(data.config, point.varied), runs_dir=str(folder))
         content = json.dumps(to_sections(replace(config, name=None)))
         equal += content in members

@@ -33,3 +33,20 @@ def step_traffic(d_in: int, d_sae: int, k: int, batch_size: int, n: int, *, batc
     reduced = 2 * (n - 1) / n * (numbers * FLOAT + d_sae * COUNT)
     gathered = (n - 1) * rows * k * FLOAT if batchwise else 0.0
     return Traffic(reduced + gathered, rows * (2 * d_in * d_sae + 4 * 2 * k * d_in))
+
+
+def shard_traffic(d_in: int, d_sae: int, k: int, batch_size: int, n: int, *, auxk: bool = False) -> Traffic:
+    """Bytes and products of a step of topk whose latents are divided over n ranks (`--shard-latents`).
+
+    Each rank sends its k candidates of each row to all others, and adds up the reconstructions (batch_size, d_in) and
+    the gradient of b_dec with them. `auxk`: while more latents than k_aux = d_in / 2 are dead, the same again with
+    k_aux candidates. The gradients of the matrices stay where they are.
+    """
+    gathered = (n - 1) * batch_size * (k + (d_in // 2 if auxk else 0)) * FLOAT
+    reduced = 2 * (n - 1) / n * ((1 + auxk) * batch_size * d_in + d_in) * FLOAT
+    return Traffic(gathered + reduced, batch_size * (2 * d_in * d_sae + 4 * 2 * k * d_in) / n)
+
+
+def training_bytes(d_in: int, d_sae: int, n: int = 1) -> int:
+    """Bytes of weights, gradients and Adam's moments that each of n ranks holds of divided latents."""
+    return 4 * FLOAT * ((2 * d_in + 1) * d_sae // n + d_in)

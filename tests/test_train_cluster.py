@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.rank_traffic import ETHERNET, NVLINK, step_traffic
+from benchmarks.rank_traffic import ETHERNET, NVLINK, shard_traffic, step_traffic, training_bytes
 from sae_granary.cache.load.loader import Share
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.cli import app
@@ -84,6 +84,22 @@ def test_the_table_of_the_page_is_computed() -> None:
     page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
     for row in (table_row(*size) for size in SIZES):
         assert row in page, row
+
+
+def test_the_table_of_divided_latents_is_computed() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
+    for size in SIZES:
+        assert (row := shard_row(*size)) in page, row
+
+
+def shard_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
+    """One row of the table of divided latents: eight ranks."""
+    step, most = (shard_traffic(d_in, d_sae, k, batch_size, 8, auxk=auxk) for auxk in (False, True))
+    sent = f"| {model} | {step.sent / 2**20:,.0f} MiB | {most.sent / 2**20:,.0f} MiB "
+    times = f"| {1e3 * step.seconds(NVLINK):,.2f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
+    return (
+        f"{sent}{times}| {training_bytes(d_in, d_sae) / 2**30:,.1f} | {training_bytes(d_in, d_sae, 8) / 2**30:,.1f} |"
+    )
 
 
 def table_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:

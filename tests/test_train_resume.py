@@ -121,8 +121,8 @@ def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, 
             run.score = None
         return replace(restored, loader_state=LoaderState(0)) if part == "loader" else restored
 
-    def fresh_weights(path):
-        sae = sae_core.load_native(path)
+    def fresh_weights(path, shards):
+        sae = sae_core.load_native(path, shards)
         sae.reset_weights(torch.Generator().manual_seed(0))
         return sae
 

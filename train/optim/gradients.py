@@ -25,7 +25,8 @@ def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.
     if sae.shards.n == 1:
         return global_norm((p.grad for p in given if p.grad is not None and p not in known), known.values())
     norms, wanted = norms_by_name(sae, known), {id(p) for p in given}
-    return torch.stack([norms[name] for name, p in sae.named_parameters() if id(p) in wanted]).norm()
+    total: Tensor = torch.stack([norms[name] for name, p in sae.named_parameters() if id(p) in wanted]).norm()
+    return total
 
 
 def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:

@@ -35,6 +35,7 @@ from sae_granary.common.signed import Fields, sign
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.files.sharded import has_latents_of, part_name, read_parts
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+from sae_granary.sae_core.registry import whole_config
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.optim.optimizers import load_state_tensors, state_tensors
@@ -161,7 +162,7 @@ def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity 
     sae = sae_core.load_native(path / "sae", shards)
     if sae.type_name != config.type:
         raise CheckpointError(f"{path} holds a {sae.type_name}, the run's config says {config.type}")
-    if sae_core.registry.whole_config(sae) != sae_core.make_config(type(sae), config.options):
+    if whole_config(sae) != sae_core.make_config(type(sae), config.options):
         raise CheckpointError(f"{path} holds an SAE with other options than the run's config says")
     if "grad_acc_steps" in state.body:  # more than at first, after an out-of-memory
         config = replace(config, grad_acc_steps=state.integer("grad_acc_steps"))
@@ -233,7 +234,7 @@ def _read(folder: Path, name: str, sae: SAE) -> dict[str, Tensor]:
     path = folder / f"{name}.safetensors"
     if sae.shards.n == 1 and path.is_file():
         return _read_file(path)
-    return read_parts(folder, path.name, sae_core.registry.whole_config(sae).d_sae, sae.core.latents, sae.shards)
+    return read_parts(folder, path.name, whole_config(sae).d_sae, sae.core.latents, sae.shards)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -48,18 +48,19 @@ def test_wrong_flags_are_refused(flags: tuple[str, ...], changes: dict[str, Any]
     assert (code, message in " ".join(text.split())) == (2, True)
 
 
-@pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "requeue 7\n"), (signal.SIGTERM, "")])
+@pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "requeue 7_3\n"), (signal.SIGTERM, "")])
 def test_the_job_stops_its_harvest_and_queues_itself_again(tmp_path: Path, sent: signal.Signals, requeued: str) -> None:
     for name, body in {
         "srun": f'echo $$ > {tmp_path}/pid; shift; exec "$@"',
-        "scancel": f'test "$*" = "--signal=TERM 7.0" && kill -TERM $(cat {tmp_path}/pid)',
+        "scancel": f'test "$*" = "--signal=TERM 7_3.0" && kill -TERM $(cat {tmp_path}/pid)',
         "sae-harvest": f"trap 'echo stopped > {tmp_path}/stopped; exit 143' TERM; touch {tmp_path}/began; "
         "while true; do sleep 0.05; done",
         "scontrol": f'echo "$@" >> {tmp_path}/calls',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"}
+    environment |= {"SLURM_ARRAY_TASK_ID": "3"}
     job = subprocess.Popen(["bash", "-c", script(*FLAGS)[1]], env=environment)
     while not (tmp_path / "began").exists():
         time.sleep(0.02)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slurm_kit import missing, running
+from slurm_kit import Slurm, missing, running
 from typer.testing import CliRunner
 
+from sae_granary.common.settings.sbatch import batch_script
 from sae_granary.harvest.cli import app as harvest_app
 from sae_granary.train.cli import app
 
@@ -100,6 +101,23 @@ def test_slurm_stops_a_training_with_a_checkpoint_and_continues_it(make_cache, t
         assert list((tmp_path / "runs/r/checkpoints").iterdir())
         assert steps == list(range(1, len(steps) + 1))  # none is lost, none is taken twice
         slurm("scancel", job)
+        alone_in_its_array(slurm)
+
+
+def alone_in_its_array(slurm: Slurm) -> None:
+    """A job of an array stops and queues itself again, the others go on: the last has the number of the array."""
+    job = slurm.submit(batch_script({"array": "0-1", "time": "00:10:00"}, cpus=1, warning=60, step="sleep 600"))
+    until = time.monotonic() + 60
+    while slurm("squeue", "-h", "-s", "-o", "%i").count(".0") < 2:
+        assert time.monotonic() < until, slurm.logs()
+        time.sleep(0.2)
+    slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    while "Restarts=1" not in slurm("scontrol", "show", "job", f"{job}_1"):
+        assert time.monotonic() < until, slurm.logs()
+        time.sleep(0.2)
+    other = slurm("scontrol", "show", "job", f"{job}_0")
+    assert "JobState=RUNNING" in other
+    assert "Restarts=0" in other
 
 
 def steps_of(run: Path, least: int, shown: Callable[[], str]) -> list[int]:

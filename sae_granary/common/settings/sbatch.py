@@ -14,7 +14,8 @@ from sae_granary.common.errors import ConfigError, shortened
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 WORD = re.compile(r"[\w.,+-]+")
 
-# srun ends its tasks by force when it is signaled itself, so the step is.
+# srun ends its tasks by force when it is signaled itself, so the step is. The number of one job of an array is that
+# of the whole array too, so jobs of an array are named by their index.
 _SCRIPT = """\
 #!/bin/bash
 {options}
@@ -27,8 +28,9 @@ _SCRIPT = """\
 {notes}
 set -u
 {before}
+job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 again=0
-stop() {{ scancel --signal=TERM "$SLURM_JOB_ID.0"; }}
+stop() {{ scancel --signal=TERM "$job.0"; }}
 trap 'again=1; stop' USR1
 trap stop TERM
 
@@ -41,7 +43,7 @@ while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the work
     code=$?
 done
 if [ "$again" -eq 1 ] && [ "$code" -ne 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
 fi
 exit "$code"
 """

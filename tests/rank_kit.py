@@ -152,7 +152,7 @@ def _sharded_step(given: dict[str, Any], shards: Alone) -> dict[str, torch.Tenso
     out = sae.train()({"x": x[:25].repeat(2, 1) if tied else x})
     losses = sae.losses(out, Progress(0, 1))
     torch.stack(list(losses.values())).sum().backward()
-    found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters())}
+    found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters(), {})}
     return {key: value.detach() for key, value in found.items()} | {
         f"grad {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None
     }

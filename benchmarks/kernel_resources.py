@@ -91,7 +91,7 @@ def _of_screen(d_in: int, k: int) -> Iterator[Use]:
     yield Use("triton_screen", "round_rows", {"BLOCK": min(1024, gpu_screen._power_of_two(d_in))}, 4)
     for magnitude in (False, True):
         constants = {**gpu_screen.BLOCKS, "GROUP": group, "MAGNITUDE": magnitude, "STORE": True, "WIDEN": False}
-        yield Use("triton_screen", "product", constants, gpu_screen.PRODUCT_WARPS, types={"rows": "*bf16"})
+        yield Use("triton_screen", "product", constants, gpu_screen.PRODUCT["num_warps"], types={"rows": "*bf16"})
     for search in (False, True):
         yield Use("triton_screen", "find_hot_groups", {"BLOCK": gpu_screen.SEARCHED, "SEARCH": search}, 4)
         tile = {"TILE": gpu_screen.TILE, "GROUP": group}

@@ -1,7 +1,6 @@
 """The script for a machine with a GPU: all but the GPU, on the CPU."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import visit_parts
 
 from benchmarks.apart import Player, apart
 from benchmarks.cuda_visit import agreement, products, roofline, speed
-from benchmarks.cuda_visit.parts import PARTS
+from benchmarks.cuda_visit.parts import FIRST, PARTS, SECOND, chosen
 from benchmarks.cuda_visit.place import Place
 from benchmarks.cuda_visit.roofline import Limits, Size
 from benchmarks.cuda_visit.visit import Part, Visit
@@ -35,21 +34,20 @@ def test_without_cuda_it_says_so_and_needs_no_zarr() -> None:
 
 
 def test_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed, table = products.check("cpu", ["eager"], [TINY])
-    assert passed, table
-    assert "NO" not in table
+    lines: list[str] = []
+    assert products.check("cpu", ["eager"], [TINY], lines.append), lines
+    assert "NO" not in "".join(lines)
+    assert sum("| dots |" in line for line in lines) == 1  # shown row by row
     monkeypatch.setattr(products, "sampled_dot", lambda *inputs: torch.ones(6))
-    passed, _ = products.check("cpu", ["eager"], [TINY])
-    assert not passed
+    assert not products.check("cpu", ["eager"], [TINY], lines.append)
 
 
 def test_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed, table = agreement.check("cpu", ["eager"], ["topk", "vanilla", "crosscoder", "temporal"])
-    assert passed, table
+    lines: list[str] = []
+    assert agreement.check("cpu", ["eager"], ["topk", "vanilla", "crosscoder", "temporal"], lines.append), lines
     monkeypatch.setattr(agreement, "BOUND", -1.0)
-    passed, table = agreement.check("cpu", ["eager"], ["topk"])
-    assert not passed
-    assert "NO" in table
+    assert not agreement.check("cpu", ["eager"], ["topk"], lines.append)
+    assert "NO" in lines[-1]
 
 
 def test_the_roofline_adds_the_product_and_the_bytes() -> None:
@@ -63,7 +61,10 @@ def test_parts_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "measure", lambda size, device: measure(size, device, 2**12))
     monkeypatch.setattr(speed, "SIZES", [size])
     monkeypatch.setattr(speed, "one_hook_types", lambda: ["topk", "vanilla"])
-    text = speed.measure(size, "cpu", ["eager"])
+    lines: list[str] = []
+    speed.measure(size, "cpu", ["eager"], lines.append)
+    text = "\n".join(lines)
+    assert "projection, Adam, unit rows" in text
     assert "row_topk" in text
     assert "gradient of the codes" in text
     assert "| topk " in text
@@ -73,12 +74,14 @@ def test_parts_and_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_minutes_in_the_documentation_are_the_limits_of_the_parts() -> None:
     names = [each.name for each in PARTS]
     assert len(set(names)) == len(names)
-    up_to_peers = PARTS[: names.index("peers") + 1]
-    total, first = (round(sum(each.limit for each in parts) / 60) for parts in (PARTS, up_to_peers))
+    assert chosen(None) == PARTS
+    assert chosen(["second", "products"]) == [PARTS[0], *SECOND]
+    total, *each = (round(sum(part.limit for part in parts) / 60) for parts in (PARTS, FIRST, SECOND))
+    assert each == [7, 7]
     for page in ("benchmarks/cuda_visit/__main__.py", "docs/performance.md"):
         text = " ".join((ROOT / page).read_text().split())
         assert f"add up to {total} minutes" in text, page
-        assert re.search(rf"those of the parts up to the [a-z ]+ to {first}[.;]", text), page
+        assert "those of `--parts first` and of `--parts second` to 7 each" in text, page
 
 
 def visit(folder: Path, monkeypatch: pytest.MonkeyPatch, *parts: Part, seconds: float = 500) -> tuple[Visit, bool, str]:

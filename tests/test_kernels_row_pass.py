@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from triton_kit import DEVICE
 
+from benchmarks.cuda_visit import blocks
+from benchmarks.cuda_visit.roofline import Size
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.kernels import choose, triton_bag, triton_rows
 from sae_granary.train.config.merge import make_config
@@ -115,3 +117,14 @@ def test_norms_that_come_with_a_sum_are_those_of_the_sum(projects: bool) -> None
     assert square.item() == pytest.approx(exact.square().sum().item(), rel=1e-6)
     separate = triton_rows.squared_norms(out, rows if projects else None)
     torch.testing.assert_close(separate, exact.square().sum(1), rtol=1e-5, atol=1e-9)
+
+
+def test_block_sizes_are_timed_beside_the_present_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = blocks.trials
+    monkeypatch.setattr(blocks, "trials", lambda *given: (t._replace(settings=t.settings[:1]) for t in trials(*given)))
+    monkeypatch.setattr(blocks, "median_ms", lambda run, device: 1.0)
+    lines: list[str] = []
+    blocks.measure(Size(16, 64, 2, 8), DEVICE, lines.append)
+    rows = [line.split(" | ") for line in lines[3:]]
+    assert len(rows) == 12
+    assert all(row[1] == "as it is" or row[3].startswith(("yes", "no")) for row in rows), lines

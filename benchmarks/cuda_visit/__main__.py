@@ -1,9 +1,10 @@
-"""`python -m benchmarks.cuda_visit [--minutes 14] [--only NAMES]`: check and time everything on a CUDA GPU.
+"""`python -m benchmarks.cuda_visit [--minutes 14] [--parts NAMES]`: check and time everything on a CUDA GPU.
 
 Each part runs in a process of its own with a limit, in the order of their worth; a part that fails or exceeds its limit
 is reported, and the next one starts. Tables are appended to --out as they come. Weights are random, the text is
 Python's own help, nothing is downloaded. What all parts take has not been measured yet: their limits (--list) add up to
-28 minutes, those of the parts up to the peers to 16. Parts for which no time is left are listed as not started.
+25 minutes, those of `--parts first` and of `--parts second` to 7 each. Parts for which no time is left are listed as
+not started; of a part that is stopped, the rows that it has printed are kept.
 
 Needs the package's own dependencies; peers that are not installed are left out. `--device cpu` runs every part in a
 tiny size, to test this script. Exit code 0: all parts were done and passed; 1: not all; 2: there is no CUDA device.
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.cuda_visit.parts import PARTS
+from benchmarks.cuda_visit.parts import PARTS, VISITS, chosen
 from benchmarks.cuda_visit.place import CPU_PATIENCE, Place
 from benchmarks.cuda_visit.visit import Visit
 
@@ -29,9 +30,10 @@ def main() -> int:
     """Carry out the chosen parts."""
     arguments = parse_args()
     if arguments.list:
-        for part in PARTS:
-            print(f"{part.name:16}{part.limit:5.0f} s  {part.about}")
-        print(f"{'together':16}{sum(part.limit for part in PARTS):5.0f} s")
+        for name, parts in VISITS.items():
+            print(f"--parts {name}: {sum(part.limit for part in parts):.0f} s")
+            for part in parts:
+                print(f"  {part.name:16}{part.limit:5.0f} s  {part.about}")
         return 0
     import torch
 
@@ -42,15 +44,14 @@ def main() -> int:
         return 2
     signal.signal(signal.SIGTERM, _leave)
     patience = CPU_PATIENCE if arguments.device == "cpu" else 1
-    wanted = [part for part in PARTS if part.name in (arguments.only or [part.name])]
-    chosen = [replace(part, limit=patience * part.limit) for part in wanted]
+    wanted = [replace(part, limit=patience * part.limit) for part in chosen(arguments.parts)]
     with tempfile.TemporaryDirectory(prefix="cuda_visit_", dir=_roomy_folder()) as folder:
         title = f"{machine.describe()}, {_triton_version()}, {arguments.device}, files in {folder}"
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(f"\n# {title}\n")
         print(title, flush=True)
         visit = Visit(Place(arguments.device, Path(folder)), arguments.out, 60 * arguments.minutes, _say)
-        return 0 if visit.carry_out(chosen) else 1
+        return 0 if visit.carry_out(wanted) else 1
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,9 +59,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.cuda_visit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [part.name for part in PARTS]
+    names = [*VISITS, *(part.name for part in PARTS)]
     parser.add_argument("--minutes", type=float, default=14.0, help="no part runs longer (default 14)")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these parts: see --list")
+    about = "these parts, or first, second, rest (default all): see --list"
+    parser.add_argument("--parts", nargs="+", choices=names, metavar="NAME", help=about)
     parser.add_argument("--list", action="store_true", help="print the parts with their limits")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny sizes, a test")
     parser.add_argument("--out", type=Path, default=Path("cuda_visit.md"), help="file that the tables are appended to")

@@ -1,13 +1,13 @@
 """Training steps of every type: a device against the CPU, and against itself."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.cuda_visit.saes import rows_for, settings, start, use
-from benchmarks.table import markdown
+from benchmarks.table import growing, say
 from sae_granary.sae_core import SAE, Rows, registry
 from sae_granary.sae_core.kernels import choose
 from sae_granary.train.loop import train_step
@@ -21,26 +21,28 @@ BOUND_IF_CODES_DIFFER = 1e-2
 D_IN, D_SAE, K, BATCH, N_STEPS = 64, 1024, 8, 512, 3
 
 
-def check(device: str, kernels: Sequence[str], names: Sequence[str] | None = None) -> tuple[bool, str]:
-    """Whether all agree, and the table."""
-    rows, passed = [], True
+def check(
+    device: str, kernels: Sequence[str], names: Sequence[str] | None = None, show: Callable[[str], None] = say
+) -> bool:
+    """Whether all agree; the table is shown row by row."""
+    show(
+        f"Training steps on {device} and on the CPU, float32, d_in {D_IN}, d_sae {D_SAE}, batch {BATCH}: largest "
+        f"relative difference of losses and of gradients (norm of the difference over the norm; bound {BOUND:.0e}, "
+        f"{BOUND_IF_CODES_DIFFER:.0e} where codes differ), of the second step's losses (bound {SECOND_BOUND:.0e}); "
+        f"parameters and buffers bitwise equal when {N_STEPS} steps are repeated.\n"
+    )
+    header = ["type", "kernels", "codes that differ", "loss", "gradient", "second loss", "equal", "passed"]
+    add, passed = growing(header, show), True
     for name in names or registry.names():
         x = rows_for(name, BATCH, D_IN, "cpu")
         sae = start(name, D_IN, D_SAE, K, x)
         for which in kernels:
             use(which, device)
             row, fine = _compare(name, which, sae, x, device)
-            rows.append(row)
+            add(row)
             passed &= fine
     choose(None)
-    title = (
-        f"Training steps on {device} and on the CPU, float32, d_in {D_IN}, d_sae {D_SAE}, batch {BATCH}: largest "
-        f"relative difference of losses and of gradients (norm of the difference over the norm; bound {BOUND:.0e}, "
-        f"{BOUND_IF_CODES_DIFFER:.0e} where codes differ), of the second step's losses (bound {SECOND_BOUND:.0e}); "
-        f"parameters and buffers bitwise equal when {N_STEPS} steps are repeated."
-    )
-    header = ["type", "kernels", "codes that differ", "loss", "gradient", "second loss", "equal", "passed"]
-    return passed, f"{title}\n\n{markdown(header, rows)}"
+    return passed
 
 
 def _compare(name: str, kernels: str, sae: SAE, x: Rows, device: str) -> tuple[list[str], bool]:

@@ -10,12 +10,12 @@ TINY = Size(16, 256, 4, 64)
 def products_are_right(at: Place) -> bool:
     """The sparse products of every kernel."""
     cases = products.cases()
-    return _show(products.check(at.device, at.kernels, cases[3:4] if at.tiny else cases))
+    return products.check(at.device, at.kernels, cases[3:4] if at.tiny else cases)
 
 
 def steps_agree(at: Place) -> bool:
     """Training steps of all types."""
-    return _show(agreement.check(at.device, at.kernels))
+    return agreement.check(at.device, at.kernels)
 
 
 def steps_768(at: Place) -> bool:
@@ -33,13 +33,19 @@ def steps_k64(at: Place) -> bool:
     return _time(at, speed.SIZES[1], speed.SIZES[3])
 
 
-def _show(checked: tuple[bool, str]) -> bool:
-    passed, text = checked
-    print(text, flush=True)
-    return passed
+def block_sizes(at: Place) -> bool:
+    """Block sizes of the kernels, which no time has chosen yet."""
+    if at.kernels == ["eager"]:
+        print("No Triton on this device: nothing to choose.")
+        return True
+    from benchmarks.cuda_visit import blocks
+
+    blocks.measure(TINY if at.tiny else speed.SIZES[0], at.device)
+    return True
 
 
 def _time(at: Place, *sizes: Size) -> bool:
     for size in [TINY] if at.tiny else sizes:
-        print(f"{speed.measure(size, at.device, at.kernels)}\n", flush=True)
+        speed.measure(size, at.device, at.kernels)
+        print(flush=True)
     return True

@@ -5,12 +5,13 @@ Shapes: N rows, M latents, D width, nnz entries.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from benchmarks.cuda_visit.saes import use
-from benchmarks.table import markdown
+from benchmarks.table import growing, say
 from sae_granary.sae_core import Pattern
 from sae_granary.sae_core.kernels import bag_sum, choose, entries_above, kth_largest, reference, row_topk, sampled_dot
 
@@ -52,17 +53,20 @@ def cases() -> list[Case]:
     ]
 
 
-def check(device: str, kernels: Sequence[str], chosen: Iterable[Case] | None = None) -> tuple[bool, str]:
-    """Whether all are right, and the table."""
-    results = [row for names in kernels for case in chosen or cases() for row in _check_case(case, device, names)]
-    results += _check_selections(device)
-    rows = [[*row[:-2], f"{row[-2]:.1e}", "yes" if row[-1] else "NO"] for row in results]
-    passed = all(row[-1] and row[-2] <= _bound(row) for row in results)
-    title = (
+def check(
+    device: str, kernels: Sequence[str], chosen: Iterable[Case] | None = None, show: Callable[[str], None] = say
+) -> bool:
+    """Whether all are right; the table is shown row by row."""
+    show(
         f"Products on {device}: largest error over the largest number of the CPU reference in float64 "
-        f"(bound {BOUNDS[torch.float32]:.0e}, bfloat16 {BOUNDS[torch.bfloat16]:.0e}); {N_REPEATS} repeats equal."
+        f"(bound {BOUNDS[torch.float32]:.0e}, bfloat16 {BOUNDS[torch.bfloat16]:.0e}); {N_REPEATS} repeats equal.\n"
     )
-    return passed, f"{title}\n\n{markdown(['kernels', 'case', 'dtype', 'product', 'error', 'equal'], rows)}"
+    add, passed = growing(["kernels", "case", "dtype", "product", "error", "equal"], show), True
+    of_cases = (_check_case(case, device, names) for names in kernels for case in chosen or cases())
+    for row in chain(chain.from_iterable(of_cases), _check_selections(device)):
+        add([*row[:-2], f"{row[-2]:.1e}", "yes" if row[-1] else "NO"])
+        passed &= bool(row[-1] and row[-2] <= _bound(row))
+    return passed
 
 
 def _bound(row: Sequence) -> float:  # type: ignore[type-arg]

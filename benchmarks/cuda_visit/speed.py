@@ -9,7 +9,7 @@ from benchmarks.cuda_visit import roofline
 from benchmarks.cuda_visit.clock import median_ms
 from benchmarks.cuda_visit.roofline import Limits, Size
 from benchmarks.cuda_visit.saes import has_k, mixtures, one_hook_types, settings, start, use
-from benchmarks.table import markdown
+from benchmarks.table import growing, say
 from sae_granary.sae_core import Pattern
 from sae_granary.sae_core.kernels import bag_sum, choose, row_topk, sampled_dot
 from sae_granary.train.loop import autocast, train_step
@@ -23,22 +23,27 @@ SIZES = [
     Size(2048, 65_536, 64, 8192),
 ]
 SLOW = {"matching_pursuit"}  # k encoder products per step by definition
+FIRST = ("topk", "batchtopk", "matryoshka", "jumprelu")
 NO_CHANGE = 1e-30  # a learning rate that leaves the weights as they are
 
 
-def measure(size: Size, device: str, kernels: Sequence[str]) -> str:
-    """The tables of one size."""
+def measure(size: Size, device: str, kernels: Sequence[str], show: Callable[[str], None] = say) -> None:
+    """Show the tables of one size, row by row."""
     limits = roofline.measure(size, device)
     x = mixtures(size.batch, size.d_in, device)
-    title = (
+    show(
         f"d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}, batch {size.batch}, bfloat16 products; medians. Measured: "
         f"encoder product {limits.product_ms:.3f} ms, copy {limits.bytes_per_ms / 1e9:.2f} TB/s; "
-        f"roofline of a step {limits.step_ms(size):.3f} ms."
+        f"roofline of a step {limits.step_ms(size):.3f} ms.\n"
     )
-    return f"{title}\n\n{_parts(size, limits, x, device, kernels)}\n\n{_steps(size, limits, x, device, kernels)}"
+    _steps(size, limits, x, device, kernels, show)
+    show("")
+    _parts(size, limits, x, device, kernels, show)
 
 
-def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
+def _parts(
+    size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str], show: Callable[[str], None]
+) -> None:
     run = Run.create(
         settings("topk", device, NO_CHANGE, "bfloat16"), start("topk", size.d_in, size.d_sae, size.k, {"x": x})
     )
@@ -75,6 +80,7 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
         "unit decoder rows": (sae.after_step, limits.ms(2 * size.matrix_bytes)),
     }
     both: dict[str, tuple[Callable[[], object], float]] = {
+        "projection, Adam, unit rows": (lambda: _update(run), limits.ms(14 * size.matrix_bytes)),
         "decode": (lambda: bag_sum(indices, W_dec, indptr, values), limits.ms(moved)),
         "gradient of the codes": (lambda: sampled_dot(h, W_dec, indptr, indices), limits.ms(moved)),
         "gradient of W": (
@@ -82,14 +88,20 @@ def _parts(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
             limits.ms(moved + size.matrix_bytes),
         ),
     }
-    table = []
+    add = growing(["part, ms", *kernels, "limit"], show)
     with torch.no_grad():
         for name, (function, limit) in once.items():
-            ms = f"{median_ms(function, device):.3f}"
-            table.append([name, *([ms] + [""] * (len(kernels) - 1)), f"{limit:.3f}"])
+            add([name, *([f"{median_ms(function, device):.3f}"] + [""] * (len(kernels) - 1)), f"{limit:.3f}"])
         for name, (function, limit) in both.items():
-            table.append([name, *(_under(which, function, device) for which in kernels), f"{limit:.3f}"])
-    return markdown(["part, ms", *kernels, "limit"], table)
+            add([name, *(_under(which, function, device) for which in kernels), f"{limit:.3f}"])
+
+
+def _update(run: Run) -> None:
+    """What follows the norm of the gradients."""
+    with run.row_pass.takes_over():
+        run.sae.project_gradients()
+        run.row_pass.step(1.0)
+        run.sae.after_step()
 
 
 def _project(run: Run) -> Tensor:
@@ -104,13 +116,16 @@ def _under(kernels: str, function: Callable[[], object], device: str) -> str:
     return f"{ms:.3f}"
 
 
-def _steps(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str]) -> str:
+def _steps(
+    size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence[str], show: Callable[[str], None]
+) -> None:
     """Types without k at the first size only: they are not k-sparse, and their pre-activations fill the memory.
 
     float32 means the codes: where the encoder is screened (`kernels/screen.py`), its product is in bfloat16 there too.
     """
     names = [name for name in one_hook_types() if name not in SLOW and (has_k(name) or size == SIZES[0])]
-    table = []
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    add = growing(["step", "dtype", "kernels", "ms", "of the roofline", "M rows/s", "peak GB", "L0"], show)
     for name in names:
         ways = [("bfloat16", which) for which in kernels] + [("float32", kernels[-1])] * has_k(name)
         for dtype, which in ways:
@@ -118,9 +133,8 @@ def _steps(size: Size, limits: Limits, x: Tensor, device: str, kernels: Sequence
             ms, gigabytes, l0 = _step(name, size, x, device, dtype)
             share = f"{limits.step_ms(size) / ms:.0%}" if has_k(name) else ""
             numbers = [f"{ms:.3f}", share, f"{size.batch / ms / 1e3:.2f}", f"{gigabytes:.1f}", f"{l0:.0f}"]
-            table.append([name, dtype, which, *numbers])
+            add([name, dtype, which, *numbers])
     choose(None)
-    return markdown(["step", "dtype", "kernels", "ms", "of the roofline", "M rows/s", "peak GB", "L0"], table)
 
 
 def _step(name: str, size: Size, x: Tensor, device: str, dtype: str) -> tuple[float, float, float]:

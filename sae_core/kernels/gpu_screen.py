@@ -28,7 +28,7 @@ PER_BATCH_K = 16  # the same where rows share N * k: some have many
 SLOTS = 2.0  # for candidates of all rows, over N * k
 BINS = 1024  # of bfloat16 numbers under the largest: a factor of 256
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "TOGETHER": 8}
-PRODUCT_WARPS = 8
+PRODUCT = {"num_warps": 8, "num_stages": 3}
 # The largest that spill no register and leave 24 active warps on a multiprocessor: `benchmarks.kernel_resources`.
 SEARCHED, COUNTED, TILE = 1024, 512, 32  # maxima that a program looks at together, to find or to count; hot groups
 
@@ -133,7 +133,7 @@ class GpuScreen:
             product[(n_programs,)](
                 rows, self._latents, self.bias, entries, maxima, len(rows), self.d_sae, rows.shape[1],
                 **BLOCKS, GROUP=GROUP, MAGNITUDE=by_magnitude, STORE=store, WIDEN=rows.device.type == "cpu",
-                num_warps=PRODUCT_WARPS, num_stages=3,
+                **PRODUCT,
             )  # fmt: skip
         return entries, maxima
 

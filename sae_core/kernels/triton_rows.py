@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 2**14  # entries of a row that a program holds
+PER_WARP = 256  # entries of a row for each warp
 MAX_UPDATED_WIDTH = 2**13  # of a row with its gradient and moments
 
 
@@ -144,4 +145,4 @@ def adam_step(rows: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Ad
 
 def _sizes(width: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // PER_WARP))}

@@ -70,8 +70,8 @@ def test_blocks_of_one_cache_share_every_setting(tmp_path: Path) -> None:
     in_blocks(tmp_path / "a")
     with pytest.raises(CacheMismatchError, match="rows_per_shard"):
         begin_blocks(tmp_path / "a", toy_spec("float32", ("layer_1",), 4, rows_per_shard=32, block_docs=16))
-    with pytest.raises(SpecError, match="dtype without scales"):
-        toy_spec("int8", block_docs=16)
+    with pytest.raises(SpecError, match="block_docs is 0, expected at least 1"):
+        toy_spec("int8", block_docs=0)
 
 
 @pytest.mark.parametrize("links", [True, False])

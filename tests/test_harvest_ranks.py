@@ -214,8 +214,6 @@ def test_what_cannot_be_divided_is_refused(config: HarvestConfig) -> None:
         harvest_activations(replace(config, text=TextConfig("-")), quiet=True)
     with pytest.raises(ConfigError, match="--extend continues only caches that are not"):
         harvest_activations(replace(config, extend=True), quiet=True)
-    with pytest.raises(ValueError, match="block_docs is 25 with dtype int8"):
-        harvest_activations(replace(config, dtype="int8"), quiet=True)
     assert not config.out_path.exists()
 
 

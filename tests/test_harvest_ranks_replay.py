@@ -10,7 +10,7 @@ import pytest
 from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_add import same_arrays
-from test_harvest_ranks import config  # noqa: F401
+from test_harvest_ranks import config, together  # noqa: F401
 from test_harvest_repair import flip
 from test_harvest_resume import assert_same_cache, contents
 
@@ -32,8 +32,10 @@ def packed(config: HarvestConfig) -> HarvestConfig:
     return replace(config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True))
 
 
-@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(config: HarvestConfig, pack: bool) -> None:
+@pytest.mark.parametrize(("pack", "n_batches"), [(False, 50), pytest.param(True, 37, marks=pytest.mark.slow)])
+def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
+    config: HarvestConfig, pack: bool, n_batches: int
+) -> None:
     config = replace(packed(config) if pack else config, max_tokens=1400, rows_per_shard=256)  # ends in a block
     config = replace(config, tokens=replace(config.tokens, batch_tokens=32))
     both = replace(config, where=WhereConfig(layers=(1, 2)), out=config.out_path.with_name("both"))
@@ -51,7 +53,7 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(config
     assert verify(config.out_path).ok
     assert add_hooks(config.out_path, LAYER_2, quiet=True).already_complete
 
-    with pytest.raises(CutOff), cut_off_after(50):  # in the second sort buffer of the second block
+    with pytest.raises(CutOff), cut_off_after(n_batches):  # in the second sort buffer of the second block
         add_hooks(cut.out_path, LAYER_2, quiet=True)
     assert open_cache(cut.out_path / "added/layer_2", allow_incomplete=True).records[-1].block == 1
     add_hooks(cut.out_path, LAYER_2, quiet=True)
@@ -91,3 +93,29 @@ def test_other_text_is_refused(config: HarvestConfig) -> None:
     flip(config.out_path / f"activations/layer_1/c.{shard}.0")
     with pytest.raises(HarvestError, match=r"lost are \d+ rows"):
         repair(config.out_path, quiet=True)
+
+
+@pytest.mark.slow
+def test_one_byte_per_value_in_blocks(config: HarvestConfig) -> None:
+    """The bytes do not depend on who harvests the blocks, and come again."""
+    config = replace(config, dtype="int8", max_tokens=1400)
+    plain = replace(config, out=config.out_path.with_name("plain"), block_docs=None)
+    both = replace(config, where=WhereConfig(layers=(1, 2)), out=config.out_path.with_name("both"))
+    cut = replace(config, out=config.out_path.with_name("cut"))
+    for one in (config, plain, both):
+        harvest_activations(one, quiet=True)
+    cache = open_cache(config.out_path)
+    assert (cache.manifest.version, cache.manifest.dtype, verify(config.out_path).ok) == (3, "int8", True)
+    assert np.allclose(cache.hook()[:], open_cache(plain.out_path).hook()[:], rtol=0, atol=0.05)
+    with pytest.raises(CutOff), cut_off_after(32):  # the first batches twice: to fit them, and as rows
+        harvest_activations(cut, quiet=True)
+    together(cut, 2)
+    assert_same_cache(cut.out_path, config.out_path)
+    add_hooks(config.out_path, LAYER_2, quiet=True)
+    assert same_arrays(config.out_path / "added/layer_2", both.out_path, "layer_2")
+    before = contents(config.out_path)
+    for name in ("scales/layer_1/c.1", "activations/layer_1/c.2.0", "commits/00000000.json"):
+        (config.out_path / name).unlink()
+    (config.out_path / "affine/layer_1/step/c.0").unlink()
+    repair(config.out_path, quiet=True)
+    assert {name: contents(config.out_path)[name] for name in before if "harvest.log" not in name} == before

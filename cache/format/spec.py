@@ -59,10 +59,7 @@ class CacheSpec:
             raise SpecError(f"rows_per_shard is {self.rows_per_shard}, expected 1 to {MAX_ROWS_PER_SHARD}")
         if self.inner_chunk_bytes < 1:
             raise SpecError(f"inner_chunk_bytes is {self.inner_chunk_bytes}, expected at least 1")
-        if self.block_docs is not None and (self.block_docs < 1 or STORAGE[self.dtype].scale is not None):
-            raise SpecError(
-                f"block_docs is {self.block_docs} with dtype {self.dtype}, expected at least 1 and a dtype without "
-                "scales: store float16 or bfloat16, and convert the complete cache with `sae-cache convert`"
-            )
+        if self.block_docs is not None and self.block_docs < 1:
+            raise SpecError(f"block_docs is {self.block_docs}, expected at least 1")
         if "" in self.kept_columns or len(set(self.kept_columns)) < len(self.kept_columns):
             raise SpecError(f"kept_columns are {list(self.kept_columns)}, expected names that differ")

@@ -87,7 +87,7 @@ def join_blocks(path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping
         return manifest
     parts = [(number, folder, load_manifest(folder)) for number, folder in blocks]
     for number, _, part in parts:
-        if part.provenance != parts[0][2].provenance:
+        if part.provenance != parts[0][2].provenance or not _fitted_alike(part, parts[0][2]):
             raise CacheError(f"{path}: blocks {parts[0][0]} and {number} are of other models or versions: remove it")
     records: list[ShardRecord] = []
     with _session(path) as session:
@@ -101,9 +101,9 @@ def join_blocks(path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping
             for name in {Path(new).parent for _, names in joined for new in names.values()}:
                 files.sync_folder(path / name)
             records += [_put_record(session, path, manifest, record) for record, _ in joined]
-        zarr = zarr_files(manifest.layout, len(records))
-        session.write_zarr(manifest.layout, len(records))
-        told = replace(manifest, provenance=parts[0][2].provenance)
+        told = replace(manifest, provenance=parts[0][2].provenance, affines=records[0].affines)
+        zarr = zarr_files(told.layout, len(records))
+        session.write_zarr(told.layout, len(records))
         entries = {name: FileEntry.of(data) for name, data in zarr.items()}
         complete = finished(told, records, entries, plain_json(summary, "summary"))
         session.replace(MANIFEST, dump_signed(complete.to_json()))
@@ -116,12 +116,19 @@ def remove_blocks(path: Path) -> None:
         shutil.rmtree(path / BLOCKS, ignore_errors=True)
 
 
+def _fitted_alike(a: Manifest, b: Manifest) -> bool:
+    """Whether two blocks have the same steps and offsets, or none."""
+    ours, theirs = a.affines or {}, b.affines or {}
+    return ours.keys() == theirs.keys() and all(ours[hook].equals(theirs[hook]) for hook in ours)
+
+
 def _renamed(record: ShardRecord, shard: int, block: int, layout: CacheLayout) -> tuple[ShardRecord, dict[str, str]]:
     """A record of a block as one of the whole cache, and old path -> new path of its files."""
     names = {array.shard_path(record.shard): array.shard_path(shard) for array in layout.arrays}
     names[documents_path(record.shard)] = documents_path(shard)
     renamed = {names[path]: entry for path, entry in record.files.items()}
-    return replace(record, shard=shard, block=block, files=renamed, record=None), names
+    affines = record.affines if shard == 0 else None
+    return replace(record, shard=shard, block=block, files=renamed, record=None, affines=affines), names
 
 
 def _link(source: Path, target: Path, entry: FileEntry) -> None:

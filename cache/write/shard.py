@@ -77,7 +77,7 @@ class OpenShard:
         values = [hook.values for hook in self._hooks]  # before the norms: those of the last chunk come from here
         return [*values, *scales, *(hook.norms for hook in self._hooks), *self._columns.values()]
 
-    def finish(self, cursor: Cursor) -> tuple[dict[str, Path], ShardRecord]:
+    def finish(self, cursor: Cursor, block: int | None = None) -> tuple[dict[str, Path], ShardRecord]:
         """Complete and sync the files: path in the cache -> temporary file, and the record to commit them with."""
         temporary = {stream.layout.shard_path(self.index): stream.path for stream in self._streams}
         entries = {stream.layout.shard_path(self.index): stream.finish() for stream in self._streams}
@@ -93,6 +93,7 @@ class OpenShard:
             files=entries,
             statistics={hook.hook: hook.moments for hook in self._hooks if hook.moments is not None},
             affines=self.layout.affines if self.index == 0 else None,
+            block=block,
         )
         return temporary, record
 

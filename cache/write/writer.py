@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import BadRowsError, CacheError
+from sae_granary.cache.format.affine import Affine
 from sae_granary.cache.format.layout import MANIFEST, commit_path
 from sae_granary.cache.format.manifest import FileEntry, Manifest, finished, manifest_of
 from sae_granary.cache.format.records import (
@@ -150,19 +151,19 @@ class CacheWriter:
             last = self._shard.last_window if self._shard else self.committed.last_window
             check_rows(rows, self.layout, last)
             placed = documents_by_row(documents, rows.doc_id, self._last_document)
-            if not self.layout.is_fitted:
-                self._fit(rows)
+            if not self.layout.is_fitted:  # a resume without committed shards fits the same rows again
+                affines, self.warnings = fit_rows(rows.activations, self.layout)
+                self.fit(affines)
             for part in shard_parts(rows, placed, self._open_rows, self.manifest.rows_per_shard):
                 if part is None:
                     self._commit()
                 else:
                     self._append(*part)
 
-    def _fit(self, rows: Rows) -> None:
-        """Fit steps and offsets to the first rows; a resume without committed shards fits the same rows again."""
-        affines, warnings = fit_rows(rows.activations, self.layout)
+    def fit(self, affines: Mapping[str, Affine] | None) -> None:
+        """Take steps and offsets; without this, before the first rows, those are fitted to them."""
         self.manifest = replace(self.manifest, affines=affines)
-        self.layout, self.warnings = self.manifest.layout, warnings
+        self.layout = self.manifest.layout
         self._session.write_zarr(self.layout, 0)
 
     def _append(self, rows: Rows, documents: list[DocumentRow]) -> None:
@@ -201,8 +202,7 @@ class CacheWriter:
     def _commit(self) -> None:
         if self._shard is None:
             return
-        temporary, record = self._shard.finish(Cursor(dict(self._source or {}), self._buffer_rows))
-        record = replace(record, block=self.block)
+        temporary, record = self._shard.finish(Cursor(dict(self._source or {}), self._buffer_rows), self.block)
         body = dump_signed({"version": self.manifest.version, **record.to_json()})
         self._session.place(temporary, commit_path(record.shard), body)
         self._shard.discard()

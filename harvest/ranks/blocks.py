@@ -11,8 +11,14 @@ from typing import Any
 from sae_granary.common.rows import Scalar
 from sae_granary.common.signed import Fields, sign
 from sae_granary.harvest.text.document import Record, TextSource
+from sae_granary.models.tokens.contexts import StreamState
 
 WINDOW_BITS = 32  # windows of block b are numbered from b << 32
+
+
+def begin_of(block: int, block_docs: int) -> StreamState:
+    """Where the harvest of a block starts."""
+    return StreamState(next_doc=block * block_docs, next_window=block << WINDOW_BITS)
 
 
 @dataclass(frozen=True)

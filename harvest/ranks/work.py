@@ -18,6 +18,7 @@ from sae_granary.cache.errors import (
     DiskFullError,
     NotACacheError,
 )
+from sae_granary.cache.format.affine import Affine
 from sae_granary.cache.format.layout import BLOCKS, MANIFEST
 from sae_granary.cache.format.records import load_manifest, remove_contents
 from sae_granary.cache.format.spec import CacheSpec
@@ -30,8 +31,9 @@ from sae_granary.harvest.errors import HarvestError, NoRowsError
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress
-from sae_granary.harvest.ranks.blocks import WINDOW_BITS, BlockSource, Outcome, Records
+from sae_granary.harvest.ranks.blocks import BlockSource, Outcome, Records, begin_of
 from sae_granary.harvest.ranks.board import Board, Limits, Task
+from sae_granary.harvest.ranks.first_rows import shared_affines
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.ranks.plan import agree
 from sae_granary.harvest.ranks.progress import BlockProgress, Heartbeat, RankLog, SummedProgress
@@ -39,7 +41,6 @@ from sae_granary.harvest.ranks.world import World, lease_seconds
 from sae_granary.harvest.replay.stream import Replay
 from sae_granary.harvest.spec import as_begun
 from sae_granary.harvest.text.document import skipped_counts
-from sae_granary.models.tokens.contexts import StreamState
 from sae_granary.models.tokens.document import SKIP_REASONS
 
 Say = Callable[[str], None]
@@ -67,6 +68,7 @@ class Worker:
         self._records = Records(prepared.source)
         self._deferred: dict[str, float] = {}  # tasks that cannot be claimed before a time
         self._waited = set[str]()
+        self._affines: Mapping[str, Affine] | None = None
         config = prepared.config
         assert config.block_docs is not None
         self._block_docs = config.block_docs
@@ -174,12 +176,14 @@ class Worker:
         )
         told = {**self._spec.fingerprint, "block": task.block}
         spec = replace(self._spec, fingerprint=told, vocabulary=None, block_docs=None)
-        begin = StreamState(next_doc=start, next_window=task.block << WINDOW_BITS)
+        replay = Replay(begin=begin_of(task.block, self._block_docs))
         with CacheWriter.open(self._folder / task.name, spec, **writing(prepared.device)) as writer:
             if not writer.complete:
                 tell(prepared, writer)
+                if not writer.layout.is_fitted:
+                    writer.fit(self._fitted(model, check))
                 prepared = as_begun(prepared, writer.manifest.provenance)
-                pipeline = Pipeline(prepared, model, writer, progress, self._log, check, Replay(begin=begin))
+                pipeline = Pipeline(prepared, model, writer, progress, self._log, check, replay)
                 pipeline.fill()
                 check()
                 summary = pipeline.summary() | {"n_records": pipeline.state.next_doc - start}
@@ -188,6 +192,12 @@ class Worker:
             else:
                 summary = dict(writer.manifest.summary or {})
         return Outcome.of_summary(summary, task.name, limited=task.limits is not None)
+
+    def _fitted(self, model: Model, check: Callable[[], None]) -> Mapping[str, Affine] | None:
+        """The steps and offsets of all blocks."""
+        if self._affines is None:
+            self._affines = shared_affines(self._prepared, model, self._log, self._shown.say, check)
+        return self._affines
 
     def _publish(self, task: Task, outcome: Outcome) -> None:
         new = self._folder / f".{task.name}.{secrets.token_hex(8)}"

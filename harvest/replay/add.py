@@ -16,9 +16,9 @@ from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
-from sae_granary.harvest.ranks.blocks import Records
+from sae_granary.harvest.ranks.blocks import Records, begin_of
 from sae_granary.harvest.replay.growth import check_addition_space
-from sae_granary.harvest.replay.in_blocks import begin_of, of_block, unfinished_blocks
+from sae_granary.harvest.replay.in_blocks import of_block, unfinished_blocks
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
 from sae_granary.harvest.replay.stream import Replay, recorded_ends

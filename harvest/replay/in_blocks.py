@@ -14,15 +14,9 @@ from sae_granary.cache.format.records import load_records
 from sae_granary.cache.write.committed import Committed
 from sae_granary.common.rows import DocumentRow, Rows
 from sae_granary.harvest.prepare import Prepared
-from sae_granary.harvest.ranks.blocks import WINDOW_BITS, BlockSource, Records
+from sae_granary.harvest.ranks.blocks import BlockSource, Records
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.one_shard import Unwritten
-from sae_granary.models.tokens.contexts import StreamState
-
-
-def begin_of(block: int, block_docs: int) -> StreamState:
-    """Where the harvest of a block starts."""
-    return StreamState(next_doc=block * block_docs, next_window=block << WINDOW_BITS)
 
 
 def of_block(prepared: Prepared, text: Records, records: Sequence[ShardRecord], block: int) -> Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from sae_granary.cache.format.layout import CacheLayout
@@ -67,8 +66,7 @@ class ShardAgain(Unwritten):
 
     def finished(self) -> tuple[dict[str, Path], ShardRecord]:
         """Its files by their path in the cache, and its record."""
-        files, record = self._shard.finish(self._record.cursor)
-        return files, replace(record, block=self._record.block)
+        return self._shard.finish(self._record.cursor, self._record.block)
 
     def discard(self) -> None:
         """Close and remove its files."""

@@ -22,9 +22,9 @@ from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Pipeline
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.progress import Progress, RunLog
-from sae_granary.harvest.ranks.blocks import Records
+from sae_granary.harvest.ranks.blocks import Records, begin_of
 from sae_granary.harvest.replay.damage import Damage, find_damage
-from sae_granary.harvest.replay.in_blocks import begin_of, of_block
+from sae_granary.harvest.replay.in_blocks import of_block
 from sae_granary.harvest.replay.one_shard import ShardAgain
 from sae_granary.harvest.replay.recorded import (
     recorded_config,

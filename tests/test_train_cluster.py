@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks.rank_traffic import ETHERNET, NVLINK, shard_traffic, step_traffic, training_bytes
@@ -12,8 +13,10 @@ from sae_granary.cache.load.loader import Share
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
-from sae_granary.train.ranks.place import place_of_process
+from sae_granary.train.ranks.place import Place, place_of_process
 from sae_granary.train.ranks.run import check_shared
+from sae_granary.train.ranks.sweep import share_of
+from sae_granary.train.ranks.world import pin_device
 
 # model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
 SIZES = (
@@ -155,3 +158,24 @@ def test_what_ranks_cannot_train_as_one_process_would(given: dict[str, object], 
     with pytest.raises(ConfigError, match=re.escape(text)):
         check_shared(config, 3)
     check_shared(make_config([{"cache": "cache/toy", "type": "batchtopk", "batch_size": 3, "steps": 10}]), 3)
+
+
+@pytest.mark.parametrize("n_saes", [0, 1, 2, 5])
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_the_saes_of_a_sweep_are_divided_whatever_their_number(n_saes: int, n: int) -> None:
+    names = [f"sae_{i}" for i in range(n_saes)]
+    assert [name for i in range(n) for name in share_of(names, Place(i, n, i, "localhost", 1))] == names
+
+
+def test_a_gpu_that_another_job_uses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*size: int, device: str) -> torch.Tensor:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(ConfigError, match=r"device 'cuda:1' of .* cannot be used \(CUDA error: .* busy .* nvidia-smi"):
+        pin_device(Place(3, 4, 1, "localhost", 1), "cuda")
+    with pytest.raises(ConfigError, match=r"rank 2 is number 2 on .*, which has 2 GPUs"):
+        pin_device(Place(2, 4, 2, "localhost", 1), "cuda")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 from typing import TYPE_CHECKING
 
-from sae_granary.common.errors import ConfigError
+from sae_granary.common.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,21 @@ def choose_device(wanted: str) -> str:
     if match[1] == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device 'mps': PyTorch finds no Apple GPU on this machine; give cpu or auto")
     return wanted
+
+
+def check_usable(device: str) -> None:
+    """Raise ConfigError for a GPU that another job has for itself, or whose memory it has filled."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device {device!r} of {socket.gethostname()} cannot be used ({one_line(error)[:150]}): if another job "
+            "uses it (see nvidia-smi), wait for its end, or choose another GPU with CUDA_VISIBLE_DEVICES"
+        ) from None
 
 
 def lacks_float64(device: torch.device) -> bool:

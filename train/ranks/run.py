@@ -57,6 +57,7 @@ def train_on_ranks(
     device = choose_device(device)
     pin_device(place, device)
     with joined(place, device) as world:
+        world.watch(True)
         world.compare({"version": __version__, "torch": torch.__version__, "ranks": place.n, **arguments})
         asked = StopRequest() if stop is None else stop
         if not place.leads:

@@ -57,7 +57,9 @@ def _lead(world: World, plan: Plan, is_new: bool, carry_out: Callable[[Plan], Sw
 
 
 def _follow(world: World, carry_out: Callable[[Plan], SweepExecution], folder: Path) -> SweepResult:
+    world.watch(True)
     left = world.hear("left")
+    world.watch(False)  # what it trains, it trains without the others
     if not is_sweep(folder):
         raise ConfigError(
             f"rank {world.place.index} does not see {folder.resolve()}, which rank 0 has made: expected a folder that "
@@ -67,6 +69,7 @@ def _follow(world: World, carry_out: Callable[[Plan], SweepExecution], folder: P
     pin_device(world.place, execution.plan.entries[0].config.device)
     with execution.reported():
         execution.train(share_of(left, world.place))
+    world.watch(True)
     world.say(f"ended/{world.place.index}", True)
     world.hear("ended/0")
     return SweepResult(folder, sweep_rows(execution.plan, folder))

@@ -35,7 +35,6 @@ class RankTrainer(Trainer):
         self._ended = False
         asked.defer()
         self._join()
-        world.watch(True)
         self._agree()
 
     def _join(self) -> None:

@@ -7,11 +7,8 @@ torch.distributed (`Ranks`), with gloo on the CPU and NCCL on GPUs.
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,19 +17,17 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
+from sae_granary.common.device import check_usable
 from sae_granary.common.errors import ConfigError, one_line
 from sae_granary.sae_core.ranks.reduce import Ranks
 from sae_granary.train.errors import RankError
+from sae_granary.train.ranks.hearts import BEAT, Hearts, gone
+from sae_granary.train.ranks.meet import SLOWEST, connect, meet, store_of
 from sae_granary.train.ranks.place import Place
 
-BEAT = 0.5  # seconds
 BEATS_MISSED = 10  # in a row, after a connection broke: the rank is gone
-_meetings = itertools.count(1)  # of this process: each has names of its own in the store
-_served: list[Store] = []  # by this process, to its end: others may still be reading
-GRACE = 5.0  # seconds, beyond the timeout, in which a rank that waits for a text ends by itself
-SLOWEST = timedelta(days=1)  # of a reduction: rank 0 may evaluate or write meanwhile, its beats go on
 
 
 class World:
@@ -41,7 +36,7 @@ class World:
     def __init__(self, place: Place, store: Store, name: str) -> None:
         self.place, self._store = place, store
         self.ranks = Ranks(place.index, place.n, self._failed)
-        self._hearts = _Hearts(place, _connect(place, name, SLOWEST))
+        self._hearts = Hearts(place, store_of(place, name, SLOWEST))
 
     # -- texts -----------------------------------------------------------------------------------------------------
 
@@ -88,18 +83,14 @@ class World:
         """Raise RankError if a rank has failed or is gone."""
         if (text := self._told()) is not None:
             raise RankError(text)
-        if gone := self._hearts.silent(self.place.timeout):
-            raise RankError(self._gone(gone))
+        if who := self._hearts.unheard(self.place.timeout):
+            raise RankError(gone(who))
 
     def _told(self) -> str | None:
         for index in range(self.place.n):
             if index != self.place.index and self._store.check([f"failed/{index}"]):
                 return f"rank {index} stopped: {json.loads(self._store.get(f'failed/{index}'))}"
         return None
-
-    def _gone(self, indices: list[int]) -> str:
-        who = ", ".join(f"rank {i} ({self._hearts.where(i)})" for i in indices)
-        return f"{who} is gone; start the ranks again to continue from the last checkpoint (`run` with --resume auto)"
 
     def _failed(self, error: RuntimeError) -> Exception:
         """Why a reduction failed: what a rank has told, else which of them has no heartbeat any more."""
@@ -108,13 +99,13 @@ class World:
             with suppress(RuntimeError):
                 if (text := self._told()) is not None:
                     return RankError(text)
-            if gone := self._hearts.silent(BEATS_MISSED * BEAT):
-                return RankError(self._gone(gone))
+            if who := self._hearts.unheard(BEATS_MISSED * BEAT):
+                return RankError(gone(who))
             time.sleep(BEAT)
         return RankError(f"the ranks cannot reach each other any more: {one_line(error)}")
 
     def watch(self, wanted: bool) -> None:
-        """Whether a silent rank ends this one: while it takes steps with the others."""
+        """Whether a silent rank ends this one: while it needs the others."""
         self._hearts.watches = wanted
 
     def close(self, *, all_there: bool = True) -> None:
@@ -127,14 +118,13 @@ class World:
 @contextmanager
 def joined(place: Place, device: str) -> Iterator[World]:
     """Meet the other ranks. Raises RankError with those that have not come in time."""
-    name = f"granary/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
     on_gpu = device.startswith("cuda")
-    world = World(place, _meet(place, name), name)
+    name = meet(place)
+    world = World(place, store_of(place, name, timedelta(seconds=place.timeout)), name)
     try:
         with world.told():
-            store = _connect(place, f"{name}/group", timedelta(seconds=place.timeout))
-            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            distributed.init_process_group(backend, store=store, rank=place.index, world_size=place.n, timeout=SLOWEST)
+            store = store_of(place, f"{name}/group", timedelta(seconds=place.timeout))
+            connect(place, store, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             yield world
             world.ranks.all(True)  # nobody leaves before all have come so far
     except BaseException:
@@ -143,86 +133,8 @@ def joined(place: Place, device: str) -> Iterator[World]:
     world.close()
 
 
-def _connect(place: Place, name: str, timeout: timedelta) -> Store:
-    return PrefixStore(name, TCPStore(place.address, place.port, None, False, timeout, wait_for_workers=False))
-
-
-def _meet(place: Place, name: str) -> Store:
-    """Wait until every rank has left its name in the store."""
-    serves = place.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    limit = timedelta(seconds=place.timeout)
-    try:
-        if serves and not _served:
-            _served.append(TCPStore(place.address, place.port, None, True, limit, wait_for_workers=False))
-        store = _connect(place, name, limit)
-        store.set(f"here/{place.index}", json.dumps(f"{socket.gethostname()}, process {os.getpid()}"))
-    except RuntimeError as error:
-        raise RankError(
-            f"rank {place.index} cannot reach rank 0 at {place.address}:{place.port} within {place.timeout:g} s: "
-            f"{one_line(error)[:200]}"
-        ) from None
-    try:
-        store.wait([f"here/{i}" for i in range(place.n)], limit)
-    except RuntimeError:
-        missing = [str(i) for i in range(place.n) if not store.check([f"here/{i}"])]
-        raise RankError(
-            f"rank {', '.join(missing)} of {place.n} did not come to {place.address}:{place.port} within "
-            f"{place.timeout:g} s: start all ranks, or raise GRANARY_RANK_TIMEOUT"
-        ) from None
-    return store
-
-
-class _Hearts:
-    """A thread that beats for this rank and listens for the others."""
-
-    def __init__(self, place: Place, store: Store) -> None:
-        self._place, self._store = place, store
-        self._seen = {i: (b"", time.monotonic()) for i in range(place.n) if i != place.index}
-        self._names: dict[int, str] = {}
-        self.watches = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="granary-beat", daemon=True)
-        self._thread.start()
-
-    def where(self, index: int) -> str:
-        """Host and process of a rank."""
-        return self._names.get(index, "unknown host")
-
-    def silent(self, seconds: float) -> list[int]:
-        """Ranks that have not beaten for so long."""
-        now = time.monotonic()
-        return [i for i, (_, since) in sorted(self._seen.items()) if now - since > seconds]
-
-    def _end_if_stuck(self) -> None:
-        """End the process where a rank was silent for so long that this one waits for it in a reduction."""
-        if self.watches and (gone := self.silent(self._place.timeout + GRACE)):
-            who = ", ".join(f"rank {i} ({self.where(i)})" for i in gone)
-            text = f"error: {who} has not answered for {self._place.timeout:g} s; start the ranks again (`run` with "
-            text += "--resume auto)\n"
-            os.write(2, text.encode())
-            os._exit(RankError.exit_code)
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def _beat(self) -> None:
-        count = 0
-        with suppress(RuntimeError):
-            self._names = {i: json.loads(self._store.get(f"here/{i}")) for i in range(self._place.n)}
-        while not self._stop.wait(BEAT):
-            count += 1
-            with suppress(RuntimeError):  # the store is served elsewhere: without it nobody is heard
-                self._store.set(f"beat/{self._place.index}", str(count))
-                for i, (last, _) in list(self._seen.items()):
-                    if self._store.check([f"beat/{i}"]) and (found := self._store.get(f"beat/{i}")) != last:
-                        self._seen[i] = (found, time.monotonic())
-            self._end_if_stuck()
-
-
 def pin_device(place: Place, device: str) -> None:
-    """Make `cuda` the GPU of this rank. Raises ConfigError where there are fewer GPUs than ranks."""
+    """Make `cuda` the GPU of this rank. Raises ConfigError where that is missing, or another job uses it."""
     if not device.startswith("cuda"):
         return
     if ":" in device:
@@ -233,3 +145,4 @@ def pin_device(place: Place, device: str) -> None:
             "start as many ranks per host as it has GPUs (--nproc-per-node)"
         )
     torch.cuda.set_device(place.local)
+    check_usable(f"cuda:{place.local}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.common.rows import Scalar
-from sae_granary.common.signed import Fields, sign
+from sae_granary.common.signed import DamagedFileError, Fields, sign
 from sae_granary.harvest.text.document import Record, TextSource
 from sae_granary.models.tokens.contexts import StreamState
 
@@ -39,16 +40,21 @@ class Outcome:
     @classmethod
     def read(cls, path: Path) -> Outcome | None:
         """The outcome in a file; None where there is none yet. Raises DamagedFileError."""
-        if not path.exists():
+        if not os.path.exists(path):
             return None
-        fields = Fields.of_file(path, "remove it, and its block is harvested again", signed_since=1)
+        try:
+            fields = Fields.of_file(path, "remove it, and its block is harvested again", signed_since=1)
+        except DamagedFileError:
+            if not os.path.exists(path):  # the harvest has finished, and its blocks were removed
+                return None
+            raise
         counts = fields.nested("counts")
         return cls(
             fields.integer("n_records"),
             fields.integer("n_rows"),
             fields.integer("n_documents"),
             {name: counts.integer(name) for name in counts.body},
-            path.name.removesuffix(".json"),
+            fields.get("folder", str),
             fields.get("limited", bool),
         )
 

@@ -9,24 +9,26 @@ listed, and no lock is needed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import platform
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_granary.common.files import PLAIN, create
+from sae_granary.common.files import PLAIN, STALE, create
 
+_GONE = {errno.ENOENT, STALE}
 _WIDTH = 512  # bytes of a lease, so that renewing it is one write in place
 
 
 def this_process() -> dict[str, Any]:
     """What tells this process from every other one: host, start of the system, container, pid, start."""
     return {
-        "host": platform.node(),
+        "host": socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
         "container": _link("/proc/self/ns/pid"),
         "pid": os.getpid(),
@@ -87,7 +89,7 @@ class Lease:
         """Renew it, with the number of rows harvested so far."""
         self._beat += 1
         self._write(n_rows=n_rows, beat=self._beat)
-        self.lost = self.lost or self._next.exists()
+        self.lost = self.lost or os.path.exists(self._next)  # False where a network file system gives an error
 
     def release(self) -> None:
         """Give it back: others need not wait."""
@@ -126,8 +128,13 @@ class Leases:
         generation = 0 if seen is None else seen.generation + 1
         try:
             fd = create(self._path(name, generation))
-        except (FileExistsError, FileNotFoundError):  # another process was faster, or the harvest has finished
+        except FileExistsError:  # another process was faster; its file may be seen later, where listings are stale
+            self._seen[name] = _Seen(generation, b"", self._clock())
             return None
+        except OSError as error:
+            if error.errno in _GONE:  # the harvest has finished
+                return None
+            raise
         return Lease(fd, self._path(name, generation + 1), self.seconds, taken_over=generation > 0)
 
     def is_free(self, name: str) -> bool:
@@ -181,12 +188,14 @@ class Leases:
 def _content(path: Path) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | PLAIN)
-    except FileNotFoundError:
-        return None
-    try:
-        return os.read(fd, _WIDTH)
-    finally:
-        os.close(fd)
+        try:
+            return os.read(fd, _WIDTH)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -143,10 +142,11 @@ class Worker:
             if lease.lost or self._board.is_past_end(task):
                 raise _LostError
 
+        folder = task.name
         with Heartbeat(lease, self._board, progress):
             for left in reversed(range(_TRIES)):
                 try:
-                    outcome = self._fill(task, model, tell, progress, check)
+                    outcome = self._fill(task, folder, model, tell, progress, check)
                     break
                 except _LostError:
                     return
@@ -162,11 +162,12 @@ class Worker:
                     if hopeless or not left or not lease.taken_over:
                         raise
                     if not isinstance(error, ConcurrentWriteError):  # it was cleaned up by the other process
-                        shutil.rmtree(self._folder / task.name, ignore_errors=True)
+                        # The other process may be about to publish what is there: it stays until all are joined.
+                        folder = f"{task.name}.{secrets.token_hex(4)}"
         self._publish(task, outcome)
 
     def _fill(
-        self, task: Task, model: Model, tell: Tell, progress: BlockProgress, check: Callable[[], None]
+        self, task: Task, folder: str, model: Model, tell: Tell, progress: BlockProgress, check: Callable[[], None]
     ) -> Outcome:
         start, limits = task.block * self._block_docs, task.limits or Limits(None, None)
         prepared = replace(
@@ -177,7 +178,7 @@ class Worker:
         told = {**self._spec.fingerprint, "block": task.block}
         spec = replace(self._spec, fingerprint=told, vocabulary=None, block_docs=None)
         replay = Replay(begin=begin_of(task.block, self._block_docs))
-        with CacheWriter.open(self._folder / task.name, spec, **writing(prepared.device)) as writer:
+        with CacheWriter.open(self._folder / folder, spec, **writing(prepared.device)) as writer:
             if not writer.complete:
                 tell(prepared, writer)
                 if not writer.layout.is_fitted:
@@ -191,7 +192,7 @@ class Worker:
                     writer.finish(summary)
             else:
                 summary = dict(writer.manifest.summary or {})
-        return Outcome.of_summary(summary, task.name, limited=task.limits is not None)
+        return Outcome.of_summary(summary, folder, limited=task.limits is not None)
 
     def _fitted(self, model: Model, check: Callable[[], None]) -> Mapping[str, Affine] | None:
         """The steps and offsets of all blocks."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.records import existing_manifest
+from sae_granary.common.device import check_usable
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.environment import number, rank_of_process, seconds
 from sae_granary.harvest.config import HarvestConfig
@@ -107,4 +108,6 @@ def _device(wanted: str, world: World) -> str:
     import torch
 
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n:
+        check_usable(f"cuda:{world.local_rank % n}")
     return f"cuda:{world.local_rank % n}" if n > 1 else wanted

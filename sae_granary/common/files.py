@@ -24,6 +24,7 @@ _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its wri
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
 
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+STALE = getattr(errno, "ESTALE", -1)
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
 _NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF}
@@ -44,10 +45,15 @@ def open_regular(path: Path) -> BinaryIO:
     raise NotRegularError(errno.EINVAL, kind, str(path))
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a file. Raises NotRegularError for anything but a regular file."""
-    with open_regular(path) as file:
-        return file.read()
+def read_regular(path: Path, tries: int = 3) -> bytes:
+    """The bytes of a regular file (else NotRegularError), opened again where NFS calls it stale: replaced since then."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        if error.errno != STALE or tries == 1:
+            raise
+    return read_regular(path, tries - 1)
 
 
 def read_text_or_pipe(path: Path, max_bytes: int) -> str:
@@ -101,17 +107,13 @@ def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the system allows folders to be opened and synced."""
     try:
         fd = os.open(path, _FOLDER)
-    except OSError as error:
-        if error.errno in _NO_SYNC:
-            return
-        raise
-    try:
-        os.fsync(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-    finally:
-        os.close(fd)
 
 
 def link_into_place(temporary: Path, final: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from fork_kit import forks  # noqa: F401
 
 from sae_granary.common import threads
 

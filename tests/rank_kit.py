@@ -1,20 +1,17 @@
-"""Starts the ranks of a training as processes, and the steps that they take in tests.
-
-`python tests/rank_kit.py JOB ...` is one rank, in the environment that torchrun would give it.
-"""
+"""Starts the ranks of a training as processes, and the steps that they take in tests."""
 
 from __future__ import annotations
 
-import os
+import random
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from fork_kit import Forked, Forks
 
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import WHOLE, LoaderState, Share
@@ -34,7 +31,6 @@ from sae_granary.train.ranks.trainer import share_batches
 from sae_granary.train.ranks.world import joined
 from sae_granary.train.state.run_state import Run, build_sae
 
-ROOT = Path(__file__).parent.parent
 STEPS, POISONED = 10, 4  # the number of a batch with NaN
 COMMON = {"d_sae": 64, "steps": 40, "batch_size": 102, "device": "cpu", "dead_after_tokens": 200, "lr": 3e-3}
 # Each with what its own reductions need: dead latents for AuxK, micro-batches of uneven parts, thresholds.
@@ -49,33 +45,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(jobs: Sequence[Sequence[str]], **env: str) -> list[subprocess.Popen[str]]:
-    """Start a rank of `python job...` for each job; they meet at a free port of this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    common |= {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
-    return [
-        subprocess.Popen(
-            [sys.executable, *job],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, job in enumerate(jobs)
-    ]
+Job = tuple[Any, ...]  # a function of a module and its arguments
 
 
-def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
-    """Exit code and output of each rank; after the timeout, in seconds, they are killed."""
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+def start(forks: Forks, jobs: Sequence[Job], **env: str) -> list[Forked]:
+    """Start a rank for each job, in the environment that torchrun would give it; they meet at a port of this host."""
+    common = {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
+    return [forks.start(*job, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, job in enumerate(jobs)]
+
+
+def free_port() -> int:
+    """A port below those that the system gives to connections, so that nobody takes it in the meantime."""
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port := random.SystemRandom().randrange(10_000, 30_000)))
+            return port
+
+
+def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    codes = [process.code() for process in processes]
+    return [(code, process.output) for code, process in zip(codes, processes, strict=True)]
 
 
 def steps(cache: Path, given: Mapping[str, Any], share: Share = WHOLE, ranks: Alone = ALONE) -> dict[str, Any]:
@@ -130,7 +120,7 @@ def sharded_steps(shards: Alone = ALONE) -> dict[str, dict[str, torch.Tensor]]:
         "of the first rank": torch.arange(9),
         "all chosen": torch.arange(0, 60, 15),
     }
-    given = {"k_aux": 8, "dead_after_tokens": 10}
+    given = {"k_aux": 6, "dead_after_tokens": 10}
     cases: dict[str, dict[str, Any]] = {
         **{f"topk, dead {name}": {"type": "topk", "k": 5, "dead": latents} for name, latents in dead.items()},
         "topk, multi": {"type": "topk", "k": 5, "multi_topk": True},
@@ -147,34 +137,15 @@ def _sharded_step(given: dict[str, Any], shards: Alone) -> dict[str, torch.Tenso
     x = torch.randn(50, 16, generator=generator)
     sae.initialize({"x": x[:25].repeat(2, 1) if tied else x}, generator)
     own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
-    sent = count_sent(shards)
     silent = torch.zeros(60, dtype=torch.int64).index_fill_(0, torch.as_tensor(dead, dtype=torch.int64), 10)
     sae.num_tokens_since_fired.copy_(silent[own])
     out = sae.train()({"x": x[:25].repeat(2, 1) if tied else x})
     losses = sae.losses(out, Progress(0, 1))
     torch.stack(list(losses.values())).sum().backward()
-    losses["sent"] = torch.tensor(sum(sent))
     found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters(), {})}
     return {key: value.detach() for key, value in found.items()} | {
         f"grad {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None
     }
-
-
-def count_sent(ranks: Alone) -> list[float]:
-    """A list of the bytes that this rank sends in each reduction from now on, if they travel along a ring."""
-    sent: list[float] = []
-    call = getattr(type(ranks), "_call", None)
-
-    def counted(name: str, *args: Any) -> None:
-        values = args[1] if name == "all_gather" else args[0]
-        times = ranks.n - 1 if name == "all_gather" else 2 * (ranks.n - 1) / ranks.n
-        sent.append(times * values.numel() * values.element_size())
-        assert call is not None
-        call(ranks, name, *args)
-
-    if ranks.n > 1:
-        ranks._call = counted  # type: ignore[attr-defined]
-    return sent
 
 
 def positions(codes: Codes) -> torch.Tensor:
@@ -182,7 +153,7 @@ def positions(codes: Codes) -> torch.Tensor:
     return (codes.dense() != 0).nonzero()
 
 
-def _take_steps(cache: str, out: str) -> None:
+def take_steps(cache: str, out: str) -> None:
     place = place_of_process()
     assert place is not None
     with joined(place, "cpu") as world:
@@ -193,7 +164,3 @@ def _take_steps(cache: str, out: str) -> None:
         torch.save(sharded_steps(world.ranks), Path(out) / f"shard_{place.index}.pt")
     result = train_sae(cache=cache, **{**COMMON, "type": "batchtopk", "k": 3, "runs_dir": out, "name": f"by_{place.n}"})
     torch.save(result.sae.state_dict(), Path(out) / f"sae_{place.index}.pt")
-
-
-if __name__ == "__main__":
-    _take_steps(*sys.argv[1:])

@@ -1,7 +1,9 @@
 """One cache by several processes: the same bytes for any number of them, whatever happens to them on the way."""
 
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,22 +20,25 @@ import numpy as np
 import pytest
 import torch
 from cache_kit import no_sync  # noqa: F401
+from fork_kit import LIMIT, Forks, command, wait_until
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 
 from sae_granary import open_cache
-from sae_granary.cache.errors import CacheMismatchError
+from sae_granary.cache.errors import CacheError, CacheMismatchError
 from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import blocks
+from sae_granary.common import files
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.plan import plan, plan_rows
-from sae_granary.harvest.ranks import world
+from sae_granary.harvest.ranks import work, world
 from sae_granary.harvest.ranks.blocks import Outcome
-from sae_granary.harvest.ranks.board import Board, Limits
+from sae_granary.harvest.ranks.board import Board, Limits, Task
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
@@ -66,11 +71,12 @@ def together(config: HarvestConfig, n: int) -> None:
             errors.append(error)
             traceback.print_exc()
 
-    threads = [threading.Thread(target=work) for _ in range(n)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(n)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(LIMIT)
+    assert not any(thread.is_alive() for thread in threads)
     assert errors == []
 
 
@@ -132,12 +138,12 @@ def test_a_block_that_was_harvested_past_the_end_is_cut(config: HarvestConfig) -
     leases = Leases(other.out_path / BLOCKS, 60)
     held = leases.claim("00000000.cut")  # so that the second block is taken before it is known how far it goes
     assert held is not None
-    thread = threading.Thread(target=lambda: harvest_activations(other, quiet=True))
+    thread = threading.Thread(target=lambda: harvest_activations(other, quiet=True), daemon=True)
     thread.start()
-    while not (other.out_path / BLOCKS / "00000001.json").exists():
-        assert thread.is_alive()
+    wait_until((other.out_path / BLOCKS / "00000001.json").exists)
     held.release()
-    thread.join()
+    thread.join(LIMIT)
+    assert not thread.is_alive()
     assert_same_cache(other.out_path, config.out_path)
 
 
@@ -362,44 +368,121 @@ def test_of_many_claims_one_succeeds(tmp_path: Path) -> None:
     assert not Leases(tmp_path, 10).is_free("b")
 
 
-def start(config: HarvestConfig) -> int:
-    """Harvest in a process of its own; its pid."""
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            harvest_activations(config, quiet=True)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
+@pytest.mark.parametrize("error", [errno.ENOENT, errno.ESTALE])
+def test_a_lease_that_a_network_file_system_does_not_show_yet(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, clock = Leases(tmp_path, 10).claim("a"), Clock()
+    assert held is not None
+    other = Leases(tmp_path, 10, clock)
+    open_file, unread = os.open, unreadable(error, os.open)
+
+    def open_late(path: Path, flags: int, *mode: int) -> int:
+        fd: int = (open_file if flags & os.O_CREAT else unread)(path, flags, *mode)
+        return fd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_late)
+        assert other.claim("a") is None
+        assert not other.is_free("a")  # its holder is there: no other attempt before it may be taken for dead
+    assert other.claim("a") is None
+    clock.now = 11
+    assert other.claim("a") is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", unreadable(error, os.stat))
+        held.renew(1)
+    assert not held.lost
+    held.renew(2)
+    assert held.lost
 
 
-def ended(pids: list[int]) -> list[int]:
-    """Exit codes of processes; negative for a signal."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+def test_a_stale_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    monkeypatch.setattr(files, "open_regular", unreadable(errno.ESTALE, files.open_regular, times=2))
+    assert files.read_regular(path) == b"content"
+    monkeypatch.setattr(files, "open_regular", unreadable(errno.ESTALE, files.open_regular, times=3))
+    with pytest.raises(OSError, match="Stale file handle"):
+        files.read_regular(path)
+
+
+def test_outcomes_that_are_removed_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "00000000.json", files.open_regular
+    path.write_bytes(b"{}")
+
+    def removed(path: Path) -> Any:
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(files, "open_regular", removed)
+    assert Outcome.read(path) is None
+
+
+def unreadable(number: int, function: Callable[..., Any], times: int = 1000) -> Callable[..., Any]:
+    """A function that fails so many times, as it may on a network file system."""
+    left = [OSError(number, os.strerror(number))] * times
+
+    def call(*args: Any, **more: Any) -> Any:
+        if left:
+            raise left.pop()
+        return function(*args, **more)
+
+    return call
+
+
+def test_what_the_former_process_of_a_block_publishes_late_stays(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest_activations(config, quiet=True)
+    other = replace(config, out=config.out_path.with_name("other"))
+    with pytest.raises(CutOff), cut_off_after(1):
+        harvest_activations(other, quiet=True)  # its lease of the first block is taken over
+    fill, tasks = work.Worker._fill, []
+
+    def fill_late(self: work.Worker, task: Task, *args: Any) -> Outcome:
+        outcome = fill(self, task, *args)
+        tasks.append(task.block)
+        if tasks == [0]:  # the former process has published it, and this one cannot read it
+            self._publish(task, outcome)
+            raise CacheError("unreadable")
+        assert load_manifest(other.out_path / BLOCKS / "00000000").complete
+        return outcome
+
+    monkeypatch.setattr(work.Worker, "_fill", fill_late)
+    harvest_activations(other, quiet=True)
+    assert tasks == [0, 0, 1, 2]
+    assert_same_cache(other.out_path, config.out_path)
+
+
+def harvest(config: HarvestConfig) -> None:
+    """Harvest in a process of its own, which `forks` starts."""
+    torch.set_num_threads(1)
+    harvest_activations(config, quiet=True)
 
 
 @pytest.mark.parametrize("n_kills", [1, pytest.param(20, marks=SLOW)])
-def test_killed_processes_lose_and_double_nothing(config: HarvestConfig, n_kills: int) -> None:
-    config = replace(config, block_docs=7)
-    harvest_activations(config, quiet=True)
+def test_killed_processes_lose_and_double_nothing(config: HarvestConfig, n_kills: int, forks: Forks) -> None:
+    corpus = write_corpus(config.out_path.with_name("short.txt"), 24)
+    config = replace(config, text=replace(config.text, dataset=str(corpus)), block_docs=4)
+    for _ in range(2):  # the first one also waits for the imports of the process that all are forked from
+        shutil.rmtree(config.out_path, ignore_errors=True)
+        before = time.monotonic()
+        assert forks.start(harvest, config).code() == 0
+        duration = time.monotonic() - before
     rng, n_left, run = np.random.default_rng(7), n_kills, 0
     while n_left:
         run += 1
         other = replace(config, out=config.out_path.with_name(f"killed_{run}"))
         while n_left and not _is_complete(other.out_path):
-            pids = [start(other) for _ in range(int(rng.integers(1, 4)))]
-            time.sleep(float(rng.uniform(0.2, 3.0)))
-            n_dead = len(pids) if rng.integers(2) else 1  # torchrun ends all of them
-            for pid in pids[:n_dead]:
-                os.kill(pid, signal.SIGKILL)
-            assert set(ended(pids[:n_dead])) <= {-signal.SIGKILL, 0}
-            assert set(ended(pids[n_dead:])) <= {0}
+            processes = [forks.start(harvest, other) for _ in range(int(rng.integers(1, 4)))]
+            time.sleep(float(rng.uniform(0.0, duration)))
+            n_dead = len(processes) if rng.integers(2) else 1  # torchrun ends all of them
+            for process in processes[:n_dead]:
+                process.end()
+            assert {process.code() for process in processes[:n_dead]} <= {-signal.SIGKILL, 0}
+            assert [process.code() for process in processes[n_dead:]] == [0] * len(processes[n_dead:])
             n_left -= 1
-        assert ended([start(other) for _ in range(2)]) == [0, 0]
+        assert [process.code() for process in [forks.start(harvest, other) for _ in range(2)]] == [0, 0]
         assert_same_cache(other.out_path, config.out_path)
         assert verify(other.out_path).ok
 
@@ -415,36 +498,41 @@ def test_processes_that_are_wrongly_taken_for_dead_do_no_damage(
     harvest_activations(config, quiet=True)
     monkeypatch.setattr("sae_granary.common.lock.FolderLock.acquire", lambda self: None)
 
+    renew = Lease.renew
+
     def silent(lease: Lease, n_rows: int) -> None:
-        lease.lost = lease.lost or lease._next.exists()
+        if lease._next.name.endswith((".1.lease", ".2.lease")):  # of the first two processes: it comes to an end
+            lease.lost = lease.lost or lease._next.exists()
+        else:
+            renew(lease, n_rows)
 
     monkeypatch.setattr(Lease, "renew", silent)
     monkeypatch.setenv(world.LEASE_SECONDS, "0.3")
-    for n in range(3):
-        other = replace(config, out=config.out_path.with_name(f"contested_{n}"))
-        together(other, 4)
-        assert_same_cache(other.out_path, config.out_path)
+    together(other := replace(config, out=config.out_path.with_name("contested")), 4)
+    assert_same_cache(other.out_path, config.out_path)
 
 
 @SLOW
-def test_torchrun_and_jobs_of_their_own_give_the_same_bytes(config: HarvestConfig) -> None:
+def test_torchrun_and_jobs_of_their_own_give_the_same_bytes(config: HarvestConfig, forks: Forks) -> None:
     harvest_activations(config, quiet=True)
     flags = [
         "run", "--model", config.model.model, "--dataset", config.text.dataset, "--documents", "line", "--layer", "1",
         "--ctx-len", "16", "--batch-tokens", "64", "--rows-per-shard", "512", "--device", "cpu", "--block-docs", "25",
     ]  # fmt: skip
-    module = ["-m", "sae_granary.harvest"]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": config.out_path.parent}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *module, *flags]
-    ran = subprocess.run([*torchrun, "--out", "ranks"], check=False, **options)
+    module, ranks, jobs = "sae_granary.harvest", config.out_path.with_name("ranks"), config.out_path.with_name("jobs")
+    at_free_port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *at_free_port, "--nproc-per-node", "2", "-m", module]
+    run = [*torchrun, *flags, "--out", str(ranks)]
+    ran = subprocess.run(run, check=False, capture_output=True, text=True, timeout=LIMIT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("harvested") == 1  # rank 0 prints for all
-    assert_same_cache(config.out_path.with_name("ranks"), config.out_path)
-    log = config.out_path.with_name("ranks").joinpath("harvest.log").read_text()
+    assert_same_cache(ranks, config.out_path)
+    log = ranks.joinpath("harvest.log").read_text()
     assert (len(re.findall(r"rank \d: block \d: [1-9]", log)), log.count("finished")) == (3, 1)
-    jobs = [subprocess.Popen([sys.executable, *module, *flags, "--out", "jobs"], cwd=options["cwd"]) for _ in range(2)]
-    assert [job.wait() for job in jobs] == [0, 0]
-    assert_same_cache(config.out_path.with_name("jobs"), config.out_path)
-    wrong = subprocess.run([*torchrun, "--layer", "2", "--out", "jobs"], check=False, **options)
-    assert wrong.returncode != 0
-    assert re.search(r"rank \d: error: jobs was harvested from something else:\n  hook_points", wrong.stderr)
+    several = [forks.start(command, module, *flags, "--out", str(jobs)) for _ in range(2)]
+    assert [job.code() for job in several] == [0, 0]
+    assert_same_cache(jobs, config.out_path)
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    wrong = forks.start(command, module, *flags, "--layer", "2", "--out", str(jobs), **env)
+    assert wrong.code() == 2
+    assert re.search(r"rank 1: error: \S*jobs was harvested from something else:\n  hook_points", wrong.output)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_kit import no_sync, run_python  # noqa: F401
+from fork_kit import Forks, command
 from rank_kit import COMMON, ended, start
 from stage_kit import staged
 from test_cache_travel_added import add, grow, harvest
@@ -190,17 +191,17 @@ def test_a_url_is_copied_to_the_same_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "own"), [("run", ["--hook", "layer_3"]), ("sweep", ["--layers", "1,3"])])
+@pytest.mark.parametrize(("name", "own"), [("run", ["--hook", "layer_3"]), ("sweep", ["--layers", "1,3"])])
 def test_the_ranks_of_a_machine_share_the_copies(
-    command: str, own: list[str], make_cache: Callable[..., Path], tmp_path: Path, disk: Path
+    name: str, own: list[str], make_cache: Callable[..., Path], tmp_path: Path, disk: Path, forks: Forks
 ) -> None:
     cache = make_cache(hooks=("layer_1", "layer_3"))
-    values = {**RUN, "cache": f"file://{cache}" if command == "run" else cache, "runs_dir": tmp_path, "stage": disk}
+    values = {**RUN, "cache": f"file://{cache}" if name == "run" else cache, "runs_dir": tmp_path, "stage": disk}
     flags = [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    job = ["-m", "sae_granary.train", command, *flags, *own, "--name", "r"]
-    for code, output in ended(start([job, job], GRANARY_RANK_TIMEOUT="60"), timeout=60):
+    job = (command, "sae_granary.train", name, *flags, *own, "--name", "r")
+    for code, output in ended(start(forks, [job, job], GRANARY_RANK_TIMEOUT="60")):
         assert code == 0, output
-    assert len(list((tmp_path / "r").rglob("sae_weights.safetensors"))) == (1 if command == "run" else 2)
+    assert len(list((tmp_path / "r").rglob("sae_weights.safetensors"))) == (1 if name == "run" else 2)
     kept = copies(disk)
     assert {hook for hook in ("layer_1", "layer_3") for path in kept if f"activations/{hook}/" in path} == {
         "layer_1",

@@ -1,54 +1,78 @@
 """Ranks that disagree, are missing, die or are stopped: one line that names the rank, and nothing lost."""
 
 import json
+import os
 import signal
-import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rank_kit import COMMON, ended, start
+from fork_kit import Forked, Forks, command, last_line, wait_until
+from rank_kit import COMMON, Job, ended, start
 
 from sae_granary import load_sae, resume_training, train_sae, train_sweep
 from sae_granary.common.finished_run import read_summary
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import StepEvent
 from sae_granary.train.errors import InterruptedRunError
+from sae_granary.train.ranks import run
 from sae_granary.train.state.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.slow
 
 
-def command(cache: Path, runs: Path, **settings: object) -> list[str]:
-    """The arguments of Python that train a run of these tests."""
+def job(cache: Path, runs: Path, **settings: object) -> Job:
+    """A rank that trains a run of these tests."""
     values = {**COMMON, "cache": cache, "type": "batchtopk", "k": 3, "runs_dir": runs, "name": "run", **settings}
     flags = [part for key, value in values.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    return ["-m", "sae_granary.train", "run", *flags]
+    return command, "sae_granary.train", "run", *flags
 
 
-def wait_for_checkpoint(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_checkpoint(folder: Path, processes: list[Forked]) -> None:
     """Wait until a run has a checkpoint."""
-    until = time.monotonic() + 200
-    while not list_checkpoints(run):
-        assert all(process.poll() is None for process in processes), ended(processes)
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: list_checkpoints(folder), of=tuple(processes))
 
 
-def test_ranks_that_were_started_differently(make_cache: Callable[..., Path], tmp_path: Path) -> None:
-    cache, runs = make_cache(), tmp_path / "runs"
-    found = ended(start([command(cache, runs), command(cache, runs, batch_size=96)], GRANARY_RANK_TIMEOUT="60"))
-    for code, output in found:
-        assert code == 2, output
-        assert "has batch_size=96, rank 0 has 102: start all ranks with the same command" in output
-    assert not runs.exists()
+def in_folder(folder: Path, *args: str) -> None:
+    """Train where the same path is another cache."""
+    os.chdir(folder)
+    command(*args)
 
 
-def test_a_rank_that_does_not_come(make_cache: Callable[..., Path], tmp_path: Path) -> None:
-    job = command(make_cache(), tmp_path / "runs")
-    (code, output), _ = ended(start([job, ["-c", ""]], GRANARY_RANK_TIMEOUT="10"))
+def of_version(version: str, *args: str) -> None:
+    """Train with another version of this package."""
+    run.__version__ = version
+    command(*args)
+
+
+def test_ranks_that_disagree(make_cache: Callable[..., Path], tmp_path: Path, forks: Forks) -> None:
+    here, there = make_cache("here/toy").parent, make_cache("there/toy", seed=1).parent
+    _, *flags = job(Path("toy"), tmp_path / "runs")
+    asked = "start all ranks with the same command, version and cache"
+    for other, complaint in (
+        (
+            (in_folder, here, *job(Path("toy"), tmp_path / "runs", batch_size=96)[1:]),
+            "has batch_size=96, rank 0 has 102",
+        ),
+        ((of_version, "0.0", *flags), "has version='0.0', rank 0 has"),
+    ):
+        jobs = [(in_folder, here, *flags), other]
+        for code, output in ended(start(forks, jobs)):
+            assert code == 2, output
+            assert complaint in output
+            assert asked in output
+        assert not (tmp_path / "runs").exists()
+    (first, output), (second, told) = ended(start(forks, [(in_folder, here, *flags), (in_folder, there, *flags)]))
+    assert (first, second) == (2, 2), output + told
+    assert "error: toy holds " in told
+    assert "error: rank 1 stopped: toy holds " in output
+
+
+def test_a_rank_that_does_not_come(make_cache: Callable[..., Path], tmp_path: Path, forks: Forks) -> None:
+    jobs = [job(make_cache(), tmp_path / "runs"), (sys.exit,)]
+    (code, output), _ = ended(start(forks, jobs, GRANARY_RANK_TIMEOUT="2"))
     assert code == 2, output
     assert "rank 1 of 2 did not come to 127.0.0.1:" in output
     assert not (tmp_path / "runs").exists()
@@ -57,31 +81,30 @@ def test_a_rank_that_does_not_come(make_cache: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_is_named(
-    rank: int, by: signal.Signals, make_cache: Callable[..., Path], tmp_path: Path
+    rank: int, by: signal.Signals, make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
 ) -> None:
     cache = make_cache()
-    jobs = [command(cache, tmp_path, steps=9000, save_every=20, log_every=10)] * 2
-    processes = start(jobs, GRANARY_RANK_TIMEOUT="5")
+    jobs = [job(cache, tmp_path, steps=9000, save_every=20, log_every=10)] * 2
+    processes = start(forks, jobs, GRANARY_RANK_TIMEOUT="5")
     wait_for_checkpoint(tmp_path / "run", processes)
-    if by == signal.SIGSTOP and rank == 0:
-        pytest.skip("rank 0 serves the store of this test; under torchrun its agent does")
-    processes[rank].send_signal(by)
+    processes[rank].send(by)
     ((code, output),) = ended([processes[1 - rank]])
-    processes[rank].kill()
-    ended([processes[rank]])
+    processes[rank].end()
     assert code == 2, output
-    assert f"rank {rank} (" in output
-    assert output.rstrip().splitlines()[-1].startswith("error: rank")
+    assert last_line(output).startswith("error: ")
+    assert f"rank {rank} (" in last_line(output)
     assert list_checkpoints(tmp_path / "run")
 
 
-def test_one_batch_log_over_two_then_one_then_three_ranks(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_batch_log_over_two_then_one_then_three_ranks(
+    make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
+) -> None:
     cache = make_cache()
     settings = {**COMMON, "type": "batchtopk", "k": 3, "steps": 300, "log_every": 10, "save_every": 50}
     alone = train_sae(cache=str(cache), **settings, runs_dir=str(tmp_path), name="alone")
-    processes = start([command(cache, tmp_path, steps=300, log_every=10, save_every=50)] * 2)
+    processes = start(forks, [job(cache, tmp_path, steps=300, log_every=10, save_every=50)] * 2)
     wait_for_checkpoint(tmp_path / "run", processes)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send(signal.SIGTERM)
     for code, output in ended(processes):
         assert code == 143, output
         assert "stopped by signal 15 after step" in output
@@ -95,7 +118,7 @@ def test_one_batch_log_over_two_then_one_then_three_ranks(make_cache: Callable[.
     with pytest.raises(InterruptedRunError):
         resume_training(tmp_path / "run", callbacks=[stop_at_200], stop=stop)
     assert list_checkpoints(tmp_path / "run")[-1].name == "step_00000200"
-    resumed = ended(start([["-m", "sae_granary.train", "resume", str(tmp_path / "run")]] * 3))
+    resumed = ended(start(forks, [(command, "sae_granary.train", "resume", str(tmp_path / "run"))] * 3))
     assert [code for code, _ in resumed] == [0, 0, 0], resumed
     ours, theirs = (read_summary(tmp_path / name) for name in ("alone", "run"))
     assert theirs["tokens"] == ours["tokens"]
@@ -113,23 +136,23 @@ def test_one_batch_log_over_two_then_one_then_three_ranks(make_cache: Callable[.
 
 
 def test_a_sweep_is_divided_and_the_saes_of_a_dead_rank_are_taken_over(
-    make_cache: Callable[..., Path], tmp_path: Path
+    make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
 ) -> None:
     cache = make_cache()
     given = {"steps": 300, "save_every": 20, "name": "ks"}
-    job = command(cache, tmp_path, **given)
-    job = ["-m", "sae_granary.train", "sweep", *job[3:], "--grid", "k=2,3,4,5"]
-    del job[job.index("--k") : job.index("--k") + 2]
-    processes = start([job] * 2, GRANARY_RANK_TIMEOUT="8")
+    flags = list(job(cache, tmp_path, **given)[3:])
+    del flags[flags.index("--k") : flags.index("--k") + 2]
+    sweep = (command, "sae_granary.train", "sweep", *flags, "--grid", "k=2,3,4,5")
+    processes = start(forks, [sweep] * 2, GRANARY_RANK_TIMEOUT="8")
     names = [f"toy_layer_3_batchtopk_d64_k{k}_s0" for k in (2, 3, 4, 5)]
     wait_for_checkpoint(tmp_path / "ks" / names[2], processes)
-    processes[1].kill()
+    processes[1].send(signal.SIGKILL)
     (code, output), _ = ended(processes)
     assert code == 2, output
     assert "rank 1 (" in output
     rows = json.loads((tmp_path / "ks" / "results.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["finished", "finished", "failed", "failed"]
-    again = ended(start([job] * 3))
+    again = ended(start(forks, [sweep] * 3))
     assert [code for code, _ in again] == [0, 0, 0], again
     rows = json.loads((tmp_path / "ks" / "results.json").read_text())["rows"]
     settings = {**COMMON, "type": "batchtopk", **given, "name": "alone"}

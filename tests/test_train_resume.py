@@ -1,7 +1,6 @@
 """Interrupted and continued: bitwise the same weights and batches, and only for what the checkpoint belongs to."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fork_kit
 import pytest
 import torch
 from conftest import write_cache
@@ -149,9 +149,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def start(target, **kwargs):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sae_granary.train.run", "sae_granary.sae_core.variants.topk"])
-    process = context.Process(target=target, kwargs=kwargs)
+    process = fork_kit.context().Process(target=target, kwargs=kwargs)
     process.start()
     return process
 

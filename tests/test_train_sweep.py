@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import multiprocessing
 import random
 import re
 import shutil
@@ -11,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import fork_kit
 import pytest
 from cache_kit import no_sync  # noqa: F401
 from rich.console import Console
@@ -416,11 +416,7 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
 
 
 def start(target, **kwargs):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["sae_granary.train.sweeps.sweep", "sae_granary.train.result.plots", "sae_granary.sae_core.variants.topk"]
-    )
-    process = context.Process(target=target, kwargs=kwargs)
+    process = fork_kit.context().Process(target=target, kwargs=kwargs)
     process.start()
     return process
 

@@ -46,7 +46,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, tries: int = 3) -> bytes:
-    """The bytes of a regular file (else NotRegularError), opened again where NFS calls it stale: replaced since then."""
+    """The bytes of a regular file (else NotRegularError), opened again where NFS calls it stale: replaced since."""
     try:
         with open_regular(path) as file:
             return file.read()

@@ -48,7 +48,7 @@ def test_run_leaves_a_result_that_loads(make_cache) -> None:
     folder = Path("runs/toy_layer_3_batchtopk_d128_k4_s0")
     assert str(folder) in result.stdout
     assert "batchtopk" in result.stdout
-    assert re.search(r"^decoder_max_cosine 0\.\d+: likeness of latents", result.stdout, re.MULTILINE)
+    assert re.search(r"^decoder_max_cosine 0\.\d+: mean over latents of the largest", result.stdout, re.MULTILINE)
     files = {p.name for p in folder.iterdir()}
     assert files == {
         "cfg.json", "sae_weights.safetensors", "granary.json", "config.yaml", "run.json", "metrics.jsonl",

@@ -15,7 +15,10 @@ def info(path: CachePath, as_json: Json = False, debug: Debug = False) -> None:
         cache = open_local(path, allow_incomplete=True)
         statistics = {name: cache.stats(name) for name in cache.hook_points} if cache.n_rows else {}
         if as_json:
-            print_json(render.as_json(cache.path, cache.manifest, cache.opened, statistics))
+            own = {hook.name for hook in cache.manifest.hook_points}
+            added = [dict(vars(hook)) for name, hook in cache.hook_points.items() if name not in own]
+            told = render.as_json(cache.path, cache.manifest, cache.opened, statistics)
+            print_json(told | {"added_hook_points": added, "n_bytes": cache.n_bytes})
             return
         from rich.table import Table
 

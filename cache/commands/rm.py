@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,24 +18,25 @@ def rm(
 ) -> None:
     """Remove caches. Asks first; refuses one in use, and what is not a cache. Links are not followed."""
     with expected_errors(debug):
-        from sae_granary.cache.format.manifest import Manifest
-        from sae_granary.cache.format.records import blocks_of, bytes_in_blocks, load_records
+        from sae_granary.cache.format.records import blocks_of, bytes_in_blocks
+        from sae_granary.cache.read.reader import open_local
         from sae_granary.cache.write.remove import check_removable, remove_cache
         from sae_granary.common.errors import GranaryError
         from sae_granary.common.quantities import byte_size
 
-        def size_of(manifest: Manifest) -> str:
+        def size_of(path: Path) -> str:
             try:
-                records = manifest.shards if manifest.complete else load_records(path, manifest)
+                cache = open_local(path, allow_incomplete=True)
             except GranaryError:
                 return "damaged"
-            if not records and (blocks := blocks_of(path)) is not None:
+            if not cache.records and (blocks := blocks_of(path)) is not None:
                 return f"{blocks.n_rows:,} rows in blocks, {byte_size(bytes_in_blocks(path))}"
-            return f"{sum(r.n_rows for r in records):,} rows, {byte_size(sum(r.n_bytes for r in records))}"
+            return f"{cache.n_rows:,} rows, {byte_size(cache.n_bytes)}"
 
         sizes = {}
         for path in paths:
-            sizes[path] = size_of(check_removable(path))
+            check_removable(path)
+            sizes[path] = size_of(path)
         for path, size in sizes.items():
             if not yes:
                 try:

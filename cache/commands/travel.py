@@ -80,7 +80,7 @@ def push(
         told = f"{_told(plan)}{byte_size(plan.n_bytes)} to copy"
         if wanted.dry_run or (plan.public is not None and not yes):
             why = "" if plan.public is None or yes else f"; {plan.public}: add --yes to push"
-            echo(f"{source} -> {url}: {told}{why}; nothing was copied")
+            echo(f"{source} -> {url}: {told}{why}; nothing was copied, checksums are read when it is")
             return
         with _progress("pushing", plan.n_bytes, quiet) as advance:
             pushing.push(plan, verify=verify, progress=advance)

@@ -104,7 +104,10 @@ class Cache(RowTexts):
 
     def facts(self) -> dict[str, str]:
         """Label -> value: what `repr` shows."""
-        return render.facts(self.path, self.manifest, self.opened, len(self.records))
+        lines = render.facts(self.path, self.manifest, self.opened, len(self.records), self.n_bytes)
+        for name, (hook, _) in self._added.items():
+            lines["hook points"] += f", {name} (d_in {hook.d_in}, added)"
+        return lines
 
     def hook(self, name: str | None = None) -> HookRows:
         """The activations of a hook point; the name may be left out where there is only one."""

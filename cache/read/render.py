@@ -17,12 +17,12 @@ from sae_granary.common.quantities import byte_size
 MAX_LINES, MAX_CHARACTERS = 200, 2000  # of provenance on a terminal, and of each of its values
 
 
-def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shards: int) -> dict[str, str]:
+def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shards: int, n_bytes: int) -> dict[str, str]:
     """Label -> value, what `repr` and `sae-cache info` show of the opened shards of all committed ones."""
     unit = "text" if manifest.unit == "text" else "token"
     state = "complete" if manifest.complete else "incomplete"
     part = "" if len(opened) == n_shards else f" of {n_shards}"
-    n_rows, n_bytes = sum(record.n_rows for record in opened), sum(record.n_bytes for record in opened)
+    n_rows = sum(record.n_rows for record in opened)
     lines = {
         "path": str(path),
         "state": f"{state}, format {manifest.version}",

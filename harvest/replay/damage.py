@@ -93,7 +93,8 @@ def report_lines(damages: Sequence[Damage], *, restored: bool) -> list[str]:
         return ["every file has its recorded checksum: nothing to repair"]
     done = "restored" if restored else "damaged"
     lines = [f"{done}: {damage.path / name}" for damage in damages for name in damage.files]
-    n_rows = sum(damage.n_rows for damage in damages)
+    shards = {shard: damage.manifest.shards[shard].n_rows for damage in damages for shard in damage.shards}
+    n_rows = sum(shards.values())  # a row with several hook points is harvested once
     if not restored and n_rows:
         lines.append(f"without --dry-run {n_rows:,} rows are harvested again from the recorded text and model")
     return lines

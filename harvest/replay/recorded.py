@@ -121,7 +121,10 @@ def refuse_other_source(path: Path, prepared: Prepared, manifest: Manifest) -> N
         if name not in same and name in have and have[name] != now.get(name)
     ]
     if differing:
-        raise HarvestError(f"{path} was harvested from something else: {'; '.join(differing)}")
+        raise HarvestError(
+            f"{path} was harvested with other settings, from another model or text: {'; '.join(differing)}; give what "
+            "the cache has (--model and --dataset name a new place of it), or harvest a new cache"
+        )
 
 
 def refuse_other_batching(manifest: Manifest, prepared: Prepared) -> None:

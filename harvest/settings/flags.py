@@ -23,7 +23,7 @@ def given_settings(*, config: Path | None = None, assignments: list[str] | None 
 
     typed = {name: value for name, value in flags.items() if value is not None}
     below: Layers = [(str(config), read_file(config))] if config is not None else []
-    return [*below, ("flag", typed | parse_assignments(assignments or []))]
+    return [*below, ("flag", typed | parse_assignments(assignments or [], typed))]
 
 
 _PARTS = (ModelConfig, WhereConfig, TextConfig, TokenConfig, HarvestConfig)

@@ -60,7 +60,7 @@ def given_settings(
     if of_file:
         hooks = _hook_points("hook:", below.get("hook")) + layers
     file = (str(config), below) if config else None
-    flags |= parse_assignments(assignments or [])
+    flags |= parse_assignments(assignments or [], flags)
     return Given(file, flags, tuple(hooks), layer_stride or (None if stride is None else str(stride)), of_file)
 
 

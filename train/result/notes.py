@@ -62,6 +62,8 @@ def _storage(summary: Mapping[str, Any]) -> Iterator[str]:
 def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator[str]:
     numbers = summary["eval"]
     n_rows = numbers["n_rows"]
+    if summary.get("eval_part", "heldout") != "heldout":
+        yield "L0, FVU and the other metrics are of training rows: there are no held-out ones; give a larger --holdout"
     if n_rows and numbers["fvu"] is None:
         yield f"FVU is not defined: the {n_rows:,} evaluated rows do not vary; give a larger --holdout"
     elif n_rows < FEW_ROWS:

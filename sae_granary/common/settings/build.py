@@ -71,14 +71,21 @@ def _without_commas(key: str, value: Any) -> str:
     return f" ({digits}, without commas?)" if digits.isdecimal() and digits != value else ""
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """Return the settings that `--set key=value` texts name. Raises ConfigError, also for one that is set twice."""
+def parse_assignments(assignments: Sequence[str], flags: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the settings that `--set key=value` texts name.
+
+    Raises ConfigError, also for one that is set twice, or that one of the `flags` gives another value.
+    """
     out: dict[str, str] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: expected key=value")
         name, value = key.strip().replace("-", "_"), value.strip()
+        if flags and name in flags and str(flags[name]) != value:
+            raise ConfigError(
+                f"{name} is given twice, {flags[name]!r} by its flag and {value!r} by --set: give it once"
+            )
         if name in out:
             raise ConfigError(f"--set {name} is given twice, as {out[name]!r} and {value!r}: give it once")
         out[name] = value

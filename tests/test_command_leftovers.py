@@ -19,6 +19,7 @@ from sae_granary.common.quantities import byte_size
 from sae_granary.harvest.cli import app as harvest_app
 from sae_granary.harvest.replay.damage import Damage, report_lines
 from sae_granary.train.cli import app as train_app
+from sae_granary.train.sweeps.results import markdown_table
 
 
 def run(app, *words: object, code: int = 0) -> str:
@@ -87,6 +88,9 @@ def test_metrics_of_training_rows_say_so_in_every_table(make_cache, tmp_path: Pa
     words = "FVU and the other metrics are of training rows"
     assert words in result.summary["notes"][0]
     assert words in run(train_app, "compare", tmp_path)
+    rows = [{"name": name, "status": "finished", "type": "topk", "notes": result.summary["notes"][0]} for name in "ab"]
+    assert f"all: L0, {words}" in markdown_table(rows)
+    assert f"a: L0, {words}" in markdown_table([rows[0], {**rows[1], "notes": ""}])
 
 
 @pytest.mark.parametrize("stage", ["analyze", "cache", "harvest", "train"])

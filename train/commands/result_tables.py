@@ -105,9 +105,7 @@ def show_notes(summaries: Sequence[Mapping[str, Any]]) -> None:
     """Print what the words of a table mean, and the notes of each run: those on damage in red."""
     echo(legend(summaries))
     if len(summaries) == 1 and (value := summaries[0]["eval"].get("decoder_max_cosine")) is not None:
-        echo(
-            f"decoder_max_cosine {value:.3f}: mean over latents of the largest |cosine| to another decoder row, lower is better"
-        )
+        echo(f"decoder_max_cosine {value:.3f}: largest cosine of a latent to another, on average; lower is better")
     damaged = {line for summary in summaries for line in damage(summary)}
     for line, names in _runs_by_note(summaries).items():
         whose = "all runs" if len(names) == len(summaries) > 1 else ", ".join(names)

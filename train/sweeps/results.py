@@ -94,6 +94,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     columns = [*MARKDOWN_COLUMNS, *(name for name in DOWNSTREAM_COLUMNS if any(name in row for row in rows))]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(_cell(row, column) for column in columns) + " |" for row in rows]
+    for note in dict.fromkeys(str(row["notes"]) for row in rows if row.get("notes")):
+        names = [str(row["name"]) for row in rows if row.get("notes") == note]
+        lines += ["", f"{'all' if len(names) == len(rows) else ', '.join(names)}: {note}"]
     return "\n".join(lines) + "\n"
 
 

@@ -14,9 +14,10 @@ def open_cache(
 ) -> Cache:
     """Open a cache: all its committed shards, or those numbered in `shards`.
 
-    Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. A cache
-    whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete cache is
-    extended, `allow_incomplete` gives the shards that the extension has committed, too.
+    Existence and exact size of every file of the opened shards are checked here; checksums are `verify`'s. Where the
+    manifest is larger than 4 MiB (about 3,000 shards), the sizes are checked when a shard is read.
+    A cache whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete
+    cache is extended, `allow_incomplete` gives the shards that the extension has committed, too.
 
     >>> from sae_granary import open_cache
     >>> rows = open_cache("cache/demo_l3")

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.format.layout import ArrayLayout
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.load.order import PoolPlan, ShardPart
 from sae_granary.cache.load.readahead import VARIABLE, read_ahead
+from sae_granary.cache.read.arrays import RowArray
 
 N_ROWS, BLOCK_ROWS, ROW_BYTES = 4096, 4, 1024
 BLOCK = BLOCK_ROWS * ROW_BYTES
@@ -17,9 +20,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this s
 
 @pytest.fixture
 def files(tmp_path):
-    path = tmp_path / "shard"
-    path.write_bytes(bytes(N_ROWS * ROW_BYTES))
-    return [[(path, ROW_BYTES)]]
+    array = RowArray(tmp_path, ArrayLayout("a", STORAGE["float32"], ROW_BYTES // 4, N_ROWS, N_ROWS), [(0, N_ROWS)])
+    array.path(0).parent.mkdir()
+    array.path(0).write_bytes(bytes(array.layout.shard_bytes(N_ROWS)))
+    return [array]
 
 
 @pytest.fixture

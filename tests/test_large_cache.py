@@ -3,19 +3,28 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from sparse_cache import write_sparse_cache
 
+from benchmarks.sparse_cache import write_sparse_cache
 from sae_granary import open_cache
-from sae_granary.cache.errors import SelectionError
+from sae_granary.cache.errors import CorruptCacheError, MissingFileError, SelectionError
+from sae_granary.cache.format import signed
 from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.parse import LazyRecords
 from sae_granary.cache.load import loader as loaders
+from sae_granary.cache.load import pools, readahead
 from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.load.selection import Filters, Holdout, Selection, account
+from sae_granary.cache.read import arrays, check
+from sae_granary.cache.write import calibrate
 from sae_granary.common import threads
 from sae_granary.train.data import counts as counting
 from sae_granary.train.data.counts import counted
@@ -125,6 +134,115 @@ def test_many_shards_in_sparse_files(tmp_path) -> None:
     assert opened.n_rows == loader.n_rows == 2_000_000
 
 
+@pytest.fixture
+def lazily(monkeypatch):
+    """A manifest of any size counts as a large one."""
+    monkeypatch.setattr(signed, "LARGE_BYTES", 0)
+    monkeypatch.setattr(check, "LISTED_SHARDS", 0)
+
+
+def test_records_of_a_large_manifest_are_parsed_when_they_are_asked_for(make_cache, lazily, monkeypatch) -> None:
+    path = make_cache(n_docs=100, rows_per_shard=256)
+    lazy = open_cache(path)
+    monkeypatch.setattr(signed, "LARGE_BYTES", 2**40)
+    whole = open_cache(path)
+    assert isinstance(lazy.records, LazyRecords)
+    assert isinstance(whole.records, tuple)
+    assert len(whole.records) > 3
+    assert tuple(lazy.records) == whole.records
+    assert lazy.shards == whole.shards
+    assert lazy.facts() == whole.facts()
+    assert lazy.manifest.to_json() == whole.manifest.to_json()
+    assert [record.shard for record in lazy.records[1:3]] == [1, 2]
+    assert counting._key(open_cache(path), SELECTION, []) == counting._key(whole, SELECTION, [])
+
+
+def test_a_large_manifest_in_another_layout_is_parsed_whole(make_cache, lazily) -> None:
+    path = make_cache()
+    body = json.loads((path / MANIFEST).read_text())
+    del body["xxh3"]
+    head = json.dumps(body, indent=1).replace('   "shard": ', '   "shard":  ')[:-2].encode()
+    tail = f',\n "xxh3": "{signed.signed.digest(head)}"\n}}\n'
+    (path / MANIFEST).write_bytes(head + tail.encode())
+    assert isinstance(open_cache(path).records, tuple)
+    (path / MANIFEST).write_bytes(head + b"\n" + tail.encode())
+    with pytest.raises(CorruptCacheError, match="the checksum in its last line does not fit"):
+        open_cache(path)
+
+
+def test_a_large_manifest_that_was_altered_is_refused(make_cache, lazily) -> None:
+    path = make_cache()
+    data = (path / MANIFEST).read_bytes()
+    (path / MANIFEST).write_bytes(data.replace(b'"rows_into_buffer": ', b'"rows_into_buffer": 1', 1))
+    with pytest.raises(CorruptCacheError, match="the checksum in its last line does not fit"):
+        open_cache(path)
+
+
+def test_missing_files_of_many_shards_are_named_and_sizes_are_checked_when_read(make_cache, lazily) -> None:
+    path = make_cache(n_docs=100, rows_per_shard=256)
+    file = open_cache(path).shard_path(None, 1)
+    data = file.read_bytes()
+    file.unlink()
+    with pytest.raises(MissingFileError, match=r"c\.1\.0 is missing; restore it from a copy"):
+        open_cache(path)
+    file.write_bytes(data[:-1])
+    opened = open_cache(path)
+    with pytest.raises(CorruptCacheError, match=r"c\.1\.0 has changed its size"):
+        opened.hook()[300]
+
+
+@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_more_shards_than_can_be_mapped_give_the_same_batches(make_cache, monkeypatch, dtype, previous) -> None:
+    monkeypatch.setattr(calibrate, "MIN_ROWS", 16)  # the first document has fewer than int8 wants
+    opened = open_cache(make_cache(n_docs=200, rows_per_shard=128, dtype=dtype))
+    filters = Filters(min_position=1)
+    options = {
+        "batch_size": 64, "order": Shuffle(pool_rows=900, block_rows=3), "with_rows": True, "previous": previous,
+        "selection": replace(SELECTION, filters=filters),
+    }  # fmt: skip
+    options["counts"] = account(opened, options["selection"], ["layer_3"])
+
+    def batches() -> list:
+        with Loader(opened, **options) as loader:
+            return [next(loader) for _ in range(60)]
+
+    expected = batches()
+    monkeypatch.setattr(pools, "most_maps", lambda: 8)
+    monkeypatch.setattr(readahead, "most_maps", lambda: 40)  # five files at a time
+    monkeypatch.setattr(arrays.RowArray, "map", lambda *a: pytest.fail("a shard was mapped"))
+    for batch, other in zip(expected, batches(), strict=True):
+        assert batch.state == other.state
+        assert torch.equal(batch.row_ids, other.row_ids)
+        first, second = (x if isinstance(x, dict) else {"": x} for x in (batch.x, other.x))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(rows, second[name]) for name, rows in first.items())
+
+
+def test_a_process_of_few_descriptors_reads_and_shuffles_many_shards(tmp_path) -> None:
+    """300 shards of 3 arrays, 128 descriptors: maps, the loader's pools, statistics and counts."""
+    path = write_sparse_cache(tmp_path / "sparse", n_shards=300, rows_per_shard=64, d_in=8)
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+from sae_granary import open_cache
+from sae_granary.cache.load.loader import Loader, Shuffle
+from sae_granary.cache.load.selection import account
+opened = open_cache({str(path)!r})
+assert opened.hook()[::32].shape == (600, 8)
+assert opened.stats().n_rows == 19_200
+with Loader(opened, batch_size=512, order=Shuffle(pool_rows=4096)) as loader:
+    assert sum(next(loader).n_rows for _ in range(40)) == 40 * 512
+assert account(opened, loader.selection, opened.hook_points).total == 19_200
+assert len(list(open_cache({str(path)!r}).hook()[9::64])) == 300
+"""
+    run = [sys.executable, "-c", code]
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_billion_rows_are_opened_and_read_without_a_count(tmp_path, monkeypatch) -> None:
     """1,000 shards in sparse files: 1.5 TB of which the disk holds nothing."""
@@ -137,3 +255,25 @@ def test_a_billion_rows_are_opened_and_read_without_a_count(tmp_path, monkeypatc
         assert next(loader).x.shape == (4096, 768)
         assert loader._counts.total < 10**8
     assert os.path.getsize(opened.shard_path(None, 0)) > 10**9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak memory is not told here")
+def test_the_first_batch_of_a_hundred_thousand_shards(tmp_path) -> None:
+    """The files of 10^5 shards are links to a few; the process takes less than 2 GiB."""
+    path = write_sparse_cache(tmp_path / "sparse", n_shards=100_000, rows_per_shard=4096, linked=True)
+    code = f"""
+from sae_granary import open_cache
+from sae_granary.cache.load.loader import Loader
+opened = open_cache({str(path)!r})
+assert opened.n_rows == 409_600_000
+with Loader(opened, batch_size=4096) as loader:
+    assert next(loader).x.shape == (4096, 768)
+peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])  # KiB
+assert peak < 2**21, peak
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60, check=False)
+    shutil.rmtree(path)  # a million names, which pytest would keep
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import torch
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
-from sae_granary.cache.load import batches, pools, staging
+from sae_granary.cache.load import pools, staging
 from sae_granary.cache.load.loader import Loader, LoaderState, order_of
 from sae_granary.cache.load.order import Order, Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
@@ -369,8 +369,7 @@ def test_pools_staged_for_a_device_deliver_the_same_batches(make_cache, monkeypa
     given = {"batch_size": 64, "order": order, "with_rows": True, "previous": True, "selection": FROM_SECOND}
     with Loader(opened, **given) as loader:
         expected = take(loader, 100)
-    for module in (pools, batches):
-        monkeypatch.setattr(module, "is_staged", lambda device: True)
+    monkeypatch.setattr(pools, "is_staged", lambda device: True)
     monkeypatch.setattr(staging, "STAGING_BYTES", 4000)  # many pieces of a pool, over the ends of shards
     monkeypatch.setattr(staging, "CHUNK_BYTES", 900)
     filled: list[int] = []

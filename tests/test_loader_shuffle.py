@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary.cache.load import shuffle
-from sae_granary.cache.load.order import Order, Shuffle, plan_order
+from sae_granary.cache.load.loader import plan_order
+from sae_granary.cache.load.order import Order, Shuffle
 
 sizes = st.integers(0, 3000)
 seeds = st.integers(0, 2**40)

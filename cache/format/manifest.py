@@ -99,7 +99,7 @@ class Manifest:
     fingerprint: Mapping[str, Any]
     vocabulary: FileEntry | None
     kept_columns: tuple[str, ...] = ()  # of the source's records, stored with the documents
-    shards: tuple[ShardRecord, ...] = ()
+    shards: Sequence[ShardRecord] = ()
     statistics: Mapping[str, Moments] | None = None
     zarr_files: Mapping[str, FileEntry] | None = None
     summary: Mapping[str, Any] | None = None

@@ -6,23 +6,84 @@ lists any other is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.affine import Affine, parse_affine
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry, Manifest, ShardRecord
-from sae_granary.cache.format.signed import BLOCKS_VERSION, Fields
+from sae_granary.cache.format.signed import BLOCKS_VERSION, Fields, RecordTexts
 from sae_granary.cache.format.spec import MAX_ROWS_PER_SHARD, UNITS, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, parse_moments
 from sae_granary.cache.format.storage import STORAGE
+from sae_granary.common import signed
 from sae_granary.common.rows import MAX_D_IN, SIDES, HookPoint, InvalidHookPointError, Side
 
 
-def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
-    """A manifest from its JSON form; raises CorruptCacheError with the field, the value and what was expected."""
+class LazyRecords(Sequence[ShardRecord]):
+    """The records of a large manifest, each parsed whenever it is asked for: all of 10^5 take 20 s and a gigabyte."""
+
+    def __init__(self, manifest: Manifest, where: str, texts: RecordTexts, chosen: NDArray[np.int64]) -> None:
+        self._manifest, self._where, self._texts, self._chosen = manifest, where, texts, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(shard number, rows) of each."""
+        texts = self._texts
+        return list(zip(texts.shards[self._chosen].tolist(), texts.n_rows[self._chosen].tolist(), strict=True))
+
+    @property
+    def checksum(self) -> str:
+        """XXH3-128 of the whole manifest."""
+        return signed.digest(self._texts.data)
+
+    def select(self, chosen: slice | Sequence[int]) -> LazyRecords:
+        """Some of these records."""
+        return LazyRecords(self._manifest, self._where, self._texts, self._chosen[chosen])
+
+    @overload
+    def __getitem__(self, index: int) -> ShardRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ShardRecord]: ...
+    def __getitem__(self, index: int | slice) -> ShardRecord | Sequence[ShardRecord]:
+        if isinstance(index, slice):
+            return self.select(index)
+        i = int(self._chosen[index])
+        start, end = self._texts.starts[i : i + 2].tolist()
+        where = f"{self._where}, shards[{i}]"
+        try:
+            body = signed.parse_object(self._texts.data[start : end - 1])
+        except ValueError as error:
+            raise CorruptCacheError(f"{where} is {error}: altered; restore it") from None
+        return parse_shard_record(Fields(body, where), self._manifest, consolidated=True)
+
+
+def sizes_of(records: Sequence[ShardRecord]) -> list[tuple[int, int]]:
+    """(shard number, rows) of each of these records."""
+    return records.sizes if isinstance(records, LazyRecords) else [(record.shard, record.n_rows) for record in records]
+
+
+def select_records(records: Sequence[ShardRecord], numbers: Sequence[int]) -> Sequence[ShardRecord]:
+    """The records at these places; those that were not parsed yet still are not."""
+    if isinstance(records, LazyRecords):
+        return records.select(numbers)
+    return tuple(records[number] for number in numbers)
+
+
+def parse_manifest(body: dict[str, Any], where: str, texts: RecordTexts | None = None) -> Manifest:
+    """A manifest from its JSON form; raises CorruptCacheError with the field, the value and what was expected.
+
+    With `texts` its list of shards is empty: the records are parsed from them when they are asked for.
+    """
     fields = Fields(body, where)
     complete = fields.get("complete", bool)
     manifest = Manifest(
@@ -45,13 +106,19 @@ def parse_manifest(body: dict[str, Any], where: str) -> Manifest:
         raise CorruptCacheError(f"{where}: hook_points must be at least one, with names that differ")
     if not complete:
         return manifest
-    shards = fields.objects("shards", lambda f: parse_shard_record(f, manifest, consolidated=True))
-    if [record.shard for record in shards] != list(range(len(shards))):
+    shards: Sequence[ShardRecord]
+    if texts is None:
+        shards = fields.objects("shards", lambda f: parse_shard_record(f, manifest, consolidated=True))
+        blocks = [record.block or 0 for record in shards]
+    else:
+        shards, blocks = LazyRecords(manifest, where, texts, np.arange(len(texts.shards))), texts.blocks.tolist()
+    sizes = sizes_of(shards)
+    if [shard for shard, _ in sizes] != list(range(len(shards))):
         raise CorruptCacheError(f"{where}: shards are not numbered from 0 without a gap")
-    if any((a.block or 0) > (b.block or 0) for a, b in pairwise(shards)):
+    if blocks != sorted(blocks):
         raise CorruptCacheError(f"{where}: shards are not in the order of their blocks")
     statistics = _parse_statistics(fields, manifest)
-    n_rows = sum(record.n_rows for record in shards)
+    n_rows = sum(n for _, n in sizes)
     if not shards or any(moments.n_rows != n_rows for moments in statistics.values()):
         raise CorruptCacheError(f"{where}: shards hold {n_rows} rows, the statistics are of another number")
     return replace(

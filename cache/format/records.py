@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from sae_granary.cache.format.manifest import (
     fitted,
 )
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
-from sae_granary.cache.format.signed import Fields, load_signed, read_bytes
+from sae_granary.cache.format.signed import Fields, load_signed, read_bytes, split_manifest
 from sae_granary.common.files import code_folder, read_regular
 
 _HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # allowed in a folder without a cache
@@ -54,7 +55,9 @@ def load_manifest(path: Path) -> Manifest:
         if (path / LOCK).exists() or (path / TEMPORARY).exists():
             raise NotACacheError(f"{path} holds nothing yet: a harvest has just begun, or was stopped as it began")
         raise NotACacheError(f"{path} is not an activation cache: it has no {MANIFEST}")
-    return parse_manifest(load_signed(file, read_bytes(file)), str(file))
+    data = read_bytes(file)
+    head, texts = split_manifest(data)
+    return parse_manifest(load_signed(file, data, head), str(file), texts)
 
 
 def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
@@ -67,7 +70,7 @@ def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
     return replace(record, record=FileEntry.of(data))
 
 
-def committed(path: Path, manifest: Manifest) -> tuple[Manifest, tuple[ShardRecord, ...]]:
+def committed(path: Path, manifest: Manifest) -> tuple[Manifest, Sequence[ShardRecord]]:
     """The records of all committed shards, and the manifest that fits them.
 
     Where an extension of a complete cache has committed shards and not finished, that manifest is one of an unfinished

@@ -5,7 +5,7 @@ Shapes: N rows, D = d_in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -152,28 +152,30 @@ class Stats:
         return float(self.var.sum())
 
 
-def make_stats(moments: Moments, norm_shards: Sequence[npt.NDArray[np.float32]]) -> Stats:
-    """Statistics from merged moments and the stored row norms."""
+def make_stats(moments: Moments, norm_shards: Callable[[], Iterable[npt.NDArray[np.float32]]]) -> Stats:
+    """Statistics from merged moments and the stored row norms, which are asked for twice."""
     var = moments.m2_D / moments.n_rows
     mean_sq_norm = float((var + moments.mean_D**2).sum())
     found = quantiles(norm_shards, QUANTILES)
     return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, found, storage_error(moments))
 
 
-def quantiles(shards: Sequence[npt.NDArray[np.float32]], fractions: Sequence[float]) -> dict[float, float]:
+def quantiles(
+    shards: Callable[[], Iterable[npt.NDArray[np.float32]]], fractions: Sequence[float]
+) -> dict[float, float]:
     """Exact order statistics of non-negative floats in constant memory: the value at rank round(fraction * (n - 1)).
 
     Non-negative floats sort like their bits: one pass counts the upper 16 bits, a second one the lower 16 bits of the
     bins that a rank falls into.
     """
     upper = np.zeros(1 << 16, dtype=np.int64)
-    for norms in shards:
+    for norms in shards():
         upper += np.bincount(norms.view(np.uint32) >> 16, minlength=1 << 16)
     below = np.concatenate([[0], np.cumsum(upper)])
     ranks = {fraction: round(fraction * (int(below[-1]) - 1)) for fraction in fractions}
     bins = {fraction: int(np.searchsorted(below, rank, side="right")) - 1 for fraction, rank in ranks.items()}
     lower = {bin_: np.zeros(1 << 16, dtype=np.int64) for bin_ in set(bins.values())}
-    for norms in shards:
+    for norms in shards():
         bits = norms.view(np.uint32)
         for bin_, counts in lower.items():
             counts += np.bincount(bits[(bits >> 16) == bin_] & 0xFFFF, minlength=1 << 16)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.cache.load.pools import Pool, PoolSource, Taken
-from sae_granary.cache.load.staging import is_staged, n_copy_threads
+from sae_granary.cache.load.staging import n_copy_threads
 from sae_granary.common.threads import THREADS, Prefetch, in_background
 
 BATCHES_AHEAD = 4
@@ -96,7 +96,7 @@ def deliver(
 ) -> Generator[Batch, None, None]:
     """A share of the batches from a state on, as they are stored, decoded where that is codes, by hook point."""
     ranges = share.ranges(batch_size)
-    on_host = not is_staged(source.device)
+    on_host = not source.staged
     planned = source.pools(state.epoch, state.cursor, epochs, batch_size)
     with _copy_threads(source.device) as threads, closing(Prefetch(planned, depth=1)) as pools:
 

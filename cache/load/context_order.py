@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load import shuffle
 from sae_granary.cache.load.order import Order
-from sae_granary.cache.load.selection import Selection, shard_columns
+from sae_granary.cache.load.selection import Selection, column_arrays
 
 if TYPE_CHECKING:
     from sae_granary.cache.read.reader import Cache
@@ -39,7 +39,7 @@ class ContextOrder:
         shards = tuple((shard.index, shard.n_rows) for shard in cache.shards)
         self._order = Order(shards, block_rows, pool_blocks, seed or 0)
         self._position = cache.column("position")
-        self._wanted = shard_columns(cache, selection, hooks)
+        self._wanted = column_arrays(cache, selection, hooks)
 
     def contexts(self, epoch: int, cursor: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
         """From a cursor to the end of the pass: opened shard, first row in it, row after it, next (epoch, cursor)."""
@@ -55,7 +55,7 @@ class ContextOrder:
 
     def keep(self, shard: int, start: int, end: int) -> NDArray[np.bool_]:
         """(end - start,) rows of an opened shard that the selection keeps."""
-        return self._selection.mask({name: column[start:end] for name, column in self._wanted[shard].items()})
+        return self._selection.mask({name: column.shard(shard)[start:end] for name, column in self._wanted.items()})
 
     def _pool(self, epoch: int, pool: int) -> I64:
         """(n, 3) shard, first row and row after the last of each context of a pool, in the order of delivery."""

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.cache.load import shuffle as permutations
-
-MAX_PARTNERS = 0.1  # expected rows of a batch that share their block with a given row of it
-MAX_BLOCK_ROWS = 64  # larger blocks copy no faster
-POOL_BYTES = 512 * 2**20  # per buffer; a loader holds two
 
 I64 = NDArray[np.int64]
 Copy = Callable[[], None]
@@ -41,8 +37,11 @@ class Order:
     @cached_property
     def first_blocks(self) -> I64:
         """(n_shards + 1,) number of the first block of each shard, then the number of blocks."""
-        counts = [-(-n // self.block_rows) for _, n in self.shards]
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return np.concatenate([[0], np.cumsum(-(-self._lengths // self.block_rows))]).astype(np.int64)
+
+    @cached_property
+    def _lengths(self) -> I64:
+        return np.array([n for _, n in self.shards], dtype=np.int64)
 
     @property
     def n_blocks(self) -> int:
@@ -62,14 +61,12 @@ class Order:
     def pool_starts(self, epoch: int) -> I64:
         """(n_pools + 1,) cursor at which each pool starts. Only short blocks make this more than a multiplication."""
         starts = np.arange(self.n_pools + 1, dtype=np.int64) * (self.pool_blocks * self.block_rows)
-        short = [
-            (last - 1, -n % self.block_rows) for (_, n), last in zip(self.shards, self.first_blocks[1:], strict=True)
-        ]
-        short = [(block, missing) for block, missing in short if missing]
-        if short:
-            blocks, missing = np.array(short, dtype=np.int64).T
+        missing = -self._lengths % self.block_rows
+        short = np.flatnonzero(missing)
+        if short.size:
+            blocks = self.first_blocks[short + 1] - 1
             pools = permutations.block_places(blocks, self.n_blocks, self.seed, epoch) // self.pool_blocks
-            lost = np.bincount(pools, weights=missing, minlength=self.n_pools).astype(np.int64)
+            lost = np.bincount(pools, weights=missing[short], minlength=self.n_pools).astype(np.int64)
             starts[1:] -= np.cumsum(lost)
         starts[-1] = self.n_rows
         return starts
@@ -82,11 +79,12 @@ class Order:
         """The plan of a pool, in disk order."""
         start = pool * self.pool_blocks
         blocks = np.sort(permutations.block_order(self.n_blocks, self.seed, epoch, start, start + self.pool_blocks))
-        bounds = np.searchsorted(blocks, self.first_blocks)
+        of_block = np.searchsorted(self.first_blocks, blocks, side="right") - 1
+        shards, starts = np.unique(of_block, return_index=True)
+        blocks -= self.first_blocks[of_block]
         parts = [
-            ShardPart(i, blocks[lo:hi] - self.first_blocks[i], n, self.block_rows)
-            for i, ((_, n), lo, hi) in enumerate(zip(self.shards, bounds[:-1], bounds[1:], strict=True))
-            if hi > lo
+            ShardPart(shard, blocks[lo:hi], self.shards[shard][1], self.block_rows)
+            for shard, lo, hi in zip(shards.tolist(), starts.tolist(), [*starts[1:].tolist(), len(blocks)], strict=True)
         ]
         return PoolPlan(tuple(parts))
 
@@ -125,11 +123,6 @@ class ShardPart:
         n_full = self.n_full
         return n_full * self.block_rows + (self.shard_rows % self.block_rows if n_full < len(self.blocks) else 0)
 
-    def offsets(self, start: int = 0) -> I64:
-        """(n_rows,) offsets of these rows in their shard, counted from `start` on."""
-        firsts = self.blocks * self.block_rows + start
-        return (firsts[:, None] + np.arange(self.block_rows)).ravel()[: self.n_rows]
-
     def copies(self, rows: NDArray[Any], out: NDArray[Any], chunk_bytes: int) -> Iterator[Copy]:
         """Calls that copy these rows from a shard's array (shard_rows, ...) to out (n_rows, ...), in any order."""
         n_full, width = self.n_full, self.block_rows
@@ -142,6 +135,16 @@ class ShardPart:
             yield partial(_take, whole, blocks[i : i + step], target[i : i + step])
         if n_full < len(self.blocks):
             yield partial(np.copyto, out[n_full * width :], rows[self.shard_rows // width * width :])
+
+
+class FileRows(Protocol):
+    """Rows that are not in memory (`cache.load.readahead.ShardFiles`)."""
+
+    def copies(self, plan: PoolPlan, out: NDArray[Any]) -> Iterator[Copy]:
+        """Calls that read the rows of a plan to out (n_rows, ...), in any order."""
+
+
+Stored = Sequence[NDArray[Any]] | FileRows  # the rows of an array: one in memory for each pinned shard, or files
 
 
 def _take(source: NDArray[Any], indices: I64, out: NDArray[Any]) -> None:
@@ -159,18 +162,37 @@ class PoolPlan:
 
     parts: tuple[ShardPart, ...]
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """Rows of the pool, before any filter."""
-        return sum(p.n_rows for p in self.parts)
+        return int(self.blocks[2].sum())
 
-    def gather(self, shards: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
-        """Copy the pool's rows from the arrays of the pinned shards to out (n_rows, ...)."""
+    @cached_property
+    def blocks(self) -> tuple[I64, I64, I64]:
+        """(n_blocks,) each: the shard of every block, its first row there, and its rows."""
+        counts = [len(part.blocks) for part in self.parts]
+        of_part = np.array([(part.shard, part.shard_rows, part.block_rows) for part in self.parts], dtype=np.int64)
+        shards, lengths, widths = np.repeat(of_part.reshape(-1, 3), counts, axis=0).T
+        firsts = np.concatenate([np.zeros(0, np.int64), *(part.blocks for part in self.parts)]) * widths
+        return shards, firsts, np.minimum(lengths - firsts, widths)
+
+    def runs(self, gap: int = 0) -> I64:
+        """(n_runs, 3) shard, first row, and row after the last, of blocks with at most `gap` rows between them."""
+        shards, firsts, sizes = self.blocks
+        cuts = np.flatnonzero((np.diff(shards) != 0) | (firsts[1:] > (firsts + sizes)[:-1] + gap))
+        begin, end = np.concatenate([[0], cuts + 1])[: len(shards)], np.append(cuts, len(shards) - 1)[: len(shards)]
+        return np.stack([shards[begin], firsts[begin], firsts[end] + sizes[end]], axis=1)
+
+    def gather(self, shards: Stored, out: NDArray[Any]) -> None:
+        """Copy the pool's rows from the pinned shards to out (n_rows, ...)."""
         for copy in self.copies(shards, out, out.nbytes):
             copy()
 
-    def copies(self, shards: Sequence[NDArray[Any]], out: NDArray[Any], chunk_bytes: int) -> Iterator[Copy]:
+    def copies(self, shards: Stored, out: NDArray[Any], chunk_bytes: int) -> Iterator[Copy]:
         """Calls that do what `gather` does, of about `chunk_bytes` each, in any order."""
+        if not isinstance(shards, Sequence):
+            yield from shards.copies(self, out)
+            return
         done, small, n_bytes = 0, [], 0
         for part in self.parts:
             target = out[done : done + part.n_rows]
@@ -187,15 +209,14 @@ class PoolPlan:
 
     def restrict(self, keep: NDArray[np.bool_]) -> tuple[PoolPlan, I64]:
         """The blocks that hold any of the rows to keep, and the place of each row of this plan among theirs."""
-        parts, wanted, done = [], [], 0
-        for part in self.parts:
-            starts = np.arange(len(part.blocks)) * part.block_rows
-            used = np.logical_or.reduceat(keep[done : done + part.n_rows], starts)
-            wanted.append(np.repeat(used, part.block_rows)[: part.n_rows])
-            done += part.n_rows
-            if used.any():
-                parts.append(replace(part, blocks=part.blocks[used]))
-        return PoolPlan(tuple(parts)), np.cumsum(np.concatenate(wanted), dtype=np.int64) - 1
+        sizes = self.blocks[2]
+        used = np.logical_or.reduceat(keep, np.cumsum(sizes) - sizes)
+        places = np.cumsum(np.repeat(used, sizes), dtype=np.int64) - 1
+        if used.all():
+            return self, places
+        of_part = np.split(used, np.cumsum([len(part.blocks) for part in self.parts])[:-1])
+        parts = [replace(part, blocks=part.blocks[u]) for part, u in zip(self.parts, of_part, strict=True) if u.any()]
+        return PoolPlan(tuple(parts)), places
 
     def split(self, max_rows: int) -> Iterator[PoolPlan]:
         """The same rows in plans of at most max_rows, or of one block if a block is larger."""
@@ -208,14 +229,16 @@ class PoolPlan:
                 if parts and n_rows + piece.n_rows > max_rows:
                     yield PoolPlan(tuple(parts))
                     parts, n_rows = [], 0
-                parts, n_rows = [*parts, piece], n_rows + piece.n_rows
+                parts.append(piece)
+                n_rows += piece.n_rows
         if parts:
             yield PoolPlan(tuple(parts))
 
     def row_ids(self, first_row_ids: Sequence[int]) -> I64:
         """(n_rows,) permanent ids, from the id of the first row of each pinned shard."""
-        ids = [part.offsets(first_row_ids[part.shard]) for part in self.parts]
-        return np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64)
+        shards, firsts, sizes = self.blocks
+        starts = np.array(first_row_ids, dtype=np.int64)[shards] + firsts
+        return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.n_rows)
 
 
 @dataclass(frozen=True)
@@ -225,15 +248,3 @@ class Shuffle:
     seed: int = 0
     pool_rows: int | None = None  # rows of a pool: what is shuffled, and held in memory, at once
     block_rows: int | None = None  # neighboring rows that stay in one pool
-
-
-def plan_order(shards: Sequence[tuple[int, int]], shuffle: Shuffle, *, bytes_per_row: int, batch_size: int) -> Order:
-    """Choose pool and block sizes: pools of about 512 MiB of equal size, blocks as large as the mixing allows."""
-    n_rows, block_rows = sum(n for _, n in shards), shuffle.block_rows
-    wanted = shuffle.pool_rows or max(POOL_BYTES // max(bytes_per_row, 1), 4 * batch_size)
-    n_pools = max(-(-n_rows // max(min(wanted, n_rows), 1)), 1)
-    if block_rows is None:
-        mixing = 1 + int(MAX_PARTNERS * (n_rows // n_pools - 1) / max(batch_size - 1, 1))
-        block_rows = MAX_BLOCK_ROWS if n_pools == 1 else max(min(mixing, MAX_BLOCK_ROWS), 1)
-    n_blocks = sum(-(-n // block_rows) for _, n in shards)
-    return Order(tuple((i, n) for i, n in shards), block_rows, max(-(-n_blocks // n_pools), 1), shuffle.seed)

@@ -6,10 +6,11 @@ place in the buffer of the pool. Both ascend in disk order. Shapes: S surviving 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.load.decode import Decoder, stored_names, stored_shards
-from sae_granary.cache.load.order import Order, PoolPlan
-from sae_granary.cache.load.readahead import read_ahead
-from sae_granary.cache.load.selection import Selection, shard_columns
+from sae_granary.cache.load.decode import Decoder, as_integers, stored_arrays, stored_names
+from sae_granary.cache.load.order import Order, PoolPlan, Stored
+from sae_granary.cache.load.readahead import ShardFiles, read_ahead
+from sae_granary.cache.load.selection import Selection, column_arrays
 from sae_granary.cache.load.staging import DeviceBuffer, HostRows, PoolRows, is_staged, n_copy_threads
+from sae_granary.common.process import most_maps
 from sae_granary.common.threads import THREADS, Prefetch
 
 if TYPE_CHECKING:
+    from sae_granary.cache.read.arrays import RowArray
     from sae_granary.cache.read.reader import Cache
 
 I64 = NDArray[np.int64]
@@ -86,29 +89,25 @@ class PoolSource:
         self._rows_device = device if device.type == "cuda" else torch.device("cpu")  # where a batch is taken
         skipped = int(previous)  # the first row of a shard has no row before it
         self.decoders = {hook: Decoder(cache.hook(hook), hook) for hook in hooks}
-        self.shards: dict[str, list[NDArray[Any]]] = {}
-        for hook in hooks:
-            stored = stored_shards(cache.hook(hook), hook)
-            self.shards |= {name: [rows[skipped:] for rows in shards] for name, shards in stored.items()}
+        stored = {name: (a, slice(skipped, None)) for h in hooks for name, a in stored_arrays(cache.hook(h), h).items()}
         if previous:
             self.decoders |= {hook + PREVIOUS: Decoder(cache.hook(hook), hook + PREVIOUS) for hook in hooks}
-            for hook in hooks:
-                stored = stored_shards(cache.hook(hook), hook + PREVIOUS)
-                self.shards |= {name: [rows[:-1] for rows in shards] for name, shards in stored.items()}
+            before = [stored_arrays(cache.hook(hook), hook + PREVIOUS) for hook in hooks]
+            stored |= {name: (array, slice(0, -1)) for arrays in before for name, array in arrays.items()}
         self.hooks = tuple(self.decoders)
         self.kinds = stored_names(self.hooks, cache.storage)
-        columns = [] if keeps_all else shard_columns(cache, selection, hooks)
-        self.columns = {name: [shard[name][skipped:] for shard in columns] for name in (columns[0] if columns else {})}
-        numbers = range(len(cache.shards))
-        arrays = [
-            cache.norms(name.removeprefix("norm:")) if ":" in name else cache.column(name) for name in self.columns
-        ]
-        self.column_files = [[(array.path(i), array.layout.row_bytes) for i in numbers] for array in arrays]
+        self._columns = {} if keeps_all else column_arrays(cache, selection, hooks)
+        arrays = {id(array) for array in (*(array for array, _ in stored.values()), *self._columns.values())}
+        self._many = many = len(arrays) * len(cache.shards) > most_maps()
+        self.staged = many or is_staged(device)
+        self._widths = {name: array.layout.width or 1 for name, (array, _) in stored.items()}
+        mapped = {} if many else {name: _mapped(array, part) for name, (array, part) in stored.items()}
+        files = {name: ShardFiles(array, part.start) for name, (array, part) in stored.items()}
+        self.shards: Mapping[str, Stored] = files if many else mapped
+        self.columns = {name: _column_rows(array, skipped, many) for name, array in self._columns.items()}
+        self._files = [cache.hook(hook).stored for hook in hooks]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
-        self.host_rows = HostRows(self.shards, [n for _, n in order.shards], self.kinds)
-        self.files = [
-            [(cache.shard_path(hook, i), rows.strides[0]) for i, rows in enumerate(self.shards[hook])] for hook in hooks
-        ]
+        self._host = None if self.staged else HostRows(mapped, [n for _, n in order.shards], self.kinds)
 
     def pools(self, epoch: int, cursor: int, epochs: int | None, batch_size: int) -> Generator[Pool, None, None]:
         """Pools from a cursor on, at which a batch starts.
@@ -117,11 +116,10 @@ class PoolSource:
         of an endless stream has no survivor: its reader would wait forever.
         """
         planned = self._plans(epoch, cursor, epochs, batch_size)
-        if not is_staged(self.device):
-            yield from (self._in_memory(plan) for plan in planned)
+        if (host := self._host) is not None:
+            yield from (self._in_memory(plan, host) for plan in planned)
             return
-        widths = {name: shards[0].shape[1] for name, shards in self.shards.items()}
-        buffers = [DeviceBuffer(self.order, widths, self.kinds, self.device) for _ in range(2)]
+        buffers = [DeviceBuffer(self.order, self._widths, self.kinds, self.device) for _ in range(2)]
         # The next pool is planned while this one is copied: both take about as long.
         with (
             ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor,
@@ -155,21 +153,28 @@ class PoolSource:
         order = self.order.permutation(epoch, number, plan.n_rows)
         keep, ranks, n_rows = None, None, plan.n_rows
         if self.columns:
-            read_ahead(self.column_files, plan)
-            keep = self.selection.mask({name: _column(plan, shards) for name, shards in self.columns.items()})
+            if not self._many:
+                read_ahead(self._columns.values(), plan)
+            keep = self.selection.mask({name: self._column(plan, name) for name in self.columns})
             kept = keep[order]
             order, ranks = order[kept], np.flatnonzero(kept)
-        if not is_staged(self.device):
-            order = plan.row_ids(self.host_rows.starts.tolist())[order]
+        if self._host is not None:
+            order = plan.row_ids(self._host.starts.tolist())[order]
         elif keep is not None:
             plan, places = plan.restrict(keep)
             order = places[order]
-        read_ahead(self.files, plan)
+        if not self._many:
+            read_ahead(self._files, plan)
         return PlannedPool(plan, epoch, start, n_rows, order, ranks)
 
-    def _in_memory(self, planned: PlannedPool) -> Pool:
-        row_ids = None if self.first_row_ids is None else self._ids_of_addresses
-        return Pool(**vars(planned), rows=self.host_rows, row_ids=row_ids)
+    def _column(self, plan: PoolPlan, name: str) -> NDArray[Any]:
+        out = np.empty(plan.n_rows, dtype=self._columns[name].dtype)
+        plan.gather(self.columns[name], out)
+        return out
+
+    def _in_memory(self, planned: PlannedPool, host: HostRows) -> Pool:
+        row_ids = None if self.first_row_ids is None else partial(self._ids_of_addresses, host)
+        return Pool(**vars(planned), rows=host, row_ids=row_ids)
 
     def _staged(self, planned: PlannedPool, buffer: DeviceBuffer, executor: Executor) -> Pool:
         buffer.fill(planned.plan, planned.order, self.shards, executor)
@@ -188,10 +193,10 @@ class PoolSource:
 
         return finish
 
-    def _ids_of_addresses(self, index: I64) -> I64:
+    def _ids_of_addresses(self, host: HostRows, index: I64) -> I64:
         assert self.first_row_ids is not None
-        shard = self.host_rows.shard_of(index)
-        return index + (np.array(self.first_row_ids, dtype=np.int64) - self.host_rows.starts)[shard]
+        shard = host.shard_of(index)
+        return index + (np.array(self.first_row_ids, dtype=np.int64) - host.starts)[shard]
 
 
 def sort_batches(order: I64, batch_size: int, missing: int) -> int:
@@ -206,7 +211,9 @@ def sort_batches(order: I64, batch_size: int, missing: int) -> int:
     return (n_whole - len(rest)) % batch_size
 
 
-def _column(plan: PoolPlan, shards: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    out = np.empty(plan.n_rows, dtype=shards[0].dtype)
-    plan.gather(shards, out)
-    return out
+def _mapped(array: RowArray, part: slice) -> Sequence[NDArray[Any]]:
+    return [as_integers(array.shard(i), array.layout.storage)[part] for i in range(array.n_shards)]
+
+
+def _column_rows(array: RowArray, skipped: int, many: bool) -> Stored:
+    return ShardFiles(array, skipped) if many else [array.shard(i)[skipped:] for i in range(array.n_shards)]

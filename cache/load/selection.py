@@ -15,6 +15,7 @@ from sae_granary.common.hashing import derive_key, hash64
 from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
 if TYPE_CHECKING:
+    from sae_granary.cache.read.arrays import Column
     from sae_granary.cache.read.reader import Cache
 
 Part = Literal["train", "heldout", "all"]
@@ -174,13 +175,13 @@ class Selection:
 TRAIN_ROWS = Selection()
 
 
-def shard_columns(cache: Cache, selection: Selection, hooks: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
-    """For each shard the memory-mapped columns that the selection needs."""
+def column_arrays(cache: Cache, selection: Selection, hooks: Sequence[str]) -> dict[str, Column]:
+    """The columns that the selection needs, by the names under which its masks take them."""
     names = [n for n in selection.columns if n != "norm"]
-    sources: dict[str, Any] = {n: cache.column(n) for n in names}
+    columns = {n: cache.column(n) for n in names}
     if "norm" in selection.columns:
-        sources |= {f"norm:{hook}": cache.norms(hook) for hook in hooks}
-    return [{name: np.asarray(source.shard(i)) for name, source in sources.items()} for i in range(len(cache.shards))]
+        columns |= {f"norm:{hook}": cache.norms(hook) for hook in hooks}
+    return columns
 
 
 def account(
@@ -197,8 +198,9 @@ def account(
     has so many rows: then `total` may be less than the rows of the cache.
     """
     selection, counts = selection.resolve(cache), Counts()
-    for shard in shard_columns(cache, selection, hooks):
-        for columns in _slices(shard):
+    arrays = column_arrays(cache, selection, hooks)
+    for i in range(len(cache.shards)):
+        for columns in _slices({name: array.map(i) for name, array in arrays.items()}):
             counts += selection.count(columns)
             progress(counts.total / cache.n_rows)
             if enough is not None and counts.of(selection.part) >= enough:

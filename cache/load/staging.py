@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sae_granary.cache.format.storage import Storage
 from sae_granary.cache.load.decode import torch_dtype
-from sae_granary.cache.load.order import Order, PoolPlan
+from sae_granary.cache.load.order import Order, PoolPlan, Stored
 
 STAGING_BYTES = 64 * 2**20  # each of the two pinned buffers of a hook point
 CHUNK_BYTES = 2**21  # of one copying task: a staging buffer is many of them, so that all threads end together
 FREE_CORES = 2  # beside the copying threads: one launches the training's work, one plans
 
-Shards = Mapping[str, Sequence[NDArray[Any]]]  # name -> one array per pinned shard, as integers of the same size
+InMemory = Mapping[str, Sequence[NDArray[Any]]]  # name -> one array per pinned shard, as integers of the same size
 
 
 class PoolRows(Protocol):
@@ -45,7 +45,7 @@ class PoolRows(Protocol):
 class HostRows:
     """Copies rows directly from the memory maps into a batch: each byte moves once."""
 
-    def __init__(self, shards: Shards, lengths: Sequence[int], kinds: Mapping[str, Storage]) -> None:
+    def __init__(self, shards: InMemory, lengths: Sequence[int], kinds: Mapping[str, Storage]) -> None:
         self._shards, self._dtypes = shards, {name: torch_dtype(kind) for name, kind in kinds.items()}
         self._ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
         self.starts: NDArray[np.int64] = self._ends - np.array(lengths, dtype=np.int64)  # addresses of the first rows
@@ -78,6 +78,8 @@ class HostRows:
 class DeviceBuffer:
     """A pool in device memory. Copies run on a side stream; events order them with the consumer's stream.
 
+    On a CPU it is memory, for shards that are too many to map; reading them waits for the disk, not for the processor.
+
     Neither filling it nor taking batches from it waits for what the consumer has launched on the device.
     """
 
@@ -100,7 +102,7 @@ class DeviceBuffer:
             self._staging[hook] = [self._side.pinned(n_staged, d, kind) for _ in range(2)]
             self._copied[hook] = [self._side.event() for _ in range(2)]
 
-    def fill(self, plan: PoolPlan, order: NDArray[np.int64], shards: Shards, executor: Executor) -> None:
+    def fill(self, plan: PoolPlan, order: NDArray[np.int64], shards: Mapping[str, Stored], executor: Executor) -> None:
         """Copy the rows of a pool in, in disk order, and the order of delivery (background thread)."""
         with self._side:
             if self._drained is not None:
@@ -112,9 +114,13 @@ class DeviceBuffer:
             self._order[: len(order)].copy_(host, non_blocking=True)
             self._side.record(self._filled)
 
-    def _fill_hook(self, hook: str, plan: PoolPlan, shards: Sequence[NDArray[Any]], executor: Executor) -> None:
+    def _fill_hook(self, hook: str, plan: PoolPlan, shards: Stored, executor: Executor) -> None:
         """While one staging buffer travels, the other is filled; the threads begin it before the first is full."""
         rows, staging, copied = self.rows[hook], self._staging[hook], self._copied[hook]
+        if self.device.type == "cpu" and not isinstance(shards, Sequence):
+            for read in [executor.submit(copy) for copy in shards.copies(plan, _as_numpy(rows[: plan.n_rows]))]:
+                read.result()
+            return
         done, begun = 0, _Begun([], rows[:0], rows[:0], copied[1])
         for i, piece in enumerate(plan.split(len(staging[0]))):
             copied[i % 2].synchronize()  # returns at once before the first record

@@ -10,6 +10,7 @@ from pathlib import Path
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.layout import ADDED, MANIFEST
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.parse import sizes_of
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.common.rows import HookPoint
 
@@ -25,10 +26,8 @@ class Addition:
 
     def covers(self, records: Sequence[ShardRecord]) -> bool:
         """Whether it is complete and has all rows of these shards of the cache."""
-        shards = self.manifest.shards
-        return self.manifest.complete and all(
-            record.shard < len(shards) and shards[record.shard].n_rows == record.n_rows for record in records
-        )
+        mine = dict(sizes_of(self.manifest.shards))
+        return self.manifest.complete and all(mine.get(shard) == n_rows for shard, n_rows in sizes_of(records))
 
     def n_bytes(self, records: Sequence[ShardRecord]) -> int:
         """Bytes of its activations, norms and scales in these shards; rows and documents are shared with the cache."""

@@ -15,21 +15,25 @@ from sae_granary.cache.errors import CacheError, CorruptCacheError, MissingFileE
 from sae_granary.cache.format.affine import F32, Affine
 from sae_granary.cache.format.layout import ArrayLayout, CacheLayout
 from sae_granary.cache.format.storage import Array
-from sae_granary.common.files import NO_FOLLOW, PLAIN, shortage
+from sae_granary.common.files import NO_FOLLOW, NO_WAIT, PLAIN, shortage
+from sae_granary.common.process import keep_map
 
 Copies = Mapping[Path, Path]  # files that are read from a copy: their path in the cache, and that of the copy
 NO_COPIES: Copies = MappingProxyType({})
-_MAPPED: dict[Path, int] = {}  # bytes of every shard that this process has mapped
+# Arrays of which this process has mapped shards: cache and array -> layout, shards (number, rows), copies.
+_MAPPED: dict[tuple[Path, str], tuple[ArrayLayout, Sequence[tuple[int, int]], Copies]] = {}
 
 
 def truncated_shards() -> str:
     """What to say when a mapped file has no byte where one is read: the shards that have another size by now."""
-    found = {path: path.stat().st_size if path.exists() else 0 for path in _MAPPED}
-    lines = [
-        f"error: {path} was truncated while it was read: {size:,} bytes are left of {_MAPPED[path]:,}; restore it"
-        for path, size in found.items()
-        if size != _MAPPED[path]
-    ]
+    lines = []
+    for (root, _), (layout, shards, copies) in _MAPPED.items():
+        for shard, n_rows in shards:
+            file, n_bytes = root / layout.shard_path(shard), layout.shard_bytes(n_rows)
+            path = copies.get(file, file)
+            size = path.stat().st_size if path.exists() else 0
+            found = f"{size:,} bytes are left of {n_bytes:,}"
+            lines += [] if size == n_bytes else [f"error: {path} was truncated while it was read: {found}; restore it"]
     return "\n".join(lines[:3] or ["error: a file that is read through memory was truncated, or its disk fails"])
 
 
@@ -37,7 +41,8 @@ class RowArray:
     """An array over the rows 0..n-1 of the opened shards.
 
     `array[i]`, `array[a:b]` and `array[indices]` give numpy arrays; a slice inside one shard is a view of the memory
-    map, anything else a copy. `shard(i)` is the map of the i-th opened shard.
+    map, anything else a copy. `shard(i)` is the map of the i-th opened shard. Maps are kept, those of all arrays
+    together up to `most_maps`; then the oldest are dropped.
     """
 
     def __init__(
@@ -71,10 +76,38 @@ class RowArray:
 
     def shard(self, i: int) -> Array:
         """The rows of the i-th opened shard, memory-mapped, read-only."""
-        if i not in self._maps:
-            self._maps[i] = _map_file(self.path(i), self.layout, self._shards[i][1])
-            self._views[i] = self._maps[i].view(np.ndarray)  # the subclass costs microseconds per index
-        return self._maps[i]
+        found = self._maps.get(i)
+        if found is None:
+            found = self._maps[i] = self.map(i)
+            keep_map(self, i)
+        return found
+
+    def map(self, i: int) -> np.memmap[Any, Any]:
+        """A new map of the i-th opened shard, which is not kept: for a single pass over many shards."""
+        _MAPPED[self._root, self.layout.path] = (self.layout, self._shards, self._copies)
+        with os.fdopen(self.open(i), "rb") as file:
+            try:
+                return np.memmap(file, self.layout.storage.numpy, "r", shape=self.layout.shape(self._shards[i][1]))
+            except OSError as error:
+                raise _unreadable(self.path(i), error) from None
+
+    def open(self, i: int) -> int:
+        """A descriptor of the file of the i-th opened shard. Raises CacheError if it is not as it was recorded."""
+        shard, n_rows = self._shards[i]
+        path = self.path(i) if self._copies else f"{self._root}/{self.layout.shard_path(shard)}"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_WAIT | PLAIN)
+        except OSError as error:
+            raise _unreadable(Path(path), error) from None
+        if os.fstat(descriptor).st_size != self.layout.shard_bytes(n_rows):  # a map past the end would be a SIGBUS
+            os.close(descriptor)
+            raise CorruptCacheError(f"{path} has changed its size since the cache was opened")
+        return descriptor
+
+    def drop(self, i: int) -> None:
+        """Forget the map of the i-th opened shard; it is closed when nothing refers to it any more."""
+        self._views.pop(i, None)
+        self._maps.pop(i, None)
 
     @overload
     def __getitem__(self, index: int | np.integer[Any]) -> Any: ...
@@ -92,9 +125,10 @@ class RowArray:
         return self._take(np.asarray(index))
 
     def _view(self, i: int) -> Array:
-        if i not in self._views:
-            self.shard(i)
-        return self._views[i]
+        view = self._views.get(i)
+        if view is None:
+            view = self._views[i] = self.shard(i).view(np.ndarray)  # the subclass costs microseconds per index
+        return view
 
     def _slice(self, start: int, stop: int, step: int) -> Array:
         if step != 1:
@@ -207,17 +241,9 @@ def open_hook(
     return CodedRows(root, values, layout.scales[hook], layout.affines[hook], shards, copies)
 
 
-def _map_file(path: Path, layout: ArrayLayout, n_rows: int) -> np.memmap[Any, Any]:
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | NO_FOLLOW | PLAIN), "rb") as file:
-            n_bytes = layout.shard_bytes(n_rows)
-            if os.fstat(file.fileno()).st_size != n_bytes:  # a map past the end would be a SIGBUS
-                raise CorruptCacheError(f"{path} has changed its size since the cache was opened")
-            _MAPPED[path] = n_bytes
-            return np.memmap(file, dtype=layout.storage.numpy, mode="r", shape=layout.shape(n_rows))
-    except FileNotFoundError:
-        raise MissingFileError(f"{path} has gone since the cache was opened") from None
-    except OSError as error:
-        if text := shortage(error, path):
-            raise CacheError(text) from None
-        raise CorruptCacheError(f"{path} cannot be opened: {error.strerror}") from None
+def _unreadable(path: Path, error: OSError) -> CacheError:
+    if isinstance(error, FileNotFoundError):
+        return MissingFileError(f"{path} has gone since the cache was opened")
+    if text := shortage(error, path):
+        return CacheError(text)
+    return CorruptCacheError(f"{path} cannot be opened: {error.strerror}")

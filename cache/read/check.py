@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError
-from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path
+from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path, documents_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.parse import LazyRecords, sizes_of
 from sae_granary.cache.format.records import blocks_of
+
+LISTED_SHARDS = 1000
 
 
 def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
-    """Raise unless every file of the opened shards, and each that describes the cache, has its exact size."""
+    """Raise unless every file of the opened shards, and each that describes the cache, has its exact size.
+
+    Of many shards of a large manifest only the names are looked for, by listing the folders: to ask for the size of a
+    million files takes longer than to train on them for a while. Sizes are compared when a shard is first read.
+    """
     folders = [COMMITS, DOCUMENTS, *manifest.layout.folders]
     linked = [folder for folder in folders if (path / folder).is_symlink()]
     if linked:
         raise CorruptCacheError(f"{path / linked[0]} is a symbolic link; links out of a cache are not followed")
     root = str(path)
-    for record in opened:
+    listed = isinstance(opened, LazyRecords) and len(opened) > LISTED_SHARDS
+    if listed:
+        _check_names(root, manifest, opened)
+    for record in () if listed else opened:
         for name, entry in record.files.items():
             check_file(os.path.join(root, name), entry.n_bytes)
         if record.record is not None:
@@ -30,6 +41,20 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
             check_file(path / name, entry.n_bytes)
     if manifest.vocabulary is not None and not has_just_begun(path, manifest, VOCABULARY):
         check_file(path / VOCABULARY, manifest.vocabulary.n_bytes)
+
+
+def _check_names(root: str, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
+    """Raise unless every file of these shards is listed in its folder."""
+    numbers = [shard for shard, _ in sizes_of(opened)]
+    for name_of in (commit_path, documents_path, *(array.shard_path for array in manifest.layout.arrays)):
+        folder = os.path.dirname(name_of(0))
+        names: set[str] = set()
+        with contextlib.suppress(OSError):  # the folder is missing, then its first file is named
+            names = set(os.listdir(os.path.join(root, folder)))
+        wanted = [name_of(shard)[len(folder) + 1 :] for shard in numbers]
+        if not names.issuperset(wanted):
+            missing = next(name for name in wanted if name not in names)
+            check_file(os.path.join(root, folder, missing), -1)
 
 
 def has_just_begun(path: Path, manifest: Manifest, name: str) -> bool:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sae_granary.cache.errors import IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.parse import select_records, sizes_of
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
 from sae_granary.cache.format.spec import Unit
@@ -57,7 +58,7 @@ def open_local(
     unknown = [number for number in numbers if not 0 <= number < len(records)]
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
-    opened = [records[number] for number in numbers]
+    opened = select_records(records, numbers)
     check_files(path, manifest, opened)
     return Cache(path, manifest, records, opened)
 
@@ -69,8 +70,7 @@ class Cache(RowTexts):
         self, path: Path, manifest: Manifest, records: Sequence[ShardRecord], opened: Sequence[ShardRecord]
     ) -> None:
         self.path, self.manifest = path, manifest
-        self.records = tuple(records)  # of all committed shards
-        self.opened = tuple(opened)
+        self.records, self.opened = records, opened  # of all committed shards, of the opened ones
         self.complete = manifest.complete
         self.unit: Unit = manifest.unit
         self.dtype = manifest.dtype
@@ -82,7 +82,7 @@ class Cache(RowTexts):
         self.layout = manifest.layout
         self.kept_columns = manifest.kept_columns  # names for `document_column`
         self.shards = tuple(
-            ShardView(record.shard, record.n_rows, record.shard * manifest.rows_per_shard) for record in opened
+            ShardView(shard, n_rows, shard * manifest.rows_per_shard) for shard, n_rows in sizes_of(opened)
         )
         self.n_rows = sum(shard.n_rows for shard in self.shards)
         # (n_shards + 1,) ordinal of the first row of each opened shard, then the number of rows
@@ -190,7 +190,8 @@ class Cache(RowTexts):
     def stats(self, hook: str | None = None) -> Stats:
         """Statistics of the opened rows of a hook point: every stored row counts, special tokens too."""
         name = self.hook_name(hook)
-        return make_stats(self.moments(name), [self.norms(name).shard(i) for i in range(len(self.shards))])
+        norms = self.norms(name)
+        return make_stats(self.moments(name), lambda: map(norms.map, range(norms.n_shards)))
 
     def moments(self, hook: str | None = None) -> Moments:
         """Count, mean and squared deviations of the opened rows of a hook point; no shard is read for it."""

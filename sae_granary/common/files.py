@@ -20,7 +20,7 @@ TEMP_PREFIX = ".tmp-"
 # Flags that some systems lack or need: a file that is no link, bytes as they are, closed in child processes.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its writer
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its writer
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
 
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -37,7 +37,7 @@ class NotRegularError(OSError):
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises NotRegularError for anything else: reading a FIFO or a device may never end."""
     if stat.S_ISREG(os.stat(path).st_mode):
-        file = os.fdopen(os.open(path, os.O_RDONLY | _NO_WAIT | PLAIN), "rb")
+        file = os.fdopen(os.open(path, os.O_RDONLY | NO_WAIT | PLAIN), "rb")
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
         file.close()
@@ -62,9 +62,9 @@ def read_text_or_pipe(path: Path, max_bytes: int) -> str:
     Raises OSError for a folder, a pipe without a writer (which is not waited for) and what is longer, and
     UnicodeDecodeError.
     """
-    fd = os.open(path, os.O_RDONLY | _NO_WAIT | PLAIN)
+    fd = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN)
     is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
-    if _NO_WAIT:
+    if NO_WAIT:
         os.set_blocking(fd, True)
     with os.fdopen(fd, "rb") as file:
         data = file.read(max_bytes + 1)

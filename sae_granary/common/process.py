@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
+import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from sae_granary.common.threads import waiting
 
@@ -44,6 +49,57 @@ def allow_open_files() -> None:
         if soft != resource.RLIM_INFINITY:
             wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def most_maps() -> int:
+    """How many files this process may keep mapped: each takes a descriptor, and a mapping of those the kernel allows.
+
+    Half of either limit is left for everything else.
+    """
+    try:
+        import resource
+
+        n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # not on Windows
+        return MAX_OPEN_FILES // 2
+    if n_files == resource.RLIM_INFINITY:
+        n_files = MAX_OPEN_FILES
+    return max(min(n_files, _max_map_count()) // 2, 1)
+
+
+@functools.cache
+def _max_map_count() -> int:
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # not Linux
+        return MAX_OPEN_FILES
+
+
+class Mapped(Protocol):
+    """An array over shards, some of which it has mapped."""
+
+    def drop(self, i: int) -> None:
+        """Forget the map of the i-th opened shard."""
+
+
+_KEPT: deque[tuple[weakref.ref[Mapped], int]] = deque()  # array and opened shard of each map, the oldest first
+_LOCK = threading.Lock()
+
+
+def keep_map(array: Mapped, i: int) -> None:
+    """Count a map among the kept ones; where there are too many, drop those of arrays that are gone and the oldest."""
+    with _LOCK:
+        _KEPT.append((weakref.ref(array), i))
+        if len(_KEPT) <= (most := most_maps()):
+            return
+        living = [(owner, index) for owner, index in _KEPT if owner() is not None]
+        n_dropped = max(len(living) - most + most // 16, 0)
+        _KEPT.clear()
+        _KEPT.extend(living[n_dropped:])
+    for owner, index in living[:n_dropped]:
+        if (old := owner()) is not None:
+            old.drop(index)
 
 
 def share_cores() -> None:

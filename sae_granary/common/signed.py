@@ -19,14 +19,14 @@ MAX_DEPTH = 100  # of objects and lists in each other: deeper ones break what wa
 
 _T = TypeVar("_T")
 _TAIL = f',\n "{CHECKSUM}": "%s"\n}}\n'
-_TAIL_BYTES = len(_TAIL % ("0" * 32))
+TAIL_BYTES = len(_TAIL % ("0" * 32))
 
 
 class DamagedFileError(GranaryError, ValueError):
     """A file differs from what was written."""
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     """XXH3-128 in hexadecimal."""
     import xxhash  # sae_core parses files where only the standard library and torch are
 
@@ -41,7 +41,7 @@ def sign(body: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
 
 def is_intact(data: bytes) -> bool:
     """Whether the checksum in the last line of a signed file is correct."""
-    return data[-_TAIL_BYTES:] == (_TAIL % digest(data[:-_TAIL_BYTES])).encode()
+    return data[-TAIL_BYTES:] == (_TAIL % digest(memoryview(data)[:-TAIL_BYTES])).encode()
 
 
 def write_signed(path: Path, body: Mapping[str, Any], *, allow_nan: bool = False) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from sae_granary.cache.format.layout import ArrayLayout
+from sae_granary.cache.format.parse import LazyRecords
 from sae_granary.cache.load.selection import Counts, Selection, account
-from sae_granary.cache.read.reader import Cache
+from sae_granary.cache.read.reader import Cache, ShardView
 from sae_granary.common.signed import DamagedFileError, Fields, digest, write_signed
 from sae_granary.common.threads import waiting
 
@@ -47,12 +49,17 @@ def _key(cache: Cache, selection: Selection, hooks: Sequence[str]) -> str:
     columns = [(cache, cache.layout.columns[name]) for name in selection.columns if name != "norm"]
     if "norm" in selection.columns:
         columns += [(cache.holder(hook), cache.holder(hook).layout.norms[hook]) for hook in hooks]
-    shards = [
-        [shard.index, shard.n_rows, *(c.records[shard.index].files[a.shard_path(shard.index)].xxh3 for c, a in columns)]
-        for shard in cache.shards
-    ]
+    checksums = [_checksums(holder, array, cache.shards) for holder, array in columns]
+    shards = [[shard.index, shard.n_rows, *found] for shard, *found in zip(cache.shards, *checksums, strict=True)]
     filters, holdout = asdict(selection.filters), asdict(selection.holdout)
     return digest(json.dumps([VERSION, filters, holdout, [column.path for _, column in columns], shards]).encode())
+
+
+def _checksums(holder: Cache, column: ArrayLayout, shards: Sequence[ShardView]) -> list[str]:
+    """The checksum of a column in each shard; of a large cache that of its manifest, which lists them all."""
+    if isinstance(holder.records, LazyRecords):
+        return [holder.records.checksum] * len(shards)
+    return [holder.records[shard.index].files[column.shard_path(shard.index)].xxh3 for shard in shards]
 
 
 def _read(file: Path) -> Counts | None:

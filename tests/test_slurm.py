@@ -69,6 +69,7 @@ def test_an_array_has_a_job_for_each_value() -> None:
         (RUN[:-2], ("--array", "k"), "--array 'k': expected a setting and its values, as in k=16,32,64"),
         ((*RUN, "--name", "r"), ("--array", "lr=1e-3,1e-4"), "give `run`, without --name"),
         (RUN, ("--time", "soon"), "--time soon: expected a time as sbatch takes it"),
+        (RUN, ("--job", "a b"), "--job 'a b': expected letters, digits"),
         (RUN, ("--partition", "a b"), "--partition 'a b': expected letters, digits"),
     ],
 )

@@ -101,15 +101,17 @@ def steps(cache: Path, given: Mapping[str, Any], share: Share = WHOLE, ranks: Al
     return found
 
 
-def tied_selections(ranks: Alone = ALONE) -> list[torch.Tensor]:
-    """What this rank's rows have of the batch-top-k of pre-activations most of which are equal; for several k."""
+def tied_selections(ranks: Alone = ALONE, shards: Alone = ALONE) -> list[torch.Tensor]:
+    """What the batch-top-k of pre-activations most of which are equal has of this rank's rows, or of its latents."""
     generator = torch.Generator().manual_seed(0)
     h, W_enc = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((41, 4), (4, 24)))
     ((start, stop),) = Share(ranks.index, ranks.n).ranges(len(h)) if ranks.n > 1 else [(0, len(h))]
+    first = 24 * shards.index // shards.n
+    W_enc = W_enc[:, first : 24 * (shards.index + 1) // shards.n]
     found = []
     for k in (1, 3, 7, 24):  # the last: fewer are positive
-        codes = batch_topk(PreActs(h[start:stop], W_enc, torch.zeros(24)), k, ranks)
-        found.append(torch.stack([codes.pattern.row_of + start, codes.indices, codes.values.long()], dim=1))
+        codes = batch_topk(PreActs(h[start:stop], W_enc, torch.zeros(W_enc.shape[1])), k, ranks, shards)
+        found.append(torch.stack([codes.pattern.row_of + start, codes.indices + first, codes.values.long()], dim=1))
     return found
 
 
@@ -125,21 +127,20 @@ def sharded_steps(shards: Alone = ALONE) -> dict[str, dict[str, torch.Tensor]]:
         **{f"topk, dead {name}": {"type": "topk", "k": 5, "dead": latents} for name, latents in dead.items()},
         "topk, multi": {"type": "topk", "k": 5, "multi_topk": True},
         "batchtopk": {"type": "batchtopk", "k": 5, "dead": dead["spread"]},
-        "batchtopk, tied": {"type": "batchtopk", "k": 5, "tied": True},
     }
     return {name: _sharded_step({**given, **case}, shards) for name, case in cases.items()}
 
 
 def _sharded_step(given: dict[str, Any], shards: Alone) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    dead, tied, cls = given.pop("dead", []), given.pop("tied", False), registry.get(given.pop("type"))
+    dead, cls = given.pop("dead", []), registry.get(given.pop("type"))
     sae = registry.build(cls, make_options(cls, {"d_in": 16, "d_sae": 60, **given}), shards)
     x = torch.randn(50, 16, generator=generator)
-    sae.initialize({"x": x[:25].repeat(2, 1) if tied else x}, generator)
+    sae.initialize({"x": x}, generator)
     own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
     silent = torch.zeros(60, dtype=torch.int64).index_fill_(0, torch.as_tensor(dead, dtype=torch.int64), 10)
     sae.num_tokens_since_fired.copy_(silent[own])
-    out = sae.train()({"x": x[:25].repeat(2, 1) if tied else x})
+    out = sae.train()({"x": x})
     losses = sae.losses(out, Progress(0, 1))
     torch.stack(list(losses.values())).sum().backward()
     found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters(), {})}
@@ -161,6 +162,7 @@ def take_steps(cache: str, out: str) -> None:
             share = Share(place.index, place.n, given.get("grad_acc_steps", 1))
             torch.save(steps(Path(cache), given, share, world.ranks), Path(out) / f"{name}_{place.index}.pt")
         torch.save(tied_selections(world.ranks), Path(out) / f"tied_{place.index}.pt")
+        torch.save(tied_selections(shards=world.ranks), Path(out) / f"tied_latents_{place.index}.pt")
         torch.save(sharded_steps(world.ranks), Path(out) / f"shard_{place.index}.pt")
     result = train_sae(cache=cache, **{**COMMON, "type": "batchtopk", "k": 3, "runs_dir": out, "name": f"by_{place.n}"})
     torch.save(result.sae.state_dict(), Path(out) / f"sae_{place.index}.pt")

@@ -37,6 +37,9 @@ def test_ranks_take_the_steps_of_one_process(
             assert_close(parts[0]["weights"][-1], part["weights"][-1], f"{name}: of the ranks", within=0.0)
     tied = zip(*(torch.load(tmp_path / f"tied_{rank}.pt") for rank in range(n)), strict=True)
     assert all(torch.equal(alone, torch.cat(parts)) for alone, parts in zip(tied_selections(), tied, strict=True))
+    of_latents = zip(*(torch.load(tmp_path / f"tied_latents_{rank}.pt") for rank in range(n)), strict=True)
+    for alone, parts in zip(tied_selections(), of_latents, strict=True):
+        assert sorted(alone.tolist()) == sorted(torch.cat(parts).tolist())
     shards = [torch.load(tmp_path / f"shard_{rank}.pt") for rank in range(n)]
     for case, whole in sharded_steps().items():
         for name, value in whole.items():

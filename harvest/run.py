@@ -19,6 +19,7 @@ from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.plan import check_space
 from sae_granary.harvest.prepare import Prepared, prepare
 from sae_granary.harvest.progress import Progress, RunLog
+from sae_granary.harvest.ranks.extension import NEW, begun_of
 from sae_granary.harvest.ranks.work import Worker
 from sae_granary.harvest.ranks.world import World, in_blocks, share_cores
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
@@ -79,10 +80,13 @@ def harvest_activations(
         model: Model | None = None
         if not prepared.widths_known:
             prepared, model = load(prepared, progress.say)
-        worked = False
+        worked, extends = False, config.extend and asks_for_more(prepared)
         if config.block_docs is not None:
-            worked = Worker(prepared, cache_spec(prepared), progress, stop, world).run(load, _tell_behavior, model)
-        options = {**writing(prepared.device), "extend": config.extend and asks_for_more(prepared)}
+            begun = begun_of(prepared) if extends else NEW
+            worked = Worker(prepared, cache_spec(prepared), progress, stop, world, begun).run(
+                load, _tell_behavior, model
+            )
+        options = {**writing(prepared.device), "extend": extends and config.block_docs is None}
         with CacheWriter.open(config.out_path, cache_spec(prepared), **options) as writer:
             if writer.complete:
                 return replace(_finished(prepared, writer), already_complete=not worked)
@@ -185,11 +189,6 @@ def _finished(prepared: Prepared, writer: CacheWriter) -> HarvestResult:
     """A harvest that is complete already: nothing to do, unless more is asked for than it holds."""
     if not prepared.config.extend and asks_for_more(prepared):
         asked = prepared.config.max_tokens
-        if prepared.config.block_docs is not None:
-            raise ConfigError(
-                f"{writer.path} is complete with {writer.n_rows:,} rows, and caches in blocks are not extended: "
-                "harvest more to another --out"
-            )
         raise ConfigError(
             f"{writer.path} is a complete harvest of {writer.n_rows:,} rows: add --extend to continue it "
             f"{f'up to {asked:,} rows' if asked else 'with more of its text'}; the rows that it holds stay as they are"

@@ -181,7 +181,7 @@ def test_a_join_that_another_process_has_taken_over_ends_well(
             patch.setattr(blocks, "load_manifest", lambda at: unfinished if at == config.out_path else read(at))
             blocks.join_blocks(*args)
 
-    monkeypatch.setattr("sae_granary.harvest.ranks.work.join_blocks", join_late)
+    monkeypatch.setattr("sae_granary.harvest.ranks.joining.join_blocks", join_late)
     harvest_activations(config, quiet=True)
     assert verify(config.out_path).ok
 
@@ -218,8 +218,6 @@ def test_workers_of_other_versions_stop_with_the_library(
 def test_what_cannot_be_divided_is_refused(config: HarvestConfig) -> None:
     with pytest.raises(ConfigError, match="standard input cannot be divided"):
         harvest_activations(replace(config, text=TextConfig("-")), quiet=True)
-    with pytest.raises(ConfigError, match="--extend continues only caches that are not"):
-        harvest_activations(replace(config, extend=True), quiet=True)
     assert not config.out_path.exists()
 
 

@@ -16,6 +16,7 @@ from test_harvest_resume import assert_same_cache, contents
 
 from sae_granary import open_cache
 from sae_granary.cache.read.verify import verify
+from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.replay.add import add_hooks
@@ -81,13 +82,17 @@ def test_damaged_files_come_back_byte_for_byte(config: HarvestConfig, pack: bool
     assert verify(path).ok
 
 
+@pytest.mark.slow
 def test_other_text_is_refused(config: HarvestConfig) -> None:
+    config = replace(config, max_tokens=1000)
     harvest_activations(config, quiet=True)
     corpus = Path(config.text.dataset)
     lines = corpus.read_text().split("\n")
     corpus.write_text("\n".join([*lines[:30], "salt water fire", *lines[31:]]))
     with pytest.raises((RowsDifferError, HarvestError), match="the text or the tokenizer"):
         add_hooks(config.out_path, LAYER_2, quiet=True)
+    with pytest.raises(ConfigError, match=r"text of .* has changed since it was harvested, and a cache in blocks"):
+        harvest_activations(replace(config, max_tokens=1300, extend=True), quiet=True)
     records = open_cache(config.out_path).records
     shard = next(r.shard for r in records if r.documents and r.documents.first <= 30 <= r.documents.last)
     flip(config.out_path / f"activations/layer_1/c.{shard}.0")
@@ -119,3 +124,46 @@ def test_one_byte_per_value_in_blocks(config: HarvestConfig) -> None:
     (config.out_path / "affine/layer_1/step/c.0").unlink()
     repair(config.out_path, quiet=True)
     assert {name: contents(config.out_path)[name] for name in before if "harvest.log" not in name} == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_an_extended_cache_in_blocks(config: HarvestConfig, dtype: str) -> None:
+    """Its last block is continued as another harvest; the same bytes for any number of workers and after a crash."""
+    short = replace(config, dtype=dtype, max_tokens=800, rows_per_shard=256)
+    more = replace(short, max_tokens=1300, extend=True)
+    plain = replace(short, max_tokens=1300, block_docs=None, out=config.out_path.with_name("plain"))
+    both = config.out_path.with_name("both")
+    cut = config.out_path.with_name("cut")
+    harvest_activations(plain, quiet=True)
+    for path, where in ((config.out_path, short.where), (cut, short.where), (both, WhereConfig(layers=(1, 2)))):
+        harvest_activations(replace(short, out=path, where=where), quiet=True)
+    n_old = open_cache(config.out_path).n_rows
+    add_hooks(config.out_path, LAYER_2, quiet=True)
+    harvest_activations(more, quiet=True)
+    harvest_activations(replace(more, out=both, where=WhereConfig(layers=(1, 2))), quiet=True)
+    with pytest.raises(CutOff), cut_off_after(14):
+        harvest_activations(replace(more, out=cut), quiet=True)
+    assert (open_cache(cut).n_rows, verify(cut).ok) == (n_old, True)
+    together(replace(more, out=cut), 2)
+
+    cache, want = open_cache(config.out_path), open_cache(plain.out_path)
+    assert cache.n_rows == want.n_rows > n_old
+    for name in ("token_id", "doc_id", "position", "doc_position", "flags"):
+        assert np.array_equal(cache.column(name)[:], want.column(name)[:])
+    assert cache.manifest.summary == want.manifest.summary
+    assert [r.block for r in cache.records] == sorted(r.block or 0 for r in cache.records)
+    n_before = cache.manifest.extended[0]["n_shards"]
+    assert cache.records[n_before - 1].block == cache.records[n_before].block == 1  # it ended in this block
+    assert harvest_activations(more, quiet=True).already_complete
+    add_hooks(config.out_path, LAYER_2, quiet=True)
+    assert same_arrays(config.out_path / "added/layer_2", both, "layer_2")
+    mine = {name: data for name, data in contents(config.out_path).items() if not name.startswith("added")}
+    assert {name: data for name, data in contents(cut).items() if name in mine} == mine
+    before = contents(config.out_path)
+    for record in cache.records:
+        (config.out_path / f"norms/layer_1/c.{record.shard}").unlink()
+    repair(config.out_path, quiet=True)
+    assert {name: contents(config.out_path)[name] for name in before if name != "harvest.log"} == {
+        name: data for name, data in before.items() if name != "harvest.log"
+    }
+    assert not (config.out_path / "blocks").exists()

@@ -197,7 +197,7 @@ def _foreign(cache: Cache) -> Iterator[str]:
         known |= {commit_path(record.shard), *record.files}
     folders = {COMMITS, DOCUMENTS, TEMPORARY, ADDED, *cache.layout.folders}
     parts = {part.path.relative_to(cache.path).as_posix() for part in cache.additions}
-    parts |= set() if cache.complete else {BLOCKS}  # caches of their own, not joined yet
+    parts |= {BLOCKS}  # caches of their own, not joined yet
     for folder, names, files in os.walk(cache.path):
         relative = Path(folder).relative_to(cache.path)
         names[:] = sorted(name for name in names if name != TEMPORARY and (relative / name).as_posix() not in parts)

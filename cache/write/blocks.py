@@ -80,16 +80,21 @@ def _session(path: Path) -> Iterator[Session]:
             session.folder.parent.rmdir()
 
 
-def join_blocks(path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping[str, Any]) -> Manifest:
-    """Make one complete cache of its blocks (number, folder), which ascend and all have rows; the folders stay."""
+def join_blocks(
+    path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping[str, Any], n_shards: int = 0
+) -> Manifest:
+    """Make one complete cache of its blocks (number, folder), which ascend and all have rows; the folders stay.
+
+    With `n_shards` the blocks come behind so many shards of a complete cache, which its readers see until the end.
+    """
     manifest = load_manifest(path)
-    if manifest.complete:
+    if manifest.complete and len(manifest.shards) > n_shards:
         return manifest
     parts = [(number, folder, load_manifest(folder)) for number, folder in blocks]
     for number, _, part in parts:
         if part.provenance != parts[0][2].provenance or not _fitted_alike(part, parts[0][2]):
             raise CacheError(f"{path}: blocks {parts[0][0]} and {number} are of other models or versions: remove it")
-    records: list[ShardRecord] = []
+    records = load_records(path, manifest)[:n_shards]
     with _session(path) as session:
         for number, folder, part in parts:
             joined = [
@@ -101,7 +106,8 @@ def join_blocks(path: Path, blocks: Sequence[tuple[int, Path]], summary: Mapping
             for name in {Path(new).parent for _, names in joined for new in names.values()}:
                 files.sync_folder(path / name)
             records += [_put_record(session, path, manifest, record) for record, _ in joined]
-        told = replace(manifest, provenance=parts[0][2].provenance, affines=records[0].affines)
+        told = manifest if n_shards else replace(manifest, provenance=parts[0][2].provenance)
+        told = replace(told, affines=records[0].affines)
         zarr = zarr_files(told.layout, len(records))
         session.write_zarr(told.layout, len(records))
         entries = {name: FileEntry.of(data) for name, data in zarr.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.harvest.ranks.blocks import Outcome
+from sae_granary.harvest.ranks.extension import NEW, Begun
 from sae_granary.harvest.ranks.lease import Leases
 from sae_granary.models.tokens.document import SKIP_REASONS
 
@@ -54,18 +55,24 @@ class Task:
 class Board:
     """The folder of the blocks, as one process sees it."""
 
-    def __init__(self, folder: Path, block_docs: int, limits: Limits, leases: Leases) -> None:
+    def __init__(self, folder: Path, block_docs: int, limits: Limits, leases: Leases, begun: Begun = NEW) -> None:
         self._folder, self._block_docs, self._limits, self._leases = folder, block_docs, limits, leases
+        self._begun = begun
         self._outcomes: dict[str, Outcome] = {}
-        self.done: list[tuple[int, Outcome]] = []  # the first blocks of the source, without a gap
-        self.n_rows = self.n_docs = 0  # of these
+        self.done: list[tuple[int, Outcome]] = []  # the first blocks that are harvested, without a gap
+        self.n_rows, self.n_docs = self._begun.n_rows, self._begun.n_docs  # of these, and of the blocks before
         self.ended = ""  # why the harvest ends with the last of these: max_tokens, max_docs or source
         self.last: int | None = None  # the block with which it ends, or one that is past that; None if not known yet
+
+    @property
+    def _next(self) -> int:
+        """The first block that is not done."""
+        return self._begun.block + len(self.done)
 
     def look(self) -> None:
         """Take in what other processes have completed."""
         while not self.ended:
-            block = len(self.done)
+            block = self._next
             found = self._outcome(f"{block:08d}{LIMITED}") or self._outcome(f"{block:08d}")
             if found is None:
                 return
@@ -86,9 +93,9 @@ class Board:
 
     def tasks(self) -> Iterator[Task]:
         """What may be claimed, in source order; endless where the end of the source is not known yet."""
-        block, n_rows, n_docs = len(self.done), self.n_rows, self.n_docs
+        block, n_rows, n_docs = self._next, self.n_rows, self.n_docs
         while not self.ended and (self.last is None or block <= self.last):
-            if block > len(self.done) and self._limits.reached(n_rows, n_docs):
+            if block > self._next and self._limits.reached(n_rows, n_docs):
                 return  # the blocks before have enough
             task = self._task(block)
             if task is not None:
@@ -104,11 +111,13 @@ class Board:
         """Rows of a block that are known: of a complete one, or those that the process that harvests it has told."""
         names = (f"{block:08d}{LIMITED}", f"{block:08d}")
         found = next((outcome for name in names if (outcome := self._outcome(name))), None)
-        return found.n_rows if found is not None else max(self._leases.n_rows(name) for name in names)
+        if found is not None:
+            return found.n_rows
+        return self._begun.rows_of(block) + max(self._leases.n_rows(name) for name in names)
 
     def _task(self, block: int) -> Task | None:
         whole = Task(block, None)
-        if block > len(self.done) or not self._limits.given:
+        if block > self._next or not self._limits.given:
             return None if self._outcome(whole.name) else whole
         limited = Task(block, self._limits.after(self.n_rows, self.n_docs))
         if self._outcome(whole.name):
@@ -121,7 +130,7 @@ class Board:
 
     def summary(self) -> dict[str, Any]:
         """Of a harvest that has ended, as its manifest holds it."""
-        counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter(self._begun.counts)
         for _, outcome in self.done:
             counts.update(outcome.counts)
         names = ("repaired", *(f"skipped_{reason}" for reason in SKIP_REASONS))
@@ -130,7 +139,7 @@ class Board:
 
     def rows_in_work(self) -> int:
         """Rows of blocks after the first gap: of complete blocks, and of those in work as their leases say."""
-        total, block = 0, len(self.done)
+        total, block = 0, self._next
         while not self.ended and (self.last is None or block <= self.last):
             names = (f"{block:08d}", f"{block:08d}{LIMITED}")
             found = next((outcome for name in names if (outcome := self._outcome(name))), None)

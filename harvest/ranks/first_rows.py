@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from sae_granary.cache.format.affine import Affine, affines_json, parse_affine
-from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.format.signed import Fields, dump_signed
 from sae_granary.cache.write.calibrate import fit_rows
 from sae_granary.cache.write.committed import Committed
@@ -40,13 +39,13 @@ class _FirstRows(Unwritten):
 
 
 def shared_affines(
-    prepared: Prepared, model: Model, log: RunLog, say: Callable[[str], None], check: Callable[[], None]
+    folder: Path, prepared: Prepared, model: Model, log: RunLog, say: Callable[[str], None], check: Callable[[], None]
 ) -> Mapping[str, Affine] | None:
     """The steps and offsets of this cache, by hook point; None where its text has no rows.
 
     Raises StorageLossError where the dtype would lose too much, or the first block has too few rows to tell.
     """
-    place = prepared.config.out_path / BLOCKS / _FILE
+    place = folder / _FILE
     if not place.exists():
         rows = _first_rows(prepared, model, log, check)
         if rows is None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sae_granary import __version__
 from sae_granary.cache.errors import CacheMismatchError
-from sae_granary.cache.format.layout import BLOCKS
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.common.files import link_into_place, write_new
@@ -17,10 +16,10 @@ from sae_granary.harvest.config import HarvestConfig
 _PLAN = "plan.json"
 
 
-def agree(path: Path, config: HarvestConfig, begun: Manifest, spec: CacheSpec) -> None:
+def agree(path: Path, folder: Path, config: HarvestConfig, begun: Manifest, spec: CacheSpec) -> None:
     """Raise CacheMismatchError where this process wants another extent, or has other libraries, than the first one."""
     wants = {"max_tokens": config.max_tokens, "max_docs": config.max_docs, "sae-granary": __version__}
-    place, new = path / BLOCKS / _PLAN, path / BLOCKS / f".{_PLAN}.{secrets.token_hex(8)}"
+    place, new = folder / _PLAN, folder / f".{_PLAN}.{secrets.token_hex(8)}"
     if not place.exists():
         write_new(new, sign(wants))
         try:

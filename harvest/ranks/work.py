@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from sae_granary.cache.errors import (
     BadActivationError,
@@ -18,29 +17,29 @@ from sae_granary.cache.errors import (
     NotACacheError,
 )
 from sae_granary.cache.format.affine import Affine
-from sae_granary.cache.format.layout import BLOCKS, MANIFEST
-from sae_granary.cache.format.records import load_manifest, remove_contents
+from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
+from sae_granary.cache.write.blocks import begin_blocks, remove_blocks
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.files import link_into_place, sync_folder, write_new
 from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.device.host import writing
-from sae_granary.harvest.errors import HarvestError, NoRowsError
+from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.progress import Progress
-from sae_granary.harvest.ranks.blocks import BlockSource, Outcome, Records, begin_of
+from sae_granary.harvest.ranks.blocks import BlockSource, Outcome, Records
 from sae_granary.harvest.ranks.board import Board, Limits, Task
+from sae_granary.harvest.ranks.extension import NEW, Begun
 from sae_granary.harvest.ranks.first_rows import shared_affines
+from sae_granary.harvest.ranks.joining import join
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.ranks.plan import agree
 from sae_granary.harvest.ranks.progress import BlockProgress, Heartbeat, RankLog, SummedProgress
 from sae_granary.harvest.ranks.world import World, lease_seconds
 from sae_granary.harvest.replay.stream import Replay
 from sae_granary.harvest.spec import as_begun
-from sae_granary.harvest.text.document import skipped_counts
-from sae_granary.models.tokens.document import SKIP_REASONS
 
 Say = Callable[[str], None]
 Load = Callable[[Prepared, Say], tuple[Prepared, Model]]
@@ -58,30 +57,40 @@ class Worker:
     """This process; see the module's docstring."""
 
     def __init__(
-        self, prepared: Prepared, spec: CacheSpec, progress: Progress, stop: StopRequest, world: World
+        self,
+        prepared: Prepared,
+        spec: CacheSpec,
+        progress: Progress,
+        stop: StopRequest,
+        world: World,
+        begun: Begun = NEW,
     ) -> None:
         self._prepared, self._stop = prepared, stop
         self._path, self._spec = prepared.config.out_path, spec
-        self._folder = self._path / BLOCKS
+        self._begun, self._folder = begun, self._path / begun.folder
         self._leases = Leases(self._folder, lease_seconds())
         self._records = Records(prepared.source)
         self._deferred: dict[str, float] = {}  # tasks that cannot be claimed before a time
         self._waited = set[str]()
-        self._affines: Mapping[str, Affine] | None = None
+        self._affines = begun.affines
         config = prepared.config
         assert config.block_docs is not None
         self._block_docs = config.block_docs
-        self._board = Board(self._folder, self._block_docs, Limits(config.max_tokens, config.max_docs), self._leases)
+        self._board = Board(
+            self._folder, self._block_docs, Limits(config.max_tokens, config.max_docs), self._leases, begun
+        )
         self._shown = SummedProgress(progress, self._board, prepared.layout.bytes_of, tells=world.tells)
         self._log = RankLog(self._path, world)
 
     def run(self, load: Load, tell: Tell, model: Model | None) -> bool:
         """Take part until the cache is complete; False if it was already. Raises what a harvest raises."""
-        begun = begin_blocks(self._path, self._spec)
-        if begun.complete:
-            remove_blocks(self._path)  # of a process that was killed as it finished
+        have = begin_blocks(self._path, self._spec)
+        if have.complete and len(have.shards) > self._begun.n_shards:
+            if not (self._path / Begun(len(have.shards)).folder).exists():  # else it is being extended
+                remove_blocks(self._path)  # of a process that was killed as it finished
             return False
-        agree(self._path, self._prepared.config, begun, self._spec)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        agree(self._path, self._folder, self._prepared.config, have, self._spec)
         self._shown.begin()
         try:
             self._take_part(load, tell, model)
@@ -116,7 +125,9 @@ class Worker:
 
     def _is_complete(self) -> bool:
         try:
-            return load_manifest(self._path).complete
+            have = load_manifest(self._path)
+            no_more = self._begun.n_shards > 0 and not self._folder.exists()  # another process found no further rows
+            return have.complete and (len(have.shards) > self._begun.n_shards or no_more)
         except NotACacheError:
             raise HarvestError(f"{self._path} was removed: another process found no rows, or somebody did") from None
 
@@ -177,7 +188,7 @@ class Worker:
         )
         told = {**self._spec.fingerprint, "block": task.block}
         spec = replace(self._spec, fingerprint=told, vocabulary=None, block_docs=None)
-        replay = Replay(begin=begin_of(task.block, self._block_docs))
+        replay = Replay(begin=self._begun.begin_of(task.block, self._block_docs))
         with CacheWriter.open(self._folder / folder, spec, **writing(prepared.device)) as writer:
             if not writer.complete:
                 tell(prepared, writer)
@@ -197,7 +208,7 @@ class Worker:
     def _fitted(self, model: Model, check: Callable[[], None]) -> Mapping[str, Affine] | None:
         """The steps and offsets of all blocks."""
         if self._affines is None:
-            self._affines = shared_affines(self._prepared, model, self._log, self._shown.say, check)
+            self._affines = shared_affines(self._folder, self._prepared, model, self._log, self._shown.say, check)
         return self._affines
 
     def _publish(self, task: Task, outcome: Outcome) -> None:
@@ -218,23 +229,8 @@ class Worker:
             return
         try:
             with Heartbeat(lease, self._board, None):
-                summary = self._board.summary()
-                blocks = [(block, self._folder / found.folder) for block, found in self._board.done if found.n_rows]
-                if not blocks:
-                    remove_contents(self._path, self._prepared.layout)
-                    source = self._prepared.source
-                    raise NoRowsError(source.name, skipped_counts(_skipped(summary)), source.columns)
-                try:
-                    join_blocks(self._path, blocks, summary)
-                except (CacheError, OSError):
-                    if not self._is_complete():
-                        raise
-                    return  # another process took this one for dead, joined the blocks and removed them
-                remove_blocks(self._path)
-                self._log.write(f"finished: {summary['n_rows']:,} rows in {len(blocks):,} blocks")
+                done = join(self._prepared, self._board, self._begun, self._folder, self._is_complete)
+            if done:
+                self._log.write(done)
         finally:
             lease.release()
-
-
-def _skipped(summary: Mapping[str, Any]) -> dict[str, int]:
-    return {reason: int(summary.get(f"skipped_{reason}", 0)) for reason in SKIP_REASONS}

@@ -88,11 +88,6 @@ def in_blocks(config: HarvestConfig, world: World) -> HarvestConfig:
         return config
     if config.text.dataset == "-":
         raise ConfigError("standard input cannot be divided into blocks: write the text to a file first")
-    if config.extend:
-        raise ConfigError(
-            f"{config.out_path} is harvested in blocks, and --extend continues only caches that are not: "
-            "harvest the further text to another --out"
-        )
     if world.local_size > 1 and config.model.device_map in STRATEGIES:
         raise ConfigError(
             f"--device-map {config.model.device_map} takes all GPUs of a machine, and {world.local_size} processes "

@@ -18,7 +18,7 @@ from sae_granary.harvest.prepare import Prepared, Say, prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.ranks.blocks import Records, begin_of
 from sae_granary.harvest.replay.growth import check_addition_space
-from sae_granary.harvest.replay.in_blocks import of_block, unfinished_blocks
+from sae_granary.harvest.replay.in_blocks import ends_of, of_block, unfinished_blocks
 from sae_granary.harvest.replay.on_rows import AddingWriter
 from sae_granary.harvest.replay.recorded import recorded_config, refuse_other_batching, refuse_other_source
 from sae_granary.harvest.replay.stream import Replay, recorded_ends
@@ -94,7 +94,7 @@ def _add_blocks(
     assert docs is not None
     for block, rows in unfinished_blocks(writer):
         part = of_block(prepared, text, writer.base.records, block)
-        replay = Replay(begin=begin_of(block, docs))
+        replay = Replay(ends=ends_of(writer.base.manifest, block), begin=begin_of(block, docs))
         Pipeline(part, loaded, rows, progress, log, stop.check, replay).fill()
     writer.finish({})
     log.write(f"finished: {writer.n_rows:,} rows")

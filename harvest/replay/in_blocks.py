@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from sae_granary.cache.format.manifest import ShardRecord
+from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import load_records
 from sae_granary.cache.write.committed import Committed
 from sae_granary.common.rows import DocumentRow, Rows
@@ -26,6 +26,17 @@ def of_block(prepared: Prepared, text: Records, records: Sequence[ShardRecord], 
     n_documents = Committed.of(record for record in records if record.block == block).n_documents
     source = BlockSource(prepared.source, text, (block + 1) * docs)
     return replace(prepared, source=source, config=replace(prepared.config, max_tokens=None, max_docs=n_documents))
+
+
+def ends_of(manifest: Manifest, block: int) -> tuple[int, ...]:
+    """The numbers of documents of a block at which harvests of it ended, where the cache was extended since."""
+    mine = [record for record in manifest.shards if record.block == block]
+    ends = [
+        Committed.of(record for record in mine if record.shard < int(summary["n_shards"])).n_documents
+        for summary in manifest.extended
+        if any(record.shard < int(summary["n_shards"]) for record in mine)
+    ]
+    return tuple(dict.fromkeys(ends))
 
 
 class BlockWriter(Unwritten):

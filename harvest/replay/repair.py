@@ -24,7 +24,7 @@ from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.progress import Progress, RunLog
 from sae_granary.harvest.ranks.blocks import Records, begin_of
 from sae_granary.harvest.replay.damage import Damage, find_damage
-from sae_granary.harvest.replay.in_blocks import of_block
+from sae_granary.harvest.replay.in_blocks import ends_of, of_block
 from sae_granary.harvest.replay.one_shard import ShardAgain
 from sae_granary.harvest.replay.recorded import (
     recorded_config,
@@ -135,7 +135,7 @@ def _restore(damage: Damage, session: Session, run: _Run) -> None:
         part = prepared
         if record.block is not None and docs is not None:
             part = of_block(prepared, text, manifest.shards, record.block)
-            what = replace(what, begin=begin_of(record.block, docs))
+            what = replace(what, ends=ends_of(manifest, record.block), begin=begin_of(record.block, docs))
         try:
             Pipeline(part, loaded, again, progress, run.log, run.stop.check, what).fill()
             _put_back(damage, session, again, shard, names)

@@ -61,7 +61,8 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
     assert_same_cache(cut.out_path, config.out_path)
 
 
-@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True])
 def test_damaged_files_come_back_byte_for_byte(config: HarvestConfig, pack: bool) -> None:
     config = replace(packed(config) if pack else config, max_tokens=1400, rows_per_shard=256)
     harvest_activations(config, quiet=True)
@@ -126,7 +127,8 @@ def test_one_byte_per_value_in_blocks(config: HarvestConfig) -> None:
     assert {name: contents(config.out_path)[name] for name in before if "harvest.log" not in name} == before
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_an_extended_cache_in_blocks(config: HarvestConfig, dtype: str) -> None:
     """Its last block is continued as another harvest; the same bytes for any number of workers and after a crash."""
     short = replace(config, dtype=dtype, max_tokens=800, rows_per_shard=256)

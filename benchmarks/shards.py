@@ -32,9 +32,6 @@ def read(path: Path) -> None:
         print(f"{phase:<34}{time.process_time() - start:>8.2f}{_peak_mib():>10,.0f}", flush=True)
         start = time.process_time()
 
-    import torch  # noqa: F401
-
-    tell("import torch")
     load_manifest(path)
     tell("manifest alone")
     opened = open_cache(path)

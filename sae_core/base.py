@@ -182,8 +182,7 @@ class SAE(nn.Module):
         activation = self.activate(self.center(source.input))
         recon, extras = self.reconstruct_for_losses(activation, source.target)
         recon, extras = self.complete(recon, source), {**source.extras, **activation.extras, **extras}
-        codes, pre_acts = activation.codes, activation.pre_acts
-        return SAEOutput(source.undo(recon), source.reference, codes, recon, source, pre_acts, extras)
+        return SAEOutput(source.reference, activation.codes, recon, source, activation.pre_acts, extras)
 
     def encode(self, x: Inputs) -> Codes:
         """Return the codes of raw rows (N, D); of one row (D,) or sequences (..., D) as of all their rows in order."""

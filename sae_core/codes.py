@@ -35,13 +35,14 @@ class Pattern:
     indices: Tensor | None = None  # (nnz,) int64 latent of each entry
     indptr: Tensor | None = None  # (N + 1,) int64 where each row's entries start
     rows: Tensor | None = None  # (nnz,) int64 row of each entry, where it is known beforehand; see `row_of`
+    per_row: int | None = None  # number of entries of every row, where it is the same
 
     @classmethod
     def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
         """Pattern with the same number of entries in every row, from indices (N, k)."""
         n_rows, k = indices.shape
         indptr = torch.arange(0, n_rows * k + 1, k, device=indices.device) if k else indices.new_zeros(n_rows + 1)
-        return cls(n_rows, d_sae, indices.reshape(-1), indptr)
+        return cls(n_rows, d_sae, indices.reshape(-1), indptr, per_row=k)
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> "Pattern":
@@ -74,6 +75,8 @@ class Pattern:
             return self.rows
         indices, indptr = self.entries
         rows = torch.arange(self.n_rows, device=indptr.device)
+        if self.per_row is not None:
+            return rows[:, None].expand(-1, self.per_row).reshape(-1)
         return torch.repeat_interleave(rows, indptr.diff(), output_size=indices.numel())
 
     @cached_property

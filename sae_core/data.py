@@ -5,6 +5,7 @@ Shapes: N rows, D = d_in, F = d_sae.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -147,10 +148,14 @@ class Activation:
 class SAEOutput:
     """One forward pass."""
 
-    x_hat: Tensor  # (N, D_out) reconstruction in the space of x
     x: Tensor  # (N, D_out) what x_hat should equal
     codes: Codes
     recon: Tensor  # (N, D_out) reconstruction in the normalized space
     source: Source
     pre_acts: PreActs  # (N, F), without gradients
     extras: Mapping[str, Tensor]  # of the source, of the activation and of the reconstruction
+
+    @cached_property
+    def x_hat(self) -> Tensor:
+        """(N, D_out) reconstruction in the space of x; no loss needs it, so it is computed when it is asked for."""
+        return self.source.undo(self.recon)

@@ -79,6 +79,8 @@ def dead_latents(sae: Any) -> Tensor:
     mask, n_dead = sae.dead_mask, known_count("dead", sae.core.num_tokens_since_fired)
     if n_dead is None or not host_waits(mask):
         return mask.nonzero().squeeze(1)  # type: ignore[no-any-return]
+    if n_dead == 0:
+        return torch.empty(0, dtype=torch.int64, device=mask.device)
     return mask.logical_not().to(torch.uint8).argsort(stable=True)[:n_dead]  # type: ignore[no-any-return]
 
 
@@ -101,7 +103,7 @@ def auxk_loss(
     ranks. Where `shards` divide the latents, A counts the dead ones of all, of which this rank may have none.
     The gradient reaches the encoder and decoder rows of the chosen dead latents and nothing else.
     """
-    n_dead = int(shards.sum(torch.tensor(latents.numel())))
+    n_dead = latents.numel() if shards.n == 1 else int(shards.sum(torch.tensor(latents.numel())))
     own = weights.take(latents)
     k = min(k_aux, n_dead)
     if host_waits(error) and k <= MAX_SPARSE_DENSITY * n_dead and len(error) * len(latents) > MAX_DENSE:

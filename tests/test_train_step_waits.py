@@ -186,3 +186,29 @@ def test_counters_that_another_rank_sent_are_counted_anew() -> None:
     finally:
         distributed.destroy_process_group()
     assert step.count("dead", counters) is None
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations of a step that a GPU would run as a kernel or more: all but views and bookkeeping."""
+
+    FREE = ("view", "t", "transpose", "slice", "select", "expand", "detach", "alias", "unsqueeze", "squeeze", "permute")
+    FREE += ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "promote_types", "as_strided")
+    FREE += ("_record_function_enter_new", "_record_function_exit", "_unsafe_view", "split_with_sizes", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.n += str(operation).split(".")[1] not in self.FREE
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize(("name", "most"), [("topk", 107), ("batchtopk", 120), ("vanilla", 124)])
+def test_a_step_launches_no_more_than_it_did(name: str, most: int) -> None:
+    run = make_run(name, dead_after_tokens=10**9)
+    for step in range(3):
+        with Launches() as launches:
+            assert train_step(run, batch(name, step)).accepted
+    assert launches.n <= most

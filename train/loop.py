@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import clip, clipped, norm_of_all, norms_by_name
+from sae_granary.train.optim.gradients import clip, clipped, is_finite, norm_of_all, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -138,7 +138,7 @@ def _gradients(
         sae.project_gradients()
     together, norms = clipped(sae), run.row_pass.norms(deferred)
     norm = norm_of_all(sae, together, norms)
-    if deferred.failed(torch.isfinite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
+    if deferred.failed(is_finite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
         return None
     # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
     in_units = norm * sae.core.loss_scale.unit
@@ -197,16 +197,16 @@ def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measu
         share = part.n_rows / batch.n_total
         with autocast(part.device, run.config.compute_dtype):
             terms = part.terms(sae, progress)
-            losses = {name: value * share for name, value in terms.losses.items()}
-        total = torch.stack(list(losses.values())).sum()
-        if failed(sae.ranks.every(torch.isfinite(total))):
+            losses = {name: value if share == 1.0 else value * share for name, value in terms.losses.items()}
+        total = next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()
+        if failed(sae.ranks.every(is_finite(total))):
             return None
         total.backward()  # type: ignore[no-untyped-call]
         sae.track(terms.out)
         if measured is not None:
             measured.update(sae, terms)
         for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     return sums
 
 

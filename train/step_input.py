@@ -89,7 +89,7 @@ class RowInput:
     def is_sound(self) -> Tensor:
         """Whether every value is finite and none exceeds the largest harvested one."""
         sound = [_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items()]
-        return torch.stack(sound).all()
+        return sound[0] if len(sound) == 1 else torch.stack(sound).all()
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""

@@ -29,6 +29,11 @@ def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.
     return total
 
 
+def is_finite(number: Tensor) -> Tensor:
+    """Whether a float32 scalar is neither NaN nor Inf. `torch.isfinite` launches twice as many kernels."""
+    return number.detach().abs() <= torch.finfo(number.dtype).max
+
+
 def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:
     """Euclidean norm of all entries of all gradients, a scalar; of others the norms are known, scalars.
 

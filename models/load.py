@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Modules that a harvest never reaches: a checkpoint may lack their weights.
+# transformers replaces torch's initializations while it builds a model: two threads at once would leave them replaced.
+LOADING = threading.RLock()
+
 _NUM_LAYERS = ("num_hidden_layers",)
+# Modules that a harvest never reaches: a checkpoint may lack their weights.
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
 
 
@@ -38,7 +42,7 @@ def skeleton(located: Located) -> nn.Module:
 
     kind, config = _model_class(located), copy.deepcopy(located.config)  # some models write into their config
     try:
-        with torch.device("meta"):
+        with LOADING, torch.device("meta"):
             if kind is AutoModel:
                 model = AutoModel.from_config(config, trust_remote_code=located.trust_remote_code)
             else:
@@ -148,15 +152,16 @@ def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
 
     placed = located.placement.arguments(device, compute_dtype)
     try:
-        model, info = _model_class(located).from_pretrained(
-            located.source,
-            dtype=getattr(torch, compute_dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **_config(located),
-            **located.kwargs_of("model"),
-            **placed,
-        )
+        with LOADING:
+            model, info = _model_class(located).from_pretrained(
+                located.source,
+                dtype=getattr(torch, compute_dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **_config(located),
+                **located.kwargs_of("model"),
+                **placed,
+            )
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)

@@ -14,6 +14,7 @@ from sae_granary.models.behavior.state import State, unchanged
 from sae_granary.models.errors import LOAD_ERRORS, MemoryLimitError, ModelError
 from sae_granary.models.forward import Say, Tick, Work
 from sae_granary.models.hooks import Hook
+from sae_granary.models.load import LOADING
 from sae_granary.models.locate import Located, read_json
 from sae_granary.models.tokens.contexts import Buffer, IntArray, WindowRules
 
@@ -131,7 +132,9 @@ def load_pooled(located: Located, compute_dtype: str, device: str) -> Any:
     if not located.is_local:
         kwargs |= {"revision": located.revision, "local_files_only": located.local_only}
     try:
-        model = SentenceTransformer(located.source, model_kwargs={"dtype": getattr(torch, compute_dtype)}, **kwargs)
+        with LOADING:
+            dtype = {"dtype": getattr(torch, compute_dtype)}
+            model = SentenceTransformer(located.source, model_kwargs=dtype, **kwargs)
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded as a Sentence-Transformer: {one_line(error)}") from error
     tokenizer: Any = getattr(model, "tokenizer", None)

@@ -64,7 +64,7 @@ def test_a_killed_extension_and_addition_end_with_the_same_bytes(growths: Path) 
 @pytest.mark.parametrize("what", ["extend", "add", "repair"])
 def test_killed_at_every_rename(growths: Path, config: HarvestConfig, what: str) -> None:
     with_runs(growths, config)
-    killed(growths, what, 4, 0)
+    killed(growths, what, 10, 0)
 
 
 @pytest.mark.slow

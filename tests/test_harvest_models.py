@@ -1,16 +1,22 @@
 """Every architecture: each real token once, with its place, and its activation equal to a direct forward pass."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_errors, texts
+from transformers import PreTrainedModel
 
 from sae_granary import open_cache
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.load import load_base
+from sae_granary.models.locate import locate
 
 LAYER = 1
 CTX_LEN = 16
@@ -92,7 +98,6 @@ def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
-    import torch
 
     from sae_granary.models.hooks import Capture, Hook
     from sae_granary.models.load import load_base
@@ -144,3 +149,20 @@ def test_a_decoder_only_model_whose_stack_is_called_decoder_may_miss_no_weights(
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="random weights"):
         load_base(locate(ModelConfig(str(folder))), "float32", "cpu")
+
+
+def test_models_that_are_loaded_by_threads_leave_transformers_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It replaces functions of its own and of torch for as long as it loads."""
+    located = locate(ModelConfig(str(build_model(tmp_path / "bert", "bert"))))
+    before = PreTrainedModel.tie_weights
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", before)
+    switch = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda i: load_base(located, "float32", "cpu"), range(40)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert PreTrainedModel.tie_weights is before

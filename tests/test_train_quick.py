@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.train.cli import app
+from sae_granary.train.commands.demo import TYPES
 from sae_granary.train.commands.harvest_process import cache_folder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -82,8 +83,10 @@ def test_a_harvest_of_other_settings_has_another_folder() -> None:
     assert len(others) == 3
 
 
-def _demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sae_granary.train.cli", "demo", "--quiet", "--out", "here it is"]
+def _demo(folder: Path, steps: int | None = None) -> subprocess.CompletedProcess[str]:
+    code = f"from sae_granary.train.commands import demo; demo.SETTINGS['steps'] = {steps} or demo.SETTINGS['steps']\n"
+    code += "from sae_granary.train.cli import app; app()"
+    command = [sys.executable, "-c", code, "demo", "--quiet", "--out", "here it is"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -91,13 +94,14 @@ def _demo(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("_here")
 def test_the_demo_runs_twice_in_any_folder(tmp_path: Path) -> None:
     logs = []
-    for _ in range(2):
-        done = _demo(tmp_path)
+    for steps in (None, 2):
+        done = _demo(tmp_path, steps)
         assert done.returncode == 0, done.stderr
-        for type_name, fvu in (("topk", 0.108), ("batchtopk", 0.106)):
-            summary = json.loads((tmp_path / f"here it is/runs/demo_{type_name}/summary.json").read_text())
-            assert summary["eval"]["fvu"] == pytest.approx(fvu, abs=0.001)
-            assert summary["eval"]["l0"] == pytest.approx(32, abs=1)
+        summaries = [json.loads((tmp_path / f"here it is/runs/demo_{t}/summary.json").read_text()) for t in TYPES]
+        assert [summary["steps"] for summary in summaries] == [steps or 300] * 2
+        if steps is None:
+            assert [summary["eval"]["fvu"] for summary in summaries] == pytest.approx([0.108, 0.106], abs=0.001)
+            assert [summary["eval"]["l0"] for summary in summaries] == pytest.approx([32, 32], abs=1)
         logs.append((tmp_path / "here it is/cache/demo_l3/harvest.log").read_text())
     assert logs[0] == logs[1]  # harvested once
 

@@ -178,11 +178,11 @@ def outcome(folder: Path) -> str | None:
 
 
 @pytest.mark.slow
-def test_of_1400_mutations_of_signed_run_files_none_gives_another_result(stopped, whole_and_stopped, tmp_path) -> None:
+def test_of_500_mutations_of_signed_run_files_none_gives_another_result(stopped, whole_and_stopped, tmp_path) -> None:
     chance, wanted = random.Random(0), weights(whole_and_stopped[0])
     names = ["run.json", "config.yaml", STATE, f"{STEP}/sae/sae.json", f"{STEP}/rng.safetensors"]
     n_refused = 0
-    for i in range(1400):
+    for i in range(500):
         folder = Path(shutil.copytree(stopped, tmp_path / "mutated"))
         path = folder / chance.choice(names[: 3 if i % 10 else 5])
         before = path.read_bytes()
@@ -193,15 +193,15 @@ def test_of_1400_mutations_of_signed_run_files_none_gives_another_result(stopped
             assert weights(folder) == wanted, (i, path.name)  # only what no program reads had changed
             raise AssertionError((i, path.name, "was not noticed"))
         shutil.rmtree(folder)
-    assert n_refused > 1300
+    assert n_refused > 460
 
 
 @pytest.mark.slow
-def test_of_600_mutations_of_values_in_run_files_of_before_none_is_a_traceback(stopped, tmp_path) -> None:
+def test_of_200_mutations_of_values_in_run_files_of_before_none_is_a_traceback(stopped, tmp_path) -> None:
     """Nothing can tell a changed value of these, but each has a type."""
     n_refused = 0
     without_checksums(stopped)
-    for i in range(600):
+    for i in range(200):
         chance = random.Random(i)  # seeds and paths in the files have other lengths elsewhere
         folder = Path(shutil.copytree(stopped, tmp_path / "mutated"))
         path = folder / ["run.json", STATE, "config.yaml"][i % 3]
@@ -214,7 +214,7 @@ def test_of_600_mutations_of_values_in_run_files_of_before_none_is_a_traceback(s
             path.write_text(json.dumps(mutate_value(json.loads(path.read_text()), chance)))
         n_refused += outcome(folder) is not None
         shutil.rmtree(folder)
-    assert n_refused > 200
+    assert n_refused > 65
 
 
 def test_checksums_are_what_the_format_says(stopped) -> None:

@@ -24,7 +24,7 @@ from sae_granary.common.rows import HookPoint
 from sae_granary.models.errors import LOAD_ERRORS, SpliceError
 from sae_granary.models.language.language_model import Contexts, EmbeddingModel, HookedModel, LanguageModel
 from sae_granary.models.language.recorded import check_recorded_weights, locate_recorded, remedy
-from sae_granary.models.load import frozen
+from sae_granary.models.load import LOADING, frozen
 from sae_granary.models.locate import SENTENCE_TRANSFORMER, Located, file_of, read_json
 from sae_granary.models.tokens.tokenizer import load_tokenizer
 
@@ -146,14 +146,15 @@ def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, de
 def _with_head(located: Located, kind: Any, dtype: str, device: str) -> nn.Module:
     placed = located.placement.spread().arguments(device, dtype)
     try:
-        model, info = kind.from_pretrained(
-            located.source,
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **located.hub_kwargs,
-            **placed,
-        )
+        with LOADING:
+            model, info = kind.from_pretrained(
+                located.source,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **located.hub_kwargs,
+                **placed,
+            )
     except LOAD_ERRORS as error:
         raise SpliceError(
             f"{located.source} has no language-model head that can be loaded: {one_line(error)}"

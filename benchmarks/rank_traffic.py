@@ -1,4 +1,8 @@
-"""What the ranks of a training send in a step, beside what they compute."""
+"""What the ranks of a training send in a step, beside what they compute.
+
+`python -m benchmarks.rank_traffic` prints the rows of the tables in docs/clusters.md; `tests/test_rank_bytes.py` counts
+the bytes of two gloo ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,13 @@ from dataclasses import dataclass
 
 FLOAT, COUNT = 4, 8  # bytes of a gradient's entry, and of a counter
 NVLINK, ETHERNET = 450e9, 12.5e9  # bytes per second in one direction: NVLink 4 of a card; 100 Gb Ethernet of a host
+
+# model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
+SIZES = (
+    ("gpt2", 768, 24_576, 32, 4_096),
+    ("8B", 4_096, 131_072, 64, 16_384),
+    ("70B", 8_192, 1_048_576, 128, 65_536),
+)
 
 
 @dataclass(frozen=True)
@@ -50,3 +61,25 @@ def shard_traffic(d_in: int, d_sae: int, k: int, batch_size: int, n: int, *, aux
 def training_bytes(d_in: int, d_sae: int, n: int = 1) -> int:
     """Bytes of weights, gradients and Adam's moments that each of n ranks holds of divided latents."""
     return 4 * FLOAT * ((2 * d_in + 1) * d_sae // n + d_in)
+
+
+def table_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
+    """One row of the table: eight ranks."""
+    step = step_traffic(d_in, d_sae, k, batch_size, 8)
+    sizes = f"| {model} | {d_in:,} | {d_sae:,} | {batch_size:,} | {step.sent / 2**20:,.0f} MiB "
+    times = f"| {1e3 * step.seconds(NVLINK):,.1f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
+    return f"{sizes}{times}| {step.flop / 1e12:,.2f} |"
+
+
+def shard_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
+    """One row of the table of divided latents: eight ranks."""
+    step, most = (shard_traffic(d_in, d_sae, k, batch_size, 8, auxk=auxk) for auxk in (False, True))
+    sent = f"| {model} | {step.sent / 2**20:,.0f} MiB | {most.sent / 2**20:,.0f} MiB "
+    times = f"| {1e3 * step.seconds(NVLINK):,.2f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
+    return (
+        f"{sent}{times}| {training_bytes(d_in, d_sae) / 2**30:,.1f} | {training_bytes(d_in, d_sae, 8) / 2**30:,.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    print(*(row(*size) for row in (table_row, shard_row) for size in SIZES), sep="\n")

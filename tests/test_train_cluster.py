@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.rank_traffic import ETHERNET, NVLINK, shard_traffic, step_traffic, training_bytes
+from benchmarks.rank_traffic import SIZES, shard_row, step_traffic, table_row
 from sae_granary.cache.load.loader import Share
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.cli import app
@@ -18,12 +18,6 @@ from sae_granary.train.ranks.run import check_shared
 from sae_granary.train.ranks.sweep import share_of
 from sae_granary.train.ranks.world import pin_device
 
-# model, d_in, d_sae, k, rows of a batch: the rows of the table in docs/clusters.md
-SIZES = (
-    ("gpt2", 768, 24_576, 32, 4_096),
-    ("8B", 4_096, 131_072, 64, 16_384),
-    ("70B", 8_192, 1_048_576, 128, 65_536),
-)
 RUN = ["run", "--cache", "/shared/my cache", "--type", "topk"]
 
 
@@ -81,24 +75,6 @@ def test_the_table_of_divided_latents_is_computed() -> None:
     page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
     for size in SIZES:
         assert (row := shard_row(*size)) in page, row
-
-
-def shard_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
-    """One row of the table of divided latents: eight ranks."""
-    step, most = (shard_traffic(d_in, d_sae, k, batch_size, 8, auxk=auxk) for auxk in (False, True))
-    sent = f"| {model} | {step.sent / 2**20:,.0f} MiB | {most.sent / 2**20:,.0f} MiB "
-    times = f"| {1e3 * step.seconds(NVLINK):,.2f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
-    return (
-        f"{sent}{times}| {training_bytes(d_in, d_sae) / 2**30:,.1f} | {training_bytes(d_in, d_sae, 8) / 2**30:,.1f} |"
-    )
-
-
-def table_row(model: str, d_in: int, d_sae: int, k: int, batch_size: int) -> str:
-    """One row of the table: eight ranks."""
-    step = step_traffic(d_in, d_sae, k, batch_size, 8)
-    sizes = f"| {model} | {d_in:,} | {d_sae:,} | {batch_size:,} | {step.sent / 2**20:,.0f} MiB "
-    times = f"| {1e3 * step.seconds(NVLINK):,.1f} ms | {1e3 * step.seconds(ETHERNET):,.0f} ms "
-    return f"{sizes}{times}| {step.flop / 1e12:,.2f} |"
 
 
 @pytest.mark.parametrize("n_rows", [7, 102, 4096])

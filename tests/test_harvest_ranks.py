@@ -470,17 +470,18 @@ def test_killed_processes_lose_and_double_nothing(config: HarvestConfig, n_kills
     rng, n_left, run = np.random.default_rng(7), n_kills, 0
     while n_left:
         run += 1
-        other = replace(config, out=config.out_path.with_name(f"killed_{run}"))
+        other, running, started = replace(config, out=config.out_path.with_name(f"killed_{run}")), [], []
         while n_left and not _is_complete(other.out_path):
-            processes = [forks.start(harvest, other) for _ in range(int(rng.integers(1, 4)))]
+            new = [forks.start(harvest, other) for _ in range(max(1, int(rng.integers(1, 4)) - len(running)))]
+            running, started = running + new, started + new
             time.sleep(float(rng.uniform(0.0, duration)))
-            n_dead = len(processes) if rng.integers(2) else 1  # torchrun ends all of them
-            for process in processes[:n_dead]:
+            for process in running if rng.integers(2) else running[:1]:  # torchrun ends all of them
                 process.end()
-            assert {process.code() for process in processes[:n_dead]} <= {-signal.SIGKILL, 0}
-            assert [process.code() for process in processes[n_dead:]] == [0] * len(processes[n_dead:])
+            running = [process for process in running if process.running]
             n_left -= 1
-        assert [process.code() for process in [forks.start(harvest, other) for _ in range(2)]] == [0, 0]
+        started += [forks.start(harvest, other) for _ in range(2)]
+        assert {process.code() for process in started} <= {-signal.SIGKILL, 0}
+        assert [process.code() for process in started[-2:]] == [0, 0]
         assert_same_cache(other.out_path, config.out_path)
         assert verify(other.out_path).ok
 

@@ -195,16 +195,16 @@ def test_missing_files_of_many_shards_are_named_and_sizes_are_checked_when_read(
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_more_shards_than_can_be_mapped_give_the_same_batches(make_cache, monkeypatch, dtype, previous) -> None:
     monkeypatch.setattr(calibrate, "MIN_ROWS", 16)  # the first document has fewer than int8 wants
-    opened = open_cache(make_cache(n_docs=200, rows_per_shard=128, dtype=dtype))
+    path = make_cache(n_docs=200, rows_per_shard=128, dtype=dtype)
     filters = Filters(min_position=1)
     options = {
         "batch_size": 64, "order": Shuffle(pool_rows=900, block_rows=3), "with_rows": True, "previous": previous,
         "selection": replace(SELECTION, filters=filters),
     }  # fmt: skip
-    options["counts"] = account(opened, options["selection"], ["layer_3"])
+    options["counts"] = account(open_cache(path), options["selection"], ["layer_3"])
 
     def batches() -> list:
-        with Loader(opened, **options) as loader:
+        with Loader(open_cache(path), **options) as loader:
             return [next(loader) for _ in range(60)]
 
     expected = batches()

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from harvest_kit import build_model
 
 from sae_granary.sae_core.latents import DROPPED_BITS, N_BINS, _bins
 
@@ -31,3 +33,51 @@ print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+POSTPONED = """
+import sys
+from sae_granary.common.imports.postponed import postpone_unused_imports
+postpone_unused_imports()
+"""
+
+
+def test_a_command_loads_a_model_without_libraries_that_it_does_not_use(tmp_path: Path) -> None:
+    """transformers imports them: seconds of each command."""
+    script = f"""{POSTPONED}
+from sae_granary.models.config import ModelConfig
+from sae_granary.models.load import load_base, skeleton
+from sae_granary.models.locate import locate
+located = locate(ModelConfig({str(build_model(tmp_path / "model", "bert"))!r}))
+skeleton(located)
+load_base(located, "float32", "cpu")
+heavy = ("torch._dynamo.eval_frame", "torch.distributed.tensor", "scipy.optimize._optimize", "sklearn.base")
+print([name for name in heavy if name in sys.modules])
+"""
+    assert _output(script) == ["[]"]
+
+
+@pytest.mark.slow
+def test_postponed_libraries_are_whole_for_whoever_uses_them() -> None:
+    script = f"""{POSTPONED}
+import importlib
+import torch
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+from sentence_transformers.util import pairwise_euclidean_sim
+print("sklearn.base" in sys.modules, pairwise_euclidean_sim(torch.eye(2), torch.zeros(2, 2)).tolist())
+print(linear_sum_assignment(torch.eye(2).numpy())[1].tolist())
+print(importlib.import_module("sklearn.metrics").accuracy_score([1], [1]))
+hidden = torch._compile._disable_dynamo(lambda x: x + 1)
+print(hidden(1), "torch._dynamo.eval_frame" in sys.modules)
+graphs = []
+def count(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+print(torch.compile(lambda x: hidden(x * 2) * 2, backend=count)(torch.ones(1)).tolist(), len(graphs))
+"""
+    assert _output(script) == ["False [-1.0, -1.0]", "[1, 0]", "1.0", "2 False", "[6.0] 2"]
+
+
+def _output(script: str) -> list[str]:
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()[-5:]

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -76,7 +75,7 @@ def load_with_head(
         )
     located = locate_recorded(record, lm, option)
     is_causal = _is_causal(located, record)
-    kind = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    kind = "AutoModelForCausalLM" if is_causal else "AutoModelForMaskedLM"
     return _load(located, record, kind, dtype, device, option), located, is_causal
 
 
@@ -95,7 +94,7 @@ def open_embedder(
     _check_record(record)
     located = locate_recorded(record, lm, option)
     cls_pooling = _pools_first_token(located)
-    model = _load(located, record, transformers.AutoModel, dtype, device, option)
+    model = _load(located, record, "AutoModel", dtype, device, option)
     place = (model, _module(model, point, located), point, torch.device(device))
     return _checked(EmbeddingModel(*place, cls_pooling), contexts, rows, located, option)
 
@@ -133,21 +132,23 @@ def _is_causal(located: Located, record: Mapping[str, Any]) -> bool:
     return not any(name.endswith(_MASKED) for name in names) and bool(record.get("is_decoder"))
 
 
-def _load(located: Located, record: Mapping[str, Any], kind: Any, dtype: str, device: str, option: str) -> nn.Module:
+def _load(located: Located, record: Mapping[str, Any], kind: str, dtype: str, device: str, option: str) -> nn.Module:
     """Load the frozen model, or reuse one that is loaded. Refuses other weights, and partly random ones."""
     found = check_recorded_weights(located, record, option)
-    key = (kind.__name__, located.source, str(located.hub_kwargs), str(found), dtype, device)
+    key = (kind, located.source, str(located.hub_kwargs), str(found), dtype, device)
     model = _IN_USE.get(key)
     if model is None:
         model = _IN_USE[key] = located.placement.placed(_with_head(located, kind, dtype, device), device)
     return model
 
 
-def _with_head(located: Located, kind: Any, dtype: str, device: str) -> nn.Module:
+def _with_head(located: Located, kind: str, dtype: str, device: str) -> nn.Module:
+    import transformers  # a second, which many evaluations need no model for
+
     placed = located.placement.spread().arguments(device, dtype)
     try:
         with LOADING:
-            model, info = kind.from_pretrained(
+            model, info = getattr(transformers, kind).from_pretrained(
                 located.source,
                 dtype=getattr(torch, dtype),
                 output_loading_info=True,

@@ -17,6 +17,7 @@ from typer.core import TyperGroup, TyperOption
 
 from sae_granary.common.errors import GranaryError, one_line, printable, shortened
 from sae_granary.common.files import shortage
+from sae_granary.common.imports.postponed import postpone_unused_imports
 from sae_granary.common.process import allow_open_files, share_cores
 from sae_granary.common.threads import shown, waiting
 
@@ -81,6 +82,7 @@ def _options(version: _Version = False) -> None:
     """Options before the command."""
     allow_open_files()
     share_cores()
+    postpone_unused_imports()
 
 
 def _print_all_flags(context: typer.Context, wanted: bool) -> None:

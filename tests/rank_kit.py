@@ -122,7 +122,7 @@ def sharded_steps(shards: Alone = ALONE) -> dict[str, dict[str, torch.Tensor]]:
         "of the first rank": torch.arange(9),
         "all chosen": torch.arange(0, 60, 15),
     }
-    given = {"k_aux": 6, "dead_after_tokens": 10}
+    given = {"k_aux": 8, "dead_after_tokens": 10}
     cases: dict[str, dict[str, Any]] = {
         **{f"topk, dead {name}": {"type": "topk", "k": 5, "dead": latents} for name, latents in dead.items()},
         "topk, multi": {"type": "topk", "k": 5, "multi_topk": True},
@@ -138,15 +138,34 @@ def _sharded_step(given: dict[str, Any], shards: Alone) -> dict[str, torch.Tenso
     x = torch.randn(50, 16, generator=generator)
     sae.initialize({"x": x}, generator)
     own = slice(60 * shards.index // shards.n, 60 * (shards.index + 1) // shards.n)
+    sent = count_sent(shards)
     silent = torch.zeros(60, dtype=torch.int64).index_fill_(0, torch.as_tensor(dead, dtype=torch.int64), 10)
     sae.num_tokens_since_fired.copy_(silent[own])
     out = sae.train()({"x": x})
     losses = sae.losses(out, Progress(0, 1))
     torch.stack(list(losses.values())).sum().backward()
+    losses["sent"] = torch.tensor(sum(sent))
     found = {"x_hat": out.x_hat, "codes": out.codes.dense(), **losses, "norm": norm_of_all(sae, sae.parameters(), {})}
     return {key: value.detach() for key, value in found.items()} | {
         f"grad {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None
     }
+
+
+def count_sent(ranks: Alone) -> list[float]:
+    """A list of the bytes that this rank sends in each reduction from now on, if they travel along a ring."""
+    sent: list[float] = []
+    call = getattr(type(ranks), "_call", None)
+
+    def counted(name: str, *args: Any) -> None:
+        values = args[1] if name == "all_gather" else args[0]
+        times = ranks.n - 1 if name == "all_gather" else 2 * (ranks.n - 1) / ranks.n
+        sent.append(times * values.numel() * values.element_size())
+        assert call is not None
+        call(ranks, name, *args)
+
+    if ranks.n > 1:
+        ranks._call = counted  # type: ignore[attr-defined]
+    return sent
 
 
 def positions(codes: Codes) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from fork_kit import Forks
 from rank_kit import CASES, COMMON, ended, sharded_steps, start, steps, take_steps, tied_selections
 
+from benchmarks.rank_traffic import shard_traffic
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import Share
 
@@ -42,6 +43,10 @@ def test_ranks_take_the_steps_of_one_process(
         assert sorted(alone.tolist()) == sorted(torch.cat(parts).tolist())
     shards = [torch.load(tmp_path / f"shard_{rank}.pt") for rank in range(n)]
     for case, whole in sharded_steps().items():
+        if case == "topk, dead spread":
+            wanted = shard_traffic(16, 60, 5, 50, n, auxk=True).sent
+            assert all(wanted <= float(shard[case]["sent"]) < wanted + 512 for shard in shards)
+        del whole["sent"]
         for name, value in whole.items():
             axis = {"codes": 1, "grad W_enc": 1, "grad b_enc": 0, "grad W_dec": 0}.get(name)
             parts = [shard[case][name] for shard in shards]

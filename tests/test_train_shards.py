@@ -95,12 +95,21 @@ def test_any_number_of_ranks_reads_the_parts(n_written: int, n_read: int, tmp_pa
     assert n_needed == {(1, 3): 3, (2, 2): 2, (2, 3): 4, (4, 1): 4, (3, 4): 6}[n_written, n_read]
 
 
+def test_missing_parts(tmp_path: Path) -> None:
+    sae_core.files.disk.write_tensors(tmp_path / "sae-00001-of-00002.safetensors", {"fired": torch.arange(12)})
+    with pytest.raises(
+        sae_core.SAEError, match=r"does not hold all parts of sae.safetensors: found sae-00001-of-00002"
+    ):
+        read_parts(tmp_path, "sae.safetensors", 24, (), Ranks(0, 4))
+
+
 @pytest.mark.slow
 def test_a_run_killed_on_2_ranks_continues_on_1_then_on_4(
     make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
 ) -> None:
     cache = make_cache()
-    settings = {"type": "batchtopk", "k": 3, "k_aux": 2, "steps": 160, "log_every": 1, "save_every": 10}
+    settings = {"type": "batchtopk", "k": 3, "k_aux": 2, "steps": 120, "ema_decay": 0.9, "log_every": 1}
+    settings |= {"save_every": 10}
     alone = train_sae(cache=str(cache), **{**COMMON, **settings}, runs_dir=str(tmp_path), name="alone")
     rank = (*job(cache, tmp_path, **settings), "--shard-latents")
     processes = start(forks, [rank] * 2)
@@ -112,15 +121,16 @@ def test_a_run_killed_on_2_ranks_continues_on_1_then_on_4(
     newest = list_checkpoints(run)[-1]
     parts = [load_file(newest / "sae" / f"sae-0000{i}-of-00002.safetensors") for i in (1, 2)]
     assert torch.equal(sae_core.load_native(newest / "sae").W_dec, torch.cat([part["W_dec"] for part in parts]))
-    assert parts[0]["W_enc"].shape == (16, 32)
+    moments = load_file(newest / "optimizer-00002-of-00002.safetensors")
+    assert parts[0]["W_enc"].shape == moments["W_enc/exp_avg"].shape == (16, 32)
 
     stop = StopRequest()
 
-    def stop_at_100(event: StepEvent) -> None:
-        stop.signum = signal.SIGTERM if event.step == 100 else None
+    def stop_at_80(event: StepEvent) -> None:
+        stop.signum = signal.SIGTERM if event.step == 80 else None
 
     with pytest.raises(InterruptedRunError):
-        resume_training(run, callbacks=[stop_at_100], stop=stop)
+        resume_training(run, callbacks=[stop_at_80], stop=stop)
     assert (list_checkpoints(run)[-1] / "sae" / "sae.safetensors").is_file()
     resumed = ended(start(forks, [(command, "sae_granary.train", "resume", str(run))] * 4))
     assert [code for code, _ in resumed] == [0] * 4, resumed

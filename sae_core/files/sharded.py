@@ -47,10 +47,15 @@ def has_latents_of(name: str, shards: Alone) -> bool:
 
 
 def parts(folder: Path, name: str) -> list[Path]:
-    """The parts of a file in the order of their latents, or the file itself."""
+    """The parts of a file in the order of their latents, or the file itself. Raises NotAnSAEError if one is missing."""
     path = folder / name
-    found = sorted(p for p in folder.glob(f"{path.stem}-*{path.suffix}") if part_of(p.name))
-    return found if found and not path.is_file() else [path]
+    found = {p: place for p in sorted(folder.glob(f"{path.stem}-*{path.suffix}")) if (place := part_of(p.name))}
+    if path.is_file() or not found:
+        return [path]
+    if list(found.values()) != [(i, len(found)) for i in range(len(found))]:
+        names = ", ".join(p.name for p in found)
+        raise NotAnSAEError(f"{folder} does not hold all parts of {name}: found {names}")
+    return list(found)
 
 
 def read_parts(

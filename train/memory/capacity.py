@@ -30,10 +30,11 @@ def check_capacity(data: RunData) -> None:
     there = available_memory(config.device)
     rows = stream_bytes([data])
     if there is not None and memory + rows > there:
+        fits = _what_fits(config, (there - rows) * data.shards.n)
         raise ConfigError(
             f"d_sae={config.options['d_sae']:,} with batch_size={config.batch_size:,} needs about "
             f"{byte_size(memory + rows)} of memory, {config.device} has {byte_size(there)}"
-            f"{held_by_others(config.device)}: {_what_fits(config, there - rows)}; or raise --grad-acc-steps"
+            f"{held_by_others(config.device)}: {fits}; or raise --grad-acc-steps"
         )
     free = free_bytes(Path(config.runs_dir))
     if disk > free:

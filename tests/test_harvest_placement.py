@@ -84,6 +84,7 @@ def test_what_cannot_be_placed_is_refused_in_one_line(config: HarvestConfig) -> 
     refused(ConfigError, "load_in='2bit': expected one of 8bit, 4bit", load_in="2bit")
     refused(ConfigError, "device_map='gpu': expected auto, balanced,", device_map="gpu")
     refused(ConfigError, 'device_map={"": 0: this is not JSON', device_map='{"": 0')
+    refused(ConfigError, "device_map={}: expected JSON that gives each module a device", device_map="{}")
     refused(ConfigError, "--compile needs the model on one device", device_map="auto", compile=True)
     where = WhereConfig(unit="text")
     with pytest.raises(ConfigError, match="leave out --device-map and --load-in"):

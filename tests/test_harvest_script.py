@@ -37,7 +37,7 @@ def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
     [
         ((*FLAGS, "--lyer", "3"), {}, "sae-harvest run: No such option: --lyer"),
         ((*FLAGS, "--dtype", "flot"), {}, "dtype='flot': expected one of"),
-        (FLAGS, {"options": ("--time", "soon")}, "--time soon: expected a time as sbatch takes it"),
+        (FLAGS, {"options": ("--time", "soon")}, "--time 'soon': expected a time as sbatch takes it"),
         (FLAGS[:4], {}, "--out is missing: name the folder that all jobs share"),
         (FLAGS, {"options": ("--jobs", "0")}, "--jobs"),
         (FLAGS, {"command": "add"}, "'add': expected run after --"),

@@ -166,6 +166,7 @@ def test_wrong_bytes_are_never_read_and_nothing_is_written(
         ("$NO_SUCH_VARIABLE", "--stage $NO_SUCH_VARIABLE: expected a folder"),
         (" ", "--stage is empty"),
         ("{tmp}/toy/manifest.json", "no such folder"),
+        ("{tmp}/toy/new", "expected a folder outside of it"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "sweep"])
@@ -177,6 +178,7 @@ def test_a_folder_that_is_not_there_is_refused(
     result = CliRunner().invoke(app, [command, *map(str, flags)])
     assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.output
     assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "toy" / "new").exists()
 
 
 def test_a_url_is_copied_to_the_same_folder(

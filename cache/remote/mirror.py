@@ -83,7 +83,10 @@ def _pull(plan: PullPlan, url: str, folder: Path) -> None:
 
 
 def _root() -> Path:
-    return stage_folder() or home_path(os.environ.get(FOLDER) or "~/.cache/granary/remote")
+    if folder := stage_folder():
+        folder.mkdir(exist_ok=True)
+        return folder
+    return home_path(os.environ.get(FOLDER) or "~/.cache/granary/remote")
 
 
 def _limit() -> int:

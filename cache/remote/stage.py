@@ -53,7 +53,7 @@ def staging(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def stage_folder() -> Path | None:
-    """The folder for copies, which is made if its parent exists; None if files are read where they are.
+    """The folder for copies, or where it can be made; None if files are read where they are.
 
     Environment variables in it are replaced: nodes may have different folders. Raises ConfigError.
     """
@@ -63,10 +63,8 @@ def stage_folder() -> Path | None:
         return None
     option = VARIABLE if told is None else "--stage"
     folder = user_path(option, os.path.expandvars(text or ""))
-    if not folder.is_dir():
-        if folder.exists() or not folder.parent.is_dir() or "$" in str(folder):
-            raise ConfigError(f"{option} {folder}: expected a folder on a disk of this machine; no such folder")
-        folder.mkdir(exist_ok=True)
+    if not folder.is_dir() and (os.path.lexists(folder) or not folder.parent.is_dir() or "$" in str(folder)):
+        raise ConfigError(f"{option} {folder}: expected a folder on a disk of this machine; no such folder")
     return folder.resolve()
 
 
@@ -74,11 +72,15 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True) -> None:
     """Read these files of a cache from copies from now on; what has not been copied yet is copied first.
 
     Without `copy` only the space is checked. Does nothing without a folder for copies, or for a cache that is in it.
-    Raises CacheError where there is no space, CorruptCacheError for a file that is not as recorded.
+    Raises ConfigError for a folder in the cache, CacheError where there is no space, CorruptCacheError for a file that
+    is not as recorded.
     """
     folder = stage_folder()
     if folder is None or folder in cache.path.resolve().parents:
         return
+    if cache.path.resolve() in (folder, *folder.parents):
+        raise ConfigError(f"--stage {folder} is in the cache {cache.path}: expected a folder outside of it")
+    folder.mkdir(exist_ok=True)
     place = folder / f"{cache.path.resolve().name}-{digest(_identity(cache))[:12]}"
     hold_shared(place / IN_USE)
     _check_owner(place)

@@ -42,6 +42,8 @@ def parse_device_map(value: object) -> str:
     else:
         places = {"": value}
     named = {str(path): f"cuda:{place}" if _is_number(place) else str(place) for path, place in places.items()}
+    if not named:
+        raise ConfigError('device_map={}: expected JSON that gives each module a device, such as {"": "cuda:0"}')
     if bad := [place for place in named.values() if not _DEVICE.fullmatch(place)]:
         raise ConfigError(
             f"device_map={bad[0]!r}: expected {', '.join(STRATEGIES)}, a device (cpu, cuda:1, disk), or JSON that "
@@ -87,7 +89,7 @@ class Placement:
             _need("bitsandbytes", f"--load-in {self.load_in}", "quantized")
         if self.given:
             _need("accelerate", f"--device-map {self.device_map or device}", "large")
-        if self.device_map == "disk":
+        if self._places() == {"disk"}:
             raise ModelError("--device-map disk keeps no module anywhere: name modules, as JSON, or use auto")
         if (kind := self._only_kind()) and kind != device.split(":")[0]:
             raise ModelError(f"--device-map {self.device_map} computes on {kind}: add --device {kind}")
@@ -96,9 +98,12 @@ class Placement:
         """cuda, cpu or mps where the map says on which of them the model computes; empty where accelerate chooses."""
         if not self.device_map or self.device_map in STRATEGIES:
             return ""
-        places = json.loads(self.device_map).values() if self.device_map.startswith("{") else (self.device_map,)
-        kinds = {place.split(":")[0] for place in places}
+        kinds = {place.split(":")[0] for place in self._places()}
         return next((kind for kind in ("cuda", "mps") if kind in kinds), "cpu")
+
+    def _places(self) -> set[str]:
+        """The devices of the map, or its strategy."""
+        return set(json.loads(self.device_map).values()) if self.device_map.startswith("{") else {self.device_map}
 
     def arguments(self, device: str, compute_dtype: str) -> dict[str, Any]:
         """Arguments for `from_pretrained`; none where nothing was asked for. Raises as `check`."""

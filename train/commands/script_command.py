@@ -89,9 +89,12 @@ def check_command(context: typer.Context, command: Sequence[str]) -> None:
     from sae_granary.train.commands.sweep_command import grid_of, several
     from sae_granary.train.commands.train_command import config_of
     from sae_granary.train.config.flags import given_settings
+    from sae_granary.train.folders import check_name
     from sae_granary.train.sweeps.sweep import check_request
 
     names = inspect.signature(given_settings).parameters
+    if flags.get("name") is not None:
+        check_name(flags["name"])
     given = given_settings(**{name: value for name, value in flags.items() if name in names})
     if command[0] == "sweep":
         check_request(*grid_of(given, flags["grid"] or []))

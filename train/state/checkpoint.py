@@ -212,9 +212,8 @@ def read_state(path: Path, shards: Alone = ALONE) -> Fields:
     for name in hashes.body:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{path}/{STATE} names a file outside of the checkpoint: {name!r}; {_remedy(path)}")
-        if not has_latents_of(name, shards):
-            continue
-        if not (path / name).is_file() or hash_files([path / name]) != hashes.get(name, str):
+        is_read = has_latents_of(name, shards)
+        if not (path / name).is_file() or (is_read and hash_files([path / name]) != hashes.get(name, str)):
             raise CheckpointError(f"{path / name} is missing or damaged; {_remedy(path)}")
     if unlisted := [name for name in _OWN_FILES if (path / name).exists() and name not in hashes.body]:
         raise CheckpointError(f"{path}/{STATE} does not list {unlisted[0]}; {_remedy(path)}")

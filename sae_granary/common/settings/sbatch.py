@@ -64,7 +64,7 @@ def batch_script(
     """
     given = {name: value for name, value in {**options, "cpus-per-task": cpus}.items() if value is not None}
     if not TIME.fullmatch(time := str(given["time"])):
-        raise ConfigError(f"--time {time}: expected a time as sbatch takes it, such as 04:00:00 or 1-00:00:00")
+        raise ConfigError(f"--time {time!r}: expected a time as sbatch takes it, such as 04:00:00 or 1-00:00:00")
     for name in ("job-name", "partition", "account"):
         if name in given and not WORD.fullmatch(str(given[name])):
             flag = name.partition("-")[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,8 +83,9 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True) -> None:
         raise ConfigError(f"--stage {folder} is in the cache {cache.path}: expected a folder outside of it")
     folder.mkdir(exist_ok=True)
     place = folder / f"{cache.path.resolve().name}-{digest(_identity(cache))[:12]}"
-    hold_shared(place / IN_USE)
+    place.mkdir(mode=0o700, exist_ok=True)
     _check_owner(place)
+    hold_shared(place / IN_USE)
     jobs = {
         holder.path / path: _Job(holder, path, entry, place / _name(cache, holder, path, entry))
         for path, holder, entry in needed
@@ -144,7 +146,7 @@ class _Job:
 def _make_room(place: Path, missing: Sequence[_Job]) -> None:
     """Raise CacheError unless there is space; copies of other caches that nobody uses make room, the oldest first."""
     others = [found.parent for found in place.parent.glob(f"*/{IN_USE}") if found.parent != place]
-    others.sort(key=lambda other: (other / IN_USE).stat().st_mtime)
+    others.sort(key=_last_used)
     while (free := free_bytes(place)) < (needed := sum(job.left_bytes for job in missing)):
         if not others:
             raise CacheError(
@@ -153,8 +155,14 @@ def _make_room(place: Path, missing: Sequence[_Job]) -> None:
             )
         other = others.pop(0)
         with contextlib.suppress(OSError), try_alone(other / IN_USE) as alone:
-            if alone:
-                shutil.rmtree(other)
+            if alone:  # renamed first: a process that begins now must not find what is about to be removed
+                shutil.rmtree(other.rename(other.with_name(f"{other.name}.{secrets.token_hex(4)}")))
+
+
+def _last_used(place: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another process removes it
+        return (place / IN_USE).stat().st_mtime
+    return 0.0
 
 
 def _copy_all(cache: Cache, place: Path, missing: Sequence[_Job]) -> None:

@@ -163,6 +163,20 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_commands_know_that_a_complete_cache_is_being_extended(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    blocks = in_blocks(path)
+    n_shards = len(join_blocks(path, blocks, {}).shards)
+    remove_blocks(path)
+    folder, run = path / BLOCKS / f"after_{n_shards:08d}", CliRunner()
+    folder.mkdir(parents=True)
+    for lease, state, code in (('{"pid": 1}', "growing", 2), ('{"released": true}', "complete", 0)):
+        (folder / "00000002.0.lease").write_text(lease)
+        assert json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]["state"] == state
+        assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == code
+    assert not path.exists()
+
+
 def test_a_cache_in_blocks_travels_and_converts(tmp_path: Path) -> None:
     path, run = joined(tmp_path / "cache"), CliRunner()
     for arguments in (

@@ -172,25 +172,26 @@ class InBlocks:
 
 
 def blocks_of(path: Path) -> InBlocks | None:
-    """The blocks of an unfinished cache; None where it has none."""
+    """The blocks that are not joined yet, of a harvest or of an extension of a complete cache; None without any."""
     if (path / BLOCKS).is_symlink() or not (path / BLOCKS).is_dir():
         return None
     rows: dict[str, int] = {}
     growing = False
-    with contextlib.suppress(OSError), os.scandir(path / BLOCKS) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                if _OUTCOME_FILE.fullmatch(entry.name):
-                    n_rows = int(json.loads(read_regular(Path(entry.path)))["n_rows"])
-                    if entry.name.endswith(".cut.json") or entry.name[:8] not in rows:
-                        rows[entry.name[:8]] = n_rows
-                elif entry.name.endswith(".lease") and time.time() - entry.stat().st_mtime < _RENEWED_SECONDS:
-                    growing |= json.loads(read_regular(Path(entry.path))).get("released") is not True
+    for folder in (path / BLOCKS, *(path / BLOCKS).glob("after_*")):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                    if _OUTCOME_FILE.fullmatch(entry.name):
+                        n_rows = int(json.loads(read_regular(Path(entry.path)))["n_rows"])
+                        if entry.name.endswith(".cut.json") or entry.name[:8] not in rows:
+                            rows[entry.name[:8]] = n_rows
+                    elif entry.name.endswith(".lease") and time.time() - entry.stat().st_mtime < _RENEWED_SECONDS:
+                        growing |= json.loads(read_regular(Path(entry.path))).get("released") is not True
     return InBlocks(len(rows), sum(rows.values()), growing)
 
 
 def bytes_in_blocks(path: Path) -> int:
-    """Bytes of all files of the blocks of an unfinished cache."""
+    """Bytes of all files of blocks that are not joined yet."""
     total = 0
     for folder, _, names in os.walk(path / BLOCKS):
         for name in names:

@@ -88,7 +88,7 @@ def _entry(folder: Path) -> Entry:
     except (CacheError, OSError) as error:
         return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
     writing = [folder, *(part.path for part in cache.additions)]
-    blocks = None if cache.complete else blocks_of(folder)
+    blocks = blocks_of(folder)
     growing = any(lock_holder(place / LOCK) is not None for place in writing) or (blocks is not None and blocks.growing)
     return Entry(
         path=str(folder),

@@ -68,7 +68,7 @@ def remove_cache(path: Path) -> None:
         for place in (path, *_additions(path)):
             locks.callback(locked(place).release)
         manifest = check_removable(path)
-        if not manifest.complete and (blocks := blocks_of(path)) is not None and blocks.growing:
+        if (blocks := blocks_of(path)) is not None and blocks.growing:
             raise InUseError(f"{path} is being harvested in blocks: stop the harvest first; nothing was removed")
         for name in (ABOUT, LOG):
             (path / name).unlink(missing_ok=True)

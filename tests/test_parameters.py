@@ -132,6 +132,7 @@ EFFECTS = {
 # Slow to see (a language model, wandb's process): these tests see them.
 ELSEWHERE = {
     "finetune_kl": "test_train_splice.py::test_kl_finetuning_lowers_the_kl",
+    "shard_latents": "test_train_shards.py::test_a_sweep_divides_its_saes",
     "lm": "test_train_splice.py::test_another_model_is_refused",
     "eval_downstream": "test_train_splice.py::test_whole_runs_through_the_model_from_the_command_line",
     "downstream_rows": "test_train_splice.py::test_the_evaluation_reads_as_many_rows_as_asked",

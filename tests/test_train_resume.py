@@ -265,8 +265,8 @@ def test_damaged_state_is_refused(stopped) -> None:
     with pytest.raises(CheckpointError, match=r"state.json cannot be read"):
         resume_training(stopped)
     body = {k: v for k, v in json.loads(text).items() if k != "xxh3"}
-    state.write_bytes(sign({**body, "format_version": 3}))
-    with pytest.raises(CheckpointError, match=r"checkpoint format 3, this version reads 1 to 2"):
+    state.write_bytes(sign({**body, "format_version": 4}))
+    with pytest.raises(CheckpointError, match=r"checkpoint format 4, this version reads 1 to 3"):
         resume_training(stopped)
     state.write_bytes(sign({**body, "files": {"../../../rng.safetensors": ""}}))
     with pytest.raises(CheckpointError, match=r"outside of the checkpoint"):

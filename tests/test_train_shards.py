@@ -123,6 +123,7 @@ def test_a_run_killed_on_2_ranks_continues_on_1_then_on_4(
     assert torch.equal(sae_core.load_native(newest / "sae").W_dec, torch.cat([part["W_dec"] for part in parts]))
     moments = load_file(newest / "optimizer-00002-of-00002.safetensors")
     assert parts[0]["W_enc"].shape == moments["W_enc/exp_avg"].shape == (16, 32)
+    assert json.loads((newest / "state.json").read_text())["format_version"] == 3  # refused by number where it is new
 
     stop = StopRequest()
 

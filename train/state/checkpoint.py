@@ -46,7 +46,8 @@ from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.state.shared_folder import hashes_of_all, shared_folder
 
-FORMAT_VERSION = 2  # since 2 state.json carries a checksum
+VERSION = 2  # since 2 state.json carries a checksum
+SHARDED_VERSION = 3  # the files of tensors are in parts
 FOLDER, STATE = "checkpoints", "state.json"
 _PARTS = ("optimizer", "density", "ema", "rng", "sae/sae")
 _OWN_FILES = ("sae/sae.json", *(f"{part}.safetensors" for part in _PARTS))  # callbacks may add others
@@ -93,7 +94,7 @@ def save(
             _write(temp / "rng.safetensors", run.rng.tensors)
         hashes = hashes_of_all(temp, shards)
         state = {
-            "format_version": FORMAT_VERSION,
+            "format_version": VERSION if shards.n == 1 else SHARDED_VERSION,
             "step": run.step,
             "tokens": run.tokens,
             "rejected": run.rejected,
@@ -204,8 +205,8 @@ def read_state(path: Path, shards: Alone = ALONE) -> Fields:
     """
     state = _State.of_file(path / STATE, _remedy(path), signed_since=2, key="format_version")
     version = state.integer("format_version")
-    if not 1 <= version <= FORMAT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {version}, this version reads 1 to {FORMAT_VERSION}")
+    if not 1 <= version <= SHARDED_VERSION:
+        raise CheckpointError(f"{path}: checkpoint format {version}, this version reads 1 to {SHARDED_VERSION}")
     if path.name != _folder_name(state.integer("step")):
         raise CheckpointError(f"{path}/{STATE} is of step {state.body['step']}; {_remedy(path)}")
     hashes = state.nested("files")

@@ -28,8 +28,7 @@ def test_skips_that_need_a_machine_fail_under_ci(tmp_path: Path, ci: str, counts
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").touch()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "CI": ci}, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    env = {**os.environ, "CI": ci, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert counts in done.stdout.splitlines()[-1], done.stdout
     assert ("under CI=true it must run" in done.stdout) == bool(ci)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fork_kit import LIMIT
 from slurm_kit import Slurm, missing, running
 from typer.testing import CliRunner
 
@@ -109,7 +110,7 @@ def test_slurm_stops_a_training_with_a_checkpoint_and_continues_it(make_cache, t
 def alone_in_its_array(slurm: Slurm) -> None:
     """A job of an array stops and queues itself again, the others go on: the last has the number of the array."""
     job = slurm.submit(batch_script({"array": "0-1", "time": "00:10:00"}, cpus=1, warning=60, step="sleep 600"))
-    until = time.monotonic() + 60
+    until = time.monotonic() + LIMIT
     while slurm("squeue", "-h", "-s", "-o", "%i").count(".0") < 2:
         assert time.monotonic() < until, slurm.logs()
         time.sleep(0.2)
@@ -124,7 +125,7 @@ def alone_in_its_array(slurm: Slurm) -> None:
 
 def steps_of(run: Path, least: int, shown: Callable[[], str]) -> list[int]:
     """The logged steps of a run, when there are more than so many."""
-    until, steps = time.monotonic() + 60, list[int]()
+    until, steps = time.monotonic() + LIMIT, list[int]()
     while len(steps) <= least:
         assert time.monotonic() < until, shown()
         time.sleep(0.2)

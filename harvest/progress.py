@@ -75,9 +75,8 @@ class Progress:
     def _line(self, bytes_written: int) -> str:
         of = f" of {self._total:,}" if self._total else ""
         rate = (self._done - self._first) / max(1e-9, time.perf_counter() - self._start)
-        eta = (
-            f", {duration((self._total - self._done) / rate)} left" if self._total and self._done < self._total else ""
-        )
+        known = self._total and self._done < self._total and rate > 0  # processes tell their rows some seconds late
+        eta = f", {duration((self._total - self._done) / rate)} left" if self._total and known else ""
         return f"{self._done:,}{of} {self._unit}s, {rate:,.0f} {self._unit}s/s, {byte_size(bytes_written)} written{eta}"
 
     def _open_bar(self) -> None:

@@ -33,6 +33,7 @@ from sae_granary.cache.write import blocks
 from sae_granary.common import files
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import DamagedFileError
+from sae_granary.harvest import progress
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.plan import plan, plan_rows
@@ -40,6 +41,7 @@ from sae_granary.harvest.ranks import work, world
 from sae_granary.harvest.ranks.blocks import Outcome
 from sae_granary.harvest.ranks.board import Board, Limits, Task
 from sae_granary.harvest.ranks.lease import Lease, Leases
+from sae_granary.harvest.replay.growth import plan_growth
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
@@ -293,6 +295,30 @@ def test_a_plan_counts_blocks_and_their_short_shards(config: HarvestConfig) -> N
     assert planned.n_shards == pytest.approx(result.n_shards, abs=1)
     assert planned.n_shards > plan(replace(config, block_docs=None), print).n_shards
     assert ("blocks", "about 3 of 25 documents") in plan_rows(planned)
+
+
+def test_a_plan_counts_the_columns_of_each_short_shard(config: HarvestConfig) -> None:
+    few = replace(config, block_docs=5, max_docs=20, rows_per_shard=16384)
+    told, have = plan(few, print), harvest_activations(few, quiet=True)
+    assert told.n_bytes == pytest.approx(have.n_bytes, rel=0.05)
+    more = replace(few, max_docs=30, extend=True)
+    told, result = plan_growth(more, print), harvest_activations(more, quiet=True)
+    assert told.n_shards == pytest.approx(result.n_shards - have.n_shards, abs=1)
+    assert told.n_bytes == pytest.approx(result.n_bytes - have.n_bytes, rel=0.3)  # one shard more or less
+
+
+def test_the_progress_of_rows_that_no_process_told_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    shown = progress.Progress("token", 100)
+    shown.begin(0)
+    shown.advance(0, 0)
+    shown.advance(50, 1 << 20)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "0 of 100 tokens, 0 tokens/s, 0 B written"
+    assert second.startswith("50 of 100 tokens, ")
+    assert second.endswith(" left")
 
 
 def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

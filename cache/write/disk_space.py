@@ -36,7 +36,14 @@ def planned_bytes(
     numbers = sum(array.width or 1 for array in layout.activations.values())
     beside = (n_shards + 1) * numbers * _STATISTICS + n_shards * _SHARD_JSON
     beside += sum(map(len, zarr_files(layout, n_shards).values())) + len(vocabulary_bytes(vocabulary) or b"")
-    return layout.bytes_of(n_rows) + round(documents + beside)
+    return array_bytes(layout, n_rows, n_shards) + round(documents + beside)
+
+
+def array_bytes(layout: CacheLayout, n_rows: int, n_shards: int) -> int:
+    """Bytes of the arrays of n rows in so many shards: a short shard of a block has a whole chunk of each column."""
+    if n_shards <= math.ceil(n_rows / layout.columns["flags"].rows_per_shard):
+        return layout.bytes_of(n_rows)
+    return n_shards * layout.bytes_of(math.ceil(n_rows / n_shards))
 
 
 def bytes_per_document(documents: Sequence[DocumentRow], kept_columns: Sequence[str] = ()) -> float:

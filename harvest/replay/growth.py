@@ -10,6 +10,7 @@ from sae_granary.cache.format.layout import DOCUMENTS, MANIFEST, CacheLayout
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import committed, existing_manifest
 from sae_granary.cache.read.reader import Cache
+from sae_granary.cache.write.disk_space import array_bytes
 from sae_granary.common.files import free_bytes
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import SpaceError
@@ -51,8 +52,11 @@ def plan_growth(config: HarvestConfig, say: Say) -> Plan:
     n_rows = max(0, whole.n_rows - n_old) if asks_for_more(whole.prepared) else 0
     measured = Measured.of((config.out_path / MANIFEST).stat().st_size, have)
     n_shards = math.ceil(n_rows / have.rows_per_shard)
+    if config.block_docs is not None and n_rows:  # the last block gets a second short shard
+        n_shards = max(n_shards, (whole.n_shards or 0) - len(have.shards) + 1)
     statistics = _STATISTIC * sum(hook.d_in for hook in have.hook_points)
-    n_bytes = have.layout.bytes_of(n_rows) + n_shards * (measured.per_shard + statistics) + n_rows * measured.documents
+    arrays = array_bytes(have.layout, n_rows, n_shards)
+    n_bytes = arrays + n_shards * (measured.per_shard + statistics) + n_rows * measured.documents
     source = f"{n_old:,} are there; {whole.rows_from}"
     seconds = estimate_seconds(whole.prepared, n_rows)
     return replace(whole, n_rows=n_rows, rows_from=source, n_bytes=round(n_bytes), n_shards=n_shards, seconds=seconds)

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its jobs find torchrun
+        self.env = {**os.environ, "PATH": path, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
 
     def __call__(self, *command: object) -> str:
         """What a command of SLURM prints."""
@@ -140,6 +142,9 @@ def running(folder: Path) -> Iterator[Slurm]:
         yield slurm
     finally:
         subprocess.run([str(find("scancel")), "-f", "-u", "root", "-s", "KILL"], env=slurm.env, check=False, **quiet)
+        until = time.monotonic() + 30  # what a job has started ends with it, not with the daemons
+        while slurm("squeue", "-h").strip() and time.monotonic() < until:
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -147,3 +152,4 @@ def running(folder: Path) -> Iterator[Slurm]:
                 daemon.wait(15)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+                daemon.wait()

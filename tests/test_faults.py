@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +33,12 @@ def test_a_pull_on_a_full_disk_names_it_and_continues(small_disk, cache, faulty)
     folder, _ = small_disk
     push(plan_push(cache, "faulty://b/c"))
 
-    def fill(n_bytes: int) -> None:  # another program's file, after the pull has begun
-        if not (folder / "other").exists():
-            (folder / "other").write_bytes(bytes(max(0, free_bytes(folder) - (8 << 10))))
+    first = threading.Lock()
+
+    def fill(n_bytes: int) -> None:  # another program's file, after the pull has begun and before it writes
+        with first:
+            if not (folder / "other").exists():
+                (folder / "other").write_bytes(bytes(max(0, free_bytes(folder) - (8 << 10))))
 
     with pytest.raises(CacheError, match=r"no space left for .*/disk/c: up to [\d.]+ KiB needed, .* free; free some"):
         pull(plan_pull("faulty://b/c", folder / "c"), progress=fill)

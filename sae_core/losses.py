@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
-from sae_granary.sae_core.kernels.deferred import host_waits, known_count
+from sae_granary.sae_core.kernels.deferred import current, host_waits, known_count
 from sae_granary.sae_core.options import LM_LOSSES
 from sae_granary.sae_core.pre_acts import MAX_DENSE, PreActs
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
@@ -75,7 +75,12 @@ class Dictionary(NamedTuple):
 
 
 def dead_latents(sae: Any) -> Tensor:
-    """Ascending indices (A,) of the latents in an SAE's `dead_mask`."""
+    """Ascending indices (A,) of the latents in an SAE's `dead_mask`; in a training step, of those before it."""
+    deferred = current()
+    return _dead_now(sae) if deferred is None else deferred.once("dead", lambda: _dead_now(sae))
+
+
+def _dead_now(sae: Any) -> Tensor:
     mask, n_dead = sae.dead_mask, known_count("dead", sae.core.num_tokens_since_fired)
     if n_dead is None or not host_waits(mask):
         return mask.nonzero().squeeze(1)  # type: ignore[no-any-return]

@@ -81,9 +81,10 @@ def batch(name: str, seed: int, n_rows: int = N_ROWS) -> RowInput:
     return RowInput({hook: torch.randn(n_rows, D_IN, generator=generator) for hook in hooks})
 
 
+@pytest.mark.parametrize("n_parts", [1, 2])
 @pytest.mark.parametrize("name", registry.names())
-def test_a_step_waits_once_and_computes_the_same(name: str, reading: list[int], monkeypatch) -> None:
-    run, plain = make_run(name), make_run(name)
+def test_a_step_waits_once_and_computes_the_same(name: str, n_parts: int, reading: list[int], monkeypatch) -> None:
+    run, plain = (make_run(name, grad_acc_steps=n_parts) for _ in range(2))
     for step in range(6):
         with Waits() as waits:
             result = train_step(run, batch(name, step))

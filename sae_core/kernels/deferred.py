@@ -4,7 +4,7 @@ On a CPU a number is read as soon as it is needed. On a GPU each reading makes t
 launched has run, and the device then waits for the next launches.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
@@ -41,6 +41,7 @@ class Deferred:
         self._shares: list[Tensor] = []  # of (N, F), found by each selection of this step
         self._last_shares: list[float] = []  # by each of the step before
         self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
+        self._found: dict[str, Tensor] = {}  # what `once` has found in this step
         self._matrices: dict[Matrix, bool] = {}  # whose gradients' norms are wanted; True: without the part along rows
         self._squares: dict[Matrix, tuple[Tensor, int, int] | None] = {}
         self.exact = False  # selections wait for the number that they find
@@ -51,6 +52,7 @@ class Deferred:
         self._conditions.clear()
         self._fits.clear()
         self._shares.clear()
+        self._found.clear()
         self.exact = exact
         token = _current.set(self)
         try:
@@ -108,6 +110,12 @@ class Deferred:
         """The squared norm of the gradient of a matrix; None if none was reported of it as it is now."""
         square, *noted = self._squares.get(_matrix(matrix)) or (None,)
         return square if noted == [grad.data_ptr(), grad._version] else None
+
+    def once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        """What `find` returns, called by the first micro-batch of a step that asks; the others get the same tensor."""
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
 
     def remember_count(self, name: str, tensor: Tensor, count: int) -> None:
         """Note a count that follows from the values that the tensor has now."""

@@ -22,13 +22,14 @@ from sae_granary.cache.write import blocks as blocks_module
 from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
 from sae_granary.cache.write.writer import CacheWriter
 
-FROZEN = Path(__file__).parent / "data" / "format3_tiny"
+FROZEN = Path(__file__).parent / "data"
+FEWER_BITS = {"provenance": {"model": {"id": "toy", "load_in": "4bit"}}}
 N_BLOCKS = 3
 
 
-def in_blocks(path: Path) -> list[tuple[int, Path]]:
+def in_blocks(path: Path, **changes: object) -> list[tuple[int, Path]]:
     """A cache of three complete blocks, not joined yet: their numbers and folders."""
-    spec = toy_spec("float32", ("layer_1",), 4, block_docs=16, fingerprint={"model": "toy", "block_docs": 16})
+    spec = toy_spec("float32", ("layer_1",), 4, block_docs=16, fingerprint={"model": "toy", "block_docs": 16}, **changes)
     begin_blocks(path, spec)
     blocks = []
     for block in range(N_BLOCKS):
@@ -44,8 +45,8 @@ def in_blocks(path: Path) -> list[tuple[int, Path]]:
     return blocks
 
 
-def joined(path: Path) -> Path:
-    join_blocks(path, in_blocks(path), {"n_documents": 24})
+def joined(path: Path, **changes: object) -> Path:
+    join_blocks(path, in_blocks(path, **changes), {"n_documents": 24})
     remove_blocks(path)
     return path
 
@@ -54,16 +55,20 @@ def tree(path: Path) -> dict[str, bytes]:
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-def test_a_cache_of_format_3_opens_forever_and_the_same_bytes_are_written(tmp_path: Path) -> None:
-    frozen, today = open_cache(FROZEN), tree(joined(tmp_path / "today"))
-    assert verify(FROZEN).ok
+@pytest.mark.parametrize(("version", "changes"), [(3, {}), (4, FEWER_BITS)])
+def test_a_cache_in_blocks_opens_forever_and_the_same_bytes_are_written(
+    tmp_path: Path, version: int, changes: dict[str, object]
+) -> None:
+    path = FROZEN / f"format{version}_tiny"
+    frozen, today = open_cache(path), tree(joined(tmp_path / "today", **changes))
+    assert verify(path).ok
     assert [record.block for record in frozen.records] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert frozen.n_rows == open_cache(tmp_path / "today").n_rows == 417
-    for name, data in tree(FROZEN).items():
+    for name, data in tree(path).items():
         if not name.startswith(("documents", "commits", "manifest")):  # pyarrow names its version
             assert today[name] == data
         elif name.endswith(".json"):
-            assert json.loads(data)["version"] == json.loads(today[name])["version"] == 3
+            assert json.loads(data)["version"] == json.loads(today[name])["version"] == version
 
 
 def test_blocks_of_one_cache_share_every_setting(tmp_path: Path) -> None:

@@ -210,8 +210,8 @@ def test_statistics_that_do_not_fit_the_rows_are_found_by_verify(whole, unfinish
 def test_another_format_and_another_version_are_refused_by_number(damaged):
     file = damaged / "manifest.json"
     text = file.read_text()
-    file.write_text(text.replace('"version": 1', '"version": 4'))
-    with pytest.raises(UnsupportedFormatError, match="cache format 4; this version reads formats 1 to 3: update"):
+    file.write_text(text.replace('"version": 1', '"version": 5'))
+    with pytest.raises(UnsupportedFormatError, match="cache format 5; this version reads formats 1 to 4: update"):
         open_cache(damaged)
     file.write_text(text.replace("granary-activations", "granary-weights"))
     with pytest.raises(NotACacheError, match="format is 'granary-weights', expected 'granary-activations'"):

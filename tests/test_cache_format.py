@@ -3,19 +3,20 @@
 `python tests/test_cache_format.py` made them; a format that writes other bytes is a new version with caches of its own.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import (
-    DTYPES,
-    no_sync,  # noqa: F401
-)
+from cache_kit import no_sync  # noqa: F401
 
 from sae_granary import open_cache
+from sae_granary.cache.errors import UnsupportedFormatError
+from sae_granary.cache.format import signed
 from sae_granary.cache.format.spec import CacheSpec
+from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
@@ -45,8 +46,8 @@ def rows_of(hooks):
     )
 
 
-def write(path, dtype, columns=((), ())):
-    """A cache whose two documents keep `columns` (a mapping each)."""
+def write(path, dtype, columns=((), ()), **model):
+    """A cache whose two documents keep `columns` (a mapping each); `model` is more of its record of the model."""
     hooks = ("layer_0", "layer_1.mlp.in")
     spec = CacheSpec(
         unit="token",
@@ -56,10 +57,10 @@ def write(path, dtype, columns=((), ())):
         ),
         dtype=dtype,
         rows_per_shard=12,  # two windows and two rows that stay empty
-        provenance={"model": {"id": "tiny", "revision": None}, "dataset": {"id": "counting"}},
+        provenance={"model": {"id": "tiny", "revision": None, **model}, "dataset": {"id": "counting"}},
         fingerprint={"model": "tiny", "dataset": "counting"},
         vocabulary=["[CLS]", "one", "two", "##s"],
-        inner_chunk_bytes=4 * D_IN * DTYPES[dtype](0).itemsize,
+        inner_chunk_bytes=4 * D_IN * STORAGE[dtype].item_bytes,
         kept_columns=tuple(columns[0]),
     )
     first, second = map(dict, columns)
@@ -116,6 +117,21 @@ def test_the_writer_still_writes_format_1(tmp_path, dtype):
     assert len(compared) > 30
     for name in compared:
         assert (tmp_path / "new" / name).read_bytes() == frozen[name].read_bytes(), name
+
+
+def test_versions_that_would_load_the_model_with_all_its_bits_refuse_the_cache(tmp_path, monkeypatch):
+    write(tmp_path / "whole", "float32")
+    write(tmp_path / "bits", "float32", load_in="8bit")
+    assert json.loads((tmp_path / "whole/commits/00000000.json").read_bytes())["version"] == 1
+    assert json.loads((tmp_path / "bits/commits/00000000.json").read_bytes())["version"] == 4
+    assert json.loads((tmp_path / "bits/zarr.json").read_bytes())["attributes"]["version"] == 4
+    opened = open_cache(tmp_path / "bits")
+    assert (opened.manifest.model["load_in"], opened.manifest.block_docs) == ("8bit", None)
+    assert verify(tmp_path / "bits").ok
+    monkeypatch.setattr(signed, "VERSIONS", (1, 2, 3))  # what they check
+    open_cache(tmp_path / "whole")
+    with pytest.raises(UnsupportedFormatError, match="cache format 4; this version reads formats 1 to 3: update"):
+        open_cache(tmp_path / "bits")
 
 
 if __name__ == "__main__":

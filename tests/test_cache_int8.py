@@ -338,7 +338,7 @@ FROZEN = Path(__file__).parent / "data" / "format2_tiny" / "int8"
 ROW_7 = [-0.06103515625, 168.9912109375, 2.5640931129455566, 0.0]
 
 
-def write_frozen(path):
+def write_frozen(path, **changes):
     """320 rows without chance: windows of eight, one dimension in units of a hundred, another mostly zero."""
     row = np.arange(320)
     x = ((row[:, None] * np.array([7, 11, 13, 17]) % 101 - 50) / 16).astype(np.float32)
@@ -348,7 +348,7 @@ def write_frozen(path):
     types = (np.int32, np.int64, np.uint64, np.int32, np.int32, np.uint8)
     rows = Rows({"layer_1": x}, *(column.astype(kind) for column, kind in zip(columns, types, strict=True)))
     documents = [DocumentRow(i, "counting", i, f"document {i}") for i in range(8)]
-    with CacheWriter.open(path, toy_spec("int8", ("layer_1",), 4, rows_per_shard=204)) as writer:
+    with CacheWriter.open(path, toy_spec("int8", ("layer_1",), 4, rows_per_shard=204, **changes)) as writer:
         writer.begin_buffer({"next_document": 0})
         writer.append(rows, documents)
         writer.finish({})
@@ -367,3 +367,10 @@ def test_a_cache_of_format_2_opens_forever_and_the_same_bytes_are_written(tmp_pa
     for name in tree(FROZEN):
         if name.startswith(("activations", "scales", "affine", "rows")):
             assert tree(FROZEN)[name] == tree(tmp_path / "today")[name]
+
+
+def test_a_cache_of_a_model_with_fewer_bits_has_format_4_and_the_same_rows(tmp_path):
+    write_frozen(tmp_path / "bits", provenance={"model": {"id": "toy", "load_in": "8bit"}})
+    opened = open_cache(tmp_path / "bits")
+    assert (opened.manifest.version, opened.dtype, verify(tmp_path / "bits").ok) == (4, "int8", True)
+    assert np.array_equal(opened.hook("layer_1")[:], open_cache(FROZEN).hook("layer_1")[:])

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_granary.cache.format.affine import Affine, affines_json
 from sae_granary.cache.format.layout import CacheLayout, cache_layout
-from sae_granary.cache.format.signed import BLOCKS_VERSION
+from sae_granary.cache.format.signed import BLOCKS_VERSION, LOAD_IN_VERSION
 from sae_granary.cache.format.spec import CacheSpec, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, merge_all
 from sae_granary.cache.format.storage import STORAGE
@@ -109,7 +109,9 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """Version of the format: that of the dtype, or that of caches that were harvested in blocks."""
+        """Version of the format: the highest of those of its dtype, of its blocks, and of how its model was loaded."""
+        if self.model.get("load_in") is not None:
+            return LOAD_IN_VERSION
         return STORAGE[self.dtype].version if self.block_docs is None else BLOCKS_VERSION
 
     @property

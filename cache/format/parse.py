@@ -18,7 +18,7 @@ from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.format.affine import Affine, parse_affine
 from sae_granary.cache.format.layout import documents_path
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry, Manifest, ShardRecord
-from sae_granary.cache.format.signed import BLOCKS_VERSION, Fields, RecordTexts
+from sae_granary.cache.format.signed import BLOCKS_VERSION, LOAD_IN_VERSION, Fields, RecordTexts
 from sae_granary.cache.format.spec import MAX_ROWS_PER_SHARD, UNITS, Cursor, Unit
 from sae_granary.cache.format.stats import Moments, parse_moments
 from sae_granary.cache.format.storage import STORAGE
@@ -100,7 +100,8 @@ def parse_manifest(body: dict[str, Any], where: str, texts: RecordTexts | None =
         block_docs=_parse_block_docs(fields),
     )
     if fields.get("version", int) != manifest.version:
-        raise fields.error("version", body["version"], f"{manifest.version}, by its dtype {manifest.dtype} and blocks")
+        why = f"by its dtype {manifest.dtype}, its blocks and how its model was loaded"
+        raise fields.error("version", body["version"], f"{manifest.version}, {why}")
     names = {hook.name.casefold() for hook in manifest.hook_points}
     if not names or len(names) != len(manifest.hook_points):
         raise CorruptCacheError(f"{where}: hook_points must be at least one, with names that differ")
@@ -176,7 +177,9 @@ def _parse_kept_columns(fields: Fields) -> tuple[str, ...]:
 
 
 def _parse_block_docs(fields: Fields) -> int | None:
-    return fields.integer("block_docs", 1) if fields.body.get("version") == BLOCKS_VERSION else None
+    version = fields.body.get("version")
+    told = version == BLOCKS_VERSION or (version == LOAD_IN_VERSION and "block_docs" in fields.body)
+    return fields.integer("block_docs", 1) if told else None
 
 
 def _parse_extended(fields: Fields, n_shards: int) -> tuple[dict[str, Any], ...]:

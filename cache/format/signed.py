@@ -20,7 +20,8 @@ from sae_granary.common.files import NotRegularError, read_regular
 FORMAT = "granary-activations"
 VERSION = 1
 BLOCKS_VERSION = 3  # caches that were harvested in blocks of documents
-VERSIONS = (1, 2, BLOCKS_VERSION)  # 2: dtypes with a scale per row
+LOAD_IN_VERSION = 4  # caches of a model whose weights were loaded with fewer bits
+VERSIONS = (1, 2, BLOCKS_VERSION, LOAD_IN_VERSION)  # 2: dtypes with a scale per row
 
 LARGE_BYTES = 4 << 20  # of a manifest: about 3,000 shards take half a second to parse
 _FIRST, _NEXT, _LAST = b'\n "shards": [\n  {\n', b"\n  },\n  {\n", b"\n  }\n ]"  # of `signed.sign`

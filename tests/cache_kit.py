@@ -23,14 +23,6 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", "hello", "##s", "world", "cats", "and", "dog
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_sync():
-    """Tests kill processes, not machines: syncing would only make them wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        yield
-
-
 def toy_spec(dtype="bfloat16", hooks=("layer_1", "layer_3"), d_in=8, rows_per_shard=64, **changes):
     options = {
         "unit": "token",

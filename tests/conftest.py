@@ -11,7 +11,7 @@ os.environ["WANDB_MODE"] = "offline"
 # Tests run in two processes; more threads than cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if os.environ.get("CI") == "true" and re.search(r"\bneeds (root|Chromium|namespaces)\b", reason):
         report.outcome, report.longrepr = "failed", f"{reason}; under CI=true it must run"
     return report
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_sync() -> Iterator[None]:
+    """Tests kill processes, not machines: syncing would only make them wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +65,7 @@ def _written_caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
 def make_cache(tmp_path: Path, _written_caches: tuple[Path, dict[str, Path]]) -> Callable[..., Path]:
     """A small cache of sparse mixtures with documents, windows and special tokens; see `write_cache`.
 
-    Each is written once in a session and copied: writing syncs every file.
+    Each is written once in a session and copied.
     """
     folder, written = _written_caches
 

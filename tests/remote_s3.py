@@ -18,10 +18,7 @@ from pathlib import Path
 import boto3
 import pytest
 import s3fs
-from cache_kit import (
-    harvest,
-    no_sync,  # noqa: F401
-)
+from cache_kit import harvest
 from typer.testing import CliRunner
 
 from sae_granary.cache.cli import app

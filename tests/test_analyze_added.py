@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import WIDTH, texts
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync, toy_buffer, toy_spec  # noqa: F401
+from cache_kit import toy_buffer, toy_spec
 from typer.testing import CliRunner
 
 from sae_granary import open_cache

@@ -23,6 +23,11 @@ from sae_granary.models.config import ModelConfig, WhereConfig
 PAGE = mmap.PAGESIZE
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_sync():
+    """Here files are synced: only then is a page out of memory when it is told to go."""
+
+
 @pytest.fixture
 def syncer():
     with ThreadPoolExecutor(1) as executor:

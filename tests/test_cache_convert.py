@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cache_kit import DTYPES, harvest, no_sync, toy_rows, toy_spec, tree  # noqa: F401
+from cache_kit import DTYPES, harvest, toy_rows, toy_spec, tree
 from typer.testing import CliRunner
 
 from sae_granary import open_cache

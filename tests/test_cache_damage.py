@@ -7,12 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_kit import (
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    toy_spec,
-)
+from cache_kit import harvest, interrupted, toy_spec
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import (

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from cache_kit import no_sync  # noqa: F401
 from typer.testing import CliRunner
 
 from sae_granary import CacheWriter

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync, toy_rows, toy_spec  # noqa: F401
+from cache_kit import toy_rows, toy_spec
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import BadActivationError, SpecError

@@ -8,12 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_kit import (
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    toy_spec,
-)
+from cache_kit import harvest, interrupted, toy_spec
 from typer.testing import CliRunner
 
 import sae_granary

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync  # noqa: F401
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import UnsupportedFormatError

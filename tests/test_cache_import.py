@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 

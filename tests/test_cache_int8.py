@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
-from cache_kit import no_sync, toy_rows, toy_spec, tree  # noqa: F401
+from cache_kit import toy_rows, toy_spec, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from torch.utils.data import DataLoader
 
 from sae_granary import BatchDataset, CacheWriter, batches

@@ -7,16 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cache_kit import (
-    WORDS,
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    run_python,
-    toy_rows,
-    toy_spec,
-    tree,
-)
+from cache_kit import WORDS, harvest, interrupted, run_python, toy_rows, toy_spec, tree
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,15 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from cache_kit import (
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    run_python,
-    toy_buffer,
-    toy_spec,
-    tree,
-)
+from cache_kit import harvest, interrupted, run_python, toy_buffer, toy_spec, tree
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import (
@@ -41,7 +33,6 @@ from sae_granary.common.rows import DocumentRow, HookPoint
 CRASH_POINTS = """
 import os, sys
 from pathlib import Path
-from cache_kit import no_sync  # noqa: F401
 from cache_kit import harvest, toy_spec, tree
 from sae_granary.common import files
 
@@ -111,7 +102,6 @@ def test_killed_at_random_instants_it_continues_to_the_same_bytes(tmp_path):
         '''
 import os, random, signal, sys
 from pathlib import Path
-from cache_kit import no_sync  # noqa: F401
 from cache_kit import harvest, tree
 
 root, chance = Path(sys.argv[1]), random.Random(0)

@@ -3,13 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from cache_kit import (
-    DTYPES,
-    no_sync,  # noqa: F401
-    toy_rows,
-    toy_spec,
-    tree,
-)
+from cache_kit import DTYPES, toy_rows, toy_spec, tree
 
 from sae_granary.cache.errors import BadActivationError
 from sae_granary.cache.format.stats import block_sums

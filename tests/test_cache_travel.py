@@ -8,12 +8,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from cache_kit import (
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    toy_spec,
-)
+from cache_kit import harvest, interrupted, toy_spec
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 

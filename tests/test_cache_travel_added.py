@@ -7,12 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import (
-    harvest,
-    no_sync,  # noqa: F401
-    toy_buffer,
-    toy_spec,
-)
+from cache_kit import harvest, toy_buffer, toy_spec
 from test_cache_travel import Faulty, copies, faulty, files, run  # noqa: F401
 
 from sae_granary import open_cache

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from test_cache_travel import Faulty, cache, copies, faulty, files, run  # noqa: F401
 from test_cache_travel_added import add
 

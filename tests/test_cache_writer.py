@@ -2,14 +2,7 @@
 
 import numpy as np
 import pytest
-from cache_kit import (
-    harvest,
-    no_sync,  # noqa: F401
-    toy_buffer,
-    toy_rows,
-    toy_spec,
-    tree,
-)
+from cache_kit import harvest, toy_buffer, toy_rows, toy_spec, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from cache_kit import (
-    DTYPES,
-    harvest,
-    no_sync,  # noqa: F401
-    run_python,
-    toy_rows,
-    toy_spec,
-)
+from cache_kit import DTYPES, harvest, run_python, toy_rows, toy_spec
 
 from sae_granary import open_cache
 from sae_granary.cache.format.layout import COLUMNS

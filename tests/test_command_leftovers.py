@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from test_cache_travel_added import add, harvest
 from typer.testing import CliRunner
 

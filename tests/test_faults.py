@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from test_cache_travel import Faulty, cache, faulty, files, run  # noqa: F401
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_small_disk import small_disk  # noqa: F401

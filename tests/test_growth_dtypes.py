@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_repair import flip
 from test_harvest_resume import contents, write_corpus

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from kill_kit import damage
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_train_grown import SETTINGS

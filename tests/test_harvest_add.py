@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_resume import assert_same_cache, contents

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 

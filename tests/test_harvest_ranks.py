@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from fork_kit import LIMIT, Forks, command, wait_until
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_resume import assert_same_cache, contents, write_corpus

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_add import same_arrays
 from test_harvest_ranks import config, together  # noqa: F401

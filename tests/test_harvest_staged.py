@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_resume import assert_same_cache, write_corpus
 

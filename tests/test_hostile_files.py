@@ -10,12 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from cache_kit import (
-    harvest,
-    interrupted,
-    no_sync,  # noqa: F401
-    toy_spec,
-)
+from cache_kit import harvest, interrupted, toy_spec
 from mutations import mutate_bytes, mutate_value
 from typer.testing import CliRunner
 

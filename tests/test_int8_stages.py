@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from harvest_kit import CutOff, build_model, cut_off_after
 from lm_kit import harvest as harvest_text
 from lm_kit import trained_model

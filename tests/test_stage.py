@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import no_sync, run_python  # noqa: F401
+from cache_kit import run_python
 from fork_kit import Forks, command
 from rank_kit import COMMON, ended, start
 from stage_kit import staged

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_kit import no_sync  # noqa: F401
 from lm_kit import harvest, trained_model
 from typer.testing import CliRunner
 

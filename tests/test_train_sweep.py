@@ -12,7 +12,6 @@ from pathlib import Path
 
 import fork_kit
 import pytest
-from cache_kit import no_sync  # noqa: F401
 from rich.console import Console
 
 from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep

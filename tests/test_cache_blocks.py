@@ -29,7 +29,8 @@ N_BLOCKS = 3
 
 def in_blocks(path: Path, **changes: object) -> list[tuple[int, Path]]:
     """A cache of three complete blocks, not joined yet: their numbers and folders."""
-    spec = toy_spec("float32", ("layer_1",), 4, block_docs=16, fingerprint={"model": "toy", "block_docs": 16}, **changes)
+    told = {"model": "toy", "block_docs": 16}
+    spec = toy_spec("float32", ("layer_1",), 4, block_docs=16, fingerprint=told, **changes)
     begin_blocks(path, spec)
     blocks = []
     for block in range(N_BLOCKS):

@@ -77,7 +77,9 @@ def uses(d_in: int, k: int) -> Iterator[Use]:
     yield Use("triton_bag", "sum_bags", {**bags, "SQUARES": True, "DOTS": True}, *limits)
     sizes = triton_rows._sizes(d_in)
     whole = {"BLOCK": sizes["BLOCK"]}
-    yield Use("triton_rows", "square_rows", {**whole, "PROJECT": True}, sizes["num_warps"], types={"squares": "*fp64"})
+    sums = {"squares": "*fp64", "grown": "*fp64", "latents": "*i64", "more": "*fp32"}
+    for kernel in ("square_rows", "add_rows"):
+        yield Use("triton_rows", kernel, {**whole, "PROJECT": True}, sizes["num_warps"], types=sums)
     for unit in (False, True):
         yield Use("triton_rows", "update_rows", {**whole, "UNIT": unit, "DECOUPLED": unit}, sizes["num_warps"])
     yield from _of_screen(d_in, k)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
-from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits
+from sae_granary.sae_core.kernels.deferred import Deferred, RowGradient, current, host_waits
 from sae_granary.sae_core.kernels.sparse import bag_sum_and_square
 
 
@@ -66,6 +66,14 @@ def per_entry(per_latent: Tensor, pattern: Pattern) -> Tensor:
     if pattern.is_full:
         return per_latent
     return _PerEntry.apply(per_latent, pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def take_latents(parameter: Tensor, latents: Tensor, axis: int = 0) -> Tensor:
+    """Return what a parameter (F, D), (F,), or (D, F) with axis=1, has of some distinct latents (A,): (A, D) or (A,).
+
+    Differentiable. A training step does not spread the gradient over all latents: it adds it to the others' in the end.
+    """
+    return _TakeLatents.apply(parameter, latents, axis)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
@@ -140,6 +148,24 @@ class _PerEntry(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return sum_by_latent(grad, ctx.pattern), None
+
+
+class _TakeLatents(Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, latents: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(parameter, latents)
+        ctx.axis, ctx.step = axis, current() if parameter.is_leaf else None
+        return parameter.movedim(axis, 0).index_select(0, latents)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        parameter, latents = ctx.saved_tensors
+        if ctx.step is not None:
+            ctx.step.note_rows(RowGradient(parameter, ctx.axis, latents, grad))
+            return None, None, None
+        spread = torch.zeros_like(parameter)
+        spread.movedim(ctx.axis, 0).index_copy_(0, latents, grad)
+        return spread, None, None
 
 
 class _AddSilent(Function):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_granary.sae_core.autograd import Centered, decode, encode_at
+from sae_granary.sae_core.autograd import Centered, decode, encode_at, take_latents
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.functional import MAX_SPARSE_DENSITY
 from sae_granary.sae_core.kernels.deferred import current, host_waits, known_count
@@ -70,8 +70,8 @@ class Dictionary(NamedTuple):
 
     def take(self, latents: Tensor) -> "Dictionary":
         """The weights of some latents (A,)."""
-        W_enc = self.W_enc.t().index_select(0, latents).t()
-        return Dictionary(W_enc, self.b_enc[latents], self.W_dec.index_select(0, latents))
+        W_enc = take_latents(self.W_enc, latents, axis=1).t()
+        return Dictionary(W_enc, take_latents(self.b_enc, latents), take_latents(self.W_dec, latents))
 
 
 def dead_latents(sae: Any) -> Tensor:

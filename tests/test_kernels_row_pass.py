@@ -58,7 +58,8 @@ def outcome(name: str, kernels: str, **settings: object) -> tuple[dict[str, Tens
 @pytest.mark.parametrize(("name", "settings", "separate"), [
     ("topk", {"optimizer": "adamw", "weight_decay": 0.1, "grad_clip": 1e-3}, 0),
     ("topk", {"optimizer": "adam", "weight_decay": 0.1, "grad_acc_steps": 2}, 2 * N_STEPS),
-    ("batchtopk", {"grad_clip": None, "dead_after_tokens": N_ROWS}, None),
+    ("batchtopk", {"grad_clip": None, "dead_after_tokens": N_ROWS}, 0),
+    ("topk", {"dead_after_tokens": N_ROWS, "k_aux": 1}, 0),
     ("vanilla", {}, None),
     ("jumprelu", {"grad_clip": 1e-3}, None),
     ("route", {}, None),
@@ -128,3 +129,17 @@ def test_block_sizes_are_timed_beside_the_present_ones(monkeypatch: pytest.Monke
     rows = [line.split(" | ") for line in lines[3:]]
     assert len(rows) == 12
     assert all(row[1] == "as it is" or row[3].startswith(("yes", "no")) for row in rows), lines
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_rows_are_added_and_the_norm_is_that_of_the_sum(projects: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grad, rows, more = (torch.randn(n, 37, generator=generator).to(DEVICE) for n in (6, 6, 3))
+    rows /= rows.norm(dim=1, keepdim=True)
+    unit = rows if projects else None
+    latents, before = torch.tensor([5, 0, 2], device=DEVICE), triton_rows.squared_norms(grad, unit)
+    expected = grad.index_add(0, latents, more)
+    grown = triton_rows.add_to_rows(grad, latents, more, unit)
+    assert torch.equal(grad, expected)
+    after = before.index_add(0, latents, grown)
+    torch.testing.assert_close(after, triton_rows.squared_norms(grad, unit), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """How often a step makes the host wait for a GPU. Counted on the CPU, where the steps are told that reading costs."""
 
+import copy
 import sys
 import traceback
 from collections import Counter
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sae_granary.sae_core import losses, pre_acts, registry
+from sae_granary.sae_core import Progress, losses, pre_acts, registry
 from sae_granary.sae_core.kernels import deferred, gpu_screen, padded
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.ranks.reduce import Ranks
@@ -187,6 +189,57 @@ def test_counters_that_another_rank_sent_are_counted_anew() -> None:
     finally:
         distributed.destroy_process_group()
     assert step.count("dead", counters) is None
+
+
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of all matrices (F, D) that operations read and write, and how many were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = self.n_written = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if str(operation).split(".")[1] not in Launches.FREE:
+            given, made = ([t for t in tree_leaves(part) if self.is_large(t)] for part in ((args, kwargs), out))
+            self.n_bytes += sum(t.nbytes for t in given + made)
+            self.n_written += len(made)
+        return out
+
+    @staticmethod
+    def is_large(value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape in ((D_SAE, D_IN), (D_IN, D_SAE))
+
+
+@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_auxk_spreads_no_gradient_over_all_latents(name: str) -> None:
+    counted = []
+    for dead_after in (10**9, N_ROWS):
+        run = make_run(name, dead_after_tokens=dead_after, k_aux=2)
+        for step in range(3):
+            with Bytes() as found:
+                result = train_step(run, batch(name, step), measure=True)
+        assert ("auxk" in result.losses) == (dead_after == N_ROWS)
+        counted.append(found.n_written)
+    # Two are written in place: the rows of dead latents in the gradients of W_enc and W_dec.
+    assert counted[1] == counted[0] + 2
+
+
+@pytest.mark.parametrize("name", ["topk", "jumprelu"])
+def test_auxk_has_the_gradients_in_a_step_that_it_has_outside_of_one(name: str) -> None:
+    run = make_run(name, dead_after_tokens=N_ROWS, grad_clip=None)
+    run.sae.num_tokens_since_fired[::2] = N_ROWS
+    alone = copy.deepcopy(run.sae)
+    alone.begin_step(Progress(0, run.n_steps))
+    terms = batch(name, 1).terms(alone, Progress(0, run.n_steps))
+    assert "auxk" in terms.losses
+    sum(terms.losses.values()).backward()
+    alone.track(terms.out)
+    alone.project_gradients()
+    assert train_step(run, batch(name, 1)).accepted
+    for key, p in alone.named_parameters():
+        torch.testing.assert_close(run.sae.get_parameter(key).grad, p.grad, rtol=1e-5, atol=1e-7, msg=key)
 
 
 class Launches(TorchDispatchMode):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import clip, clipped, is_finite, norm_of_all, norms_by_name
+from sae_granary.train.optim.gradients import add_rows, clip, clipped, is_finite, norm_of_all, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -202,6 +202,7 @@ def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measu
         if failed(sae.ranks.every(is_finite(total))):
             return None
         total.backward()  # type: ignore[no-untyped-call]
+        add_rows(run.deferred)
         sae.track(terms.out)
         if measured is not None:
             measured.update(sae, terms)

@@ -32,6 +32,15 @@ class Answers(NamedTuple):
     numbers: list[float]
 
 
+class RowGradient(NamedTuple):
+    """The gradient of some rows of a matrix (F, D), or of some numbers of a vector (F,)."""
+
+    parameter: Tensor  # (F, D), (D, F) or (F,)
+    axis: int  # of the parameter, which counts F
+    rows: Tensor  # (A,) distinct
+    grad: Tensor  # (A, D) or (A,)
+
+
 class Deferred:
     """Conditions of one step that are read together, and numbers that the next step knows beforehand."""
 
@@ -42,6 +51,7 @@ class Deferred:
         self._last_shares: list[float] = []  # by each of the step before
         self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
         self._found: dict[str, Tensor] = {}  # what `once` has found in this step
+        self._rows: list[RowGradient] = []
         self._matrices: dict[Matrix, bool] = {}  # whose gradients' norms are wanted; True: without the part along rows
         self._squares: dict[Matrix, tuple[Tensor, int, int] | None] = {}
         self.exact = False  # selections wait for the number that they find
@@ -53,6 +63,7 @@ class Deferred:
         self._fits.clear()
         self._shares.clear()
         self._found.clear()
+        self._rows.clear()
         self.exact = exact
         token = _current.set(self)
         try:
@@ -106,6 +117,12 @@ class Deferred:
         key = _matrix(matrix)  # of several gradients, which autograd adds, none has the norm of the sum
         self._squares[key] = None if key in self._squares else (square, grad.data_ptr(), grad._version)
 
+    def add_to_square(self, matrix: Tensor, grad: Tensor, more: Tensor) -> None:
+        """Report that a gradient whose squared norm is known has changed, and by how much its squared norm, a scalar."""
+        if (square := self.square(matrix, grad)) is not None:
+            torch.autograd.graph.increment_version(grad)
+            self._squares[_matrix(matrix)] = ((square + more).clamp_min_(0.0), grad.data_ptr(), grad._version)
+
     def square(self, matrix: Tensor, grad: Tensor) -> Tensor | None:
         """The squared norm of the gradient of a matrix; None if none was reported of it as it is now."""
         square, *noted = self._squares.get(_matrix(matrix)) or (None,)
@@ -116,6 +133,15 @@ class Deferred:
         if name not in self._found:
             self._found[name] = find()
         return self._found[name]
+
+    def note_rows(self, found: RowGradient) -> None:
+        """Report a gradient that is not spread over its parameter: `rows_to_add` gives it after the backward pass."""
+        self._rows.append(found)
+
+    def rows_to_add(self) -> Iterator[RowGradient]:
+        """What was reported, each once."""
+        while self._rows:
+            yield self._rows.pop(0)
 
     def remember_count(self, name: str, tensor: Tensor, count: int) -> None:
         """Note a count that follows from the values that the tensor has now."""

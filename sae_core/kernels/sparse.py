@@ -50,6 +50,17 @@ def bag_sum_and_square(
     return triton_bag.bag_sum_and_square(indices, table, offsets, weights, rows)
 
 
+def add_rows_and_squares(grad: Tensor, latents: Tensor, more: Tensor, rows: Tensor | None) -> Tensor:
+    """Add more (A, D) to some distinct rows (A,) of grad (M, D), as a Triton kernel.
+
+    Return by how much that changes the squared norm of grad, a float64 scalar; with contiguous unit-norm rows (M, D)
+    the norm of what `functional.remove_parallel` leaves.
+    """
+    from sae_granary.sae_core.kernels import triton_rows
+
+    return triton_rows.add_to_rows(grad, latents, more.contiguous(), rows).sum()
+
+
 def sampled_dot(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
     """Return the entries of rows @ columns.T at a CSR pattern: out[j] = rows[r(j)] . columns[indices[j]].
 

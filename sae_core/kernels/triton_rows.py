@@ -51,6 +51,24 @@ def square_rows(grad, rows, squares, width, BLOCK: tl.constexpr, PROJECT: tl.con
     tl.store(squares + f, tl.sum(wide * wide, axis=0))
 
 
+@triton.jit
+def add_rows(grad, latents, more, rows, grown, width, BLOCK: tl.constexpr, PROJECT: tl.constexpr):
+    """grad[f] += more[a] for latent f = latents[a]; grown[a] is what that adds to |grad[f]|^2 (see `square_rows`)."""
+    a = tl.program_id(0).to(tl.int64)
+    f = tl.load(latents + a).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(grad + f * width + at, mask=inside, other=0.0)
+    m = tl.load(more + a * width + at, mask=inside, other=0.0)
+    tl.store(grad + f * width + at, g + m, mask=inside)
+    if PROJECT:
+        row = tl.load(rows + f * width + at, mask=inside, other=0.0)
+        g -= tl.sum(g * row, axis=0) * row
+        m -= tl.sum(m * row, axis=0) * row
+    before, added = g.to(tl.float64), m.to(tl.float64)
+    tl.store(grown + a, tl.sum(added * (2 * before + added), axis=0))  # |g + m|^2 - |g|^2
+
+
 @triton.jit(do_not_specialize=["scale", "step_size", "root", "eps", "new_mean", "beta2", "new_square", "decay"])
 def update_rows(
     rows, grad, mean, square, width, scale, step_size, root, eps, new_mean, beta2, new_square, decay,
@@ -127,6 +145,20 @@ def squared_norms(grad: Tensor, rows: Tensor | None) -> Tensor:
             grad, grad if rows is None else rows, squares, width, PROJECT=rows is not None, **_sizes(width)
         )
     return squares
+
+
+def add_to_rows(grad: Tensor, latents: Tensor, more: Tensor, rows: Tensor | None) -> Tensor:
+    """Add more (A, D) to rows `latents` (A,), distinct, of grad (F, D); return (A,) float64, by how much |grad[f]|^2 grows.
+
+    If unit-norm rows (F, D) are given, by how much it grows after `remove_parallel` of them.
+    """
+    n_rows, width = more.shape
+    grown = torch.empty(n_rows, dtype=torch.float64, device=grad.device)
+    with torch.cuda.device_of(grad):
+        add_rows[(n_rows,)](
+            grad, latents, more, grad if rows is None else rows, grown, width, PROJECT=rows is not None, **_sizes(width)
+        )
+    return grown
 
 
 def adam_step(rows: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: AdamStep, *, unit: bool) -> None:

@@ -1,4 +1,4 @@
-"""Norms of gradients, and clipping by the global one."""
+"""Norms of gradients, clipping by the global one, and gradients of single latents."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core import SAE
+from sae_granary.sae_core.kernels.deferred import Deferred
+from sae_granary.sae_core.kernels.sparse import add_rows_and_squares
 from sae_granary.sae_core.ranks.sharded import latent_axis
 
 
@@ -56,6 +58,20 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: float
     if grads:
         torch._foreach_mul_(grads, factor)
     return factor
+
+
+@torch.no_grad()
+def add_rows(step: Deferred) -> None:
+    """Add the gradients of single latents that a backward pass left in the step to those of their parameters."""
+    for parameter, axis, latents, more in step.rows_to_add():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        rows, grad = parameter.detach().movedim(axis, 0), parameter.grad.movedim(axis, 0)
+        if step.square(rows, grad) is None:
+            grad.index_copy_(0, latents, grad.index_select(0, latents).add_(more))
+        else:  # the kernel that wrote the gradient has told its norm
+            unit = rows if step.wants_square(rows) else None
+            step.add_to_square(rows, grad, add_rows_and_squares(grad, latents, more, unit))
 
 
 def norms_by_name(sae: SAE, known: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:

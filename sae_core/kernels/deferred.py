@@ -118,7 +118,7 @@ class Deferred:
         self._squares[key] = None if key in self._squares else (square, grad.data_ptr(), grad._version)
 
     def add_to_square(self, matrix: Tensor, grad: Tensor, more: Tensor) -> None:
-        """Report that a gradient whose squared norm is known has changed, and by how much its squared norm, a scalar."""
+        """Report that a gradient has changed, and how much larger its squared norm is, a scalar; for `square`."""
         if (square := self.square(matrix, grad)) is not None:
             torch.autograd.graph.increment_version(grad)
             self._squares[_matrix(matrix)] = ((square + more).clamp_min_(0.0), grad.data_ptr(), grad._version)

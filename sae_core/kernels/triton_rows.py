@@ -148,9 +148,9 @@ def squared_norms(grad: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def add_to_rows(grad: Tensor, latents: Tensor, more: Tensor, rows: Tensor | None) -> Tensor:
-    """Add more (A, D) to rows `latents` (A,), distinct, of grad (F, D); return (A,) float64, by how much |grad[f]|^2 grows.
+    """Add more (A, D) to some distinct rows (A,) of grad (F, D); return by how much |grad[f]|^2 grows: (A,) float64.
 
-    If unit-norm rows (F, D) are given, by how much it grows after `remove_parallel` of them.
+    If unit-norm rows (F, D) are given, that of what `remove_parallel` leaves.
     """
     n_rows, width = more.shape
     grown = torch.empty(n_rows, dtype=torch.float64, device=grad.device)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,12 @@ from typer.testing import CliRunner
 
 from sae_granary import open_cache, train_sae
 from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.read.verify import verify
 from sae_granary.cache.remote.stage import IN_USE, staging
+from sae_granary.common.signals import StopRequest
+from sae_granary.train.callbacks import StepEvent
 from sae_granary.train.cli import app
+from sae_granary.train.errors import InterruptedRunError
 
 RUN = {**COMMON, "type": "topk", "k": 3, "steps": 4}
 STAGE_ALL = "import sys; from stage_kit import staged; staged(*sys.argv[1:])"
@@ -190,6 +195,28 @@ def test_a_url_is_copied_to_the_same_folder(
     assert result.folder.is_dir()
     (copy,) = disk.iterdir()
     assert open_cache(copy).n_rows == open_cache(cache).n_rows
+
+
+def test_ranks_that_resume_copy_a_url_each_to_a_disk_of_their_machine(
+    make_cache: Callable[..., Path], tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, stop = make_cache(), StopRequest()
+    hosts = [tmp_path / f"host_{rank}" for rank in (0, 1)]
+    for host in hosts:
+        host.mkdir()
+
+    def stop_at_2(event: StepEvent) -> None:
+        stop.signum = signal.SIGTERM if event.step == 2 else None
+
+    monkeypatch.setenv("GRANARY_STAGE", str(hosts[0]))
+    with pytest.raises(InterruptedRunError):
+        train_sae(**RUN, cache=f"file://{cache}", runs_dir=str(tmp_path), name="r", stop=stop, callbacks=[stop_at_2])
+    jobs = [(command, "sae_granary.train", "resume", str(tmp_path / "r"))] * 2
+    for code, output in ended(start(forks, jobs, GRANARY_STAGE=f"{tmp_path}/host_$RANK", GRANARY_RANK_TIMEOUT="60")):
+        assert code == 0, output
+    ours, theirs = (list(host.iterdir()) for host in hosts)
+    assert [copy.name for copy in ours] == [copy.name for copy in theirs]
+    assert verify(theirs[0]).ok
 
 
 @pytest.mark.slow

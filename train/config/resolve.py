@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae_granary import sae_core
 from sae_granary.cache.load.order import Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection
+from sae_granary.cache.remote.store import is_url
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.train.config.phases import check_phases, first_context_step
@@ -124,7 +125,7 @@ def resolve(config: TrainConfig, cache: Cache, hooks: tuple[str, ...], counts: C
     resolved = replace(
         config,
         hook=hooks,
-        cache=str(cache.path),
+        cache=config.cache if is_url(config.cache) else str(cache.path),  # a URL: each machine has a copy
         device=choose_device(config.device),
         compute_dtype="float32" if config.compute_dtype == "auto" else config.compute_dtype,
         shuffle_seed=config.seed if config.shuffle_seed is None else config.shuffle_seed,

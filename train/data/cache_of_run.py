@@ -19,33 +19,33 @@ from sae_granary.train.state.identity import check_identity
 
 
 def find_cache(stored: str, record: Mapping[str, Any], folder: Path, given: str | Path | None = None) -> str:
-    """The cache that a run trains on: `given`, else the stored path, else by the paths of the record.
+    """The cache that a run trains on: `given`, else the stored one, else by the paths of the record; a path or a URL.
 
-    A cache counts only if it has the fingerprint of the record. Raises CheckpointError for another one that is given or
-    that took the stored path, ConfigError if there is none there and the recorded one is nowhere else.
+    A URL stays one: ranks on other machines have copies of their own. A cache counts only if it has the fingerprint of
+    the record. Raises CheckpointError for another one that is given or that took the stored path, ConfigError if there
+    is none there and the recorded one is nowhere else.
     """
     fingerprint = record.get("cache")  # None in a sweep.json of earlier versions
     if given is not None:
-        given = locate(given)
-        if load_manifest(given).fingerprint != fingerprint:
+        place = locate(given)
+        if load_manifest(place).fingerprint != fingerprint:
             raise CheckpointError(
                 f"--cache {given} is another cache than the one that {folder} was started on ({stored}): "
                 "give that one, or train a new run"
             )
-        return str(given)
-    if is_url(stored):
-        stored = str(locate(stored))
-    if (place := find_recorded(record, folder, stored)) is not None:
-        return place
-    if not Path(stored).exists():
+        return str(given) if is_url(given) else str(place)
+    if not is_url(stored) and (found := find_recorded(record, folder, stored)) is not None:
+        return found
+    place = locate(stored) if is_url(stored) else Path(stored)
+    if not place.exists():
         where = (record.get(PATHS) or {}).get("absolute", stored)
         raise ConfigError(
             f"the cache of {folder} is not at {where} any more: if it was moved, name it: "
             f"sae-train resume {folder} --cache FOLDER"
         )
     if fingerprint is not None:
-        found = load_manifest(Path(stored)).fingerprint
-        check_identity({"cache": fingerprint, "order": {}}, {"cache": found, "order": {}}, folder)
+        there = load_manifest(place).fingerprint
+        check_identity({"cache": fingerprint, "order": {}}, {"cache": there, "order": {}}, folder)
     return stored
 
 

@@ -13,8 +13,6 @@ import torch
 
 from sae_granary import __version__, sae_core
 from sae_granary.cache.load.loader import LoaderState, Share
-from sae_granary.cache.remote.mirror import locate
-from sae_granary.cache.remote.store import is_url
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.yaml_file import load_yaml
@@ -61,7 +59,7 @@ def train_on_ranks(
         world.compare({"version": __version__, "torch": torch.__version__, "ranks": place.n, **arguments})
         asked = StopRequest() if stop is None else stop
         if not place.leads:
-            return _follow(world, asked, arguments.get("cache"))
+            return _follow(world, asked)
         begun = begin(partial(_part, world))
         if isinstance(begun, Result):
             world.say("run", {"complete": str(begun.folder), "summary": begun.summary})
@@ -81,13 +79,11 @@ def train_on_ranks(
             return train_together([ours], ours.agreed)[ours]
 
 
-def _follow(world: World, asked: StopRequest, cache: Any) -> Result:
+def _follow(world: World, asked: StopRequest) -> Result:
     told = world.hear("run")
     if "complete" in told:
         return Result(sae_core.load(told["complete"]), Path(told["complete"]), told["summary"])
     config, record = from_sections(load_yaml(told["config"]), "the settings of rank 0"), told["record"]
-    if is_url(cache):  # each machine has a copy of its own
-        config = replace(config, cache=str(locate(cache)))
     data = RunData.reopen(config, record)
     stage(data)
     where = f"{config.cache} of rank {world.place.index}"

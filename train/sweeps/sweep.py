@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.remote.stage import stage_folder
-from sae_granary.cache.remote.store import is_url
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.yaml_file import Settings
 from sae_granary.common.signals import StopRequest
@@ -90,9 +89,7 @@ def train_sweep(
     _check_callbacks(callbacks)
     request = _Request.of(grid, Settings(settings or {}, more))
     begin = partial(_begin, request, overwrite=overwrite, verify=verify)
-    cache = request.points[0].settings.get("cache")  # of a URL each machine has a copy of its own
-    where = str(cache) if is_url(cache) else None
-    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop, where)
+    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop)
 
 
 def check_request(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

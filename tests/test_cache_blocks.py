@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from sae_granary import open_cache
 from sae_granary.cache.cli import app
 from sae_granary.cache.errors import CacheMismatchError, IncompleteCacheError, SpecError
 from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.format.records import InBlocks, blocks_of
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import blocks as blocks_module
 from sae_granary.cache.write.blocks import begin_blocks, join_blocks, remove_blocks
 from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.quantities import byte_size
 
 FROZEN = Path(__file__).parent / "data"
 FEWER_BITS = {"provenance": {"model": {"id": "toy", "load_in": "4bit"}}}
@@ -143,6 +146,11 @@ def test_a_second_join_changes_nothing(tmp_path: Path) -> None:
     assert tree(path) == before
 
 
+def listed(folder: Path) -> dict[str, Any]:
+    """What `sae-cache ls` says of the cache in a folder."""
+    return json.loads(CliRunner().invoke(app, ["ls", str(folder), "--json"]).output)[0]
+
+
 def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     in_blocks(path)
@@ -153,11 +161,11 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     assert verify(path).ok
     assert "90 (one per token) in 1 complete blocks, not joined yet" in run.invoke(app, ["info", str(path)]).output
     assert json.loads(run.invoke(app, ["info", str(path), "--json"]).output)["n_rows"] == 90
-    assert json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]["state"] == "incomplete"
+    assert listed(tmp_path)["state"] == "incomplete"
     (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
-    listed = json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]
-    assert (listed["state"], listed["n_rows"]) == ("growing", 90)
-    assert listed["n_bytes"] > 90 * 4
+    found = listed(tmp_path)
+    assert (found["state"], found["n_rows"]) == ("growing", 90)
+    assert found["n_bytes"] > 90 * 4
     compared = run.invoke(app, ["diff", str(path), str(path)])
     assert (compared.exit_code, "90 rows in 1 complete blocks" in compared.output) == (2, True)
     refused = run.invoke(app, ["rm", str(path), "--yes"])
@@ -175,10 +183,19 @@ def test_commands_know_that_a_complete_cache_is_being_extended(tmp_path: Path) -
     n_shards = len(join_blocks(path, blocks, {}).shards)
     remove_blocks(path)
     folder, run = path / BLOCKS / f"after_{n_shards:08d}", CliRunner()
-    folder.mkdir(parents=True)
+    complete = listed(tmp_path)
+    shutil.copytree(path / "commits", folder / "00000002")
+    n_bytes = sum(len(data) for data in tree(folder).values())
+    assert listed(tmp_path)["n_bytes"] == complete["n_bytes"] + n_bytes
+    last = sum(record.n_rows for record in open_cache(path).records if record.block == 2)
+    (folder / "00000002.json").write_text(json.dumps({"n_rows": last + 5}))  # all rows of the block that is continued
+    (folder / "00000003.json").write_text(json.dumps({"n_rows": 100}))
+    assert blocks_of(path) == InBlocks(2, 105)
+    asked = run.invoke(app, ["rm", str(path)], input="n\n").output
+    assert f"{complete['n_rows']} rows, {byte_size(listed(tmp_path)['n_bytes'])}" in asked
     for lease, state, code in (('{"pid": 1}', "growing", 2), ('{"released": true}', "complete", 0)):
         (folder / "00000002.0.lease").write_text(lease)
-        assert json.loads(run.invoke(app, ["ls", str(tmp_path), "--json"]).output)[0]["state"] == state
+        assert listed(tmp_path)["state"] == state
         assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == code
     assert not path.exists()
 

@@ -29,9 +29,10 @@ def rm(
                 cache = open_local(path, allow_incomplete=True)
             except GranaryError:
                 return "damaged"
+            size = byte_size(cache.n_bytes + bytes_in_blocks(path))
             if not cache.records and (blocks := blocks_of(path)) is not None:
-                return f"{blocks.n_rows:,} rows in blocks, {byte_size(bytes_in_blocks(path))}"
-            return f"{cache.n_rows:,} rows, {byte_size(cache.n_bytes)}"
+                return f"{blocks.n_rows:,} rows in blocks, {size}"
+            return f"{cache.n_rows:,} rows, {size}"
 
         sizes = {}
         for path in paths:

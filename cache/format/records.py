@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
@@ -167,7 +168,7 @@ class InBlocks:
     """Complete blocks and their rows, and whether a process works on another one now."""
 
     n_blocks: int = 0
-    n_rows: int = 0
+    n_rows: int = 0  # without those of the complete cache that is extended
     growing: bool = False
 
 
@@ -175,26 +176,30 @@ def blocks_of(path: Path) -> InBlocks | None:
     """The blocks that are not joined yet, of a harvest or of an extension of a complete cache; None without any."""
     if (path / BLOCKS).is_symlink() or not (path / BLOCKS).is_dir():
         return None
+    shards = load_manifest(path).shards
+    current = path / BLOCKS / f"after_{len(shards):08d}" if shards else path / BLOCKS  # those in others are joined
     rows: dict[str, int] = {}
     growing = False
     for folder in (path / BLOCKS, *(path / BLOCKS).glob("after_*")):
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    if _OUTCOME_FILE.fullmatch(entry.name):
+                    if folder == current and _OUTCOME_FILE.fullmatch(entry.name):
                         n_rows = int(json.loads(read_regular(Path(entry.path)))["n_rows"])
                         if entry.name.endswith(".cut.json") or entry.name[:8] not in rows:
                             rows[entry.name[:8]] = n_rows
                     elif entry.name.endswith(".lease") and time.time() - entry.stat().st_mtime < _RENEWED_SECONDS:
                         growing |= json.loads(read_regular(Path(entry.path))).get("released") is not True
-    return InBlocks(len(rows), sum(rows.values()), growing)
+    known = takewhile(lambda record: f"{record.block or 0:08d}" in rows, reversed(shards))  # of the last block
+    return InBlocks(len(rows), sum(rows.values()) - sum(record.n_rows for record in known), growing)
 
 
 def bytes_in_blocks(path: Path) -> int:
-    """Bytes of all files of blocks that are not joined yet."""
+    """Bytes of the files of blocks that do not have their names in the cache yet."""
     total = 0
     for folder, _, names in os.walk(path / BLOCKS):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # a process works there
-                total += os.lstat(os.path.join(folder, name)).st_size
+                status = os.lstat(os.path.join(folder, name))
+                total += status.st_size if status.st_nlink == 1 else 0
     return total

@@ -98,6 +98,6 @@ def _entry(folder: Path) -> Entry:
         hook_points=tuple(cache.hook_points),
         n_rows=cache.n_rows or (blocks.n_rows if blocks is not None else 0),
         dtype=cache.dtype,
-        n_bytes=cache.n_bytes or (bytes_in_blocks(folder) if blocks is not None else 0),
+        n_bytes=cache.n_bytes + bytes_in_blocks(folder),
         age_seconds=age,
     )

@@ -30,11 +30,10 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         "hook points": ", ".join(f"{hook.name} (d_in {hook.d_in})" for hook in manifest.hook_points),
         "dtype": manifest.dtype,
         "shards": f"{len(opened)}{part} of up to {manifest.rows_per_shard:,} rows",
-        "size": byte_size(n_bytes),
+        "size": byte_size(n_bytes + bytes_in_blocks(path)),
     }
     if (blocks := unjoined(path, manifest, opened)) is not None:
         lines["rows"] = f"{blocks.n_rows:,} (one per {unit}) in {blocks.n_blocks:,} complete blocks, not joined yet"
-        lines["size"] = byte_size(bytes_in_blocks(path))
     if manifest.kept_columns:
         lines["kept columns"] = ", ".join(manifest.kept_columns)
     for name in ("model", "dataset"):

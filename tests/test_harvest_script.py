@@ -40,6 +40,7 @@ def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
         (FLAGS, {"options": ("--time", "soon")}, "--time 'soon': expected a time as sbatch takes it"),
         (FLAGS[:4], {}, "--out is missing: name the folder that all jobs share"),
         (FLAGS, {"options": ("--jobs", "0")}, "--jobs"),
+        ((*FLAGS, "--help-all"), {}, "error: --help-all shows the flags of sae-harvest run"),
         (FLAGS, {"command": "add"}, "'add': expected run after --"),
     ],
 )

@@ -61,6 +61,8 @@ def test_an_array_has_a_job_for_each_value() -> None:
         ((*RUN, "--type", "topkk"), (), "unknown type 'topkk'"),
         ((*RUN, "--set", "kk=3"), (), "unknown setting 'kk' for type topk, did you mean 'k'?"),
         (("run", "--type", "topk"), (), "no cache was given"),
+        ((*RUN, "--help"), (), "error: --help shows the flags of sae-train run, and no job needs it: leave it out"),
+        ((*RUN, "--dry-run"), (), "--dry-run would end the job before it trains"),
         ((*RUN, "--overwrite"), (), "--overwrite would start anew after each stop"),
         ((*RUN, "--resume", "never"), (), "--resume never: expected auto"),
         (("sweep", *RUN[1:5], "--grid", "k=2,x"), (), "k='x': expected a whole number"),

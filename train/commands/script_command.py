@@ -82,6 +82,8 @@ def check_command(context: typer.Context, command: Sequence[str]) -> None:
     flags = parsed(context, command, "sae-train", COMMANDS)
     if flags.get("overwrite"):
         raise ConfigError("--overwrite would start anew after each stop: remove the old run first")
+    if flags.get("dry_run"):
+        raise ConfigError("--dry-run would end the job before it trains: leave it out")
     if flags.get("resume") not in (None, "auto"):
         raise ConfigError(f"--resume {flags['resume']}: expected auto, so that the job continues after a stop")
     if command[0] == "resume":

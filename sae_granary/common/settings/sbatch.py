@@ -88,6 +88,9 @@ def parsed(context: typer.Context, command: Sequence[str], program: str, allowed
     if name not in allowed:
         raise ConfigError(f"{name!r}: expected {', '.join(allowed)} after --, as in: {program} script -- run ...")
     found = context.find_root().command.commands[name]  # type: ignore[attr-defined]
+    shows = {option for param in found.get_params(context) if param.is_eager for option in param.opts}
+    if asked := next((word for word in words if word in shows), None):
+        raise ConfigError(f"{asked} shows the flags of {program} {name}, and no job needs it: leave it out")
     try:
         values = found.make_context(name, words).params
     except Exception as error:

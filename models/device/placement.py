@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.signed import parse_object
 from sae_granary.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ _DEVICE = re.compile(r"cpu|disk|mps|cuda|cuda:\d+")
 def parse_device_map(value: object) -> str:
     """A strategy, a device, or a mapping of module paths to devices -> the same as a string, mappings as JSON."""
     if isinstance(value, str) and not value.lstrip().startswith("{"):
-        places: Mapping[object, object] = {"": value.strip()}
+        places: Mapping[Any, object] = {"": value.strip()}
         if value.strip() in STRATEGIES:
             return value.strip()
     elif isinstance(value, str):
         try:
-            places = json.loads(value)
+            places = parse_object(value.encode())
         except ValueError as error:
-            raise ConfigError(f"device_map={value}: this is not JSON ({error})") from None
+            raise ConfigError(f"device_map={value}: {error}") from None
     elif isinstance(value, Mapping):
         places = value
     else:

@@ -12,7 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
 
+from sae_granary.cache.cli import app
+from sae_granary.cache.format.layout import COLUMNS
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
@@ -20,6 +23,7 @@ from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow
 N_BUFFERS = 6
 DOCS_PER_BUFFER = 4
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "hello", "##s", "world", "cats", "and", "dogs", "<script>"]
+TYPES = {name: storage.numpy for name, storage in COLUMNS.items()}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -55,19 +59,23 @@ def toy_buffer(number: int, hooks=("layer_1", "layer_3"), d_in=8, dtype=np.float
             parts.append((token_id, np.full(n, doc_id), np.full(n, window), np.arange(n), doc_position, flags))
             taken, window = taken + n - 2, window + 1
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    types = (np.int32, np.int64, np.uint64, np.int32, np.int32, np.uint8)
-    typed = [column.astype(kind) for column, kind in zip(columns, types, strict=True)]
     values = {name: (rng.normal(size=(len(columns[0]), d_in)) * (k + 1)).astype(dtype) for k, name in enumerate(hooks)}
-    return Rows(values, *typed), documents
+    return make_rows(values, **dict(zip(TYPES, columns, strict=True))), documents
+
+
+def make_rows(values: dict[str, np.ndarray], **columns: object) -> Rows:
+    """Rows of these activations; columns that are not given are 0."""
+    n_rows = len(next(iter(values.values())))
+    given = {name: np.asarray(columns.get(name, np.zeros(n_rows))).astype(kind) for name, kind in TYPES.items()}
+    return Rows(values, **given)
 
 
 def toy_rows(n_buffers: int = N_BUFFERS, **options) -> Rows:
     """What a whole harvest appends, as one."""
     buffers = [toy_buffer(i, **options)[0] for i in range(n_buffers)]
     join = lambda get: np.concatenate([get(rows) for rows in buffers])  # noqa: E731
-    names = ("token_id", "doc_id", "window", "position", "doc_position", "flags")
     values = {hook: join(lambda r, h=hook: r.activations[h]) for hook in buffers[0].activations}
-    return Rows(values, *(join(lambda r, n=name: getattr(r, n)) for name in names))
+    return Rows(values, *(join(lambda r, n=name: getattr(r, n)) for name in TYPES))
 
 
 def interrupted(path: Path, spec: CacheSpec | None = None, after: int = 100) -> Path:
@@ -121,6 +129,22 @@ def tree(path: Path) -> dict[str, str]:
         str(item.relative_to(path)): hashlib.md5(item.read_bytes()).hexdigest() if item.is_file() else "folder"
         for item in sorted(path.rglob("*"))
     }
+
+
+def flip(file: Path, at: int = 100) -> None:
+    """Change a bit of a file; another name of it keeps what it has."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def run_cache(*args: object, code: int = 0, answer: str | None = None) -> Result:
+    """Run sae-cache; it must end with this exit code."""
+    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, list(map(str, args)), env=environment, input=answer)
+    assert result.exit_code == code, result.output
+    return result
 
 
 def run_python(code: str, *args: object) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.pipeline import Pipeline
+from sae_granary.harvest.settings.make import make_config
 
 TEXT = (
     "the quick brown fox jumps over a lazy dog while rain falls on old stone walls and seven small birds sing "
@@ -46,6 +48,12 @@ def cut_off_after(n_batches: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pipeline, "_tick", cut)
         yield
+
+
+def config_of(model: str | Path, text: Path, out: Path, **settings: object) -> HarvestConfig:
+    """A harvest on a CPU: of layer 1, with a document per line, unless other `settings` are given."""
+    given = {"model": str(model), "dataset": str(text), "documents": "line", "layers": 1, "device": "cpu", "out": out}
+    return make_config(given | settings)
 
 
 def texts(n: int, seed: int = 0, longest: int = 60) -> list[str]:

@@ -19,9 +19,8 @@ import boto3
 import pytest
 import s3fs
 from cache_kit import harvest
-from typer.testing import CliRunner
+from cache_kit import run_cache as run
 
-from sae_granary.cache.cli import app
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.remote import fetch, store
@@ -154,12 +153,6 @@ def cache(tmp_path_factory):
 
 def files(path):
     return {f.relative_to(path).as_posix(): f.read_bytes() for f in Path(path).rglob("*") if f.is_file()}
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_the_commands_there_and_back(tmp_path, cache, bucket):

@@ -16,9 +16,7 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.chunk_file import ChunkFile, page_aligned
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import HookPoint
-from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig, WhereConfig
 
 PAGE = mmap.PAGESIZE
 
@@ -144,10 +142,7 @@ def test_whole_pages_go_past_the_page_cache_where_the_file_system_can(tmp_path, 
 def test_a_harvest_on_a_cpu_leaves_its_rows_out_of_the_page_cache(tmp_path) -> None:
     skip_unless_direct(tmp_path)
     out = tmp_path / "cache"
-    config = HarvestConfig(
-        ModelConfig("demo", device="cpu"), WhereConfig(layers=(0,)), TextConfig("demo"), max_tokens=2000, out=out
-    )
-    harvest_activations(config, quiet=True)
+    harvest_activations(model="demo", dataset="demo", layers=0, max_tokens=2000, out=out, device="cpu", quiet=True)
     path = next((out / "activations").glob("*/c.0.0"))
     assert not begins_in_memory(path)
     path.read_bytes()

@@ -1,10 +1,13 @@
 """Whole windows read back from the metadata: every token where the model saw it, seekable, split by document."""
 
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_kit import make_rows
 from conftest import write_cache
 
 from sae_granary import open_cache
@@ -14,7 +17,8 @@ from sae_granary.cache.load.context_order import ContextOrder
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.load.whole_contexts import Contexts, ContextsState, read_contexts
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, HookPoint, Rows
+from sae_granary.cache.write.writer import CacheWriter
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
 
 HALF = Holdout(0.5)
 ALL = Selection(part="all")
@@ -134,21 +138,12 @@ def toy_rows(tokens: list[list[tuple[int, int]]]) -> Rows:
     flat = [(w, p, *token) for w, window in enumerate(tokens) for p, token in enumerate(window)]
     window, position, doc_id, flags = (np.array(column) for column in zip(*flat, strict=True))
     n = len(flat)
-    return Rows(
-        {"layer_0": np.arange(1.0, 2 * n + 1, dtype=np.float32).reshape(n, 2)},
-        np.arange(10, 10 + n, dtype=np.int32),
-        doc_id.astype(np.int64),
-        window.astype(np.uint64),
-        position.astype(np.int32),
-        np.zeros(n, np.int32),
-        flags.astype(np.uint8),
-    )
+    values = np.arange(1.0, 2 * n + 1, dtype=np.float32).reshape(n, 2)
+    columns = {"token_id": np.arange(10, 10 + n), "doc_id": doc_id, "window": window, "position": position}
+    return make_rows({"layer_0": values}, **columns, flags=flags)
 
 
 def write(path: Path, rows: Rows, unit: str = "token") -> Cache:
-    from sae_granary.cache.write.writer import CacheWriter
-    from sae_granary.common.rows import DocumentRow
-
     spec = CacheSpec(unit, (HookPoint("layer_0", "h.0", "output", 0, 2),), "float32", 64, {}, {"model": "toy"})
     with CacheWriter.open(path, spec) as writer:
         writer.begin_buffer({})
@@ -195,9 +190,6 @@ def test_refusals(tmp_path, opened) -> None:
 
 
 def test_windows_need_no_torch(tmp_path) -> None:
-    import subprocess
-    import sys
-
     path = write_cache(tmp_path / "c", n_docs=3)
     code = (
         "import sys\nfrom sae_granary import open_cache\n"

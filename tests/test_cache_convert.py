@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cache_kit import DTYPES, harvest, toy_rows, toy_spec, tree
+from cache_kit import DTYPES, flip, harvest, toy_rows, toy_spec, tree
 from typer.testing import CliRunner
 
 from sae_granary import open_cache
@@ -112,10 +112,7 @@ def test_blocks_are_whole_windows_and_bounded(source, monkeypatch):
 def test_what_cannot_be_converted_is_refused_in_a_line(source, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(source, damaged)
-    file = damaged / "activations" / "layer_1" / "c.1.0"
-    data = bytearray(file.read_bytes())
-    data[100] ^= 1
-    file.write_bytes(data)
+    flip(damaged / "activations" / "layer_1" / "c.1.0")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for args, message in [

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_kit import harvest, interrupted, toy_spec
+from cache_kit import flip, harvest, interrupted, toy_spec
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import (
@@ -264,9 +264,7 @@ def test_a_shard_that_changes_after_open_is_an_error_and_not_a_crash(damaged):
 
 def test_verify_names_each_damaged_file_and_foreign_ones(damaged):
     for name in ("rows/flags/c.0", "activations/layer_1/c.1.0"):
-        data = bytearray((damaged / name).read_bytes())
-        data[3] ^= 1
-        (damaged / name).write_bytes(bytes(data))
+        flip(damaged / name, 3)
     (damaged / "notes.txt").write_text("mine")
     report = verify(damaged)
     assert {finding.path for finding in report.problems} == {"rows/flags/c.0", "activations/layer_1/c.1.0"}

@@ -2,21 +2,16 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from typer.testing import CliRunner
+from cache_kit import run_cache
 
 from sae_granary import CacheWriter
-from sae_granary.cache.cli import app
 
+run = partial(run_cache, "diff")
 X = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(app, ["diff", *map(str, args)], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exit_code == code, result.output
-    return result
 
 
 def write(path, x, **options):

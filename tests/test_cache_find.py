@@ -9,22 +9,15 @@ from pathlib import Path
 
 import pytest
 from cache_kit import harvest, interrupted, toy_spec
-from typer.testing import CliRunner
+from cache_kit import run_cache as run
 
 import sae_granary
-from sae_granary.cache.cli import app
 from sae_granary.cache.errors import NotACacheError
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.about import HIDDEN, command_line, read_about, record_about
 from sae_granary.cache.write.session import locked
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*args, code=0, answer=None):
-    result = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "200", "NO_COLOR": "1"}, input=answer)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_ls_finds_caches_at_any_depth_and_sorts_them(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -11,25 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cache_kit import run_cache
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
 from sae_granary import CacheWriter, open_cache
-from sae_granary.cache.cli import app
 from sae_granary.cache.errors import BadRowsError, CacheExistsError
 from sae_granary.cache.read.verify import verify
 
+run = partial(run_cache, "import")
 N, D = 50, 8
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, D)).astype(np.float32)
 IDS = [f"doc-{i}" for i in range(N)]
 TEXTS = [f"text number {i}" for i in range(N)]
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(app, ["import", *map(str, args)], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exit_code == code, result.output
-    return result
 
 
 def table(x=X, ids=IDS, texts=TEXTS, **more):

@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
-from cache_kit import toy_rows, toy_spec, tree
+from cache_kit import flip, make_rows, toy_rows, toy_spec, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ from sae_granary.cache.load.selection import Filters, Selection
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.calibrate import fit, measure
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.rows import DocumentRow, Rows
+from sae_granary.common.rows import DocumentRow
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.data.passes import sound_rows
 from sae_granary.train.data.run_data import RunData
@@ -326,9 +326,7 @@ def test_a_changed_code_or_step_array_is_found_by_verify(opened, tmp_path):
     for name, told in {"activations/layer_1/c.2.0": "checksum", "affine/layer_3/step/c.0": "checksum"}.items():
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(opened.path, path)
-        data = bytearray((path / name).read_bytes())
-        data[5] ^= 4
-        (path / name).write_bytes(data)
+        flip(path / name, 5)
         problems = verify(path).problems
         assert [finding.path for finding in problems] == [name]
         assert told in problems[0].problem
@@ -344,9 +342,8 @@ def write_frozen(path, **changes):
     x = ((row[:, None] * np.array([7, 11, 13, 17]) % 101 - 50) / 16).astype(np.float32)
     x[:, 1] *= 100
     x[:, 3] *= row % 5 == 0
-    columns = (row % 10, row // 40, row // 8, row % 8, row % 8, np.where(row % 8 == 0, 3, 0))
-    types = (np.int32, np.int64, np.uint64, np.int32, np.int32, np.uint8)
-    rows = Rows({"layer_1": x}, *(column.astype(kind) for column, kind in zip(columns, types, strict=True)))
+    columns = {"token_id": row % 10, "doc_id": row // 40, "window": row // 8, "position": row % 8}
+    rows = make_rows({"layer_1": x}, **columns, doc_position=row % 8, flags=np.where(row % 8 == 0, 3, 0))
     documents = [DocumentRow(i, "counting", i, f"document {i}") for i in range(8)]
     with CacheWriter.open(path, toy_spec("int8", ("layer_1",), 4, rows_per_shard=204, **changes)) as writer:
         writer.begin_buffer({"next_document": 0})

@@ -2,7 +2,6 @@
 
 import html.parser
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -214,11 +213,6 @@ def test_repr_and_html_show_the_facts_and_escape_them(tmp_path):
     html.parser.HTMLParser().feed(page)
     assert repr(opened.hook("layer_1")).startswith("<HookRows activations/layer_1")
     assert repr(opened.column("flags")).startswith("<Column rows/flags")
-
-
-def test_a_moved_cache_opens(path, tmp_path):
-    shutil.copytree(path, tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").ok
 
 
 def test_reading_writes_nothing(path):

@@ -29,6 +29,15 @@ from sae_granary.common import files
 from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import DocumentRow, HookPoint
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a harvest that nothing stops leaves."""
+    path = tmp_path_factory.mktemp("whole") / "toy"
+    harvest(path)
+    return tree(path)
+
+
 # Each child stops dead at the n-th call that changes a name or syncs, for every n; a second child then continues.
 CRASH_POINTS = """
 import os, sys
@@ -137,7 +146,7 @@ assert killed >= 3, killed
     )
 
 
-def test_an_exception_keeps_committed_shards_and_drops_the_open_one(tmp_path):
+def test_an_exception_keeps_committed_shards_and_drops_the_open_one(whole, tmp_path):
     path = interrupted(tmp_path / "toy")
     assert not (path / ".tmp").exists()
     assert not (path / ".lock").exists()
@@ -146,8 +155,7 @@ def test_an_exception_keeps_committed_shards_and_drops_the_open_one(tmp_path):
     assert verify(path).ok
     assert verify(path).foreign == ()
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole
     before = tree(path)
     harvest(path)  # a finished harvest run again
     assert tree(path) == before
@@ -157,10 +165,9 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(tmp_path):
     assert not interrupted(tmp_path / "toy", after=-1).exists()
 
 
-def test_without_clearing_uncommitted_files_a_resume_would_stop(tmp_path, monkeypatch):
+def test_without_clearing_uncommitted_files_a_resume_would_stop(whole, tmp_path, monkeypatch):
     path = tmp_path / "toy"
-    with pytest.raises(RuntimeError):
-        harvest(path, before_append=_stop_after(100))
+    interrupted(path)
     orphan = path / "activations/layer_1/c.1.0"
     orphan.write_bytes(b"left by a killed writer")
     monkeypatch.setattr(session, "clear_uncommitted", lambda *args: None)
@@ -169,16 +176,7 @@ def test_without_clearing_uncommitted_files_a_resume_would_stop(tmp_path, monkey
     assert orphan.read_bytes() == b"left by a killed writer"
     monkeypatch.undo()
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
-
-
-def _stop_after(n):
-    def stop(n_rows):
-        if n_rows > n:
-            raise RuntimeError("stopped")
-
-    return stop
+    assert tree(path) == whole
 
 
 def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monkeypatch):
@@ -219,7 +217,7 @@ def test_a_second_writer_is_told_the_pid_and_age(tmp_path):
     harvest(path)
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
+def test_a_lock_ends_with_its_process(whole, tmp_path):
     path = tmp_path / "toy"
     code = "import os, sys; from cache_kit import *; CacheWriter.open(sys.argv[1], toy_spec()); os.kill(os.getpid(), 9)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
@@ -227,11 +225,10 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert killed.returncode == -9
     assert (path / ".lock").exists()
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole
 
 
-def test_two_writers_without_locks_do_no_damage(tmp_path, monkeypatch):
+def test_two_writers_without_locks_do_no_damage(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
     path, spec = tmp_path / "toy", toy_spec()
     with CacheWriter.open(path, spec) as first:
@@ -245,8 +242,7 @@ def test_two_writers_without_locks_do_no_damage(tmp_path, monkeypatch):
     assert verify(path).ok
     monkeypatch.undo()
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole
 
 
 def _append(one, *buffers):
@@ -262,8 +258,7 @@ def test_a_shard_that_another_process_committed_is_not_overwritten(tmp_path, mon
         slow.append(*toy_buffer(0))
         monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
         monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # keep the slow one's temporary files
-        with pytest.raises(RuntimeError):
-            harvest(path, before_append=_stop_after(100))
+        interrupted(path)
         monkeypatch.undo()
         before = tree(path / "activations")
         with pytest.raises(ConcurrentWriteError, match="another process"):
@@ -299,8 +294,7 @@ def test_another_harvest_is_refused_field_by_field(tmp_path, complete, change, s
     if complete:
         harvest(path, n_buffers=2)
     else:
-        with pytest.raises(RuntimeError):
-            harvest(path, before_append=_stop_after(100))
+        interrupted(path)
     before = tree(path)
     with pytest.raises(CacheMismatchError, match=shown) as refused:
         CacheWriter.open(path, toy_spec(**change))
@@ -309,20 +303,18 @@ def test_another_harvest_is_refused_field_by_field(tmp_path, complete, change, s
     assert tree(path) == before
 
 
-def test_a_cache_without_rows_gives_way_to_another_harvest(tmp_path):
+def test_a_cache_without_rows_gives_way_to_another_harvest(whole, tmp_path):
     path = tmp_path / "toy"
     code = "import os, sys; from cache_kit import *; CacheWriter.open(sys.argv[1], toy_spec('float32')); os._exit(0)"
     run_python(code, path)
     assert (path / "manifest.json").exists()
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole
 
 
 def test_provenance_may_change_on_resume_and_the_first_one_is_kept(tmp_path):
     path = tmp_path / "toy"
-    with pytest.raises(RuntimeError):
-        harvest(path, before_append=_stop_after(100))
+    interrupted(path)
     harvest(path, toy_spec(provenance={"model": {"id": "toy"}, "versions": {"torch": "9"}}))
     assert open_cache(path).manifest.provenance == toy_spec().provenance
 
@@ -348,8 +340,7 @@ def test_a_log_beside_an_empty_cache_is_no_obstacle(tmp_path):
 
 def test_a_gap_in_the_records_is_damage(tmp_path):
     path = tmp_path / "toy"
-    with pytest.raises(RuntimeError):
-        harvest(path, before_append=_stop_after(200))
+    interrupted(path, after=200)
     (path / "commits/00000001.json").unlink()
     with pytest.raises(CorruptCacheError, match=r"commits/00000001.json is missing, though later shards"):
         open_cache(path, allow_incomplete=True)
@@ -358,7 +349,7 @@ def test_a_gap_in_the_records_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_names_the_bytes_and_committed_shards_stay(tmp_path, monkeypatch, code):
+def test_a_full_disk_names_the_bytes_and_committed_shards_stay(whole, tmp_path, monkeypatch, code):
     path, real = tmp_path / "toy", os.write
     written = [0]
 
@@ -377,21 +368,19 @@ def test_a_full_disk_names_the_bytes_and_committed_shards_stay(tmp_path, monkeyp
     assert len(open_cache(path, allow_incomplete=True).shards) >= 1
     assert verify(path).ok
     harvest(path)
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole
 
 
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+def test_a_file_system_without_hard_links(whole, tmp_path, monkeypatch):
     def link(source, target):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    harvest(tmp_path / "whole")
     monkeypatch.setattr(os, "link", link)
     harvest(tmp_path / "toy")
-    assert tree(tmp_path / "toy") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "toy") == whole
     (tmp_path / "a").write_text("a")
     with pytest.raises(FileExistsError):
-        files.link_into_place(tmp_path / "a", tmp_path / "whole")
+        files.link_into_place(tmp_path / "a", tmp_path / "toy")
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o007, 0o027, 0o077])
@@ -444,12 +433,11 @@ def test_an_unfinished_document_file_closes_on_a_full_disk(tmp_path):
     assert file._file.closed
 
 
-def test_the_lock_goes_whatever_else_fails_at_the_end(tmp_path, monkeypatch):
+def test_the_lock_goes_whatever_else_fails_at_the_end(whole, tmp_path, monkeypatch):
     path = tmp_path / "toy"
     with monkeypatch.context() as patch:
         patch.setattr(OpenShard, "discard", lambda shard: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             interrupted(path)
     harvest(path)  # the same process may go on
-    harvest(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert tree(path) == whole

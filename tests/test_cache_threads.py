@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from cache_kit import DTYPES, toy_rows, toy_spec, tree
+from cache_kit import DTYPES, make_rows, toy_rows, toy_spec, tree
 
 from sae_granary.cache.errors import BadActivationError
 from sae_granary.cache.format.stats import block_sums
@@ -19,14 +19,7 @@ def many_rows(dtype, hooks=("a", "b")) -> Rows:
     """Windows of 8 rows."""
     rng, i = np.random.default_rng(0), np.arange(N_ROWS)
     values = {hook: rng.normal(size=(N_ROWS, D_IN)).astype(dtype) for hook in hooks}
-    number = (i // WINDOW).astype(np.uint64)
-    return Rows(
-        values, i.astype(np.int32), i // 64, number, (i % 8).astype(np.int32), i.astype(np.int32) % 64, _flags()
-    )
-
-
-def _flags() -> np.ndarray:
-    return np.zeros(N_ROWS, np.uint8)
+    return make_rows(values, token_id=i, doc_id=i // 64, window=i // WINDOW, position=i % 8, doc_position=i % 64)
 
 
 def with_sums(rows: Rows, stored, size: int = SIZE, factor: float = 1.0) -> Rows:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cache_kit import harvest, toy_buffer, toy_spec
-from test_cache_travel import Faulty, copies, faulty, files, run  # noqa: F401
+from test_cache_travel import copies, faulty, files, run  # noqa: F401
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError, CacheLockedError
@@ -128,17 +128,6 @@ def test_a_pull_that_was_cut_off_in_a_hook_point_continues(tmp_path, both, fault
     faulty.faults = {}
     pull(plan_pull("faulty://b/c", tmp_path / "back"))
     assert files(tmp_path / "back") == files(both[1])
-
-
-def test_without_rights_nothing_of_a_hook_point_is_there(both, faulty, monkeypatch):
-    push(plan_push(both[0], "faulty://b/c"))
-
-    def refuse(self, *args, **kwargs):
-        raise PermissionError("Access Denied")
-
-    monkeypatch.setattr(Faulty, "put_file", refuse)
-    assert "no right to write faulty://b/c/added/layer_2/" in run("push", both[1], "faulty://b/c", code=2).stderr
-    assert not [name for name in faulty.store if name.endswith("added/layer_2/manifest.json")]
 
 
 def test_a_hook_point_that_is_there_under_another_folder_is_refused(tmp_path, both):

@@ -1,8 +1,10 @@
 """What the writer accepts and refuses, and where rows are split over shards."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from cache_kit import harvest, toy_buffer, toy_rows, toy_spec, tree
+from cache_kit import harvest, make_rows, toy_buffer, toy_rows, toy_spec, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,17 +83,9 @@ def test_the_bytes_do_not_depend_on_the_size_of_the_calls(tmp_path_factory, data
 
 
 def _one_window(values, hook="layer_1", doc_id=7):
-    n = len(values)
-    numbers = np.arange(n)
-    return Rows(
-        {hook: values},
-        numbers.astype(np.int32),
-        np.full(n, doc_id, np.int64),
-        np.zeros(n, np.uint64),
-        numbers.astype(np.int32),
-        numbers.astype(np.int32),
-        np.zeros(n, np.uint8),
-    )
+    numbers = np.arange(len(values))
+    columns = {"token_id": numbers, "position": numbers, "doc_position": numbers}
+    return make_rows({hook: values}, doc_id=np.full(len(values), doc_id), **columns)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +101,7 @@ def _one_window(values, hook="layer_1", doc_id=7):
 def test_a_value_that_cannot_be_stored_stops_with_hook_document_and_row(tmp_path, dtype, value, message):
     bad = np.ones((20, 8), np.float32)
     bad[5, 3] = value
-    second = _one_window(bad)
-    second = Rows(second.activations, *_columns(second, window=np.ones(20, np.uint64)))
+    second = replace(_one_window(bad), window=np.ones(20, np.uint64))
     with CacheWriter.open(tmp_path / "toy", toy_spec(dtype, hooks=("layer_1",))) as writer:
         writer.begin_buffer({})
         writer.append(_one_window(np.ones((64, 8), np.float32)))  # fills a shard
@@ -116,11 +109,6 @@ def test_a_value_that_cannot_be_stored_stops_with_hook_document_and_row(tmp_path
             writer.append(second)
     assert [shard.n_rows for shard in open_cache(tmp_path / "toy", allow_incomplete=True).shards] == [64]
     assert verify(tmp_path / "toy").ok
-
-
-def _columns(rows, **changes):
-    names = ("token_id", "doc_id", "window", "position", "doc_position", "flags")
-    return [changes.get(name, getattr(rows, name)) for name in names]
 
 
 def test_the_largest_float16_is_stored(tmp_path):
@@ -146,8 +134,7 @@ def test_the_largest_float16_is_stored(tmp_path):
     ],
 )
 def test_rows_that_break_the_contract_are_refused(tmp_path, change, message):
-    rows = _one_window(np.ones((4, 8), np.float32))
-    rows = Rows(change.pop("activations", rows.activations), *_columns(rows, **change))
+    rows = replace(_one_window(np.ones((4, 8), np.float32)), **change)
     with CacheWriter.open(tmp_path / "toy", toy_spec(hooks=("layer_1",))) as writer:
         writer.begin_buffer({})
         with pytest.raises(BadRowsError, match=message):

@@ -12,13 +12,10 @@ from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_resume import assert_same_cache, contents
 
 from sae_granary import open_cache
-from sae_granary.cache.convert import convert
-from sae_granary.cache.errors import CacheError, CacheLockedError, CorruptCacheError, UnknownNameError
+from sae_granary.cache.errors import CacheError, CacheLockedError, UnknownNameError
 from sae_granary.cache.read.listing import list_caches
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.remote.push import plan_push, push
 from sae_granary.cache.write import session
-from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
@@ -167,41 +164,3 @@ def test_hook_points_that_are_there_or_that_the_model_lacks(config: HarvestConfi
     with pytest.raises(CacheLockedError, match="process"):
         add(config.out_path)
     lock.release()
-
-
-@pytest.mark.slow
-def test_damage_of_an_addition_is_found(config: HarvestConfig) -> None:
-    harvest(config)
-    add(config.out_path)
-    file = config.out_path / "added/layer_2/activations/layer_2/c.0.0"
-    data = bytearray(file.read_bytes())
-    data[100] ^= 1
-    file.write_bytes(data)
-    assert [p.path for p in verify(config.out_path).problems] == ["added/layer_2/activations/layer_2/c.0.0"]
-    file.unlink()
-    with pytest.raises(CacheError, match="is missing"):
-        open_cache(config.out_path).hook("layer_2")
-    assert len(open_cache(config.out_path).hook()[:3]) == 3
-
-
-def test_other_commands_know_added_hook_points(config: HarvestConfig, tmp_path: Path) -> None:
-    """convert checks and takes them, push copies them, rm removes them unless they are being written."""
-    harvest(config)
-    add(config.out_path)
-    path, url = config.out_path, f"file://{tmp_path}/remote"
-    push(plan_push(path, url))
-    assert list(open_cache(tmp_path / "remote").hook_points) == ["layer_1", "layer_2"]
-    assert verify(tmp_path / "remote").ok
-    made = convert(path, tmp_path / "wide", "float32" if open_cache(path).dtype != "float32" else "bfloat16")
-    assert list(made.hook_points) == ["layer_1", "layer_2"]
-    file = path / "added/layer_2/activations/layer_2/c.0.0"
-    file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(CorruptCacheError, match=r"added/layer_2/activations.*checksum"):
-        convert(path, tmp_path / "other", made.dtype)
-    lock = session.locked(path / "added/layer_2")
-    with pytest.raises(CacheLockedError):
-        remove_cache(path)
-    lock.release()
-    assert open_cache(path).n_rows
-    remove_cache(path)
-    assert not path.exists()

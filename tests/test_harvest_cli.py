@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,7 +127,10 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
         (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),
         (f"{BERT} --layer 1 --dataset nothing.txt", r"there is no file or folder nothing\.txt"),
-        (f"{BERT} --layer 1 --dataset some/data", r"dataset 'some/data' is not reachable: there is no network"),
+        (
+            f"{BERT} --layer 1 --dataset some/data",
+            r"not reachable: there is no network.*local path.*demo",
+        ),
         (
             f"{BERT} --layer 1 {TEXT} --dtype float23",
             r"dtype='float23': expected one of .*, did you mean 'float32'",
@@ -326,10 +327,3 @@ def test_counts_and_layers_are_parsed() -> None:
     assert parse_layers(["all"]) == "all"
     with pytest.raises(ConfigError, match="includes every layer"):
         parse_layers(["all,2"])
-
-
-def test_help_imports_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "datasets", "numpy", "zarr", "pyarrow")
-    code = f"import sys, sae_granary.harvest.cli; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]", found.stderr

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
+from harvest_kit import CutOff, build_model, config_of, cut_off_after, row_errors, texts
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.harvest.spec import fingerprint
 from sae_granary.models.blocks import choose_hooks
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import WhereConfig
 from sae_granary.models.device.compiled import compiled_blocks
 from sae_granary.models.errors import HookError, ModelError
 from sae_granary.models.load import skeleton
@@ -38,14 +38,8 @@ def config(tmp_path: Path) -> Config:
         model = tmp_path / architecture
         if not model.exists():
             build_model(model, architecture)
-        return HarvestConfig(
-            ModelConfig(str(model), device="cpu", compile=True),
-            WhereConfig(layers=layers, hooks=hooks),
-            TextConfig(str(corpus), documents="line"),
-            TokenConfig(ctx_len=32, batch_tokens=32),
-            tmp_path / "out",
-            rows_per_shard=512,
-        )
+        sizes = {"ctx_len": 32, "batch_tokens": 32, "rows_per_shard": 512}
+        return config_of(model, corpus, tmp_path / "out", layers=layers, hooks=hooks, compile=True, **sizes)
 
     return make
 

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
+from harvest_kit import CutOff, build_model, config_of, cut_off_after, row_errors
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 
 from sae_granary import open_cache
-from sae_granary.cache.errors import CacheError, CacheLockedError
+from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.layout import COLUMNS
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import session
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def config(models: dict[str, str], tmp_path: Path) -> HarvestConfig:
     """Sort buffers of 512 rows, shards of 256."""
-    return HarvestConfig(
-        ModelConfig(models["bert"], device="cpu"),
-        WhereConfig(layers=(1,)),
-        TextConfig(str(write_corpus(tmp_path / "corpus.txt")), documents="line"),
-        TokenConfig(ctx_len=16, batch_tokens=32),
-        tmp_path / "cache",
-        max_tokens=700,
-        rows_per_shard=256,
-    )
+    sizes = {"ctx_len": 16, "batch_tokens": 32, "max_tokens": 700, "rows_per_shard": 256}
+    return config_of(models["bert"], write_corpus(tmp_path / "corpus.txt"), tmp_path / "cache", **sizes)
 
 
 def harvest(config: HarvestConfig, **changes: object) -> object:
@@ -60,7 +53,9 @@ def test_an_extended_cache_has_the_rows_of_one_longer_harvest(
     longer = config.out_path.with_name("longer")
     harvest(config, out=longer, max_tokens=2400)
     found, want = open_cache(config.out_path), open_cache(longer)
-    assert found.document_ids() == want.document_ids()
+    ids = want.document_ids()
+    assert found.document_ids() == ids
+    assert [found.find_document(i) for i in ids] == [want.find_document(i) for i in ids]
     assert found.manifest.fingerprint == want.manifest.fingerprint
     assert len(found.manifest.extended) == 2
     assert verify(config.out_path).ok
@@ -160,7 +155,7 @@ def test_a_text_that_changed_before_the_end_is_not_extended(config: HarvestConfi
 def test_what_is_asked_of_a_complete_cache(config: HarvestConfig) -> None:
     first = harvest(config)
     before = contents(config.out_path)
-    with pytest.raises(ConfigError, match="add --extend to continue it up to 2,400 rows; the rows that it holds stay"):
+    with pytest.raises(ConfigError, match=r"complete harvest of \d+ rows: add --extend to continue it up to 2,400"):
         harvest(config, max_tokens=2400)
     with pytest.raises(CacheError, match="ctx_len"):
         harvest(config, max_tokens=2400, extend=True, tokens=replace(config.tokens, ctx_len=12))
@@ -193,24 +188,3 @@ def test_a_smaller_limit_ends_after_the_document_of_the_last_committed_row(confi
     np.testing.assert_array_equal(
         open_cache(config.out_path).column("doc_id")[:], open_cache(longer).column("doc_id")[:]
     )
-
-
-@pytest.mark.slow
-def test_two_extenders_at_once(config: HarvestConfig) -> None:
-    harvest(config)
-    lock = session.locked(config.out_path)
-    try:
-        with pytest.raises(CacheLockedError, match="process"):
-            harvest(config, max_tokens=2400, extend=True)
-    finally:
-        lock.release()
-    assert harvest(config, max_tokens=2400, extend=True).n_rows >= 2400
-
-
-@pytest.mark.slow
-def test_kept_documents_of_the_extension_are_found(config: HarvestConfig) -> None:
-    harvest(config)
-    harvest(config, max_tokens=2400, extend=True)
-    cache = open_cache(config.out_path)
-    lines = [text if i % 7 else "" for i, text in enumerate(texts(150, longest=50))]
-    assert [cache.find_document(i).text for i in cache.document_ids()] == [lines[i] for i in cache.document_ids()]

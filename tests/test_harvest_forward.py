@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harvest_kit import build_model, tiny_tokenizer
+from harvest_kit import build_model, config_of, tiny_tokenizer
 from torch import nn
 
 from sae_granary.cache.errors import BadActivationError
-from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models import blocks
 from sae_granary.models.blocks import choose_hooks, find_blocks, hook_names
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import TokenConfig, WhereConfig
 from sae_granary.models.errors import HookError, MemoryLimitError
 from sae_granary.models.forward import TokenModel
 from sae_granary.models.hooks import Hook, probe
@@ -99,10 +98,7 @@ def test_values_that_cannot_be_stored_name_document_and_hook(tmp_path: Path, dty
     bad = next(w for w in word if tiny_tokenizer("llama").get_vocab()[w] == 7)
     good = next(w for w in word if tiny_tokenizer("llama").get_vocab()[w] == 9)
     (tmp_path / "text.txt").write_text(f"{good} {good}\n{good} {bad}\n")
-    config = HarvestConfig(
-        ModelConfig(str(folder), device="cpu"), WhereConfig(layers=(0,)),
-        TextConfig(str(tmp_path / "text.txt"), documents="line"), out=tmp_path / "out", dtype=dtype,
-    )  # fmt: skip
+    config = config_of(folder, tmp_path / "text.txt", tmp_path / "out", layers=0, dtype=dtype)
     with pytest.raises(BadActivationError, match=r"hook point 'layer_0', document 1, row \d: value"):
         harvest_activations(config, quiet=True)
     assert not (tmp_path / "out").exists()
@@ -147,8 +143,9 @@ def test_special_tokens_bos_and_separator() -> None:
 
     assert (rules(llama).prefix, rules(llama).ctx_len) == ((1,), 64)
     assert rules(llama, bos=False).prefix == ()
-    assert rules(gpt2).prefix == ()
-    assert rules(gpt2, bos=True).prefix == (gpt2.bos_token_id,)
+    assert gpt2.bos_token_id == 0  # as that of GPT-NeoX, and no absent one (SAELens#724)
+    assert 0 in rules(gpt2).special_ids
+    assert [rules(gpt2, bos=bos).prefix for bos in (None, True, False)] == [(), (0,), ()]
     assert rules(llama, pack=True).separator == llama.eos_token_id
     assert bert.unk_token_id not in rules(bert).special_ids
     assert bert.cls_token_id in rules(bert).special_ids
@@ -184,16 +181,3 @@ class WordLengths:
 def test_slow_tokenizers_run_in_processes() -> None:
     tokenize = text_tokenizer(WordLengths(), WordLengths, num_proc=2)
     assert [ids.tolist() for ids in tokenize(["a bb", "ccc", ""])] == [[1, 2], [3], []]
-
-
-def test_a_bos_token_of_id_0_is_a_bos_token() -> None:
-    """SAELens#724: id 0 is that of GPT-NeoX, and no absent one."""
-    gpt2 = tiny_tokenizer("gpt2")
-    assert gpt2.bos_token_id == 0
-
-    def prefix(**options: Any) -> tuple[int, ...]:
-        rules = window_rules(gpt2, TokenConfig(**options), is_decoder=True, max_positions=64, default_len=64)
-        assert 0 in rules.special_ids
-        return rules.prefix
-
-    assert (prefix(), prefix(bos=True), prefix(bos=True, pack=True), prefix(bos=False)) == ((), (0,), (0,), ())

@@ -7,19 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, naive_rows, row_errors, texts
-from transformers import PreTrainedModel
+from harvest_kit import ARCHITECTURES, N_LAYERS, build_model, config_of, naive_rows, row_errors, texts
+from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTModel, PreTrainedModel
 
 from sae_granary import open_cache
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
-from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import ModelConfig
+from sae_granary.models.errors import ModelError
+from sae_granary.models.hooks import Capture, Hook
 from sae_granary.models.load import load_base
 from sae_granary.models.locate import locate
 
 LAYER = 1
 CTX_LEN = 16
+SETTINGS = {"documents": "auto", "layers": LAYER, "ctx_len": CTX_LEN, "batch_tokens": 128}
 
 
 @pytest.fixture
@@ -31,20 +34,10 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def config_of(model: Path, corpus: Path, out: Path, **tokens: object) -> HarvestConfig:
-    return HarvestConfig(
-        ModelConfig(str(model), device="cpu"),
-        WhereConfig(layers=(LAYER,)),
-        TextConfig(str(corpus)),
-        TokenConfig(**{"ctx_len": CTX_LEN, "batch_tokens": 128} | tokens),
-        out,
-    )
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_equal_a_direct_forward_pass(architecture: str, corpus: Path, tmp_path: Path) -> None:
     model = build_model(tmp_path / architecture, architecture)
-    result = harvest_activations(config_of(model, corpus, tmp_path / "out"), quiet=True)
+    result = harvest_activations(config_of(model, corpus, tmp_path / "out", **SETTINGS), quiet=True)
     want = list(naive_rows(model, texts(40), LAYER, CTX_LEN))
     got = open_cache(tmp_path / "out")
     rows = slice(0, got.n_rows)
@@ -66,14 +59,7 @@ def test_rows_equal_a_direct_forward_pass(architecture: str, corpus: Path, tmp_p
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_bfloat16_is_close_and_stored_without_loss(architecture: str, corpus: Path, tmp_path: Path) -> None:
     model = build_model(tmp_path / architecture, architecture)
-    config = config_of(model, corpus, tmp_path / "out")
-    harvest_activations(
-        HarvestConfig(
-            ModelConfig(str(model), compute_dtype="bfloat16", device="cpu"), config.where, config.text, config.tokens,
-            config.out,
-        ),
-        quiet=True,
-    )  # fmt: skip
+    harvest_activations(config_of(model, corpus, tmp_path / "out", compute_dtype="bfloat16", **SETTINGS), quiet=True)
     got = open_cache(tmp_path / "out")
     assert got.dtype == "bfloat16"
     want = np.stack([row.vector for row in naive_rows(model, texts(40), LAYER, CTX_LEN)])
@@ -84,9 +70,9 @@ def test_bfloat16_is_close_and_stored_without_loss(architecture: str, corpus: Pa
 
 def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> None:
     model = build_model(tmp_path / "bert", "bert")
-    where = WhereConfig(layers=(0, 2), hooks=("encoder.layer.1.attention.output", "encoder.layer.*.output.dense:in"))
-    base = config_of(model, corpus, tmp_path / "out")
-    harvest_activations(HarvestConfig(base.model, where, base.text, base.tokens, base.out), quiet=True)
+    hooks = ("encoder.layer.1.attention.output", "encoder.layer.*.output.dense:in")
+    settings = {**SETTINGS, "layers": (0, 2), "hooks": hooks}
+    harvest_activations(config_of(model, corpus, tmp_path / "out", **settings), quiet=True)
     got = open_cache(tmp_path / "out")
     assert {name: point.d_in for name, point in got.hook_points.items()} == {
         "layer_0": 32, "encoder.layer.0.output.dense.in": 64, "encoder.layer.1.attention.output": 32,
@@ -98,11 +84,6 @@ def test_several_hook_points_share_the_rows(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
-
-    from sae_granary.models.hooks import Capture, Hook
-    from sae_granary.models.load import load_base
-    from sae_granary.models.locate import locate
-
     located = locate(ModelConfig(str(build_model(tmp_path / "bert", "bert"))))
     base = load_base(located, "float32", "cpu")
     ran: list[str] = []
@@ -116,12 +97,6 @@ def test_modules_behind_the_last_hook_do_not_run(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from sae_granary.models.errors import ModelError
-    from sae_granary.models.load import load_base
-    from sae_granary.models.locate import locate
-
     folder = build_model(tmp_path / "bert", "bert")
     weights = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "layer.1" not in name}
@@ -131,13 +106,6 @@ def test_random_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_decoder_only_model_whose_stack_is_called_decoder_may_miss_no_weights(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import OPTConfig, OPTModel
-
-    from sae_granary.models.errors import ModelError
-    from sae_granary.models.load import load_base
-    from sae_granary.models.locate import locate
-
     config = OPTConfig(
         vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harvest_kit import build_model, texts
+from harvest_kit import build_model, config_of, texts
 
 from sae_granary import open_cache
 from sae_granary.analyze.encoding.text_rows import open_text_rows
@@ -13,12 +13,12 @@ from sae_granary.cache.errors import CacheMismatchError
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.read.verify import verify
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.ranks.world import World, in_blocks
 from sae_granary.harvest.replay.add import add_hooks
 from sae_granary.harvest.replay.repair import repair
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import WhereConfig
 from sae_granary.models.device.placement import parse_device_map
 from sae_granary.models.errors import ModelError
 from sae_granary.models.language.splice import open_any
@@ -30,14 +30,9 @@ ON_DISK = json.dumps({"wte": "cpu", "wpe": "cpu", "h.0": "disk", "h.1": "disk", 
 @pytest.fixture
 def config(tmp_path: Path) -> HarvestConfig:
     (tmp_path / "corpus.txt").write_text("\n".join(texts(40)))
-    return HarvestConfig(
-        ModelConfig(str(build_model(tmp_path / "gpt2", "gpt2")), device="cpu"),
-        WhereConfig(layers=(1,), hooks=("h.1.mlp.c_fc", "h.0.attn:in")),
-        TextConfig(str(tmp_path / "corpus.txt"), documents="line"),
-        TokenConfig(ctx_len=32, batch_tokens=256),
-        tmp_path / "plain",
-        rows_per_shard=256,
-    )
+    model, hooks = build_model(tmp_path / "gpt2", "gpt2"), ("h.1.mlp.c_fc", "h.0.attn:in")
+    sizes = {"ctx_len": 32, "batch_tokens": 256, "rows_per_shard": 256}
+    return config_of(model, tmp_path / "corpus.txt", tmp_path / "plain", hooks=hooks, **sizes)
 
 
 def placed(config: HarvestConfig, device_map: str) -> HarvestConfig:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import harvest_kit
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,7 +17,7 @@ from sentence_transformers.sentence_transformer import modules as sentence_modul
 from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.plan import Plan, plan
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
@@ -31,10 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(model: Path, data: Path, **options: object) -> HarvestConfig:
-    return HarvestConfig(
-        ModelConfig(str(model), device="cpu"), WhereConfig(layers=(0,)), TextConfig(str(data), text_columns=("body",)),
-        TokenConfig(ctx_len=16), data.with_name("cache"), **options,
-    )  # fmt: skip
+    given = {"documents": "auto", "text_columns": "body", "layers": 0, "ctx_len": 16}
+    return harvest_kit.config_of(model, data, data.with_name("cache"), **given, **options)
 
 
 def planned(config: HarvestConfig) -> Plan:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig, WhereConfig
+from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 from sae_granary.models.demo import check_demo_weights, demo_model_path
 from sae_granary.models.errors import ModelError
 
@@ -133,10 +134,6 @@ def test_token_level_of_the_demo_model_is_its_transformer(minilm: Any, corpus: P
 
 
 def test_windows_are_refused_where_texts_are_pooled(corpus: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from sae_granary.models.config import TokenConfig
-
     config = config_of("demo", corpus, tmp_path / "out", WhereConfig(unit="text"))
     with pytest.raises(ConfigError, match="leave out --pack, --bos and --ctx-len"):
         prepare(replace(config, tokens=TokenConfig(ctx_len=64)), lambda message: None)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_kit import flip
 from harvest_kit import CutOff, build_model, cut_off_after
 from test_harvest_add import same_arrays
 from test_harvest_ranks import config, together  # noqa: F401
-from test_harvest_repair import flip
 from test_harvest_resume import assert_same_cache, contents
 
 from sae_granary import open_cache

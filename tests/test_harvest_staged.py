@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from harvest_kit import CutOff, build_model, cut_off_after
+from harvest_kit import CutOff, build_model, config_of, cut_off_after
 from test_harvest_resume import assert_same_cache, write_corpus
 
 from sae_granary import open_cache
@@ -18,12 +18,11 @@ from sae_granary.cache.format.stats import block_sums
 from sae_granary.cache.write import streams
 from sae_granary.common.rows import HookPoint
 from sae_granary.common.threads import THREADS
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.device import sums as device_sums
 from sae_granary.harvest.device.host import HostCopier, Places
 from sae_granary.harvest.device.sums import SumsOnDevice, same_sums
 from sae_granary.harvest.run import cache_spec, harvest_activations
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 from sae_granary.models.tokens.contexts import WindowRules, make_window
 
 WIDTHS = (1, 2, 7, 8, 9, 64, 127, 128, 129, 136, 257, 384, 513, 768, 770, 1000, 4096)
@@ -132,22 +131,16 @@ def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr("sae_granary.harvest.run.writing", lambda device: {"n_threads": 3})
 
 
-def config_of(folder: Path, dtype: str) -> HarvestConfig:
-    return HarvestConfig(
-        ModelConfig(str(build_model(folder / "model", "bert")), device="cpu"),
-        WhereConfig(layers=(0, 1)),
-        TextConfig(str(write_corpus(folder / "corpus.txt", 180)), documents="line"),
-        TokenConfig(ctx_len=16, batch_tokens=32),  # sort buffers of 512 rows
-        folder / "whole",
-        dtype=dtype,
-        rows_per_shard=1024,
-    )
+def staged_config(folder: Path, dtype: str) -> HarvestConfig:
+    model, corpus = build_model(folder / "model", "bert"), write_corpus(folder / "corpus.txt", 180)
+    sizes = {"ctx_len": 16, "batch_tokens": 32, "rows_per_shard": 1024}  # sort buffers of 512 rows
+    return config_of(model, corpus, folder / "whole", layers=(0, 1), dtype=dtype, **sizes)
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_staged_harvest_is_the_same_also_when_it_is_cut(tmp_path: Path, monkeypatch, dtype: str) -> None:
-    config, n_summed = config_of(tmp_path, dtype), []
+    config, n_summed = staged_config(tmp_path, dtype), []
     monkeypatch.setattr(streams, "block_sums", lambda x: n_summed.append(len(x)) or block_sums(x))
     harvest_activations(config, quiet=True)
     n_alone = len(n_summed)
@@ -170,7 +163,7 @@ def test_a_staged_harvest_is_the_same_also_when_it_is_cut(tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_staged_harvest_names_the_value_that_it_cannot_store(tmp_path: Path, monkeypatch) -> None:
-    config = config_of(tmp_path, "float16")
+    config = staged_config(tmp_path, "float16")
     model = config.model.model
     from safetensors.torch import load_file, save_file
 

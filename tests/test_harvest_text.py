@@ -196,15 +196,6 @@ def test_the_demo_text_is_the_sorted_topics() -> None:
     assert [r.row for r in DemoSource().records(70)] == list(range(70, len(topics)))
 
 
-def test_identity_changes_with_the_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    first = FileSource(TextConfig(str(path))).identity
-    assert first == FileSource(TextConfig(str(path))).identity
-    path.write_text("two")
-    assert first != FileSource(TextConfig(str(path))).identity
-
-
 def test_tables_of_a_folder_share_their_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "b.csv").write_text("text,n\none,1,\n")
@@ -240,13 +231,6 @@ def test_a_path_that_is_not_there_is_no_hub_name(name: str) -> None:
 def test_the_home_of_nobody_is_no_data_set() -> None:
     with pytest.raises(SourceError, match=r"--dataset ~no-such-user/a\.txt names no folder"):
         open_source(TextConfig("~no-such-user/a.txt"), lambda message: None)
-
-
-def test_no_network_is_said_and_local_ways_named() -> None:
-    with pytest.raises(
-        SourceError, match=r"dataset 'some/data' is not reachable: there is no network.*local path.*demo"
-    ):
-        open_source(TextConfig("some/data"), lambda message: None)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

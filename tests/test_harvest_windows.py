@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START
 from sae_granary.common.threads import THREADS
 from sae_granary.models.tokens.batches import collate, plan_batches
-from sae_granary.models.tokens.contexts import Buffer, StreamState, Window, WindowRules
+from sae_granary.models.tokens.contexts import StreamState, Window, WindowRules
 from sae_granary.models.tokens.document import Document
 from sae_granary.models.tokens.stream import Tokenized, WindowStream, buffers, tokenize_ahead, tokenize_stream
 
@@ -178,11 +178,6 @@ def test_collate_maps_real_tokens_to_their_rows(lengths: list[int]) -> None:
         assert batch.attention_mask is not None
         assert (batch.input_ids[batch.attention_mask == 0] == 7).all()
         assert batch.attention_mask.sum() == sum(lengths)
-
-
-def test_a_buffer_counts_its_rows() -> None:
-    windows = tuple(stream(["abc", "de"], WindowRules(9)))
-    assert Buffer(StreamState(), windows).n_rows == 5
 
 
 def test_tokens_made_ahead_are_the_same_and_end_with_their_reader() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from harvest_kit import N_LAYERS, WIDTH, CutOff, cut_off_after, row_errors, texts, tiny_tokenizer
+from test_harvest_forward import a_buffer, run_model
 from torch import nn
 
 from sae_granary import open_cache
@@ -311,8 +312,6 @@ def test_a_model_that_remembers_its_passes_is_harvested_as_if_it_did_not() -> No
     behavior = seen_of(model)
     assert behavior.batching == "padded"
     assert "seen" in behavior.changed
-    from test_harvest_forward import a_buffer, run_model
-
     out = [
         run_model(
             TokenModel(m, hooks, "cpu", batch_tokens=8, pad_id=0, say=print, behavior=behavior), a_buffer([3, 2, 5])
@@ -412,8 +411,6 @@ def test_an_error_of_the_models_own_code_is_one_line() -> None:
             if input_ids.shape[1] > 8:
                 raise IndexError("index out of range\nin self")
             return super().forward(input_ids)
-
-    from test_harvest_forward import a_buffer, run_model
 
     model = TokenModel(Fails(), [Hook("x", "words.0", d_in=4)], "cpu", batch_tokens=16, pad_id=0, say=print)
     with pytest.raises(ModelError, match=r"failed on a batch of 1 x 9 tokens: IndexError: index out of range$"):

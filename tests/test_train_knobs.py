@@ -3,24 +3,22 @@
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_cache
 from safetensors.torch import load_file
+from test_train_resume import StopAt, interrupted, log
 
 from sae_granary import open_cache, resume_training, sae_core, train_sae
 from sae_granary.cache.errors import IncompleteCacheError
 from sae_granary.common.errors import ConfigError
-from sae_granary.common.finished_run import CHECKPOINTS, read_metrics
-from sae_granary.common.signals import StopRequest
+from sae_granary.common.finished_run import CHECKPOINTS
 from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import CheckpointError, InterruptedRunError
 from sae_granary.train.optim import resample as latents_of
 from sae_granary.train.optim.ema import Ema, averaged
-from sae_granary.train.sinks.sink import TIMING
 from sae_granary.train.state.checkpoint import best_checkpoint, list_checkpoints
 from sae_granary.train.state.patience import Patience
 
@@ -40,10 +38,6 @@ def start(make_cache, tmp_path):
     return run
 
 
-def lines(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "sae_weights.safetensors")
 
@@ -56,19 +50,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name].nan_to_num(-1.0), b[name].nan_to_num(-1.0)) for name in a)
 
 
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step, self.stop = step, StopRequest()
-
-    def on_step(self, event):
-        if event.step == self.step:
-            self.stop.signum = signal.SIGTERM
-
-
 def stopped_and_resumed(start, step: int, **settings) -> Path:
-    stopper = StopAt(step)
+    sink = StopAt(step)
     with pytest.raises(InterruptedRunError) as caught:
-        start(**settings, callbacks=[stopper], stop=stopper.stop)
+        start(**settings, sinks=[sink], stop=sink.stop)
     assert caught.value.step == step
     return resume_training(caught.value.folder).folder
 
@@ -120,20 +105,20 @@ def test_averaged_weights_are_the_result_and_the_training_is_as_without(start) -
 )
 def test_resumes_are_bitwise(start, settings) -> None:
     whole = start(**settings).folder
-    again = stopped_and_resumed(start, 13 if "early_stop" not in settings else 3, **settings)
-    assert lines(whole) == lines(again)
+    again = stopped_and_resumed(start, 15 if "early_stop" not in settings else 5, **settings)
+    assert log(whole) == log(again)
     assert equal(weights(whole), weights(again))
     newest = [list_checkpoints(folder)[-1] for folder in (whole, again)]
     for file in ("sae/sae.safetensors", "optimizer.safetensors", "density.safetensors"):
         assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes(), file
     if "resample_every" in settings:
-        assert any(line.get("resampled", 0) > 0 for line in lines(whole) if line["step"] > 13)
+        assert any(line.get("resampled", 0) > 0 for line in log(whole) if line["step"] > 15)
 
 
 def test_a_resume_without_the_average_would_differ(start, monkeypatch) -> None:
     whole = start(ema_decay=0.9).folder
     monkeypatch.setattr(Ema, "restore", lambda *args: None)
-    assert not equal(weights(whole), weights(stopped_and_resumed(start, 13, ema_decay=0.9)))
+    assert not equal(weights(whole), weights(stopped_and_resumed(start, 15, ema_decay=0.9)))
 
 
 # -- validation ----------------------------------------------------------------------------------------------------
@@ -143,7 +128,7 @@ def test_validation_is_logged_and_disturbs_nothing(start) -> None:
     plain, validated = start().folder, start(eval_every=7, val_rows=200).folder
     assert equal(checkpoint(plain), checkpoint(validated))
     assert equal(weights(plain), weights(validated))
-    found = [line for line in lines(validated) if "val/fvu" in line]
+    found = [line for line in log(validated) if "val/fvu" in line]
     assert [line["step"] for line in found] == [7, 14, 21, 28]
     assert all({"val/l0", "val/explained_variance", "loss"} <= set(line) for line in found)
     assert found[-1]["val/fvu"] < found[0]["val/fvu"]
@@ -151,7 +136,7 @@ def test_validation_is_logged_and_disturbs_nothing(start) -> None:
 
 def test_validation_is_the_final_evaluation_for_a_type_that_is_not_calibrated(start) -> None:
     run = start(type="topk", eval_every=30, val_rows=500)
-    assert lines(run.folder)[-1]["val/fvu"] == pytest.approx(run.summary["eval"]["fvu"], rel=1e-5)
+    assert log(run.folder)[-1]["val/fvu"] == pytest.approx(run.summary["eval"]["fvu"], rel=1e-5)
 
 
 def test_patience_by_hand() -> None:
@@ -186,7 +171,7 @@ def test_early_stop_ends_a_run_that_no_longer_gains(start) -> None:
     # A rate of nothing: validations differ by the rounding of unit decoder rows alone.
     run = start(type="topk", early_stop=2, eval_every=3, steps=300, lr=1e-30, warmup_steps=0)
     patience = Patience()
-    for line in (found := [line for line in lines(run.folder) if "val/fvu" in line]):
+    for line in (found := [line for line in log(run.folder) if "val/fvu" in line]):
         assert not patience.is_over(2)
         patience.saw(line["val/fvu"])
     assert patience.is_over(2)
@@ -243,14 +228,14 @@ def test_dead_latents_come_back_with_fresh_moments(start) -> None:
         "steps": 20,
         "resample_rows": 500,
     }
-    dead = lines(start(**settings).folder)[-1]["n_dead"]
+    dead = log(start(**settings).folder)[-1]["n_dead"]
     run = start(**settings, resample_every=10, resample_until=1.0)
-    resampled = [line["resampled"] for line in lines(run.folder) if "resampled" in line]
+    resampled = [line["resampled"] for line in log(run.folder) if "resampled" in line]
     assert dead > 0
     assert resampled[0] > 0
     state = checkpoint(run.folder, "optimizer.safetensors")
     assert int((state["W_dec/exp_avg_sq"].abs().sum(1) == 0).sum()) >= resampled[-1] > 0  # the last step's own
-    assert lines(start(**settings, resample_every=10).folder)[-1].get("resampled") is None  # only in the first half
+    assert log(start(**settings, resample_every=10).folder)[-1].get("resampled") is None  # only in the first half
 
 
 # -- init_from -----------------------------------------------------------------------------------------------------
@@ -345,17 +330,17 @@ def test_callbacks_see_log_save_and_resume(start) -> None:
     assert [step for step, _ in steps] == list(range(1, 31))
     assert [step for step, measured in steps if measured] == [1, 5, 10, 15, 20, 25, 30]
     assert (own.saved, own.ended, own.seen) == ([6, 30], 30, 30 * 128)
-    mine = {line["step"]: line["mine/seen"] for line in lines(run.folder) if "mine/seen" in line}
+    mine = {line["step"]: line["mine/seen"] for line in log(run.folder) if "mine/seen" in line}
     assert mine == {step: step * 128 for step in range(4, 31, 4)}
     assert (run.folder / "checkpoints" / "step_00000030" / "mine.txt").read_text() == str(30 * 128)
 
-    stopper = StopAt(13)
+    stopper = StopAt(15)
     with pytest.raises(InterruptedRunError) as caught:
-        start(callbacks=[Own(), stopper], stop=stopper.stop)
+        start(callbacks=[Own(), Callback()], sinks=[stopper], stop=stopper.stop)
     with pytest.raises(CheckpointError, match=r"written with 2 callbacks, now there are 1: give resume_training"):
         resume_training(caught.value.folder, callbacks=[Own()])
     again = resume_training(caught.value.folder, callbacks=[Own(), Callback()])
-    assert lines(again.folder) == lines(run.folder)
+    assert log(again.folder) == log(run.folder)
     assert json.loads((again.folder / "summary.json").read_text())["steps"] == 30
 
 
@@ -364,7 +349,6 @@ def test_callbacks_see_log_save_and_resume(start) -> None:
 
 def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
     settings = {**SETTINGS, "cache": str(tmp_path / "growing"), "runs_dir": str(tmp_path / "runs"), "save_every": 4}
-    stopper = StopAt(13)
 
     def train_meanwhile(doc: int) -> None:
         if doc != 80:
@@ -374,13 +358,12 @@ def test_a_run_on_a_growing_cache_keeps_its_shards(tmp_path) -> None:
         ):
             train_sae(**settings, name="refused")
         train_sae(**settings, name="whole", allow_incomplete=True)
-        with pytest.raises(InterruptedRunError):
-            train_sae(**settings, name="stopped", allow_incomplete=True, callbacks=[stopper], stop=stopper.stop)
+        interrupted(15, **settings, name="stopped", allow_incomplete=True)
 
     write_cache(tmp_path / "growing", rows_per_shard=500, on_document=train_meanwhile)
     whole, stopped = (tmp_path / "runs" / name for name in ("whole", "stopped"))
     resume_training(stopped)
-    assert lines(whole) == lines(stopped)
+    assert log(whole) == log(stopped)
     assert equal(weights(whole), weights(stopped))
     rows = json.loads((stopped / "summary.json").read_text())["rows"]["total"]
     assert 1000 <= rows < open_cache(tmp_path / "growing").n_rows

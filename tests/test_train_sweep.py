@@ -10,9 +10,9 @@ import signal
 import time
 from pathlib import Path
 
-import fork_kit
 import pytest
 from rich.console import Console
+from test_train_resume import StopAt, assert_same, log, start
 
 from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.cache.load.loader import Loader
@@ -23,7 +23,7 @@ from sae_granary.train.callbacks import Callback
 from sae_granary.train.errors import InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
-from sae_granary.train.sinks.sink import TIMING, BaseSink
+from sae_granary.train.sinks.sink import TIMING
 from sae_granary.train.state import checkpoint
 from sae_granary.train.sweeps import execution, grouping
 from sae_granary.train.sweeps.grid import check_grid, expand, parse_grid
@@ -34,22 +34,6 @@ from sae_granary.train.sweeps.sweep_plan import load_plan
 from sae_granary.train.trainer import Trainer
 
 SETTINGS = {"d_sae": 32, "batch_size": 128, "steps": 20, "save_every": 6, "log_every": 4, "eval_rows": 300}
-
-
-def log(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert log(a) == log(b)
-    newest = [checkpoint.list_checkpoints(folder)[-1] for folder in (a, b)]
-    assert newest[0].name == newest[1].name
-    for file in ("sae/sae.safetensors", "optimizer.safetensors", "rng.safetensors"):
-        assert (newest[0] / file).read_bytes() == (newest[1] / file).read_bytes(), file
-    states = [json.loads((path / "state.json").read_text()) for path in newest]
-    for key in ("identity", "loader", "tokens", "rejected", "score"):
-        assert states[0][key] == states[1][key], key
-    assert (a / "sae_weights.safetensors").read_bytes() == (b / "sae_weights.safetensors").read_bytes()
 
 
 def table(folder: Path) -> list[dict]:
@@ -63,7 +47,7 @@ def assert_same_as_alone(sweep: Path, settings: dict, runs_dir: Path) -> None:
         own = {"type": config.type, "hook": list(config.hook), "init_seed": config.init_seed, "steps": config.steps}
         own |= {"k": config.options["k"]} if "k" in config.options else {}
         folder = train_sae(**{**settings, **own}, name=entry.name, runs_dir=str(runs_dir)).folder
-        assert_same_run(folder, sweep / entry.name)
+        assert_same(folder, sweep / entry.name)
 
 
 def test_members_equal_runs_alone_bitwise(make_cache, tmp_path) -> None:
@@ -99,21 +83,14 @@ def test_a_cache_is_read_once_for_all_members(make_cache, tmp_path, monkeypatch)
     assert taken.count(("layer_3", "layer_4")) == SETTINGS["steps"]
 
 
-class StopAt(Reporter):
+class Stopping(Reporter):
     """Ask for a stop when some SAE has taken a step."""
 
     def __init__(self, step: int) -> None:
-        self.step, self.stop = step, StopRequest()
+        self.sink = StopAt(step)
 
     def sinks(self, entry):
-        outer = self
-
-        class Sink(BaseSink):
-            def metrics(self, metrics) -> None:
-                if metrics["step"] == outer.step:
-                    outer.stop.signum = signal.SIGTERM
-
-        return [Sink()]
+        return [self.sink]
 
 
 @pytest.fixture
@@ -125,9 +102,9 @@ def grid_of_six(make_cache):
 def test_a_signal_saves_all_and_the_same_call_continues(grid_of_six, tmp_path) -> None:
     grid, settings = grid_of_six
     whole = train_sweep(grid, settings, runs_dir=str(tmp_path / "a"))
-    reporter = StopAt(8)
+    reporter = Stopping(8)
     with pytest.raises(InterruptedRunError, match=r"after step 8; continue with: sae-train resume .*b/toy_sweep_"):
-        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.stop)
+        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.sink.stop)
     stopped = tmp_path / "b" / whole.folder.name
     for entry in load_plan(stopped).entries:
         newest = checkpoint.list_checkpoints(stopped / entry.name)[-1]
@@ -136,16 +113,16 @@ def test_a_signal_saves_all_and_the_same_call_continues(grid_of_six, tmp_path) -
     again = train_sweep(grid, settings, runs_dir=str(tmp_path / "b"))
     assert table(whole.folder) == table(again.folder)
     for row in whole.rows:
-        assert_same_run(whole.folder / row["name"], again.folder / row["name"])
+        assert_same(whole.folder / row["name"], again.folder / row["name"])
     assert {p.name for p in again.folder.iterdir()} >= {"results.csv", "results.md", "results.json", "pareto.png"}
 
 
 def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, monkeypatch) -> None:
     grid, settings = grid_of_six
     whole = train_sweep(grid, settings, runs_dir=str(tmp_path / "a"))
-    reporter = StopAt(16)
+    reporter = Stopping(16)
     with pytest.raises(InterruptedRunError):
-        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.stop)
+        train_sweep(grid, settings, runs_dir=str(tmp_path / "b"), reporter=reporter, stop=reporter.sink.stop)
     stopped = tmp_path / "b" / whole.folder.name
     names = [entry.name for entry in load_plan(stopped).entries]
     shutil.rmtree(stopped / names[0] / "checkpoints" / "step_00000016")  # from step 12
@@ -156,7 +133,7 @@ def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, 
     resume_sweep(stopped)
     assert table(whole.folder) == table(stopped)
     for name in names:
-        assert_same_run(whole.folder / name, stopped / name)
+        assert_same(whole.folder / name, stopped / name)
     assert sae_core.load(stopped / names[2]).type_name == "topk"
 
 
@@ -209,7 +186,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
     assert list(result.failures) == [bad]
     assert "lower --lr" in result.failures[bad] or "lower" in result.failures[bad]
     alone = train_sae(**{**settings, "lr": 1e-3}, runs_dir=str(tmp_path / "c"))
-    assert_same_run(alone.folder, result.folder / good)
+    assert_same(alone.folder, result.folder / good)
     assert [row["status"] for row in table(result.folder)] == ["finished", "failed"]
     again = train_sweep({"lr": ["1e-3", "1e30"]}, settings, runs_dir=str(tmp_path), name="s", reporter=Count())
     assert calls == []  # it would diverge again
@@ -414,17 +391,11 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
             time.sleep(0.1)
 
 
-def start(target, **kwargs):
-    process = fork_kit.context().Process(target=target, kwargs=kwargs)
-    process.start()
-    return process
-
-
 def assert_same_sweep(whole: Path, other: Path) -> None:
     assert table(whole) == table(other)
     assert len(table(whole)) == len(load_plan(whole).entries)
     for entry in load_plan(whole).entries:
-        assert_same_run(whole / entry.name, other / entry.name)
+        assert_same(whole / entry.name, other / entry.name)
 
 
 def test_a_killed_sweep_continues(make_cache, tmp_path) -> None:

@@ -177,11 +177,12 @@ def test_no_file_outside_a_variants_own_compares_with_its_name() -> None:
                 assert not names & {n.value for n in constants}, f"{place}:{node.lineno} tests for a variant's name"
 
 
-@pytest.mark.parametrize("stage", ["harvest", "cache", "train", "analyze"])
-def test_help_loads_nothing_heavy(stage: str) -> None:
+@pytest.mark.parametrize("words", ["harvest", "cache", "train", "train run", "analyze"])
+def test_help_loads_nothing_heavy(words: str) -> None:
+    stage, *command = words.split()
     heavy = ("torch", "numpy", "transformers", "datasets", "zarr", "pyarrow", "wandb", "matplotlib")
     code = (
-        f"import sys; sys.argv = ['x', '--help']\nfrom sae_granary.{stage}.cli import main\n"
+        f"import sys; sys.argv = {['x', *command, '--help']}\nfrom sae_granary.{stage}.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
     )

@@ -144,7 +144,7 @@ def test_a_narrow_terminal_gets_fewer_columns(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_no_run() -> None:
-    with pytest.raises(Exception, match="nowhere holds no finished run"):
+    with pytest.raises(Exception, match=r"nowhere holds no finished run; expected a folder with summary.json"):
         find_runs([Path("nowhere")])
     with pytest.raises(Exception, match="toy holds no finished run"):
         find_runs([Path("toy")])

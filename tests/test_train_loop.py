@@ -10,7 +10,7 @@ from sae_granary.sae_core import Progress, registry
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import DivergedError
 from sae_granary.train.lockstep import feed_all
-from sae_granary.train.loop import MAX_REJECTED_IN_ROW, StepResult, check_progress, measures, train_step
+from sae_granary.train.loop import MAX_REJECTED_IN_ROW, check_progress, measures, train_step
 from sae_granary.train.optim.optimizers import OPTIMIZERS, Hyperparameters, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.step_input import RowInput
@@ -67,14 +67,6 @@ def test_a_step_is_forward_backward_clip_step() -> None:
     for (name, p), g in zip(run.sae.named_parameters(), gradients, strict=True):
         rate = 0.2 if p.ndim == 2 else 0.1
         assert torch.allclose(p, before[name] - rate * g * 0.5 / (norm * unit), atol=1e-6), name
-
-
-def test_training_lowers_the_loss_and_keeps_unit_rows() -> None:
-    run = make_run()
-    losses = [train_step(run, RowInput({"x": rows(64, seed)}), measure=True).loss for seed in range(50)]
-    assert losses[-1] < 0.5 * losses[0]
-    assert torch.allclose(run.sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-6)
-    assert (run.step, run.tokens, run.rejected) == (50, 50 * 64, 0)
 
 
 def test_learning_rate_follows_the_schedule() -> None:
@@ -141,20 +133,12 @@ def test_a_kernel_that_gives_nan_is_told_from_damaged_rows() -> None:
     assert result.problem == "its rows are sound, but the loss is NaN or Inf"
 
 
-def test_accumulation_rejects_the_whole_batch() -> None:
-    run = make_run(grad_acc_steps=4)
-    before = {name: p.detach().clone() for name, p in run.sae.named_parameters()}
-    bad = rows()
-    bad[-1, 0] = float("nan")  # in the last micro-batch
-    assert not train_step(run, RowInput({"x": bad})).accepted
-    assert all(torch.equal(before[name], p) for name, p in run.sae.named_parameters())
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers_train(optimizer) -> None:
     run = make_run(optimizer=optimizer, lr=0.1 if optimizer == "sgd" else 0.01, weight_decay=0.01)
     losses = [train_step(run, RowInput({"x": rows(64, seed)}), measure=True).loss for seed in range(30)]
     assert losses[-1] < losses[0]
+    assert (run.step, run.tokens, run.rejected) == (30, 30 * 64, 0)
 
 
 def test_muon_steps_matrices_orthogonally_and_vectors_as_adam_does() -> None:
@@ -288,19 +272,14 @@ def test_nan_that_repeats_is_an_error() -> None:
         check_progress(run)
 
 
-def test_results_without_measurement_are_not_numbers() -> None:
-    assert StepResult(accepted=False).loss != StepResult(accepted=False).loss
-
-
-def test_a_rejected_batch_leaves_counters_and_thresholds_as_they_were() -> None:
+def test_a_rejected_batch_leaves_weights_counters_and_thresholds_as_they_were() -> None:
     run = make_run("batchtopk", grad_acc_steps=2)
     train_step(run, RowInput({"x": rows()}))
-    before = {name: buffer.clone() for name, buffer in run.sae.named_buffers()}
-    bad = rows(seed=1)
+    before, bad = weights(run), rows(seed=1)
     bad[-1, 0] = float("nan")  # in the second micro-batch: the first has been tracked by then
     assert not train_step(run, RowInput({"x": bad})).accepted
-    for name, buffer in run.sae.named_buffers():
-        assert torch.equal(buffer.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
+    for name, value in weights(run).items():
+        assert torch.equal(value.nan_to_num(-1.0), before[name].nan_to_num(-1.0)), name
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])

@@ -7,8 +7,6 @@ from typer.testing import CliRunner
 
 from sae_granary import train_sae
 from sae_granary.train.cli import app
-from sae_granary.train.errors import DivergedError, RunExistsError
-from sae_granary.train.folders import exclusive
 
 REPO = Path(__file__).parents[1]
 
@@ -61,21 +59,6 @@ def test_a_runs_dir_that_is_a_file_and_a_config_that_is_no_text(make_cache, tmp_
     assert (code, "cannot be made" in output) == (2, True), output
     code, output = run(*common, "--config", tmp_path / "file")
     assert (code, "is not UTF-8 text" in output) == (2, True), output
-
-
-def test_weights_that_diverged_are_no_result(make_cache, tmp_path: Path) -> None:
-    settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 3, "batch_size": 64, "lr": 1e30, "warmup_steps": 0}
-    with pytest.raises(DivergedError, match="lower --lr"):
-        train_sae(cache=str(make_cache()), runs_dir=str(tmp_path), name="bad", optimizer="sgd", **settings)
-    assert not (tmp_path / "bad" / "sae_weights.safetensors").exists()
-    assert not (tmp_path / "bad" / "summary.json").exists()
-
-
-def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
-    with exclusive(tmp_path), pytest.raises(RunExistsError, match="is being trained by process"), exclusive(tmp_path):
-        pass
-    with exclusive(tmp_path):
-        pass
 
 
 def test_a_junk_summary_does_not_make_a_run_complete(make_cache, tmp_path: Path) -> None:

@@ -347,14 +347,6 @@ def test_resume_auto_refuses_another_cache(make_cache, tmp_path) -> None:
         train_sae(**settings, cache=str(make_cache("other", seed=1)), resume="auto")
 
 
-def test_damaged_lines_of_metrics_are_dropped(stopped) -> None:
-    path = stopped / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:9] + "\0}", '{"loss": 1.0}', *lines[3:]]) + "\n")
-    resume_training(stopped)
-    assert [line["step"] for line in read_metrics(stopped)] == [1, *range(4, SETTINGS["steps"] + 1)]
-
-
 def test_moved_run_continues(stopped, tmp_path) -> None:
     moved = tmp_path / "elsewhere"
     stopped.rename(moved)

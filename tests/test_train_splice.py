@@ -10,43 +10,35 @@ import numpy as np
 import pytest
 import torch
 from lm_kit import harvest, trained_model
+from test_train_resume import assert_same, interrupted
 from typer.testing import CliRunner
 
-from sae_granary import open_cache, sae_core, train_sae
+from sae_granary import open_cache, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.origin import read_origin
-from sae_granary.cache.load.selection import Selection
-from sae_granary.cache.load.whole_contexts import read_contexts
+from sae_granary.cache.load.selection import Filters, Selection
+from sae_granary.cache.load.whole_contexts import ContextsState, read_contexts
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.errors import ModelError, SpliceError
-from sae_granary.models.language.losses import (
-    MIN_ABLATION_COST,
-    at_kept,
-    cross_entropy,
-    kl_divergence,
-    notes_on,
-)
+from sae_granary.models.language.losses import MIN_ABLATION_COST, at_kept, cross_entropy, kl_divergence, notes_on
 from sae_granary.models.language.patch import patched
 from sae_granary.models.language.splice import open_embedder, open_model
 from sae_granary.models.locate import locate, weights_hash
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import make_config
+from sae_granary.train.data import streams
 from sae_granary.train.data.language import evaluation_contexts, training_contexts
 from sae_granary.train.data.run_data import RunData
+from sae_granary.train.memory import capacity
 from sae_granary.train.result.evaluate import evaluate_downstream
+from sae_granary.train.sinks.sink import BaseSink
 from sae_granary.train.spliced_input import SplicedInput
+from sae_granary.train.state.checkpoint import list_checkpoints
 
-SMALL = {
-    "type": "topk",
-    "k": 4,
-    "d_sae": 256,
-    "batch_size": 512,
-    "steps": 150,
-    "log_every": 10,
-    "eval_downstream": True,
-}
+SMALL = {"type": "topk", "k": 4, "d_sae": 256, "batch_size": 512, "steps": 150, "log_every": 10}
+SMALL["eval_downstream"] = True
 
 
 @pytest.fixture(scope="session")
@@ -227,8 +219,6 @@ def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:
 
 
 def test_special_and_filtered_tokens_keep_their_activation(models: Path) -> None:
-    from sae_granary.cache.load.selection import Filters
-
     path = models / "llama_l0"
     model = open_model(*read_origin(open_cache(path)))
     batch = next(windows_of(path, selection=Selection(Filters(min_position=5), part="all")))
@@ -345,10 +335,6 @@ def test_the_example_trains(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_sweep_through_the_model_is_what_each_run_is_alone(models: Path, tmp_path: Path) -> None:
-    from test_train_resume import assert_same
-
-    from sae_granary import train_sweep
-
     common = {**SMALL, "cache": str(models / "llama_l0"), "steps": 12, "finetune_kl": 3000}
     common = {key: value for key, value in common.items() if key != "k"}
     sweep = train_sweep({"k": [2, 4]}, common, runs_dir=str(tmp_path / "sweep"))
@@ -406,16 +392,10 @@ def test_another_model_is_refused(copied: Path, models: Path, tmp_path: Path) ->
 
 
 def test_a_stopped_run_takes_its_model_from_another_place(copied: Path, models: Path, tmp_path: Path) -> None:
-    from test_train_resume import StopAt
-
-    from sae_granary.train.errors import InterruptedRunError
-
     settings = {**SMALL, "cache": str(copied), "runs_dir": str(tmp_path / "runs"), "steps": 4, "loss": "kl"}
     settings |= {"log_every": 1, "batch_size": 256}
     for name in ("a", "b"):
-        sink = StopAt(2)
-        with pytest.raises(InterruptedRunError):
-            train_sae(**settings, name=name, sinks=[sink], stop=sink.stop)
+        interrupted(2, **settings, name=name)
     (tmp_path / "model").rename(tmp_path / "moved")
     for place, message in (None, "is not there: no such folder; name its"), (models / "llama", "has other weights"):
         flags = [] if place is None else ["--lm", str(place)]
@@ -546,8 +526,6 @@ def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> N
 
 
 def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:
-    from sae_granary.train.memory import capacity
-
     monkeypatch.setattr(capacity, "available_memory", lambda device: 2**20)
     message = refusal("--cache", models / "llama_l0", *KL, "--d-sae", 64, "--runs-dir", tmp_path / "runs")
     assert "batch_size=256 through a model of 256 tokens needs about " in message
@@ -567,28 +545,16 @@ FINETUNE, WHOLE = {"finetune_kl": 4096}, {"loss": "kl"}  # the last 8 of 20 step
 
 @pytest.mark.parametrize(("stop", "settings"), [(5, WHOLE), (12, FINETUNE)])
 def test_a_stop_inside_the_windows_continues_bitwise(models: Path, tmp_path: Path, stop: int, settings) -> None:
-    from test_train_resume import StopAt, assert_same
-
-    from sae_granary import resume_training
-    from sae_granary.train.errors import InterruptedRunError
-
     options = {**SMALL, "cache": str(models / "llama_l0"), "type": "batchtopk", "steps": 20, "log_every": 1, **settings}
     options["name"] = "run"
     whole = train_sae(**options, runs_dir=str(tmp_path / "a")).folder
-    sink = StopAt(stop)
-    with pytest.raises(InterruptedRunError):
-        train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
+    interrupted(stop, **options, runs_dir=str(tmp_path / "b"))
     assert_same(whole, resume_training(tmp_path / "b" / "run").folder)
 
 
 @pytest.mark.parametrize("n_lost", [0, 1, 2])
 def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, finetuned: Path) -> None:
     """From the newest checkpoint, from the one at the first step of windows, and from one of shuffled rows."""
-    from test_train_resume import assert_same
-
-    from sae_granary import resume_training
-    from sae_granary.train.state.checkpoint import list_checkpoints
-
     folder = shutil.copytree(finetuned / "killed", tmp_path / "run")
     assert not (folder / "summary.json").exists()
     for _ in range(n_lost):
@@ -600,7 +566,6 @@ def test_killed_while_finetuning(models: Path, tmp_path: Path, n_lost: int, fine
 @pytest.fixture(scope="module")
 def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run, and what a kill at step 17 would have left of it; the last 8 of 20 steps finetune."""
-    from sae_granary.train.sinks.sink import BaseSink
 
     class CopyAt17(BaseSink):
         def metrics(self, metrics) -> None:
@@ -614,18 +579,9 @@ def finetuned(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_cursor_of_windows_matters_to_a_resume(models: Path, tmp_path: Path, monkeypatch) -> None:
-    from test_train_resume import StopAt, assert_same
-
-    from sae_granary import resume_training
-    from sae_granary.cache.load.whole_contexts import ContextsState
-    from sae_granary.train.data import streams
-    from sae_granary.train.errors import InterruptedRunError
-
     options = {**SMALL, "cache": str(models / "llama_l0"), "steps": 20, "log_every": 1, "loss": "kl", "name": "run"}
     whole = train_sae(**options, runs_dir=str(tmp_path / "a")).folder
-    sink = StopAt(9)
-    with pytest.raises(InterruptedRunError):
-        train_sae(**options, runs_dir=str(tmp_path / "b"), sinks=[sink], stop=sink.stop)
+    interrupted(9, **options, runs_dir=str(tmp_path / "b"))
     monkeypatch.setattr(streams, "ContextsState", lambda *_: ContextsState())
     with pytest.raises(AssertionError):
         assert_same(whole, resume_training(tmp_path / "b" / "run").folder)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from harvest_kit import WIDTH, texts
+from sae_kit import saved
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from typer.testing import CliRunner
 
-from sae_granary import encode_texts, sae_core
+from sae_granary import encode_texts
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.harvest.config import HarvestConfig
@@ -30,16 +30,6 @@ def caches_with_both(config: HarvestConfig, dtype: str) -> tuple[Path, Path]:
     return config.out_path, both
 
 
-def saved_sae(type_name: str, folder: Path) -> Path:
-    """An SAE with random weights that reads two hook points."""
-    cls = sae_core.registry.get(type_name)
-    of_type = {"crosscoder": {"n_hooks": 2}, "route": {"n_hooks": 2}}.get(type_name, {})
-    sae = cls(sae_core.make_config(cls, {"d_in": WIDTH, "d_sae": 64, "k": 4, **of_type}))
-    sae.core.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, folder / type_name)
-    return folder / type_name
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_texts_are_encoded_at_original_and_added_hook_points_together(
     config: HarvestConfig, tmp_path: Path, dtype: str
@@ -47,7 +37,7 @@ def test_texts_are_encoded_at_original_and_added_hook_points_together(
     added, both = caches_with_both(config, dtype)
     given = texts(5, seed=3)
     for type_name in ("crosscoder", "route", "transcoder"):
-        sae = saved_sae(type_name, tmp_path)
+        sae = saved(tmp_path / type_name, type_name, d_in=WIDTH, d_sae=64)
         for hooks in ORDERS:
             found, want = (encode_texts(sae, given, cache=c, hooks=hooks, device="cpu") for c in (added, both))
             assert found.tokens == want.tokens
@@ -57,7 +47,7 @@ def test_texts_are_encoded_at_original_and_added_hook_points_together(
 
 def test_the_commands_read_original_and_added_hook_points_together(config: HarvestConfig, tmp_path: Path) -> None:
     added, both = caches_with_both(config, "float32")
-    sae = saved_sae("crosscoder", tmp_path)
+    sae = saved(tmp_path / "crosscoder", "crosscoder", d_in=WIDTH, d_sae=64)
     output = {}
     for name, cache in (("added", added), ("both", both)):
         flags = [str(sae), "--cache", str(cache), "--device", "cpu", "--hook", "layer_1,layer_2"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lm_kit import demo_texts, harvest, trained_model
+from sae_kit import saved
 from scipy.stats import spearmanr
 from sklearn.metrics.pairwise import cosine_similarity
 from test_analyze_eval import copying, dictionary, run
@@ -83,9 +84,7 @@ def test_the_command_keeps_what_was_measured_and_skips_a_model_that_is_not_there
 
 
 def test_a_type_that_reads_several_hook_points_is_skipped_in_words(make_cache, tmp_path: Path) -> None:
-    cls = sae_core.registry.get("crosscoder")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 32, "k": 4, "n_hooks": 2}))
-    sae_core.save(sae, tmp_path / "cross")
+    saved(tmp_path / "cross", "crosscoder", d_sae=32)
     cache = make_cache(hooks=("layer_1", "layer_2"))
     source = open_source(tmp_path / "cross", cache, hooks=("layer_1", "layer_2"), device="cpu")
     with pytest.raises(DownstreamError, match="crosscoder reads several hook points"):

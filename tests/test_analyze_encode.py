@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sae_kit import saved
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,12 +31,7 @@ def make_sae(tmp_path: Path):
     """The folder of an SAE with random weights."""
 
     def make(name="sae", type_name="topk", metadata=None, **options) -> Path:
-        cls = sae_core.registry.get(type_name)
-        options = {"d_in": 16, "d_sae": D_SAE, **({"k": 4} if type_name == "topk" else {}), **options}
-        sae = cls(sae_core.make_config(cls, options))
-        sae.reset_weights(torch.Generator().manual_seed(1))
-        sae_core.save(sae, tmp_path / name, metadata)
-        return tmp_path / name
+        return saved(tmp_path / name, type_name, metadata=metadata, **{"d_sae": D_SAE, **options})
 
     return make
 

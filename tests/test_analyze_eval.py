@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sae_kit import new
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 from typer.testing import CliRunner
@@ -33,9 +34,7 @@ D_IN, D_SAE = 16, 32
 
 def dictionary(type_name: str = "topk", d_in: int = D_IN, d_sae: int = D_SAE, **options) -> sae_core.SAE:
     """An SAE with random weights and one latent that never fires."""
-    cls = sae_core.registry.get(type_name)
-    options = {"d_in": d_in, "d_sae": d_sae, **({"k": 4} if type_name != "vanilla" else {}), **options}
-    sae = cls(sae_core.make_config(cls, options))
+    sae = new(type_name, {"k": 4}, d_in=d_in, d_sae=d_sae, **options)
     sae.reset_weights(torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(2))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from sae_kit import saved
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.errors import AnalyzeError
@@ -19,14 +19,6 @@ from sae_granary.analyze.source import open_source
 from sae_granary.models.errors import ModelError
 from sae_granary.models.language.unembedding import final_norm, folded
 from sae_granary.sae_core import Codes, Pattern
-
-
-def saved_sae(folder: Path, d_in: int, **options) -> Path:
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": 24, "k": 4, **options}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, folder)
-    return folder
 
 
 def test_the_ends_of_the_logits_by_hand(monkeypatch) -> None:
@@ -77,7 +69,7 @@ def saved_model(folder: Path, kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_logit_effects_of_a_model_equal_a_direct_product(kind, make_cache, tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", kind)
-    source = open_source(saved_sae(tmp_path / "sae", 16), make_cache(n_docs=40), device="cpu")
+    source = open_source(saved(tmp_path / "sae", d_sae=24), make_cache(n_docs=40), device="cpu")
     first = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     found, has_norm = with_logits(source, first, str(tmp_path / "model"))
     F = source.sae.config.d_sae
@@ -107,7 +99,7 @@ def test_logit_effects_of_a_model_equal_a_direct_product(kind, make_cache, tmp_p
 
 def test_logit_effects_are_in_raw_units(make_cache, tmp_path: Path) -> None:
     saved_model(tmp_path / "model", "gpt2")
-    source = open_source(saved_sae(tmp_path / "sae", 16), make_cache(n_docs=40), device="cpu")
+    source = open_source(saved(tmp_path / "sae", d_sae=24), make_cache(n_docs=40), device="cpu")
     stats = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     once = with_logits(source, stats, str(tmp_path / "model"))[0].logit_values_top
     source.sae.normalizer.scale.fill_(4.0)  # rows are multiplied by 4 in front of the SAE
@@ -126,7 +118,7 @@ def test_the_norm_behind_the_blocks_is_found() -> None:
 
 
 def test_what_has_no_logits_says_so_in_one_line(make_cache, tmp_path: Path) -> None:
-    cache, sae = make_cache(), saved_sae(tmp_path / "sae", 16)
+    cache, sae = make_cache(), saved(tmp_path / "sae", d_sae=24)
     given = ["stats", str(sae), "--cache", str(cache), "--device", "cpu"]
     skipped = CliRunner().invoke(app, [*given, "--logits"])
     assert skipped.exit_code == 0, skipped.output

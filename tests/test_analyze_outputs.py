@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
-import torch
+from sae_kit import saved
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import blocks as blocks_module
 from sae_granary.analyze.encoding import export
@@ -29,11 +28,8 @@ D_SAE = 32
 @pytest.fixture
 def source(make_cache, tmp_path: Path) -> Source:
     """A cache of three shards and a topk SAE with random weights."""
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 4}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, tmp_path / "sae")
-    return open_source(tmp_path / "sae", make_cache(n_docs=20, rows_per_shard=300), device="cpu")
+    folder = saved(tmp_path / "sae", d_sae=D_SAE)
+    return open_source(folder, make_cache(n_docs=20, rows_per_shard=300), device="cpu")
 
 
 def run(*arguments: object, stdin: str | None = None) -> str:

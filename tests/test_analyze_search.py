@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sae_kit import saved
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import codes as codes_module
 from sae_granary.analyze.encoding.codes import open_codes
@@ -28,11 +28,8 @@ COLUMNS: dict[str, tuple[Any, ...]] = {
 @pytest.fixture
 def source(make_cache, tmp_path: Path) -> Source:
     """A cache of 40 documents with two columns, and an SAE with activations of both signs."""
-    cls = sae_core.registry.get("abstopk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 24, "k": 2}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, tmp_path / "sae")
-    return open_source(tmp_path / "sae", make_cache(n_docs=40, columns=COLUMNS), device="cpu")
+    folder = saved(tmp_path / "sae", "abstopk", d_sae=24, k=2)
+    return open_source(folder, make_cache(n_docs=40, columns=COLUMNS), device="cpu")
 
 
 @pytest.mark.parametrize("pool", ["max", "mean", "sum"])

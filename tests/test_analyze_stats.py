@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sae_kit import saved
 from typer.testing import CliRunner
 
-from sae_granary import sae_core
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.commands.shared import echo_line
 from sae_granary.analyze.encoding import blocks as blocks_module
@@ -37,13 +37,8 @@ D_SAE = 24
 @pytest.fixture
 def source(make_cache, tmp_path: Path) -> Source:
     """A cache of 40 documents and a topk SAE with random weights, of which latent 5 never fires."""
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 4}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        sae.b_enc[5] = -1e6
-    sae_core.save(sae, tmp_path / "sae")
-    return open_source(tmp_path / "sae", make_cache(n_docs=40), device="cpu")
+    folder = saved(tmp_path / "sae", d_sae=D_SAE, silent=[5])
+    return open_source(folder, make_cache(n_docs=40), device="cpu")
 
 
 def test_bins_and_quantiles_by_hand() -> None:

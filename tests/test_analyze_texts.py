@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
+from sae_kit import saved
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sae_granary import encode_texts, harvest_activations, open_cache, sae_core
+from sae_granary import encode_texts, harvest_activations, open_cache
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import text_rows
 from sae_granary.analyze.encoding.codes import open_codes
@@ -36,10 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model="demo", dataset=str(folder / "texts.txt"), documents="line", layers=3, ctx_len=16, out=folder / "cache",
         device="cpu", quiet=True,
     )  # fmt: skip
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 384, "d_sae": 64, "k": 8}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, folder / "sae")
+    saved(folder / "sae", d_in=384, d_sae=64, k=8)
     return folder
 
 
@@ -139,7 +136,7 @@ def test_texts_without_tokens_and_another_model_are_refused(place: Path, make_ca
         with pytest.raises(ConfigError, match=words):
             encode_texts(place / "sae", wrong, cache=place / "cache", device="cpu")
     with pytest.raises(AnalyzeError, match=r"no record of its windows"):
-        encode_texts(_sae_of_width_16(place), TEXTS, cache=make_cache(), device="cpu", model="demo")
+        encode_texts(saved(place / "narrow", d_sae=32), TEXTS, cache=make_cache(), device="cpu", model="demo")
     with pytest.raises(MismatchError, match=r"reads rows of width 384, .* has width 16"):
         encode_texts(place / "sae", TEXTS, cache=make_cache("other"), device="cpu")
 
@@ -153,12 +150,6 @@ def test_a_model_of_other_weights_and_one_that_is_missing_are_refused(place: Pat
         encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu", model=str(other))
     with pytest.raises(ModelError, match=r"is not there: no such folder; name its hub id or folder with --model"):
         encode_texts(place / "sae", TEXTS, cache=place / "cache", device="cpu", model=str(tmp_path / "none"))
-
-
-def _sae_of_width_16(place: Path) -> Path:
-    cls = sae_core.registry.get("topk")
-    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 32, "k": 4})), place / "narrow")
-    return place / "narrow"
 
 
 def test_the_latents_of_a_text_are_shown_token_by_token(place: Path) -> None:

@@ -7,27 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-import sae_granary
 from sae_granary.common.app import Debug, expected_errors, make_app
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError, GranaryError, nearest, one_line
 from sae_granary.common.signals import Interrupted, StopRequest, stop_on_signals
 
 REPO = Path(__file__).parents[1]
-
-
-@pytest.mark.parametrize("stage", ["harvest", "cache", "train"])
-def test_each_command_knows_its_version(stage: str) -> None:
-    result = CliRunner().invoke(import_module(f"sae_granary.{stage}.cli").app, ["--version"])
-    assert result.exit_code == 0
-    assert result.output == f"sae-granary {sae_granary.__version__}\n"
 
 
 def call(raising: Callable[[], object], *flags: str) -> Result:
@@ -89,16 +80,6 @@ def test_debug_shows_the_traceback(error: Exception) -> None:
 
 def test_an_error_that_nobody_expects_keeps_its_traceback() -> None:
     assert isinstance(call(lambda: 1 / 0).exception, ZeroDivisionError)
-
-
-def test_every_package_has_one_base() -> None:
-    for package, base in {
-        "cache": "CacheError",
-        "harvest": "HarvestError",
-        "sae_core": "SAEError",
-        "train": "TrainError",
-    }.items():
-        assert issubclass(getattr(import_module(f"sae_granary.{package}.errors"), base), GranaryError)
 
 
 def test_names_are_suggested_in_one_wording() -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from harvest_kit import CutOff, build_model, cut_off_after
 from lm_kit import harvest as harvest_text
 from lm_kit import trained_model
+from sae_kit import saved
 from test_harvest_resume import REPO, assert_same_cache, command, write_corpus
 from typer.testing import CliRunner
 
-from sae_granary import encode_texts, harvest_activations, open_cache, sae_core, train_sae
+from sae_granary import encode_texts, harvest_activations, open_cache, train_sae
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.source import open_source
 from sae_granary.cache.cli import app
@@ -97,10 +97,7 @@ def remarks_of(summary, fvu):
 
 def test_texts_are_encoded_as_their_harvest_was_stored(config: HarvestConfig, tmp_path) -> None:
     path = harvest_activations(config, quiet=True).path
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 32, "d_sae": 64, "k": 8}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, tmp_path / "sae")
+    saved(tmp_path / "sae", d_in=32, d_sae=64, k=8)
     stored = encode_cache(open_source(tmp_path / "sae", path, device="cpu"), tmp_path / "codes").dense()
     lines = Path(config.text.dataset).read_text().split("\n")[:12]
     found = encode_texts(tmp_path / "sae", lines, cache=path, device="cpu").codes.dense().numpy()

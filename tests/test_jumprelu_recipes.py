@@ -6,9 +6,10 @@ from pathlib import Path
 import jumprelu_curves
 import pytest
 import torch
+from sae_kit import new
 
 from sae_granary import sae_core
-from sae_granary.sae_core import SAE, Progress, registry
+from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES, JumpReLUConfig
 from sae_granary.train.config.merge import from_sections, make_config, to_sections
@@ -24,9 +25,7 @@ rows = jumprelu_curves.rows
 
 
 def make(recipe: str = "constraint", **options: object) -> SAE:
-    cls = registry.get("jumprelu")
-    given = {"d_in": D_IN, "d_sae": D_SAE, "recipe": recipe, "l0_target": 4.0, **options}
-    sae = cls(sae_core.make_config(cls, given))
+    sae = new("jumprelu", {"l0_target": 4.0}, d_in=D_IN, d_sae=D_SAE, recipe=recipe, **options)
     sae.initialize(rows(512, 1000), torch.Generator().manual_seed(1))
     return sae.train()
 
@@ -193,24 +192,6 @@ def test_a_threshold_gradient_that_overflows_changes_nothing() -> None:
     assert not train_step(run, RowInput({"x": rows()})).accepted
     assert all(torch.equal(before[name], tensor) for name, tensor in run.sae.state_dict().items())
     assert int(run.sae.threshold.n_rows) == 0
-
-
-def test_accumulation_equals_one_batch_for_the_constraint() -> None:
-    """Counts add up before anything moves. By sgd: Adam turns rounding of tiny gradients into full steps.
-
-    Dead latents are counted micro-batch by micro-batch, in every type.
-    """
-    whole, parts = (
-        jumprelu_curves.make_run("constraint", optimizer="sgd", lr=0.1, grad_acc_steps=n, dead_after_tokens=10**6)
-        for n in (1, 4)
-    )
-    for step in range(5):
-        for run in (whole, parts):
-            train_step(run, RowInput({"x": rows(seed=step)}))
-    theirs = parts.sae.state_dict()
-    del theirs["num_tokens_since_fired"]
-    for name, value in theirs.items():
-        torch.testing.assert_close(value, whole.sae.state_dict()[name], rtol=0, atol=1e-6)
 
 
 def test_resampled_latents_start_at_the_threshold_of_the_others() -> None:

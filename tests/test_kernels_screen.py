@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sae_kit import new
 from torch import Tensor
 from triton_kit import DEVICE
 
-from sae_granary.sae_core import Progress, make_config, registry
+from sae_granary.sae_core import Progress
 from sae_granary.sae_core.kernels import choose, deferred, gpu_screen, screen
 from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.kernels.gpu_screen import GpuScreen
@@ -107,12 +108,11 @@ def test_what_does_not_fit_is_selected_from_the_whole_product() -> None:
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
 def test_a_step_has_the_gradients_of_the_dense_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cls, d_sae = registry.get(name), 128
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     outcomes = []
     for least in (0, 2**40):
         monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
-        sae = cls(make_config(cls, {"d_in": 8, "d_sae": d_sae, "k": 2})).to(DEVICE)
+        sae = new(name, d_in=8, d_sae=128, k=2).to(DEVICE)
         sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
         answers = Deferred()
         with answers.of_this_step():
@@ -131,12 +131,11 @@ def test_a_step_in_slots_has_the_gradients_of_the_dense_one(name: str, monkeypat
         monkeypatch.setattr(module, "host_waits", lambda tensor: True)
     monkeypatch.setattr(deferred, "MIN_ROOM", 32)
     monkeypatch.setattr(screen, "MAX_CANDIDATES", 1.0)
-    cls = registry.get(name)
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     outcomes = []
     for least in (0, 2**40):
         monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
-        sae = cls(make_config(cls, {"d_in": 8, "d_sae": 128} | ({"l0_target": 4} if name == "jumprelu" else {})))
+        sae = new(name, {"l0_target": 4}, d_in=8, d_sae=128)
         sae = sae.to(DEVICE)
         sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
         if name != "jumprelu":

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_cache
+from sae_kit import saved
 from typer.testing import CliRunner
 
-from sae_granary import sae_core, train_sae
+from sae_granary import train_sae
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.evaluation.measure import evaluate
@@ -34,13 +34,8 @@ D_SAE = 300  # several blobs
 @pytest.fixture
 def source(make_cache, tmp_path: Path) -> Source:
     """A cache of 40 documents and a topk SAE with random weights, of which latent 5 never fires."""
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": D_SAE, "k": 8}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        sae.b_enc[5] = -1e6
-    sae_core.save(sae, tmp_path / "sae")
-    return open_source(tmp_path / "sae", make_cache(n_docs=40), device="cpu")
+    folder = saved(tmp_path / "sae", d_sae=D_SAE, k=8, silent=[5])
+    return open_source(folder, make_cache(n_docs=40), device="cpu")
 
 
 def blobs_of(page: str) -> dict[str, str]:
@@ -229,11 +224,7 @@ def test_pooled_rows_are_shown_as_their_texts(tmp_path: Path) -> None:
         writer.begin_buffer({"next_doc": 0})
         writer.append(rows, [DocumentRow(i, "toy", i, text) for i, text in enumerate(texts)])
         writer.finish({"documents": 30})
-    cls = sae_core.registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 8, "d_sae": 16, "k": 4}))
-    sae.reset_weights(torch.Generator().manual_seed(1))
-    sae_core.save(sae, tmp_path / "sae")
-    source = open_source(tmp_path / "sae", tmp_path / "cache", device="cpu")
+    source = open_source(saved(tmp_path / "sae", d_in=8, d_sae=16), tmp_path / "cache", device="cpu")
     codes = encode_cache(source, source.place / "codes")
     stats = find_stats(source, lambda: codes)
     data = latent_data(stats, source.cache, codes)

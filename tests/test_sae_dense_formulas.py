@@ -5,9 +5,10 @@ The selection itself is taken over from the codes; that it is the right one is t
 
 import pytest
 import torch
+from sae_kit import new
 from torch import Tensor
 
-from sae_granary.sae_core import SAE, Progress, SAEOutput, functional, losses, make_config, pre_acts, registry
+from sae_granary.sae_core import SAE, Progress, SAEOutput, functional, losses, pre_acts
 from sae_granary.sae_core.kernels import screen, streamed
 
 D, F, N = 24, 256, 96
@@ -29,10 +30,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def prepared(name: str, kind: str) -> tuple[SAE, Tensor]:
-    cls = registry.get(name)
-    k_sparse = "k" in cls.Config.__dataclass_fields__
-    options = {"k": F if kind == "every latent" else 4} if k_sparse else {}
-    sae = cls(make_config(cls, {"d_in": D, "d_sae": F, "dead_after_tokens": 10, **options, **OPTIONS.get(name, {})}))
+    k = F if kind == "every latent" else 4
+    sae = new(name, {"k": k}, d_in=D, d_sae=F, dead_after_tokens=10, **OPTIONS.get(name, {}))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N, D, generator=generator)
     sae.initialize(x, generator)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from mutations import mutate_bytes
+from sae_kit import new
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_granary import sae_core
-from sae_granary.sae_core import SAE, registry
+from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
 
 D_IN, D_SAE, K = 8, 24, 3
@@ -24,9 +25,7 @@ def rows(n: int = 400, seed: int = 0) -> Tensor:
 
 
 def make(name: str, **options: object) -> SAE:
-    cls = registry.get(name)
-    options |= {"k": K} if "k" in cls.Config.__dataclass_fields__ else {}
-    sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, "normalize": "none", **options}))
+    sae = new(name, {"k": K}, d_in=D_IN, d_sae=D_SAE, normalize="none", **options)
     sae.initialize(rows(), torch.Generator().manual_seed(1))
     return sae.eval()
 
@@ -188,8 +187,7 @@ def test_the_same_sae_gives_the_same_bytes(form: str, tmp_path: Path) -> None:
 
 def test_weights_of_another_sae_beside_the_record_are_refused(tmp_path: Path) -> None:
     for name, k in (("a", 3), ("b", 4)):
-        cls = registry.get("topk")
-        sae_core.save(cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, "k": k})), tmp_path / name)
+        sae_core.save(new("topk", d_in=D_IN, d_sae=D_SAE, k=k), tmp_path / name)
     sae_core.save(make("topk"), tmp_path / "b")
     (tmp_path / "b" / WEIGHTS).replace(tmp_path / "a" / WEIGHTS)
     with pytest.raises(NotAnSAEError, match="does not hold what was written"):

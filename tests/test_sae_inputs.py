@@ -6,21 +6,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from sae_kit import new
 
-from sae_granary import sae_core
-from sae_granary.sae_core import SAE, registry
+from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import OptionError
 
 D_IN, D_SAE = 8, 24
 
 
 def make(name: str = "topk", **options: object) -> SAE:
-    cls = registry.get(name)
-    options |= {"k": 3} if "k" in cls.Config.__dataclass_fields__ else {}
-    return cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, **options})).eval()
+    return new(name, {"k": 3}, d_in=D_IN, d_sae=D_SAE, **options).eval()
 
 
 ROWS = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # exact in every type below
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
 
 
 @pytest.mark.parametrize("normalize", ["dataset", "unit_norm"])
@@ -32,6 +35,7 @@ ROWS = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(0)).bfloat16
         ROWS.numpy(),
         ROWS.numpy().astype(np.float64),
         ROWS.numpy().astype(ml_dtypes.bfloat16),
+        read_only(ROWS.numpy().astype(ml_dtypes.bfloat16)),  # as a cache gives them; warnings are errors here
         np.asfortranarray(ROWS.numpy()),
         ROWS.numpy()[::-1][::-1],
         ROWS.tolist(),

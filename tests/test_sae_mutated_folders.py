@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from mutations import mutate_bytes, mutate_value
+from sae_kit import new
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_granary import sae_core
-from sae_granary.sae_core import SAE, registry
+from sae_granary.sae_core import SAE
 from sae_granary.sae_core.errors import NotAnSAEError
 
 D_IN, D_SAE, K, PER_KIND = 6, 16, 3, 250
@@ -24,9 +25,7 @@ MEANING = (*SHAPE, *OLDER, "apply_b_dec_to_input", "rescale_acts_by_decoder_norm
 
 
 def make(name: str, **options: object) -> SAE:
-    cls = registry.get(name)
-    options |= {"k": K} if "k" in cls.Config.__dataclass_fields__ else {}
-    sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, **options}))
+    sae = new(name, {"k": K}, d_in=D_IN, d_sae=D_SAE, **options)
     sae.initialize(inputs(sae), torch.Generator().manual_seed(1))
     return sae.eval()
 

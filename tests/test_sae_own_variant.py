@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from sae_kit import new
 from torch import nn
 
 from sae_granary import sae_core
@@ -82,9 +83,7 @@ def rows(n: int, seed: int) -> torch.Tensor:
 
 
 def trained(name: str, normalize: str) -> SAE:
-    cls = registry.get(name)
-    options = {"k": 4} if hasattr(cls.Config, "k") else {}
-    sae = cls(sae_core.make_config(cls, {"d_in": 8, "d_sae": 32, "normalize": normalize, **options})).train()
+    sae = new(name, {"k": 4}, d_in=8, d_sae=32, normalize=normalize).train()
     sae.initialize(rows(512, 0), torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(30):
@@ -120,11 +119,3 @@ def test_an_option_that_does_not_say_its_unit_is_not_rescaled(tmp_path: Path) ->
 def test_a_rescaled_option_has_no_bound_but_zero() -> None:
     with pytest.raises(ValueError, match="its only bound can be 0"):
         option(1.0, help="", le=2.0, unit=PRE_ACTS)
-
-
-def test_arrays_are_taken_at_the_door() -> None:
-    sae = trained("SoftTopK", "dataset")
-    x = rows(10, 5)
-    with torch.no_grad():
-        assert torch.equal(sae(x.numpy()).x_hat, sae({"layer_1": x}).x_hat)
-        assert torch.equal(sae.encode(x.double().numpy()).values, sae.encode(x).values)

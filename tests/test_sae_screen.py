@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_kit import new
 
-from sae_granary.sae_core import Progress, make_config, registry
+from sae_granary.sae_core import Progress
 from sae_granary.sae_core.kernels import screen
 from sae_granary.sae_core.kernels.select import at_least, group_maxima
 from sae_granary.sae_core.pre_acts import PreActs
@@ -170,13 +171,11 @@ def test_a_step_has_the_gradients_of_the_unscreened_one(name: str, monkeypatch) 
     for screened in (False, True):
         monkeypatch.setattr(screen, "pays", lambda h, d_sae, screened=screened: screened)
         monkeypatch.setattr(screen, "MAX_CANDIDATES", 1.0)
-        cls = registry.get(name)
-        options = {"k": 4} if hasattr(cls.Config(D, F), "k") else {}
-        sae = cls(make_config(cls, {"d_in": D, "d_sae": F, "dead_after_tokens": 10, **options}))
+        sae = new(name, {"k": 4}, d_in=D, d_sae=F, dead_after_tokens=10)
         x = torch.randn(200, D, generator=torch.Generator().manual_seed(1))
         sae.initialize(x, torch.Generator().manual_seed(2))
         sae.num_tokens_since_fired[::3] = 100
-        if not options:
+        if not hasattr(sae.config, "k"):
             with torch.no_grad():
                 sae.encoder_bias.sub_(1.5 * float(sae.pre_acts(sae.encoder_input(x)).dense.std()))
         losses = sae.train().losses(sae(x), Progress(50, 100))

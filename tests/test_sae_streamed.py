@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from sae_kit import new
 
-from sae_granary.sae_core import PreActs, Progress, functional, make_config, pre_acts, registry
+from sae_granary.sae_core import PreActs, Progress, functional, pre_acts
 from sae_granary.sae_core.kernels import screen, streamed
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES
 
@@ -59,10 +60,9 @@ def test_silent_entries_move_thresholds_as_stored_zeros_do(recipe: str, routed: 
     for most in (0.0, 1.0):  # share of stored entries up to which codes are sparse: never, always
         monkeypatch.setattr(functional, "MAX_SPARSE_DENSITY", most)
         monkeypatch.setattr(pre_acts, "MAX_SPARSE_DENSITY", most)
-        cls = registry.get("route" if routed else "jumprelu")
         options = {"recipe": recipe, "threshold_init": 0.8, "bandwidth": 1.0, "dead_coef": 0.0}
         options = {"base": "jumprelu", "base_options": options, "n_hooks": 2} if routed else options
-        sae = cls(make_config(cls, {"d_in": D, "d_sae": F, **options}))
+        sae = new("route" if routed else "jumprelu", d_in=D, d_sae=F, **options)
         first, second = torch.randn(2, N, D, generator=torch.Generator().manual_seed(1))
         x = {"first": first, "second": second} if routed else first
         sae.initialize(x, torch.Generator().manual_seed(2))

@@ -5,16 +5,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sae_kit import new
 
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE, Progress, registry
 from sae_granary.sae_core.data import Rows
-from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError, OptionError, UnknownTypeError
+from sae_granary.sae_core.errors import NonFiniteError, NotAnSAEError, OptionError
 
 D_IN, D_SAE = 16, 64
 LAST = Progress(99, 100)
@@ -41,10 +40,7 @@ def cut(x: Rows, size: int) -> list[Rows]:
 
 
 def make(name: str, **options: object) -> SAE:
-    cls = registry.get(name)
-    known = {spec.name for spec in dataclasses.fields(cls.Config)}
-    options = {key: value for key, value in {"k": 4, "l0_target": 4.0, "n_hooks": 2}.items() if key in known} | options
-    sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, **options}))
+    sae = new(name, {"k": 4, "l0_target": 4.0, "n_hooks": 2}, d_in=D_IN, d_sae=D_SAE, **options)
     sae.initialize(inputs(name), torch.Generator().manual_seed(1))
     return sae.train()
 
@@ -215,11 +211,6 @@ def test_a_sample_with_nan_is_refused(name: str) -> None:
         make(name).initialize(sample, torch.Generator())
 
 
-def test_unknown_types_are_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UnknownTypeError, match=r"unknown type 'batchtop' .*, did you mean 'batchtopk'\?"):
-        registry.get("batchtop")
-
-
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     sae_core.save(make("topk"), tmp_path)
     weights = tmp_path / "sae_weights.safetensors"
@@ -280,8 +271,7 @@ def test_a_saelens_folder_without_a_counterpart_is_refused(
 
 def identity(name: str, **options: object) -> SAE:
     """d_in = d_sae = 3, encoder and decoder the identity, b_enc = b_dec = 0, no normalization."""
-    cls = registry.get(name)
-    sae = cls(sae_core.make_config(cls, {"d_in": 3, "d_sae": 3, "normalize": "none", "loss": "mse", **options}))
+    sae = new(name, d_in=3, d_sae=3, normalize="none", loss="mse", **options)
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
         sae.W_dec.copy_(torch.eye(3))
@@ -444,8 +434,7 @@ def test_auxk_of_signed_codes_ranks_by_magnitude() -> None:
 
 
 def test_matching_pursuit_counts_a_latent_that_is_chosen_twice_once() -> None:
-    cls = registry.get("matching_pursuit")
-    sae = cls(sae_core.make_config(cls, {"d_in": 2, "d_sae": 2, "k": 2, "normalize": "none"}))
+    sae = new("matching_pursuit", d_in=2, d_sae=2, k=2, normalize="none")
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
     # (1, 2): 2.2 of latent 1 leaves (-0.32, 0.24), of which no latent takes any: its score with both is negative or 0.
@@ -511,28 +500,6 @@ def test_unit_norm_is_undone_with_the_standard_deviation_alone() -> None:
     out = sae(x)
     expected = out.recon * x.std(1, keepdim=True) + x.mean(1, keepdim=True)
     torch.testing.assert_close(out.x_hat, expected, rtol=1e-5, atol=0)
-
-
-def test_k_above_d_sae_is_refused() -> None:
-    with pytest.raises(OptionError, match="k=9: expected k <= d_sae=8"):
-        sae_core.make_config(registry.get("batchtopk"), {"d_in": 4, "d_sae": 8, "k": 9})
-
-
-def test_sparse_codes_equal_the_dense_formula_end_to_end() -> None:
-    sae = make("topk")
-    x = rows(64)
-    out = sae(x)
-    torch.stack(list(sae.losses(out, LAST).values())).sum().backward()
-    W_enc, W_dec = sae.W_enc.detach().clone().requires_grad_(), sae.W_dec.detach().clone().requires_grad_()
-    b_enc, b_dec = sae.b_enc.detach().clone().requires_grad_(), sae.b_dec.detach().clone().requires_grad_()
-    h = sae.normalizer(x).values
-    p = (h - b_dec) @ W_enc + b_enc
-    kept = torch.zeros_like(p).scatter(1, p.topk(4).indices, 1.0)
-    recon = (F.relu(p) * kept) @ W_dec + b_dec
-    ((h - recon).square().sum(1).mean() / sae.loss_variance).backward()
-    torch.testing.assert_close(out.recon, recon)
-    for ours, dense in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc), (sae.b_dec, b_dec)):
-        torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_k_falls_from_k_start_and_inference_uses_k() -> None:
@@ -634,13 +601,3 @@ def test_temporal_by_formula() -> None:
     torch.testing.assert_close(sae.losses(out, LAST)["temporal"], expected)
     sae.eval()
     torch.testing.assert_close(sae(x).x_hat, sae(x["layer_1"]).x_hat)  # inference reads one row
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "bfloat16"])
-def test_arrays_are_taken_as_a_cache_gives_them(dtype: str) -> None:
-    """Read-only, and in any floating type: warnings are errors here."""
-    sae = make("topk").eval()
-    array = rows(8).numpy().astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    array.flags.writeable = False
-    wanted = sae.encode(torch.from_numpy(array.astype("float32")))
-    assert torch.equal(sae.encode(array).dense(), wanted.dense())

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import write_cache
+from sae_kit import saved
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_harvest_resume import assert_same_cache, contents
 
-from sae_granary import open_cache, resume_training, sae_core, train_sae
+from sae_granary import open_cache, resume_training, train_sae
 from sae_granary.analyze.encoding.codes import CodesRecord
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
@@ -134,8 +135,7 @@ def test_a_cache_that_grows_on_a_full_disk_names_it_and_continues(small_disk, co
 def test_encoding_on_a_full_disk_names_it_and_continues_or_leaves_nothing(small_disk, tmp_path) -> None:
     folder, _ = small_disk
     cache = write_cache(tmp_path / "toy", n_docs=40, d_in=32)
-    cls = sae_core.registry.get("topk")
-    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 32, "d_sae": 256, "k": 32})), tmp_path / "sae")
+    saved(tmp_path / "sae", d_in=32, d_sae=256, k=32)
     source = open_source(tmp_path / "sae", cache, device="cpu")
     whole = encode_cache(source, tmp_path / "whole", block_rows=128, commit_blocks=2)
     size = sum(path.stat().st_size for path in whole.folder.iterdir())

@@ -187,8 +187,6 @@ def test_names_tell_seeds_apart() -> None:
             {"batch_size": 64, "hook": "layer_9"},
             r"no hook point 'layer_9' \(it has: layer_3\), did you mean 'layer_3'\?",
         ),
-        ({"batch_size": 64, "device": "cuda:99"}, r"device 'cuda:99': PyTorch finds \d+ CUDA devices"),
-        ({"batch_size": 64, "device": "gpu"}, r"device 'gpu' is unknown: expected auto, cpu, cuda"),
         ({"batch_size": 64, "min_norm": 1e9}, r"batch_size=64 is larger than the 0 rows to train on"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sae_kit import new
 from typer.testing import CliRunner
 
 from sae_granary import sae_core
@@ -120,17 +121,15 @@ def test_no_scale_is_fitted_to_rows_that_have_none(mode: str, value: float) -> N
 
 
 def test_equal_rows_teach_nothing() -> None:
-    cls = registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 4, "d_sae": 8, "k": 2}))
+    sae = new("topk", d_in=4, d_sae=8, k=2)
     with pytest.raises(NonFiniteError, match="the 9 rows of the sample are all equal"):
         sae.initialize(torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(9, 4), torch.Generator())
 
 
 @pytest.mark.parametrize("type", registry.names())
 def test_weights_with_nan_are_never_written(tmp_path: Path, type: str) -> None:
-    cls = registry.get(type)
     for write, parameter in ((sae_core.save, "b_dec"), (sae_core.save_native, "W_dec")):
-        sae = cls(sae_core.make_config(cls, {"d_in": 4, "d_sae": 64}))
+        sae = new(type, d_in=4, d_sae=64)
         with torch.no_grad():
             getattr(sae.core, parameter).view(-1)[0] = float("nan")
         with pytest.raises(NonFiniteError, match="NaN or Inf in"):

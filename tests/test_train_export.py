@@ -7,19 +7,20 @@ import pytest
 import torch
 import yaml
 from conftest import write_cache
+from sae_kit import new
 from typer.testing import CliRunner
 
 from sae_granary import sae_core, train_sae
 from sae_granary.common.finished_run import read_summary
-from sae_granary.sae_core import registry
 from sae_granary.train.cli import app
 from sae_granary.train.publish.published import FILES as PUBLISHED
 from sae_granary.train.publish.push import staged
 
+SUMMARY = {"name": "run", "type": "topk", "d_sae": 64, "d_in": 16, "tokens": 100, "eval_part": "heldout", "eval": {}}
+
 
 def saved(folder: Path, name: str = "topk", **options: object) -> Path:
-    cls = registry.get(name)
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, **options}))
+    sae = new(name, d_in=16, d_sae=64, **options)
     sae.initialize(torch.randn(200, 16, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
     metadata = {"model_name": "toy", "hf_hook_name": "encoder.layer.3", "cache_fingerprint": {"dataset": "demo"}}
     sae_core.save(sae, folder, metadata)
@@ -55,8 +56,7 @@ def test_an_export_reads_back_as_the_same_function(tmp_path: Path, tool: str) ->
 def test_what_a_tool_cannot_hold_is_refused_and_nothing_is_written(
     tmp_path: Path, name: str, tool: str, message: str
 ) -> None:
-    cls = registry.get(name)
-    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4})), tmp_path / "run")
+    sae_core.save(new(name, d_in=16, d_sae=64, k=4), tmp_path / "run")
     code, output = run("export", tmp_path / "run", "--to", tool, "--out", tmp_path / "out")
     assert code == 2
     assert len(output.strip().splitlines()) == 1
@@ -66,8 +66,7 @@ def test_what_a_tool_cannot_hold_is_refused_and_nothing_is_written(
 
 def test_a_dry_push_prints_the_card_and_uploads_nothing(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", k=4)
-    summary = {"name": "run", "type": "topk", "d_sae": 64, "d_in": 16, "k": 4, "tokens": 100, "eval_part": "heldout"}
-    (folder / "summary.json").write_text(json.dumps({**summary, "eval": {"l0": 4.0, "fvu": 0.25}}))
+    (folder / "summary.json").write_text(json.dumps({**SUMMARY, "k": 4, "eval": {"l0": 4.0, "fvu": 0.25}}))
     code, output = run("push", folder, "someone/toy-sae")
     assert code == 0, output
     assert "sae_weights.safetensors" in output
@@ -91,19 +90,9 @@ def test_a_dry_push_prints_the_card_and_uploads_nothing(tmp_path: Path) -> None:
 def test_the_card_names_a_base_model_of_the_hub_and_no_local_path(
     tmp_path: Path, model: str | None, fingerprint: dict[str, str | None], base: str | None
 ) -> None:
-    cls = registry.get("topk")
-    sae = cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4}))
+    sae = new("topk", d_in=16, d_sae=64, k=4)
     sae_core.save(sae, tmp_path, {"model_name": model, "cache_fingerprint": {"model": model, **fingerprint}})
-    summary = {
-        "name": "run",
-        "type": "topk",
-        "d_sae": 64,
-        "d_in": 16,
-        "tokens": 100,
-        "eval_part": "heldout",
-        "eval": {},
-    }
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     code, output = run("push", tmp_path, "someone/toy-sae")
     assert code == 0, output
     head = yaml.safe_load(output[output.index("---") : output.rindex("---")].split("---")[1])
@@ -114,10 +103,8 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_local_path(
 
 
 def test_a_type_that_saelens_cannot_load_is_not_tagged_as_its_own(tmp_path: Path) -> None:
-    cls = registry.get("transcoder")
-    sae_core.save(cls(sae_core.make_config(cls, {"d_in": 16, "d_sae": 64, "k": 4})), tmp_path)
-    summary = {"name": "run", "type": "transcoder", "d_sae": 64, "d_in": 16, "tokens": 1, "eval_part": "heldout"}
-    (tmp_path / "summary.json").write_text(json.dumps({**summary, "eval": {}}))
+    sae_core.save(new("transcoder", d_in=16, d_sae=64, k=4), tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "type": "transcoder"}))
     assert "library_name: sae-granary" in run("push", tmp_path, "someone/toy-sae")[1]
 
 

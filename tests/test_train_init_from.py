@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_kit import new
 from test_train_resume import StopAt
 
 from sae_granary import resume_training, sae_core, train_sae
@@ -26,9 +27,7 @@ def rows(n: int = 400, seed: int = 0) -> torch.Tensor:
 
 def make(name: str, **options: object) -> SAE:
     """An SAE fitted to `rows()` whose gates and thresholds all matter."""
-    cls = sae_core.registry.get(name)
-    options |= {"k": K} if "k" in cls.Config.__dataclass_fields__ else {}
-    sae = cls(sae_core.make_config(cls, {"d_in": D_IN, "d_sae": D_SAE, "normalize": "none", **options}))
+    sae = new(name, {"k": K}, d_in=D_IN, d_sae=D_SAE, normalize="none", **options)
     sae.initialize(rows(), torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -92,9 +91,8 @@ def test_decoder_rows_of_zeros_stay_silent_and_get_a_direction(name: str) -> Non
 def test_a_crosscoder_across_normalizations_differs_by_its_selection_alone(of_file: str, of_run: str) -> None:
     """Hook points of other scales change the norms of decoder rows, which the selection compares."""
     hooks = {"a": rows(), "b": 5 * rows(seed=1) + 30}
-    cls = sae_core.registry.get("crosscoder")
     options = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "n_hooks": 2}
-    file, run = (cls(sae_core.make_config(cls, {**options, "normalize": name})) for name in (of_file, of_run))
+    file, run = (new("crosscoder", **options, normalize=name) for name in (of_file, of_run))
     for seed, sae in enumerate((file, run)):
         sae.initialize(hooks, torch.Generator().manual_seed(seed))
     unfold(run, fold(file))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_cache
+from sae_kit import new
 from safetensors.torch import load_file
 from test_train_resume import StopAt, interrupted, log
 
@@ -62,7 +63,7 @@ def stopped_and_resumed(start, step: int, **settings) -> Path:
 
 
 def test_ema_by_hand() -> None:
-    sae = sae_core.registry.get("vanilla")(sae_core.registry.get("vanilla").Config(d_in=2, d_sae=2))
+    sae = new("vanilla", d_in=2, d_sae=2)
     ema = Ema(sae, 0.5)
     for value, expected in ((11.0, 9.0), (11.0, 10.5)):
         # decay: min(0.5, 2/11), then min(0.5, 3/12): b_enc goes 0 -> 11 * 9/11 = 9 -> 9/4 + 11 * 3/4 = 10.5
@@ -186,16 +187,12 @@ def test_early_stop_ends_a_run_that_no_longer_gains(start) -> None:
 
 @pytest.mark.parametrize("type", sae_core.registry.names())
 def test_resampled_latents_point_at_their_rows(type) -> None:
-    cls = sae_core.registry.get(type)
-    several = "n_hooks" in cls.Config.__dataclass_fields__
-    options = {"d_in": 6, "d_sae": 16} | ({"n_hooks": 2} if several else {})
-    options |= {name: 3 for name in ("k", "l0_target") if name in cls.Config.__dataclass_fields__}
-    sae = cls(sae_core.make_config(cls, options))
+    sae = new(type, {"n_hooks": 2, "k": 3, "l0_target": 3}, d_in=6, d_sae=16)
     generator = torch.Generator().manual_seed(0)
 
     def batch(n):
         x = {name: torch.randn(n, 6, generator=generator) for name in ("a", "b")}
-        return {"a": x["a"]} if cls.reads.one_row else x
+        return {"a": x["a"]} if sae.reads.one_row else x
 
     sae.initialize(batch(200), generator)
     core = sae.core

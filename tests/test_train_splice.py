@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lm_kit import harvest, trained_model
+from sae_kit import new
 from test_train_resume import assert_same, interrupted
 from typer.testing import CliRunner
 
@@ -58,8 +59,7 @@ def any_cache(models: Path, request: pytest.FixtureRequest) -> Path:
 
 def identity(d_in: int) -> sae_core.SAE:
     """x_hat = ReLU(x) - ReLU(-x)."""
-    cls = sae_core.registry.get("vanilla")
-    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": 2 * d_in, "normalize": "none"}))
+    sae = new("vanilla", d_in=d_in, d_sae=2 * d_in, normalize="none")
     with torch.no_grad():
         sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
         sae.W_dec.copy_(sae.W_enc.t())
@@ -169,8 +169,7 @@ def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
 @pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n).reads.one_row])
 @pytest.mark.parametrize("normalize", ["dataset", "unit_norm"])
 def test_every_type_trains_through_the_model(models: Path, name: str, normalize: str) -> None:
-    cls, batch = registry.get(name), spliced(models, "kl")
-    sae = cls(sae_core.make_config(cls, {"d_in": 64, "d_sae": 128, "loss": "kl", "normalize": normalize}))
+    batch, sae = spliced(models, "kl"), new(name, d_in=64, d_sae=128, loss="kl", normalize=normalize)
     rows = torch.from_numpy(open_cache(models / "llama_l0").hook()[:2000].copy())
     sae.initialize(rows, torch.Generator().manual_seed(0))
     optimizer, kl = torch.optim.Adam(sae.parameters(), lr=3e-3), []
@@ -599,14 +598,9 @@ def test_windows_to_train_on_are_shuffled_by_the_seed(models: Path) -> None:
 def test_a_loss_through_the_model_keeps_the_scale_of_penalties() -> None:
     x = torch.randn(64, 8)
     for name in ("vanilla", "matryoshka"):
-        cls = sae_core.registry.get(name)
         terms = []
         for loss in ("fvu", "kl", "ce"):
-            sae = cls(
-                sae_core.make_config(
-                    cls, {"d_in": 8, "d_sae": 32, "loss": loss} | ({"k": 4} if name != "vanilla" else {})
-                )
-            )
+            sae = new(name, {"k": 4}, d_in=8, d_sae=32, loss=loss)
             sae.initialize(x, torch.Generator().manual_seed(0))
             assert sae.loss_scale.name == "fvu"
             terms.append({k: float(v.detach()) for k, v in sae.losses(sae(x), Progress(5, 10)).items()})

@@ -29,7 +29,7 @@ from sae_granary.train.memory.shrink import out_of_memory_is_clear
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.ranks.place import place_of_process
 from sae_granary.train.sinks.registry import open_sinks
-from sae_granary.train.sinks.sink import Sink, Sinks
+from sae_granary.train.sinks.sink import BaseSink, Sinks
 from sae_granary.train.state.identity import check_identity
 from sae_granary.train.trainer import Result, Trainer
 
@@ -39,7 +39,7 @@ Begun = tuple[RunData, Path] | Result  # a run to train, or the result of one th
 def train_sae(
     config: TrainConfig | None = None,
     *,
-    sinks: Sequence[Sink] = (),
+    sinks: Sequence[BaseSink] = (),
     callbacks: Sequence[AnyCallback] = (),
     overwrite: bool = False,
     resume: Literal["never", "auto"] = "never",
@@ -128,7 +128,7 @@ def resume_training(
     *,
     cache: str | Path | None = None,
     lm: str | None = None,
-    sinks: Sequence[Sink] = (),
+    sinks: Sequence[BaseSink] = (),
     callbacks: Sequence[AnyCallback] = (),
     stop: StopRequest | None = None,
 ) -> Result:
@@ -159,7 +159,7 @@ def _train(
     begin: Callable[[Callable[[RunData], RunData]], Begun],
     given: Mapping[str, Any],
     device: str,
-    sinks: Sequence[Sink],
+    sinks: Sequence[BaseSink],
     callbacks: Sequence[AnyCallback],
     stop: StopRequest | None,
 ) -> Result:
@@ -177,7 +177,9 @@ def _train(
 
 
 @contextmanager
-def _opened(data: RunData, folder: Path, extra: Sequence[Sink], callbacks: Sequence[AnyCallback]) -> Iterator[Trainer]:
+def _opened(
+    data: RunData, folder: Path, extra: Sequence[BaseSink], callbacks: Sequence[AnyCallback]
+) -> Iterator[Trainer]:
     """The trainer of a run's folder, which is held until the block ends."""
     with ExitStack() as stack:
         stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))

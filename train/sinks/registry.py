@@ -1,7 +1,7 @@
 """The sinks of a run. A new kind of sink is one module of this folder that says when it is opened:
 
 @register
-def opened(config: TrainConfig, folder: Path, run_id: str) -> Sink | None:
+def opened(config: TrainConfig, folder: Path, run_id: str) -> BaseSink | None:
     return MySink(folder) if config.my_setting else None
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.sinks.jsonl_sink import JsonlSink
-from sae_granary.train.sinks.sink import Sink, Sinks
+from sae_granary.train.sinks.sink import BaseSink, Sinks
 
 # From the settings, the run's folder and an id that stays over resumes to a sink, or None if it is not asked for.
-Opener = Callable[[TrainConfig, Path, str], Sink | None]
+Opener = Callable[[TrainConfig, Path, str], BaseSink | None]
 
 _OPENERS: dict[str, Opener] = {}
 
@@ -28,7 +28,7 @@ def register(opener: Opener) -> Opener:
     return opener
 
 
-def open_sinks(config: TrainConfig, folder: Path, run_id: str, extra: Sequence[Sink] = ()) -> Sinks:
+def open_sinks(config: TrainConfig, folder: Path, run_id: str, extra: Sequence[BaseSink] = ()) -> Sinks:
     """metrics.jsonl, the registered sinks that the settings ask for, and those given."""
     package = importlib.import_module("sae_granary.train.sinks")
     for module in pkgutil.iter_modules(package.__path__):

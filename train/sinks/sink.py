@@ -9,7 +9,7 @@ callbacks return. What they mean: `train.result.notes`. `TIMING` names those tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,8 +19,10 @@ Metrics = Mapping[str, float | int]
 Histograms = Mapping[str, Tensor]  # one-dimensional values by name
 
 
-class Sink(Protocol):
-    """Receives the events of a run; every method may do nothing."""
+class BaseSink:
+    """Receives the events of a run and ignores them: override the methods you need."""
+
+    essential: ClassVar[bool] = False  # whether a run ends when this sink fails
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
         """The run starts, or continues after `step`."""
@@ -44,65 +46,38 @@ class Sink(Protocol):
         """Release resources, also after an error."""
 
 
-class BaseSink:
-    """A sink that ignores everything: override the methods you need."""
-
-    essential: ClassVar[bool] = False  # whether a run ends when this sink fails
-
-    def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """See `Sink`."""
-
-    def metrics(self, metrics: Metrics) -> None:
-        """See `Sink`."""
-
-    def histograms(self, step: int, values: Histograms) -> None:
-        """See `Sink`."""
-
-    def message(self, text: str) -> None:
-        """See `Sink`."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """See `Sink`."""
-
-    def flush(self) -> None:
-        """See `Sink`."""
-
-    def close(self) -> None:
-        """See `Sink`."""
-
-
 class Sinks(BaseSink):
     """Several sinks as one, in their order. A sink that fails is left out with a message to the others."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[BaseSink]) -> None:
         self._sinks = list(sinks)
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("start", name, config, n_steps, step)
 
     def metrics(self, metrics: Metrics) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("metrics", metrics)
 
     def histograms(self, step: int, values: Histograms) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("histograms", step, values)
 
     def message(self, text: str) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("message", text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("finish", summary)
 
     def flush(self) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("flush")
 
     def close(self) -> None:
-        """See `Sink`."""
+        """See `BaseSink`."""
         self._each("close")
 
     def _each(self, method: str, *args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sae_granary.train.sinks.sink import Sink
+from sae_granary.train.sinks.sink import BaseSink
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan
 
 
@@ -14,7 +14,7 @@ class Reporter:
     def start(self, plan: Plan, group: Group) -> None:
         """A group starts."""
 
-    def sinks(self, entry: Entry) -> Sequence[Sink]:
+    def sinks(self, entry: Entry) -> Sequence[BaseSink]:
         """Sinks of one SAE, beside its own files."""
         return ()
 

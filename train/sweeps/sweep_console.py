@@ -14,7 +14,7 @@ from rich.table import Table
 from sae_granary.common.app import make_console
 from sae_granary.common.quantities import duration, quantity
 from sae_granary.train.sinks.console_sink import PLAIN_SECONDS
-from sae_granary.train.sinks.sink import BaseSink, Metrics, Sink
+from sae_granary.train.sinks.sink import BaseSink, Metrics
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan
 
@@ -43,7 +43,7 @@ class SweepConsole(Reporter):
             self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
             self._live.start()
 
-    def sinks(self, entry: Entry) -> Sequence[Sink]:
+    def sinks(self, entry: Entry) -> Sequence[BaseSink]:
         """One line of the table."""
         return [_Line(self, entry.name)]
 

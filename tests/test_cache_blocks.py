@@ -156,10 +156,10 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     in_blocks(path)
     (path / BLOCKS / "00000000.json").write_text(json.dumps({"n_rows": 90}))
     run = CliRunner()
-    with pytest.raises(IncompleteCacheError, match="90 rows in 1 complete blocks; run the same"):
+    with pytest.raises(IncompleteCacheError, match="90 rows in 1 complete block; run the same"):
         open_cache(path)
     assert verify(path).ok
-    assert "90 (one per token) in 1 complete blocks, not joined yet" in run.invoke(app, ["info", str(path)]).output
+    assert "90 (one per token) in 1 complete block, not joined yet" in run.invoke(app, ["info", str(path)]).output
     assert json.loads(run.invoke(app, ["info", str(path), "--json"]).output)["n_rows"] == 90
     assert listed(tmp_path)["state"] == "incomplete"
     (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
@@ -167,7 +167,7 @@ def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     assert (found["state"], found["n_rows"]) == ("growing", 90)
     assert found["n_bytes"] > 90 * 4
     compared = run.invoke(app, ["diff", str(path), str(path)])
-    assert (compared.exit_code, "90 rows in 1 complete blocks" in compared.output) == (2, True)
+    assert (compared.exit_code, "90 rows in 1 complete block" in compared.output) == (2, True)
     refused = run.invoke(app, ["rm", str(path), "--yes"])
     assert (refused.exit_code, "is being harvested in blocks" in refused.output) == (2, True)
     (path / BLOCKS / "00000001.0.lease").write_text('{"released": true}')

@@ -36,10 +36,12 @@ from sae_granary.harvest import progress
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.plan import plan, plan_rows
+from sae_granary.harvest.progress import Progress
 from sae_granary.harvest.ranks import work, world
 from sae_granary.harvest.ranks.blocks import Outcome
 from sae_granary.harvest.ranks.board import Board, Limits, Task
 from sae_granary.harvest.ranks.lease import Lease, Leases
+from sae_granary.harvest.ranks.progress import BlockProgress, Heartbeat, SummedProgress
 from sae_granary.harvest.replay.growth import plan_growth
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
@@ -318,6 +320,28 @@ def test_the_progress_of_rows_that_no_process_told_yet(
     assert first == "0 of 100 tokens, 0 tokens/s, 0 B written"
     assert second.startswith("50 of 100 tokens, ")
     assert second.endswith(" left")
+
+
+def test_a_lease_tells_its_first_rows_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases = Leases(tmp_path, 120.0)
+    board = Board(tmp_path, 25, Limits(None, None), leases)
+    lease = leases.claim("00000000")
+    assert lease is not None
+    progress = BlockProgress(SummedProgress(Progress("token", 100, quiet=True), board, lambda n: 0, tells=False))
+    heartbeat, pauses = Heartbeat(lease, board, progress), list[float]()
+    told = list[int]()
+
+    def waited(seconds: float) -> bool:
+        pauses.append(seconds)
+        told.append(leases.n_rows("00000000"))
+        progress.advance(10, 0)
+        return len(pauses) == 8
+
+    monkeypatch.setattr(heartbeat._stop, "wait", waited)
+    heartbeat._run()
+    lease.release()
+    assert pauses == [1, 2, 4, 8, 16, 20, 20, 20]  # seconds
+    assert told == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
 def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

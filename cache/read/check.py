@@ -13,6 +13,7 @@ from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, comm
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.parse import LazyRecords, sizes_of
 from sae_granary.cache.format.records import blocks_of
+from sae_granary.common.quantities import counted
 
 LISTED_SHARDS = 1000
 
@@ -83,10 +84,11 @@ def incomplete_message(path: Path, records: Sequence[ShardRecord]) -> str:
     n_rows = sum(record.n_rows for record in records)
     if not records and (blocks := blocks_of(path)) is not None:
         return (
-            f"{path} is incomplete: {blocks.n_rows:,} rows in {blocks.n_blocks} complete blocks; run the same "
-            f"`sae-harvest run ... --out {path}` again to finish it: blocks are read when they are joined"
+            f"{path} is incomplete: {blocks.n_rows:,} rows in {counted(blocks.n_blocks, 'complete block')}; run "
+            f"the same `sae-harvest run ... --out {path}` again to finish it: blocks are read when they are joined"
         )
-    begun = f"{n_rows:,} rows in {len(records)} committed shards" if records else "its harvest has just begun"
+    there = f"{n_rows:,} rows in {counted(len(records), 'committed shard')}"
+    begun = there if records else "its harvest has just begun"
     return (
         f"{path} is incomplete: {begun}; run the same `sae-harvest run ... --out {path}` again to finish it, "
         "or read what is there: --allow-incomplete, in Python allow_incomplete=True"

@@ -12,7 +12,7 @@ from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import InBlocks, blocks_of, bytes_in_blocks
 from sae_granary.cache.format.stats import Stats
 from sae_granary.common.errors import printable
-from sae_granary.common.quantities import byte_size
+from sae_granary.common.quantities import byte_size, counted
 
 MAX_LINES, MAX_CHARACTERS = 200, 2000  # of provenance on a terminal, and of each of its values
 
@@ -33,7 +33,8 @@ def facts(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], n_shard
         "size": byte_size(n_bytes + bytes_in_blocks(path)),
     }
     if (blocks := unjoined(path, manifest, opened)) is not None:
-        lines["rows"] = f"{blocks.n_rows:,} (one per {unit}) in {blocks.n_blocks:,} complete blocks, not joined yet"
+        there = counted(blocks.n_blocks, "complete block")
+        lines["rows"] = f"{blocks.n_rows:,} (one per {unit}) in {there}, not joined yet"
     if manifest.kept_columns:
         lines["kept columns"] = ", ".join(manifest.kept_columns)
     for name in ("model", "dataset"):

@@ -9,6 +9,7 @@ from typing import Any
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.records import remove_contents
 from sae_granary.cache.write.blocks import join_blocks, remove_blocks
+from sae_granary.common.quantities import counted
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.ranks.board import Board
@@ -35,7 +36,7 @@ def join(prepared: Prepared, board: Board, begun: Begun, folder: Path, is_comple
             raise
         return ""  # another process took this one for dead, joined the blocks and removed them
     remove_blocks(path)
-    return f"finished: {summary['n_rows']:,} rows in {len(blocks):,} blocks"
+    return f"finished: {summary['n_rows']:,} rows in {counted(len(blocks), 'block')}"
 
 
 def _skipped(summary: Mapping[str, Any]) -> dict[str, int]:

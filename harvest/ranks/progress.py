@@ -15,6 +15,7 @@ from sae_granary.harvest.ranks.lease import Lease
 from sae_granary.harvest.ranks.world import World
 
 _SHOW_SECONDS = 1.0
+_FIRST_BEAT = 1.0  # seconds until a lease tells the first rows of its block
 _HUNG = 900.0  # seconds without a batch after which a process no longer renews its lease
 
 
@@ -82,11 +83,12 @@ class BlockProgress(Progress):
 class Heartbeat:
     """A thread that renews a lease while its work is done: of a block, only while batches are.
 
-    It also looks at the board: the block may no longer be wanted.
+    At first it does so often: others show the rows of the block soon. It also looks at the board: the block may no
+    longer be wanted.
     """
 
     def __init__(self, lease: Lease, board: Board, progress: BlockProgress | None) -> None:
-        self._lease, self._board, self._progress, self._pause = lease, board, progress, lease.seconds / 6
+        self._lease, self._board, self._progress, self._longest = lease, board, progress, lease.seconds / 6
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
@@ -99,12 +101,12 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        batches, idle = -1, 0.0
-        while not self._stop.wait(self._pause):
+        batches, idle, pause = -1, 0.0, 0.0
+        while not self._stop.wait(pause := min(2 * pause or _FIRST_BEAT, self._longest)):
             if self._progress is None:
                 self._lease.renew(0)
                 continue
-            idle = 0.0 if self._progress.batches != batches else idle + self._pause
+            idle = 0.0 if self._progress.batches != batches else idle + pause
             batches = self._progress.batches
             if idle < _HUNG:
                 self._lease.renew(self._progress.n_rows)

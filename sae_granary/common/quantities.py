@@ -31,6 +31,11 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """1 block, 1,200 blocks: a number of something whose plural ends with s."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A duration in a readable unit: 8.2 s, 42 s, 5 min, 2.5 h."""
     if seconds < 10:

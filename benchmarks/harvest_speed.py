@@ -6,6 +6,7 @@ Limit 1: the same model, the same batches, nothing captured, nothing written. Li
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -42,13 +43,26 @@ BARE = "bare truncated forward, malloc keeps freed blocks (limit)"
 
 def run(quick: bool) -> str:
     """Return the harvest's tables."""
-    with tempfile.TemporaryDirectory() as folder:
-        return f"{_forward_table(Path(folder), quick)}\n\n{_write_table(Path(folder), quick)}"
+    n_texts, n_rows, repeats = (400, 65_536, 3) if quick else (1500, 262_144, 5)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = TextConfig(str(write_jsonl(folder / "ragged.jsonl", n_texts)))
+        config = HarvestConfig(ModelConfig("demo"), WhereConfig(layers=(LAYER,)), texts)
+        forward = forward_table(
+            config, f"MiniLM, layer {LAYER} of 6", folder, repeats, None if quick else _compiled(config)
+        )
+        return f"{forward}\n\n{write_table(folder, n_rows, repeats)}"
 
 
-def _forward_table(folder: Path, quick: bool) -> str:
-    texts = write_jsonl(folder / "ragged.jsonl", 400 if quick else 1500)
-    config = HarvestConfig(ModelConfig("demo"), WhereConfig(layers=(LAYER,)), TextConfig(str(texts)))
+def forward_table(
+    config: HarvestConfig,
+    what: str,
+    folder: Path,
+    repeats: int,
+    compiled: HarvestConfig | None = None,
+    race: Callable[[Mapping[str, Contestant], int], dict[str, float]] = apart,
+) -> str:
+    """A harvest of `what` against the bare forward pass; `race` gives the seconds of each."""
     prepared, model, work = _work(config)
     n_rows, n_places = sum(w.buffer.n_rows for w in work), sum(w.n_places for w in work)
     runs: dict[str, Contestant] = {
@@ -57,12 +71,12 @@ def _forward_table(folder: Path, quick: bool) -> str:
         "the first, its rows written with write() and one fsync": partial(_written, config, folder / "rows"),
         "harvest, checks and writing included": partial(_ours, config, folder / "cache"),
     }
-    if not quick and (compiled := _compiled(config)) is not None:
+    if compiled is not None:
         runs["harvest --compile"] = partial(_ours, compiled, folder / "compiled")
-    seconds = apart(runs, 3 if quick else 5)
+    seconds = race(runs, repeats)
     lines = [[name, f"{n_rows / spent:,.0f}", f"{seconds[BARE] / spent:.2f}"] for name, spent in seconds.items()]
     title = (
-        f"Harvest: MiniLM, layer {LAYER} of 6, {n_rows:,} tokens in texts of {n_rows / len(_texts(work)):.0f}, "
+        f"Harvest: {what}, {n_rows:,} tokens in texts of {n_rows / len(_texts(work)):.0f}, "
         f"{prepared.compute_dtype} on {model.device}, padding {1 - n_rows / n_places:.1%}. "
         "From the first text to the last commit; checks, hashes, loading and compiling come before."
     )
@@ -142,8 +156,9 @@ def _texts(work: list[Work]) -> set[int]:
     return {int(window.doc_id.max()) for w in work for window in w.buffer.windows}
 
 
-def _write_table(folder: Path, quick: bool) -> str:
-    n_rows, width = (65_536 if quick else 262_144), 768
+def write_table(folder: Path, n_rows: int, repeats: int) -> str:
+    """The cache's writer against one write()."""
+    width = 768
     rows = random_rows(n_rows, width)
     data = rows.activations["layer_6"]
     counter = iter(range(1000))
@@ -166,7 +181,7 @@ def _write_table(folder: Path, quick: bool) -> str:
             writer.finish({})
         shutil.rmtree(path)
 
-    seconds = interleaved({"plain": plain, "ours": ours}, 3 if quick else 5)
+    seconds = interleaved({"plain": plain, "ours": ours}, repeats)
     gb = data.nbytes / 1e9
     table = [
         ["one write() and fsync (limit)", f"{gb / seconds['plain']:.2f}", "1.00"],

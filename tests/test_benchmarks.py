@@ -3,13 +3,19 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from harvest_kit import build_model
 
-from benchmarks import loader_speed, step_speed, sweep, writer_speed
+from benchmarks import harvest_speed, loader_speed, step_speed, sweep, writer_speed
+from benchmarks.apart import Contestant
+from benchmarks.ragged import write_jsonl
+from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.models.config import ModelConfig, WhereConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +57,37 @@ def test_the_writer_is_timed_in_parts() -> None:
     table = writer_speed.tables(2048, (1, 2), 1)
     for name in ("write()", "XXH3-128", "2 threads, sums given, as by a GPU"):
         assert re.search(rf"\| {re.escape(name)} +\| [\d.]+", table), table
+
+
+class OverError(Exception):
+    """A contestant has taken its steps."""
+
+
+def two_steps_each(contestants: Mapping[str, Contestant], repeats: int) -> dict[str, float]:
+    """A race in this process."""
+    steps = dict.fromkeys(contestants, -1)
+    for name, contestant in contestants.items():
+
+        def turn(took: float | None = None, name: str = name) -> None:
+            steps[name] += 1
+            if steps[name] == 2:
+                raise OverError
+
+        with suppress(OverError):
+            contestant(turn)
+    assert set(steps.values()) == {2}
+    return dict.fromkeys(contestants, 1.0 + repeats)
+
+
+def test_a_harvest_is_timed_beside_the_bare_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harvest_speed, "keep_freed_memory", lambda *device: None)  # it holds for the whole process
+    texts = TextConfig(str(write_jsonl(tmp_path / "texts.jsonl", 6)))
+    config = HarvestConfig(ModelConfig(str(build_model(tmp_path / "model", "bert"))), WhereConfig(layers=(0,)), texts)
+    table = harvest_speed.forward_table(config, "a tiny model", tmp_path, 1, config, two_steps_each)
+    for name in (re.escape(harvest_speed.BARE), "harvest, checks and writing included", "harvest --compile"):
+        assert re.search(rf"\| {name} +\| +\d+ +\| 1\.00 +\|", table), table
+    table = harvest_speed.write_table(tmp_path, 512, 1)
+    assert re.search(r"\| cache writer.* \| [\d.]+ +\| [\d.]+ +\|", table), table
 
 
 SMALL = {"storage_sae": "--steps 10 --batch-size 64 --d-sae 64 --seeds 1"}

@@ -205,6 +205,13 @@ def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monke
         assert folder, name
     assert ("sync", events[record][1]) in events[:record]
     assert events[record + 1] == ("sync", str(path / "commits"))
+    commits = [i for i, e in enumerate(events) if e[0] == "link" and "/commits/" in e[2]]
+    files = open_cache(path).records[1].files
+    n_syncs = sum(e[0] == "sync" for e in events[commits[0] + 2 : commits[1] + 2])
+    assert n_syncs == len(files) + len({os.path.dirname(name) for name in files}) + 2  # no more: each one is a wait
+    metadata = {("sync", str(file)) for file in path.rglob("zarr.json")}
+    assert metadata <= set(events[commits[-1] :])
+    assert not metadata & set(events[: commits[-1]])
 
 
 def test_a_second_writer_is_told_the_pid_and_age(tmp_path):

@@ -32,7 +32,7 @@ from sae_granary.cache.format.records import existing_manifest, load_manifest, l
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.zarr_json import zarr_files
-from sae_granary.cache.write.session import Session
+from sae_granary.cache.write.session import Session, sync_folders
 from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
 from sae_granary.common import files
 
@@ -103,13 +103,12 @@ def join_blocks(
             for record, names in joined:
                 for old, new in names.items():
                     _link(folder / old, path / new, record.files[new])
-            for name in {Path(new).parent for _, names in joined for new in names.values()}:
-                files.sync_folder(path / name)
+            sync_folders(path / Path(new).parent for _, names in joined for new in names.values())
             records += [_put_record(session, path, manifest, record) for record, _ in joined]
         told = manifest if n_shards else replace(manifest, provenance=parts[0][2].provenance)
         told = replace(told, affines=records[0].affines)
         zarr = zarr_files(told.layout, len(records))
-        session.write_zarr(told.layout, len(records))
+        session.write_zarr(told.layout, len(records), durable=True)
         entries = {name: FileEntry.of(data) for name, data in zarr.items()}
         complete = finished(told, records, entries, plain_json(summary, "summary"))
         session.replace(MANIFEST, dump_signed(complete.to_json()))

@@ -7,7 +7,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWriteError
@@ -24,6 +25,7 @@ from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import clear_uncommitted, has_records, remove_contents
 from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.zarr_json import zarr_files
+from sae_granary.cache.write.chunk_file import SYNCED_AT_ONCE
 from sae_granary.common import files
 from sae_granary.common.lock import FolderLock, LockedError
 
@@ -72,8 +74,7 @@ class Session:
                 before = source.stat()
                 files.link_into_place(source, self.path / path)
                 placed[path] = before
-            for folder in {(self.path / path).parent for path in temporary}:
-                files.sync_folder(folder)
+            sync_folders((self.path / path).parent for path in temporary)
             for path, before in placed.items():
                 if not os.path.samestat(before, os.stat(self.path / path)):
                     raise FileExistsError(errno.EEXIST, "replaced by another process", str(self.path / path))
@@ -90,12 +91,22 @@ class Session:
                 if os.path.samestat(ours, os.stat(self.path / path)):
                     (self.path / path).unlink()
 
-    def write_zarr(self, layout: CacheLayout, n_shards: int) -> None:
-        """Bring the Zarr metadata to the number of committed shards; our readers do not need it."""
-        for path, data in zarr_files(layout, n_shards).items():
-            target = self.path / path
+    def write_zarr(self, layout: CacheLayout, n_shards: int, *, durable: bool = False) -> None:
+        """Bring the Zarr metadata to the number of committed shards; our readers do not need it.
+
+        Only at the end of a harvest it must be `durable`; before, each commit brings it anew.
+        """
+        metadata = {self.path / path: data for path, data in zarr_files(layout, n_shards).items()}
+        temporary = self.folder / "new"
+        for target, data in metadata.items():
             if not target.exists() or files.read_regular(target) != data:
-                self.replace(path, data)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(data)
+                os.replace(temporary, target)
+        if durable:
+            for target in metadata:
+                files.sync_file(target)
+            sync_folders(target.parent for target in metadata)
 
     def put(self, path: str, data: bytes) -> None:
         """Write a new file; FileExistsError where there is one."""
@@ -117,6 +128,13 @@ class Session:
         temporary = self.folder / "new"
         temporary.unlink(missing_ok=True)
         files.replace_file(self.path / path, data, temporary)
+
+
+def sync_folders(paths: Iterable[Path]) -> None:
+    """`files.sync_folder` of each, at the same time: where it takes long, file systems make it one wait."""
+    with ThreadPoolExecutor(SYNCED_AT_ONCE, "sync") as threads:
+        for _ in threads.map(files.sync_folder, set(paths)):
+            pass
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from sae_granary.cache.format.documents import DocumentFile
 from sae_granary.cache.format.layout import COLUMNS, CacheLayout, documents_path
 from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.format.spec import Cursor
+from sae_granary.cache.write.chunk_file import SYNCED_AT_ONCE
 from sae_granary.cache.write.streams import ArrayStream, Place, open_hooks
 from sae_granary.common.rows import DocumentRow, Rows
 
@@ -37,7 +38,7 @@ class OpenShard:
         self.n_rows = 0
         self.first_window = self.last_window = -1
         folder.mkdir()
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="cache-sync")
+        self._syncer = ThreadPoolExecutor(SYNCED_AT_ONCE, thread_name_prefix="cache-sync")
         self._workers = ThreadPoolExecutor(n_threads, "cache-write") if n_threads > 1 else None
         n_hooks = min(n_threads, len(layout.activations))
         self._by_hook = ThreadPoolExecutor(n_hooks, "cache-hook") if n_hooks > 1 else None  # they wait for workers
@@ -79,10 +80,14 @@ class OpenShard:
 
     def finish(self, cursor: Cursor, block: int | None = None) -> tuple[dict[str, Path], ShardRecord]:
         """Complete and sync the files: path in the cache -> temporary file, and the record to commit them with."""
-        temporary = {stream.layout.shard_path(self.index): stream.path for stream in self._streams}
-        entries = {stream.layout.shard_path(self.index): stream.finish() for stream in self._streams}
-        temporary[documents_path(self.index)] = self.documents.path
-        entries[documents_path(self.index)] = self.documents.finish()
+        streams = {stream.layout.shard_path(self.index): stream for stream in self._streams}
+        for stream in streams.values():
+            stream.end()
+        written: dict[str, ArrayStream | DocumentFile] = {**streams, documents_path(self.index): self.documents}
+        temporary = {path: file.path for path, file in written.items()}
+        synced = {path: self._syncer.submit(file.finish) for path, file in written.items()}
+        wait(synced.values())
+        entries = {path: entry.result() for path, entry in synced.items()}
         record = ShardRecord(
             shard=self.index,
             n_rows=self.n_rows,

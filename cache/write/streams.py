@@ -93,13 +93,17 @@ class ArrayStream:
             self.filled = 0
             self._put(self._chunk, first if whole else None)
 
-    def finish(self) -> FileEntry:
-        """Pad the last chunk with absent rows, write the index, sync and close."""
+    def end(self) -> None:
+        """Pad the last chunk with absent rows and write the index."""
         if self.filled:
             self._chunk[self.filled :] = self.layout.storage.fill
             self._put(self._chunk, None, self.filled)
             self.filled = 0
         self._file.write(self.layout.index(self.n_rows))
+        self._file.settle()
+
+    def finish(self) -> FileEntry:
+        """Sync and close; after `end`."""
         return self._file.finish()
 
     def close(self) -> None:

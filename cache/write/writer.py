@@ -194,7 +194,7 @@ class CacheWriter:
             if self.n_shards > len(self.manifest.shards):
                 records = load_records(self.path, self.manifest)
                 zarr = {path: FileEntry.of(data) for path, data in zarr_files(self.layout, self.n_shards).items()}
-                self._session.write_zarr(self.layout, self.n_shards)
+                self._session.write_zarr(self.layout, self.n_shards, durable=True)
                 self.manifest = finished(self.manifest, records, zarr, plain_summary)
                 self.tell(self.manifest.provenance if provenance is None else provenance)
             self.complete = True

@@ -37,6 +37,11 @@ class Shared:
     )
     device: str = _option("auto", help="auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:N or mps.")
     allow_incomplete: bool = _option(False, help="Read the shards that an unfinished harvest has committed.")
+    stage: str | None = _option(
+        None,
+        help="Folder on a disk of this machine: rows that are read are copied there once, checked and read.",
+        default_words="GRANARY_STAGE, else no copy",
+    )
 
     def __post_init__(self) -> None:
         check(self)

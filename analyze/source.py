@@ -21,6 +21,7 @@ from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.opening import open_cache
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.read.recorded import PATHS, find_recorded
+from sae_granary.cache.remote.stage import stage, stage_folder
 from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import RECORD, read_metadata, read_record
@@ -55,6 +56,11 @@ class Source:
         """Where results for this cache are stored by default: `analysis/<key of the cache>` in the SAE's folder."""
         told = {name: value for name, value in self.identity.items() if name != "sae"}
         return self.folder / "analysis" / digest(json.dumps(told, sort_keys=True).encode())[:12]
+
+    def stage(self) -> None:
+        """Read the rows from copies from now on, in the folder of `--stage` if there is one. Raises as `stage` does."""
+        if stage_folder() is not None:
+            stage(self.cache, list(self.cache.files_of(self.hooks)))
 
     @torch.no_grad()
     def encode(self, start: int, stop: int) -> Codes:

@@ -17,7 +17,9 @@ from stage_kit import staged
 from test_cache_travel_added import add, grow, harvest
 from typer.testing import CliRunner
 
-from sae_granary import open_cache, train_sae
+from sae_granary import encode_cache, open_cache, train_sae
+from sae_granary.analyze.cli import app as analyze_app
+from sae_granary.analyze.source import open_source
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.remote.stage import IN_USE, staging
@@ -151,6 +153,34 @@ def test_room_is_made_from_copies_that_nobody_reads(
     shutil.copytree(cache, tmp_path / "more")
     with pytest.raises(Exception, match=r"no space in .*disk for what is read of .*more: [\d.]+ KiB needed, 0 B free"):
         staged(tmp_path / "more", disk)
+
+
+def test_the_analysis_reads_the_copies_of_a_training(
+    make_cache: Callable[..., Path], tmp_path: Path, disk: Path
+) -> None:
+    cache = make_cache(hooks=("layer_1", "layer_3"))
+    settings = {**RUN, "cache": str(cache), "hook": ("layer_3",), "runs_dir": str(tmp_path), "name": "r"}
+    with staging(disk):
+        run = train_sae(**settings).folder
+    before, plain = copies(disk), encode_cache(run, tmp_path / "plain", device="cpu")
+    with staging(disk):
+        source = open_source(run, device="cpu")
+        codes = encode_cache(source, tmp_path / "staged")
+    assert disk in source.cache.shard_path("layer_3", 0).parents
+    assert np.array_equal(codes.values, plain.values)
+    told, asked = [], ["eval", str(run), "--device", "cpu", "--json", "--quiet"]
+    for flags in ([], ["--stage", str(disk)]):
+        result = CliRunner().invoke(analyze_app, [*asked, *flags])
+        assert result.exit_code == 0, result.output
+        told.append(json.loads(result.stdout))
+    assert told[0] == told[1]
+    assert copies(disk) == before
+    shutil.rmtree(next(disk.iterdir()))
+    assert CliRunner().invoke(analyze_app, [*asked, "--stage", str(disk)]).exit_code == 0
+    assert copies(disk).keys() == before.keys()
+    refused = CliRunner().invoke(analyze_app, ["show", str(run), "--latent", "1", "--stage", str(tmp_path / "a/b")])
+    assert refused.exit_code == 2
+    assert "a/b: expected a folder on a disk of this machine" in " ".join(refused.stderr.split())
 
 
 def test_wrong_bytes_are_never_read_and_nothing_is_written(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sae_granary.analyze.commands.options import takes_options
-from sae_granary.analyze.commands.shared import INTERRUPTED, SAEFolder, source_of
+from sae_granary.analyze.commands.shared import INTERRUPTED, SAEFolder, source_of, working
 from sae_granary.analyze.settings import Encode
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
@@ -22,9 +22,8 @@ def encode(read_options: Callable[[], Encode], sae: SAEFolder, quiet: Quiet = Fa
     with expected_errors(debug, interrupted=INTERRUPTED):
         options = read_options()
         from_texts = _reads_texts(options)
-        from sae_granary.common.process import tuned_process
 
-        with tuned_process(options.device):
+        with working(options):
             source = source_of(sae, replace(options, allow_incomplete=options.allow_incomplete or from_texts))
             line = (_encode_texts if from_texts else _encode_cache)(source, options, quiet=quiet)
         echo(line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from sae_granary.analyze.commands.options import takes_options
-from sae_granary.analyze.commands.shared import source_of
+from sae_granary.analyze.commands.shared import source_of, working
 from sae_granary.analyze.settings import Eval
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import GranaryError
@@ -39,10 +39,9 @@ def evaluate(
         from sae_granary.analyze.commands.evaluation_table import show_evaluations
         from sae_granary.analyze.evaluation.downstream import Models
         from sae_granary.common.files import write_json
-        from sae_granary.common.process import tuned_process
 
         models, found, failures = Models(), [], []
-        with tuned_process(options.device):
+        with working(options):
             for sae in [sae for folder in saes for sae in _saes_in(folder)]:
                 try:
                     found.append(_evaluate(source_of(sae, options), options, models, quiet))

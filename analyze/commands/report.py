@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_granary.analyze.commands.options import takes_options
-from sae_granary.analyze.commands.shared import INTERRUPTED, codes_of, source_of
+from sae_granary.analyze.commands.shared import INTERRUPTED, codes_of, source_of, working
 from sae_granary.analyze.settings import Report
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
@@ -55,9 +55,8 @@ def _report_one(run: Path, path: Path, options: Report, quiet: bool) -> dict[str
     from sae_granary.analyze.errors import CacheGoneError
     from sae_granary.analyze.latents.stats import find_stats
     from sae_granary.analyze.report.report import report_run, stored_stats
-    from sae_granary.common.process import tuned_process
 
-    with tuned_process(options.device):
+    with working(options):
         try:
             source = source_of(run, options)
         except CacheGoneError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sae_granary.analyze.commands.options import takes_options
-from sae_granary.analyze.commands.shared import INTERRUPTED, SAEFolder, codes_of, source_of
+from sae_granary.analyze.commands.shared import INTERRUPTED, SAEFolder, codes_of, source_of, working
 from sae_granary.analyze.settings import Search
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors
 from sae_granary.common.errors import ConfigError
@@ -24,10 +24,9 @@ def search(read_options: Callable[[], Search], sae: SAEFolder, quiet: Quiet = Fa
             raise ConfigError("no latent was given: give its number, from 0, with --latent")
         from sae_granary.analyze.latents import search as found_by
         from sae_granary.analyze.latents.labels import check_latent
-        from sae_granary.common.process import tuned_process
 
         by = options.by
-        with tuned_process(options.device):
+        with working(options):
             source = source_of(sae, options)
             check_latent(latent, source.sae.config.d_sae)
             column = source.cache.document_column(by) if by else None  # refused before anything is encoded

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +25,18 @@ SAEFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of any SAE 
 INTERRUPTED = "interrupted: run the same command again to continue"
 
 
+@contextmanager
+def working(options: Shared) -> Iterator[None]:
+    """Context manager: the process is set up for the device, and rows are read from copies where options ask for it."""
+    from sae_granary.cache.remote.stage import stage_folder, staging
+    from sae_granary.common.process import tuned_process
+
+    with tuned_process(options.device), staging(options.stage):
+        if options.stage is not None:
+            stage_folder()  # refuses one that is not there
+        yield
+
+
 def source_of(sae: Path, options: Shared) -> Source:
     """The SAE and the cache that options name."""
     from sae_granary.analyze.source import open_source
@@ -39,9 +53,8 @@ def source_of(sae: Path, options: Shared) -> Source:
 def stats_of(sae: Path, options: Shared, quiet: bool) -> tuple[Source, LatentStats]:
     """The statistics of an SAE on a cache; computed where they are not stored yet."""
     from sae_granary.analyze.latents.stats import find_stats
-    from sae_granary.common.process import tuned_process
 
-    with tuned_process(options.device):
+    with working(options):
         source = source_of(sae, options)
         return source, find_stats(source, lambda: codes_of(source, quiet))
 

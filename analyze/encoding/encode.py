@@ -88,6 +88,7 @@ def encode_cache(
     try:
         record = _begun(source, out, block_rows)
         if not record.complete:
+            source.stage()
             _write(source, out, record, commit_blocks, tick)
     except OSError as error:
         if text := shortage(error, out):

@@ -46,6 +46,7 @@ def evaluate(source: Source, part: Part = "heldout", tick: Tick = lambda n_rows:
     a damaged row, NotARunError for a run whose settings cannot be read.
     """
     settings = read_settings(source.folder)
+    source.stage()
     selection, counts = choose_rows(source, part, settings)
     sums = _Sums(source, settings)
     for batch in _batches(source, selection, counts):

@@ -6,7 +6,7 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sae_granary.cache.errors import IncompleteCacheError, RowLookupError, UnknownNameError
 from sae_granary.cache.format.layout import COLUMNS, ArrayLayout
-from sae_granary.cache.format.manifest import Manifest, ShardRecord
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord
 from sae_granary.cache.format.parse import select_records, sizes_of
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import committed, load_manifest, load_record
@@ -161,6 +161,20 @@ class Cache(RowTexts):
             self._parts[part.path] = open_local(part.path, shards=[shard.index for shard in self.shards])
             self._parts[part.path]._copies = self._copies
         return self._parts[part.path]
+
+    def files_of(self, hooks: Sequence[str]) -> Iterator[tuple[str, Cache, FileEntry]]:
+        """Path, holder and record of each file of the opened shards that hook points are read from, with all columns."""
+        for hook in hooks:
+            holder = self.holder(hook)
+            arrays = (holder.layout.activations, holder.layout.norms, holder.layout.scales)
+            yield from self._files([layouts[hook] for layouts in arrays if hook in layouts], holder)
+        yield from self._files(list(self.layout.columns.values()), self)
+
+    def _files(self, arrays: Sequence[ArrayLayout], holder: Cache) -> Iterator[tuple[str, Cache, FileEntry]]:
+        for shard in self.shards:
+            entries = holder.records[shard.index].files
+            for path in (array.shard_path(shard.index) for array in arrays):
+                yield path, holder, entries[path]
 
     def read_copies(self, copies: Mapping[Path, Path]) -> None:
         """Read files of activations, norms and columns from copies from now on: path in the cache -> path of a copy."""

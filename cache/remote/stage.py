@@ -45,7 +45,7 @@ _folder: ContextVar[str | None] = ContextVar("stage", default=None)
 
 @contextmanager
 def staging(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Context manager: trainings read from copies in this folder; None leaves that to the environment."""
+    """Context manager: trainings and analyses read from copies in this folder; None leaves that to the environment."""
     token = _folder.set(None if folder is None else str(folder))
     try:
         yield
@@ -205,6 +205,6 @@ def _copy(stores: Mapping[Path, Store], job: _Job) -> bool:
     except CorruptCacheError:
         raise CorruptCacheError(
             f"{job.holder.path / job.path} is damaged: its checksum is not the recorded {job.entry.xxh3}; restore it "
-            f"with `sae-harvest repair {job.holder.path}` or from a copy, nothing was trained"
+            f"with `sae-harvest repair {job.holder.path}` or from a copy"
         ) from None
     return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sae_granary.cache.remote.stage import stage as stage_files
 from sae_granary.cache.remote.stage import stage_folder
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.data.verify import files_read
 
 
 def stage(*runs: RunData, copy: bool = True) -> None:
@@ -15,5 +14,6 @@ def stage(*runs: RunData, copy: bool = True) -> None:
     Raises ConfigError for a folder that there is not, CacheError where there is no space, CorruptCacheError.
     """
     if stage_folder() is not None:
-        found = {(cache.path, path): (path, cache, entry) for data in runs for path, cache, entry in files_read(data)}
+        needed = (file for data in runs for file in data.cache.files_of(data.config.hook))
+        found = {(cache.path, path): (path, cache, entry) for path, cache, entry in needed}
         stage_files(runs[0].cache, list(found.values()), copy=copy)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.format.documents import hash_file
-from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.read.check import check_file
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.threads import waiting
@@ -18,7 +15,7 @@ def verify_files(runs: list[RunData]) -> None:
 
     Only the shards that the runs were opened on. Raises CorruptCacheError at the first file that is not as recorded.
     """
-    files = {path: (cache, entry) for data in runs for path, cache, entry in files_read(data)}
+    files = {path: (cache, entry) for data in runs for path, cache, entry in data.cache.files_of(data.config.hook)}
     total, done = sum(entry.n_bytes for _, entry in files.values()), 0
     with waiting(f"verifying {len(files):,} files of {runs[0].cache.path}") as progress:
         for name, (cache, entry) in files.items():
@@ -38,21 +35,3 @@ def verify_files(runs: list[RunData]) -> None:
 
 def _remedy(cache: Cache) -> str:
     return f"restore it with `sae-harvest repair {cache.path}` or from a copy, nothing was trained"
-
-
-def files_read(data: RunData) -> Iterator[tuple[str, Cache, FileEntry]]:
-    """Path, cache that holds it (an addition has its own), and record of each file that a run reads."""
-    main = data.cache
-    for hook in data.config.hook:
-        cache = main.holder(hook)
-        arrays = [cache.layout.activations[hook], cache.layout.norms[hook]]
-        arrays += [cache.layout.scales[hook]] if hook in cache.layout.scales else []
-        for shard in main.shards:
-            entries = cache.records[shard.index].files
-            for array in arrays:
-                path = array.shard_path(shard.index)
-                yield path, cache, entries[path]
-    for column in main.layout.columns.values():
-        for shard in main.shards:
-            path = column.shard_path(shard.index)
-            yield path, main, main.records[shard.index].files[path]

@@ -19,16 +19,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import machine
+from benchmarks.report import random_sae
 from benchmarks.table import markdown
-from sae_granary import open_cache, sae_core
 from sae_granary.analyze.encoding.encode import BLOCK_ROWS, encode_cache
 from sae_granary.analyze.latents import stats
 from sae_granary.analyze.latents.stats import compute_stats
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.process import tuned_process
-from sae_granary.common.rows import Rows
 
 D_SAE, K = 12_288, 32
 Seconds = Mapping[str, tuple[float, float]]  # by name: of the clock, of the processor
@@ -43,29 +40,6 @@ def alternated(functions: Mapping[str, Callable[[], object]], repeats: int) -> S
             function()
             times[name].append((time.perf_counter() - start, time.process_time() - busy))
     return {name: tuple(map(statistics.median, zip(*found, strict=True))) for name, found in times.items()}  # type: ignore[misc]
-
-
-def first_rows(cache: Path, n_rows: int, out: Path) -> Path:
-    """A cache of the first rows of another one."""
-    opened = open_cache(cache)
-    columns = {name: opened.column(name)[:n_rows] for name in opened.layout.columns}
-    manifest = opened.manifest
-    spec = CacheSpec("token", manifest.hook_points, manifest.dtype, n_rows, provenance={}, fingerprint={})
-    with CacheWriter.open(out, spec) as writer:
-        writer.begin_buffer({})
-        writer.append(Rows({name: opened.hook(name)[:n_rows] for name in opened.hook_points}, **columns))
-        writer.finish({})
-    return out
-
-
-def make_source(cache: Path, folder: Path) -> Source:
-    """A cache with an SAE of random weights of its width."""
-    cls = sae_core.registry.get("topk")
-    d_in = next(iter(open_cache(cache).hook_points.values())).d_in
-    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": D_SAE, "k": K}))
-    sae.reset_weights(torch.Generator().manual_seed(0))
-    sae_core.save(sae, folder / "sae")
-    return open_source(folder / "sae", cache, device="cpu")
 
 
 def encode_table(source: Source, folder: Path, n_rows: int, repeats: int) -> str:
@@ -152,21 +126,14 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.analyze", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="for instance the cache that `sae-train demo` makes")
-    parser.add_argument("--rows", type=int, help="only the first rows of the cache")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--table", choices=["encode", "stats", "both"], default="both")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, tuned_process("cpu"):
         folder = Path(name)
-        cache = arguments.cache
-        if arguments.rows is not None:
-            cache = first_rows(cache, arguments.rows, folder / "cache")
-        source = make_source(cache, folder)
+        source = open_source(random_sae(folder / "sae", arguments.cache, D_SAE, K), arguments.cache, device="cpu")
         print(f"{machine.describe()}, load {os.getloadavg()[0]:.1f}; d_sae {D_SAE:,}, k {K}, blocks of {BLOCK_ROWS:,}")
-        if arguments.table in ("encode", "both"):
-            print(f"\n{encode_table(source, folder, source.cache.n_rows, arguments.repeats)}", flush=True)
-        if arguments.table in ("stats", "both"):
-            print(f"\n{stats_table(source, folder, arguments.repeats)}", flush=True)
+        print(f"\n{encode_table(source, folder, source.cache.n_rows, arguments.repeats)}", flush=True)
+        print(f"\n{stats_table(source, folder, arguments.repeats)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,12 +61,7 @@ def main() -> None:
 
 def build(folder: Path, cache: Path, d_sae: int, k: int, page: Path) -> dict[str, float]:
     """Make an SAE, encode, and write the page; seconds of each step and the size."""
-    cls = sae_core.registry.get("topk")
-    d_in = next(iter(open_cache(cache).hook_points.values())).d_in
-    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": d_sae, "k": k}))
-    sae.reset_weights(torch.Generator().manual_seed(0))
-    sae_core.save(sae, folder)
-    source = open_source(folder, cache)
+    source = open_source(random_sae(folder, cache, d_sae, k), cache)
     clock = [time.perf_counter()]
     codes = encode_cache(source, source.place / "codes")
     clock.append(time.perf_counter())
@@ -78,6 +73,16 @@ def build(folder: Path, cache: Path, d_sae: int, k: int, page: Path) -> dict[str
     examples = int((stats.example_rows >= 0).sum() + (stats.quantile_rows >= 0).sum())
     sizes = {"active": int((stats.fired > 0).sum()), "examples": examples}
     return {**dict(seconds), **sizes, "megabytes": round(page.stat().st_size / 1e6, 1)}
+
+
+def random_sae(folder: Path, cache: Path, d_sae: int, k: int) -> Path:
+    """Save a topk SAE with random weights for the rows of a cache."""
+    cls = sae_core.registry.get("topk")
+    d_in = next(iter(open_cache(cache).hook_points.values())).d_in
+    sae = cls(sae_core.make_config(cls, {"d_in": d_in, "d_sae": d_sae, "k": k}))
+    sae.reset_weights(torch.Generator().manual_seed(0))
+    sae_core.save(sae, folder)
+    return folder
 
 
 def measure(page: Path, d_sae: int) -> dict[str, Any]:

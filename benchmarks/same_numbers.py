@@ -37,9 +37,10 @@ def measure(checkout: Path, folder: Path) -> Numbers:
     cache, runs = folder / "cache" / "demo_l3", folder / "runs"
     demo = ["--model", "demo", "--dataset", "demo", "--layer", "3"]
     _command(checkout, "harvest", "run", *demo, "--out", str(cache), "--quiet")
-    numbers: Numbers = {
-        f"cache: {name}": found for name, found in _hashes(cache).items() if name not in ("harvest.log", "about.json")
-    }
+    files = [path for path in sorted(cache.rglob("*")) if path.is_file()]
+    numbers: Numbers = {f"cache: {path.relative_to(cache)}": _hash(path.read_bytes()) for path in files}
+    for name in ("harvest.log", "about.json"):
+        numbers.pop(f"cache: {name}", None)
     for name in TYPES:
         where = ["--cache", str(cache), "--runs-dir", str(runs), "--name", name]
         _command(checkout, "train", "run", *where, "--type", name, *SETTINGS, "--quiet")
@@ -54,16 +55,12 @@ def _run(folder: Path) -> Numbers:
     names = dict.fromkeys(name for line in lines for name in line if name not in TIMING)
     metrics = {f"metrics: {name}": [line.get(name) for line in lines] for name in names}
     weights = load_file(folder / "sae_weights.safetensors")  # not its bytes: metadata beside the tensors may change
-    tensors = {f"weights: {name}": hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in weights.items()}
+    tensors = {f"weights: {name}": _hash(tensor.tobytes()) for name, tensor in weights.items()}
     return metrics | {f"eval: {name}": value for name, value in summary["eval"].items()} | tensors
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _command(checkout: Path, stage: str, *arguments: str) -> None:

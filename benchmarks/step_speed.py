@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
-from torch import Tensor
 
+from benchmarks.cuda_visit.saes import mixtures, rows_for
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary.common.process import keep_freed_memory
@@ -40,8 +40,13 @@ def run(quick: bool) -> str:
     d_sae = D_SAE // 4 if quick else D_SAE
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alive = {name: make_run(name, d_sae, device) for name in compared()}
-    dead = {name: run for name in alive if has_auxk(run := make_run(name, d_sae, device, dead=True))}
-    x, W_enc, b_enc = rows(device), torch.randn(d_sae, D_IN, device=device).t(), torch.zeros(d_sae, device=device)
+    with_auxk = [name for name, run in alive.items() if getattr(run.sae.core.config, "auxk_coef", 0) > 0]
+    dead = {name: make_run(name, d_sae, device, dead=True) for name in with_auxk}
+    x, W_enc, b_enc = (
+        mixtures(BATCH, D_IN, device),
+        torch.randn(d_sae, D_IN, device=device).t(),
+        torch.zeros(d_sae, device=device),
+    )
     steps: dict[str, Callable[[], object]] = {"product": lambda: torch.addmm(b_enc, x, W_enc)}
     steps |= {name: stepper(run) for name, run in alive.items()}
     steps |= {f"{name} dead": stepper(run) for name, run in dead.items()}
@@ -52,7 +57,8 @@ def run(quick: bool) -> str:
         parameters = sum(p.numel() * 4 for p in alive[name].sae.parameters())
         bound = COPIES * parameters + BATCH * d_sae * 4
         auxk = f"{seconds[f'{name} dead'] / product:.2f}" if name in dead else ""
-        memory = "" if device == "cuda" else f"{peak_of(name, d_sae) / 2**20:.0f}"
+        command = [sys.executable, "-m", "benchmarks.step_speed", name, str(d_sae)]
+        memory = "" if device == "cuda" else f"{int(subprocess.check_output(command)) / 2**20:.0f}"
         cost = [f"{seconds[name] * 1e3:.0f}", f"{seconds[name] / product:.2f}", auxk]
         lines.append([name, *cost, f"{l0(alive[name]):.0f}", memory, f"{bound / 2**20:.0f}"])
     title = (
@@ -75,18 +81,9 @@ def compared() -> list[str]:
     return [name for name in registry.names() if registry.get(name).has_encoder and name != "crosscoder"]
 
 
-def rows(device: str, seed: int = 0) -> Tensor:
-    """Sparse mixtures: rows whose pre-activations have the heavy tail of real ones."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(2048, D_IN, generator=generator)
-    weights = torch.rand(BATCH, 2048, generator=generator) * (torch.rand(BATCH, 2048, generator=generator) < 0.02)
-    return (weights @ directions + 0.1 * torch.randn(BATCH, D_IN, generator=generator)).to(device)
-
-
 def inputs(name: str, device: str) -> Rows:
     """A batch as a type reads it."""
-    first = {"first": rows(device)}
-    return first if registry.get(name).reads.one_row else {**first, "second": rows(device, seed=1)}
+    return rows_for(name, BATCH, D_IN, device)
 
 
 def make_run(name: str, d_sae: int, device: str, *, dead: bool = False) -> Run:
@@ -121,11 +118,6 @@ def _kill(sae: SAE) -> None:
     sae.W_enc[:, -n_dead:] *= 0.1
 
 
-def has_auxk(run: Run) -> bool:
-    """Whether the type has a term for dead latents."""
-    return getattr(run.sae.core.config, "auxk_coef", 0) > 0
-
-
 def stepper(run: Run) -> Callable[[], object]:
     """What takes a step."""
     x = inputs(run.config.type, run.config.device)
@@ -136,12 +128,6 @@ def stepper(run: Run) -> Callable[[], object]:
 def l0(run: Run) -> float:
     """Active latents per row."""
     return run.sae(inputs(run.config.type, run.config.device)).codes.l0()
-
-
-def peak_of(name: str, d_sae: int) -> int:
-    """Bytes by which a run and its steps raise the peak of a process of their own."""
-    command = [sys.executable, "-m", "benchmarks.step_speed", name, str(d_sae)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:

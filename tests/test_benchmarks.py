@@ -92,7 +92,7 @@ def test_a_harvest_is_timed_beside_the_bare_forward_pass(tmp_path: Path, monkeyp
 
 SMALL = {"storage_sae": "--steps 10 --batch-size 64 --d-sae 64 --seeds 1"}
 SMALL |= {"storage_sae step": "--table step --d-sae 64", "jumprelu_l0": "--steps 20 --batch-size 64 --d-sae 64"}
-SMALL |= {"analyze": "--rows 512 --repeats 1"}
+SMALL |= {"analyze": "--repeats 1"}
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 """`python -m benchmarks.architectures [NAME ...] [--jobs N]`: write the table, or print the lines of some."""
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,29 +45,14 @@ def main() -> None:
 
 
 def all_lines(names: Sequence[str], jobs: int) -> Iterator[Line]:
-    """The lines of these architectures, those apart that a stopped run of the same code has found already."""
-    kept = Path(tempfile.gettempdir()) / f"granary-architectures-{_digest()}.jsonl"
-    known = {line["name"]: line for line in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
-    left = [name for name in names if name not in known]
-    with kept.open("a", buffering=1) as file, ThreadPoolExecutor(jobs) as pool:
-        for lines in pool.map(lambda part: _in_process(part, file), [left[i::jobs] for i in range(jobs)]):
-            known |= {line["name"]: line for line in lines}
-    kept.unlink()
+    """The lines of these architectures."""
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = pool.map(_in_process, [names[i::jobs] for i in range(jobs)])
+        known = {line["name"]: line for lines in parts for line in lines}
     return (known[name] for name in names)
 
 
-def _digest() -> str:
-    """Of the code that decides about a line."""
-    import transformers
-
-    digest = hashlib.sha256(transformers.__version__.encode())
-    for folder in ("models", "harvest", "benchmarks/architectures"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _in_process(names: Sequence[str], file: Any) -> list[Line]:
+def _in_process(names: Sequence[str]) -> list[Line]:
     """The lines of some architectures from one process; one that kills its process has a line too."""
     found: list[Line] = []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -82,12 +65,10 @@ def _in_process(names: Sequence[str], file: Any) -> list[Line]:
             for text in process.stdout:
                 if text.startswith("{"):
                     found.append(json.loads(text))
-                    file.write(text)
         if len(found) < len(names):
             found.append(
                 {"name": names[len(found)], "outcome": "TRACEBACK", "why": f"its process ended: {process.returncode}"}
             )
-            file.write(json.dumps(found[-1]) + "\n")
     return found
 
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.cuda_visit import models
@@ -48,7 +48,7 @@ def run_against_step(at: Place) -> bool:
         for dtype in ("float32",) if at.tiny else ("bfloat16", "float32"):
             x = mixtures(batch, d_in, at.device)
             run = Run.create(settings(name, at.device, NO_CHANGE, dtype), start(name, d_in, d_sae, k, {"x": x}))
-            ms = median_ms(_stepper(run, RowInput({"x": x})), at.device)
+            ms = median_ms(partial(train_step, run, RowInput({"x": x})), at.device)
             n_steps, times = 120 if at.tiny else min(max(500, int(1e3 * RUN_SECONDS / ms)), 5000), _Times()
             options: dict[str, Any] = {"type": name, "d_sae": d_sae, "k": k, "batch_size": batch, "steps": n_steps}
             options |= {"compute_dtype": dtype, "device": at.device, "eval_rows": batch, "log_every": 20}
@@ -64,10 +64,6 @@ def run_against_step(at: Place) -> bool:
     return True
 
 
-def _stepper(run: Run, batch: RowInput) -> Callable[[], object]:
-    return lambda: train_step(run, batch)
-
-
 def start_up(at: Place) -> bool:
     """Wall clock of the commands minus what they report as work: of a cold and of a warm one."""
     model, text = models.bert(at), models.corpus(at, 1 if at.tiny else 50)
@@ -79,21 +75,8 @@ def start_up(at: Place) -> bool:
         wall = _wall("harvest", "run", *flags, "--device", at.device)
         work = float(re.findall(r"finished: .* rows in ([\d.]+) s", (cache / "harvest.log").read_text())[-1])
         lines.append([f"sae-harvest run, {turn}", f"{wall:.1f}", f"{work:.1f}", f"{wall - work:.1f}"])
-        flags = [
-            "--cache",
-            cache,
-            "--type",
-            "topk",
-            "--k",
-            4,
-            "--steps",
-            60 if at.tiny else 300,
-            "--runs-dir",
-            runs,
-            "--name",
-            "run",
-        ]
-        flags += ["--device", at.device, "--batch-size", 256 if at.tiny else 4096]
+        flags = ["--cache", cache, "--type", "topk", "--k", 4, "--steps", 60 if at.tiny else 300]
+        flags += ["--batch-size", 256 if at.tiny else 4096, "--device", at.device, "--runs-dir", runs, "--name", "run"]
         wall = _wall("train", "run", *flags)
         work = float(json.loads((runs / "run" / "summary.json").read_text())["seconds"])
         lines.append([f"sae-train run, {turn}", f"{wall:.1f}", f"{work:.1f}", f"{wall - work:.1f}"])

@@ -2,8 +2,9 @@
 
 import argparse
 
-import torch
 from torch import Tensor
+
+from benchmarks.cuda_visit.saes import mixtures
 
 
 def rows(args: argparse.Namespace) -> Tensor:
@@ -16,8 +17,4 @@ def rows(args: argparse.Namespace) -> Tensor:
             x = next(loader).x
             assert isinstance(x, Tensor)
             return x
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(2048, args.d_in, generator=generator)
-    weights = torch.rand(args.batch_size, 2048, generator=generator)
-    weights = weights * (torch.rand(args.batch_size, 2048, generator=generator) < 0.02)
-    return (weights @ directions + 0.1 * torch.randn(args.batch_size, args.d_in, generator=generator)).to(args.device)
+    return mixtures(args.batch_size, args.d_in, args.device)

@@ -45,11 +45,6 @@ def lines_of(kind: str, args: argparse.Namespace) -> list[list[str]]:
     return lines
 
 
-def malloc(args: argparse.Namespace) -> str:
-    """How the peers' memory is handled."""
-    return "keeps freed blocks for all" if args.keep_freed else "as it is for the peers"
-
-
 def product(args: argparse.Namespace, turn: Turn) -> None:
     """The encoder product, over and over, at its best."""
     keep_freed_memory()

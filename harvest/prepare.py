@@ -27,7 +27,6 @@ from sae_granary.models.load import (
     probe_skeleton,
     run_skeleton,
     skeleton,
-    storage_dtype,
 )
 from sae_granary.models.locate import (
     SENTENCE_TRANSFORMER,
@@ -89,7 +88,7 @@ class Prepared:
     @property
     def dtype(self) -> str:
         """Stored number format."""
-        return storage_dtype(self.config.dtype, self.compute_dtype)
+        return self.compute_dtype if self.config.dtype == "auto" else self.config.dtype
 
     @property
     def bytes_per_row(self) -> int:

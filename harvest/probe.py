@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from sae_granary.cache.write.committed import Committed
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import duration
-from sae_granary.common.signals import StopRequest
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.pipeline import Pipeline
 from sae_granary.harvest.prepare import Prepared
@@ -47,9 +46,8 @@ def parse_seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def probe(prepared: Prepared, seconds: float, progress: Progress, stop: StopRequest | None = None) -> Probe:
+def probe(prepared: Prepared, seconds: float, progress: Progress) -> Probe:
     """Send the first texts through tokenizer, model and copy for so long, at least one batch; loads the model."""
-    stop = StopRequest() if stop is None else stop
     progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
     prepared, model = load(prepared, progress.say)
     progress.say(f"measuring for {duration(seconds)}")
@@ -57,7 +55,6 @@ def probe(prepared: Prepared, seconds: float, progress: Progress, stop: StopRequ
     nothing = Unwritten(prepared.config.out_path, Committed())
 
     def check() -> None:
-        stop.check()
         if counted.n_rows and counted.elapsed >= seconds:
             raise _OverError
 

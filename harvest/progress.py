@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sae_granary.cache.format.layout import LOG
@@ -37,9 +36,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -62,19 +59,20 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rate(), size=byte_size(bytes_written))
+            told = {"rate": f"{self._rate():,.0f}", "size": byte_size(bytes_written)}
+            self._bar.update(self._task, completed=self._done, **told)
             return
         now = time.perf_counter()
         if now - self._last >= _LINE_SECONDS:
             self._last = now
             self.say(self._line(bytes_written))
 
-    def _rate(self) -> str:
-        return f"{(self._done - self._first) / max(1e-9, time.perf_counter() - self._start):,.0f}"
+    def _rate(self) -> float:
+        return (self._done - self._first) / max(1e-9, time.perf_counter() - self._start)
 
     def _line(self, bytes_written: int) -> str:
         of = f" of {self._total:,}" if self._total else ""
-        rate = (self._done - self._first) / max(1e-9, time.perf_counter() - self._start)
+        rate = self._rate()
         known = self._total and self._done < self._total and rate > 0  # processes tell their rows some seconds late
         eta = f", {duration((self._total - self._done) / rate)} left" if self._total and known else ""
         return f"{self._done:,}{of} {self._unit}s, {rate:,.0f} {self._unit}s/s, {byte_size(bytes_written)} written{eta}"

@@ -23,7 +23,6 @@ T = TypeVar("T")
 # transformers replaces torch's initializations while it builds a model: two threads at once would leave them replaced.
 LOADING = threading.RLock()
 
-_NUM_LAYERS = ("num_hidden_layers",)
 # Modules that a harvest never reaches: a checkpoint may lack their weights.
 _UNUSED = re.compile(r"^(pooler|lm_head|classifier|qa_outputs|score|cls)(\.|$)")
 
@@ -91,8 +90,8 @@ def takes_text(base: nn.Module, located: Located) -> nn.Module:
 def n_layers(located: Located, base: nn.Module | None) -> int | None:
     """Number of blocks according to the config, if it says so."""
     config = getattr(base, "config", located.config) if located.is_encoder_decoder else located.text_config
-    names = ("encoder_layers", "num_layers", "num_hidden_layers") if located.is_encoder_decoder else _NUM_LAYERS
-    counts = (getattr(config, name, None) for name in names)  # LXMERT has a mapping of three numbers
+    names = ("encoder_layers", "num_layers") if located.is_encoder_decoder else ()
+    counts = (getattr(config, name, None) for name in (*names, "num_hidden_layers"))  # LXMERT: a mapping of three
     return next((int(count) for count in counts if isinstance(count, int) and count > 0), None)
 
 
@@ -195,11 +194,6 @@ def check_loaded(located: Located, info: Any) -> None:
             f"the weights of {located.name} do not fit its config: {names[0]} and {len(names) - 1} more are missing or "
             "of another shape; a harvest would store the output of random weights"
         )
-
-
-def storage_dtype(wanted: str, compute_dtype: str) -> str:
-    """Dtype of the cache: `auto` is the compute dtype."""
-    return compute_dtype if wanted == "auto" else wanted
 
 
 def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:

@@ -27,7 +27,7 @@ def online() -> bool:
 
 
 def quiet() -> None:
-    """Context manager: no progress bars or notices of the Hugging Face libraries."""
+    """Turn off progress bars and notices of the Hugging Face libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import transformers
 

@@ -54,8 +54,7 @@ ALSO = {
     "cache/load": {"torch"},
     "cache/loops.py": {"torch"},
     "cache/remote": {"fsspec"},
-    "cache/read/reader.py": {"torch"},  # for types
-    "cache/read/tensors.py": {"torch"},  # imported inside a function of the reader
+    "cache/read/reader.py": {"torch"},  # inside a function, and for types
     "harvest/cli.py": {"typer", "rich"},
     "harvest/progress.py": {"typer", "rich"},
     "train/cli.py": {"typer", "rich"},

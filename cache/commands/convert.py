@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.cache.commands.shared import CachePath, console, plain
+from sae_granary.cache.commands.shared import CachePath, console, plain, progress_bar
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.app import Debug, expected_errors
 
@@ -18,8 +18,6 @@ Dtype = Annotated[str, typer.Option("--dtype", help=f"{', '.join(STORAGE)}.", sh
 def convert(source: CachePath, target: Target, dtype: Dtype, debug: Debug = False) -> None:
     """Store a cache again in another dtype, e.g. int8 at half the size of bfloat16. Run it again to continue."""
     with expected_errors(debug, interrupted="interrupted: run the same command again to continue"):
-        from rich.progress import Progress
-
         from sae_granary.cache import convert as conversion
         from sae_granary.cache.read.arrays import truncated_shards
         from sae_granary.cache.read.render import error_lines
@@ -28,13 +26,12 @@ def convert(source: CachePath, target: Target, dtype: Dtype, debug: Debug = Fals
 
         explain_bus_errors(truncated_shards)
         err = console(stderr=True)
-        with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-            task = bar.add_task("converting", total=None)
+        with progress_bar("converting") as tell:
             made = conversion.convert(
                 source,
                 target,
                 dtype,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=tell,
                 say=lambda message: err.print(plain(message), soft_wrap=True),
             )
         before = str(made.manifest.fingerprint[conversion.CONVERTED]).rpartition(", ")[2]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.cache.commands.shared import Json, RecordUser, console, plain, print_json
+from sae_granary.cache.commands.shared import Json, RecordUser, console, plain, print_json, progress_bar
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.common.app import Debug, Quiet, echo, expected_errors, fail
 
 if TYPE_CHECKING:
-    from sae_granary.cache.vectors.importer import ImportPlan, ImportResult
+    from sae_granary.cache.vectors.importer import ImportPlan
 
 Name = str | None
 
@@ -80,7 +80,8 @@ def import_files(
             _show_plan(checked)
         if plan:
             raise typer.Exit(0 if checked.fits else 1)
-        result = _run(checked, quiet or as_json)
+        with progress_bar("importing", checked.n_rows, hidden=quiet or as_json) as tell:
+            result = importer.import_vectors(checked, tell)
         if not result.already_complete:
             record_about(result.path, user=record_user)
         if as_json:
@@ -88,17 +89,6 @@ def import_files(
             return
         done = "was complete already" if result.already_complete else "is complete"
         echo(f"{result.path} {done}: {result.n_rows:,} rows")
-
-
-def _run(plan: ImportPlan, quiet: bool) -> ImportResult:
-    from rich.progress import Progress
-
-    from sae_granary.cache.vectors.importer import import_vectors
-
-    err = console(stderr=True)
-    with Progress(console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
-        task = bar.add_task("importing", total=plan.n_rows)
-        return import_vectors(plan, lambda done: bar.update(task, completed=done))
 
 
 def _plan_json(plan: ImportPlan) -> dict[str, object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +49,17 @@ RecordUser = Annotated[bool, typer.Option("--record-user", help="Write your user
 def print_json(body: object) -> None:
     """Print JSON to standard output."""
     sys.stdout.write(json.dumps(body, indent=2) + "\n")
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None = None, *, hidden: bool = False) -> Iterator[Callable[..., None]]:
+    """A bar on standard error where that is a terminal; call it with what is done, and the total."""
+    from rich.progress import Progress
+
+    err = console(stderr=True)
+    with Progress(console=err, transient=True, disable=hidden or not err.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, total=total: bar.update(task, completed=done, total=total)
 
 
 def console(*, stderr: bool = False) -> Console:

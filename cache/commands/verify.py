@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_granary.cache.commands.shared import CachePaths, Json, console, plain, print_json
+from sae_granary.cache.commands.shared import CachePaths, Json, console, plain, print_json, progress_bar
 from sae_granary.common.app import Debug, expected_errors
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def verify(
             load_manifest(path)  # no cache at all is an error, not a finding
         reports = {}
         for path in paths:
-            reports[path] = _with_progress(path, quick)
+            with progress_bar("verifying", hidden=quick) as tell:
+                reports[path] = checks.verify(path, quick=quick, progress=tell)
             if not as_json:
                 _print_report(path, reports[path], quick)
         if as_json:
@@ -57,16 +58,3 @@ def _print_report(path: Path, report: Report, quick: bool) -> None:
     state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
     state += "" if report.complete else ", incomplete: the harvest has not finished"
     out.print(plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)
-
-
-def _with_progress(path: Path, quick: bool) -> Report:
-    from rich.progress import Progress
-
-    from sae_granary.cache.read import verify as checks
-
-    err = console(stderr=True)
-    with Progress(console=err, transient=True, disable=quick or not err.is_terminal) as bar:
-        task = bar.add_task("verifying", total=None)
-        return checks.verify(
-            path, quick=quick, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )

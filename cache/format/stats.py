@@ -5,7 +5,7 @@ Shapes: N rows, D = d_in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -156,14 +156,11 @@ def make_stats(moments: Moments, norm_shards: Callable[[], Iterable[npt.NDArray[
     """Statistics from merged moments and the stored row norms, which are asked for twice."""
     var = moments.m2_D / moments.n_rows
     mean_sq_norm = float((var + moments.mean_D**2).sum())
-    found = quantiles(norm_shards, QUANTILES)
-    return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, found, storage_error(moments))
+    return Stats(moments.n_rows, moments.mean_D, var, mean_sq_norm, quantiles(norm_shards), storage_error(moments))
 
 
-def quantiles(
-    shards: Callable[[], Iterable[npt.NDArray[np.float32]]], fractions: Sequence[float]
-) -> dict[float, float]:
-    """Exact order statistics of non-negative floats in constant memory: the value at rank round(fraction * (n - 1)).
+def quantiles(shards: Callable[[], Iterable[npt.NDArray[np.float32]]]) -> dict[float, float]:
+    """QUANTILES of non-negative floats, exact, in constant memory: the value at rank round(fraction * (n - 1)).
 
     Non-negative floats sort like their bits: one pass counts the upper 16 bits, a second one the lower 16 bits of the
     bins that a rank falls into.
@@ -172,7 +169,7 @@ def quantiles(
     for norms in shards():
         upper += np.bincount(norms.view(np.uint32) >> 16, minlength=1 << 16)
     below = np.concatenate([[0], np.cumsum(upper)])
-    ranks = {fraction: round(fraction * (int(below[-1]) - 1)) for fraction in fractions}
+    ranks = {fraction: round(fraction * (int(below[-1]) - 1)) for fraction in QUANTILES}
     bins = {fraction: int(np.searchsorted(below, rank, side="right")) - 1 for fraction, rank in ranks.items()}
     lower = {bin_: np.zeros(1 << 16, dtype=np.int64) for bin_ in set(bins.values())}
     for norms in shards():

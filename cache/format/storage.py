@@ -25,7 +25,6 @@ class Storage:
 
     name: str  # in the manifest; Zarr, numpy (with ml_dtypes) and torch use the same name
     code: str  # what numpy.dtype() takes
-    exponent: int | None = None  # exponent bits, all set in NaN and Inf only; None for types without NaN
     fill: float | int = math.nan  # value of absent rows
     scale: Storage | None = None  # of the one scale of each row; None: values are stored as they are
     version: int = 1  # of the format that has it
@@ -80,12 +79,11 @@ class Storage:
             out[...] = values
 
     def first_non_finite(self, values: Array) -> int | None:
-        """Flat index of the first NaN or Inf in `values` of this type, or None. Two integer passes, no float ones."""
-        if self.exponent is None:
-            return None
-        bits = values.view(self._exponent_bits.dtype)
-        found = (bits & self._exponent_bits) == self._exponent_bits
-        return int(found.argmax()) if found.any() else None
+        """Flat index of the first NaN or Inf in `values` of this type, or None."""
+        import numpy as np
+
+        finite = np.isfinite(values)
+        return None if finite.all() else int(finite.argmin())
 
     def misfit(self, row: Array) -> int:
         """Index of the value for which a row of any float type cannot be stored: NaN, Inf, or too large."""
@@ -97,13 +95,6 @@ class Storage:
         return int(np.where(np.isfinite(magnitude), magnitude, np.inf).argmax())
 
     @cached_property
-    def _exponent_bits(self) -> np.unsignedinteger[Any]:
-        import numpy as np
-
-        bits: np.unsignedinteger[Any] = np.dtype(f"u{self.item_bytes}").type(self.exponent)
-        return bits
-
-    @cached_property
     def largest(self) -> float:
         """The largest finite value; of a dtype with scales that of a scale."""
         import ml_dtypes
@@ -111,16 +102,16 @@ class Storage:
 
         if self.scale is not None:
             return self.scale.largest
-        return float((np.iinfo if self.exponent is None else ml_dtypes.finfo)(self.numpy).max)
+        return float((np.iinfo if isinstance(self.fill, int) else ml_dtypes.finfo)(self.numpy).max)
 
 
-_FLOAT16 = Storage("float16", "<f2", 0x7C00)
+_FLOAT16 = Storage("float16", "<f2")
 STORAGE = {
     storage.name: storage
     for storage in (
-        Storage("float32", "<f4", 0x7F80_0000),
+        Storage("float32", "<f4"),
         _FLOAT16,
-        Storage("bfloat16", "bfloat16", 0x7F80),
+        Storage("bfloat16", "bfloat16"),
         Storage("int8", "i1", fill=0, scale=_FLOAT16, version=2),  # see `cache.format.affine`
     )
 }

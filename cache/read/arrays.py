@@ -54,7 +54,6 @@ class RowArray:
         self._shards = tuple(shards)  # (shard number, rows) of each opened shard
         self._starts = np.concatenate([[0], np.cumsum([n_rows for _, n_rows in shards], dtype=np.int64)])
         self._maps: dict[int, np.memmap[Any, Any]] = {}
-        self._views: dict[int, Array] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -106,7 +105,6 @@ class RowArray:
 
     def drop(self, i: int) -> None:
         """Forget the map of the i-th opened shard; it is closed when nothing refers to it any more."""
-        self._views.pop(i, None)
         self._maps.pop(i, None)
 
     @overload
@@ -125,10 +123,7 @@ class RowArray:
         return self._take(np.asarray(index))
 
     def _view(self, i: int) -> Array:
-        view = self._views.get(i)
-        if view is None:
-            view = self._views[i] = self.shard(i).view(np.ndarray)  # the subclass costs microseconds per index
-        return view
+        return np.asarray(self.shard(i))  # the subclass costs microseconds per index
 
     def _slice(self, start: int, stop: int, step: int) -> Array:
         if step != 1:

@@ -119,9 +119,12 @@ class Cache(RowTexts):
 
     def tensor(self, rows: slice | npt.NDArray[np.int64] | Sequence[int], *, hook: str | None = None) -> Tensor:
         """Some rows (n, d_in) of a hook point as a torch tensor: a copy on the CPU, in the dtype that `hook` gives."""
-        from sae_granary.cache.read.tensors import as_tensor
+        import torch
 
-        return as_tensor(self.hook(hook)[rows])
+        values = np.array(self.hook(hook)[rows])
+        if values.dtype.name == "bfloat16":  # ml_dtypes' arrays torch does not take
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(values)
 
     def norms(self, name: str | None = None) -> Column:
         """The float32 norms of the stored rows of a hook point."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from sae_granary.cache.errors import CorruptCacheError, RowLookupError
-from sae_granary.cache.format.layout import VOCABULARY
+from sae_granary.cache.errors import CorruptCacheError, RowLookupError, UnknownNameError
+from sae_granary.cache.format.layout import VOCABULARY, documents_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.format.spec import Unit
 from sae_granary.cache.read.arrays import Column
 from sae_granary.cache.read.context import Context, join_tokens, rows_around
-from sae_granary.cache.read.documents import Documents
+from sae_granary.common.errors import nearest
 from sae_granary.common.rows import DocumentRow, Scalar
 from sae_granary.common.signed import digest
 
@@ -45,22 +46,38 @@ class RowTexts:
 
     def find_document(self, doc_id: int) -> DocumentRow | None:
         """The document of an id, or None where none of its rows were stored."""
-        return self._documents.find(doc_id)
+        from sae_granary.cache.format.documents import read_document  # pyarrow
+
+        lasts, files = self._document_files
+        i = bisect.bisect_left(lasts, doc_id)
+        return read_document(files[i], doc_id, self.kept_columns) if i < len(files) else None
 
     def document_ids(self) -> list[int]:
         """The ids of all stored documents, ascending."""
-        return self._documents.ids()
+        from sae_granary.cache.format.documents import read_doc_ids
+
+        return [doc_id for file in self._document_files[1] for doc_id in read_doc_ids(file)]
 
     def document_column(self, name: str) -> list[Scalar]:
         """A column that the harvest kept (`--keep-columns`), one value per document, in the order of `document_ids`.
 
         Raises UnknownNameError, which names the columns that were kept.
         """
-        return self._documents.column(name)
+        from sae_granary.cache.format.documents import read_kept_column
+
+        if name not in self.kept_columns:
+            there = f"it keeps {', '.join(self.kept_columns)}" if self.kept_columns else "it keeps none"
+            raise UnknownNameError(
+                f"{self.path} keeps no column {name!r} of its documents{nearest(name, self.kept_columns)}: {there}; "
+                "harvest again with --keep-columns"
+            )
+        return [value for file in self._document_files[1] for value in read_kept_column(file, name)]
 
     @cached_property
-    def _documents(self) -> Documents:
-        return Documents(self.path, self.records, self.kept_columns)
+    def _document_files(self) -> tuple[list[int], list[Path]]:
+        """The last id of each file of documents, and the files, in the order of their ids."""
+        found = [(record.documents.last, record.shard) for record in self.records if record.documents is not None]
+        return [last for last, _ in found], [self.path / documents_path(shard) for _, shard in found]
 
     @cached_property
     def vocabulary(self) -> list[str] | None:

@@ -44,14 +44,9 @@ class OpenShard:
         self._by_hook = ThreadPoolExecutor(n_hooks, "cache-hook") if n_hooks > 1 else None  # they wait for workers
         place = Place(folder, self._syncer, direct, self._workers)
         self._hooks = open_hooks(layout, place)
-        self._columns = {name: place.stream(array, f"rows.{name}") for name, array in layout.columns.items()}
+        self._columns = {name: ArrayStream(array, place, f"rows.{name}") for name, array in layout.columns.items()}
         self.documents = DocumentFile(folder / "documents", kept_columns)
         self._rows_per_shard = layout.columns["flags"].rows_per_shard
-
-    @property
-    def rows_left(self) -> int:
-        """Rows that still fit."""
-        return self._rows_per_shard - self.n_rows
 
     def append(self, rows: Rows, documents: list[DocumentRow]) -> None:
         """Add rows that fit, of whole windows."""

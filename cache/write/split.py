@@ -49,11 +49,8 @@ def _check_column(name: str, values: npt.NDArray[np.integer], stored: np.dtype[n
 
 
 def window_lengths(window: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Rows of each window of consecutive equal numbers."""
-    starts = (
-        np.flatnonzero(np.concatenate([[True], window[1:] != window[:-1]])) if len(window) else np.zeros(0, np.int64)
-    )
-    return np.diff(np.concatenate([starts, [len(window)]])).astype(np.int64)
+    """Rows of each window; numbers ascend."""
+    return np.unique(window, return_counts=True)[1]
 
 
 def split_windows(lengths: Sequence[int] | npt.NDArray[np.int64], used: int, rows_per_shard: int) -> Iterator[int]:

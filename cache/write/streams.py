@@ -31,10 +31,6 @@ class Place:
     direct: bool
     workers: Executor | None = None
 
-    def stream(self, layout: ArrayLayout, name: str, on_chunk: OnChunk | None = None) -> ArrayStream:
-        """The stream of an array, into a file of this name."""
-        return ArrayStream(layout, self, name, on_chunk)
-
 
 # Sees the stored rows of every chunk once; the first of them in what is appended, if all are of that; and whether they
 # stay in memory until `append` returns.
@@ -128,8 +124,8 @@ class HookStream:
         self._first_row = 0
         self._given: Mapping[int, BlockSums] = {}
         self._sums: list[tuple[int, Future[BlockSums]]] = []  # of blocks of what is appended, by their first row
-        self.norms = place.stream(layout.norms[hook], f"norms.{hook}")
-        self.values = place.stream(layout.activations[hook], f"activations.{hook}", self._measure)
+        self.norms = ArrayStream(layout.norms[hook], place, f"norms.{hook}")
+        self.values = ArrayStream(layout.activations[hook], place, f"activations.{hook}", self._measure)
 
     def append(self, rows: Rows, first_row: int) -> None:
         """Add rows; `first_row` is the row id of the first one."""
@@ -188,7 +184,7 @@ class CodedHookStream(HookStream):
         assert layout.affines is not None
         values, scales = layout.activations[hook], layout.scales[hook]
         self._workers = None  # a chunk is measured while its exact rows are at hand
-        self.scales = place.stream(scales, f"scales.{hook}")
+        self.scales = ArrayStream(scales, place, f"scales.{hook}")
         self._affine = layout.affines[hook]
         self._exact_ND = np.empty(values.shape(values.inner_rows), np.float32)  # of the open chunk, for its error
         self._scales_N = np.empty(values.inner_rows, scales.storage.numpy)

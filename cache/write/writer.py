@@ -174,7 +174,7 @@ class CacheWriter:
         self._buffer_rows += rows.n_rows
         if documents:
             self._last_document = documents[-1].doc_id
-        if self._shard.rows_left == 0:
+        if self._shard.n_rows == self.manifest.rows_per_shard:
             self._commit()
 
     def end_shard(self) -> None:

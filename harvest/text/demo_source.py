@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
@@ -30,11 +29,6 @@ class DemoSource:
 
         text = "\0".join(f"{name}\0{topic}" for name, topic in self._topics())
         return {"dataset": "pydoc_data.topics", "dataset_xxh3": xxhash.xxh3_128_hexdigest(text.encode())}
-
-    @property
-    def python(self) -> str:
-        """Python version of the text."""
-        return ".".join(map(str, sys.version_info[:3]))
 
     def records(self, start: int) -> Iterator[Record]:
         """The topics from index `start` on."""

@@ -104,13 +104,8 @@ def retrying(
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    errors: list[type[BaseException]] = [OSError, EOFError]  # ConnectionError and TimeoutError are OSErrors
-    for module, name in (
-        ("httpx", "HTTPError"),
-        ("httpx2", "HTTPError"),
-        ("requests", "RequestException"),
-        ("aiohttp", "ClientError"),
-    ):
+    errors: list[type[BaseException]] = [OSError, EOFError]  # also those of sockets and of requests
+    for module, name in (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError")):
         try:
             errors.append(getattr(__import__(module), name))
         except (ImportError, AttributeError):

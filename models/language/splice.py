@@ -99,20 +99,11 @@ def open_embedder(
     return _checked(EmbeddingModel(*place, cls_pooling), contexts, rows, located, option)
 
 
-def open_any(
-    record: Mapping[str, Any],
-    point: HookPoint,
-    contexts: Contexts,
-    rows: FloatRows,
-    *,
-    lm: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    option: str = "--lm",
-) -> LanguageModel | EmbeddingModel:
-    """What `losses.downstream` measures with: the language model, or the Sentence-Transformer."""
-    opens = open_embedder if record.get("kind") == SENTENCE_TRANSFORMER else open_model
-    return opens(record, point, contexts, rows, lm=lm, device=device, dtype=dtype, option=option)
+def open_any(record: Mapping[str, Any], *origin: Any, **options: str | None) -> LanguageModel | EmbeddingModel:
+    """What `losses.downstream` measures with: `open_model`, or of a Sentence-Transformer `open_embedder`."""
+    opens: Any = open_embedder if record.get("kind") == SENTENCE_TRANSFORMER else open_model
+    found: LanguageModel | EmbeddingModel = opens(record, *origin, **options)
+    return found
 
 
 def _check_record(record: Mapping[str, Any]) -> None:

@@ -148,12 +148,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
     else:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
         digest.update(type(tokenizer).__name__.encode())
-    digest.update((getattr(tokenizer, "chat_template", None) or "").encode() if _plain_template(tokenizer) else b"*")
+    template = getattr(tokenizer, "chat_template", None)
+    digest.update((template or "").encode() if isinstance(template, str | None) else b"*")
     return digest.hexdigest()
-
-
-def _plain_template(tokenizer: Any) -> bool:
-    return isinstance(getattr(tokenizer, "chat_template", None), str | None)
 
 
 def _limit(tokenizer: Any, max_positions: int | None) -> int | None:
@@ -163,15 +160,11 @@ def _limit(tokenizer: Any, max_positions: int | None) -> int | None:
 
 def _with_bos(tokenizer: Any, prefix: tuple[int, ...], wanted: bool | None) -> tuple[int, ...]:
     bos = tokenizer.bos_token_id
-    if wanted is True:
-        if bos is None:
-            raise ConfigError("--bos: the tokenizer has no BOS token")
-        return prefix if bos in prefix else (bos, *prefix)
     if wanted is False:
-        if bos is None or bos not in prefix:
-            return prefix
         return tuple(token for token in prefix if token != bos)
-    return prefix
+    if wanted and bos is None:
+        raise ConfigError("--bos: the tokenizer has no BOS token")
+    return (bos, *prefix) if wanted and bos not in prefix else prefix
 
 
 _worker_tokenizer: Any = None

@@ -49,10 +49,7 @@ class TextConfig:
         common=True,
     )
     keep_columns: tuple[str, ...] = _text(
-        (),
-        help="Columns to store with each document (a,b), for sae-analyze. Repeatable.",
-        repeat=True,
-        common=True,
+        (), help="Columns to store with each document (a,b), for sae-analyze. Repeatable.", repeat=True, common=True
     )
     documents: str = _text(
         "auto",

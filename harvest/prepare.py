@@ -28,22 +28,12 @@ from sae_granary.models.load import (
     run_skeleton,
     skeleton,
 )
-from sae_granary.models.locate import (
-    SENTENCE_TRANSFORMER,
-    Located,
-    inner_transformer,
-    locate,
-)
+from sae_granary.models.locate import SENTENCE_TRANSFORMER, Located, inner_transformer, locate
 from sae_granary.models.online import quiet
 from sae_granary.models.pooled import BUFFER_TEXTS, TEXT_RULES, pooled_hook, pretend_tokens
 from sae_granary.models.tokens.contexts import Tokenize, WindowRules
 from sae_granary.models.tokens.document import Render, join_chat
-from sae_granary.models.tokens.tokenizer import (
-    chat_renderer,
-    load_tokenizer,
-    text_tokenizer,
-    window_rules,
-)
+from sae_granary.models.tokens.tokenizer import chat_renderer, load_tokenizer, text_tokenizer, window_rules
 from sae_granary.models.tokens.vocabulary import checked
 
 if TYPE_CHECKING:

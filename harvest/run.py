@@ -40,11 +40,7 @@ if TYPE_CHECKING:
 
 
 def harvest_activations(
-    config: HarvestConfig | None = None,
-    *,
-    quiet: bool = False,
-    stop: StopRequest | None = None,
-    **settings: Any,
+    config: HarvestConfig | None = None, *, quiet: bool = False, stop: StopRequest | None = None, **settings: Any
 ) -> HarvestResult:
     """Stream text through a model and write its activations to a cache; again, continue one that was interrupted.
 

@@ -175,10 +175,7 @@ def test_refusals(tmp_path, opened) -> None:
     with pytest.raises(SelectionError, match="shard 0 does not hold whole contexts"):
         next(iter(read_contexts(cut, batch_rows=10)))
     for part, message in (
-        (
-            "heldout",
-            r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'",
-        ),
+        ("heldout", r"heldout part left \(0 of the .* by seed 0\); hold out more documents, .* or read part='train'"),
         ("train", r"train part left \(0 of the documents .* loosen the filters, or hold out fewer documents"),
     ):
         selection = Selection(Filters(min_position=10_000), Holdout(0.0), part)

@@ -116,10 +116,7 @@ def test_what_cannot_be_converted_is_refused_in_a_line(source, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for args, message in [
-        (
-            (source, tmp_path / "a", "--dtype", "int4"),
-            "dtype is 'int4', expected one of float32",
-        ),
+        ((source, tmp_path / "a", "--dtype", "int4"), "dtype is 'int4', expected one of float32"),
         ((source, tmp_path / "a", "--dtype", "float32"), "is stored as float32 already"),
         ((source, source, "--dtype", "int8"), "is the cache itself; give another folder"),
         ((tmp_path / "none", tmp_path / "a", "--dtype", "int8"), "none does not exist"),

@@ -19,11 +19,7 @@ from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow, HookPoint, InvalidHookPointError, Rows
 
 
-@given(
-    st.lists(st.integers(1, 20), max_size=60),
-    st.integers(0, 24),
-    st.integers(20, 24),
-)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(0, 24), st.integers(20, 24))
 def test_rows_are_split_at_window_boundaries_only(lengths, used, rows_per_shard):
     used = min(used, rows_per_shard)
     parts = list(split_windows(lengths, used, rows_per_shard))

@@ -42,9 +42,7 @@ def same_arrays(added: Path, whole: Path, hook: str) -> bool:
 
 @pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
-    config: HarvestConfig,
-    models: dict[str, str],
-    pack: bool,
+    config: HarvestConfig, models: dict[str, str], pack: bool
 ) -> None:
     if pack:
         model = ModelConfig(models["llama"], device="cpu")

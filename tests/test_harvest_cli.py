@@ -127,14 +127,8 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --hook pooler {TEXT}", r"pooler \(output\) gives a tensor of shape .*expected one vector per token"),
         (f"{BERT} --layer 1 {TEXT} --text-column text", r"no column 'text'; its columns are body, n: .*--text-column"),
         (f"{BERT} --layer 1 --dataset nothing.txt", r"there is no file or folder nothing\.txt"),
-        (
-            f"{BERT} --layer 1 --dataset some/data",
-            r"not reachable: there is no network.*local path.*demo",
-        ),
-        (
-            f"{BERT} --layer 1 {TEXT} --dtype float23",
-            r"dtype='float23': expected one of .*, did you mean 'float32'",
-        ),
+        (f"{BERT} --layer 1 --dataset some/data", r"not reachable: there is no network.*local path.*demo"),
+        (f"{BERT} --layer 1 {TEXT} --dtype float23", r"dtype='float23': expected one of .*, did you mean 'float32'"),
         (f"{BERT} --layer 1 {TEXT} --compute-dtype int8", r"compute_dtype='int8': expected one of auto, float32"),
         (f"{BERT} --layer 1 {TEXT} --unit sentence", r"unit='sentence': expected one of token, text"),
         (f"{BERT} --layer 1 {TEXT} --device tpu", r"device 'tpu' is unknown: expected auto, cpu, cuda, cuda:N or mps"),
@@ -142,14 +136,8 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --ctx-len 2", r"--ctx-len is 2, but each context holds 2 special tokens"),
         (f"{BERT} --layer 1 {TEXT} --pack", r"--pack joins documents for decoders; an encoder would attend across"),
         (f"{BERT} --layer 1 {TEXT} --bos", r"--bos: the tokenizer has no BOS token"),
-        (
-            f"{BERT} --layer 1 {TEXT} --max-tokens lots",
-            r"max_tokens='lots': expected a whole number such as 20000",
-        ),
-        (
-            f"{BERT} --layer 1 {TEXT} --batch-tokens 8",
-            r"--batch-tokens is 8: expected at least one context of --ctx-",
-        ),
+        (f"{BERT} --layer 1 {TEXT} --max-tokens lots", r"max_tokens='lots': expected a whole number such as 20000"),
+        (f"{BERT} --layer 1 {TEXT} --batch-tokens 8", r"--batch-tokens is 8: expected at least one context of --ctx-"),
         (
             f"{BERT} --layer 1 {TEXT} --rows-per-shard 8",
             r"--rows-per-shard is 8: expected at least one context of --ctx-len 128",

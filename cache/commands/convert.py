@@ -28,11 +28,7 @@ def convert(source: CachePath, target: Target, dtype: Dtype, debug: Debug = Fals
         err = console(stderr=True)
         with progress_bar("converting") as tell:
             made = conversion.convert(
-                source,
-                target,
-                dtype,
-                progress=tell,
-                say=lambda message: err.print(plain(message), soft_wrap=True),
+                source, target, dtype, progress=tell, say=lambda message: err.print(plain(message), soft_wrap=True)
             )
         before = str(made.manifest.fingerprint[conversion.CONVERTED]).rpartition(", ")[2]
         exact = "exactly" if conversion.is_exact(before, dtype) else "rounded"

@@ -111,10 +111,7 @@ class ArrayLayout:
             "node_type": "array",
             "shape": list(self.shape(n_shards * self.rows_per_shard)),
             "data_type": self.storage.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": list(self.shape(self.rows_per_shard))},
-            },
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.shape(self.rows_per_shard))}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": self.storage.zarr_fill,
             "codecs": [

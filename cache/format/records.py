@@ -27,13 +27,7 @@ from sae_granary.cache.format.layout import (
     CacheLayout,
     commit_path,
 )
-from sae_granary.cache.format.manifest import (
-    FileEntry,
-    Manifest,
-    ShardRecord,
-    differences,
-    fitted,
-)
+from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, differences, fitted
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes, split_manifest
 from sae_granary.common.files import code_folder, read_regular

@@ -11,14 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from sae_granary.cache.errors import StorageLossError
-from sae_granary.cache.format.affine import (
-    MAX_OFFSET,
-    MAX_STEP,
-    MIN_STEP,
-    STEP_BITS,
-    Affine,
-    round_up,
-)
+from sae_granary.cache.format.affine import MAX_OFFSET, MAX_STEP, MIN_STEP, STEP_BITS, Affine, round_up
 from sae_granary.cache.format.layout import CacheLayout
 from sae_granary.cache.format.stats import F64, Moments, StorageError, block_moments, merge_all, storage_error
 from sae_granary.cache.format.storage import Array

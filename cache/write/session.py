@@ -12,15 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWriteError
-from sae_granary.cache.format.layout import (
-    COMMITS,
-    DOCUMENTS,
-    LOCK,
-    MANIFEST,
-    TEMPORARY,
-    VOCABULARY,
-    CacheLayout,
-)
+from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, LOCK, MANIFEST, TEMPORARY, VOCABULARY, CacheLayout
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import clear_uncommitted, has_records, remove_contents
 from sae_granary.cache.format.signed import dump_signed

@@ -31,11 +31,7 @@ def annotated_yaml(layers: Layers, say: Callable[[str], None]) -> str:
     """
     given = merged(layers)
     if given.get("model") is None:
-        head, shown, derived = (
-            ["# no model was named: what depends on it is null or auto"],
-            _undecided(given),
-            {},
-        )
+        head, shown, derived = (["# no model was named: what depends on it is null or auto"], _undecided(given), {})
     else:
         config = make_config(given)
         head, shown = [], settings_of(config)

@@ -35,13 +35,7 @@ from sae_granary.harvest.text.document import (
     shuffled,
 )
 from sae_granary.harvest.text.folder import find_files
-from sae_granary.harvest.text.formats import (
-    COMPRESSED,
-    PLAIN,
-    TABLES,
-    kind_of,
-    plain_records,
-)
+from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, TABLES, kind_of, plain_records
 from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 from sae_granary.harvest.text.tables import table_rows
 

@@ -53,11 +53,7 @@ def plan_batches(
 
 
 def collate(
-    windows: Sequence[Window],
-    members: npt.NDArray[np.int64],
-    first_rows: Sequence[int],
-    pad_id: int,
-    multiple: int = 1,
+    windows: Sequence[Window], members: npt.NDArray[np.int64], first_rows: Sequence[int], pad_id: int, multiple: int = 1
 ) -> TokenBatch:
     """Some windows of a buffer as one batch, padded to a multiple; `first_rows` holds the row where each starts."""
     lengths = np.array([len(windows[index]) for index in members])

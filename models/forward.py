@@ -93,10 +93,7 @@ class TokenModel:
         self._dtype = next(base.parameters()).dtype
         self._batch_tokens = 1 if behavior.batching == "single" else batch_tokens
         self._limit = self._batch_tokens  # halved when memory runs out
-        self._padded = behavior.batching == "padded"
-        self._multiple = behavior.multiple
-        self._changes = bool(behavior.changed)
-        self._put_back: Callable[[], None] = State(base).restore if self._changes else lambda: None
+        self._put_back: Callable[[], None] = State(base).restore if behavior.changed else lambda: None
         self._pad_id = pad_id
         self._say = say
 
@@ -104,7 +101,7 @@ class TokenModel:
         """Compile these blocks once, for all batches. Raises ModelError."""
         compile_blocks(self._base, blocks, self._capture, str(self.device), ctx_len)
         self._running = no_recompiling
-        if self._changes:
+        if self.behavior.changed:
             self._put_back = State(self._base).restore
 
     def prepare(self, buffer: Buffer) -> Work:
@@ -164,7 +161,8 @@ class TokenModel:
         return [self._on_host(buffer, batch.members[part], starts) for part in parts]
 
     def _plan(self, lengths: Sequence[int], batch_tokens: int) -> Sequence[Any]:
-        return plan_batches(lengths, batch_tokens, padded=self._padded, multiple=self._multiple)
+        padded = self.behavior.batching == "padded"
+        return plan_batches(lengths, batch_tokens, padded=padded, multiple=self.behavior.multiple)
 
     def _forward(self, batch: DeviceBatch, out: dict[str, torch.Tensor]) -> None:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -183,7 +181,7 @@ class TokenModel:
     def _on_host(self, buffer: Buffer, members: Any, starts: Sequence[int]) -> DeviceBatch:
         import torch
 
-        batch: TokenBatch = collate(buffer.windows, members, starts, self._pad_id, self._multiple)
+        batch: TokenBatch = collate(buffer.windows, members, starts, self._pad_id, self.behavior.multiple)
 
         def tensor(array: Any) -> torch.Tensor:
             host = torch.from_numpy(array)
@@ -203,18 +201,13 @@ def rows_of(hook: Hook, value: Any, shape: tuple[int, ...], flat: torch.Tensor) 
     tensor, _ = tensor_of(value)
     if tensor is not None and hook.time_first and tensor.ndim == 3:
         tensor = tensor.transpose(0, 1)
-    n_places = shape[0] * shape[1]
-    if tensor is not None:
-        flat = flat.to(tensor.device)  # accelerate may have put this module on another GPU
     if tensor is not None and tensor.shape[-1] == hook.d_in:
-        if tensor.ndim == 3 and tuple(tensor.shape[:2]) == shape:
-            return tensor.reshape(n_places, hook.d_in).index_select(0, flat)  # type: ignore[no-any-return]
-        if tensor.ndim == 3 and tensor.shape[0] == 1 and tensor.shape[1] == len(flat):
-            return tensor[0]  # type: ignore[no-any-return]
-        if tensor.ndim == 2 and tensor.shape[0] == n_places:
-            return tensor.index_select(0, flat)  # type: ignore[no-any-return]
-        if tensor.ndim == 2 and tensor.shape[0] == len(flat):
-            return tensor  # type: ignore[no-any-return]
+        vectors, places = tensor.reshape(-1, hook.d_in), tuple(tensor.shape[:-1])
+        if places in (shape, (shape[0] * shape[1],)):
+            # accelerate may have put this module on another GPU
+            return vectors.index_select(0, flat.to(tensor.device))  # type: ignore[no-any-return]
+        if places in ((1, len(flat)), (len(flat),)):
+            return vectors  # type: ignore[no-any-return]
     got = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
     raise HookError(
         f"{hook.module} ({hook.side}) gave {got} for a batch of {shape[0]} x {shape[1]} tokens: "

@@ -205,16 +205,9 @@ def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:
         (i for hook in hooks for i, path in enumerate(paths) if (path + ".").startswith(hook.module + ".")), default=0
     )
     reached = set(paths[: last + 1])
-    return 2.0 * sum(
-        int(module.weight.numel())
-        for path, module in base.named_modules()
-        if path in reached and not isinstance(module, nn.Embedding) and _is_matrix(module)
-    )
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return getattr(weight, "ndim", 0) >= 2
+    modules = [m for path, m in base.named_modules() if path in reached and not isinstance(m, nn.Embedding)]
+    weights = [module.weight for module in modules if getattr(getattr(module, "weight", None), "ndim", 0) >= 2]
+    return 2.0 * sum(int(weight.numel()) for weight in weights)
 
 
 def model_record(located: Located, model_class: str | None, layers: int | None) -> dict[str, Any]:

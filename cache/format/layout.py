@@ -113,7 +113,7 @@ class ArrayLayout:
             "data_type": self.storage.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.shape(self.rows_per_shard))}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": self.storage.zarr_fill,
+            "fill_value": self.storage.fill if isinstance(self.storage.fill, int) else "NaN",
             "codecs": [
                 {
                     "name": "sharding_indexed",

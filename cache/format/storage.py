@@ -58,11 +58,6 @@ class Storage:
         """Bytes of a row of so many values, with its scale."""
         return self.item_bytes * width + (0 if self.scale is None else self.scale.item_bytes)
 
-    @property
-    def zarr_fill(self) -> str | int:
-        """The fill value in Zarr's JSON."""
-        return self.fill if isinstance(self.fill, int) else "NaN"
-
     def store(self, values: Array, out: Array) -> int | None:
         """Round `values` into `out`, an array of this type; flat index of the first NaN or Inf in it, or None.
 

@@ -81,8 +81,9 @@ class Loader:
         if isinstance(order, Shuffle):
             order = order_of(cache, self.hooks, order, batch_size=batch_size, previous=previous)
         self.order = order
-        self.state = state or LoaderState(order.seed)
-        _check_state(self.state, order)
+        self.state = state = state or LoaderState(order.seed)
+        if state.seed != order.seed:
+            raise SelectionError(f"the loader's state has seed {state.seed}, the loader was given seed {order.seed}")
         self._source = PoolSource(
             cache,
             self.hooks,
@@ -170,11 +171,6 @@ def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str,
     for name in names:
         cache.hook(name)  # raises with the names that there are
     return names
-
-
-def _check_state(state: LoaderState, order: Order) -> None:
-    if state.seed != order.seed:
-        raise SelectionError(f"the loader's state has seed {state.seed}, the loader was given seed {order.seed}")
 
 
 def _check_previous(filters: Filters) -> None:

@@ -109,7 +109,8 @@ def _other_rows(cache: Cache, addition: Addition) -> Iterator[tuple[int, str]]:
 
 def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
     yield from _check_zarr(cache)
-    yield from _check_vocabulary(cache)
+    if cache.manifest.vocabulary is not None and not has_just_begun(cache.path, cache.manifest, VOCABULARY):
+        yield Finding(VOCABULARY, _compare(cache.path / VOCABULARY, cache.manifest.vocabulary)), 0
     for i, record in enumerate(cache.opened):
         damaged = False
         for name, entry in record.files.items():
@@ -169,11 +170,6 @@ def _without_length(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: value[1:] if key == "shape" else _without_length(value) for key, value in node.items()}
     return node
-
-
-def _check_vocabulary(cache: Cache) -> Iterator[tuple[Finding, int]]:
-    if cache.manifest.vocabulary is not None and not has_just_begun(cache.path, cache.manifest, VOCABULARY):
-        yield Finding(VOCABULARY, _compare(cache.path / VOCABULARY, cache.manifest.vocabulary)), 0
 
 
 def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRecord | None]:

@@ -66,7 +66,7 @@ def fit(x_ND: Array) -> Affine:
     """
     x_ND = x_ND[:MAX_ROWS]
     with np.errstate(over="ignore", invalid="ignore"):
-        norms_N = np.sqrt(sum(_square_sums(x_ND[:, columns]) for columns in _columns(x_ND)))
+        norms_N = np.sqrt(sum(np.square(x_ND[:, c].astype(np.float64)).sum(axis=1) for c in _columns(x_ND)))
     x_ND, norms_N = x_ND[np.isfinite(norms_N)], norms_N[np.isfinite(norms_N)]
     if not len(x_ND):
         return Affine(np.ones(x_ND.shape[1], np.float32), np.zeros(x_ND.shape[1], np.float32))
@@ -106,11 +106,6 @@ def error_sums(stored_ND: Array, exact_ND: Array) -> F64:
     difference_ND = stored_ND.astype(np.float64)
     difference_ND -= exact_ND.astype(np.float32, copy=False)
     sums: F64 = np.multiply(difference_ND, difference_ND, out=difference_ND).sum(axis=0)
-    return sums
-
-
-def _square_sums(x_ND: Array) -> F64:
-    sums: F64 = np.square(x_ND.astype(np.float64)).sum(axis=1)
     return sums
 
 

@@ -13,14 +13,9 @@ from sae_granary.models.demo import DEMO
 class DemoSource:
     """The topics of `pydoc_data.topics`, one document each, in sorted order."""
 
+    name = DEMO
     seekable = False
-
     columns: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its name on the command line."""
-        return DEMO
 
     @property
     def identity(self) -> Mapping[str, Scalar]:

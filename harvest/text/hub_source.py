@@ -29,7 +29,7 @@ class HubSource:
 
     def __init__(self, config: TextConfig, say: Say = lambda message: None) -> None:
         self._config = config = replace(config, split=config.split or DEFAULT_SPLIT)
-        self._say = say
+        self.name, self._say = config.dataset, say
         self.revision = _resolve_revision(config)
         where = f"dataset {config.dataset}"
         if next(self._sample(), None) is None:
@@ -39,11 +39,6 @@ class HubSource:
 
     def _sample(self) -> Iterator[Mapping[str, Any]]:
         return retrying(self._open, 0, RETRY_SECONDS, self._say)
-
-    @property
-    def name(self) -> str:
-        """The dataset's id."""
-        return self._config.dataset
 
     @property
     def identity(self) -> Mapping[str, Scalar]:

@@ -35,7 +35,7 @@ from sae_granary.harvest.text.document import (
     shuffled,
 )
 from sae_granary.harvest.text.folder import find_files
-from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, TABLES, kind_of, plain_records
+from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, kind_of, plain_records
 from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 from sae_granary.harvest.text.tables import table_rows
 
@@ -52,25 +52,12 @@ class FileSource:
 
     def __init__(self, config: TextConfig, say: Callable[[str], None] = lambda message: None) -> None:
         self._config, self._say = config, say
+        self.name = _printable(config.dataset)
         self._files = find_files(Path(config.dataset), config.split, say)
+        self.kinds = {kind_of(path) for path in self._files}  # suffixes
         self._versions = {path: _version(path) for path in self._files}
         self._root = Path(config.dataset) if Path(config.dataset).is_dir() else Path(config.dataset).parent
         self.columns = self._choose_columns()
-
-    @property
-    def has_tables(self) -> bool:
-        """Whether any file holds records with columns."""
-        return any(kind_of(path) in TABLES for path in self._files)
-
-    @property
-    def has_plain(self) -> bool:
-        """Whether any file is plain text."""
-        return any(kind_of(path) in PLAIN for path in self._files)
-
-    @property
-    def name(self) -> str:
-        """The path as it was given."""
-        return _printable(self._config.dataset)
 
     @cached_property
     def identity(self) -> Mapping[str, Scalar]:

@@ -32,9 +32,9 @@ def open_source(config: TextConfig, say: Callable[[str], None]) -> TextSource:
     if path.exists():
         _refuse(config, "local files", _HUB_FLAGS[1:] if path.is_dir() else _HUB_FLAGS)
         source = FileSource(replace(config, dataset=str(path)), say)
-        if not source.has_tables:
+        if source.kinds.isdisjoint(TABLES):
             _refuse(config, "plain text, which has no columns", ("--text-column", "--keep-columns"))
-        if not source.has_plain:
+        if source.kinds.isdisjoint(PLAIN):
             _refuse(config, "tables, which hold a document per record", ("--documents",))
         return source
     suffixes = {suffix.lower() for suffix in path.suffixes}

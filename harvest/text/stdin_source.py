@@ -21,8 +21,8 @@ from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 class StdinSource:
     """One document per line of standard input (or per paragraph, or all of it); JSON lines when the first is JSON."""
 
+    name = "-"
     seekable = False
-
     columns: tuple[str, ...] = ()
 
     def __init__(self, config: TextConfig, stream: IO[bytes] | None = None) -> None:
@@ -31,11 +31,6 @@ class StdinSource:
         self._texts = text_records(stream if stream is not None else sys.stdin.buffer, "stdin", self._mode)
         if config.text_columns or config.keep_columns:  # looked for in the first line, before a model is loaded
             _ = self._extract
-
-    @property
-    def name(self) -> str:
-        """As it is typed."""
-        return "-"
 
     @property
     def identity(self) -> Mapping[str, Scalar]:

@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_granary.cache.load.loader import Batch, LoaderState
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.lockstep import feed_all
 from sae_granary.train.loop import MAX_REJECTED_IN_ROW, check_progress, measures, train_step
 from sae_granary.train.optim.optimizers import OPTIMIZERS, Hyperparameters, make_optimizer, set_lr, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
@@ -183,74 +181,6 @@ def test_bfloat16_products_change_little(type) -> None:
         assert b.loss == pytest.approx(a.loss, rel=0.05)
     assert all(p.dtype == torch.float32 for p in rough.sae.parameters())
     assert any(not torch.equal(v, weights(rough)[n]) for n, v in weights(exact).items())
-
-
-class Stream:
-    """Numbered batches behind a step."""
-
-    def __init__(self, make, step=0) -> None:
-        self.make, self.step, self.closed = make, step, False
-
-    def __next__(self) -> Batch:
-        self.step += 1
-        return Batch(self.make(self.step), LoaderState(0, 0, self.step))
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Counting:
-    """A trainee that notes the batches it takes."""
-
-    def __init__(self, n_steps, step=0, fails_at=None) -> None:
-        self.n_steps, self.step, self.fails_at, self.taken = n_steps, step, fails_at, []
-
-    @property
-    def done(self) -> bool:
-        return self.step >= self.n_steps
-
-    def take(self, batch, waited) -> None:
-        if batch.state.cursor == self.fails_at:
-            raise DivergedError("diverged")
-        self.step += 1
-        self.taken.append((self.step, batch.state.cursor))
-
-
-def drive(trainees, **options) -> list[Stream]:
-    opened = []
-
-    def open_stream(first):
-        assert all(stream.closed for stream in opened)
-        opened.append(Stream(lambda i: rows(4, i), first.step))
-        return opened[-1]
-
-    feed_all(trainees, open_stream, **options)
-    assert all(stream.closed for stream in opened)
-    return opened
-
-
-def test_each_trainee_joins_one_stream_at_its_own_step() -> None:
-    trainees = [Counting(8), Counting(10, step=3), Counting(5, step=5)]
-    seen = []
-    assert len(drive(trainees, after_batch=lambda active: seen.append(len(active)))) == 1
-    assert [t.taken for t in trainees] == [[(i, i) for i in range(1, 9)], [(i, i) for i in range(4, 11)], []]
-    assert seen == [1] * 3 + [2] * 5 + [1] * 2
-
-
-def test_the_stream_is_opened_again_behind_a_gap() -> None:
-    trainees = [Counting(3), Counting(9, step=7)]
-    assert len(drive(trainees)) == 2
-    assert [t.taken for t in trainees] == [[(1, 1), (2, 2), (3, 3)], [(8, 8), (9, 9)]]
-
-
-def test_a_trainee_that_fails_leaves_the_others_alone() -> None:
-    trainees = [Counting(6), Counting(6, fails_at=3), Counting(6)]
-    failed = []
-    drive(trainees, on_failure=lambda t, error: failed.append((t, str(error))))
-    assert failed == [(trainees[1], "diverged")]
-    assert [t.step for t in trainees] == [6, 2, 6]
-    with pytest.raises(DivergedError):
-        drive([Counting(6, fails_at=3)])
 
 
 def test_some_steps_are_measured() -> None:

@@ -19,7 +19,9 @@ from sae_granary.cache.load.loader import Loader
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.finished_run import NotARunError, read_metrics
 from sae_granary.common.signals import StopRequest
+from sae_granary.train import lockstep
 from sae_granary.train.callbacks import Callback
+from sae_granary.train.data.streams import RunStream
 from sae_granary.train.errors import InterruptedRunError, RunExistsError
 from sae_granary.train.folders import exclusive
 from sae_granary.train.memory.footprint import Footprint, fit_groups
@@ -64,12 +66,22 @@ def test_members_equal_runs_alone_bitwise(make_cache, tmp_path) -> None:
     assert_same_as_alone(result.folder, settings, tmp_path / "alone")
 
 
-def test_members_of_other_lengths_equal_runs_alone(make_cache, tmp_path) -> None:
-    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3}
+def test_members_of_other_lengths_equal_runs_alone(make_cache, tmp_path, monkeypatch) -> None:
+    settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "k": 3, "save_every": 4}
     settings.pop("steps")
     result = train_sweep({"steps": [12, 7], "seed": [0, 1]}, settings, runs_dir=str(tmp_path))
     assert [len(group.entries) for group in load_plan(result.folder).groups] == [4]
     assert_same_as_alone(result.folder, settings, tmp_path / "alone")
+    short, long = (next(row["name"] for row in result.rows if row["steps"] == steps) for steps in (7, 12))
+    shutil.rmtree(result.folder / short)  # starts over and ends before the step of the other: another stream follows
+    (result.folder / long / "summary.json").unlink()
+    shutil.rmtree(checkpoint.list_checkpoints(result.folder / long)[-1])
+    streams = []
+    monkeypatch.setattr(lockstep, "RunStream", lambda *args: streams.append(args[2]) or RunStream(*args))
+    resume_sweep(result.folder)
+    assert streams == [0, 8]
+    for name in (short, long):
+        assert_same(tmp_path / "alone" / name, result.folder / name)
 
 
 def test_a_cache_is_read_once_for_all_members(make_cache, tmp_path, monkeypatch) -> None:

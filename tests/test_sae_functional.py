@@ -14,7 +14,6 @@ from sae_granary.sae_core.functional import (
     jumprelu,
     step,
     support_pattern,
-    topk_pattern,
 )
 from sae_granary.sae_core.kernels import entries_above, kth_largest, row_topk
 from sae_granary.sae_core.latents import EMA_DECAY, BatchThreshold
@@ -79,11 +78,6 @@ def test_zeros_are_not_above_zero_where_tiny_numbers_are_taken_as_zero() -> None
 def test_the_kth_largest_counts_ties() -> None:
     values = torch.tensor([2.0, 5.0, 5.0, -1.0])
     assert [float(kth_largest(values, k)) for k in (1, 2, 3, 4)] == [5.0, 5.0, 2.0, -1.0]
-
-
-def test_topk_keeps_the_k_largest_of_each_row() -> None:
-    pre_acts = torch.tensor([[3.0, 1.0, 2.0], [-1.0, -3.0, -2.0]])
-    assert mask_of(topk_pattern(pre_acts, 2)).tolist() == [[True, False, True], [True, False, True]]
 
 
 @settings(deadline=None, max_examples=200)

@@ -153,9 +153,6 @@ def test_what_is_no_run() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "target"),
     [
-        ("batchtopk", {"k": 4}, "k=4"),
-        ("vanilla", {"l1_coef": 2.5}, "l1_coef=2.5"),
-        ("jumprelu", {"l0_target": 8.0}, "l0_target=8"),
         ("jumprelu", {"recipe": "tanh"}, "l0_coef=10"),
         ("jumprelu", {"recipe": "l0", "l0_coef": 0.5}, "l0_coef=0.5"),
     ],

@@ -345,9 +345,3 @@ def test_resume_auto_refuses_another_cache(make_cache, tmp_path) -> None:
     assert train_sae(**settings, cache=str(tmp_path / "link"), resume="auto").summary["steps"] == 8
     with pytest.raises(RunExistsError, match=r"was started with other settings \(cache=.*toy, now .*other\)"):
         train_sae(**settings, cache=str(make_cache("other", seed=1)), resume="auto")
-
-
-def test_moved_run_continues(stopped, tmp_path) -> None:
-    moved = tmp_path / "elsewhere"
-    stopped.rename(moved)
-    assert resume_training(moved).folder == moved

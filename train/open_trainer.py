@@ -16,7 +16,6 @@ from sae_granary.common import files
 from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_VERSION
 from sae_granary.common.signed import digest, write_signed
 from sae_granary.common.threads import waiting
-from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import to_yaml
 from sae_granary.train.data import passes
@@ -36,7 +35,6 @@ def open_trainer(
     data: RunData,
     folder: Path,
     make_sinks: Callable[[str], Sinks],
-    sample: Callable[[RunData], Rows] = passes.sample,
     callbacks: Callbacks | None = None,
 ) -> Trainer:
     """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
@@ -49,20 +47,18 @@ def open_trainer(
     files.remove_temporary(folder / CHECKPOINTS)
     sinks = make_sinks(str(record["wandb_id"]))
     found = checkpoint.list_checkpoints(folder)
-    restored = restore_or_start(data, found[-1] if found else None, sinks, sample)
+    restored = restore_or_start(data, found[-1] if found else None, sinks)
     if found and callbacks is not None:
         callbacks.restore(restored.extra.get("callbacks", []))
     data = data.with_config(restored.run.config)
     return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
 
 
-def restore_or_start(
-    data: RunData, path: Path | None, sinks: Sinks, sample: Callable[[RunData], Rows] = passes.sample
-) -> checkpoint.Restored:
+def restore_or_start(data: RunData, path: Path | None, sinks: Sinks) -> checkpoint.Restored:
     """The state of a checkpoint; without one, that of a new run."""
     if path is not None:
         return checkpoint.load(path, data.config, data.identity, data.shards)
-    return checkpoint.Restored(_fresh_run(data, sample, sinks), LoaderState(data.order.seed), 0.0, {})
+    return checkpoint.Restored(_fresh_run(data, sinks), LoaderState(data.order.seed), 0.0, {})
 
 
 def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
@@ -86,14 +82,14 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     return record
 
 
-def _fresh_run(data: RunData, sample: Callable[[RunData], Rows], sinks: Sinks) -> Run:
+def _fresh_run(data: RunData, sinks: Sinks) -> Run:
     """Build and initialize the SAE from a sample of training rows."""
     assert data.config.init_seed is not None
     seed = data.config.init_seed
     with Rng.seeded(seed) as rng:
         sae = build_sae(data.config, data.shards)
         with waiting("initializing the SAE from a sample of rows"):
-            rows = sample(data)
+            rows = passes.sample(data)
             sae.initialize(rows, torch.Generator().manual_seed(seed))
         told = [start_from(sae, data.config.init_from, rows)] if data.config.init_from is not None else []
         run = Run.create(data.config, sae)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +17,8 @@ from sae_granary.common.finished_run import RECORD, is_complete, read_record
 from sae_granary.common.process import open_files_left
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
-from sae_granary.sae_core import Rows
 from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data import passes
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.stage import stage
@@ -167,9 +164,8 @@ class SweepExecution:
 
     def _open(self, entries: Sequence[Entry], group: Group, stack: ExitStack) -> list[Trainer]:
         """The runs of some entries, from their checkpoints or at their start."""
-        trainers = []
-        sample, opened = LastSample(), None
-        for entry in sorted(entries, key=lambda e: e.config.hook):  # those that start from one sample in a row
+        trainers, opened = [], None
+        for entry in entries:
             InterruptedRunError.raise_if(self.stop, 0, self.folder)
             folder = self.folder / entry.name
             try:
@@ -178,8 +174,9 @@ class SweepExecution:
                 (folder / FAILURE).unlink(missing_ok=True)
                 data = RunData.reopen(entry.config, group.record, opened)
                 opened = data.cache
-                sinks, callbacks = self._sinks(entry, folder, stack), self._callbacks(entry)
-                trainers.append(open_trainer(data, folder, sinks, sample, callbacks))
+                sinks = self._sinks(entry, folder, stack)
+                callbacks = None if self.callbacks is None else Callbacks(self.callbacks(entry.config))
+                trainers.append(open_trainer(data, folder, sinks, callbacks))
             except Exception as error:
                 self._report(folder, error, 0)
         return trainers
@@ -191,9 +188,6 @@ class SweepExecution:
             return sinks
 
         return make
-
-    def _callbacks(self, entry: Entry) -> Callbacks:
-        return Callbacks() if self.callbacks is None else Callbacks(self.callbacks(entry.config))
 
     def _fail(self, trainer: Trainer, error: Exception) -> None:
         self._report(trainer.folder, error, trainer.step)
@@ -207,18 +201,3 @@ class SweepExecution:
         with contextlib.suppress(OSError):  # a full disk has no room for this either
             write_signed(folder / FAILURE, {**failure, "final": isinstance(error, DivergedError)})
         self.reporter.ended(folder.name, f"failed: {text}")
-
-
-class LastSample:
-    """Gives the sample that an SAE starts from; the newest is kept for SAEs that start from the same."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._rows: Rows | None = None
-
-    def __call__(self, data: RunData) -> Rows:
-        """See `passes.sample`."""
-        key = (data.stream_key, data.config.hook)
-        if self._rows is None or key != self._key:
-            self._key, self._rows = key, passes.sample(data)
-        return self._rows

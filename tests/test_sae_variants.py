@@ -590,6 +590,7 @@ def test_a_subclass_is_not_taken_for_its_parent_in_other_tools_files(
 def test_temporal_by_formula() -> None:
     sae = make("temporal", temporal_coef=0.5, temperature=0.2)
     x = inputs("temporal", 32)
+    x["layer_2"][3] = sae.scalings()[1].undo(sae.b_dec).detach()  # a row that no latent is active for
     out = sae(x)
     now, before = out.codes.dense(), sae(x["layer_2"]).codes.dense()
     n_high = sae.config.prefixes[0]
@@ -598,6 +599,10 @@ def test_temporal_by_formula() -> None:
     log_p = torch.log_softmax(a @ b.t() / 0.2, dim=1)
     log_q = torch.log_softmax(b @ a.t() / 0.2, dim=1)
     expected = -0.5 * (log_p.diagonal().mean() + log_q.diagonal().mean()) / 2
-    torch.testing.assert_close(sae.losses(out, LAST)["temporal"], expected)
+    loss = sae.losses(out, LAST)["temporal"]
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(term, [sae.W_enc, sae.b_enc], retain_graph=True) for term in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+    assert not before[3].any()
     sae.eval()
     torch.testing.assert_close(sae(x).x_hat, sae(x["layer_1"]).x_hat)  # inference reads one row

@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_granary.sae_core.codes import Codes
+from sae_granary.sae_core.autograd import decode
+from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Reads, Rows, SAEOutput, Source
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.kernels.deferred import host_waits
 from sae_granary.sae_core.options import Progress, option
 from sae_granary.sae_core.registry import register
 from sae_granary.sae_core.variants.matryoshka import MatryoshkaSAE
+
+TINY = 1e-24  # the least square of a norm: a row without high-level codes is divided by its root
 
 
 @register("temporal")
@@ -55,21 +57,23 @@ class TemporalSAE(MatryoshkaSAE):
         h = self.center(self.normalizer(out.extras["previous"][:n_pairs]).values)
         now = self._high_level(out.codes, n_pairs)
         before = self._high_level(self.activate(h).codes, n_pairs)
-        similarity = F.normalize(now, dim=1) @ F.normalize(before, dim=1).t() / self.config.temperature
-        own = torch.arange(n_pairs, device=similarity.device)
-        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.t(), own)) / 2
+        similarity = decode(now, before.dense().t().contiguous()) / self.config.temperature
+        return -(similarity.log_softmax(0) + similarity.log_softmax(1)).diagonal().mean() / 2
 
-    def _high_level(self, codes: Codes, n_rows: int) -> Tensor:
-        """Dense codes of the first group in the first rows, (n_rows, F / 5): small enough to compare row with row."""
+    def _high_level(self, codes: Codes, n_rows: int) -> Codes:
+        """Codes of the first group in the first rows, (n_rows, F / 5), each row scaled to unit norm."""
         n_high = self.config.prefixes[0]
-        if host_waits(codes.values):  # the others go where they are cut off: to select them the host would wait
+        if host_waits(codes.values):  # dense, and the others go where they are cut off: to select, the host would wait
             places = codes.pattern.row_of.clamp_max(n_rows), codes.indices.clamp_max(n_high)
             dense = codes.values.new_zeros(n_rows + 1, n_high + 1)
-            return dense.index_put(places, codes.values, accumulate=True)[:n_rows, :n_high]
+            dense = dense.index_put(places, codes.values, accumulate=True)[:n_rows, :n_high]
+            return Codes(F.normalize(dense, dim=1), Pattern(n_rows, n_high))
         codes = codes.rows(0, n_rows)
-        keep = codes.indices < n_high
-        dense = codes.values.new_zeros(n_rows, n_high)
-        return dense.index_put((codes.pattern.row_of[keep], codes.indices[keep]), codes.values[keep])
+        codes = codes.keep(codes.indices < n_high)
+        row_of, values = codes.pattern.row_of, codes.values
+        squares = values.new_zeros(n_rows).index_add(0, row_of, values.square())
+        scaled = values / squares.clamp_min(TINY).sqrt()[row_of]
+        return Codes(scaled, Pattern.of_rows(row_of, codes.indices, n_rows, n_high))
 
 
 saelens.express(TemporalSAE, "jumprelu")

@@ -18,13 +18,11 @@ from sae_granary.sae_core.functional import (
     topk_pattern,
 )
 from sae_granary.sae_core.kernels import (
-    entries_above,
     gpu_screen,
     padded,
     row_topk,
     sampled_dot,
     screen,
-    streamed,
     true_entries,
 )
 from sae_granary.sae_core.kernels.deferred import Deferred, current, host_waits, room_for
@@ -35,8 +33,8 @@ MAX_DENSE = 2**29  # entries of (N, F) that a GPU holds at a time, 2 GiB
 class PreActs:
     """Pre-activations p = h @ W_enc + b of N rows, without gradients.
 
-    Selections return codes: values of p on a pattern. Where a screen (`kernels/screen.py`) or a stream
-    (`kernels/streamed.py`) is faster, the (N, F) matrix is never built; the selection is the same.
+    Selections return codes: values of p on a pattern. Where a screen (`kernels/screen.py`) is faster, the (N, F)
+    matrix is never built; the selection is the same.
     """
 
     def __init__(self, h: Tensor, W_enc: Tensor, bias: Tensor) -> None:
@@ -134,11 +132,7 @@ class PreActs:
         codes = self._screened_above(bound)
         if codes is not None:
             return codes
-        found = [
-            start * self.shape[1]
-            + (entries_above(part, bound) if isinstance(bound, float) else true_entries(part > bound))
-            for start, part in self.parts()
-        ]
+        found = [start * self.shape[1] + true_entries(part > bound) for start, part in self.parts()]
         return self._at_positions(torch.cat(found))
 
     def support(self, bound: Tensor | float) -> Codes:
@@ -146,10 +140,6 @@ class PreActs:
         if host_waits(self.rows) and (deferred := current()) is not None:
             return self._support_of_step(bound, deferred)
         codes = self._screened_above(bound)
-        if codes is None and self._streams:
-            found = streamed.product_above(self.rows, self._W_enc, self._bias, bound, MAX_SPARSE_DENSITY)
-            if found is not None:
-                codes = Codes(found.values, Pattern.of_rows(found.rows, found.latents, *self.shape))
         if codes is None and self._in_parts:
             return self.above(bound)
         return self.at(support_pattern(self.dense > bound)) if codes is None else codes
@@ -193,11 +183,6 @@ class PreActs:
     @property
     def _screens(self) -> bool:
         return not self.is_dense and screen.pays(self.rows, self.shape[1])
-
-    @property
-    def _streams(self) -> bool:
-        lower = torch.is_autocast_enabled(self.rows.device.type)  # the product is wanted in bfloat16
-        return not self.is_dense and not lower and streamed.pays(self.rows, self.shape[1])
 
     def _screened(self) -> screen.Screen:
         if self._screen is None:

@@ -9,7 +9,7 @@ from sae_kit import new
 from torch import Tensor
 
 from sae_granary.sae_core import SAE, Progress, SAEOutput, functional, losses, pre_acts
-from sae_granary.sae_core.kernels import screen, streamed
+from sae_granary.sae_core.kernels import screen
 
 D, F, N = 24, 256, 96
 NOW = Progress(50, 100)
@@ -17,13 +17,11 @@ CODES = ["usual", "equal latents", "empty rows", "all dead", "every latent"]
 OPTIONS = {"topk": {"k_aux": 3}, "gated": {"l1_warmup": 0.0}, "vanilla": {"l1_warmup": 0.0}}
 
 
-@pytest.fixture(params=["whole", "screened", "streamed"])
+@pytest.fixture(params=["whole", "screened"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(screen, "pays", lambda h, d_sae: request.param == "screened")
     monkeypatch.setattr(screen, "MAX_CANDIDATES", 1.0)
     monkeypatch.setattr(screen, "CHUNK_ENTRIES", 40 * F)
-    monkeypatch.setattr(streamed, "pays", lambda h, d_sae: request.param == "streamed")
-    monkeypatch.setattr(streamed, "CHUNK_ENTRIES", 40 * F)
     for module in (functional, pre_acts, losses):
         monkeypatch.setattr(module, "MAX_SPARSE_DENSITY", 1.0)
     return str(request.param)

@@ -15,7 +15,7 @@ from sae_granary.sae_core.functional import (
     step,
     support_pattern,
 )
-from sae_granary.sae_core.kernels import entries_above, kth_largest, row_topk
+from sae_granary.sae_core.kernels import kth_largest, row_topk
 from sae_granary.sae_core.latents import EMA_DECAY, BatchThreshold
 from sae_granary.sae_core.options import Progress
 from sae_granary.sae_core.pre_acts import PreActs
@@ -54,25 +54,6 @@ def test_the_largest_of_each_row_are_found_through_groups(n_rows, n_groups, k, t
 def test_no_rows_have_no_largest_entries() -> None:
     """An evaluation leaves out rows that are not finite: all of a batch may be."""
     assert row_topk(torch.empty(0, 16 * 16), 2).shape == (0, 2)
-    assert entries_above(torch.empty(0, 16 * 16), 0.0).shape == (0,)
-
-
-@given(st.integers(1, 5), st.integers(1, 60), st.floats(-4, 4), st.booleans(), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
-def test_entries_above_a_bound_are_those_of_a_scan(n_rows, n_columns, bound, grouped, seed) -> None:
-    n_columns *= 8 if grouped else 1
-    matrix = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(entries_above(matrix, bound), (matrix.reshape(-1) > bound).nonzero().squeeze(1))
-
-
-def test_zeros_are_not_above_zero_where_tiny_numbers_are_taken_as_zero() -> None:
-    matrix = torch.full((3, 64), -1.0)
-    matrix[0, 3], matrix[1, 5] = 0.0, 1.0
-    torch.set_flush_denormal(True)
-    try:
-        assert entries_above(matrix, 0.0).tolist() == [64 + 5]
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def test_the_kth_largest_counts_ties() -> None:

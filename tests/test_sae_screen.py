@@ -158,9 +158,9 @@ def test_entries_that_reach_their_rows_bound(n_rows: int, n_columns: int, seed: 
     bounds = (0.01 + 2 * torch.rand(maxima.shape, generator=generator)).bfloat16()
     bounds[0] = matrix[0].max()  # a bound that is met exactly
     expected = (matrix >= bounds[:, group_of(n_columns)]).flatten().nonzero().squeeze(1)
-    assert torch.equal(at_least(matrix, maxima, bounds).sort().values, expected)
+    assert torch.equal(at_least(matrix, maxima, bounds, matrix.numel()).sort().values, expected)
     integers = matrix.view(torch.int16)  # compare like the numbers, for positive bounds
-    found = at_least(integers, group_maxima(integers), bounds.view(torch.int16))
+    found = at_least(integers, group_maxima(integers), bounds.view(torch.int16), matrix.numel())
     assert torch.equal(found.sort().values, expected)
     assert at_least(matrix, maxima, torch.full_like(bounds, -100.0), n_most=0) is None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cuda_visit.saes import use
 from benchmarks.table import growing, say
 from sae_granary.sae_core import Pattern
-from sae_granary.sae_core.kernels import bag_sum, choose, entries_above, kth_largest, reference, row_topk, sampled_dot
+from sae_granary.sae_core.kernels import bag_sum, choose, kth_largest, reference, row_topk, sampled_dot, true_entries
 
 N_REPEATS = 5
 # Largest error over the largest number of the reference; sums of bfloat16 products are rounded to it once.
@@ -114,7 +114,7 @@ def _check_selections(device: str) -> list[list]:  # type: ignore[type-arg]
         there = numbers.to(device)
         checks = {
             "row_topk": lambda x: x.gather(1, row_topk(x, 32)).sort(descending=True).values,
-            "entries_above": lambda x: entries_above(x, 2.5),
+            "true_entries": lambda x: true_entries(x > 2.5),
             "kth_largest": lambda x: kth_largest(x.flatten(), 2**18),
         }
         for what, function in checks.items():

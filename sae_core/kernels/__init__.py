@@ -4,13 +4,12 @@
 """
 
 from sae_granary.sae_core.kernels.choice import choose, takes_triton
-from sae_granary.sae_core.kernels.select import entries_above, kth_largest, row_topk
+from sae_granary.sae_core.kernels.select import kth_largest, row_topk
 from sae_granary.sae_core.kernels.sparse import bag_sum, sampled_dot, true_entries
 
 __all__ = [
     "bag_sum",
     "choose",
-    "entries_above",
     "kth_largest",
     "row_topk",
     "sampled_dot",

@@ -18,7 +18,7 @@ def group_maxima(matrix: Tensor) -> Tensor:
     return _grouped(matrix).amax(2).flatten(1)
 
 
-def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None = None) -> Tensor | None:
+def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int) -> Tensor | None:
     """Flat positions (nnz,) int64 of the entries of (N, F) that are their row's and group's bound (N, G) or more.
 
     Rows ascend, columns within a row stand group by group. `maxima` are the matrix's `group_maxima`. None if
@@ -27,7 +27,7 @@ def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None 
     n_columns, n_groups = matrix.shape[1], maxima.shape[1]
     lanes = _lanes(n_columns)
     hot = true_entries(maxima >= bounds)  # (H,) row * n_groups + group
-    if n_most is not None and hot.numel() > n_most:
+    if hot.numel() > n_most:
         return None
     row = hot // n_groups
     group = hot - row * n_groups
@@ -35,7 +35,7 @@ def at_least(matrix: Tensor, maxima: Tensor, bounds: Tensor, n_most: int | None 
     lane = group - block * lanes
     large = _grouped(matrix)[row, block, :, lane] >= bounds.flatten()[hot][:, None]  # (H, GROUP)
     found = true_entries(large)
-    if n_most is not None and found.numel() > n_most:
+    if found.numel() > n_most:
         return None
     of_hot = found // GROUP
     first = row * n_columns + block * (GROUP * lanes) + lane
@@ -48,7 +48,7 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     The k largest entries lie in the k groups with the largest maxima, so only those groups are searched.
     """
     n_rows, n_columns = matrix.shape
-    if not _pays(matrix, ("cpu", "cuda")) or n_columns // GROUP < 4 * k:
+    if not _pays(matrix) or n_columns // GROUP < 4 * k:
         return matrix.topk(k, dim=-1, sorted=False).indices
     lanes = _lanes(n_columns)
     groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
@@ -57,18 +57,6 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     members = first[:, :, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)  # (N, k, GROUP)
     members = members.view(n_rows, -1)
     return members.gather(1, matrix.gather(1, members).topk(k, dim=-1, sorted=False).indices)
-
-
-def entries_above(matrix: Tensor, bound: float) -> Tensor:
-    """Flat positions (nnz,) int64 of the entries of (N, F) that exceed a bound, ascending."""
-    if not _pays(matrix):
-        return true_entries(matrix > bound)
-    maxima = group_maxima(matrix)
-    found = at_least(matrix, maxima, maxima.new_full((), bound).expand_as(maxima), matrix.numel() // 32)
-    if found is None:
-        return true_entries(matrix > bound)
-    # Not by the next larger number as the bound: above 0 that is one which the processor may take as 0.
-    return found[matrix.view(-1)[found] > bound].sort().values
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
@@ -89,7 +77,6 @@ def _lanes(n_columns: int) -> int:
     return LANES if n_columns % (GROUP * LANES) == 0 else n_columns // GROUP
 
 
-def _pays(matrix: Tensor, devices: tuple[str, ...] = ("cpu",)) -> bool:
-    # On CUDA `entries_above` reads the matrix once either way, and the way through groups waits for the device twice.
+def _pays(matrix: Tensor) -> bool:
     n_rows, n_columns = matrix.shape
-    return matrix.device.type in devices and matrix.is_contiguous() and n_rows > 0 and n_columns % GROUP == 0
+    return matrix.device.type in ("cpu", "cuda") and matrix.is_contiguous() and n_rows > 0 and n_columns % GROUP == 0

@@ -80,9 +80,20 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
     """Return the sum of values (nnz,) over the rows of each latent: (F,), always added in the order of the rows."""
     if pattern.is_full:
         return values.sum(0)
+    if not host_waits(values):
+        return values.new_zeros(pattern.d_sae).index_add_(0, pattern.entries[0], values)
     order, rows, offsets = pattern.transposed
     ones = values.new_ones(pattern.n_rows, 1)
     return bag_sum(rows, ones, offsets, values[order]).squeeze(1)
+
+
+def sum_rows_by_latent(table: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    """Return the sum over the entries of each latent of their rows of table (N, D) times values (nnz,): (F, D)."""
+    if pattern.is_full:
+        return values.t() @ table
+    kept, pattern = _without_zeros(values, pattern)
+    order, rows, offsets = pattern.transposed
+    return bag_sum(rows, table, offsets, values[kept][order])
 
 
 class _EncodeAt(Function):

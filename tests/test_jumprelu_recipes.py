@@ -9,7 +9,7 @@ import torch
 from sae_kit import new
 
 from sae_granary import sae_core
-from sae_granary.sae_core import SAE, Progress
+from sae_granary.sae_core import SAE, Progress, functional
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES, JumpReLUConfig
 from sae_granary.train.config.merge import from_sections, make_config, to_sections
@@ -159,6 +159,30 @@ def test_the_published_gradient_of_anthropic_reaches_the_pre_activations() -> No
     jumprelu(p, theta, 0.2, to_input=True).sum().backward()
     assert p.grad.flatten().tolist() == pytest.approx([2.5, 3.5, 1.0])
     assert theta.grad.tolist() == pytest.approx([-5.0])
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0])  # share of stored entries up to which codes are sparse: never, always
+@pytest.mark.parametrize("recipe", ["anthropic", "tanh"])
+def test_the_dead_term_is_the_formula(recipe: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "MAX_SPARSE_DENSITY", most)
+    sae = make(recipe, dead_coef=2.0, dead_after_tokens=1, threshold_init=0.8, normalize="none")
+    sae.num_tokens_since_fired[::3] = 5
+    x = rows(seed=3)
+    out = sae(x)
+    assert out.codes.pattern.is_full == (most == 0.0)
+    term = sae.losses(out, Progress(99, 100))["dead"]
+    parameters = dict(sae.named_parameters())
+    names = ["W_enc", "b_enc", "W_dec", "threshold.raw" if recipe == "anthropic" else "threshold"]
+    W_enc, b_enc, W_dec, raw = doubles = [parameters[name].detach().double().requires_grad_() for name in names]
+    theta = raw.exp() if recipe == "anthropic" else raw
+    p = (x.double() - sae.b_dec.detach().double()) @ W_enc + b_enc
+    latents = slice(None) if recipe == "anthropic" else slice(None, None, 3)
+    gaps = torch.relu(theta - p) * W_dec.norm(dim=1)
+    expected = 2.0 * gaps[:, latents].sum() / len(x) / sae.loss_scale.unit
+    assert float(term.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    found = torch.autograd.grad(term, [parameters[name] for name in names])
+    for mine, theirs in zip(found, torch.autograd.grad(expected, doubles), strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_gemma_is_the_l0_recipe_by_the_logarithm_with_unit_rows() -> None:

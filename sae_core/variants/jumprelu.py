@@ -12,7 +12,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.autograd import Centered, add_silent, per_entry
+from sae_granary.sae_core.autograd import Centered, add_silent, per_entry, sum_by_latent, sum_rows_by_latent
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.data import Activation, Inputs, SAEOutput, as_rows
@@ -168,9 +168,12 @@ class JumpReLUSAE(SAE):
     def _dead_penalty(self, out: SAEOutput, latents: Tensor, norms: Tensor) -> Tensor:
         """Mean over rows of sum over some i of ReLU(theta_i - p_i) |W_dec,i|; over all of them it never ends."""
         h = out.pre_acts.rows  # without gradients to b_dec
-        p = h @ self.W_enc.t().index_select(0, latents).t() + self.b_enc[latents]
-        gap = torch.relu(self.theta[latents] - p)
-        return (gap.sum(0) * norms[latents]).sum() / h.shape[0]
+        # Of a latent all rows count in which it is not active; their number and their sum are enough.
+        active = (out.codes.values.detach() != 0).to(h.dtype)
+        below = len(h) - sum_by_latent(active, out.codes.pattern)
+        rows_below = h.sum(0) - sum_rows_by_latent(h, active, out.codes.pattern)
+        gaps = below * (self.theta - self.b_enc) - torch.linalg.vecdot(rows_below, self.W_enc.t())
+        return (gaps * norms)[latents].sum() / len(h)
 
     # -- L0 as a constraint ----------------------------------------------------------------------------------------
 

@@ -17,10 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sae_granary import open_cache, sae_core
-from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.finished_run import read_metrics
-from sae_granary.common.rows import DocumentRow, HookPoint, Rows
 from sae_granary.train.cli import app
 from sae_granary.train.config.merge import TRAINER_KEYS
 from sae_granary.train.config.type_options import TypeOptions
@@ -101,7 +98,6 @@ def test_types_lists_every_variant_with_its_options() -> None:
         (["--type", "topk", "--layer", "4"], r"no hook point 'layer_4' \(it has: layer_3\), did you mean 'layer_3'\?"),
         (["--type", "topk", "--cache", "nowhere"], r"nowhere does not exist"),
         (["--type", "topk", "--cache", "not_one"], r"not_one"),
-        (["--type", "topk", "--cache", "unfinished"], r"unfinished is incomplete"),
         (
             ["--type", "topk", "--wandb", "offlin"],
             r"wandb='offlin': expected one of off, offline, online, did you mean",
@@ -113,30 +109,11 @@ def test_bad_input_is_one_line_and_writes_nothing(make_cache, args, message) -> 
     make_cache()
     Path("not_one").mkdir()
     (Path("not_one") / "notes.txt").write_text("hello")
-    write_unfinished(Path("unfinished"))
     result = call("run", *(["--cache", "toy"] if "--cache" not in args else []), "--batch-size", "128", *args, code=2)
     assert re.search(message, result.stderr), result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert not Path("runs").exists()
-
-
-def write_unfinished(path: Path) -> None:
-    """What a killed harvest leaves: one committed shard."""
-    spec = CacheSpec("token", (HookPoint("layer_3", "m", "output", None, 2),), "float32", 4, {}, {"a": 1})
-    zeros = np.zeros(4, np.int32)
-    rows = Rows(
-        {"layer_3": np.ones((4, 2), np.float32)},
-        zeros,
-        zeros.astype(np.int64),
-        zeros.astype(np.uint64),
-        zeros,
-        zeros,
-        zeros.astype(np.uint8),
-    )
-    with CacheWriter.open(path, spec) as writer:
-        writer.begin_buffer({"next_doc": 0})
-        writer.append(rows, [DocumentRow(0, "toy", 0, "text")])
 
 
 def test_no_cache() -> None:

@@ -116,12 +116,6 @@ def test_resumes_are_bitwise(start, settings) -> None:
         assert any(line.get("resampled", 0) > 0 for line in log(whole) if line["step"] > 15)
 
 
-def test_a_resume_without_the_average_would_differ(start, monkeypatch) -> None:
-    whole = start(ema_decay=0.9).folder
-    monkeypatch.setattr(Ema, "restore", lambda *args: None)
-    assert not equal(weights(whole), weights(stopped_and_resumed(start, 15, ema_decay=0.9)))
-
-
 # -- validation ----------------------------------------------------------------------------------------------------
 
 

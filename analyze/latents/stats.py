@@ -107,7 +107,8 @@ def compute_stats(
         examples.update(block.latent, block.value, block.row, block.document)
         parts.append(_sampled(block, sample, before))
         before += block.n_rows
-    together, score = _coactive(parts, d_sae)
+    row, latent = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.int64)
+    together, score = coactive(row, latent, d_sae, N_COACTIVE)
     rows, values = counted.examples.tables(d_sae)
     histogram = counted.histogram.reshape(d_sae, N_BINS)
     mean = counted.sums / np.maximum(counted.fired, 1)
@@ -124,12 +125,6 @@ def _sampled(block: Block, sample: NDArray[np.int64], before: int) -> NDArray[np
     number[sample[low:high] - before] = np.arange(low, high)
     found = number[block.place]
     return np.stack([found, block.latent])[:, found >= 0]
-
-
-def _coactive(parts: list[NDArray[np.int64]], d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Latents and Jaccard indices (F, M) from the entries of sampled rows."""
-    row, latent = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.int64)
-    return coactive(row, latent, d_sae, N_COACTIVE)
 
 
 def stats_folder(source: Source) -> Path:

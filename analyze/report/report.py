@@ -111,12 +111,12 @@ def _facts(title: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"title": title, "version": __version__, "runs": runs}
 
 
-def log_histogram(values: NDArray[Any], n_bins: int = N_BINS) -> dict[str, list[float]] | None:
-    """{"edges" (n + 1,): log10, "counts" (n,)} of the positive values; None if there are none."""
+def log_histogram(values: NDArray[Any]) -> dict[str, list[float]] | None:
+    """{"edges" (N_BINS + 1,): log10, "counts" (N_BINS,)} of the positive values; None if there are none."""
     positive = values[values > 0].astype(np.float64)
     if not len(positive):
         return None
-    counts, edges = np.histogram(np.log10(positive), bins=n_bins)
+    counts, edges = np.histogram(np.log10(positive), bins=N_BINS)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 

@@ -44,7 +44,8 @@ def runs_in(folders: Sequence[Path]) -> list[Path]:
 
 def run_facts(folder: Path) -> dict[str, Any]:
     """A run as JSON: name, type, metrics of its summary, settings, curves, notes."""
-    summary, metadata = _summary(folder), read_metadata(folder)
+    summary: Mapping[str, Any] = read_summary(folder) if (folder / SUMMARY).is_file() else {}
+    metadata = read_metadata(folder)
     numbers = summary.get("eval", {})
     k = summary.get("k")
     hooks = summary.get("hook") or metadata.get("hook_points") or []
@@ -71,10 +72,6 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "curves": curves_of(folder),
         "notes": [str(note) for note in summary.get("notes", ())],
     }
-
-
-def _summary(folder: Path) -> Mapping[str, Any]:
-    return read_summary(folder) if (folder / SUMMARY).is_file() else {}
 
 
 def curves_of(folder: Path) -> dict[str, list[list[float]]]:

@@ -17,6 +17,7 @@ from sae_granary.common.rows import FLAG_SPECIAL
 SIDE = 10  # tokens shown on either side
 WIDTH = 2 * SIDE + 1
 REACH = 2 * SIDE + 16  # rows looked at on either side: each context adds special tokens
+BLOCK = 4096  # examples at once
 
 I64 = NDArray[np.int64]
 
@@ -37,7 +38,7 @@ class Windows:
         return np.where(inside, self.start[part, None].astype(np.int64) + offsets, 0), inside
 
 
-def find_windows(cache: Cache, examples: I64, block: int = 4096) -> Windows:
+def find_windows(cache: Cache, examples: I64) -> Windows:
     """The windows around rows (X,) of a cache, -1 for none: up to 10 tokens of the same document on either side.
 
     Special tokens are left out, as in `Cache.context`.
@@ -45,8 +46,8 @@ def find_windows(cache: Cache, examples: I64, block: int = 4096) -> Windows:
     first = np.zeros(len(examples), np.int64)
     before, length = np.zeros(len(examples), np.uint8), np.zeros(len(examples), np.uint8)
     needed = np.zeros(len(cache), np.bool_)
-    for begin in range(0, len(examples), block):
-        part = slice(begin, begin + block)
+    for begin in range(0, len(examples), BLOCK):
+        part = slice(begin, begin + BLOCK)
         rows, inside = _around(cache, examples[part])
         needed[rows[inside]] = True
         first[part] = np.where(inside, rows, len(cache)).min(1)

@@ -54,7 +54,10 @@ def trials(size: Size, device: str) -> Iterator[Trial]:
     indices, indptr = pattern.entries
     order, rows, offsets = pattern.transposed
     values = torch.randn(indices.numel(), generator=generator).to(device)
-    bags = [_bags(tile, warps) for tile, warps in ((4, 2), (8, 4), (16, 4), (16, 2))]
+    bags = [
+        {"TILE": tile, "OPTIONS": {**triton_bag.OPTIONS, "num_warps": n_warps}}
+        for tile, n_warps in ((4, 2), (8, 4), (16, 4), (16, 2))
+    ]
     screen = GpuScreen(x, W, bias)
     blocks = [
         (128, 256, 64, 8, 4),
@@ -81,10 +84,6 @@ def trials(size: Size, device: str) -> Iterator[Trial]:
     yield Trial("Adam of a matrix", triton_rows, [{"PER_WARP": n} for n in (128, 512)], update)
     found = [{"SEARCHED": searched, "TILE": tile} for searched, tile in ((2048, 64), (512, 16), (1024, 16))]
     yield Trial("selection with its product", gpu_screen, found, lambda: screen.topk(size.k)[1])
-
-
-def _bags(tile: int, n_warps: int) -> dict[str, Any]:
-    return {"TILE": tile, "OPTIONS": {**triton_bag.OPTIONS, "num_warps": n_warps}}
 
 
 def _product(m: int, n: int, k: int, n_warps: int, n_stages: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.cuda_visit.place import Place
 from benchmarks.ragged import paragraphs
 
 VOCABULARY, CTX_LEN = 16_384, 512
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
 def corpus(at: Place, n_times: int) -> Path:
@@ -31,7 +32,7 @@ def bert(at: Place) -> Path:
     """BERT-base: 12 layers, 768 wide."""
     from transformers import BertConfig
 
-    return _saved(at, "bert", BertConfig(**_tiny(2)) if at.tiny else BertConfig())
+    return _saved(at, "bert", BertConfig(**TINY) if at.tiny else BertConfig())
 
 
 def llama(at: Place) -> Path:
@@ -40,7 +41,7 @@ def llama(at: Place) -> Path:
 
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     sizes |= {"num_key_value_heads": 8, "max_position_embeddings": 8192}
-    tiny = _tiny(2) | {"num_key_value_heads": 4}
+    tiny = TINY | {"num_key_value_heads": 4}
     return _saved(at, "llama", LlamaConfig(**(tiny if at.tiny else sizes), bos_token_id=0, eos_token_id=0))
 
 
@@ -50,7 +51,7 @@ def sentence_encoder(at: Place) -> Path:
     from transformers import BertConfig
 
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
-    inner = _saved(at, "minilm", BertConfig(**(_tiny(2) if at.tiny else sizes)))
+    inner = _saved(at, "minilm", BertConfig(**(TINY if at.tiny else sizes)))
     path = at.folder / "encoder"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a folder without pooling gets the mean
@@ -58,11 +59,6 @@ def sentence_encoder(at: Place) -> Path:
         model.max_seq_length = 256
         model.save(str(path))
     return path
-
-
-def _tiny(n_layers: int) -> dict[str, int]:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    return {**sizes, "num_hidden_layers": n_layers}
 
 
 def _saved(at: Place, name: str, config: Any) -> Path:

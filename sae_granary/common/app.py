@@ -122,9 +122,9 @@ def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]]
             with nullcontext() if quiet else shown(lambda line: echo(line, err=True)):
                 command(read, **rest)
 
-        hints = {name: hint for part in (shared, command) for name, hint in _hints(part).items()} | {
-            "help_all": HelpAll
-        }
+        hints = dict[str, Any](help_all=HelpAll)
+        for part in (shared, command):
+            hints |= typing.get_type_hints(part, include_extras=True)
         parameters = [*signature.parameters.values(), *list(own.parameters.values())[1:]]
         if any(getattr(option, "hidden", False) for hint in hints.values() for option in typing.get_args(hint)):
             parameters.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False))
@@ -135,10 +135,6 @@ def takes_flags_of(shared: Callable[..., Any]) -> Callable[[Callable[..., None]]
         return run_command
 
     return decorate
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(function, include_extras=True)
 
 
 @contextmanager

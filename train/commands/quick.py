@@ -42,7 +42,9 @@ def quick(
     The same command resumes what was interrupted.
     """
     with errors(debug):
-        given = _with_type(read_flags())
+        given = read_flags()
+        if not any(values.get("type") for _, values in given.layers()):
+            given = replace(given, flags={"type": "batchtopk", **given.flags})
         config_of(given)  # what is wrong with the settings is told before the harvest
         named = _layers_of(given)
         flags = {
@@ -62,12 +64,6 @@ def quick(
         given = replace(given, flags={**given.flags, "cache": folder}, layer_stride=None)  # the cache has that of `all`
         resume = "never" if overwrite else "auto"
         train_given(given, overwrite=overwrite, resume=resume, quiet=quiet)
-
-
-def _with_type(given: Given) -> Given:
-    if any(values.get("type") for _, values in given.layers()):
-        return given
-    return replace(given, flags={"type": "batchtopk", **given.flags})
 
 
 def _layers_of(given: Given) -> str:

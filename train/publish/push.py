@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sae_granary.common.finished_run import NotARunError, read_metadata, read_summary
 from sae_granary.train.errors import TrainError
@@ -44,6 +43,8 @@ def model_card(run: Path, license: str) -> str:
     # The hub refuses a base model that is none of its own, and a local path tells names.
     is_of_hub = fingerprint.get("weights_xxh3") is None and _is_hub_id(model)
     base = f"base_model: {model}\n" if is_of_hub else ""
+    shown = {name: public(value) for name, value in fingerprint.items() if value is not None}
+    provenance = "\n".join(f"- {name}: `{value}`" for name, value in sorted(shown.items()))
     library = "saelens" if (run / "cfg.json").is_file() else "sae-granary"  # what SAELens' search finds
     return f"""---
 license: {license}
@@ -56,7 +57,9 @@ tags: [sparse-autoencoder, interpretability, sae-granary]
 A **{summary["type"]}** sparse autoencoder with {summary["d_sae"]:,} latents on `{metadata.get("hf_hook_name")}` of
 `{public(model)}` (width {summary["d_in"]}), trained on {summary["tokens"]:,} rows with Granary.
 
-{_provenance(fingerprint)}
+Cache:
+
+{provenance}
 
 | metric on {summary["eval_part"]} rows | |
 |---|---|
@@ -84,8 +87,3 @@ def push(run: Path, repo: str, *, license: str, private: bool) -> str:
 
 def _is_hub_id(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(_HUB_ID, name) is not None and not Path(name).exists()
-
-
-def _provenance(fingerprint: Mapping[str, Any]) -> str:
-    shown = {name: public(value) for name, value in fingerprint.items() if value is not None}
-    return "\n".join(["Cache:", "", *(f"- {name}: `{value}`" for name, value in sorted(shown.items()))])

@@ -31,9 +31,7 @@ class HarvestResult:
     skipped: tuple[tuple[str, int], ...]
     repaired: int
     already_complete: bool = False
-    not_recorded: str = (
-        ""  # what determines the rows but was not compared: a cache of an earlier version does not tell it
-    )
+    not_recorded: str = ""  # what determines the rows but was not compared: a cache of before does not tell it
     resumed_rows: int = 0
     seconds: float = 0.0  # from the first batch to the last commit; loading the model is not in it
     rows_per_second: float = 0.0

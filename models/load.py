@@ -213,23 +213,17 @@ def flops_per_token(base: nn.Module, hooks: Sequence[Hook]) -> float:
 def model_record(located: Located, model_class: str | None, layers: int | None) -> dict[str, Any]:
     """The model's entry in the provenance."""
     config = located.text_config if located.config is not None else None
+    decoder = located.config is not None and located.is_decoder
     return {
         "id": located.model_id,
         "revision": located.revision,
         "kind": located.kind,
         "model_type": getattr(config, "model_type", None),
         "class": model_class,
-        "family": family(located),
-        "is_decoder": located.config is not None and located.is_decoder,
+        "family": "encoder-decoder" if located.is_encoder_decoder else "decoder" if decoder else "encoder",
+        "is_decoder": decoder,
         "n_layers": layers,
         "subfolder": located.subfolder or None,
         "trust_remote_code": located.trust_remote_code,
         **located.placement.record(),
     }
-
-
-def family(located: Located) -> str:
-    """encoder, decoder, or encoder-decoder (of which the encoder is harvested)."""
-    if located.is_encoder_decoder:
-        return "encoder-decoder"
-    return "decoder" if located.config is not None and located.is_decoder else "encoder"

@@ -239,8 +239,7 @@ def test_two_writers_without_locks_do_no_damage(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
     path, spec = tmp_path / "toy", toy_spec()
     with CacheWriter.open(path, spec) as first:
-        first.begin_buffer({"buffer": 0})
-        first.append(*toy_buffer(0))
+        _append(first, 0)
         # The second one starts its own shard 0; its opening removes the first one's temporary files.
         with CacheWriter.open(path, spec) as second:
             _append(second, 0, 1, 2)
@@ -261,8 +260,7 @@ def _append(one, *buffers):
 def test_a_shard_that_another_process_committed_is_not_overwritten(tmp_path, monkeypatch):
     path = tmp_path / "toy"
     with CacheWriter.open(path, toy_spec()) as slow:
-        slow.begin_buffer({"buffer": 0})
-        slow.append(*toy_buffer(0))
+        _append(slow, 0)
         monkeypatch.setattr(FolderLock, "acquire", lambda self: None)
         monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # keep the slow one's temporary files
         interrupted(path)

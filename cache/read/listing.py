@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +74,7 @@ def _folders(root: Path) -> Iterator[Path]:
         if MANIFEST in (*files, *inner) and not is_code(folder):
             inner.clear()
             yield folder
-        inner[:] = sorted(_visible(inner))
-
-
-def _visible(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.startswith((".", "__"))]
+        inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
 
 
 def _entry(folder: Path) -> Entry:

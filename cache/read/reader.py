@@ -166,7 +166,7 @@ class Cache(RowTexts):
         return self._parts[part.path]
 
     def files_of(self, hooks: Sequence[str]) -> Iterator[tuple[str, Cache, FileEntry]]:
-        """Path, holder and record of each file of the opened shards that hook points are read from, with all columns."""
+        """Path, holder, record of each file of the opened shards that hook points are read from, with all columns."""
         for hook in hooks:
             holder = self.holder(hook)
             arrays = (holder.layout.activations, holder.layout.norms, holder.layout.scales)

@@ -91,11 +91,12 @@ def _plan(source: Path, store: Store, there: Mapping[str, int], parcel: Parcel) 
             raise CacheError(f"{url} holds something that is not a cache ({min(there)}): use another URL")
         if marker != digest(parcel.manifest_bytes):
             raise CacheError(f"{url} holds half of another push: finish that one, or use another URL")
-    missing = tuple(path for path, entry in parcel.files.items() if there.get(path) != entry.n_bytes)
-    changed = (
-        {p for p, e in parcel.files.items() if p.endswith("zarr.json")} if MANIFEST in there and not done else set()
+    longer = MANIFEST in there and not done  # then Zarr metadata may differ in files of equal size
+    missing = tuple(
+        path
+        for path, entry in parcel.files.items()
+        if there.get(path) != entry.n_bytes or (longer and path.endswith("zarr.json"))
     )
-    missing = tuple(path for path in parcel.files if path in changed or path in missing)
     is_there = done and not missing and all(there.get(path) == len(data) for path, data in parcel.made.items())
     return PushPlan(source, store, parcel, missing, store.why_public(), is_there)
 

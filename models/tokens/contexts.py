@@ -119,32 +119,18 @@ class Buffer:
 def make_window(
     number: int,
     ids: IntArray,
-    doc_id: int | npt.NDArray[np.int64],
-    doc_position: int | npt.NDArray[np.int64],
+    doc_id: npt.NDArray[np.int64],
+    doc_position: npt.NDArray[np.int64],
     documents: tuple[DocumentRow, ...],
     rules: WindowRules,
 ) -> Window:
-    """Special tokens around a piece; they belong to the first and last document in it.
-
-    An integer for `doc_id` and `doc_position`: all tokens are of one document, from this position on.
-    """
+    """Special tokens around a piece; they belong to the first and last document in it."""
     start, stop = len(rules.prefix), len(rules.prefix) + len(ids)
-    n = stop + len(rules.suffix)
     out_ids = np.concatenate((rules.around[0], ids, rules.around[1]), dtype=np.int32)
     flags = rules.flag_table.take(out_ids, mode="clip")
-    out_doc = np.empty(n, np.int64)
-    if isinstance(doc_id, int):
-        out_doc.fill(doc_id)
-    else:
-        out_doc[:start], out_doc[start:stop], out_doc[stop:] = doc_id[0], doc_id, doc_id[-1]
-    if isinstance(doc_position, int):
-        position = np.arange(doc_position - start, doc_position - start + n, dtype=np.int32)
-    else:
-        position = np.empty(n, np.int32)
-        position[start:stop] = doc_position
-        flags[start:stop][doc_position < 0] |= FLAG_SPECIAL
-    for ends in (slice(0, start), slice(stop, n)):
-        position[ends] = -1
-        flags[ends] |= FLAG_SPECIAL
+    out_doc, position = np.empty(len(out_ids), np.int64), np.full(len(out_ids), -1, np.int32)
+    out_doc[:start], out_doc[start:stop], out_doc[stop:] = doc_id[0], doc_id, doc_id[-1]
+    position[start:stop] = doc_position
+    flags[position < 0] |= FLAG_SPECIAL
     flags[0] |= FLAG_WINDOW_START
     return Window(number, out_ids, out_doc, position, flags, documents)

@@ -87,7 +87,8 @@ class WindowStream:
                 piece = ids[start : start + self.rules.room]
                 end = start + len(piece)
                 rows = () if start else (_document_row(document),)
-                window = make_window(self.state.next_window, piece, document.doc_id, start, rows, self.rules)
+                of_piece = np.full(len(piece), document.doc_id), np.arange(start, end)
+                window = make_window(self.state.next_window, piece, *of_piece, rows, self.rules)
                 self._emit(window, document.doc_id + (end == len(ids)), 0 if end == len(ids) else end)
                 yield window
 

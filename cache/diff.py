@@ -9,7 +9,6 @@ import numpy as np
 
 from sae_granary.cache.format.manifest import differences
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.rows import HookPoint
 
 BLOCK_ROWS = 1 << 14
 _COLUMNS = ("token_id", "doc_id", "position")
@@ -59,8 +58,8 @@ def diff(a: Cache, b: Cache) -> CacheDifference:
         rows = slice(start, min(start + BLOCK_ROWS, n_rows))
         for name in _COLUMNS:
             columns[name] += int(np.count_nonzero(a.column(name)[rows] != b.column(name)[rows]))
-    shared = [name for name, hook in a.hook_points.items() if _width(hook) == _width(b.hook_points.get(name))]
-    hooks = {name: _compare(a, b, name, n_rows) for name in shared}
+    both = {name: (hook, b.hook_points[name]) for name, hook in a.hook_points.items() if name in b.hook_points}
+    hooks = {name: _compare(a, b, name, n_rows) for name, (one, other) in both.items() if one.d_in == other.d_in}
     fields = differences(a.manifest, b.manifest)
     added = tuple(_added(cache) for cache in (a, b))
     if added[0] != added[1]:
@@ -73,10 +72,6 @@ def _added(cache: Cache) -> str:
     return ", ".join(name for name in cache.hook_points if name not in own) or "none"
 
 
-def _width(hook: HookPoint | None) -> int | None:
-    return None if hook is None else hook.d_in
-
-
 def _compare(a: Cache, b: Cache, name: str, n_rows: int) -> HookDifference:
     differing, first, largest, squares, error = 0, None, 0.0, 0.0, 0.0
     for start in range(0, n_rows, BLOCK_ROWS):
@@ -87,9 +82,7 @@ def _compare(a: Cache, b: Cache, name: str, n_rows: int) -> HookDifference:
         if len(unequal):
             first = start + int(unequal[0]) if first is None else first
             gap = np.abs(x[unequal].astype(np.float64) - y[unequal])
-            differing, largest, error = (
-                differing + len(unequal),
-                max(largest, float(gap.max())),
-                error + float((gap**2).sum()),
-            )
+            differing += len(unequal)
+            largest = max(largest, float(gap.max()))
+            error += float((gap**2).sum())
     return HookDifference(differing, first, largest, float(np.sqrt(error / squares)) if squares else 0.0)

@@ -201,11 +201,8 @@ def probe(base: nn.Module, hooks: Sequence[Hook], device: str) -> tuple[Hook, ..
                 capture.run(probe_ids(base, shape, device), None, sink)
     finally:
         capture.close()
-    seen = {name: looks[0] for name, looks in found.items()}
-    return tuple(
-        replace(hook, tuple_index=one.tuple_index, d_in=one.d_in, time_first=one.time_first)
-        for hook, one in ((hook, seen[hook.name]) for hook in hooks)
-    )
+    looks = [(hook, found[hook.name][0]) for hook in hooks]
+    return tuple(replace(h, tuple_index=one.tuple_index, d_in=one.d_in, time_first=one.time_first) for h, one in looks)
 
 
 def probe_all(base: nn.Module, device: str) -> dict[str, Seen]:

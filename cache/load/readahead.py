@@ -85,14 +85,10 @@ def read_ahead(arrays: Iterable[RowArray], plan: PoolPlan) -> None:
 
 
 def _announces() -> bool:
-    return _is_on() and hasattr(os, "posix_fadvise")
-
-
-def _is_on() -> bool:
     value = os.environ.get(VARIABLE) or "1"
     if value not in ("0", "1"):
         raise SelectionError(f"{VARIABLE}={value!r}: expected 0 or 1; unset it for the default")
-    return value == "1"
+    return value == "1" and hasattr(os, "posix_fadvise")
 
 
 def _read_at(descriptor: int, target: memoryview, place: int) -> int:

@@ -218,11 +218,7 @@ class CodedRows(HookRows):
         """Rows start..stop of the i-th opened shard."""
         return self._decode(self._codes.shard(i)[start:stop], self._scales.shard(i)[start:stop])
 
-    @overload
-    def __getitem__(self, index: int | np.integer[Any]) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[int]) -> Array: ...
-    def __getitem__(self, index: int | np.integer[Any] | slice | npt.NDArray[Any] | Sequence[int]) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return self._decode(self._codes[index], self._scales[index])
 
 

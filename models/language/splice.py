@@ -23,7 +23,7 @@ from sae_granary.common.rows import HookPoint
 from sae_granary.models.errors import LOAD_ERRORS, SpliceError
 from sae_granary.models.language.language_model import Contexts, EmbeddingModel, HookedModel, LanguageModel
 from sae_granary.models.language.recorded import check_recorded_weights, locate_recorded, remedy
-from sae_granary.models.load import LOADING, frozen
+from sae_granary.models.load import LOADING, from_pretrained, frozen
 from sae_granary.models.locate import SENTENCE_TRANSFORMER, Located, file_of, read_json
 from sae_granary.models.tokens.tokenizer import load_tokenizer
 
@@ -79,7 +79,7 @@ def load_with_head(
     return _load(located, record, kind, dtype, device, option), located, is_causal
 
 
-def open_embedder(
+def open_any(
     record: Mapping[str, Any],
     point: HookPoint,
     contexts: Contexts,
@@ -89,21 +89,16 @@ def open_embedder(
     device: str = "cpu",
     dtype: str = "float32",
     option: str = "--lm",
-) -> EmbeddingModel:
-    """The Sentence-Transformer that activations of tokens came from; arguments and errors as `open_model`."""
+) -> LanguageModel | EmbeddingModel:
+    """What `losses.downstream` measures with: as `open_model`, but of a Sentence-Transformer what it pools."""
+    if record.get("kind") != SENTENCE_TRANSFORMER:
+        return open_model(record, point, contexts, rows, lm=lm, device=device, dtype=dtype, option=option)
     _check_record(record)
     located = locate_recorded(record, lm, option)
     cls_pooling = _pools_first_token(located)
     model = _load(located, record, "AutoModel", dtype, device, option)
     place = (model, _module(model, point, located), point, torch.device(device))
     return _checked(EmbeddingModel(*place, cls_pooling), contexts, rows, located, option)
-
-
-def open_any(record: Mapping[str, Any], *origin: Any, **options: str | None) -> LanguageModel | EmbeddingModel:
-    """What `losses.downstream` measures with: `open_model`, or of a Sentence-Transformer `open_embedder`."""
-    opens: Any = open_embedder if record.get("kind") == SENTENCE_TRANSFORMER else open_model
-    found: LanguageModel | EmbeddingModel = opens(record, *origin, **options)
-    return found
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
@@ -139,14 +134,8 @@ def _with_head(located: Located, kind: str, dtype: str, device: str) -> nn.Modul
     placed = located.placement.spread().arguments(device, dtype)
     try:
         with LOADING:
-            model, info = getattr(transformers, kind).from_pretrained(
-                located.source,
-                dtype=getattr(torch, dtype),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                **located.hub_kwargs,
-                **placed,
-            )
+            kwargs = {**located.hub_kwargs, **placed}
+            model, info = from_pretrained(getattr(transformers, kind), located, dtype, **kwargs)
     except LOAD_ERRORS as error:
         raise SpliceError(
             f"{located.source} has no language-model head that can be loaded: {one_line(error)}"

@@ -18,13 +18,8 @@ from sae_granary.models.tokens.contexts import IntArray
 PIECE_CHARS = 1 << 20
 _OVER = 2000  # characters of a piece on the other side of a cut
 _AGREE = 4  # tokens that must be the same on both sides of a joint
-PLAIN: dict[str, Any] = {
-    "padding": False,
-    "truncation": False,
-    "return_attention_mask": False,
-    "return_token_type_ids": False,
-    "verbose": False,  # longer than the model takes: windows are cut afterwards
-}
+# Nothing but ids; `verbose` would warn of texts longer than the model takes: windows are cut afterwards.
+PLAIN = dict.fromkeys(("padding", "truncation", "return_attention_mask", "return_token_type_ids", "verbose"), False)
 
 
 class _Tokens(NamedTuple):

@@ -69,19 +69,8 @@ def test_several_files_follow_each_other_and_columns_are_kept(tmp_path):
         more = {"label": [f"l{j % 3}" for j in range(N)][part], "score": [float("nan")] * len(X[part])}
         pq.write_table(table(X[part], IDS[part], TEXTS[part], **more), tmp_path / f"{i}.parquet")
     files = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    run(
-        *files,
-        "-o",
-        tmp_path / "c",
-        "--id-column",
-        "id",
-        "--keep-columns",
-        "label,score",
-        "--hook",
-        "ada",
-        "--dtype",
-        "float16",
-    )
+    flags = "--id-column id --keep-columns label,score --hook ada --dtype float16"
+    run(*files, "-o", tmp_path / "c", *flags.split())
     cache = open_cache(tmp_path / "c")
     np.testing.assert_array_equal(cache.hook("ada")[:], X.astype(np.float16))
     assert cache.document_column("label")[21] == "l0"

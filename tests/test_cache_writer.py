@@ -14,7 +14,7 @@ from sae_granary.cache.format.layout import cache_layout, default_rows_per_shard
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.stats import block_moments
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.write.split import split_windows, window_lengths
+from sae_granary.cache.write.split import split_windows
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import DocumentRow, HookPoint, InvalidHookPointError, Rows
 
@@ -35,12 +35,6 @@ def test_rows_are_split_at_window_boundaries_only(lengths, used, rows_per_shard)
             following = min(end for end in ends if end > start) - start
             assert part + following > room
         room = rows_per_shard
-
-
-@given(st.lists(st.integers(1, 5), max_size=20))
-def test_window_lengths_count_runs(lengths):
-    window = np.repeat(np.arange(len(lengths), dtype=np.uint64) * 3, lengths)
-    assert window_lengths(window).tolist() == lengths
 
 
 @given(st.integers(1, 5000), st.integers(1, 10_000), st.integers(1, 1 << 20))
@@ -66,7 +60,7 @@ def test_the_bytes_do_not_depend_on_the_size_of_the_calls(tmp_path_factory, data
     root = tmp_path_factory.mktemp("calls")
     spec = toy_spec(hooks=("layer_1",))
     rows, documents = toy_rows(3, hooks=("layer_1",)), [d for i in range(3) for d in toy_buffer(i)[1]]
-    ends = np.cumsum(window_lengths(rows.window)).tolist()
+    ends = np.cumsum(np.unique(rows.window, return_counts=True)[1]).tolist()
     cuts = sorted(data.draw(st.sets(st.sampled_from(ends[:-1]))))
     for name, at in (("one", []), ("many", cuts)):
         with CacheWriter.open(root / name, spec) as writer:

@@ -86,11 +86,8 @@ def test_every_configuration_file_of_a_model_is_hashed(tmp_path: Path) -> None:
     for name in FILES + OTHERS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    modules = (
-        {"type": "Transformer", "path": ""},
-        {"type": "P", "path": "1_Pooling"},
-        {"type": "R", "path": "2_Router"},
-    )
+    paths = {"Transformer": "", "P": "1_Pooling", "R": "2_Router"}
+    modules = tuple({"type": kind, "path": path} for kind, path in paths.items())
     located = Located("m", "m", str(tmp_path), modules=modules)
     seen = {config_hash(located)}
     for i, name in enumerate(FILES, 1):

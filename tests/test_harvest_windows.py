@@ -149,12 +149,12 @@ def test_batches_hold_each_window_once_within_the_budget(lengths: list[int], bud
 
 
 def test_batches_by_hand() -> None:
-    assert [batch.tolist() for batch in plan_batches([3, 5, 3, 5, 3], 10)] == [
-        [1, 3],
-        [0, 2, 4],
-    ]  # ties keep their order
-    assert [batch.tolist() for batch in plan_batches([50, 46, 44, 40], 200)] == [[0, 1], [2, 3]]  # only like lengths
-    assert [batch.tolist() for batch in plan_batches([5, 1, 2, 4], 160)] == [[0, 3, 2, 1]]  # but not too few of them
+    for lengths, budget, batches in (
+        ([3, 5, 3, 5, 3], 10, [[1, 3], [0, 2, 4]]),  # ties keep their order
+        ([50, 46, 44, 40], 200, [[0, 1], [2, 3]]),  # only like lengths
+        ([5, 1, 2, 4], 160, [[0, 3, 2, 1]]),  # but not too few of them
+    ):
+        assert [batch.tolist() for batch in plan_batches(lengths, budget)] == batches
 
 
 def test_padding_of_ragged_text_is_low() -> None:

@@ -69,11 +69,6 @@ class ArrayLayout:
         """Inner chunks of a whole shard."""
         return self.rows_per_shard // self.inner_rows
 
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of the sharding index with its checksum."""
-        return 16 * self.n_inner + _CRC_BYTES
-
     def shape(self, n_rows: int) -> tuple[int, ...]:
         """Shape of n rows of this array."""
         return (n_rows,) if self.width is None else (n_rows, self.width)
@@ -83,8 +78,8 @@ class ArrayLayout:
         return math.ceil(n_rows / self.inner_rows) * self.inner_rows
 
     def shard_bytes(self, n_rows: int) -> int:
-        """Exact size of the file of a shard that holds n rows."""
-        return self.padded_rows(n_rows) * self.row_bytes + self.index_bytes
+        """Exact size of the file of a shard that holds n rows: these, the sharding index and its checksum."""
+        return self.padded_rows(n_rows) * self.row_bytes + 16 * self.n_inner + _CRC_BYTES
 
     def shard_path(self, shard: int) -> str:
         """Path of a shard file in the cache."""
@@ -194,23 +189,19 @@ def cache_layout(
         inner = inner_rows(rows_per_shard, storage.item_bytes * (width or 1), inner_chunk_bytes)
         return ArrayLayout(path, storage, width, rows_per_shard, inner, attributes)
 
+    def formula(hook: str) -> dict[str, str]:
+        """How activations are decoded, for readers that do not know this format."""
+        vectors = {name: f"{AFFINE}/{hook}/{name}" for name in VECTORS}
+        return {"formula": FORMULA, "scale": f"{SCALES}/{hook}", **vectors} if storage.scale else {}
+
     return CacheLayout(
-        activations={
-            h.name: array(f"activations/{h.name}", storage, h.d_in, **(_formula(h.name) if storage.scale else {}))
-            for h in hook_points
-        },
+        activations={h.name: array(f"activations/{h.name}", storage, h.d_in, **formula(h.name)) for h in hook_points},
         norms={h.name: array(f"norms/{h.name}", NORMS) for h in hook_points},
         columns={name: array(f"rows/{name}", column) for name, column in COLUMNS.items()},
         scales={h.name: array(f"{SCALES}/{h.name}", storage.scale) for h in hook_points if storage.scale},
         affines=affines,
         version=storage.version,
     )
-
-
-def _formula(hook: str) -> dict[str, str]:
-    """How the activations of a hook point are decoded, for readers that do not know this format."""
-    vectors = {name: f"{AFFINE}/{hook}/{name}" for name in VECTORS}
-    return {"formula": FORMULA, "scale": f"{SCALES}/{hook}", **vectors}
 
 
 def inner_rows(rows_per_shard: int, row_bytes: int, inner_chunk_bytes: int) -> int:

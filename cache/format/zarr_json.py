@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sae_granary.cache.format.layout import AFFINE, LITTLE, VECTORS, CacheLayout
+from sae_granary.cache.format.layout import AFFINE, LITTLE, NORMS, VECTORS, ArrayLayout, CacheLayout
 from sae_granary.cache.format.signed import FORMAT
 
 
@@ -38,16 +38,5 @@ def zarr_files(layout: CacheLayout, n_shards: int) -> dict[str, bytes]:
 
 def _vector_json(width: int) -> dict[str, Any]:
     """Zarr v3 metadata of a float32 vector in one chunk."""
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [width],
-        "data_type": "float32",
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [width]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN",
-        "codecs": [LITTLE],
-        "attributes": {},
-        "dimension_names": ["d_in"],
-        "storage_transformers": [],
-    }
+    whole = ArrayLayout("", NORMS, None, width, width).zarr_json(1)
+    return whole | {"codecs": [LITTLE], "dimension_names": ["d_in"]}

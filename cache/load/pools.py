@@ -104,7 +104,10 @@ class PoolSource:
         mapped = {} if many else {name: _mapped(array, part) for name, (array, part) in stored.items()}
         files = {name: ShardFiles(array, part.start) for name, (array, part) in stored.items()}
         self.shards: Mapping[str, Stored] = files if many else mapped
-        self.columns = {name: _column_rows(array, skipped, many) for name, array in self._columns.items()}
+        self.columns: Mapping[str, Stored] = {
+            name: ShardFiles(array, skipped) if many else [array.shard(i)[skipped:] for i in range(array.n_shards)]
+            for name, array in self._columns.items()
+        }
         self._files = [cache.hook(hook).stored for hook in hooks]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self._host = None if self.staged else HostRows(mapped, [n for _, n in order.shards], self.kinds)
@@ -213,7 +216,3 @@ def sort_batches(order: I64, batch_size: int, missing: int) -> int:
 
 def _mapped(array: RowArray, part: slice) -> Sequence[NDArray[Any]]:
     return [as_integers(array.shard(i), array.layout.storage)[part] for i in range(array.n_shards)]
-
-
-def _column_rows(array: RowArray, skipped: int, many: bool) -> Stored:
-    return ShardFiles(array, skipped) if many else [array.shard(i)[skipped:] for i in range(array.n_shards)]

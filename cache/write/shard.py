@@ -17,7 +17,7 @@ from sae_granary.cache.format.layout import COLUMNS, CacheLayout, documents_path
 from sae_granary.cache.format.manifest import ShardRecord
 from sae_granary.cache.format.spec import Cursor
 from sae_granary.cache.write.chunk_file import SYNCED_AT_ONCE
-from sae_granary.cache.write.streams import ArrayStream, Place, open_hooks
+from sae_granary.cache.write.streams import ArrayStream, CodedHookStream, HookStream, Place
 from sae_granary.common.rows import DocumentRow, Rows
 
 
@@ -43,7 +43,8 @@ class OpenShard:
         n_hooks = min(n_threads, len(layout.activations))
         self._by_hook = ThreadPoolExecutor(n_hooks, "cache-hook") if n_hooks > 1 else None  # they wait for workers
         place = Place(folder, self._syncer, direct, self._workers)
-        self._hooks = open_hooks(layout, place)
+        stream = HookStream if layout.affines is None else CodedHookStream
+        self._hooks = [stream(layout, hook, place) for hook in layout.activations]
         self._columns = {name: ArrayStream(array, place, f"rows.{name}") for name, array in layout.columns.items()}
         self.documents = DocumentFile(folder / "documents", kept_columns)
         self._rows_per_shard = layout.columns["flags"].rows_per_shard

@@ -48,11 +48,6 @@ def _check_column(name: str, values: npt.NDArray[np.integer], stored: np.dtype[n
             raise BadRowsError(f"{name} holds {low} to {high}, out of the range of {stored.name}")
 
 
-def window_lengths(window: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Rows of each window; numbers ascend."""
-    return np.unique(window, return_counts=True)[1]
-
-
 def split_windows(lengths: Sequence[int] | npt.NDArray[np.int64], used: int, rows_per_shard: int) -> Iterator[int]:
     """Rows for each shard in turn, whole windows only, first for the open shard that holds `used` rows already.
 
@@ -76,7 +71,7 @@ def shard_parts(
 ) -> Iterator[tuple[Rows, list[DocumentRow]] | None]:
     """Rows with the documents that begin in them, shard by shard; None where the open shard, of `used` rows, ends."""
     start = 0
-    for n_rows in split_windows(window_lengths(rows.window), used, rows_per_shard):
+    for n_rows in split_windows(np.unique(rows.window, return_counts=True)[1], used, rows_per_shard):
         stop = start + n_rows
         if n_rows:
             yield rows[start:stop], [document for row, document in placed if start <= row < stop]

@@ -210,9 +210,3 @@ class CodedHookStream(HookStream):
         n_rows = len(chunk_ND)
         stored_ND = self._affine.decode(chunk_ND, self._scales_N[:n_rows])
         return replace(block_sums(stored_ND), error_D=error_sums(stored_ND, self._exact_ND[:n_rows]))
-
-
-def open_hooks(layout: CacheLayout, place: Place) -> list[HookStream]:
-    """A stream for each hook point."""
-    kind = HookStream if layout.affines is None else CodedHookStream
-    return [kind(layout, hook, place) for hook in layout.activations]

@@ -21,12 +21,6 @@ COMPRESSED = (".gz", ".zst")
 MAX_WHOLE_BYTES = 1 << 30  # of a file that is read whole, unpacked
 
 
-def plain_records(path: Path, name: str, mode: str) -> Iterator[Record]:
-    """The documents of a .txt or .md file."""
-    with open_binary(path) as stream:
-        yield from text_records(stream, name, mode)
-
-
 def text_records(stream: IO[bytes], name: str, mode: str) -> Iterator[Record]:
     """The documents of a stream of text: one per file, line or paragraph."""
     for row, (data, n_bytes) in enumerate(_split(stream, mode)):

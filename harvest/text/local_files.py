@@ -35,7 +35,7 @@ from sae_granary.harvest.text.document import (
     shuffled,
 )
 from sae_granary.harvest.text.folder import find_files
-from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, kind_of, plain_records
+from sae_granary.harvest.text.formats import COMPRESSED, PLAIN, kind_of, open_binary, text_records
 from sae_granary.harvest.text.kept import check_kept, keep, kept_identity
 from sae_granary.harvest.text.tables import table_rows
 
@@ -93,10 +93,11 @@ class FileSource:
         name = _printable(path.relative_to(self._root).as_posix())
         if kind_of(path) in PLAIN:
             mode = "file" if self._config.documents == "auto" else self._config.documents
-            for record in plain_records(path, name, mode):
-                if mode == "file" and record.value is Unfit.TOO_LARGE:
-                    self._say(f"skipped: {name} is too large for one document; use --documents line or paragraph")
-                yield record
+            with open_binary(path) as stream:
+                for record in text_records(stream, name, mode):
+                    if mode == "file" and record.value is Unfit.TOO_LARGE:
+                        self._say(f"skipped: {name} is too large for one document; use --documents line or paragraph")
+                    yield record
             return
         extract, kept = extractor(self.columns), self._config.keep_columns
         for number, row in enumerate(table_rows(path, self.columns, kept)):

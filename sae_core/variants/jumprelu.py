@@ -172,7 +172,7 @@ class JumpReLUSAE(SAE):
         active = (out.codes.values.detach() != 0).to(h.dtype)
         below = len(h) - sum_by_latent(active, out.codes.pattern)
         rows_below = h.sum(0) - sum_rows_by_latent(h, active, out.codes.pattern)
-        gaps = below * (self.theta - self.b_enc) - torch.linalg.vecdot(rows_below, self.W_enc.t())
+        gaps: Tensor = below * (self.theta - self.b_enc) - torch.linalg.vecdot(rows_below, self.W_enc.t())
         return (gaps * norms)[latents].sum() / len(h)
 
     # -- L0 as a constraint ----------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_kit import invoke
 from harvest_kit import WIDTH, texts
 from sae_kit import saved
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from typer.testing import CliRunner
 
 from sae_granary import encode_texts
 from sae_granary.analyze.cli import app
@@ -51,13 +51,10 @@ def test_the_commands_read_original_and_added_hook_points_together(config: Harve
     output = {}
     for name, cache in (("added", added), ("both", both)):
         flags = [str(sae), "--cache", str(cache), "--device", "cpu", "--hook", "layer_1,layer_2"]
-        shown = CliRunner().invoke(app, ["show", *flags, "--text", "the quick brown fox"])
-        assert shown.exit_code == 0, shown.output
+        shown = invoke(app, "show", *flags, "--text", "the quick brown fox")
         out = str(tmp_path / f"of_{name}")
-        encoded = CliRunner().invoke(app, ["encode", *flags, "--text", "rain falls on stone", "--out", out])
-        assert encoded.exit_code == 0, encoded.output
-        whole = CliRunner().invoke(app, ["encode", *flags, "--pool", "max", "--format", "npz", "--out", f"{out}.npz"])
-        assert whole.exit_code == 0, whole.output
+        invoke(app, "encode", *flags, "--text", "rain falls on stone", "--out", out)
+        invoke(app, "encode", *flags, "--pool", "max", "--format", "npz", "--out", f"{out}.npz")
         output[name] = shown.output, open_codes(out).dense(), np.load(f"{out}.npz")["data"]
     assert output["added"][0] == output["both"][0]
     for found, want in zip(output["added"][1:], output["both"][1:], strict=True):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke
 from lm_kit import demo_texts, harvest, trained_model
 from sae_kit import saved
 from scipy.stats import spearmanr
 from sklearn.metrics.pairwise import cosine_similarity
 from test_analyze_eval import copying, dictionary, run
-from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.errors import DownstreamError
@@ -100,8 +100,7 @@ def test_sentence_embeddings_and_the_order_of_their_similarities(tmp_path: Path)
     data.write_text("".join(json.dumps({"text": text[:150]}) + "\n" for text in demo_texts()[:20]), encoding="utf-8")
     for name, flags in (("tokens", ["--layer", "3"]), ("texts", ["--unit", "text"])):
         arguments = ["run", "--model", "demo", "--dataset", str(data), *flags, "--out", str(tmp_path / name)]
-        result = CliRunner().invoke(harvest_app, [*arguments, "--device", "cpu"])
-        assert result.exit_code == 0, result.output
+        invoke(harvest_app, *arguments, "--device", "cpu")
         for label, sae in (("same", copying(384)), ("half", dictionary(d_in=384, d_sae=64))):
             sae_core.save(sae, tmp_path / label)
             source = open_source(tmp_path / label, tmp_path / name, device="cpu")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke, refused
 from sae_kit import saved
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
@@ -97,8 +97,7 @@ def test_folders_of_other_libraries_are_encoded(make_cache, tmp_path: Path, kind
     (tmp_path / kind / "cfg.json").write_text(json.dumps(cfg))
     save_file(tensors, tmp_path / kind / ("sae.safetensors" if kind == "sparsify" else "sae_weights.safetensors"))
     cache = make_cache(n_docs=10)
-    done = CliRunner().invoke(app, ["encode", str(tmp_path / kind), "--cache", str(cache), "--device", "cpu"])
-    assert done.exit_code == 0, done.output
+    invoke(app, "encode", tmp_path / kind, "--cache", cache, "--device", "cpu")
     [folder] = (tmp_path / kind / "analysis").glob("*/codes")
     x = torch.tensor(open_cache(cache).hook("layer_3")[:]) - tensors["b_dec"]
     if kind == "saelens":
@@ -166,10 +165,9 @@ def test_codes_of_another_sae_or_cache_are_refused_and_left_as_they_are(make_cac
     with pytest.raises(MismatchError, match="expected an empty folder or codes"):
         encode_cache(first, first.folder)
     shutil.copytree(codes.folder, other.place / "codes")
-    stats = CliRunner().invoke(app, ["stats", str(other.folder), "--cache", str(other.cache.path), "--device", "cpu"])
-    assert (stats.exit_code, stats.output.count("\n")) == (2, 1), stats.output
-    assert "belongs to another sae: " in stats.output
-    assert stats.output.endswith("; remove the folder\n")  # stats has no --out
+    stats = refused(app, "stats", other.folder, "--cache", other.cache.path, "--device", "cpu")
+    assert "belongs to another sae: " in stats
+    assert stats.endswith("; remove the folder\n")  # stats has no --out
 
 
 def test_damaged_codes_are_named(make_cache, make_sae, tmp_path: Path) -> None:
@@ -197,17 +195,13 @@ def test_rows_that_were_damaged_on_disk_are_named(make_cache, make_sae) -> None:
 
 def test_the_command_writes_beside_the_sae_and_tells_errors_in_one_line(make_cache, make_sae, tmp_path: Path) -> None:
     cache, sae = make_cache(), make_sae()
-    run = CliRunner()
-    done = run.invoke(app, ["encode", str(sae), "--cache", str(cache), "--device", "cpu"])
-    assert done.exit_code == 0, done.output
+    done = invoke(app, "encode", sae, "--cache", cache, "--device", "cpu")
     [folder] = (sae / "analysis").glob("*/codes")
     assert str(folder) in done.output
     assert "32 latents, L0 4.0" in done.output
     assert json.loads((folder / "record.json").read_text())["complete"] is True
     assert open_codes(folder).record == replace(open_codes(folder).record, nnz=4 * len(open_cache(cache)))
-    wrong = run.invoke(app, ["encode", str(make_sae("wide", d_in=8)), "--cache", str(cache), "--device", "cpu"])
-    assert wrong.exit_code == 2
-    assert wrong.output.count("\n") == 1
+    refused(app, "encode", make_sae("wide", d_in=8), "--cache", cache, "--device", "cpu")
     assert not (tmp_path / "wide" / "analysis").exists()
 
 
@@ -237,8 +231,7 @@ def test_altered_arrays_are_refused_in_one_line(make_cache, make_sae, name: str,
             list(stored_blocks(altered, source.cache.column("doc_id"), source.cache.column("flags")))
     given = [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
     for command in (["stats"], ["encode", "--pool", "max"], ["encode", "--format", "npz"]):
-        done = CliRunner().invoke(app, [*command, *given])
-        assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
-        assert words in done.output
-        assert "remove the folder and run `sae-analyze encode` again" in done.output
+        done = refused(app, *command, *given)
+        assert words in done
+        assert "remove the folder and run `sae-analyze encode` again" in done
     assert sorted(each.name for each in source.place.iterdir() if each.name[0] != ".") == ["codes"]

@@ -1,15 +1,16 @@
 """`sae-analyze eval`: every metric against a dense float64 reference over the whole held-out split."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke
 from sae_kit import new
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
-from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
@@ -229,10 +230,7 @@ def test_an_evaluation_is_stored_for_its_own_sae_and_cache(open_with, tmp_path: 
         load_evaluation(source)
 
 
-def run(*arguments, code: int = 0):
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments), "--device", "cpu", "-q"])
-    assert result.exit_code == code, result.output
-    return result
+run = partial(invoke, app, "eval", "--device", "cpu", "-q")
 
 
 def test_the_command_prints_saes_side_by_side_and_json(open_with, tmp_path: Path) -> None:

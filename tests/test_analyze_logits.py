@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from command_kit import invoke, refused
 from sae_kit import saved
-from typer.testing import CliRunner
 
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding.encode import encode_cache
@@ -87,12 +87,11 @@ def test_logit_effects_of_a_model_equal_a_direct_product(kind, make_cache, tmp_p
     at = np.take_along_axis(expected, found.logit_tokens_bottom, 1)
     np.testing.assert_allclose(at, found.logit_values_bottom, atol=1e-5)
     given = [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
-    done = CliRunner().invoke(app, ["stats", *given, "--logits", "--model", str(tmp_path / "model")])
-    assert done.exit_code == 0, done.output
+    done = invoke(app, "stats", *given, "--logits", "--model", tmp_path / "model")
     assert ("with the final norm's weight" if has_norm else "without the final norm") in done.output
     stored = find_stats(source, lambda: pytest.fail("encoded again"))
     np.testing.assert_array_equal(stored.logit_tokens_top, found.logit_tokens_top)
-    shown = CliRunner().invoke(app, ["show", *given, "--latent", "3"])
+    shown = invoke(app, "show", *given, "--latent", "3")
     best = f"{found.logit_tokens_top[3, 0]} ({found.logit_values_top[3, 0]:.2f})"  # this cache has no strings of tokens
     assert f"raises logits of: {best}, " in shown.output
 
@@ -120,16 +119,13 @@ def test_the_norm_behind_the_blocks_is_found() -> None:
 def test_what_has_no_logits_says_so_in_one_line(make_cache, tmp_path: Path) -> None:
     cache, sae = make_cache(), saved(tmp_path / "sae", d_sae=24)
     given = ["stats", str(sae), "--cache", str(cache), "--device", "cpu"]
-    skipped = CliRunner().invoke(app, [*given, "--logits"])
-    assert skipped.exit_code == 0, skipped.output
+    skipped = invoke(app, *given, "--logits")
     [line] = [line for line in skipped.output.splitlines() if "no logit effects" in line]
     assert "the model 'toy-model' that the cache was harvested from cannot be found" in line
     assert "--model" in line
-    named = CliRunner().invoke(app, [*given, "--logits", "--model", str(tmp_path / "none")])
-    assert named.exit_code == 2
+    named = invoke(app, *given, "--logits", "--model", tmp_path / "none", code=2)
     assert "is not there: no such folder" in named.output
-    alone = CliRunner().invoke(app, [*given, "--model", "gpt2"])
-    assert (alone.exit_code, alone.output.count("\n")) == (2, 1)
+    refused(app, *given, "--model", "gpt2")
     source = open_source(sae, cache, device="cpu")
     stats = find_stats(source, lambda: pytest.fail("encoded again"))
     assert stats.logit_tokens_top is None

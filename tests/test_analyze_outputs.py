@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import command_kit
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
+from command_kit import invoke
 from sae_kit import saved
-from typer.testing import CliRunner
 
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import blocks as blocks_module
@@ -33,15 +34,11 @@ def source(make_cache, tmp_path: Path) -> Source:
 
 
 def run(*arguments: object, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], input=stdin)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return invoke(app, *arguments, "--device", "cpu", stdin=stdin).output
 
 
 def refused(*arguments: object, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"], input=stdin)
-    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
-    return result.output
+    return command_kit.refused(app, *arguments, "--device", "cpu", stdin=stdin)
 
 
 def pooled(dense: np.ndarray, doc_ids: np.ndarray, plain: np.ndarray, how: str) -> np.ndarray:

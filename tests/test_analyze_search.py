@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke, refused
 from sae_kit import saved
-from typer.testing import CliRunner
 
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.encoding import codes as codes_module
@@ -84,8 +84,7 @@ def test_a_latent_that_never_fires(source: Source, tmp_path: Path) -> None:
 
 def test_the_command(source: Source) -> None:
     args = ["search", str(source.folder), "--cache", str(source.cache.path), "--latent", "17", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*args, "--by", "category", "--top", "3"])
-    assert result.exit_code == 0, result.output
+    result = invoke(app, *args, "--by", "category", "--top", "3")
     lines = result.stdout.splitlines()
     assert lines[0] == "latent 17: active in 38 of 40 documents (95.00%), pooled by max"
     assert lines[2].split() == ["category", "documents", "active", "mean", "lift"]
@@ -109,8 +108,5 @@ def test_the_command(source: Source) -> None:
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_encoded(source: Source, flags: str, message: str) -> None:
     args = ["search", str(source.folder), "--cache", str(source.cache.path), *flags.split()]
-    result = CliRunner().invoke(app, args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert message in refused(app, *args)
     assert not source.place.exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke, refused
 from sae_kit import saved
-from typer.testing import CliRunner
 
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.commands.shared import echo_line
@@ -313,8 +313,7 @@ def test_hostile_tokens_sources_and_columns_are_shown_in_one_line_without_contro
     for name, kept in (("hostile", None), ("columns", columns)):
         cache = make_cache(name, n_docs=12, source=HOSTILE, columns=kept, vocabulary=words)
         given = [str(source.folder), "--cache", str(cache), "--device", "cpu"]
-        done = CliRunner().invoke(app, ["show", *given, "--latent", "3", "--top", "2"])
-        assert done.exit_code == 0, done.output
+        done = invoke(app, "show", *given, "--latent", "3", "--top", "2")
         shown.append(done.output)
     inert = "a\\x1b[2J\\x1b]0;owned\\x07 latent 3: forged \\u202e\\x9b31m"
     assert f"({inert})" in shown[0]
@@ -326,15 +325,11 @@ def test_hostile_tokens_sources_and_columns_are_shown_in_one_line_without_contro
 
 
 def test_the_commands_encode_where_codes_are_missing(source: Source) -> None:
-    run, given = CliRunner(), [str(source.folder), "--cache", str(source.cache.path), "--device", "cpu"]
-    stats = run.invoke(app, ["stats", *given])
-    assert stats.exit_code == 0, stats.output
-    assert "never fired  1 of 24 latents" in stats.output
-    shown = run.invoke(app, ["show", *given, "--latent", "3"])
-    assert shown.exit_code == 0, shown.output
+    given = [source.folder, "--cache", source.cache.path, "--device", "cpu"]
+    assert "never fired  1 of 24 latents" in invoke(app, "stats", *given).output
+    shown = invoke(app, "show", *given, "--latent", "3")
     assert shown.output.count("[[") == 10  # five of the strongest, one of each interval
-    both = run.invoke(app, ["show", *given, "--latent", "3", "--latent", "4"]).output
+    both = invoke(app, "show", *given, "--latent", "3", "--latent", "4").output
     assert both.startswith(shown.output)
     assert "latent 4: " in both
-    wrong = run.invoke(app, ["show", *given, "--latent", "99"])
-    assert (wrong.exit_code, wrong.output.count("\n")) == (2, 1)
+    refused(app, "show", *given, "--latent", "99")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_kit import invoke, refused
 from conftest import write_cache
 from safetensors.torch import load_file
 from test_train_resume import StopAt, interrupted
-from typer.testing import CliRunner
 
 from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.common.errors import ConfigError
@@ -64,19 +64,16 @@ def test_a_run_that_moved_with_its_cache_goes_on(here, project) -> None:
 def test_a_run_whose_cache_moved_alone_names_the_stored_path_and_takes_another(here, project) -> None:
     (here / "cache/toy").rename(here / "elsewhere")
     stored = project[0] / "cache/toy"
-    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q"])
-    assert result.exit_code == 2
+    result = invoke(app, "resume", "moved/runs/a", "-q", code=2)
     assert result.stderr == (
         f"error: the cache of moved/runs/a is not at {stored} any more: if it was moved, name it: "
         "sae-train resume moved/runs/a --cache FOLDER\n"
     )
     before = sorted(path.name for path in (here / "runs/a").rglob("*"))
-    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q", "--cache", "moved/cache/other"])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "--cache moved/cache/other is another cache than the one that moved/runs/a was started on" in result.stderr
+    result = refused(app, "resume", "moved/runs/a", "-q", "--cache", "moved/cache/other")
+    assert "--cache moved/cache/other is another cache than the one that moved/runs/a was started on" in result
     assert sorted(path.name for path in (here / "runs/a").rglob("*")) == before
-    result = CliRunner().invoke(app, ["resume", "moved/runs/a", "-q", "--cache", "moved/elsewhere"])
-    assert result.exit_code == 0, result.output
+    invoke(app, "resume", "moved/runs/a", "-q", "--cache", "moved/elsewhere")
     assert_finished(here / "runs/a", project[1])
 
 
@@ -129,14 +126,11 @@ def test_a_cache_with_fewer_rows_says_so(project, tmp_path, monkeypatch, n_docs)
     for name, size in ("whole", 16), ("part", n_docs):  # the same harvest, ended earlier
         write_cache(tmp_path / name, n_docs=size, rows_per_shard=400)
     folder = interrupted(4, **SETTINGS, cache="whole", runs_dir="runs", name="a")
-    result = CliRunner().invoke(app, ["resume", str(folder), "-q", "--cache", "part"])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    result = refused(app, "resume", folder, "-q", "--cache", "part")
     part, whole = open_cache("part"), open_cache("whole")
     assert len(part.shards) == {7: 1, 14: 2}[n_docs]
-    assert (
-        f"part holds {part.n_rows:,} rows in {len(part.shards)} shards, not the {whole.n_rows:,} in " in result.stderr
-    )
-    assert "that the run was started on: name the whole cache with --cache, or train a new run" in result.stderr
+    assert f"part holds {part.n_rows:,} rows in {len(part.shards)} shards, not the {whole.n_rows:,} in " in result
+    assert "that the run was started on: name the whole cache with --cache, or train a new run" in result
 
 
 class _Stops(Reporter):

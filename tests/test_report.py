@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_kit import invoke, refused
 from conftest import write_cache
 from sae_kit import saved
-from typer.testing import CliRunner
 
 from sae_granary import train_sae
 from sae_granary.analyze.cli import app
@@ -140,8 +140,7 @@ def test_statistics_without_the_cache_still_give_latents(source: Source) -> None
 def test_the_command_writes_one_file_of_a_run(make_cache, tmp_path: Path) -> None:
     settings = {"type": "topk", "k": 4, "d_sae": 32, "steps": 8, "batch_size": 128, "log_every": 2}
     run = train_sae(cache=str(make_cache(n_docs=40)), name="<i>&x", runs_dir=str(tmp_path), **settings).folder
-    done = CliRunner().invoke(app, ["report", str(run), "--device", "cpu"])
-    assert done.exit_code == 0, done.output
+    invoke(app, "report", run, "--device", "cpu")
     page = (run / "report.html").read_text(encoding="utf-8")
     facts = facts_of(page)
     told = facts["runs"][0]
@@ -160,24 +159,20 @@ def test_a_run_whose_cache_is_gone_reports_what_is_stored(make_cache, tmp_path: 
     run = train_sae(cache=str(cache), name="run", **settings).folder
     cache.rename(tmp_path / "elsewhere")
     command = ["report", str(run), "--device", "cpu"]
-    refused = CliRunner().invoke(app, command)
-    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
-    assert "--cache FOLDER" in refused.output
+    assert "--cache FOLDER" in refused(app, *command)
     assert not (run / "report.html").exists()
-    assert CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "elsewhere")]).exit_code == 0
+    invoke(app, *command, "--cache", tmp_path / "elsewhere")
     whole = (run / "report.html").read_text(encoding="utf-8")
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
+    done = invoke(app, *command)
     assert "without texts" in done.output
     page = (run / "report.html").read_text(encoding="utf-8")
     assert facts_of(page)["latents"]["texts"] == "none"
     assert facts_of(page)["runs"][0]["density"] == facts_of(whole)["runs"][0]["density"]
-    bad_device = CliRunner().invoke(app, ["report", str(run), "--device", "cuda:99"])
-    assert (bad_device.exit_code, bad_device.output.count("\n")) == (2, 1)
+    refused(app, "report", run, "--device", "cuda:99")
     assert (run / "report.html").read_text(encoding="utf-8") == page  # not replaced by a lesser one
     write_cache(tmp_path / "other", n_docs=30, seed=1)
-    assert CliRunner().invoke(app, ["stats", str(run), "--cache", str(tmp_path / "other")]).exit_code == 0
-    assert CliRunner().invoke(app, command).exit_code == 0  # that newer one is of another cache
+    invoke(app, "stats", run, "--cache", tmp_path / "other")
+    invoke(app, *command)
     assert facts_of((run / "report.html").read_text(encoding="utf-8")) == facts_of(page)
     for name in ("density", "mean", "largest"):
         both = [unpack(blobs_of(each)["overview"])[name] for each in (page, whole)]
@@ -199,8 +194,7 @@ def test_evaluation_columns_thresholds_and_plots_are_there(make_cache, tmp_path:
     save_evaluation(source, evaluate(source))
     plots = tmp_path / "plots"
     given = ["report", str(run), "--device", "cpu", "--png", str(plots), "--svg", str(plots)]
-    done = CliRunner().invoke(app, given)
-    assert done.exit_code == 0, done.output
+    invoke(app, *given)
     page = (run / "report.html").read_text(encoding="utf-8")
     told = facts_of(page)["runs"][0]
     assert sum(told["thresholds"]["counts"]) == 32
@@ -250,15 +244,12 @@ def test_a_folder_of_runs_is_compared_and_an_empty_one_refused(make_cache, tmp_p
     (tmp_path / "runs").mkdir()
     for k in (2, 4):
         train_sae(name=f"k{k}", k=k, runs_dir=str(tmp_path / "runs"), **settings)
-    done = CliRunner().invoke(app, ["report", str(tmp_path / "runs")])
-    assert done.exit_code == 0, done.output
+    invoke(app, "report", tmp_path / "runs")
     facts = facts_of((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
     assert ([run["k"] for run in facts["runs"]], facts["latents"]) == ([2, 4], None)
     (tmp_path / "empty").mkdir()
-    refused = CliRunner().invoke(app, ["report", str(tmp_path / "empty")])
-    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
-    refused = CliRunner().invoke(app, ["report", str(tmp_path / "runs"), "--cache", settings["cache"]])
-    assert (refused.exit_code, refused.output.count("\n")) == (2, 1)
+    refused(app, "report", tmp_path / "empty")
+    refused(app, "report", tmp_path / "runs", "--cache", settings["cache"])
 
 
 def test_what_takes_long_is_said_off_a_terminal(
@@ -266,9 +257,7 @@ def test_what_takes_long_is_said_off_a_terminal(
 ) -> None:
     monkeypatch.setattr(threads, "FIRST_SECONDS", 0.0)  # everything takes long
     command = ["report", str(tmp_path / "sae"), "--cache", str(source.cache.path), "--device", "cpu"]
-    shown = CliRunner().invoke(app, command)
-    assert shown.exit_code == 0, shown.output
+    shown = invoke(app, *command)
     for what in ("encoding", "computing the statistics of the latents", "collecting the examples of the latents"):
         assert what in shown.stderr, shown.stderr
-    quiet = CliRunner().invoke(app, [*command, "--quiet"])
-    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert invoke(app, *command, "--quiet").stderr == ""

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from command_kit import invoke
 
 from sae_granary import open_cache, sae_core
 from sae_granary.common.finished_run import read_metrics
@@ -26,12 +27,7 @@ REPO = Path(__file__).resolve().parents[1]
 QUICK = ["--batch-size", "128", "--steps", "20", "--eval-rows", "300"]
 
 
-def call(*args: str, code: int = 0):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
+call = partial(invoke, app)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_kit import invoke
 
 from benchmarks.rank_traffic import SIZES, shard_row, step_traffic, table_row
 from sae_granary.cache.load.loader import Share
@@ -23,8 +23,7 @@ RUN = ["run", "--cache", "/shared/my cache", "--type", "topk"]
 
 def test_the_sbatch_file_is_bash_and_continues_a_run(tmp_path: Path) -> None:
     flags = ["script", "--nodes", "2", "--gpus", "4", "--partition", "gpu", "--", *RUN]
-    result = CliRunner().invoke(app, flags)
-    assert result.exit_code == 0, result.output
+    result = invoke(app, *flags)
     path = tmp_path / "train.sbatch"
     path.write_text(result.output)
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
@@ -36,7 +35,7 @@ def test_the_sbatch_file_is_bash_and_continues_a_run(tmp_path: Path) -> None:
 
 def test_the_sbatch_file_stops_the_training_and_queues_the_job_again(tmp_path: Path) -> None:
     """The script runs with stand-ins for SLURM's commands: USR1 reaches the training as TERM."""
-    result = CliRunner().invoke(app, ["script", "--gpus", "1", "--", *RUN])
+    result = invoke(app, "script", "--gpus", "1", "--", *RUN)
     stand_ins = {
         "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else echo host1; fi',
         "scancel": f'test "$*" = "--signal=TERM 7.0" && kill -TERM $(cat {tmp_path}/pid)',

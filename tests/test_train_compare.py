@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from command_kit import invoke
 
 from sae_granary.common.signed import sign
 from sae_granary.sae_core import make_config, registry
@@ -18,10 +19,7 @@ from sae_granary.train.result.plots import MANY_CURVES, curves, pareto
 QUICK = ["--batch-size", "128", "--steps", "12", "--eval-rows", "300", "--d-sae", "32", "-q"]
 
 
-def call(*args, code: int = 0):
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result
+call = partial(invoke, app)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_kit import invoke
 from sae_kit import new
-from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.cache.load.selection import Part
@@ -52,9 +52,7 @@ def damage(cache: Cache, row: int, value: float) -> None:
 
 
 def train(*flags: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["run", *FLAGS, *flags])
-    assert result.exit_code == code, result.output
-    return result.output
+    return invoke(app, "run", *FLAGS, *flags, code=code).output
 
 
 # No number of float32 when squared; one that dominates all losses; one like the others.
@@ -68,9 +66,9 @@ ABSURD, LARGE, USUAL = 2.7e38, 1e6, 50.0
 def test_one_absurd_value_among_the_training_rows_is_left_out_and_told(make_cache, type: str, value: float) -> None:
     cache = open_cache(make_cache())
     arguments = ["run", "--cache", "toy", "--batch-size", "64", "--d-sae", "32", "--epochs", "1", "--type", type, "-q"]
-    assert CliRunner().invoke(app, [*arguments, "--name", "sound"]).exit_code == 0
+    invoke(app, *arguments, "--name", "sound")
     damage(cache, rows_of(cache, "train")[10], value)
-    output = CliRunner().invoke(app, [*arguments, "--name", "damaged"]).output
+    output = invoke(app, *arguments, "--name", "damaged").output
     sound, damaged = (read_summary(Path("runs") / name) for name in ("sound", "damaged"))
     assert damaged["rejected"] == 1
     note = f"1 of {damaged['steps']} batches were rejected for NaN, Inf or absurd values: run sae-cache verify toy"
@@ -89,7 +87,7 @@ def test_a_damaged_held_out_row_is_left_out_and_told(make_cache, value: float) -
     assert (sound["eval"]["n_dropped"], damaged["eval"]["n_dropped"]) == (0, 1)
     assert damaged["eval"]["n_rows"] == sound["eval"]["n_rows"] - 1
     assert damaged["eval"]["fvu"] == pytest.approx(sound["eval"]["fvu"], rel=0.1)
-    assert "damage" in CliRunner().invoke(app, ["compare", "runs/sound", "runs/damaged"]).output
+    assert "damage" in invoke(app, "compare", "runs/sound", "runs/damaged").output
 
 
 def test_the_sample_holds_no_row_that_lost_its_norm(make_cache) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_kit import invoke, refused
 from conftest import write_cache
 from sae_kit import new
-from typer.testing import CliRunner
 
 from sae_granary import sae_core, train_sae
 from sae_granary.common.finished_run import read_summary
@@ -27,16 +27,10 @@ def saved(folder: Path, name: str = "topk", **options: object) -> Path:
     return folder
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.output
-
-
 @pytest.mark.parametrize("tool", ["saelens", "sparsify", "delphi"])
 def test_an_export_reads_back_as_the_same_function(tmp_path: Path, tool: str) -> None:
     source = saved(tmp_path / "run", k=4)
-    code, output = run("export", source, "--to", tool, "--out", tmp_path / "out")
-    assert code == 0, output
+    invoke(app, "export", source, "--to", tool, "--out", tmp_path / "out")
     folder = tmp_path / "out" / "encoder.layer.3" if tool == "delphi" else tmp_path / "out"
     assert not (folder / "granary.json").exists()
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
@@ -57,18 +51,14 @@ def test_what_a_tool_cannot_hold_is_refused_and_nothing_is_written(
     tmp_path: Path, name: str, tool: str, message: str
 ) -> None:
     sae_core.save(new(name, d_in=16, d_sae=64, k=4), tmp_path / "run")
-    code, output = run("export", tmp_path / "run", "--to", tool, "--out", tmp_path / "out")
-    assert code == 2
-    assert len(output.strip().splitlines()) == 1
-    assert message in output
+    assert message in refused(app, "export", tmp_path / "run", "--to", tool, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_push_prints_the_card_and_uploads_nothing(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", k=4)
     (folder / "summary.json").write_text(json.dumps({**SUMMARY, "k": 4, "eval": {"l0": 4.0, "fvu": 0.25}}))
-    code, output = run("push", folder, "someone/toy-sae")
-    assert code == 0, output
+    output = invoke(app, "push", folder, "someone/toy-sae").output
     assert "sae_weights.safetensors" in output
     assert "| fvu | 0.25 |" in output
     assert "dataset: `demo`" in output
@@ -93,8 +83,7 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_local_path(
     sae = new("topk", d_in=16, d_sae=64, k=4)
     sae_core.save(sae, tmp_path, {"model_name": model, "cache_fingerprint": {"model": model, **fingerprint}})
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
-    code, output = run("push", tmp_path, "someone/toy-sae")
-    assert code == 0, output
+    output = invoke(app, "push", tmp_path, "someone/toy-sae").output
     head = yaml.safe_load(output[output.index("---") : output.rindex("---")].split("---")[1])
     assert head.get("base_model") == base
     assert head["library_name"] == "saelens"  # what SAELens' search for SAEs of the hub finds
@@ -105,7 +94,7 @@ def test_the_card_names_a_base_model_of_the_hub_and_no_local_path(
 def test_a_type_that_saelens_cannot_load_is_not_tagged_as_its_own(tmp_path: Path) -> None:
     sae_core.save(new("transcoder", d_in=16, d_sae=64, k=4), tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "type": "transcoder"}))
-    assert "library_name: sae-granary" in run("push", tmp_path, "someone/toy-sae")[1]
+    assert "library_name: sae-granary" in invoke(app, "push", tmp_path, "someone/toy-sae").output
 
 
 def test_a_run_records_what_the_tools_of_saelens_ask_for(tmp_path: Path) -> None:
@@ -143,9 +132,7 @@ def test_what_is_uploaded_names_no_path_of_this_machine_and_loads(tmp_path: Path
 
 
 def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:
-    code, output = run("push", tmp_path, "someone/toy-sae")
-    assert code == 2
-    assert "holds no finished SAE" in output
+    assert "holds no finished SAE" in refused(app, "push", tmp_path, "someone/toy-sae")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +143,5 @@ def test_pushing_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_export_goes_to_a_folder_of_its_own(tmp_path: Path, out: object, message: str) -> None:
-    code, output = run("export", saved(tmp_path / "run", k=4), "--to", "saelens", "--out", out)
-    assert code == 2
-    assert message in output
+    assert message in refused(app, "export", saved(tmp_path / "run", k=4), "--to", "saelens", "--out", out)
     assert not (Path(__file__).parents[1] / "train" / "new").exists()

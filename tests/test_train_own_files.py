@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_kit import refused
 
 from sae_granary import resume_sweep, resume_training, sae_core, train_sae, train_sweep
 from sae_granary.common.finished_run import SAE_FILES, SUMMARY, NotARunError, read_summary
@@ -53,9 +53,7 @@ def test_files_that_give_another_sae_are_an_error_with_both_numbers(make_cache, 
     with pytest.raises(FilesDifferError) as again:
         resume_training(folder)
     assert str(again.value) == str(first.value)
-    result = CliRunner().invoke(app, ["resume", str(folder), "--quiet"])
-    assert result.exit_code == 2
-    assert "give another SAE" in result.stderr
+    assert "give another SAE" in refused(app, "resume", folder, "--quiet")
     # What folding rescales is the normalization: without one the constant means the same in the files.
     train_sae(**{**settings, "name": "plain"}, type="shifted_topk", normalize="none")
 

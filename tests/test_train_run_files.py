@@ -7,12 +7,13 @@ import shutil
 import signal
 from pathlib import Path
 
+import command_kit
 import pytest
 import yaml
+from command_kit import invoke
 from conftest import write_cache
 from mutations import mutate_bytes, mutate_value
 from test_train_resume import interrupted
-from typer.testing import CliRunner
 
 from sae_granary import resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.common.errors import GranaryError
@@ -58,10 +59,9 @@ def without_checksums(folder: Path) -> Path:
 
 
 def refused(folder: Path, *words: str) -> str:
-    done = CliRunner().invoke(app, ["resume", str(folder), "--quiet"])
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
-    assert all(word in done.stderr for word in words), done.stderr
-    return done.stderr
+    said = command_kit.refused(app, "resume", folder, "--quiet")
+    assert all(word in said for word in words), said
+    return said
 
 
 @pytest.mark.parametrize("name", ["run.json", STATE])
@@ -85,8 +85,7 @@ def test_an_edited_config_is_refused_and_starts_another_run(stopped, whole_and_s
     said = refused(stopped, "config.yaml was changed since the run started", "restore the file, or start a new run")
     command = said.partition("sae-train ")[2].split()
     command[-1] = "other"
-    done = CliRunner().invoke(app, [*command, "--runs-dir", str(tmp_path / "new"), "--quiet"])
-    assert done.exit_code == 0, done.output
+    invoke(app, *command, "--runs-dir", tmp_path / "new", "--quiet")
     assert read_summary(tmp_path / "new" / "other")["k"] == 3
     path.write_text(text)
     assert weights(resume_training(stopped).folder) == weights(whole_and_stopped[0])

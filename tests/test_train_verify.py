@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from command_kit import invoke
 from conftest import write_cache
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
 from sae_granary.train.cli import app
@@ -31,12 +31,10 @@ def test_one_flipped_byte_is_refused_before_anything_is_written(
     flip(open_cache("toy").shard_path("layer_2", 0))  # not read
     for file in (shard, tmp_path / "toy/norms/layer_1/c.0", tmp_path / "toy/rows/token_id/c.0"):
         flip(file)
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2, result.output
+        result = invoke(app, *arguments, code=2)
         assert file.name in result.output
         assert "is damaged: its checksum is" in result.output
         assert "sae-harvest repair" in result.output
         assert not (tmp_path / "runs").exists()
         flip(file)
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    invoke(app, *arguments)

@@ -17,7 +17,8 @@ from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
 from sae_granary.cache.format.spec import CacheSpec
-from sae_granary.cache.load.loader import MAX_PARTNERS, Loader, Shuffle
+from sae_granary.cache.load.loader import Loader, Shuffle
+from sae_granary.cache.load.plan import MAX_PARTNERS
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.write.writer import CacheWriter

@@ -16,7 +16,8 @@ from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError, UnknownNameError
 from sae_granary.cache.load import pools, staging
 from sae_granary.cache.load.loader import Loader, LoaderState, order_of
-from sae_granary.cache.load.order import Order, Shuffle
+from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.plan import Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Selection, account
 from sae_granary.cache.load.staging import HostRows
 
@@ -76,15 +77,13 @@ def test_batches_run_on_across_epochs_in_another_order(make_cache) -> None:
     assert set(first) == set(second)
 
 
-@pytest.mark.parametrize("pool_rows", [None, 333])
-def test_seeking_continues_exactly(make_cache, pool_rows) -> None:
-    opened = open_cache(make_cache())
-    with Loader(opened, batch_size=70, order=Shuffle(5, pool_rows), with_rows=True) as loader:
+@pytest.mark.parametrize(("pool_rows", "shards"), [(None, None), (333, None), (333, 2), (None, 1)])
+def test_seeking_continues_exactly(make_cache, pool_rows, shards) -> None:
+    opened, order = open_cache(make_cache()), Shuffle(5, pool_rows, shuffle_shards=shards)
+    with Loader(opened, batch_size=70, order=order, with_rows=True) as loader:
         batches = take(loader, 130)  # two epochs
     for i in (0, 1, 7, 58, 59, 60, 61, 100, 128):
-        with Loader(
-            opened, batch_size=70, order=Shuffle(5, pool_rows), with_rows=True, state=batches[i].state
-        ) as again:
+        with Loader(opened, batch_size=70, order=order, with_rows=True, state=batches[i].state) as again:
             following = next(again)
         assert np.array_equal(following.row_ids, batches[i + 1].row_ids)
         assert torch.equal(following.x, batches[i + 1].x)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_granary.cache.load import shuffle
-from sae_granary.cache.load.loader import plan_order
-from sae_granary.cache.load.order import Order, Shuffle
+from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.plan import GroupedOrder, Shuffle, plan_order
 
 sizes = st.integers(0, 3000)
 seeds = st.integers(0, 2**40)
@@ -91,6 +91,69 @@ def test_pools_hold_every_row_once(rows: list[int], block_rows: int, pool_blocks
     assert starts[-1] == sum(rows)
     expected = np.concatenate([np.arange(n) + first for n, first in zip(rows, first_ids, strict=True)])
     assert np.array_equal(np.sort(np.concatenate(ids)), expected)
+
+
+@given(
+    st.lists(st.integers(1, 200), min_size=2, max_size=9),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    seeds,
+    st.integers(0, 3),
+)
+@settings(max_examples=80, deadline=None)
+def test_groups_of_shards_hold_every_row_once_and_follow_one_another(
+    rows: list[int], shuffle_shards: int, block_rows: int, pool_blocks: int, seed: int, epoch: int
+) -> None:
+    order = GroupedOrder(tuple(enumerate(rows)), block_rows, pool_blocks, seed, shuffle_shards)
+    starts, first_ids = order.pool_starts(epoch), [1000 * i for i in range(len(rows))]
+    ids, groups, following = [], [], []
+    for pool in range(len(starts) - 1):
+        plan, (now, after) = order.pool(epoch, pool), order.shards_at(epoch, int(starts[pool]))
+        assert 0 < plan.n_rows == starts[pool + 1] - starts[pool] <= order.max_pool_rows
+        assert order.locate(epoch, int(starts[pool + 1]) - 1) == pool
+        used = [part.shard for part in plan.parts]
+        assert used == sorted(used)
+        assert set(used) <= set(now.tolist())
+        assert len(now) <= shuffle_shards
+        if not groups or groups[-1] != now.tolist():
+            assert not groups or following == now.tolist()
+            groups.append(now.tolist())
+            following = after.tolist()
+        ids.append(plan.row_ids(first_ids))
+    assert following == order.shards_at(epoch + 1, 0)[0].tolist()
+    assert sorted(shard for group in groups for shard in group) == list(range(len(rows)))
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    expected = np.concatenate([np.arange(n) + first for n, first in zip(rows, first_ids, strict=True)])
+    assert np.array_equal(np.sort(np.concatenate(ids)), expected)
+
+
+def test_the_order_of_groups_stays_the_same_forever() -> None:
+    order = GroupedOrder(((0, 7), (1, 7), (4, 3), (5, 7), (9, 5)), 4, 2, seed=3, shuffle_shards=2)
+    read = [order.pool(1, pool).row_ids([0, 100, 400, 500, 900]) for pool in range(len(order.pool_starts(1)) - 1)]
+    assert [order.shards_at(1, cursor)[0].tolist() for cursor in (0, 14, 28)] == [[0, 2], [1, 4], [3]]
+    assert [ids.tolist() for ids in read] == [
+        [4, 5, 6, 400, 401, 402],
+        [0, 1, 2, 3],
+        [104, 105, 106, 900, 901, 902, 903],
+        [100, 101, 102, 103, 904],
+        [500, 501, 502, 503, 504, 505, 506],
+    ]
+
+
+def test_groups_of_all_shards_are_the_order_without_groups() -> None:
+    shards = [(i, 1000) for i in range(8)]
+    plain, whole, halves = (
+        plan_order(shards, Shuffle(2, shuffle_shards=n), bytes_per_row=4, batch_size=64) for n in (None, 8, 4)
+    )
+    assert whole == plain
+    assert whole.to_json() == plain.to_json()
+    assert set(plain.to_json()) == {"format_version", "shards", "block_rows", "pool_blocks", "seed"}
+    assert halves.to_json()["shuffle_shards"] == 4
+    assert len(halves.pool_starts(0)) - 1 == 2  # a pool for each group, of its size
+    assert halves.max_pool_rows == 64 * 64  # blocks of 64 rows, 16 of each shard
+    firsts = [halves.shards_at(epoch, 0)[0].tolist() for epoch in range(6)]
+    assert len(set(map(tuple, firsts))) > 1
 
 
 def test_gather_copies_the_rows_that_it_names() -> None:

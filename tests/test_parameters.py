@@ -117,6 +117,7 @@ EFFECTS = {
     "holdout_seed": Effect(1),
     "pool_rows": Effect(128),
     "block_rows": Effect(50, base={"pool_rows": 200}),
+    "shuffle_shards": Effect(1),
     "log_every": Effect(2, "log"),
     "save_every": Effect(3, "files"),
     "keep": Effect(1, "files", {"save_every": 3}),

@@ -20,7 +20,8 @@ import torch
 
 from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.batches import WHOLE, Batch, LoaderState, Share, deliver
-from sae_granary.cache.load.order import Order, Shuffle
+from sae_granary.cache.load.order import Order
+from sae_granary.cache.load.plan import Shuffle, plan_order
 from sae_granary.cache.load.pools import PREVIOUS, PoolSource
 from sae_granary.cache.load.selection import TRAIN_ROWS, Counts, Filters, Part, Selection, account
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["PREVIOUS", "WHOLE", "Batch", "Loader", "LoaderState", "Selection", "Share", "Shuffle"]
 
 SHUFFLED = Shuffle()
-MAX_PARTNERS = 0.1  # expected rows of a batch that share their block with a given row of it
-MAX_BLOCK_ROWS = 64  # larger blocks copy no faster
-POOL_BYTES = 512 * 2**20  # per buffer; a loader holds two
 COUNTED_ROWS = 2**24  # of a larger cache a loader does not count every row before its first batch
 
 
@@ -149,18 +147,6 @@ def order_of(cache: Cache, hooks: Sequence[str], shuffle: Shuffle, *, batch_size
         bytes_per_row=sum(cache.storage.row_bytes(cache.hook_points[h].d_in) for h in hooks) * n_views,
         batch_size=batch_size,
     )
-
-
-def plan_order(shards: Sequence[tuple[int, int]], shuffle: Shuffle, *, bytes_per_row: int, batch_size: int) -> Order:
-    """Choose pool and block sizes: pools of about 512 MiB of equal size, blocks as large as the mixing allows."""
-    n_rows, block_rows = sum(n for _, n in shards), shuffle.block_rows
-    wanted = shuffle.pool_rows or max(POOL_BYTES // max(bytes_per_row, 1), 4 * batch_size)
-    n_pools = max(-(-n_rows // max(min(wanted, n_rows), 1)), 1)
-    if block_rows is None:
-        mixing = 1 + int(MAX_PARTNERS * (n_rows // n_pools - 1) / max(batch_size - 1, 1))
-        block_rows = MAX_BLOCK_ROWS if n_pools == 1 else max(min(mixing, MAX_BLOCK_ROWS), 1)
-    n_blocks = sum(-(-n // block_rows) for _, n in shards)
-    return Order(tuple((i, n) for i, n in shards), block_rows, max(-(-n_blocks // n_pools), 1), shuffle.seed)
 
 
 def resolve_hooks(cache: Cache, hooks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -88,6 +88,11 @@ class Order:
         ]
         return PoolPlan(tuple(parts))
 
+    def shards_at(self, epoch: int, cursor: int) -> tuple[I64, I64]:
+        """Positions of the pinned shards that rows around a cursor come from, and of those that come after them."""
+        every = np.arange(len(self.shards))
+        return every, every
+
     def permutation(self, epoch: int, pool: int, n_rows: int) -> I64:
         """Order in which the rows of a pool are delivered."""
         return permutations.pool_permutation(n_rows, self.seed, epoch, pool)
@@ -239,12 +244,3 @@ class PoolPlan:
         shards, firsts, sizes = self.blocks
         starts = np.array(first_row_ids, dtype=np.int64)[shards] + firsts
         return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.n_rows)
-
-
-@dataclass(frozen=True)
-class Shuffle:
-    """How rows are to be shuffled; sizes of None are chosen so that a batch mixes well and pools fit the memory."""
-
-    seed: int = 0
-    pool_rows: int | None = None  # rows of a pool: what is shuffled, and held in memory, at once
-    block_rows: int | None = None  # neighboring rows that stay in one pool

@@ -139,7 +139,7 @@ class PoolSource:
         first, missing = self.order.locate(epoch, cursor), 0
         while epochs is None or epoch < epochs:
             starts, whole, n_survivors = self.order.pool_starts(epoch), first == 0, 0
-            for number in range(first, self.order.n_pools):
+            for number in range(first, len(starts) - 1):
                 plan = self._plan(epoch, number, int(starts[number]))
                 missing = sort_batches(plan.order[plan.survivors_before(cursor) :], batch_size, missing)
                 n_survivors += len(plan.order)

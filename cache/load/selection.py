@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_granary.cache.errors import SelectionError
-from sae_granary.cache.load.excluded_tokens import token_ids
+from sae_granary.cache.read.context import token_ids
 from sae_granary.common.hashing import derive_key, hash64
 from sae_granary.common.rows import FLAG_ABSENT, FLAG_SPECIAL
 
@@ -48,7 +48,11 @@ class Filters:
 
         Raises SelectionError for a token to exclude that the vocabulary does not have.
         """
-        filters = replace(self, exclude_tokens=token_ids(cache, self.exclude_tokens)) if self.exclude_tokens else self
+        filters = self
+        if self.exclude_tokens:
+            if cache.unit != "token":
+                raise SelectionError(f"{cache.path} holds one row per text, not per token: leave out exclude_tokens")
+            filters = replace(self, exclude_tokens=token_ids(self.exclude_tokens, cache.vocabulary, cache.path))
         if self.first_position is not None:
             return filters
         decoder = bool(cache.manifest.model.get("is_decoder", False)) and cache.unit == "token"

@@ -8,6 +8,9 @@ Two levels:
     blocks   the rows of each shard are cut into blocks of `block_rows` neighbors (the last of a shard may be short);
              `block_order` permutes all blocks of the cache, lazily, so that no list as long as the cache is ever built
     rows     consecutive blocks of that order fill a pool, and `pool_permutation` permutes the rows inside it
+
+With `cache.load.plan.GroupedOrder` a third is above them: `shard_order` permutes the shards, and the blocks of each
+group of consecutive shards are permuted with a seed of the group (`group_seed`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ _N_ROUNDS = 8
 _IN_CACHE = 8192  # numbers that are hashed at a time, so that the passes over them stay in the processor's cache
 _BLOCKS_DOMAIN = 0x626C_6F63_6B73  # "blocks"
 _ROWS_DOMAIN = 0x726F_7773  # "rows"
+_SHARDS_DOMAIN = 0x7368_6172_6473  # "shards"
+_GROUP_DOMAIN = 0x67_726F_7570  # "group"
 
 
 def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
@@ -42,6 +47,16 @@ def block_order(n_blocks: int, seed: int, epoch: int, start: int = 0, stop: int 
 def block_places(blocks: NDArray[Any], n_blocks: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The inverse of `block_order`: at which place of the epoch's order each of these blocks is."""
     return _walk(blocks.astype(np.uint64), n_blocks, _round_keys(seed, epoch), inverse=True).astype(np.int64)
+
+
+def shard_order(n_shards: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The shards in the epoch's order: a permutation of range(n_shards)."""
+    return block_order(n_shards, derive_key(_SHARDS_DOMAIN, seed), epoch)
+
+
+def group_seed(seed: int, group: int) -> int:
+    """The seed of the order of blocks in a group of shards."""
+    return derive_key(_GROUP_DOMAIN, seed, group)
 
 
 def pool_permutation(n_rows: int, seed: int, epoch: int, pool: int) -> NDArray[np.int64]:

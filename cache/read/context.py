@@ -1,14 +1,17 @@
-"""The text around a row, from the strings of its vocabulary."""
+"""The text around a row, from the strings of its vocabulary; and ids of tokens that a person names by their strings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.read.arrays import Column
+from sae_granary.common.errors import nearest
 from sae_granary.common.rows import FLAG_SPECIAL, DocumentRow
 
 
@@ -89,3 +92,31 @@ def _byte_table() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def token_ids(tokens: Sequence[int | str], words: Sequence[str] | None, cache: Path) -> tuple[int, ...]:
+    """Ids of tokens, ascending. A whole number is an id; other strings are looked up in the cache's vocabulary.
+
+    A string is spelled as in the vocabulary (`Ġthe`, `▁the`, `##ing`) or with a plain space in front (` the`).
+    Raises SelectionError.
+    """
+    by_word: dict[str, int] = {} if words is None else {word: i for i, word in enumerate(words) if word}
+    return tuple(sorted({i for token in tokens for i in _ids(cache, token, words, by_word)}))
+
+
+def _ids(cache: Path, token: int | str, words: Sequence[str] | None, by_word: Mapping[str, int]) -> list[int]:
+    if isinstance(token, int) or (token.isascii() and token.isdigit()):
+        n_ids, those = (2**31, "ids that a token can have") if words is None else (len(words), "ids of the vocabulary")
+        if not 0 <= int(token) < n_ids:
+            raise SelectionError(f"exclude_tokens: id {token} is not among the {n_ids:,} {those}")
+        return [int(token)]
+    if words is None:
+        raise SelectionError(f"exclude_tokens: {cache} stores no vocabulary to look {token!r} up: give token ids")
+    spellings = {token, token.replace(" ", "\u2581"), byte_level_form(token)}
+    found = [by_word[word] for word in spellings if word in by_word]
+    if not found:
+        raise SelectionError(
+            f"exclude_tokens: the cache's vocabulary of {len(words):,} tokens has no {token!r}; "
+            f"spell it as the tokenizer does, or give its id{nearest(token, by_word)}"
+        )
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_granary import sae_core
-from sae_granary.cache.load.order import Shuffle
+from sae_granary.cache.load.plan import Shuffle
 from sae_granary.cache.load.selection import Counts, Filters, Holdout, Part, Selection
 from sae_granary.cache.remote.store import is_url
 from sae_granary.common.device import choose_device
@@ -44,7 +44,7 @@ def selection_of(config: TrainConfig, part: Part = "train") -> Selection:
 def shuffle_of(config: TrainConfig) -> Shuffle:
     """How a run's rows are shuffled."""
     assert config.shuffle_seed is not None
-    return Shuffle(config.shuffle_seed, config.pool_rows, config.block_rows)
+    return Shuffle(config.shuffle_seed, config.pool_rows, config.block_rows, config.shuffle_shards)
 
 
 def _min_position(config: TrainConfig) -> int | None:

@@ -135,6 +135,10 @@ class TrainConfig:
     block_rows: int | None = _data(
         None, help="Neighboring rows read together.", unit="rows", default_words="from pool_rows and batch_size", gt=0
     )
+    shuffle_shards: int | None = _data(
+        None, help="Shards shuffled together, in a random order of shards; a URL is then read while it is fetched.",
+        unit="shards", default_words="all", gt=0,
+    )  # fmt: skip
 
     log_every: int = _logging(10, help="Interval between logged metrics.", unit="steps", gt=0)
     save_every: int = _logging(

@@ -6,11 +6,16 @@ import os
 from collections.abc import Collection
 
 from sae_granary.cache.read.reader import Cache, open_local
-from sae_granary.cache.remote.mirror import locate
+from sae_granary.cache.remote.mirror import fetcher_of, is_partial, locate
+from sae_granary.cache.remote.store import is_url
 
 
 def open_cache(
-    path: str | os.PathLike[str], *, shards: Collection[int] | None = None, allow_incomplete: bool = False
+    path: str | os.PathLike[str],
+    *,
+    shards: Collection[int] | None = None,
+    allow_incomplete: bool = False,
+    by_shard: bool = False,
 ) -> Cache:
     """Open a cache: all its committed shards, or those numbered in `shards`.
 
@@ -18,6 +23,9 @@ def open_cache(
     manifest is larger than 4 MiB (about 3,000 shards), the sizes are checked when a shard is read.
     A cache whose harvest has not finished needs `allow_incomplete`; it is read in its present state. While a complete
     cache is extended, `allow_incomplete` gives the shards that the extension has committed, too.
+
+    With `by_shard` the activations of a URL are fetched when a loader comes to their shards, in groups
+    (`Shuffle.shuffle_shards`), and dropped when others need their space (GRANARY_REMOTE_BYTES).
 
     >>> from sae_granary import open_cache
     >>> rows = open_cache("cache/demo_l3")
@@ -27,4 +35,9 @@ def open_cache(
     Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
     another size), and UnknownNameError for a shard that is not there.
     """
-    return open_local(locate(path), shards=shards, allow_incomplete=allow_incomplete)
+    folder = locate(path, by_shard=by_shard)
+    partial = is_url(path) and is_partial(folder)
+    opened = open_local(folder, shards=shards, allow_incomplete=allow_incomplete, partial=partial)
+    if partial:
+        opened.fetcher = fetcher_of(opened, str(path))
+    return opened

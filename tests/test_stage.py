@@ -22,6 +22,7 @@ from sae_granary.analyze.cli import app as analyze_app
 from sae_granary.analyze.source import open_source
 from sae_granary.cache.errors import CorruptCacheError
 from sae_granary.cache.read.verify import verify
+from sae_granary.cache.remote.shards import WHOLE
 from sae_granary.cache.remote.stage import IN_USE, staging
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.callbacks import StepEvent
@@ -34,7 +35,7 @@ STAGE_ALL = "import sys; from stage_kit import staged; staged(*sys.argv[1:])"
 
 def copies(folder: Path) -> dict[str, int]:
     """Path -> inode of every copy: a file that is copied again has another inode."""
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != IN_USE]
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name not in (IN_USE, WHOLE)]
     return {path.relative_to(folder).as_posix(): path.stat().st_ino for path in found}
 
 
@@ -114,7 +115,7 @@ def test_added_hook_points_are_copied_too(cache: Path, disk: Path) -> None:
 def test_processes_divide_the_copying_and_one_that_was_killed_loses_nothing(cache: Path, disk: Path) -> None:
     whole = copies_of_one(cache, disk)
     place = next(disk.glob("toy-*"))
-    names = sorted(path for path in place.rglob("*") if path.is_file() and path.name != IN_USE)
+    names = sorted(path for path in place.rglob("*") if path.is_file() and path.name not in (IN_USE, WHOLE))
     names[0].rename(names[0].with_name(names[0].name + ".part"))
     half = names[1].read_bytes()[:100]
     names[1].unlink()

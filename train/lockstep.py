@@ -8,6 +8,8 @@ from contextlib import closing
 from functools import partial
 from typing import TypeVar
 
+from sae_granary.cache.errors import CacheError
+from sae_granary.cache.remote.store import CONTINUES
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.data.streams import RunStream
 from sae_granary.train.errors import InterruptedRunError
@@ -55,7 +57,11 @@ class _Together:
         with closing(RunStream([trainer.data for trainer in self._left], behind.state, step)) as stream:
             while active := [trainer for trainer in self._left if trainer.step == step and not trainer.done]:
                 before = time.perf_counter()
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except CacheError as error:
+                    self._save(active, error)
+                    raise
                 waited = (time.perf_counter() - before) / len(active)
                 for trainer in active:
                     self._attempt(trainer, partial(trainer.take, batch, waited))
@@ -69,6 +75,14 @@ class _Together:
         for trainer in unfinished:
             self._attempt(trainer, trainer.save)
         InterruptedRunError.raise_if(self._stop, unfinished[0].step, unfinished[0].folder)
+
+    def _save(self, active: Sequence[Trainer], error: CacheError) -> None:
+        """Checkpoints where shards cannot be fetched; latents that ranks divide are saved by all of them or none."""
+        for trainer in active:
+            if trainer.data.cache.fetcher is not None and trainer.run.sae.shards.n == 1:
+                self._attempt(trainer, trainer.save)
+                told = str(error).removesuffix(CONTINUES)
+                error.args = (f"{told}; step {trainer.step} is saved: `sae-train resume {trainer.folder}` continues",)
 
     def _attempt(self, trainer: Trainer, action: Callable[[], T]) -> T | None:
         try:

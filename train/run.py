@@ -105,7 +105,9 @@ def _begun(config: TrainConfig, found: RunData) -> Begun | None:
         return None
     saved, record = read_run(folder)
     moved = found.cache.manifest.fingerprint == record["cache"]
-    cache = resolved.cache if moved else find_cache(saved.cache, record, folder)
+    cache = (
+        resolved.cache if moved else find_cache(saved.cache, record, folder, by_shard=saved.shuffle_shards is not None)
+    )
     saved = replace(saved, cache=cache, lm=resolved.lm or saved.lm)  # its weights are compared where it is loaded
     data = RunData.reopen(saved, record)
     check_identity({"cache": record["cache"], "order": record["order"]}, asdict(data.identity), folder / RECORD)
@@ -148,7 +150,8 @@ def resume_training(
         config, record = read_run(folder)
         if is_complete(folder):
             raise RunExistsError(f"{folder} is complete; its result is in {folder / SUMMARY}")
-        config = replace(config, cache=find_cache(config.cache, record, folder, cache), lm=lm or config.lm)
+        place = find_cache(config.cache, record, folder, cache, by_shard=config.shuffle_shards is not None)
+        config = replace(config, cache=place, lm=lm or config.lm)
         return part(RunData.reopen(config, record)), folder
 
     given = {"folder": folder, "cache": cache, "lm": lm}

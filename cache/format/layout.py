@@ -28,6 +28,7 @@ TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest fini
 LOCK = ".lock"
 ABOUT = "about.json"  # when, how and on what machine it was made; never read with the data, never compared
 LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
+PARTIAL = ".shards"  # ends the name of a copy whose activations are fetched when they are read
 GROUPS = ("activations", "rows", "norms")  # of every cache
 SCALES, AFFINE = "scales", "affine"  # groups of dtypes with a scale per row
 
@@ -160,6 +161,10 @@ class CacheLayout:
         """Every array, in the order in which they are written."""
         per_hook = (self.activations, self.scales, self.norms)
         return (*(array for arrays in per_hook for array in arrays.values()), *self.columns.values())
+
+    def late(self, hook: str) -> tuple[ArrayLayout, ...]:
+        """The arrays of a hook point that are fetched shard by shard where a cache is read while it is fetched."""
+        return (self.activations[hook], *([self.scales[hook]] if hook in self.scales else []))
 
     def shard_files(self, shard: int, n_rows: int) -> dict[str, int]:
         """Path -> exact size of the Zarr files of a shard."""

@@ -34,5 +34,8 @@ def read_origin(cache: Cache, hook: str | None = None) -> Origin:
     """
     point = cache.hook_points[cache.hook_name(hook)]
     contexts = next(read_contexts(cache, point.name, batch_rows=MAX_ROWS, selection=Selection(part="all"), epochs=1))
-    rows = cache.hook(point.name)[contexts.row[contexts.keep]].astype(np.float32)
+    index = contexts.row[contexts.keep]
+    with cache.reading([point.name]) as enter:
+        enter(np.unique(np.searchsorted(cache.starts, index, side="right") - 1).tolist(), ())
+        rows = cache.hook(point.name)[index].astype(np.float32)
     return Origin(cache.manifest.model, point, contexts, rows)

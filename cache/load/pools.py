@@ -98,7 +98,7 @@ class PoolSource:
         self.kinds = stored_names(self.hooks, cache.storage)
         self._columns = {} if keeps_all else column_arrays(cache, selection, hooks)
         arrays = {id(array) for array in (*(array for array, _ in stored.values()), *self._columns.values())}
-        self._many = many = len(arrays) * len(cache.shards) > most_maps()
+        self._many = many = cache.fetcher is not None or len(arrays) * len(cache.shards) > most_maps()
         self.staged = many or is_staged(device)
         self._widths = {name: array.layout.width or 1 for name, (array, _) in stored.items()}
         mapped = {} if many else {name: _mapped(array, part) for name, (array, part) in stored.items()}
@@ -108,6 +108,7 @@ class PoolSource:
             name: ShardFiles(array, skipped) if many else [array.shard(i)[skipped:] for i in range(array.n_shards)]
             for name, array in self._columns.items()
         }
+        self._reading = partial(cache.reading, hooks)
         self._files = [cache.hook(hook).stored for hook in hooks]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self._host = None if self.staged else HostRows(mapped, [n for _, n in order.shards], self.kinds)
@@ -127,8 +128,10 @@ class PoolSource:
         with (
             ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor,
             closing(Prefetch(planned, depth=1)) as plans,
+            self._reading() as enter,
         ):
             for plan in plans:
+                enter(*self.order.shards_at(plan.epoch, plan.start))
                 yield self._staged(plan, buffers[0], executor)
                 buffers.reverse()
 

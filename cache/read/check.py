@@ -1,12 +1,14 @@
-"""Existence and exact sizes of a cache's files, checked at open."""
+"""Existence and exact sizes of a cache's files, checked at open; and what fetches those that may come later."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from sae_granary.cache.errors import CorruptCacheError, MissingFileError
 from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path, documents_path
@@ -18,8 +20,23 @@ from sae_granary.common.quantities import counted
 LISTED_SHARDS = 1000
 
 
-def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
+Enter = Callable[[Iterable[int], Iterable[int]], None]  # before rows are read of shards, with those read after them
+
+
+class Fetcher(Protocol):
+    """Fetches the activations of shards that are not on this machine (`cache.remote.shards`)."""
+
+    def reading(self, hooks: Sequence[str]) -> AbstractContextManager[Enter]:
+        """Context manager: gives what is called before rows of opened shards, by their positions, are read."""
+
+    def check(self, hooks: Sequence[str], n_shards: int) -> None:
+        """Raise CacheError unless two groups of so many shards fit."""
+
+
+def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], *, partial: bool = False) -> None:
     """Raise unless every file of the opened shards, and each that describes the cache, has its exact size.
+
+    Where a copy is `partial`, activations are fetched when they are read (`cache.remote.shards`), and left out here.
 
     Of many shards of a large manifest only the names are looked for, by listing the folders: to ask for the size of a
     million files takes longer than to train on them for a while. Sizes are compared when a shard is first read.
@@ -30,10 +47,13 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
         raise CorruptCacheError(f"{path / linked[0]} is a symbolic link; links out of a cache are not followed")
     root = str(path)
     listed = isinstance(opened, LazyRecords) and len(opened) > LISTED_SHARDS
+    late = {array.path for hook in manifest.layout.activations for array in manifest.layout.late(hook) if partial}
     if listed:
-        _check_names(root, manifest, opened)
+        _check_names(root, manifest, opened, late)
     for record in () if listed else opened:
         for name, entry in record.files.items():
+            if late and os.path.dirname(name) in late:
+                continue
             check_file(os.path.join(root, name), entry.n_bytes)
         if record.record is not None:
             check_file(os.path.join(root, commit_path(record.shard)), record.record.n_bytes)
@@ -44,10 +64,11 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord]) -
         check_file(path / VOCABULARY, manifest.vocabulary.n_bytes)
 
 
-def _check_names(root: str, manifest: Manifest, opened: Sequence[ShardRecord]) -> None:
-    """Raise unless every file of these shards is listed in its folder."""
+def _check_names(root: str, manifest: Manifest, opened: Sequence[ShardRecord], late: Collection[str]) -> None:
+    """Raise unless every file of these shards is listed in its folder; not those of `late` arrays."""
     numbers = [shard for shard, _ in sizes_of(opened)]
-    for name_of in (commit_path, documents_path, *(array.shard_path for array in manifest.layout.arrays)):
+    arrays = [array for array in manifest.layout.arrays if array.path not in late]
+    for name_of in (commit_path, documents_path, *(array.shard_path for array in arrays)):
         folder = os.path.dirname(name_of(0))
         names: set[str] = set()
         with contextlib.suppress(OSError):  # the folder is missing, then its first file is named

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
 from sae_granary.cache.read.added import additions, hooks_of, shorter
 from sae_granary.cache.read.arrays import Column, HookRows, open_hook
-from sae_granary.cache.read.check import check_files, incomplete_message
+from sae_granary.cache.read.check import Enter, Fetcher, check_files, incomplete_message
 from sae_granary.cache.read.texts import RowTexts
 from sae_granary.common.rows import HookPoint
 
@@ -44,7 +45,11 @@ class ShardView:
 
 
 def open_local(
-    path: str | os.PathLike[str], *, shards: Collection[int] | None = None, allow_incomplete: bool = False
+    path: str | os.PathLike[str],
+    *,
+    shards: Collection[int] | None = None,
+    allow_incomplete: bool = False,
+    partial: bool = False,
 ) -> Cache:
     """Open a cache of this machine by its path, or by its name in GRANARY_CACHE_DIR; see `cache.opening.open_cache`."""
     path = find_cache(path)
@@ -59,7 +64,7 @@ def open_local(
     if unknown:
         raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
     opened = select_records(records, numbers)
-    check_files(path, manifest, opened)
+    check_files(path, manifest, opened, partial=partial)
     return Cache(path, manifest, records, opened)
 
 
@@ -92,6 +97,7 @@ class Cache(RowTexts):
         self._columns: dict[str, Column] = {}
         self._parts: dict[Path, Cache] = {}
         self._copies: dict[Path, Path] = {}
+        self.fetcher: Fetcher | None = None  # where activations are fetched when they are read
 
     def __len__(self) -> int:
         return self.n_rows
@@ -161,7 +167,9 @@ class Cache(RowTexts):
             return self
         part = self._added[hook][1]
         if part.path not in self._parts:
-            self._parts[part.path] = open_local(part.path, shards=[shard.index for shard in self.shards])
+            self._parts[part.path] = open_local(
+                part.path, shards=[shard.index for shard in self.shards], partial=self.fetcher is not None
+            )
             self._parts[part.path]._copies = self._copies
         return self._parts[part.path]
 
@@ -185,6 +193,14 @@ class Cache(RowTexts):
         for part in (self, *self._parts.values()):
             part._hooks.clear()
             part._columns.clear()
+
+    def place_of(self, path: str) -> Path:
+        """Where a file of the cache is read: there, or from its copy."""
+        return self._copies.get(self.path / path, self.path / path)
+
+    def reading(self, hooks: Sequence[str]) -> AbstractContextManager[Enter]:
+        """Context manager: gives what is called before activations of shards are read; it fetches them if need be."""
+        return nullcontext(lambda now, after: None) if self.fetcher is None else self.fetcher.reading(hooks)
 
     def shard_path(self, hook: str | None, i: int) -> Path:
         """The file that holds a hook point's rows of the i-th opened shard, from byte 0."""

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import CacheError
+from sae_granary.cache.format.layout import PARTIAL
 from sae_granary.cache.format.records import load_manifest
 
 PATHS = "cache_paths"  # in run.json and sweep.json, since their version 2
 
 
 def cache_paths(cache: Path, folder: Path) -> dict[str, str]:
-    """The path of a cache as it is recorded in the folder of a run or a sweep: absolute, and relative to it."""
+    """The path of a cache as it is recorded in the folder of a run or a sweep: absolute, and relative to it.
+
+    Of a copy without its activations none is: the run has the URL.
+    """
+    if cache.name.endswith(PARTIAL):
+        return {}
     absolute = cache.resolve()
     try:
         return {"absolute": str(absolute), "relative": Path(os.path.relpath(absolute, folder.resolve())).as_posix()}

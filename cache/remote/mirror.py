@@ -1,6 +1,7 @@
 """A cache at a URL is read through a local copy: complete, verified, kept for later runs, and bounded in size.
 
-The copy is made before the first row is read. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
+The copy is made before the first row is read; where a cache is read shard by shard (`cache.remote.shards`), all of it
+but the activations, in a folder of its own. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
 take at most GRANARY_REMOTE_BYTES together (default 100 GiB): those unused for longest are removed, never one in use.
 With a folder for copies on a disk of this machine (`--stage`) they are there, and without GRANARY_REMOTE_BYTES the
 disk is the limit.
@@ -10,20 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 import time
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError
-from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.layout import LOCK, MANIFEST, PARTIAL
 from sae_granary.cache.format.places import find_cache
 from sae_granary.cache.format.records import load_manifest
+from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.remote.pull import PullPlan, is_half, plan_pull, pull, remove_half
+from sae_granary.cache.remote.shards import ShardFetcher
 from sae_granary.cache.remote.stage import AGAIN, stage_folder
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.common.errors import one_line
-from sae_granary.common.files import home_path
+from sae_granary.common.files import free_bytes, home_path
 from sae_granary.common.quantities import byte_size, parse_count
 from sae_granary.common.signed import digest
 from sae_granary.common.threads import waiting
@@ -32,20 +36,23 @@ FOLDER, LIMIT = "GRANARY_REMOTE_DIR", "GRANARY_REMOTE_BYTES"
 DEFAULT_LIMIT = 100 << 30
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str], *, by_shard: bool = False) -> Path:
     """The local folder of a cache that is named by path, by name (GRANARY_CACHE_DIR) or by URL, which is copied."""
-    return mirrored(str(path)) if is_url(path) else find_cache(path)
+    return mirrored(str(path), by_shard=by_shard) if is_url(path) else find_cache(path)
 
 
-def mirrored(url: str) -> Path:
+def mirrored(url: str, *, by_shard: bool = False) -> Path:
     """The local copy of a remote cache, brought up to date; a complete one is used where the remote is out of reach.
 
-    Raises RemoteError, CorruptCacheError for a wrong byte, CacheError for a cache that is larger than the limit.
+    With `by_shard` it is without the activations (`is_partial`), unless there is a whole one. Raises RemoteError,
+    CorruptCacheError for a wrong byte, CacheError for a cache that is larger than the limit.
     """
     url = url.rstrip("/")
     folder = _root() / f"{url.rpartition('/')[2]}-{digest(url.encode())[:12]}"
+    if by_shard and not (folder / MANIFEST).exists():
+        folder = folder.with_name(folder.name + PARTIAL)
     try:
-        plan = plan_pull(url, folder)
+        plan = plan_pull(url, folder, partial=is_partial(folder))
     except RemoteError as error:
         if not (folder / MANIFEST).exists() or not load_manifest(folder).complete:
             raise
@@ -55,6 +62,9 @@ def mirrored(url: str) -> Path:
         if folder.exists():
             error.args = (f"{error}; its local copy is {folder}: remove that folder to copy it again",)
         raise
+    if is_partial(folder):
+        records = [record for each in (plan, *plan.added) for record in each.parcel.manifest.shards]
+        _make_room(folder, max(_limit() - sum(record.n_bytes for record in records), 0))
     if not plan.complete:
         needed, limit = plan.total_bytes, _limit()
         if needed > limit:
@@ -70,6 +80,21 @@ def mirrored(url: str) -> Path:
     return folder
 
 
+def is_partial(folder: Path) -> bool:
+    """Whether a copy is one whose activations are fetched when they are read."""
+    return folder.name.endswith(PARTIAL)
+
+
+def fetcher_of(cache: Cache, url: str) -> ShardFetcher:
+    """Fetches the activations of a partial copy, within what copies may take."""
+    root, limit = cache.path.parent, _limit()
+
+    def free() -> int:
+        return min(limit - _bytes_in(root), free_bytes(root))
+
+    return ShardFetcher(cache, cache.path, url, free)
+
+
 def _pull(plan: PullPlan, url: str, folder: Path) -> None:
     """Copy it, or wait for another process that does: a rank of the same machine."""
     with waiting(f"copying {url} to {folder}, or waiting for another process that does"):
@@ -79,7 +104,7 @@ def _pull(plan: PullPlan, url: str, folder: Path) -> None:
                 return
             except CacheLockedError:
                 time.sleep(AGAIN)
-                plan = plan_pull(url, folder)
+                plan = plan_pull(url, folder, partial=is_partial(folder))
 
 
 def _root() -> Path:
@@ -104,10 +129,20 @@ def _make_room(folder: Path, allowed: int) -> None:
     """
     places = [place for place in folder.parent.glob("*") if place != folder and not place.is_symlink()]
     others = [place for place in places if is_half(place) or (place / MANIFEST).exists()]
-    sizes = {other: sum(f.lstat().st_size for f in other.rglob("*") if f.is_file()) for other in others}
+    sizes = {other: _bytes_in(other) for other in others}
     for other in sorted(others, key=lambda place: place.stat().st_mtime):
         if sum(sizes.values()) <= allowed:
             return
         with contextlib.suppress(CacheError):  # in use, or not ours to remove
             (remove_half if is_half(other) else remove_cache)(other)
             sizes.pop(other)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder but its locks; other processes may remove some meanwhile."""
+    n_bytes = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.lstat()
+            n_bytes += status.st_size if stat.S_ISREG(status.st_mode) and file.name != LOCK else 0
+    return n_bytes

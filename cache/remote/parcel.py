@@ -10,7 +10,7 @@ from typing import Any, cast
 from sae_granary.cache.errors import CacheError, CorruptCacheError, IncompleteCacheError, UnknownNameError
 from sae_granary.cache.format.layout import VOCABULARY, commit_path, documents_path
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, finished
-from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
+from sae_granary.cache.format.parse import parse_manifest, parse_shard_record, sizes_of
 from sae_granary.cache.format.signed import Fields, dump_signed, load_signed
 from sae_granary.cache.format.zarr_json import zarr_files
 from sae_granary.cache.read.added import Addition, hooks_of, shorter
@@ -71,6 +71,14 @@ def whole(manifest: Manifest, data: bytes) -> Parcel:
     if manifest.vocabulary is not None:
         files[VOCABULARY] = manifest.vocabulary
     return Parcel(manifest, data, files, {})
+
+
+def without_activations(parcel: Parcel) -> Parcel:
+    """All of it but what is fetched shard by shard where a cache is read while it is fetched."""
+    layout, shards = parcel.manifest.layout, [shard for shard, _ in sizes_of(parcel.manifest.shards)]
+    arrays = [array for hook in layout.activations for array in layout.late(hook)]
+    late = {array.shard_path(shard) for array in arrays for shard in shards}
+    return replace(parcel, files={path: entry for path, entry in parcel.files.items() if path not in late})
 
 
 def chosen(

@@ -20,7 +20,16 @@ from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.added import Addition, additions, check_additions
 from sae_granary.cache.remote.additions import half_pushed, remote_additions
 from sae_granary.cache.remote.fetch import fetch, part_of
-from sae_granary.cache.remote.parcel import Parcel, check_continued, chosen, parse, parse_record, part, whole
+from sae_granary.cache.remote.parcel import (
+    Parcel,
+    check_continued,
+    chosen,
+    parse,
+    parse_record,
+    part,
+    whole,
+    without_activations,
+)
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.cache.write.session import locked
 from sae_granary.common import files
@@ -115,10 +124,12 @@ def remote_parcel(
     return part(manifest, records(manifest, ""), names, added)
 
 
-def plan_pull(url: str, target: Path, *, hooks: Sequence[str] = (), n_rows: int | None = None) -> PullPlan:
+def plan_pull(
+    url: str, target: Path, *, hooks: Sequence[str] = (), n_rows: int | None = None, partial: bool = False
+) -> PullPlan:
     """Compare a remote cache, and what was added to it, with the folder; nothing is written.
 
-    Raises CacheError for another cache in the folder.
+    A `partial` pull leaves out the activations. Raises CacheError for another cache in the folder.
     """
     refuse_code(target)
     nearest = next(place for place in (target.absolute(), *target.absolute().parents) if place.exists())
@@ -126,14 +137,15 @@ def plan_pull(url: str, target: Path, *, hooks: Sequence[str] = (), n_rows: int 
         raise CacheError(f"{nearest} is a file, expected a folder: use another folder for the copy")
     store = Store(url)
     there = store.listing()
-    plan = _plan(store, target, remote_parcel(store, there, hooks, n_rows))
+    parcel = remote_parcel(store, there, hooks, n_rows)
+    plan = _plan(store, target, without_activations(parcel) if partial else parcel)
     if hooks or n_rows is not None:
         return plan
     found = remote_additions(store, there)
     check_additions(store.url, plan.parcel.manifest, found)
     here = {p.path.name: p.manifest for p in additions(target, plan.parcel.manifest)}
     check_additions(f"{url} or {target}", plan.parcel.manifest, {**here, **found})
-    added = tuple(plan_pull(f"{store.url}/{ADDED}/{name}", target / ADDED / name) for name in found)
+    added = tuple(plan_pull(f"{store.url}/{ADDED}/{name}", target / ADDED / name, partial=partial) for name in found)
     return replace(plan, added=added, left_out=half_pushed(there))
 
 

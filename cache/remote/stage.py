@@ -27,6 +27,7 @@ from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.remote.fetch import fetch, part_of
+from sae_granary.cache.remote.shards import WHOLE, ShardFetcher, is_fetched
 from sae_granary.cache.remote.store import THREADS, Store
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes, shortage, user_path
@@ -69,10 +70,11 @@ def stage_folder() -> Path | None:
     return folder.resolve()
 
 
-def stage(cache: Cache, needed: Needed, *, copy: bool = True) -> None:
+def stage(cache: Cache, needed: Needed, *, copy: bool = True, by_shard: bool = False) -> None:
     """Read these files of a cache from copies from now on; what has not been copied yet is copied first.
 
-    Without `copy` only the space is checked. Does nothing without a folder for copies, or for a cache that is in it.
+    With `by_shard` activations are copied when they are read (`cache.remote.shards`). Without `copy` only the space is
+    checked. Does nothing without a folder for copies, or for a cache that is in it.
     Raises ConfigError for a folder in the cache, CacheError where there is no space, CorruptCacheError for a file that
     is not as recorded.
     """
@@ -86,13 +88,21 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True) -> None:
     place.mkdir(mode=0o700, exist_ok=True)
     _check_owner(place)
     hold_shared(place / IN_USE)
+    if not by_shard:
+        hold_shared(place / WHOLE)
     jobs = {
         holder.path / path: _Job(holder, path, entry, place / _name(cache, holder, path, entry))
         for path, holder, entry in needed
     }
     missing = [job for job in jobs.values() if not job.is_done]
-    if missing:
-        _make_room(place, missing)
+    later = [job for job in missing if by_shard and is_fetched(job.path)]
+    if later:
+        missing = [job for job in missing if job not in later]
+    if missing or later:
+        _make_room(place, missing, later)
+    if by_shard:
+        url = f"file://{cache.path.resolve().as_posix()}"
+        cache.fetcher = ShardFetcher(cache, place, url, lambda: free_bytes(place))
     if not copy:
         return
     if missing:
@@ -143,11 +153,17 @@ class _Job:
         return 0 if self.is_done else self.entry.n_bytes
 
 
-def _make_room(place: Path, missing: Sequence[_Job]) -> None:
-    """Raise CacheError unless there is space; copies of other caches that nobody uses make room, the oldest first."""
+def _make_room(place: Path, missing: Sequence[_Job], later: Sequence[_Job] = ()) -> None:
+    """Raise CacheError unless there is space; copies of other caches that nobody uses make room, the oldest first.
+
+    They do for what is copied `later`, too, which raises nothing.
+    """
+    wished = sum(job.left_bytes for job in later)
     others = [found.parent for found in place.parent.glob(f"*/{IN_USE}") if found.parent != place]
     others.sort(key=_last_used)
-    while (free := free_bytes(place)) < (needed := sum(job.left_bytes for job in missing)):
+    while (free := free_bytes(place)) < (needed := sum(job.left_bytes for job in missing)) + wished:
+        if not others and free >= needed:
+            return
         if not others:
             raise CacheError(
                 f"no space in {place.parent} for what is read of {missing[0].holder.path}: {byte_size(needed)} needed, "

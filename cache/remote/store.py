@@ -17,6 +17,7 @@ from sae_granary.common.errors import one_line
 MARKER = ".push"  # at the remote while a push has not finished: the checksum of the manifest that will come
 THREADS = 8  # files that travel at once
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 0.2, 10.0  # seconds
+CONTINUES = "; the same command continues"
 _LOCAL = ("file", "local", "memory")
 _EVERYONE = ("AllUsers", "AuthenticatedUsers")
 T = TypeVar("T")
@@ -131,7 +132,7 @@ class Store:
                     raise RemoteError(f"no right to {what} {place}: {one_line(error)}") from None
                 if not left:
                     told = f"cannot {what} {place} after {TRIES} tries: {name}: {one_line(error)}"
-                    raise RemoteError(f"{told}; the same command continues") from None
+                    raise RemoteError(told + CONTINUES) from None
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError("unreachable")
@@ -139,4 +140,4 @@ class Store:
 
 def damaged(place: str) -> CorruptCacheError:
     """The error for a file whose bytes are not those that the manifest promises."""
-    return CorruptCacheError(f"{place}: the checksum does not fit the manifest; push it again from a whole copy")
+    return CorruptCacheError(f"{place}: the checksum does not fit the manifest; restore it there from a whole copy")

@@ -151,6 +151,29 @@ def hold_shared(path: Path) -> None:
     os.utime(path)
 
 
+def hold(path: Path) -> int | None:
+    """Hold a file, together with others, until the descriptor is closed; its time is now.
+
+    None if there is no such file, or it is being removed. `try_alone` finds it in use.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | PLAIN | NO_FOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(fd)
+            return None
+    if not _is_current(fd, path):
+        os.close(fd)
+        return None
+    os.utime(path)
+    return fd
+
+
 @contextmanager
 def try_alone(path: Path) -> Iterator[bool]:
     """Context manager: whether no process holds a file that `hold_shared` made; none can while the block runs."""

@@ -30,7 +30,9 @@ def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
     if "all" in hooks or given.layer_stride is not None:
         if not settings.get("cache"):
             raise ConfigError("--layers all and --layer-stride choose from the layers of a cache: name it with --cache")
-        opened = open_cache(str(settings["cache"]), allow_incomplete=True)
+        opened = open_cache(
+            str(settings["cache"]), allow_incomplete=True, by_shard=bool(settings.get("shuffle_shards"))
+        )
         hooks = layer_hooks(tuple(opened.hook_points), hooks, given.layer_stride)
     if twice := [name for i, name in enumerate(hooks) if name in hooks[:i]]:
         raise ConfigError(f"--layer (or --hook) names {twice[0]} twice; remove one")

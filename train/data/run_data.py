@@ -13,7 +13,6 @@ from sae_granary.cache.load.loader import PREVIOUS, WHOLE, Share, order_of
 from sae_granary.cache.load.order import Order
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Counts, Part
-from sae_granary.cache.opening import open_cache
 from sae_granary.cache.read.added import shorter
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.device import choose_device
@@ -24,7 +23,7 @@ from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.phases import first_context_step, needs_language_model
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
 from sae_granary.train.config.settings import TrainConfig
-from sae_granary.train.data.cache_of_run import open_pinned
+from sae_granary.train.data.cache_of_run import open_cache_of, open_pinned
 from sae_granary.train.data.counts import counted
 from sae_granary.train.state.identity import Identity
 from sae_granary.train.state.initial import check_initial
@@ -47,7 +46,7 @@ class RunData:
 
         Configs of one cache may share the opened cache and what was counted in it (`known`, which is added to).
         """
-        opened = open_cache(config.cache, allow_incomplete=config.allow_incomplete) if opened is None else opened
+        opened = open_cache_of(config) if opened is None else opened
         n_layers = opened.manifest.model.get("n_layers")
         # Added ones are named: what a command trains on does not change when more hook points are added to a cache.
         available = opened.hook_points if config.hook else (hook.name for hook in opened.manifest.hook_points)
@@ -75,7 +74,8 @@ class RunData:
             # An order of rows with the one before each does not count the first of a shard.
             before = int(sae_core.registry.get(config.type).reads.previous)
             shards = [(index, n_rows + before) for index, n_rows in record["order"]["shards"]]
-            opened = open_pinned(config.cache, shards, allow_incomplete=config.allow_incomplete)
+            incomplete, by_shard = config.allow_incomplete, config.shuffle_shards is not None
+            opened = open_pinned(config.cache, shards, allow_incomplete=incomplete, by_shard=by_shard)
         return cls(opened, config, Counts.from_json(record["counts"]))
 
     def with_config(self, config: TrainConfig) -> RunData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sae_granary.cache.load.plan import n_groups_of
 from sae_granary.cache.remote.stage import stage as stage_files
 from sae_granary.cache.remote.stage import stage_folder
 from sae_granary.train.data.run_data import RunData
@@ -10,10 +11,17 @@ from sae_granary.train.data.run_data import RunData
 def stage(*runs: RunData, copy: bool = True) -> None:
     """Copy what runs of one cache read of it to the folder of `--stage`, and have the first read it there.
 
-    Without `copy` only the folder and its space are checked. Does nothing without such a folder.
+    Where shards are shuffled in groups, activations are copied when they are read. Without `copy` only the folder and
+    its space are checked. Without such a folder only the space for shards of a URL is.
     Raises ConfigError for a folder that there is not, CacheError where there is no space, CorruptCacheError.
     """
+    main = runs[0].cache
     if stage_folder() is not None:
         needed = (file for data in runs for file in data.cache.files_of(data.config.hook))
         found = {(cache.path, path): (path, cache, entry) for path, cache, entry in needed}
-        stage_files(runs[0].cache, list(found.values()), copy=copy)
+        by_shard = all(data.config.shuffle_shards is not None for data in runs)
+        stage_files(main, list(found.values()), copy=copy, by_shard=by_shard)
+    if main.fetcher is not None:
+        for data in runs:
+            n_groups = n_groups_of(len(main.shards), data.config.shuffle_shards)
+            main.fetcher.check(data.config.hook, -(-len(main.shards) // n_groups))

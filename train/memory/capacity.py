@@ -51,8 +51,8 @@ def _what_fits(config: TrainConfig, there: int) -> str:
 
 
 def stream_bytes(runs: Sequence[RunData]) -> int:
-    """Bytes of the loader of runs that share a stream: two pools on a GPU; on a CPU batches only, negligible."""
-    if not runs[0].config.device.startswith("cuda"):
+    """Bytes of the loader of runs that share a stream: two pools on a GPU, or where shards are fetched."""
+    if not runs[0].config.device.startswith("cuda") and runs[0].cache.fetcher is None:
         return 0
     names = {name: run for run in runs for name in run.input_names}
     per_row = sum(runs[0].cache.storage.row_bytes(run.width(name)) for name, run in names.items())

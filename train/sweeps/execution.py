@@ -143,11 +143,12 @@ class SweepExecution:
 
     def _cache_of(self, group: Group) -> str:
         """Location of a group's cache; sweeps of older versions record the fingerprint in their runs only."""
-        stored = group.entries[0].config.cache
+        config = group.entries[0].config
+        stored, by_shard = config.cache, config.shuffle_shards is not None
         begun = [self.folder / entry.name for entry in group.entries if (self.folder / entry.name / RECORD).is_file()]
         if "cache" in group.record or not begun:
-            return find_cache(stored, group.record, self.folder, self.cache)
-        return find_cache(stored, read_record(begun[0]), begun[0], self.cache)
+            return find_cache(stored, group.record, self.folder, self.cache, by_shard=by_shard)
+        return find_cache(stored, read_record(begun[0]), begun[0], self.cache, by_shard=by_shard)
 
     def _most_at_once(self, left: Sequence[Entry]) -> int:
         """How many SAEs may train together by the limit of open files. Raises ShortageError if not one."""

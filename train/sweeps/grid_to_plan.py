@@ -15,12 +15,12 @@ from typing import Any
 import xxhash
 
 from sae_granary.cache.load.selection import Counts
-from sae_granary.cache.opening import open_cache
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.merge import make_config, to_sections
 from sae_granary.train.config.settings import TrainConfig
+from sae_granary.train.data.cache_of_run import open_cache_of
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.sweeps.grid import Point, notes_on
@@ -53,7 +53,7 @@ def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
     Raises what `RunData.open` raises, and ConfigError for what does not fit.
     """
     first = make_config([{**points[0].settings, "name": None}])
-    opened, known = open_cache(first.cache, allow_incomplete=first.allow_incomplete), dict[Any, Counts]()
+    opened, known = open_cache_of(first), dict[Any, Counts]()
     members: dict[str, tuple[RunData, Entry]] = {}
     equal = 0
     for point in points:

@@ -165,7 +165,7 @@ def resume_sweep(
 
 def _check(plan: Plan, *, verify: bool) -> None:
     """Check the space for copies of what is read, and its checksums."""
-    if not (verify or stage_folder()):
+    if not (verify or stage_folder() or any(entry.config.shuffle_shards for entry in plan.entries)):
         return
     runs = [RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
     stage(*runs, copy=False)

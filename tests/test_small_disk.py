@@ -3,11 +3,13 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_cache
@@ -21,7 +23,10 @@ from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
 from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import open_source
+from sae_granary.cache.errors import CacheError
 from sae_granary.cache.read.verify import verify
+from sae_granary.cache.remote import stage
+from sae_granary.cache.remote.stage import staging
 from sae_granary.common.errors import ConfigError, GranaryError
 from sae_granary.common.files import free_bytes
 from sae_granary.harvest.config import HarvestConfig
@@ -154,6 +159,39 @@ def test_encoding_on_a_full_disk_names_it_and_continues_or_leaves_nothing(small_
     again = encode_cache(source, folder / "c", block_rows=128, commit_blocks=2)
     for path in whole.folder.iterdir():
         assert (again.folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_copies_on_a_full_disk_are_refused_or_continued(small_disk, tmp_path, monkeypatch) -> None:
+    folder, resize = small_disk
+    settings = {**SETTINGS, "cache": str(write_cache(tmp_path / "toy", n_docs=40, d_in=64)), "runs_dir": str(tmp_path)}
+    resize("200k")
+    with staging(folder):
+        with pytest.raises(
+            CacheError, match=r"no space in .*/disk for what is read of .*toy: [\d.]+ KiB needed, 200.0"
+        ):
+            train_sae(**settings, name="r")
+        assert not (tmp_path / "r").exists()
+        resize("2M")
+        copy_all = stage._copy_all
+
+        def fill(*args: Any) -> None:  # another program's file comes between the check and the copies
+            (folder / "other").write_bytes(bytes(free_bytes(folder) - (300 << 10)))
+            copy_all(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "_copy_all", fill)
+            with pytest.raises(CacheError, match=r"no space left for .*/disk/toy-\w+: .*: it continues"):
+                train_sae(**settings, name="r")
+        assert list(folder.rglob("*.part"))
+        (folder / "other").unlink()
+        found = train_sae(**settings, name="r", resume="auto").folder / "sae_weights.safetensors"
+    assert not list(folder.rglob("*.part"))
+    assert found.read_bytes() == (train_sae(**settings, name="plain").folder / "sae_weights.safetensors").read_bytes()
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={len(list(folder.rglob('*'))) + 4}", folder], check=True)
+    shutil.copytree(settings["cache"], tmp_path / "other" / "toy2")
+    with staging(folder), pytest.raises(CacheError, match="MiB free, and no file can be added: the file"):
+        train_sae(**settings | {"cache": str(tmp_path / "other" / "toy2")}, name="r2")
 
 
 @pytest.mark.slow

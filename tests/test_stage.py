@@ -13,7 +13,7 @@ import pytest
 from cache_kit import run_python
 from fork_kit import Forks, command
 from rank_kit import COMMON, ended, start
-from stage_kit import staged
+from stage_kit import check_copies, killed_copying, staged
 from test_cache_travel_added import add, grow, harvest
 from typer.testing import CliRunner
 
@@ -129,6 +129,21 @@ def test_processes_divide_the_copying_and_one_that_was_killed_loses_nothing(cach
     assert copies(disk)[names[0].relative_to(disk).as_posix()] == whole[names[0].relative_to(disk).as_posix()]
     rows = staged(cache, disk).hook("layer_1")[:]
     np.testing.assert_array_equal(rows, open_cache(cache).hook("layer_1")[:])
+
+
+def test_copies_of_a_killed_process_are_continued_and_no_half_one_is_read(
+    cache: Path, disk: Path, forks: Forks
+) -> None:
+    for n in (9, 20):  # before a lock is removed, and amid the copies
+        shutil.rmtree(disk)
+        disk.mkdir()
+        assert forks.start(killed_copying, cache, disk, n).code() == -signal.SIGKILL
+        half = copies(disk)
+        continued = forks.start(check_copies, cache, disk)
+        assert continued.code() == 0, continued.output
+        kept = [path for path in half if not path.endswith((".part", ".lock"))]
+        assert {path: copies(disk)[path] for path in kept} == {path: half[path] for path in kept}
+        assert not list(disk.rglob("*.part"))
 
 
 def copies_of_one(cache: Path, disk: Path) -> dict[str, int]:

@@ -16,7 +16,6 @@ from sae_granary.common.errors import ConfigError
 from sae_granary.common.quantities import byte_size
 
 TEMP_PREFIX = ".tmp-"
-
 # Flags that some systems lack or need: a file that is no link, bytes as they are, closed in child processes.
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -182,17 +181,20 @@ def remove_temporary(folder: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes available to this user in the nearest existing folder above `path`."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def shortage(error: OSError, path: Path, needed_bytes: int | None = None) -> str | None:
     """Describe what ran out while `path` was written or opened: needed and free space; None for other errors."""
     if error.errno in NO_SPACE:
         need = "" if needed_bytes is None else f"up to {byte_size(needed_bytes)} needed, "
-        return f"no space left for {path}: {need}{byte_size(free_bytes(path))} free"
+        full = hasattr(os, "statvfs") and (found := os.statvfs(_existing(path))).f_favail == 0 < found.f_files
+        inodes = ", and no file can be added: the file system has no inode left" if full else ""
+        return f"no space left for {path}: {need}{byte_size(free_bytes(path))} free{inodes}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"no file descriptor left for {error.filename or path}: raise the limit (ulimit -n)"
     return None

@@ -230,9 +230,14 @@ def test_resume_auto_continues_bitwise(make_cache, tmp_path) -> None:
 
 
 def test_keep_and_names_of_checkpoints(make_cache, tmp_path) -> None:
-    result = train_sae(cache=str(make_cache()), type="topk", runs_dir=str(tmp_path), keep=3, **SETTINGS)
+    def half_removed(event: object) -> None:  # as a process leaves it that is killed while it removes a checkpoint
+        (tmp_path / "r" / "checkpoints" / "step_00000001" / "sae").mkdir(parents=True, exist_ok=True)
+
+    settings = {**SETTINGS, "runs_dir": str(tmp_path), "name": "r", "callbacks": [half_removed]}
+    result = train_sae(cache=str(make_cache()), type="topk", keep=3, **settings)
     kept = [p.name for p in checkpoint.list_checkpoints(result.folder)]
     assert kept == ["step_00000049", "step_00000056", "step_00000060"]
+    assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == kept
     files = sorted(str(p.relative_to(result.folder)) for p in (result.folder / "checkpoints").rglob("*") if p.is_file())
     assert not [f for f in files if not f.endswith((".json", ".safetensors"))]
 

@@ -1,10 +1,12 @@
 """Latents divided over ranks: what is refused, files that any number of ranks reads, a run on 2, 1 and 4 ranks."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from sae_granary.train.callbacks import StepEvent
 from sae_granary.train.config.merge import make_config
 from sae_granary.train.errors import InterruptedRunError
 from sae_granary.train.ranks.sharded import check_sharded
-from sae_granary.train.state.checkpoint import list_checkpoints
+from sae_granary.train.state.checkpoint import list_checkpoints, read_state
 from sae_granary.train.sweeps.grid import Point
 from sae_granary.train.sweeps.grid_to_plan import make_plan
 
@@ -150,6 +152,42 @@ def test_a_run_killed_on_2_ranks_continues_on_1_then_on_4(
     assert json.loads((run / "cfg.json").read_text())["d_sae"] == 64
     difference = written.W_dec.detach() - alone.sae.core.W_dec.detach()
     assert float(difference.norm()) / 8 < 0.05
+
+
+def killed_writing(rank: int, name: str, *flags: str) -> None:
+    """Train; a rank dies before it writes a file of the second checkpoint, or before that gets its name."""
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *args: Any, **more: Any) -> Any:
+            if os.environ["RANK"] == str(rank) and "-step_00000004" in str(path) and path.name == name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(path, *args, **more)
+
+        return call
+
+    Path.write_bytes, os.rename = dying(Path.write_bytes), dying(os.rename)  # type: ignore[method-assign]
+    command(*flags)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_amid_the_parts_of_a_checkpoint_loses_that_checkpoint_only(
+    make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
+) -> None:
+    cache = make_cache()
+    settings = {"type": "batchtopk", "k": 3, "steps": 8, "save_every": 2, "ema_decay": 0.9, "keep": 3}
+    temporary = ".tmp-step_00000004"
+    deaths = {"part": (1, "optimizer-00002-of-00002.safetensors"), "state": (0, "state.json"), "name": (0, temporary)}
+    rank = {name: (*job(cache, tmp_path, **settings, name=name), "--shard-latents") for name in ("whole", *deaths)}
+    assert [code for code, _ in ended(start(forks, [rank["whole"]] * 2))] == [0, 0]
+    for name, (dead, file) in deaths.items():
+        codes = [code for code, _ in ended(start(forks, [(killed_writing, dead, file, *rank[name][1:])] * 2))]
+        assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 2)
+        assert [read_state(path).integer("step") for path in list_checkpoints(tmp_path / name)] == [2]
+        assert [code for code, _ in ended(start(forks, [(*rank[name], "--resume", "auto")] * 2))] == [0, 0]
+        weights = [(tmp_path / run / "sae_weights.safetensors").read_bytes() for run in ("whole", name)]
+        assert weights[0] == weights[1]
+        inner = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        assert inner == {"step_00000004", "step_00000006", "step_00000008"}
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def save(
     kept = list_checkpoints(folder)[-run.config.keep :]
     if run.config.keep_best:
         kept.append(best_checkpoint(folder) or path)
-    for old in list_checkpoints(folder):
+    for old in _step_folders(folder):  # also those of which a killed process has removed a part
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
     return path
@@ -194,8 +194,12 @@ def _remedy(path: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run's folder, oldest first."""
+    return [path for path in _step_folders(folder) if (path / STATE).is_file()]
+
+
+def _step_folders(folder: Path) -> list[Path]:
     found = (folder / CHECKPOINTS).glob("step_*") if (folder / CHECKPOINTS).is_dir() else ()
-    return sorted(p for p in found if _NAME.fullmatch(p.name) and (p / STATE).is_file())
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def read_state(path: Path, shards: Alone = ALONE) -> Fields:

@@ -29,6 +29,7 @@ from test_train_resume import assert_same
 
 import sae_granary.models.pooled  # noqa: F401
 from sae_granary import open_cache, resume_training
+from sae_granary.cache.errors import IncompleteCacheError
 from sae_granary.cache.read.verify import verify
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.replay.add import add_hooks
@@ -50,7 +51,7 @@ DAMAGED = (
 class Growth:
     """What happens to the cache of a config, again and again from the state `before`."""
 
-    what: str  # extend, add or repair
+    what: str  # extend, add, repair, or join: blocks become a cache
     config: HarvestConfig  # of the cache; its `max_tokens` is what an extension goes on to
     root: Path  # holds `before`
 
@@ -64,8 +65,8 @@ class Growth:
         shutil.copytree(self.root / "before", self.path)
 
     def act(self) -> None:
-        if self.what == "extend":
-            harvest_activations(replace(self.config, extend=True), quiet=True)
+        if self.what in ("extend", "join"):
+            harvest_activations(replace(self.config, extend=self.what == "extend"), quiet=True)
         elif self.what == "add":
             add_hooks(self.path, WhereConfig(layers=(2,)), quiet=True)
         else:
@@ -78,6 +79,10 @@ class Growth:
             for name, data in states["after"].items():
                 assert now.get(name) in (data, states["before"].get(name)), name
             assert find_damage(self.path) or now.items() >= states["after"].items()
+            return
+        if self.what == "join":
+            with contextlib.suppress(IncompleteCacheError):
+                assert verify(open_cache(self.path).path).ok
             return
         cache = open_cache(self.path)
         seen = (cache.n_rows, tuple(cache.hook_points))
@@ -228,7 +233,7 @@ def main(root: Path, whats: str, every: int | None, n_random: int) -> None:
         begin = time.monotonic()
         growth.start()
         before = contents(growth.path)
-        seen = {child(lambda g=growth: seen_of(g.path))} if what != "repair" else set()
+        seen = {child(lambda g=growth: seen_of(g.path))} if what not in ("repair", "join") else set()
         if every != 0 and what == "extend":  # which leaves threads of pyarrow
             import_all(growth)
         elif every != 0:  # so that no fork has to import and prepare what it uses

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harvest_kit import CutOff
 from kill_kit import damage
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_train_grown import SETTINGS
@@ -38,6 +39,27 @@ def growths(config: HarvestConfig, tmp_path: Path, request: pytest.FixtureReques
     return tmp_path
 
 
+@pytest.fixture
+def unjoined(config: HarvestConfig, tmp_path: Path) -> Path:
+    """The same of a harvest in blocks and its extension, whose blocks are complete and not joined."""
+    config = replace(config, block_docs=6, max_tokens=220)
+
+    def stop(*_: object) -> None:
+        raise CutOff
+
+    for what, n_rows in (("join", None), ("extend", 100)):
+        if n_rows is not None:
+            shutil.rmtree(config.out_path)
+            harvest(config, max_tokens=n_rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sae_granary.harvest.ranks.work.join", stop)
+            with pytest.raises(CutOff):
+                harvest(config, extend=n_rows is not None)
+        shutil.copytree(config.out_path, tmp_path / what / "before")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    return tmp_path
+
+
 def killed(root: Path, whats: str, every: int | str, n_random: int) -> None:
     run_kit("kill_kit.py", root, whats, every, n_random)
 
@@ -57,6 +79,14 @@ def test_a_killed_repair_ends_with_the_same_bytes(growths: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_extension_and_addition_end_with_the_same_bytes(growths: Path) -> None:
     killed(growths, "extend,add", 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "every", "n_random"), [("join", 20, 5), ("extend", "none", 6)])
+def test_a_killed_join_of_blocks_ends_with_the_same_bytes(
+    unjoined: Path, what: str, every: int | str, n_random: int
+) -> None:
+    killed(unjoined, what, every, n_random)
 
 
 @pytest.mark.slow

@@ -159,7 +159,8 @@ def locked(path: Path) -> FolderLock:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what a writer left that was killed between its last write and its end."""
-    if not (path / TEMPORARY).exists() and not (path / LOCK).exists():
+    left = [path / TEMPORARY, path / LOCK, *path.glob(f"{files.TEMP_PREFIX}*")]
+    if not any(place.exists() for place in left):
         return
     # A read-only cache, or its writer is just about to end.
     with contextlib.suppress(OSError, CacheLockedError), locked(path):

@@ -41,6 +41,7 @@ LAYER = 3
 GRID = {"type": ["topk", "batchtopk"], "k": [16, 32], "seed": [0, 1]}
 EVERY = 10  # steps between two lines of metrics
 SAELENS_PRODUCTS = {"topk": 9.16, "batchtopk": 12.81}  # encoder products per step, with our malloc setting: PEERS.md
+BATCHED_GRID = {"type": ["topk"], "k": [16, 32], "seed": [0, 1, 2, 3]}
 NEVER = 10**9  # rows after which a latent is dead: AuxK stays off, as in the steps alone
 
 
@@ -69,24 +70,28 @@ def _harvest(path: Path, n_tokens: int) -> float:
     return n_tokens / harvest_activations(config, quiet=True).seconds
 
 
-def tables(cache: Path, rows_per_second: float, size: Size, device: str = "auto") -> str:
-    """Return the tables of a sweep on a cache that was harvested at a given speed; its runs are written beside it."""
+def tables(cache: Path, rows_per_second: float, size: Size, device: str = "auto", *, batched: bool = False) -> str:
+    """Return the tables of a sweep on a cache that was harvested at a given speed; its runs are written beside it.
+
+    `batched`: one of topk SAEs that share passes.
+    """
+    grid = BATCHED_GRID if batched else GRID
     settings = {"cache": str(cache), "d_sae": size.d_sae, "batch_size": size.batch, "steps": size.steps}
     settings |= {"dead_after_tokens": NEVER, "log_every": EVERY, "eval_rows": size.batch, "warmup_steps": 0}
     settings |= {"save_every": 0, "device": device}
-    where = {"runs_dir": str(cache.parent), "name": "sweep"}
-    plan = plan_sweep(GRID, settings, **where)
+    where = {"runs_dir": str(cache.parent), "name": "batched" if batched else "sweep"}
+    plan = plan_sweep(grid, settings, batched=batched, **where)
     runs = [RunData.reopen(entry.config, group.record) for group in plan.groups for entry in group.entries]
     with Loader(runs[0].cache, batch_size=size.batch, device=runs[0].config.device) as loader:
         batches = (batch.x for batch in loader if isinstance(batch.x, Tensor))
         clock = _Clock(_alone(runs, next(batches)), batches)
         with tuned_process("auto"):
-            result = train_sweep(GRID, settings, **where, reporter=clock)
+            result = train_sweep(grid, settings, batched=batched, **where, reporter=clock)
     assert not result.failures, result.failures
     product, n = clock.alone("product"), len(plan.entries)
     total = sum(clock.alone(entry.name) for entry in plan.entries)
     shape = f"d_in {runs[0].cache.hook(runs[0].config.hook[0]).d_in}, d_sae {size.d_sae}, batch {size.batch}"
-    title = f"Sweep: {n} SAEs of {shape}, fp32, {size.steps} steps."
+    title = f"{'Batched sweep' if batched else 'Sweep'}: {n} SAEs of {shape}, fp32, {size.steps} steps."
     rows = [[f"{n} steps alone (limit)", f"{total * 1e3:.0f}", "1.00"]]
     rows.append(["one step of the sweep: loading, logging, measuring", f"{clock.per_step * 1e3:.0f}"])
     rows[-1].append(f"{clock.per_step / total:.2f}")

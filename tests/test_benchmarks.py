@@ -31,7 +31,10 @@ def test_a_sweep_is_timed_beside_its_steps_alone(
     make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "GRID", {"type": ["topk", "batchtopk"], "k": [4]})
-    table = sweep.tables(make_cache(d_in=32), 1000.0, sweep.Size(d_sae=64, batch=128, steps=20), "cpu")
+    monkeypatch.setattr(sweep, "BATCHED_GRID", {"type": ["topk"], "k": [4], "seed": [0, 1]})
+    cache, size = make_cache(d_in=32), sweep.Size(d_sae=64, batch=128, steps=20)
+    assert "Batched sweep: 2 SAEs of d_in 32" in sweep.tables(cache, 1000.0, size, "cpu", batched=True)
+    table = sweep.tables(cache, 1000.0, size, "cpu")
     assert "2 SAEs of d_in 32, d_sae 64, batch 128, fp32, 20 steps" in table
     assert re.search(r"\| 2 steps alone \(limit\) +\| +\d+ +\| 1\.00", table), table
     assert re.search(r"\| one step of the sweep.* \| +\d+ +\| \d+\.\d\d", table), table

@@ -16,6 +16,7 @@ from sae_granary.train.loop import StepResult, train_step
 from sae_granary.train.optim.optimizers import load_state_tensors, state_tensors
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.step_input import RowInput
+from sae_granary.train.sweeps.batched import _Stack
 
 D_IN, D_SAE, N_ROWS, N_STEPS = 20, 16, 6, 2  # d_in: more than a column block
 
@@ -81,6 +82,22 @@ def test_a_step_leaves_what_torchs_optimizer_leaves(
         assert mine.measured.grad_norms == pytest.approx(dict(other.measured.grad_norms), rel=1e-4, abs=1e-6)
     assert got.keys() == expected.keys()
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5, equal_nan=True)
+
+
+def test_saes_of_a_sweep_that_share_a_pass_leave_what_each_alone_leaves() -> None:
+    states = []
+    for kernels in ("eager", "triton"):
+        choose(kernels)
+        device = DEVICE if kernels == "triton" else "cpu"
+        runs = [make_run("topk", device, dead_after_tokens=10**9, log_every=100, grad_clip=1e-3) for _ in range(2)]
+        for seed in range(2):
+            if seed and kernels == "triton":
+                _Stack(runs).prepare(batch("topk", seed, device))
+                assert all(run.prepared is not None for run in runs)
+            for run in runs:
+                assert train_step(run, batch("topk", seed, device), measure=not seed).accepted
+        states.append({f"{i}/{key}": p.cpu() for i, run in enumerate(runs) for key, p in run.sae.state_dict().items()})
+    torch.testing.assert_close(states[1], states[0], rtol=2e-4, atol=2e-5, equal_nan=True)
 
 
 def test_other_optimizers_update_the_weights_themselves() -> None:

@@ -9,6 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from sae_granary.cache.errors import CacheError
+from sae_granary.cache.load.loader import Batch
+from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.cache.remote.store import CONTINUES
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.data.streams import RunStream
@@ -17,22 +19,28 @@ from sae_granary.train.trainer import Result, Trainer
 
 T = TypeVar("T")
 OnFailure = Callable[[Trainer, Exception], None]
+Prepare = Callable[[Sequence[Trainer], Batch | Contexts], None]
 
 
 def train_together(
-    trainers: Sequence[Trainer], stop: StopRequest, on_failure: OnFailure | None = None
+    trainers: Sequence[Trainer],
+    stop: StopRequest,
+    on_failure: OnFailure | None = None,
+    prepare: Prepare = lambda trainers, batch: None,
 ) -> dict[Trainer, Result]:
     """Train all on one stream of batches (equal `RunData.stream_key`), then finish each.
 
-    One that raises is reported to `on_failure` and left out; without it the exception is raised.
-    Raises InterruptedRunError when asked to stop, after a checkpoint of each.
+    `prepare` sees each batch before it is taken. One that raises is reported to `on_failure` and left out; without it
+    the exception is raised. Raises InterruptedRunError when asked to stop, after a checkpoint of each.
     """
-    return _Together(trainers, stop, on_failure).execute()
+    return _Together(trainers, stop, on_failure, prepare).execute()
 
 
 class _Together:
-    def __init__(self, trainers: Sequence[Trainer], stop: StopRequest, on_failure: OnFailure | None) -> None:
-        self._left, self._stop, self._on_failure = list(trainers), stop, on_failure
+    def __init__(
+        self, trainers: Sequence[Trainer], stop: StopRequest, on_failure: OnFailure | None, prepare: Prepare
+    ) -> None:
+        self._left, self._stop, self._on_failure, self._prepare = list(trainers), stop, on_failure, prepare
 
     def execute(self) -> dict[Trainer, Result]:
         self._stop.defer()  # from here on a signal waits for a checkpoint
@@ -63,6 +71,7 @@ class _Together:
                     self._save(active, error)
                     raise
                 waited = (time.perf_counter() - before) / len(active)
+                self._prepare(active, batch)
                 for trainer in active:
                     self._attempt(trainer, partial(trainer.take, batch, waited))
                 step += 1

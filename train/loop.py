@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.gradients import add_rows, clip, clipped, is_finite, norm_of_all, norms_by_name
+from sae_granary.train.optim.asked import Asked, Gradients
+from sae_granary.train.optim.gradients import add_rows, clip, clipped, is_finite, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -79,19 +80,13 @@ def train_step(run: Run, batch: StepInput, *, measure: bool = False) -> StepResu
 
 def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
     sae, config = run.sae, run.config
-    progress = Progress(run.step, run.n_steps)
-    sae.begin_step(progress)
-    before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-    with _undone_without_memory(sae, before):
-        gradients = _gradients(run, batch, progress, measure=measure)
-        if gradients is not None and not gradients.fits:
-            _restore(sae, before)
-            gradients = _gradients(run, batch, progress, measure=measure, exact=True)
-    if gradients is None or not gradients.finite:
-        # Earlier micro-batches of a rejected batch changed counters and thresholds.
-        _restore(sae, before)
-        return StepResult(accepted=False)
-    measured = gradients.measured
+    gradients, run.prepared = run.prepared, None
+    losses: Mapping[str, Tensor] = {}
+    measured: _Measured | None = None
+    if gradients is None:
+        if (taken := _take(run, batch, measure=measure)) is None:
+            return StepResult(accepted=False)
+        gradients, losses, measured = taken.gradients, taken.losses, taken.measured
     grad_norms = norms_by_name(sae, gradients.norms) if measured is not None else {}
     set_lr(run.optimizer, run.lr)
     run.row_pass.step(clip(run.row_pass.others(clipped(sae)), config.grad_clip, gradients.norm_in_units))
@@ -99,27 +94,38 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
         sae.after_step()
     if measured is None:
         return StepResult(True, grad_norm=gradients.norm)
-    losses = sum_numbers(gradients.losses, sae.ranks)
+    sums = sum_numbers(losses, sae.ranks)
     details = sum_numbers(measured.details, sae.ranks, measured.evaluator.n_rows / batch.n_total)
-    return StepResult(True, gradients.norm, Measured(losses, details, grad_norms, measured.evaluator.of_all(sae.ranks)))
+    return StepResult(True, gradients.norm, Measured(sums, details, grad_norms, measured.evaluator.of_all(sae.ranks)))
 
 
 @dataclass(frozen=True, eq=False)
-class _Gradients:
-    """What is known of a step whose gradients are in `.grad`, unclipped."""
+class _Taken:
+    """A forward and backward pass, whose gradients are in `.grad`, unclipped."""
 
+    gradients: Gradients
     losses: Mapping[str, Tensor]
     measured: _Measured | None
-    finite: bool
-    fits: bool  # whether all selections had enough room; if not, the gradients are wrong
-    norm: float
-    norms: Mapping[nn.Parameter, Tensor]  # of those that are known, without the parts along unit-norm rows
-    norm_in_units: float  # norm of the gradients of the loss in its own units
 
 
-def _gradients(
-    run: Run, batch: StepInput, progress: Progress, *, measure: bool, exact: bool = False
-) -> _Gradients | None:
+def _take(run: Run, batch: StepInput, *, measure: bool) -> _Taken | None:
+    """Compute the gradients of a batch; None, and the run as before, where something is not finite."""
+    sae, progress = run.sae, Progress(run.step, run.n_steps)
+    sae.begin_step(progress)
+    before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    with _undone_without_memory(sae, before):
+        taken = _gradients(run, batch, progress, measure=measure)
+        if taken is not None and not taken.gradients.fits:
+            _restore(sae, before)
+            taken = _gradients(run, batch, progress, measure=measure, exact=True)
+    if taken is None or not taken.gradients.finite:
+        # Earlier micro-batches of a rejected batch changed counters and thresholds.
+        _restore(sae, before)
+        return None
+    return taken
+
+
+def _gradients(run: Run, batch: StepInput, progress: Progress, *, measure: bool, exact: bool = False) -> _Taken | None:
     """Forward, backward, projection, norm; None where the host has already seen NaN or Inf.
 
     On a GPU the host waits once, at the end: while the device then updates the weights, the host can prepare the
@@ -134,18 +140,9 @@ def _gradients(
     if losses is None:
         return None
     sum_gradients(sae, sae.ranks)
-    with run.row_pass.takes_over():
-        sae.project_gradients()
-    together, norms = clipped(sae), run.row_pass.norms(deferred)
-    norm = norm_of_all(sae, together, norms)
-    if deferred.failed(is_finite(norm)) or any(deferred.failed(ok) for ok in _are_finite(sae, but=together)):
+    if (asked := Asked.of(run)) is None:
         return None
-    # A clip of 1 is published for the loss in its own units, where E|x|^2 = d: the unit is put back.
-    in_units = norm * sae.core.loss_scale.unit
-    held, fits, (norm_read, norm_in_units, n_dead) = deferred.read(norm, in_units, sae.dead_mask.sum())
-    deferred.remember_count("dead", sae.core.num_tokens_since_fired, int(n_dead))
-    fits = sae.shards.all(sae.ranks.all(fits))
-    return _Gradients(losses, measured, held, fits, norm_read, norms, norm_in_units)
+    return _Taken(asked.answered(run, deferred.read(*asked.numbers)), losses, measured)
 
 
 def _problem(sae: SAE, batch: StepInput) -> str:
@@ -155,12 +152,6 @@ def _problem(sae: SAE, batch: StepInput) -> str:
     named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
     bad = [name for name, grad in named if not bool(torch.isfinite(grad).all())]
     return f"its rows are sound, but {f'the gradient of {bad[0]}' if bad else 'the loss'} is NaN or Inf"
-
-
-def _are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
-    """Whether each gradient is finite that is excluded from the global norm."""
-    seen = {id(p) for p in but}
-    return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
 
 class StepTooLargeError(torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""A sweep of eight against the sum of its steps alone, and whether one product for all would be faster."""
+"""Sweeps of eight, plain and batched, against the sum of their steps alone, and one product for all encoders."""
 
 import torch
 
@@ -13,9 +13,10 @@ N_SAES = 8
 
 
 def run(at: Place) -> bool:
-    """Two tables."""
+    """A sweep, a batched one, and products."""
     d_in, size = (32, Size(128, 256, 20)) if at.tiny else (768, Size(12_288, 8192, 200))
-    print(f"{sweep.tables(cache_of(at), 200_000.0, size, at.device)}\n", flush=True)
+    for batched in (False, True):
+        print(f"{sweep.tables(cache_of(at), 200_000.0, size, at.device, batched=batched)}\n", flush=True)
     if not at.tiny:
         print(f"Peak memory, the steps alone included: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB.\n", flush=True)
     x = torch.randn(size.batch, d_in, device=at.device).bfloat16()

@@ -94,11 +94,18 @@ class Deferred:
 
     def read(self, *numbers: Tensor) -> Answers:
         """All answers, and scalars as float32: the only wait of a step."""
+        return self.answers(to_host(self.asked(*numbers)))
+
+    def asked(self, *numbers: Tensor) -> Tensor:
+        """What `read` reads, as a vector; several steps can be read together."""
         groups = [self._conditions, self._fits, self._shares, list(numbers)]
-        found = to_host(torch.stack([number.detach().to(torch.float32) for group in groups for number in group]))
-        ends = list(accumulate(map(len, groups), initial=0))
-        conditions, fits, self._last_shares, rest = (found[start:end] for start, end in pairwise(ends))
-        return Answers(all(conditions), all(fits), rest)
+        return torch.stack([number.detach().to(torch.float32) for group in groups for number in group])
+
+    def answers(self, found: list[float]) -> Answers:
+        """The answers in the values of what was asked."""
+        ends = list(accumulate(map(len, (self._conditions, self._fits, self._shares)), initial=0))
+        conditions, fits, self._last_shares = (found[start:end] for start, end in pairwise(ends))
+        return Answers(all(conditions), all(fits), found[ends[-1] :])
 
     def want_squares(self, matrices: Mapping[Tensor, bool]) -> None:
         """Ask the kernels of this step for the squared norms of the gradients of matrices (F, D).

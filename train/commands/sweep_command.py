@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,13 @@ def sweep(
         list[str] | None,
         typer.Option("--grid", help="Values to combine: k=16,32,64. `seed` varies the initialization. Repeatable."),
     ] = None,
+    batched: Annotated[
+        bool,
+        typer.Option(
+            "--batched/--no-batched",
+            help="Let topk SAEs of equal shape share the passes over their latents. For GPUs; equal up to rounding.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     verify: Verify = False,
@@ -42,7 +50,7 @@ def sweep(
     """
     with errors(debug, stage):
         axes, common = grid_of(read_flags(), grid or [])
-        train_grid(axes, common, overwrite=overwrite, verify=verify, quiet=quiet, dry_run=dry_run)
+        train_grid(axes, common, overwrite=overwrite, verify=verify, quiet=quiet, dry_run=dry_run, batched=batched)
 
 
 def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,15 +104,16 @@ def train_grid(
     quiet: bool,
     verify: bool = False,
     dry_run: bool = False,
+    batched: bool = False,
 ) -> None:
     """Train a grid and print its table, or print its plan."""
     from sae_granary.train.sweeps.sweep import plan_sweep, train_sweep
 
     if dry_run:
-        show_plan(plan_sweep(axes, common))
+        show_plan(plan_sweep(axes, common, batched=batched))
         return
-    device = str(common.get("device") or "auto")
-    _show(lambda **options: train_sweep(axes, common, overwrite=overwrite, verify=verify, **options), quiet, device)
+    start = partial(train_sweep, axes, common, overwrite=overwrite, verify=verify, batched=batched)
+    _show(start, quiet, str(common.get("device") or "auto"))
 
 
 def resume_grid(folder: Path, quiet: bool, cache: Path | None = None, lm: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """Norms of gradients, clipping by the global one, and gradients of single latents."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -34,6 +34,12 @@ def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.
 def is_finite(number: Tensor) -> Tensor:
     """Whether a float32 scalar is neither NaN nor Inf. `torch.isfinite` launches twice as many kernels."""
     return number.detach().abs() <= torch.finfo(number.dtype).max
+
+
+def are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
+    """Whether each gradient is finite that is excluded from the global norm."""
+    seen = {id(p) for p in but}
+    return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
 
 
 def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:

@@ -21,6 +21,10 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         self._here += time.perf_counter() - self._since
 
+    def add(self, seconds: float) -> None:
+        """Add this run's share of seconds that several spent together."""
+        self._here += seconds
+
     def wait(self, seconds: float) -> None:
         """Add seconds spent on waiting for a batch."""
         self._here += seconds

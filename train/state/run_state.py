@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from sae_granary.train.optim.schedule import Schedule
 from sae_granary.train.state.density import Density
 from sae_granary.train.state.patience import Patience
 from sae_granary.train.state.rng import Rng
+
+if TYPE_CHECKING:
+    from sae_granary.train.optim.asked import Gradients
 
 
 @dataclass(eq=False)
@@ -42,6 +46,7 @@ class Run:
     def __post_init__(self) -> None:
         self.density = Density.of(self.sae.config.d_sae)  # firing rates since the last histogram
         self.deferred = Deferred()
+        self.prepared: Gradients | None = None  # of the next step, where `sweeps.batched` has computed them
         self.row_pass = RowPass(self.sae, self.optimizer)
 
     @classmethod

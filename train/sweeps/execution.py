@@ -29,6 +29,7 @@ from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.sinks.registry import open_sinks
 from sae_granary.train.sinks.sink import Sinks
+from sae_granary.train.sweeps.batched import Batched
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.results import SweepResult, read_failure, sweep_rows, write_results
 from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, save_plan
@@ -134,7 +135,8 @@ class SweepExecution:
         for first in range(0, len(left), most):
             with ExitStack() as stack:
                 trainers = self._open(left[first : first + most], group, stack)
-                for trainer in train_together(trainers, self.stop, self._fail):
+                prepare = {"prepare": Batched()} if self.plan.batched else {}
+                for trainer in train_together(trainers, self.stop, self._fail, **prepare):
                     self.reporter.ended(trainer.folder.name, "complete")
             del trainers
         gc.collect()

@@ -47,7 +47,7 @@ def default_sweep_name(points: Sequence[Point], request: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
-def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
+def make_plan(points: Sequence[Point], folder: Path, request: str, *, batched: bool = False) -> Plan:
     """Resolve every point against the cache and group them.
 
     Raises what `RunData.open` raises, and ConfigError for what does not fit.
@@ -68,9 +68,9 @@ def make_plan(points: Sequence[Point], folder: Path, request: str) -> Plan:
     if equal:
         notes.append(f"{equal} of {len(points)} points equal others: {len(members)} SAEs are trained")
     planned = _unique_names(list(members.values()))
-    groups, more = groups_of(planned)
+    groups, more = groups_of(planned, batched=batched)
     _check_disk([entry.config for _, entry in planned])
-    return Plan(folder.name, request, tuple(groups), (*notes, *more))
+    return Plan(folder.name, request, tuple(groups), (*notes, *more), batched)
 
 
 def _name(config: TrainConfig, varied: Mapping[str, Any]) -> str:

@@ -17,14 +17,14 @@ from sae_granary.train.memory.footprint import MARGIN, Footprint, estimate, fit_
 from sae_granary.train.sweeps.sweep_plan import Entry, Group
 
 
-def groups_of(members: Sequence[tuple[RunData, Entry]]) -> tuple[list[Group], list[str]]:
-    """One group per stream, or several where the memory does not hold all of its SAEs."""
+def groups_of(members: Sequence[tuple[RunData, Entry]], *, batched: bool = False) -> tuple[list[Group], list[str]]:
+    """One group per stream, or several where the memory does not hold all of its SAEs; `batched`: with their steps."""
     by_stream: dict[Any, list[tuple[RunData, Entry]]] = {}
     for data, entry in members:
         by_stream.setdefault(data.stream_key, []).append((data, entry))
     groups, notes = [], []
     for stream in by_stream.values():
-        fitting, note = _fit(stream)
+        fitting, note = _fit(stream, batched=batched)
         notes += note
         for part in fitting:
             first = part[0][0]
@@ -36,7 +36,7 @@ def groups_of(members: Sequence[tuple[RunData, Entry]]) -> tuple[list[Group], li
     return groups, notes
 
 
-def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, Entry]]], list[str]]:
+def _fit(stream: list[tuple[RunData, Entry]], *, batched: bool) -> tuple[list[list[tuple[RunData, Entry]]], list[str]]:
     device = stream[0][0].config.device
     there = available_memory(device)
     if there is None:
@@ -49,6 +49,8 @@ def _fit(stream: list[tuple[RunData, Entry]]) -> tuple[list[list[tuple[RunData, 
             size if size.total > usable else _measured(data, known)
             for (data, _), size in zip(stream, sizes, strict=True)
         ]
+    if batched:  # all have gradients at a time
+        sizes = [Footprint(size.total, 0) for size in sizes]
     alone = [size.total <= usable for size in sizes]
     if not all(alone):
         entry, size = next((e, s) for (_, e), s, fits in zip(stream, sizes, alone, strict=True) if not fits)

@@ -42,22 +42,26 @@ class _Request:
     points: Sequence[Point]
     hash: str
     folder: Path
+    batched: bool = False
 
     @classmethod
-    def of(cls, grid: Mapping[str, Any], settings: Mapping[str, Any]) -> _Request:
+    def of(cls, grid: Mapping[str, Any], settings: Mapping[str, Any], *, batched: bool = False) -> _Request:
         common = Settings(settings).only(settings.keys() - {"name", "runs_dir"})
         points = expand(check_grid(grid), common)
         request = request_of(points)
         name = settings.get("name") or default_sweep_name(points, request)
-        return cls(points, request, Path(settings.get("runs_dir") or "runs") / check_name(str(name)))
+        folder = Path(settings.get("runs_dir") or "runs") / check_name(str(name))
+        return cls(points, f"{request}-batched" if batched else request, folder, batched)
 
     def plan(self) -> Plan:
-        return make_plan(self.points, self.folder, self.hash)
+        return make_plan(self.points, self.folder, self.hash, batched=self.batched)
 
 
-def plan_sweep(grid: Mapping[str, Any], settings: Mapping[str, Any] | None = None, **more: Any) -> Plan:
+def plan_sweep(
+    grid: Mapping[str, Any], settings: Mapping[str, Any] | None = None, *, batched: bool = False, **more: Any
+) -> Plan:
     """What `train_sweep` would do; writes nothing. Raises ConfigError, CacheError, SAEError."""
-    return _Request.of(grid, Settings(settings or {}, more)).plan()
+    return _Request.of(grid, Settings(settings or {}, more), batched=batched).plan()
 
 
 def train_sweep(
@@ -67,6 +71,7 @@ def train_sweep(
     callbacks: MakeCallbacks | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    batched: bool = False,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
     **more: Any,
@@ -76,7 +81,8 @@ def train_sweep(
     Settings are those of `train_sae`, for all points; `seed` in a grid is the initialization's. Called again with the
     same settings it continues: complete SAEs are kept, the others resume from their checkpoints. Other
     settings under the same name are refused. With `verify` the checksums of all files that are read are checked first.
-    `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`.
+    `callbacks` makes those of each SAE: `callbacks=lambda config: [Mine()]`. With `batched`, topk SAEs of equal shape
+    share the passes over their latents: equal up to rounding, and meant for GPUs.
 
     >>> from sae_granary import train_sweep
     >>> common = {"type": "topk", "d_sae": 768, "steps": 4, "batch_size": 256, "device": "cpu", "name": "ks"}
@@ -87,7 +93,7 @@ def train_sweep(
     Raises ConfigError, CacheError or SAEError before anything is written, RunExistsError for other settings.
     """
     _check_callbacks(callbacks)
-    request = _Request.of(grid, Settings(settings or {}, more))
+    request = _Request.of(grid, Settings(settings or {}, more), batched=batched)
     begin = partial(_begin, request, overwrite=overwrite, verify=verify)
     return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop)
 

@@ -17,6 +17,7 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.folders import PLAN, check_name
 
 PLAN_VERSION = 2  # since 2 with a checksum
+BATCHED_VERSION = 3  # of plans whose groups are batched, which older versions would train in other numbers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
     request: str  # hash of what was asked for: another request is another sweep
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()
+    batched: bool = False  # the SAEs of a group share passes: see `sweeps.batched`
 
     @property
     def entries(self) -> list[Entry]:
@@ -65,7 +67,8 @@ def save_plan(plan: Plan, folder: Path) -> None:
         }
         for group in plan.groups
     ]
-    content = {"version": PLAN_VERSION, "name": plan.name, "request": plan.request, "notes": list(plan.notes)}
+    version = BATCHED_VERSION if plan.batched else PLAN_VERSION
+    content = {"version": version, "name": plan.name, "request": plan.request, "notes": list(plan.notes)}
     write_signed(folder / PLAN, {**content, "groups": groups})
 
 
@@ -74,11 +77,13 @@ def load_plan(folder: Path) -> Plan:
     path = folder / PLAN
     missing = f"{folder} holds no sweep: {PLAN} is missing"
     content = RunFields.of_file(path, "restore it from a copy, or start a new sweep", missing=missing, signed_since=2)
-    if content.body.get("version") not in (1, PLAN_VERSION):
-        raise NotARunError(f"{path} has version {content.body.get('version')!r}, this one reads {PLAN_VERSION}")
+    version = content.body.get("version")
+    if version not in (1, PLAN_VERSION, BATCHED_VERSION):
+        raise NotARunError(f"{path} has version {version!r}, this one reads {PLAN_VERSION} and {BATCHED_VERSION}")
     try:
         groups = content.objects("groups", _group)
-        return Plan(content.get("name", str), content.get("request", str), groups, tuple(content.get("notes", list)))
+        notes, batched = tuple(content.get("notes", list)), version == BATCHED_VERSION
+        return Plan(content.get("name", str), content.get("request", str), groups, notes, batched)
     except NotARunError:
         raise
     except (GranaryError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -22,6 +22,7 @@ from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.device import sums as device_sums
 from sae_granary.harvest.device.host import HostCopier, Places
 from sae_granary.harvest.device.sums import SumsOnDevice, same_sums
+from sae_granary.harvest.progress import summary_rows
 from sae_granary.harvest.run import cache_spec, harvest_activations
 from sae_granary.models.tokens.contexts import WindowRules, make_window
 
@@ -157,6 +158,8 @@ def test_a_staged_harvest_is_the_same_also_when_it_is_cut(tmp_path: Path, monkey
         thread.join(10)  # the one that tokenized ahead
         assert not thread.is_alive()
     assert {stage for stage, _ in result.busy} == {"tokenizer", "model", "copy", "write"}
+    busiest = max(result.busy, key=lambda stage: stage[1])[0]
+    assert dict(summary_rows(result))["limit"].startswith(f"{busiest} ")  # what a faster disk, or model, would help
     assert len(n_summed) == n_alone if dtype == "int8" else len(n_summed) < n_alone / 4
     assert open_cache(out).n_rows == result.n_rows
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
-from sae_granary.train.optim.asked import Asked, Gradients
-from sae_granary.train.optim.gradients import add_rows, clip, clipped, is_finite, norms_by_name
+from sae_granary.train.optim.asked import Asked
+from sae_granary.train.optim.gradients import Gradients, add_rows, clip, clipped, is_finite, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured

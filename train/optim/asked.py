@@ -8,19 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sae_granary.sae_core.kernels.deferred import Answers
-from sae_granary.train.optim.gradients import are_finite, clipped, is_finite, norm_of_all
+from sae_granary.train.optim.gradients import Gradients, are_finite, clipped, is_finite, norm_of_all
 from sae_granary.train.state.run_state import Run
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """What is known of gradients that are in `.grad`, unclipped."""
-
-    finite: bool
-    fits: bool  # whether all selections had enough room; if not, the gradients are wrong
-    norm: float
-    norms: Mapping[nn.Parameter, Tensor]  # of those that are known, without the parts along unit-norm rows
-    norm_in_units: float  # norm of the gradients of the loss in its own units
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Norms of gradients, clipping by the global one, and gradients of single latents."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,17 @@ from sae_granary.sae_core import SAE
 from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.kernels.sparse import add_rows_and_squares
 from sae_granary.sae_core.ranks.sharded import latent_axis
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What is known of gradients that are in `.grad`, unclipped."""
+
+    finite: bool
+    fits: bool  # whether all selections had enough room; if not, the gradients are wrong
+    norm: float
+    norms: Mapping[nn.Parameter, Tensor]  # of those that are known, without the parts along unit-norm rows
+    norm_in_units: float  # norm of the gradients of the loss in its own units
 
 
 def clipped(sae: SAE) -> list[nn.Parameter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,15 +14,13 @@ from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
+from sae_granary.train.optim.gradients import Gradients
 from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
 from sae_granary.train.optim.row_pass import RowPass
 from sae_granary.train.optim.schedule import Schedule
 from sae_granary.train.state.density import Density
 from sae_granary.train.state.patience import Patience
 from sae_granary.train.state.rng import Rng
-
-if TYPE_CHECKING:
-    from sae_granary.train.optim.asked import Gradients
 
 
 @dataclass(eq=False)

@@ -3,8 +3,10 @@
 import argparse
 import os
 
+from sae_granary.common.process import SPIN_COUNT
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded, as the commands do (common.process)
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch is loaded, as the commands do
 
 from benchmarks import harvest_speed, loader_speed, machine, step_speed, sweep, writer_speed
 

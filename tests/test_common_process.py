@@ -111,7 +111,7 @@ def test_a_mean_gradient_that_fades_becomes_zero_within_and_not_outside() -> Non
 
 
 @pytest.mark.parametrize(("given", "expected"), [
-    ({}, "10000"),
+    ({}, "1000"),
     ({"GOMP_SPINCOUNT": "7"}, "7"),
     ({"OMP_WAIT_POLICY": "active"}, "None"),
 ])  # fmt: skip

@@ -29,9 +29,9 @@ from sae_granary.common.threads import waiting
 DENORMAL = 1e-40
 MAX_OPEN_FILES = 1 << 16  # asked for, where the system allows more
 
-# Times that a thread looks again before it sleeps: no slower on a machine that is otherwise idle, and half as long a
+# Times that a thread looks again before it sleeps: no slower on a machine that is otherwise idle, and a tenth as long a
 # step on one that is not (benchmarks/RESULTS.md).
-SPIN_COUNT = "10000"
+SPIN_COUNT = "1000"
 
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

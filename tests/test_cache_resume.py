@@ -183,7 +183,7 @@ def test_without_clearing_uncommitted_files_a_resume_would_stop(whole, tmp_path,
 
 def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monkeypatch):
     events = []
-    real_sync, real_link = os.fsync, os.link
+    real_sync, real_link, real_mkdir = os.fsync, os.link, os.mkdir
 
     def sync(fd):
         events.append(("sync", os.readlink(f"/proc/self/fd/{fd}")))
@@ -193,8 +193,13 @@ def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monke
         events.append(("link", str(source), str(target)))
         real_link(source, target)
 
+    def mkdir(folder, *args):
+        real_mkdir(folder, *args)
+        events.append(("mkdir", str(folder)))
+
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "mkdir", mkdir)
     path = tmp_path / "toy"
     harvest(path)
     record = next(i for i, e in enumerate(events) if e[0] == "link" and e[2].endswith("commits/00000001.json"))
@@ -208,6 +213,8 @@ def test_data_is_synced_before_names_and_names_before_the_record(tmp_path, monke
     assert ("sync", events[record][1]) in events[:record]
     assert events[record + 1] == ("sync", str(path / "commits"))
     commits = [i for i, e in enumerate(events) if e[0] == "link" and "/commits/" in e[2]]
+    for folder in [f for f in path.rglob("*") if f.is_dir()]:
+        assert ("sync", str(folder.parent)) in events[events.index(("mkdir", str(folder))) : commits[0]], folder
     files = open_cache(path).records[1].files
     n_syncs = sum(e[0] == "sync" for e in events[commits[0] + 2 : commits[1] + 2])
     assert n_syncs == len(files) + len({os.path.dirname(name) for name in files}) + 2  # no more: each one is a wait

@@ -88,7 +88,9 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True, by_shard: bool = F
     place.mkdir(mode=0o700, exist_ok=True)
     _check_owner(place)
     hold_shared(place / IN_USE)
-    if not by_shard:
+    if by_shard:
+        (place / WHOLE).touch()  # locked while shards are dropped, so that no other process begins to read them
+    else:
         hold_shared(place / WHOLE)
     jobs = {
         holder.path / path: _Job(holder, path, entry, place / _name(cache, holder, path, entry))

@@ -46,7 +46,7 @@ class Session:
         clear_uncommitted(self.path, layout, n_shards)
         if not manifest.complete:
             self.write_zarr(layout, n_shards)
-        files.sync_folder(self.path)
+        sync_folders([self.path, *((self.path / folder).parent for folder in layout.folders)])
 
     def end(self, layout: CacheLayout, *, complete: bool) -> bool:
         """Remove the folder, and what was begun of a cache where nothing was committed: True in that case."""

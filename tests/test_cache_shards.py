@@ -15,12 +15,13 @@ from rank_kit import ended, start
 from safetensors.numpy import load_file
 from test_cache_travel import Faulty, faulty  # noqa: F401
 
-from sae_granary import open_cache, resume_training, train_sae, train_sweep
+from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.cache.convert import convert
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.load.loader import Loader, Shuffle, order_of
 from sae_granary.cache.remote import fetch
 from sae_granary.cache.remote.push import plan_push, push
+from sae_granary.cache.remote.shards import WHOLE
 from sae_granary.cache.remote.stage import staging
 from sae_granary.cache.remote.store import RemoteError
 from sae_granary.train.data import passes
@@ -186,11 +187,22 @@ def test_a_disk_of_this_machine_gets_groups_of_shards(cache, plain, tmp_path, mo
     assert weights(result.folder) == plain
     assert 0 < max(seen) <= bound
     assert 0 < len(activations(disk)) < len(open_cache(cache).shards)
+    assert list(disk.glob(f"*/{WHOLE}"))  # else who begins to read all copies could miss that some are dropped
 
 
-def test_a_sweep_reads_groups_of_shards(pushed, tmp_path) -> None:
+def test_a_sweep_reads_groups_of_shards_and_continues_after_a_failure(cache, pushed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+
+    def fails(event) -> None:
+        if event.step == 20:
+            pushed.faults = dict.fromkeys(range(1, 100_000), "error")
+
     common = {key: value for key, value in settings(tmp_path).items() if key not in ("name", "k")}
-    sweep = train_sweep({"k": [2, 3]}, **common, name="s")
+    told = r"after 6 tries: [^;]*; step \d+ is saved: `sae-train resume \S*/s` continues$"
+    with pytest.raises(RemoteError, match=told):
+        train_sweep({"k": [2, 3]}, **common, name="s", callbacks=lambda config: [fails])
+    pushed.faults = {}
+    sweep = resume_sweep(tmp_path / "runs/s")
     assert weights(next(sweep.folder.glob("*k3*"))) == weights(train_sae(**settings(tmp_path)).folder)
 
 

@@ -87,11 +87,13 @@ class _Together:
 
     def _save(self, active: Sequence[Trainer], error: CacheError) -> None:
         """Checkpoints where shards cannot be fetched; latents that ranks divide are saved by all of them or none."""
-        for trainer in active:
-            if trainer.data.cache.fetcher is not None and trainer.run.sae.shards.n == 1:
-                self._attempt(trainer, trainer.save)
-                told = str(error).removesuffix(CONTINUES)
-                error.args = (f"{told}; step {trainer.step} is saved: `sae-train resume {trainer.folder}` continues",)
+        saved = [t for t in active if t.data.cache.fetcher is not None and t.run.sae.shards.n == 1]
+        for trainer in saved:
+            self._attempt(trainer, trainer.save)
+        if saved:
+            folder = saved[0].folder if len(saved) == 1 else saved[0].folder.parent  # that of a sweep
+            told = f"{str(error).removesuffix(CONTINUES)}; step {saved[0].step} is saved"
+            error.args = (f"{told}: `sae-train resume {folder}` continues",)
 
     def _attempt(self, trainer: Trainer, action: Callable[[], T]) -> T | None:
         try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cache_kit import flip
 from command_kit import invoke
 from conftest import write_cache
 
@@ -12,12 +13,6 @@ from sae_granary.train.cli import app
 FLAGS = ["--cache", "toy", "--hook", "layer_1", "--type", "topk", "--steps", "2", "--batch-size", "64", "--d-sae", "16",
          "--k", "2", "--device", "cpu", "--quiet", "--verify"]  # fmt: skip
 COMMANDS = {"run": [], "sweep": ["--grid", "init_seed=0,1"]}
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[10] ^= 1
-    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

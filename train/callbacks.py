@@ -76,9 +76,6 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[AnyCallback] = ()) -> None:
         self._all = [c if isinstance(c, Callback) else _Function(c) for c in callbacks]
 
-    def __bool__(self) -> bool:
-        return bool(self._all)
-
     def on_step(self, event: StepEvent) -> dict[str, float]:
         """The metrics of all callbacks, as numbers."""
         out: dict[str, float] = {}

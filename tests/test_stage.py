@@ -1,12 +1,15 @@
 """`--stage`: what a training reads of a cache is copied to a disk of this machine once, checked, and read there."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,8 +167,24 @@ def test_room_is_made_from_copies_that_nobody_reads(
         "sae_granary.cache.remote.stage.free_bytes",
         lambda path: size - sum((disk / path).stat().st_size for path in copies(disk)),
     )
+    unlink, scandir, removed = os.unlink, os.scandir, list[str]()
+
+    def by_name(*place: Any) -> Any:  # the order of a listing is that of the file system
+        return contextlib.nullcontext(sorted(scandir(*place), key=lambda entry: str(entry.name)))
+
+    def stopped(path: str, **more: Any) -> None:  # after the file by which copies are found
+        if more and IN_USE in removed:  # of `shutil.rmtree`
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, **more)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "unlink", stopped)
+        patch.setattr(os, "scandir", by_name)
+        staged(cache, disk)
     staged(cache, disk)
-    assert {path.name[:3] for path in disk.iterdir()} == {"use", "toy"}
+    assert IN_USE in removed
+    assert {path.name[:3] for path in disk.iterdir() if any(path.rglob("c.*"))} == {"use", "toy"}
     shutil.copytree(cache, tmp_path / "more")
     with pytest.raises(Exception, match=r"no space in .*disk for what is read of .*more: [\d.]+ KiB needed, 0 B free"):
         staged(tmp_path / "more", disk)

@@ -174,7 +174,14 @@ def _make_room(place: Path, missing: Sequence[_Job], later: Sequence[_Job] = ())
         other = others.pop(0)
         with contextlib.suppress(OSError), try_alone(other / IN_USE) as alone:
             if alone:  # renamed first: a process that begins now must not find what is about to be removed
-                shutil.rmtree(other.rename(other.with_name(f"{other.name}.{secrets.token_hex(4)}")))
+                _remove(other.rename(other.with_name(f"{other.name}.{secrets.token_hex(4)}")))
+
+
+def _remove(place: Path) -> None:
+    """Remove copies; the file by which they are found goes last, so that others finish what a killed process began."""
+    for folder in [entry for entry in place.iterdir() if entry.is_dir()]:
+        shutil.rmtree(folder)
+    shutil.rmtree(place)
 
 
 def _last_used(place: Path) -> float:

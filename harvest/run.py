@@ -86,24 +86,31 @@ def harvest_activations(
         with CacheWriter.open(config.out_path, cache_spec(prepared), **options) as writer:
             if writer.complete:
                 return replace(_finished(prepared, writer), already_complete=not worked)
-            log = RunLog(config.out_path)
-            say = _both(progress.say, log.write)
-            _say_what_is_there(writer, say, extend=options["extend"])
-            try:
-                progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
-                if model is None:
-                    prepared, model = load(prepared, say)
-                _tell_behavior(prepared, writer)
-                stop.defer()
-                prepared = as_begun(prepared, writer.manifest.provenance)
-                told = extended_provenance(prepared, writer.manifest) if options["extend"] else None
-                ends = recorded_ends(writer.manifest)
-                return Pipeline(prepared, model, writer, progress, log, stop.check, Replay(told, ends)).run()
-            except BaseException as error:
-                log.write(f"stopped: {type(error).__name__}: {error}")
-                raise
-            finally:
-                log.close(keep=writer.n_shards > 0)
+            return _fill(prepared, model, writer, progress, stop, extend=options["extend"])
+
+
+def _fill(
+    prepared: Prepared, model: Model | None, writer: CacheWriter, progress: Progress, stop: StopRequest, *, extend: bool
+) -> HarvestResult:
+    """Harvest the rest of a cache that is not in blocks; what happens goes to its log."""
+    log = RunLog(writer.path)
+    say = _both(progress.say, log.write)
+    _say_what_is_there(writer, say, extend=extend)
+    try:
+        progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
+        if model is None:
+            prepared, model = load(prepared, say)
+        _tell_behavior(prepared, writer)
+        stop.defer()
+        prepared = as_begun(prepared, writer.manifest.provenance)
+        told = extended_provenance(prepared, writer.manifest) if extend else None
+        replay = Replay(told, recorded_ends(writer.manifest))
+        return Pipeline(prepared, model, writer, progress, log, stop.check, replay).run()
+    except BaseException as error:
+        log.write(f"stopped: {type(error).__name__}: {error}")
+        raise
+    finally:
+        log.close(keep=writer.n_shards > 0)
 
 
 def _say_what_is_there(writer: CacheWriter, say: Callable[[str], None], *, extend: bool) -> None:

@@ -230,7 +230,8 @@ def test_public_buckets_need_yes(cache, bucket):
     assert all(os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in data for data in files(cache).values())
 
 
-def test_training_from_the_server_equals_training_from_the_cache(tmp_path, bucket, monkeypatch):
+@pytest.mark.parametrize("shards", [None, 2])
+def test_training_from_the_server_equals_training_from_the_cache(tmp_path, bucket, monkeypatch, shards):
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -245,8 +246,8 @@ def test_training_from_the_server_equals_training_from_the_cache(tmp_path, bucke
     weights = []
     for place in (str(tmp_path / "c"), url):
         result = train_sae(
-            cache=place, type="topk", k=2, d_sae=32, steps=10, batch_size=64, device="cpu",
-            runs_dir=str(tmp_path / "runs" / str(len(weights))),
+            cache=place, type="topk", k=2, d_sae=32, steps=70, batch_size=64, device="cpu",
+            shuffle_shards=shards, pool_rows=300, runs_dir=str(tmp_path / "runs" / str(len(weights))),
         )  # fmt: skip
         weights.append(load_file(result.folder / "sae_weights.safetensors"))
     assert Proxy.count > 0

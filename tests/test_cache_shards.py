@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from test_cache_travel import Faulty, faulty  # noqa: F401
 
 from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
+from sae_granary.analyze.source import cache_of
 from sae_granary.cache.convert import convert
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.load.loader import Loader, Shuffle, order_of
@@ -24,6 +25,7 @@ from sae_granary.cache.remote.push import plan_push, push
 from sae_granary.cache.remote.shards import WHOLE
 from sae_granary.cache.remote.stage import staging
 from sae_granary.cache.remote.store import RemoteError
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.data import passes
 from sae_granary.train.errors import CheckpointError
 from sae_granary.train.state.identity import check_identity
@@ -121,6 +123,8 @@ def test_the_same_weights_from_a_url_within_the_bound(cache, pushed, copies, pla
     assert len(set(late)) == len(open_cache(cache).shards) > 8
     assert len(late) > len(set(late))  # dropped, and fetched again
     assert f"cache: {URL}" in (result.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="name it: --cache"):
+        cache_of(result.folder)  # the copy is no whole cache
     assert "shuffle_shards" in json.loads((result.folder / "run.json").read_text())["order"]
 
 

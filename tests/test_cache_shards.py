@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,8 +27,9 @@ from sae_granary.cache.remote.shards import WHOLE
 from sae_granary.cache.remote.stage import staging
 from sae_granary.cache.remote.store import RemoteError
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.signals import StopRequest
 from sae_granary.train.data import passes
-from sae_granary.train.errors import CheckpointError
+from sae_granary.train.errors import CheckpointError, InterruptedRunError
 from sae_granary.train.state.identity import check_identity
 
 URL = "faulty://b/c"
@@ -255,6 +257,29 @@ def test_a_loader_that_is_closed_stops_fetching_and_the_next_one_continues(cache
     assert len(activations(opened.path)) == 2
     with Loader(opened, "layer_3", batch_size=50, order=Shuffle(0, 300, shuffle_shards=2), epochs=1) as again:
         assert sum(batch.n_rows for batch in again) == again.n_rows
+
+
+def test_a_stop_does_not_wait_for_shards(cache, pushed, plain, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+    stop, read = StopRequest(), pushed.cat_file
+    opened = open_cache(URL, by_shard=True)
+
+    def stops(self, path, start=None, end=None, **kwargs):
+        if len(activations(opened.path)) >= 2 and "/c." in path:
+            stop.signum = signal.SIGTERM
+        return read(self, path, start=start, end=end, **kwargs)
+
+    monkeypatch.setattr(pushed, "cat_file", stops)
+    opened.fetcher.stopped = lambda: bool(stop)
+    loader = Loader(opened, "layer_3", batch_size=50, order=Shuffle(0, 300, shuffle_shards=2), epochs=1)
+    with pytest.raises(CacheError, match="stopped while shards were fetched"):
+        list(loader)
+    assert len(activations(opened.path)) < 4
+    stop.signum = None
+    with pytest.raises(InterruptedRunError):
+        train_sae(**settings(tmp_path), stop=stop)
+    monkeypatch.setattr(pushed, "cat_file", read)
+    assert weights(train_sae(**settings(tmp_path), resume="auto").folder) == plain
 
 
 def test_versions_without_groups_refuse_their_checkpoints(cache) -> None:

@@ -44,6 +44,8 @@ class _Together:
 
     def execute(self) -> dict[Trainer, Result]:
         self._stop.defer()  # from here on a signal waits for a checkpoint
+        for fetcher in [fetcher for trainer in self._left if (fetcher := trainer.data.cache.fetcher) is not None]:
+            fetcher.stopped = lambda: bool(self._stop)
         for trainer in list(self._left):
             self._attempt(trainer, trainer.begin)
         self._stop_if_asked(self._left)
@@ -68,6 +70,7 @@ class _Together:
                 try:
                     batch = next(stream)
                 except CacheError as error:
+                    self._stop_if_asked(active)
                     self._save(active, error)
                     raise
                 waited = (time.perf_counter() - before) / len(active)
@@ -101,6 +104,8 @@ class _Together:
         except InterruptedRunError:
             raise
         except Exception as error:
+            if isinstance(error, CacheError):  # shards were being fetched
+                InterruptedRunError.raise_if(self._stop, trainer.step, trainer.folder)
             if self._on_failure is None:
                 raise
             self._left.remove(trainer)

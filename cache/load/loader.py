@@ -113,6 +113,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
+            self._source.closed = False
             self._batches = deliver(self._source, self.state, self.batch_size, self.epochs, self._share)
             self._finalizer = weakref.finalize(self, self._batches.close)
         try:
@@ -127,6 +128,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the background threads; the state stays, and iterating again continues from it."""
+        self._source.closed = True
         if self._finalizer is not None:
             self._finalizer()
         self._finalizer = self._batches = None

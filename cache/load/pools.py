@@ -108,7 +108,7 @@ class PoolSource:
             name: ShardFiles(array, skipped) if many else [array.shard(i)[skipped:] for i in range(array.n_shards)]
             for name, array in self._columns.items()
         }
-        self._reading = partial(cache.reading, hooks)
+        self._reading, self.closed = partial(cache.reading, hooks), False
         self._files = [cache.hook(hook).stored for hook in hooks]
         self.first_row_ids = [shard.first_row_id + skipped for shard in cache.shards] if with_rows else None
         self._host = None if self.staged else HostRows(mapped, [n for _, n in order.shards], self.kinds)
@@ -128,7 +128,7 @@ class PoolSource:
         with (
             ThreadPoolExecutor(n_copy_threads(self.device), thread_name_prefix=THREADS + "stage") as executor,
             closing(Prefetch(planned, depth=1)) as plans,
-            self._reading() as enter,
+            self._reading(lambda: self.closed) as enter,
         ):
             for plan in plans:
                 enter(*self.order.shards_at(plan.epoch, plan.start))

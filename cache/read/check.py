@@ -26,8 +26,13 @@ Enter = Callable[[Iterable[int], Iterable[int]], None]  # before rows are read o
 class Fetcher(Protocol):
     """Fetches the activations of shards that are not on this machine (`cache.remote.shards`)."""
 
-    def reading(self, hooks: Sequence[str]) -> AbstractContextManager[Enter]:
-        """Context manager: gives what is called before rows of opened shards, by their positions, are read."""
+    stopped: Callable[[], bool]  # whether nothing is to be fetched any more
+
+    def reading(self, hooks: Sequence[str], closed: Callable[[], bool]) -> AbstractContextManager[Enter]:
+        """Context manager: gives what is called before rows of opened shards, by their positions, are read.
+
+        It raises CacheError soon after the reader was `closed`, or the fetcher `stopped`.
+        """
 
     def check(self, hooks: Sequence[str], n_shards: int) -> None:
         """Raise CacheError unless two groups of so many shards fit."""

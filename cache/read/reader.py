@@ -6,7 +6,7 @@ Ordinals 0..n_rows-1 are dense over the opened shards; `row_id = shard * rows_pe
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,9 +198,11 @@ class Cache(RowTexts):
         """Where a file of the cache is read: there, or from its copy."""
         return self._copies.get(self.path / path, self.path / path)
 
-    def reading(self, hooks: Sequence[str]) -> AbstractContextManager[Enter]:
+    def reading(
+        self, hooks: Sequence[str], closed: Callable[[], bool] = lambda: False
+    ) -> AbstractContextManager[Enter]:
         """Context manager: gives what is called before activations of shards are read; it fetches them if need be."""
-        return nullcontext(lambda now, after: None) if self.fetcher is None else self.fetcher.reading(hooks)
+        return nullcontext(lambda now, after: None) if self.fetcher is None else self.fetcher.reading(hooks, closed)
 
     def shard_path(self, hook: str | None, i: int) -> Path:
         """The file that holds a hook point's rows of the i-th opened shard, from byte 0."""

@@ -8,12 +8,12 @@ copies, and only what none of them reads is dropped, that used longest ago first
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 
 from sae_granary.cache.errors import CacheError, CacheLockedError
 from sae_granary.cache.format.layout import SCALES
@@ -66,6 +66,7 @@ class ShardFetcher:
 
     def __init__(self, cache: Cache, folder: Path, url: str, free: Callable[[], int]) -> None:
         self._cache, self._folder, self._url, self._free = cache, folder, url, free
+        self.stopped: Callable[[], bool] = lambda: False
         self._mapped = cache.column("flags").map(0)  # by which other processes see that the copy is in use
 
     def check(self, hooks: Sequence[str], n_shards: int) -> None:
@@ -87,12 +88,13 @@ class ShardFetcher:
             )
 
     @contextmanager
-    def reading(self, hooks: Sequence[str]) -> Iterator[Enter]:
+    def reading(self, hooks: Sequence[str], closed: Callable[[], bool]) -> Iterator[Enter]:
         """Context manager: gives what a loader calls before it reads a group of shards, with that group and the next.
 
-        It returns when the first are here. Raises RemoteError, CorruptCacheError, or CacheError where they do not fit.
+        It returns when the first are here. Raises RemoteError, CorruptCacheError, CacheError where they do not fit, and
+        soon after the loader was `closed`.
         """
-        reader = _Reader(self, hooks)
+        reader = _Reader(self, hooks, lambda: closed() or self.stopped())
         try:
             yield reader.enter
         finally:
@@ -111,13 +113,13 @@ class ShardFetcher:
                     found.append(_File(holder, path, entries[path], holder.place_of(path)))
         return found
 
-    def fetch(self, files: Sequence[_File], is_done: Callable[[_File], bool], stopped: Event) -> None:
+    def fetch(self, files: Sequence[_File], is_done: Callable[[_File], bool], stopped: Callable[[], bool]) -> None:
         """Fetch files until each is done; one process at a time does, so that they share the space."""
         while missing := [file for file in files if not is_done(file)]:
             try:
                 lock = locked(self._folder)
             except CacheLockedError:
-                stopped.wait(AGAIN)
+                time.sleep(AGAIN)
                 _raise_if(stopped)
                 continue
             try:
@@ -131,7 +133,7 @@ class ShardFetcher:
             finally:
                 lock.release()
 
-    def _fetch_all(self, missing: Sequence[_File], stopped: Event) -> None:
+    def _fetch_all(self, missing: Sequence[_File], stopped: Callable[[], bool]) -> None:
         places = {file.holder.path for file in missing}
         stores = {
             p: Store(f"{self._url}/{p.relative_to(self._cache.path).as_posix()}".removesuffix("/.")) for p in places
@@ -172,17 +174,18 @@ class ShardFetcher:
 
 
 class _Stopped(CacheError):
-    """The loader was closed while it fetched."""
+    """The loader was closed, or the training stopped, while it fetched."""
 
 
 class _Reader:
     """A loader's place among the groups: that which it reads is held, the next one is fetched meanwhile."""
 
-    def __init__(self, fetcher: ShardFetcher, hooks: Sequence[str]) -> None:
-        self._fetcher, self._hooks = fetcher, hooks
+    def __init__(self, fetcher: ShardFetcher, hooks: Sequence[str], stopped: Callable[[], bool]) -> None:
+        self._fetcher, self._hooks, self._left = fetcher, hooks, False
+        self._stopped = lambda: self._left or stopped()
         self._now: list[int] = []
         self._held: dict[Path, int] = {}
-        self._stopped, self._ahead = Event(), Future[None]()
+        self._ahead = Future[None]()
         self._ahead.set_result(None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=NAME + "ahead")
 
@@ -212,14 +215,14 @@ class _Reader:
 
     def close(self) -> None:
         """Fetch no more. What is being fetched stops at its next block, and continues there later."""
-        self._stopped.set()
+        self._left = True
         self._thread.shutdown(wait=not in_background(), cancel_futures=True)
         self._release()
 
 
-def _raise_if(stopped: Event) -> None:
-    if stopped.is_set():
-        raise _Stopped("the loader was closed")
+def _raise_if(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise _Stopped("stopped while shards were fetched")
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:

@@ -96,10 +96,11 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True, by_shard: bool = F
         holder.path / path: _Job(holder, path, entry, place / _name(cache, holder, path, entry))
         for path, holder, entry in needed
     }
-    missing = [job for job in jobs.values() if not job.is_done]
-    later = [job for job in missing if by_shard and is_fetched(job.path)]
-    if later:
-        missing = [job for job in missing if job not in later]
+    missing: list[_Job] = []
+    later: list[_Job] = []
+    for job in jobs.values():
+        if not job.is_done:
+            (later if by_shard and is_fetched(job.path) else missing).append(job)
     if missing or later:
         _make_room(place, missing, later)
     if by_shard:

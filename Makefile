@@ -25,18 +25,19 @@ KERNELS_VENV  ?= .venv-kernels
 KERNELS_BIN   := $(KERNELS_VENV)/bin
 KERNELS_STAMP := $(KERNELS_VENV)/.granary
 
+# make harvest, make train
+TOKENS  ?=
+DEVICE  ?=
+ARGS    ?=
 # make harvest
 MODEL   ?= demo
 LAYER   ?= 3
 DATASET ?= Salesforce/wikitext
-TOKENS  ?= 5M
 OUT     ?=
-DEVICE  ?=
 # make train
 CACHE ?= cache/demo_l3
 TYPE  ?= batchtopk
 K     ?=
-ARGS  ?=
 
 # The default dataset has several configurations; another DATASET brings its own.
 CONFIG := $(if $(filter Salesforce/wikitext,$(DATASET)),--dataset-config wikitext-103-raw-v1)
@@ -58,10 +59,10 @@ demo: $(STAMP)
 	$(BIN)/sae-train demo
 
 harvest: $(STAMP)
-	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) --max-tokens $(TOKENS) $(strip $(CONFIG) $(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS))
+	$(BIN)/sae-harvest run --model $(MODEL) --layer $(LAYER) --dataset $(DATASET) --max-tokens $(or $(TOKENS),5M) $(strip $(CONFIG) $(if $(OUT),--out $(OUT)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS))
 
 train: $(STAMP)
-	$(BIN)/sae-train run --cache $(CACHE) --type $(TYPE) $(if $(K),--k $(K)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(BIN)/sae-train run --cache $(CACHE) --type $(TYPE) $(strip $(if $(K),--k $(K)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(DEVICE),--device $(DEVICE)) $(ARGS))
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)

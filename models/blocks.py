@@ -118,7 +118,7 @@ def choose_layers(blocks: Blocks, where: WhereConfig) -> list[int]:
         return [i for i in range(0, blocks.n, where.layer_stride) if i not in blocks.silent]
     bad = [i for i in where.layers if not 0 <= i < blocks.n]
     if bad:
-        raise HookError(f"--layer {bad[0]} is out of range: the model has {blocks.n} layers, 0 to {blocks.n - 1}")
+        raise HookError(f"layer {bad[0]} is out of range: the model has {blocks.n} layers, 0 to {blocks.n - 1}")
     if silent := sorted(blocks.silent.intersection(where.layers)):
         others = ", ".join(str(i) for i in range(blocks.n) if i not in blocks.silent)
         raise HookError(f"layer {silent[0]} does not run on text alone: the layers that do are {others}")

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -100,6 +101,20 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
     own = frozenset(re.findall(r"(\w+): [\w |]+ = option\(", text))  # of a variant that the page declares
     found = [problem(line, own) for line in lines_of(text)]
     assert [text for text in found if text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_cache_of_a_page_is_named_as_our_code(page: Path) -> None:
+    """In a checkout, cache/ holds both: an example that writes cache/vectors would be refused there."""
+    code = {path.parent.name for path in (ROOT / "cache").glob("*/*.py")}
+    text = "".join(FENCED.findall(page.read_text(encoding="utf-8")))
+    assert code & set(re.findall(r"(?<![\w/])cache/(\w+)", text)) == set()
+
+
+@pytest.mark.parametrize(("target", "flag"), [("harvest", "--max-tokens 20k"), ("train", "--tokens 20k")])
+def test_make_hands_its_variables_on(target: str, flag: str) -> None:
+    made = subprocess.run(["make", "-n", target, "TOKENS=20k"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert flag in made.stdout
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         ),
         (f"run --model ./missing --layer 1 {TEXT}", r"there is no folder \./missing"),
         (f"run --model . --layer 1 {TEXT}", r"the folder \. holds no model"),
-        (f"{BERT} --layer 3 {TEXT}", r"--layer 3 is out of range: the model has 3 layers, 0 to 2"),
-        (f"{BERT} --layer -1 {TEXT}", r"--layer -1 is out of range: the model has 3 layers"),
+        (f"{BERT} --layer 3 {TEXT}", r"error: layer 3 is out of range: the model has 3 layers, 0 to 2"),
+        (f"{BERT} --layer -1 {TEXT}", r"error: layer -1 is out of range: the model has 3 layers"),
         (f"{BERT} {TEXT}", r"nothing to harvest is named: give --layer 6"),
         (
             f"{BERT} --hook encoder.layer.1.atention {TEXT}",
@@ -173,7 +173,7 @@ def test_the_default_name_and_a_whole_harvest(run: Run, tmp_path: Path) -> None:
         (f"{BERT} --layer 1 {TEXT} --text-column ''", r"text_columns='' is empty: give a value"),
         (f"{BERT} --layer 1 {TEXT} --max-tokens 0.5", r"max_tokens='0\.5': expected a whole number"),
         (f"{BERT} --unit text --layer 1 {TEXT}", r"--unit text stores one pooled embedding per text"),
-        (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"--layer 9 is out of range"),
+        (f"plan --model bert-base-uncased --layer 9 {TEXT}", r"error: layer 9 is out of range"),
         ("names some-model", r"unknown model 'some-model'"),
     ],
 )

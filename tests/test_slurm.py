@@ -37,7 +37,7 @@ def refusal(*words: str, options: tuple[str, ...] = ()) -> str:
 
 def test_each_rank_has_its_share_of_the_cores_and_the_command_its_flags() -> None:
     text = script(*RUN, "--stage", "$TMPDIR", options=("--nodes", "2", "--gpus", "4", "--cpus", "33"))
-    assert "export OMP_NUM_THREADS=8 # of each of 4 processes" in text
+    assert "export OMP_NUM_THREADS=8 # per process" in text
     assert "run --cache '/shared/my cache' --type topk --k 16 --stage '$TMPDIR' --resume auto &" in text
     assert "srun --cpus-per-task=33 torchrun --nnodes=2 --nproc-per-node=4" in text
     assert {"#SBATCH --requeue", "#SBATCH --nodes=2", "#SBATCH --signal=B:USR1@180"} < set(text.splitlines())

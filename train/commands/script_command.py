@@ -70,7 +70,7 @@ def script(
             check_command(context, [*command, *resumed, *_of_array(command, key, value, job)])
         step = shlex.join([*command, *resumed])
         step += "".join(f" {word}" for word in _of_array(command, key, '"$value"', job))
-        before = [f"export OMP_NUM_THREADS={max(1, cpus // gpus)} # of each of {gpus} processes", *HEAD]
+        before = [f"export OMP_NUM_THREADS={max(1, cpus // gpus)} # per process", *HEAD]
         before.append(f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={warning - 10} # seconds for the last checkpoint")
         if values:
             before += [f"values=({shlex.join(values)})", 'value="${values[$SLURM_ARRAY_TASK_ID]}"']

@@ -203,7 +203,7 @@ def _notes(source: Source, part: Part, n_rows: int, metrics: Mapping[str, float 
     elif metrics["fvu"] is None:
         yield f"FVU is not defined: the {n_rows:,} evaluated rows do not vary"
     elif n_rows < FEW_ROWS:
-        yield f"evaluated on {n_rows:,} rows only, other rows may give other results: harvest more text, or give --part all"
+        yield f"evaluated on {n_rows:,} rows only, other rows may differ: harvest more text, or give --part all"
     if trained_elsewhere(source):
         yield f"trained on another cache than {_short(source.cache.path)}"
     elif part != "heldout":

@@ -67,7 +67,7 @@ def _evaluation(summary: Mapping[str, Any], wanted_l0: float | None) -> Iterator
     if n_rows and numbers["fvu"] is None:
         yield f"FVU is not defined: the {n_rows:,} evaluated rows do not vary; give a larger --holdout"
     elif n_rows < FEW_ROWS:
-        yield f"evaluated on {n_rows:,} rows only, other rows may give other results: give a larger --holdout, or harvest more text"
+        yield f"evaluated on {n_rows:,} rows only, other rows may differ: give a larger --holdout, or harvest more text"
     l0 = numbers.get("l0")
     met = not _misses(summary["l0_train"], wanted_l0, MISSED_L0)
     if met and _misses(l0, wanted_l0, SHIFTED_L0):

@@ -268,6 +268,19 @@ def test_runs_are_compared(tab, made) -> None:
     assert tab.text_content("h1") == made.run.name
 
 
+def test_ticks_that_are_close_have_enough_digits(tab, made) -> None:
+    tab.goto(made.comparison.as_uri())
+    drawn = """(x) => {
+        const image = svg("svg", {});
+        axes(image, 370, 250, x, [0, 0.5]);
+        return [...image.querySelectorAll("text")].map((text) => text.textContent);
+    }"""
+    up = ["0", "0.1", "0.2", "0.3", "0.4", "0.5"]
+    assert tab.evaluate(drawn, [31.93, 32]) == [*up, "31.94", "31.96", "31.98", "32"]
+    assert tab.evaluate(drawn, [9.5, 15]) == [*up, "10", "12", "14"]
+    assert tab.evaluate(drawn, [1, 1]) == [*up, "1"]
+
+
 def test_the_style_and_code_name_no_other_place(made) -> None:
     page = made.page.read_text(encoding="utf-8")
     facts = re.search(r'id="facts">(.*?)</script>', page)[1]

@@ -113,6 +113,8 @@ def test_plots_are_written(tmp_path: Path) -> None:
     drawn = Path("p.svg").read_text()
     for label in ("k=4", "l1_coef=2", "l0_target=6"):
         assert f"<!-- {label} -->" in drawn  # matplotlib names its text in a comment
+    for kind in ("topk", "vanilla", "jumprelu"):  # the last is in the second panel
+        assert f"<!-- {kind} -->" in drawn
     for row in rows_of("runs"):
         assert f"<!-- {row['name']} -->" in Path("c.svg").read_text()
     assert "give the file .png, .svg or .pdf" in call("compare", "runs", "--pareto", "p.doc", code=2).stderr

@@ -20,6 +20,12 @@ function ticks(low, high, n = 4) {
   return found;
 }
 
+// Numbers with as many digits as tell these ticks apart.
+function tickLabels(found) {
+  const digits = Math.ceil(Math.log10(Math.max(...found.map(Math.abs)) / (found[1] - found[0]))) + 1;
+  return (tick) => number(tick, Math.max(3, digits || 0));
+}
+
 const powerOfTen = (exponent) => (Number.isInteger(exponent) ? "1e" + exponent : number(10 ** exponent, 2));
 
 // A figure with a caption; `draw(figure width)` fills its SVG.
@@ -42,12 +48,13 @@ function figure(title, height, draw) {
 function axes(image, width, height, x, y, format = {}) {
   const sx = (value) => MARGIN.left + ((value - x[0]) / (x[1] - x[0] || 1)) * (width - MARGIN.left - MARGIN.right);
   const sy = (value) => height - MARGIN.bottom - ((value - y[0]) / (y[1] - y[0] || 1)) * (height - MARGIN.top - MARGIN.bottom);
-  for (const tick of ticks(...y, Math.max(2, Math.round(height / 45)))) {
+  const [across, up] = [ticks(...x, Math.max(2, Math.floor(width / 75))), ticks(...y, Math.max(2, Math.round(height / 45)))];
+  for (const tick of up) {
     image.append(svg("line", {class: "tick", x1: MARGIN.left, x2: width - MARGIN.right, y1: sy(tick), y2: sy(tick)}));
-    image.append(svg("text", {x: MARGIN.left - 5, y: sy(tick) + 3.5, "text-anchor": "end"}, (format.y ?? number)(tick)));
+    image.append(svg("text", {x: MARGIN.left - 5, y: sy(tick) + 3.5, "text-anchor": "end"}, (format.y ?? tickLabels(up))(tick)));
   }
-  for (const tick of ticks(...x, Math.max(2, Math.floor(width / 75)))) {
-    image.append(svg("text", {x: sx(tick), y: height - 5, "text-anchor": "middle"}, (format.x ?? number)(tick)));
+  for (const tick of across) {
+    image.append(svg("text", {x: sx(tick), y: height - 5, "text-anchor": "middle"}, (format.x ?? tickLabels(across))(tick)));
   }
   return {sx, sy};
 }

@@ -34,9 +34,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.set(xlabel="L0 (latents per row)", title=_plain(title))
             panel.grid(alpha=0.3)
             panel.margins(0.2, 0.1)  # room for the labels
+            if panel.lines:
+                panel.legend(fontsize=8)
         axes[0].set_ylabel("FVU (lower is better)")
-        if series:
-            axes[0].legend(fontsize=8)
 
 
 def _panel(row: Mapping[str, Any], caches: set[Any]) -> str:

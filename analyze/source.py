@@ -113,7 +113,10 @@ def cache_of(folder: Path) -> Path:
         return Path(found)
     stored = (record.get(PATHS) or {}).get("absolute")
     if stored is None:
-        raise ConfigError(f"{folder / RECORD} does not record where its cache is: name it: --cache FOLDER")
+        raise CacheGoneError(
+            f"{folder / RECORD} does not record where its cache is: name it: --cache FOLDER, or the URL whose "
+            "shards were trained on while they were fetched"
+        )
     if not Path(stored).exists():
         raise CacheGoneError(f"the cache of {folder} is not at {stored} any more: name its place: --cache FOLDER")
     load_manifest(Path(stored))  # says what is wrong with one that cannot be read

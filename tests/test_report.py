@@ -27,6 +27,7 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common import threads
 from sae_granary.common.rows import DocumentRow, HookPoint, Rows
+from sae_granary.common.signed import CHECKSUM, write_signed
 
 D_SAE = 300  # several blobs
 
@@ -167,6 +168,11 @@ def test_a_run_whose_cache_is_gone_reports_what_is_stored(make_cache, tmp_path: 
     assert "without texts" in done.output
     page = (run / "report.html").read_text(encoding="utf-8")
     assert facts_of(page)["latents"]["texts"] == "none"
+    assert facts_of(page)["runs"][0]["density"] == facts_of(whole)["runs"][0]["density"]
+    record = json.loads((run / "run.json").read_text())  # of a run whose shards were fetched: without the cache's path
+    write_signed(run / "run.json", {name: v for name, v in record.items() if name not in ("cache_paths", CHECKSUM)})
+    assert "--cache FOLDER, or the URL" in invoke(app, *command).output
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert facts_of(page)["runs"][0]["density"] == facts_of(whole)["runs"][0]["density"]
     refused(app, "report", run, "--device", "cuda:99")
     assert (run / "report.html").read_text(encoding="utf-8") == page  # not replaced by a lesser one

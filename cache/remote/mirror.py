@@ -1,7 +1,7 @@
 """A cache at a URL is read through a local copy: complete, verified, kept for later runs, and bounded in size.
 
 The copy is made before the first row is read; where a cache is read shard by shard (`cache.remote.shards`), all of it
-but the activations, in a folder of its own. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
+but the activations, in a separate folder. Copies are in GRANARY_REMOTE_DIR (default ~/.cache/granary/remote) and
 take at most GRANARY_REMOTE_BYTES together (default 100 GiB): those unused for longest are removed, never one in use.
 With a folder for copies on a disk of this machine (`--stage`) they are there, and without GRANARY_REMOTE_BYTES the
 disk is the limit.

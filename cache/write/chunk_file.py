@@ -31,7 +31,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
-SYNCED_AT_ONCE = 8  # files or folders of a shard, by threads of its own
+SYNCED_AT_ONCE = 8  # files or folders of a shard, by separate threads
 SYNC_BYTES = 32 * 2**20  # what is written is sent to the disk after so many bytes, while the next rows are checked
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # of direct writes; a fault of the disk comes again
 _SECTOR = 4096  # bytes; direct writes start and end at multiples of it, in the file and in memory

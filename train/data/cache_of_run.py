@@ -29,7 +29,7 @@ def find_cache(
 ) -> str:
     """The cache that a run trains on: `given`, else the stored one, else by the paths of the record; a path or a URL.
 
-    A URL stays one: ranks on other machines have copies of their own. A cache counts only if it has the fingerprint of
+    A URL stays one: ranks on other machines have separate copies. A cache counts only if it has the fingerprint of
     the record. Raises CheckpointError for another one that is given or that took the stored path, ConfigError if there
     is none there and the recorded one is nowhere else.
     """

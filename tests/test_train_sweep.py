@@ -177,6 +177,8 @@ def test_each_member_has_callbacks_of_its_own(make_cache, tmp_path) -> None:
         train_sweep({"k": [2, 3]}, settings, callbacks=[print])
     with pytest.raises(InterruptedRunError):
         train_sweep({"k": [2, 3]}, settings, callbacks=make, stop=stop)
+    refused = resume_sweep(tmp_path / "s").failures  # their state would be lost
+    assert ["written with 1 callbacks, now there are 0" in text for text in refused.values()] == [True, True]
     result = train_sweep({"k": [2, 3]}, settings, callbacks=lambda c: [Steps(c.options["k"], StopRequest())])
     for row in result.rows:
         seen = [line["mine"] for line in log(result.folder / row["name"])]

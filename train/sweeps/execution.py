@@ -178,7 +178,7 @@ class SweepExecution:
                 data = RunData.reopen(entry.config, group.record, opened)
                 opened = data.cache
                 sinks = self._sinks(entry, folder, stack)
-                callbacks = None if self.callbacks is None else Callbacks(self.callbacks(entry.config))
+                callbacks = Callbacks([] if self.callbacks is None else self.callbacks(entry.config))
                 trainers.append(open_trainer(data, folder, sinks, callbacks))
             except Exception as error:
                 self._report(folder, error, 0)

@@ -118,7 +118,7 @@ class PreActs:
         if host_waits(self.rows):
             slots, values = padded.largest_slots(self.parts(), self.shape, n_rows * k)
             return Codes(values, Pattern.of_rows(slots.rows, slots.columns, n_rows, d_sae))
-        sample = self._screened().sample() if self._screens else self.dense[:: max(1, n_rows // screen.ROWS_SAMPLED)]
+        sample = self._screened().sample() if self._screens else screen.sampled(self.dense)
         share = 1.25 * k / d_sae  # of the sampled entries: a quarter more than are kept
         while True:
             bound = sampled_bound(sample, share)

@@ -86,6 +86,11 @@ def sampled_latents(d_sae: int) -> slice:
     return slice(None, None, max(1, d_sae // LATENTS_SAMPLED))
 
 
+def sampled(matrix: Tensor) -> Tensor:
+    """The entries of (N, F) of which `sample` gives approximations."""
+    return matrix[_sampled_rows(matrix), sampled_latents(matrix.shape[1])]
+
+
 def sample(h: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     """Approximate pre-activations of some of the rows h (N, D) and latents W (F, D), bias (F,)."""
     latents = sampled_latents(len(W))

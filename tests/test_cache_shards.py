@@ -5,11 +5,13 @@ import json
 import signal
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
+from cache_kit import flip
 from conftest import write_cache
 from fork_kit import command
 from rank_kit import ended, start
@@ -20,7 +22,7 @@ from sae_granary import open_cache, resume_sweep, resume_training, train_sae, tr
 from sae_granary.analyze.source import cache_of
 from sae_granary.cache.convert import convert
 from sae_granary.cache.errors import CacheError, CorruptCacheError
-from sae_granary.cache.load.loader import Loader, Shuffle, order_of
+from sae_granary.cache.load.loader import Loader, Share, Shuffle, order_of
 from sae_granary.cache.remote import fetch
 from sae_granary.cache.remote.push import plan_push, push
 from sae_granary.cache.remote.shards import WHOLE
@@ -28,7 +30,10 @@ from sae_granary.cache.remote.stage import staging
 from sae_granary.cache.remote.store import RemoteError
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signals import StopRequest
+from sae_granary.train.config.merge import make_config
 from sae_granary.train.data import passes
+from sae_granary.train.data.run_data import RunData
+from sae_granary.train.data.stage import stage
 from sae_granary.train.errors import CheckpointError, InterruptedRunError
 from sae_granary.train.state.identity import check_identity
 
@@ -170,6 +175,49 @@ def test_groups_that_do_not_fit_are_refused_before_a_run_begins(cache, pushed, c
         train_sae(**settings(tmp_path))
     assert not (tmp_path / "runs").exists()
     assert not activations(copies)
+
+
+def test_hook_points_that_train_together_are_one_group(cache, pushed, tmp_path, monkeypatch) -> None:
+    common = {key: value for key, value in settings(tmp_path, "s").items() if key != "hook"}
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 8 * max_shard(cache) - 1))
+    with pytest.raises(CacheError, match="two groups of 2 shards of faulty://b/c take"):
+        train_sweep({"hook": ["layer_1", "layer_3"]}, **common)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_copies_that_are_dropped_while_they_are_counted_still_count(cache, pushed, monkeypatch) -> None:
+    opened = open_cache(URL, by_shard=True)
+    fetcher = opened.fetcher
+    fetcher.fetch(fetcher.files(["layer_3"], range(4)), lambda file: file.is_here, lambda: False)
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+    fetcher, dropped = open_cache(URL, by_shard=True).fetcher, activations(opened.path)
+    free = fetcher._free
+
+    def drops() -> int:
+        found = free()
+        while dropped:
+            dropped.pop().unlink()  # another process does, between the two counts
+        return found
+
+    fetcher._free = drops
+    fetcher.check(["layer_3"], 2)
+
+
+def test_ranks_need_a_third_group(cache, pushed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+    data = RunData.open(make_config([settings(tmp_path)]))
+    stage(data, copy=False)
+    with pytest.raises(CacheError, match="three groups of 2 shards of faulty://b/c take"):
+        stage(replace(data, share=Share(0, 2)), copy=False)
+
+
+def test_a_damaged_copy_is_told_before_a_run_and_fetched_again(pushed, copies, plain, tmp_path, monkeypatch) -> None:
+    train_sae(**settings(tmp_path))
+    flip(damaged := activations(copies)[0])
+    with pytest.raises(CorruptCacheError, match=r"c\.\d+\.0 is damaged: .*; remove it, and the next run"):
+        train_sae(**settings(tmp_path, "again"), verify=True)
+    damaged.unlink()
+    assert weights(train_sae(**settings(tmp_path, "again"), verify=True).folder) == plain
 
 
 def test_a_whole_copy_is_read_where_there_is_one(pushed, copies, plain, tmp_path) -> None:

@@ -34,8 +34,8 @@ class Fetcher(Protocol):
         It raises CacheError soon after the reader was `closed`, or the fetcher `stopped`.
         """
 
-    def check(self, hooks: Sequence[str], n_shards: int) -> None:
-        """Raise CacheError unless two groups of so many shards fit."""
+    def check(self, hooks: Sequence[str], n_shards: int, n_groups: int = 2) -> None:
+        """Raise CacheError unless groups of so many shards fit."""
 
 
 def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], *, partial: bool = False) -> None:

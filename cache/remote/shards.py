@@ -31,6 +31,7 @@ from sae_granary.common.threads import in_background, waiting
 
 WHOLE = ".whole"  # in copies, locked by processes that read files of them which they do not hold one by one
 _REMEDY = "lower --shuffle-shards, raise GRANARY_REMOTE_BYTES, or free disk space"
+_NUMBERS = {2: "two", 3: "three"}
 AGAIN = 0.2  # seconds until it is looked again whether another process still fetches
 
 
@@ -69,8 +70,8 @@ class ShardFetcher:
         self.stopped: Callable[[], bool] = lambda: False
         self._mapped = cache.column("flags").map(0)  # by which other processes see that the copy is in use
 
-    def check(self, hooks: Sequence[str], n_shards: int) -> None:
-        """Raise CacheError unless two groups of n shards fit: that which is read, and the next one."""
+    def check(self, hooks: Sequence[str], n_shards: int, n_groups: int = 2) -> None:
+        """Raise CacheError unless so many groups of n shards fit: that which is read, and the next one."""
         sizes = [
             sum(
                 array.shard_bytes(shard.n_rows)
@@ -79,13 +80,23 @@ class ShardFetcher:
             )
             for shard in self._cache.shards
         ]
-        needed = sum(sorted(sizes, reverse=True)[: 2 * n_shards])
-        there = self._free() + sum(_size_and_time(path)[0] for path in self._copies())
-        if needed > there:
-            raise CacheError(
-                f"two groups of {n_shards} shards of {self._url} take {byte_size(needed)}, {byte_size(max(there, 0))} "
-                f"are left for copies in {self._folder}: {_REMEDY}"
-            )
+        needed = sum(sorted(sizes, reverse=True)[: n_groups * n_shards])
+        while needed > self._room():
+            try:
+                with locked(self._folder):
+                    room = self._room()
+            except CacheLockedError:  # files came and went while they were counted
+                time.sleep(AGAIN)
+                continue
+            if needed > room:
+                raise CacheError(
+                    f"{_NUMBERS[n_groups]} groups of {n_shards} shards of {self._url} take {byte_size(needed)}, "
+                    f"{byte_size(max(room, 0))} are left for copies in {self._folder}: {_REMEDY}"
+                )
+
+    def _room(self) -> int:
+        """Bytes that copies may take, those that are here included."""
+        return self._free() + sum(_size_and_time(path)[0] for path in self._copies())
 
     @contextmanager
     def reading(self, hooks: Sequence[str], closed: Callable[[], bool]) -> Iterator[Enter]:

@@ -22,6 +22,12 @@ def stage(*runs: RunData, copy: bool = True) -> None:
         by_shard = all(data.config.shuffle_shards is not None for data in runs)
         stage_files(main, list(found.values()), copy=copy, by_shard=by_shard)
     if main.fetcher is not None:
+        streams: dict[object, list[RunData]] = {}  # by which loader feeds them
         for data in runs:
-            n_groups = n_groups_of(len(main.shards), data.config.shuffle_shards)
-            main.fetcher.check(data.config.hook, -(-len(main.shards) // n_groups))
+            streams.setdefault(data.stream_key, []).append(data)
+        for together in streams.values():
+            hooks = {hook: None for data in together for hook in data.config.hook}
+            n_groups = n_groups_of(len(main.shards), together[0].config.shuffle_shards)
+            # Of ranks one may have come to the next group while another reads, and evaluates on a third one.
+            n_held = 3 if max(together[0].share.n, together[0].shards.n) > 1 else 2
+            main.fetcher.check(list(hooks), -(-len(main.shards) // n_groups), n_held)

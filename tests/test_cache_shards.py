@@ -35,6 +35,7 @@ from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.stage import stage
 from sae_granary.train.errors import CheckpointError, InterruptedRunError
+from sae_granary.train.state.checkpoint import list_checkpoints
 from sae_granary.train.state.identity import check_identity
 
 URL = "faulty://b/c"
@@ -327,6 +328,26 @@ def test_a_stop_does_not_wait_for_shards(cache, pushed, plain, tmp_path, monkeyp
     stop.signum = None
     with pytest.raises(InterruptedRunError):
         train_sae(**settings(tmp_path), stop=stop)
+    monkeypatch.setattr(pushed, "cat_file", read)
+    assert weights(train_sae(**settings(tmp_path), resume="auto").folder) == plain
+
+
+@pytest.mark.parametrize("at", [1, 22, 37])  # the second is in a validation, which saves nothing
+def test_a_stop_says_which_step_is_saved(at, pushed, plain, tmp_path, monkeypatch, cache) -> None:
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+    stop, read, asked = StopRequest(), pushed.cat_file, []
+
+    def stops(self, path, start=None, end=None, **kwargs):
+        asked.append("/activations/" in path and "/c." in path)
+        if sum(asked) == at:
+            stop.signum = signal.SIGTERM
+        return read(self, path, start=start, end=end, **kwargs)
+
+    monkeypatch.setattr(pushed, "cat_file", stops)
+    with pytest.raises(InterruptedRunError) as stopped:
+        train_sae(**settings(tmp_path), stop=stop)
+    saved = list_checkpoints(tmp_path / "runs/r")
+    assert stopped.value.step == (int(saved[-1].name[5:]) if saved else 0)
     monkeypatch.setattr(pushed, "cat_file", read)
     assert weights(train_sae(**settings(tmp_path), resume="auto").folder) == plain
 

@@ -15,6 +15,7 @@ from sae_granary.cache.remote.store import CONTINUES
 from sae_granary.common.signals import StopRequest
 from sae_granary.train.data.streams import RunStream
 from sae_granary.train.errors import InterruptedRunError
+from sae_granary.train.state.checkpoint import list_checkpoints
 from sae_granary.train.trainer import Result, Trainer
 
 T = TypeVar("T")
@@ -104,8 +105,9 @@ class _Together:
         except InterruptedRunError:
             raise
         except Exception as error:
-            if isinstance(error, CacheError):  # shards were being fetched
-                InterruptedRunError.raise_if(self._stop, trainer.step, trainer.folder)
+            if isinstance(error, CacheError):  # shards were being fetched, in the middle of a step
+                saved = [int(path.name.removeprefix("step_")) for path in list_checkpoints(trainer.folder)]
+                InterruptedRunError.raise_if(self._stop, max(saved, default=0), trainer.folder)
             if self._on_failure is None:
                 raise
             self._left.remove(trainer)

@@ -221,6 +221,28 @@ def test_a_damaged_copy_is_told_before_a_run_and_fetched_again(pushed, copies, p
     assert weights(train_sae(**settings(tmp_path, "again"), verify=True).folder) == plain
 
 
+@pytest.mark.parametrize(
+    ("step", "more"), [(38, {}), (45, {"resample_rows": 3000, "dead_after_tokens": 64, "k": 1}), (120, {})]
+)
+def test_a_remote_that_fails_in_a_validation_a_resampling_or_the_end_costs_no_step(
+    cache, pushed, plain, tmp_path, monkeypatch, step, more
+) -> None:
+    wanted = weights(train_sae(**settings(tmp_path, "local", cache=str(cache), **more)).folder) if more else plain
+    monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(fixed_bytes(cache) + 4 * max_shard(cache)))
+    begun = []
+
+    def fails(event) -> None:
+        begun.append(event.step)
+        if event.step == step:
+            pushed.faults = dict.fromkeys(range(1, 100_000), "error")
+
+    with pytest.raises(RemoteError, match=r"; step \d+ is saved: `sae-train resume .*/r` continues") as error:
+        train_sae(**settings(tmp_path, **more), callbacks=[fails])
+    assert f"step {begun[-1]} is saved" in str(error.value)
+    pushed.faults = {}
+    assert weights(resume_training(tmp_path / "runs/r").folder) == wanted
+
+
 def test_a_whole_copy_is_read_where_there_is_one(pushed, copies, plain, tmp_path) -> None:
     open_cache(URL)
     requests = pushed.n_requests

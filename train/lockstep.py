@@ -13,8 +13,10 @@ from sae_granary.cache.load.loader import Batch
 from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.cache.remote.store import CONTINUES
 from sae_granary.common.signals import StopRequest
-from sae_granary.train.data.streams import RunStream
+from sae_granary.train.data import passes
+from sae_granary.train.data.streams import RunStream, state_after, state_to_resample
 from sae_granary.train.errors import InterruptedRunError
+from sae_granary.train.optim import resample
 from sae_granary.train.state.checkpoint import list_checkpoints
 from sae_granary.train.trainer import Result, Trainer
 
@@ -55,7 +57,7 @@ class _Together:
         results: dict[Trainer, Result] = {}
         for trainer in list(self._left):
             InterruptedRunError.raise_if(self._stop, trainer.step, trainer.folder)
-            if (result := self._attempt(trainer, partial(trainer.finish, self._stop))) is not None:
+            if (result := self._attempt(trainer, partial(self._finish, trainer))) is not None:
                 results[trainer] = result
         return results
 
@@ -70,6 +72,8 @@ class _Together:
                 before = time.perf_counter()
                 try:
                     batch = next(stream)
+                    for trainer in active:
+                        _fetch(trainer, batch)
                 except CacheError as error:
                     self._stop_if_asked(active)
                     self._save(active, error)
@@ -80,6 +84,13 @@ class _Together:
                     self._attempt(trainer, partial(trainer.take, batch, waited))
                 step += 1
                 self._stop_if_asked([trainer for trainer in active if trainer in self._left])
+
+    def _finish(self, trainer: Trainer) -> Result:
+        try:
+            return trainer.finish(self._stop)
+        except CacheError as error:
+            self._save([trainer], error)  # there is one of the last step: this says so
+            raise
 
     def _stop_if_asked(self, trainers: Sequence[Trainer]) -> None:
         unfinished = [trainer for trainer in trainers if not trainer.done]
@@ -95,7 +106,7 @@ class _Together:
         for trainer in saved:
             self._attempt(trainer, trainer.save)
         if saved:
-            folder = saved[0].folder if len(saved) == 1 else saved[0].folder.parent  # that of a sweep
+            folder = saved[0].folder if self._on_failure is None else saved[0].folder.parent  # that of a sweep
             told = f"{str(error).removesuffix(CONTINUES)}; step {saved[0].step} is saved"
             error.args = (f"{told}: `sae-train resume {folder}` continues",)
 
@@ -113,3 +124,15 @@ class _Together:
             self._left.remove(trainer)
             self._on_failure(trainer, error)
             return None
+
+
+def _fetch(trainer: Trainer, batch: Batch | Contexts) -> None:
+    """Fetch what the next step reads besides its batch: where that fails, the step before can still be saved."""
+    data, config, step = trainer.data, trainer.run.config, trainer.step + 1
+    if data.cache.fetcher is None or data.share.index:  # of ranks that share batches the first one reads
+        return
+    if config.eval_every and step % config.eval_every == 0:
+        trainer.validation_rows  # noqa: B018 - kept from here on
+    if resample.is_due(config, step, trainer.run.n_steps):
+        for _ in passes.upcoming(data, state_to_resample(data, step, state_after(data, batch)), config.resample_rows):
+            pass

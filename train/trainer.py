@@ -23,11 +23,10 @@ from sae_granary.sae_core.errors import NonFiniteError
 from sae_granary.train import loop
 from sae_granary.train.callbacks import Callbacks, StepEvent
 from sae_granary.train.config.merge import to_sections
-from sae_granary.train.config.phases import first_context_step
 from sae_granary.train.data import passes
 from sae_granary.train.data.language import evaluation_contexts
 from sae_granary.train.data.run_data import RunData
-from sae_granary.train.data.streams import state_after, step_input
+from sae_granary.train.data.streams import state_after, state_to_resample, step_input
 from sae_granary.train.errors import DivergedError, InterruptedRunError
 from sae_granary.train.memory.shrink import shrink
 from sae_granary.train.optim import resample
@@ -139,20 +138,19 @@ class Trainer:
             self._lines.put(Line(run, self.state, result, self.clock, numbers))
 
     def _resample(self) -> dict[str, float]:
-        run, first_context = self.run, first_context_step(self.run.config)
-        if not resample.is_due(run):
+        run = self.run
+        if not resample.is_due(run.config, run.step, run.n_steps):
             return {}
-        at_contexts = first_context is not None and run.step > first_context  # whose state is not the loader's
-        state = LoaderState(self.data.order.seed) if at_contexts else self.state
         with self.clock, run.rng:
+            state = state_to_resample(self.data, run.step, self.state)
             rows = passes.upcoming(self.data, state, run.config.resample_rows)
             return {"resampled": resample.resample_dead(run, rows)}
 
     def _validate(self) -> dict[str, float]:
-        return validate(self.run, self._validation_rows) if self.run.is_at(self.run.config.eval_every) else {}
+        return validate(self.run, self.validation_rows) if self.run.is_at(self.run.config.eval_every) else {}
 
     @cached_property
-    def _validation_rows(self) -> list[Rows]:
+    def validation_rows(self) -> list[Rows]:
         """Validation rows, kept in memory: every validation uses the same rows."""
         return list(passes.validation(self.data))
 

@@ -84,3 +84,10 @@ def state_after(data: RunData, batch: Batch | Contexts) -> LoaderState:
     if isinstance(batch, Batch):
         return batch.state
     return LoaderState(data.order.seed, batch.state.epoch, batch.state.cursor)
+
+
+def state_to_resample(data: RunData, step: int, state: LoaderState) -> LoaderState:
+    """Where the rows start that dead latents are resampled from after a step, which left the stream at `state`."""
+    first_context = first_context_step(data.config)
+    at_contexts = first_context is not None and step > first_context  # whose state is not the loader's
+    return LoaderState(data.order.seed) if at_contexts else state

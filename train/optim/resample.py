@@ -13,14 +13,16 @@ from torch import Tensor
 
 from sae_granary.common.device import float64
 from sae_granary.sae_core import SAE, Rows
+from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.state.run_state import Run
 
 ENCODER_SHARE = 0.2  # of the mean norm of living latents' encoder rows: a new latent fires rarely at first
 
 
-def is_due(run: Run) -> bool:
-    """Whether dead latents are resampled after the step just taken."""
-    return run.is_at(run.config.resample_every) and run.step <= run.config.resample_until * run.n_steps
+def is_due(config: TrainConfig, step: int, n_steps: int) -> bool:
+    """Whether dead latents are resampled after a step."""
+    every = config.resample_every
+    return every > 0 and step % every == 0 and step <= config.resample_until * n_steps
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class RowsTrainer(RankTrainer):
     def _resample(self) -> dict[str, float]:
         """Rank 0 resamples alone, then sends all that this changed."""
         numbers: dict[str, float] = {}
-        if resample.is_due(self.run):
+        if resample.is_due(self.run.config, self.run.step, self.run.n_steps):
             if self.world.place.leads:
                 with alone(self.run.sae):
                     numbers = super()._resample()

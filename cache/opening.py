@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
+from sae_granary.cache.format.places import is_partial
 from sae_granary.cache.read.reader import Cache, open_local
-from sae_granary.cache.remote.mirror import fetcher_of, is_partial, locate
+from sae_granary.cache.remote.mirror import fetcher_of, locate
 from sae_granary.cache.remote.store import is_url
 
 

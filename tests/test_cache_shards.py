@@ -7,6 +7,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from threading import Event
 
 import pytest
@@ -16,13 +17,15 @@ from conftest import write_cache
 from fork_kit import command
 from rank_kit import ended, start
 from safetensors.numpy import load_file
-from test_cache_travel import Faulty, faulty  # noqa: F401
+from test_cache_travel import Faulty, faulty, run  # noqa: F401
 
 from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.analyze.source import cache_of
 from sae_granary.cache.convert import convert
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.load.loader import Loader, Share, Shuffle, order_of
+from sae_granary.cache.read.listing import list_caches
+from sae_granary.cache.read.recorded import cache_paths
 from sae_granary.cache.remote import fetch
 from sae_granary.cache.remote.push import plan_push, push
 from sae_granary.cache.remote.shards import WHOLE
@@ -372,6 +375,19 @@ def test_a_stop_says_which_step_is_saved(at, pushed, plain, tmp_path, monkeypatc
     assert stopped.value.step == (int(saved[-1].name[5:]) if saved else 0)
     monkeypatch.setattr(pushed, "cat_file", read)
     assert weights(train_sae(**settings(tmp_path), resume="auto").folder) == plain
+
+
+def test_commands_say_what_a_copy_is(cache, pushed, copies) -> None:
+    copy = open_cache(URL, by_shard=True).path
+    (entry,) = list_caches(copies)
+    assert (entry.state, entry.n_bytes) == ("partial", bytes_of(copy))
+    error = run("verify", copy, code=2).stderr
+    assert "is a copy of which runs fetch what they read: give the URL of the cache" in error
+    assert error.count("\n") == 1
+    other = copies / "mine.shards"  # a cache with such a name
+    copytree(cache, other)
+    assert "complete" in run("ls", other).stdout
+    assert "relative" in cache_paths(other, copies)
 
 
 def test_versions_without_groups_refuse_their_checkpoints(cache) -> None:

@@ -22,6 +22,7 @@ def verify(
 ) -> None:
     """Check every file of caches: checksums, Zarr metadata, statistics, row order. Exit code 1 if any is wrong."""
     with expected_errors(debug):
+        from sae_granary.cache.format.places import refuse_partial
         from sae_granary.cache.format.records import load_manifest
         from sae_granary.cache.read import verify as checks
         from sae_granary.cache.read.arrays import truncated_shards
@@ -29,6 +30,7 @@ def verify(
 
         explain_bus_errors(truncated_shards)
         for path in paths:
+            refuse_partial(path)
             load_manifest(path)  # no cache at all is an error, not a finding
         reports = {}
         for path in paths:

@@ -28,7 +28,6 @@ TEMPORARY = ".tmp"  # files on their way into place; removed when a harvest fini
 LOCK = ".lock"
 ABOUT = "about.json"  # when, how and on what machine it was made; never read with the data, never compared
 LOG = "harvest.log"  # the harvest's own; nothing here reads or writes it
-PARTIAL = ".shards"  # ends the name of a copy whose activations are fetched when they are read
 GROUPS = ("activations", "rows", "norms")  # of every cache
 SCALES, AFFINE = "scales", "affine"  # groups of dtypes with a scale per row
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from sae_granary.cache.errors import NotACacheError
+from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.common.files import home_path
 
 VARIABLE = "GRANARY_CACHE_DIR"
+PARTIAL = ".shards"  # behind the name of a copy
 
 
 def cache_folders() -> list[Path]:
@@ -31,3 +33,14 @@ def find_cache(path: str | os.PathLike[str]) -> Path:
         looked = ", ".join(str(place) for place in (path, *places))
         raise NotACacheError(f"no cache {path}: looked at {looked} ({VARIABLE}); `sae-cache ls` lists caches")
     return found
+
+
+def is_partial(folder: Path) -> bool:
+    """Whether a folder has the name of a copy whose activations are fetched when they are read."""
+    return re.search(rf"-[0-9a-f]{{12}}{re.escape(PARTIAL)}$", folder.name) is not None
+
+
+def refuse_partial(folder: Path) -> None:
+    """Raise CacheError for such a copy, which only its URL opens."""
+    if is_partial(folder):
+        raise CacheError(f"{folder} is a copy of which runs fetch what they read: give the URL of the cache")

@@ -14,6 +14,7 @@ from sae_granary.cache.errors import CorruptCacheError, MissingFileError
 from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, commit_path, documents_path
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.parse import LazyRecords, sizes_of
+from sae_granary.cache.format.places import refuse_partial
 from sae_granary.cache.format.records import blocks_of
 from sae_granary.common.quantities import counted
 
@@ -42,6 +43,17 @@ def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], *
     """Raise unless every file of the opened shards, and each that describes the cache, has its exact size.
 
     Where a copy is `partial`, activations are fetched when they are read (`cache.remote.shards`), and left out here.
+    """
+    try:
+        _check_files(path, manifest, opened, partial=partial)
+    except CorruptCacheError:
+        if not partial:
+            refuse_partial(path)
+        raise
+
+
+def _check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], *, partial: bool) -> None:
+    """See `check_files`.
 
     Of many shards of a large manifest only the names are looked for, by listing the folders: to ask for the size of a
     million files takes longer than to train on them for a while. Sizes are compared when a shard is first read.

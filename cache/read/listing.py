@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import LOCK, MANIFEST
+from sae_granary.cache.format.places import is_partial
 from sae_granary.cache.format.records import blocks_of, bytes_in_blocks
 from sae_granary.cache.read.reader import open_local
 from sae_granary.cache.read.render import source_name
@@ -25,7 +28,7 @@ class Entry:
     """One cache of a list."""
 
     path: str
-    state: str  # "complete", "growing" (a harvest writes it now), "incomplete" or "damaged"
+    state: str  # "complete", "growing" (a harvest writes it now), "incomplete", "partial" (`is_partial`) or "damaged"
     model: str = ""
     dataset: str = ""
     hook_points: tuple[str, ...] = ()
@@ -79,8 +82,9 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _entry(folder: Path) -> Entry:
     age = max(0.0, time.time() - (folder / MANIFEST).lstat().st_mtime)
+    partial = is_partial(folder)
     try:
-        cache = open_local(folder, allow_incomplete=True)
+        cache = open_local(folder, allow_incomplete=True, partial=partial)
     except (CacheError, OSError) as error:
         return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
     writing = [folder, *(part.path for part in cache.additions)]
@@ -88,12 +92,22 @@ def _entry(folder: Path) -> Entry:
     growing = any(lock_holder(place / LOCK) is not None for place in writing) or (blocks is not None and blocks.growing)
     return Entry(
         path=str(folder),
-        state="growing" if growing else "complete" if cache.complete else "incomplete",
+        state="partial" if partial else "growing" if growing else "complete" if cache.complete else "incomplete",
         model=source_name(cache.manifest.provenance.get("model")),
         dataset=source_name(cache.manifest.provenance.get("dataset")),
         hook_points=tuple(cache.hook_points),
         n_rows=cache.n_rows or (blocks.n_rows if blocks is not None else 0),
         dtype=cache.dtype,
-        n_bytes=cache.n_bytes + bytes_in_blocks(folder),
+        n_bytes=bytes_in(folder) if partial else cache.n_bytes + bytes_in_blocks(folder),
         age_seconds=age,
     )
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder but its locks; other processes may remove some meanwhile."""
+    n_bytes = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.lstat()
+            n_bytes += status.st_size if stat.S_ISREG(status.st_mode) and file.name != LOCK else 0
+    return n_bytes

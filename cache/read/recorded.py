@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_granary.cache.errors import CacheError
-from sae_granary.cache.format.layout import PARTIAL
+from sae_granary.cache.format.places import is_partial
 from sae_granary.cache.format.records import load_manifest
 
 PATHS = "cache_paths"  # in run.json and sweep.json, since their version 2
@@ -19,7 +19,7 @@ def cache_paths(cache: Path, folder: Path) -> dict[str, str]:
 
     Of a copy without its activations none is: the run has the URL.
     """
-    if cache.name.endswith(PARTIAL):
+    if is_partial(cache):
         return {}
     absolute = cache.resolve()
     try:

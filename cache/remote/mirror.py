@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import sys
 import time
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError
-from sae_granary.cache.format.layout import LOCK, MANIFEST, PARTIAL
-from sae_granary.cache.format.places import find_cache
+from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.places import PARTIAL, find_cache, is_partial
 from sae_granary.cache.format.records import load_manifest
+from sae_granary.cache.read.listing import bytes_in
 from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.remote.pull import PullPlan, is_half, plan_pull, pull, remove_half
 from sae_granary.cache.remote.shards import ShardFetcher
@@ -80,17 +80,12 @@ def mirrored(url: str, *, by_shard: bool = False) -> Path:
     return folder
 
 
-def is_partial(folder: Path) -> bool:
-    """Whether a copy is one whose activations are fetched when they are read."""
-    return folder.name.endswith(PARTIAL)
-
-
 def fetcher_of(cache: Cache, url: str) -> ShardFetcher:
     """Fetches the activations of a partial copy, within what copies may take."""
     root, limit = cache.path.parent, _limit()
 
     def free() -> int:
-        return min(limit - _bytes_in(root), free_bytes(root))
+        return min(limit - bytes_in(root), free_bytes(root))
 
     return ShardFetcher(cache, cache.path, url, free)
 
@@ -129,20 +124,10 @@ def _make_room(folder: Path, allowed: int) -> None:
     """
     places = [place for place in folder.parent.glob("*") if place != folder and not place.is_symlink()]
     others = [place for place in places if is_half(place) or (place / MANIFEST).exists()]
-    sizes = {other: _bytes_in(other) for other in others}
+    sizes = {other: bytes_in(other) for other in others}
     for other in sorted(others, key=lambda place: place.stat().st_mtime):
         if sum(sizes.values()) <= allowed:
             return
         with contextlib.suppress(CacheError):  # in use, or not ours to remove
             (remove_half if is_half(other) else remove_cache)(other)
             sizes.pop(other)
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of all files in a folder but its locks; other processes may remove some meanwhile."""
-    n_bytes = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            status = file.lstat()
-            n_bytes += status.st_size if stat.S_ISREG(status.st_mode) and file.name != LOCK else 0
-    return n_bytes

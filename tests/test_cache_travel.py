@@ -234,6 +234,10 @@ def test_a_url_is_read_through_a_verified_copy(cache, faulty, copies, capsys):
     faulty.n_requests, faulty.faults = 0, dict.fromkeys(range(1, 10_000), "error")
     assert open_cache("faulty://b/c").n_rows == rows.n_rows  # out of reach: the copy is complete
     assert f"reading the local copy {rows.path}" in capsys.readouterr().err
+    faulty.faults = {}
+    faulty.store.clear()
+    with pytest.raises(CacheError, match=f"nothing is there; its local copy is complete: --cache {rows.path} reads it"):
+        open_cache("faulty://b/c")
 
 
 def test_copies_are_bounded(tmp_path, cache, faulty, copies, monkeypatch):

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError, CacheLockedError
+from sae_granary.cache.errors import CacheError, CacheLockedError, NotACacheError
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.format.places import PARTIAL, find_cache, is_partial
 from sae_granary.cache.format.records import load_manifest
@@ -58,6 +58,10 @@ def mirrored(url: str, *, by_shard: bool = False) -> Path:
             raise
         sys.stderr.write(f"{one_line(error)}; reading the local copy {folder}\n")
         return folder
+    except NotACacheError as error:  # perhaps a disk that is not mounted
+        if (folder / MANIFEST).exists() and not is_partial(folder):
+            error.args = (f"{error}; its local copy is complete: --cache {folder} reads it",)
+        raise
     except CacheError as error:
         if folder.exists():
             error.args = (f"{error}; its local copy is {folder}: remove that folder to copy it again",)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError
+from sae_granary.cache.errors import CacheError, NotACacheError
 from sae_granary.cache.format.layout import ADDED, COMMITS, DOCUMENTS, MANIFEST, TEMPORARY
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord
 from sae_granary.cache.format.records import existing_manifest, load_manifest, refuse_code
@@ -102,12 +102,12 @@ def remote_parcel(
 ) -> Parcel:
     """What travels of a remote cache, but for what was added to it where all of it does.
 
-    Raises CacheError for half a push, or none.
+    Raises NotACacheError for half a push, or none.
     """
     if MANIFEST not in there:
         half = MARKER in there
         state = "a push has not finished there" if half else "it has no manifest.json" if there else "nothing is there"
-        raise CacheError(f"{store.url} is not a cache to pull: {state}")
+        raise NotACacheError(f"{store.url} is not a cache to pull: {state}")
     data = store.read(MANIFEST)
     manifest = parse(data, f"{store.url}/{MANIFEST}")
     if not hooks and n_rows is None:

@@ -76,7 +76,7 @@ def stats_table(source: Source, folder: Path, repeats: int) -> str:
         encode_cache(source, folder / f"again_{next(made)}")
 
     functions = {"encode": to_disk, "stats": lambda: compute_stats(source, codes)}
-    with timed(stats, "_coactive") as coactive:
+    with timed(stats, "coactive") as coactive:
         found = dict(alternated(functions, repeats))
     found["coactive"] = tuple(map(statistics.median, zip(*coactive, strict=True)))  # type: ignore[assignment]
     found["apart"] = tuple(a - b for a, b in zip(found["stats"], found["coactive"], strict=True))  # type: ignore[assignment]

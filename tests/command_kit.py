@@ -1,8 +1,7 @@
 """Commands of Granary carried out in this process."""
 
-from click.testing import Result
 from typer import Typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 
 def invoke(app: Typer, *words: object, code: int = 0, stdin: str | None = None) -> Result:

@@ -258,7 +258,7 @@ def test_a_disk_of_this_machine_gets_groups_of_shards(cache, plain, tmp_path, mo
     disk = tmp_path / "disk"
     disk.mkdir()
     bound = fixed_bytes(cache) + 4 * max_shard(cache)
-    monkeypatch.setattr("sae_granary.cache.remote.stage._Job.__eq__", None)  # of a million files, none with each
+    monkeypatch.setattr("sae_granary.cache.remote.fetch.Copy.__eq__", None)  # of a million files, none with each
     for module in ("stage", "mirror"):
         monkeypatch.setattr(f"sae_granary.cache.remote.{module}.free_bytes", lambda place: bound - bytes_of(disk))
     with staging(disk):

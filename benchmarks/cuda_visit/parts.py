@@ -1,6 +1,6 @@
 """The parts of a visit, in the order of their worth: first whether it is right and how fast a step is.
 
-FIRST and SECOND are two visits of at most 7 minutes each, for a machine that is lent for 15 minutes.
+FIRST and SECOND are two visits of at most 7 minutes each, for a machine that is available for 15 minutes.
 """
 
 from benchmarks.cuda_visit.visit import Part

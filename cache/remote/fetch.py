@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from sae_granary.cache.format.documents import hash_file
 from sae_granary.cache.format.manifest import FileEntry
+from sae_granary.cache.read.reader import Cache
 from sae_granary.cache.remote.store import Store, damaged
 
 BLOCK_BYTES = 8 << 20
@@ -48,6 +51,29 @@ def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Cal
 def part_of(target: Path) -> Path:
     """Where the bytes of a file are until it is complete."""
     return target.with_name(target.name + ".part")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file of a cache, and where it is copied to."""
+
+    holder: Cache
+    path: str
+    entry: FileEntry
+    target: Path
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it has arrived: it got its name after its checksum was found right."""
+        return self.target.is_file() and self.target.stat().st_size == self.entry.n_bytes
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that have not arrived."""
+        part = part_of(self.target)
+        with contextlib.suppress(OSError):
+            return max(0, self.entry.n_bytes - part.stat().st_size)
+        return 0 if self.is_here else self.entry.n_bytes
 
 
 def remote_entry(store: Store, path: str, n_bytes: int) -> FileEntry:

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError
 from sae_granary.cache.format.layout import SCALES
-from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.read.check import Enter
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.remote.fetch import fetch, part_of
+from sae_granary.cache.remote.fetch import Copy, fetch, part_of
 from sae_granary.cache.remote.store import THREADS, RemoteError, Store
 from sae_granary.cache.write.session import locked
 from sae_granary.common.files import shortage
@@ -38,28 +36,6 @@ AGAIN = 0.2  # seconds until it is looked again whether another process still fe
 def is_fetched(path: str) -> bool:
     """Whether a path in a cache is one of what is fetched shard by shard."""
     return path.partition("/")[0] in ("activations", SCALES)
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file to fetch."""
-
-    holder: Cache
-    path: str
-    entry: FileEntry
-    target: Path
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it has arrived."""
-        return self.target.is_file() and self.target.stat().st_size == self.entry.n_bytes
-
-    @property
-    def left_bytes(self) -> int:
-        """Bytes that have not arrived."""
-        with suppress(FileNotFoundError):
-            return max(0, self.entry.n_bytes - part_of(self.target).stat().st_size)
-        return self.entry.n_bytes
 
 
 class ShardFetcher:
@@ -111,7 +87,7 @@ class ShardFetcher:
         finally:
             reader.close()
 
-    def files(self, hooks: Sequence[str], shards: Iterable[int]) -> list[_File]:
+    def files(self, hooks: Sequence[str], shards: Iterable[int]) -> list[Copy]:
         """What is fetched of opened shards."""
         found = []
         for i in shards:
@@ -121,10 +97,10 @@ class ShardFetcher:
                 entries = holder.records[number].files
                 for array in holder.layout.late(hook):
                     path = array.shard_path(number)
-                    found.append(_File(holder, path, entries[path], holder.place_of(path)))
+                    found.append(Copy(holder, path, entries[path], holder.place_of(path)))
         return found
 
-    def fetch(self, files: Sequence[_File], is_done: Callable[[_File], bool], stopped: Callable[[], bool]) -> None:
+    def fetch(self, files: Sequence[Copy], is_done: Callable[[Copy], bool], stopped: Callable[[], bool]) -> None:
         """Fetch files until each is done; one process at a time does, so that they share the space."""
         while missing := [file for file in files if not is_done(file)]:
             try:
@@ -144,7 +120,7 @@ class ShardFetcher:
             finally:
                 lock.release()
 
-    def _fetch_all(self, missing: Sequence[_File], stopped: Callable[[], bool]) -> None:
+    def _fetch_all(self, missing: Sequence[Copy], stopped: Callable[[], bool]) -> None:
         places = {file.holder.path for file in missing}
         stores = {
             p: Store(f"{self._url}/{p.relative_to(self._cache.path).as_posix()}".removesuffix("/.")) for p in places
@@ -161,7 +137,7 @@ class ShardFetcher:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _make_room(self, missing: Sequence[_File], kept: Collection[Path]) -> None:
+    def _make_room(self, missing: Sequence[Copy], kept: Collection[Path]) -> None:
         needed, free = sum(file.left_bytes for file in missing), self._free()
         others = [path for path in self._copies() if path not in kept] if free < needed else []
         others.sort(key=lambda path: _size_and_time(path)[1], reverse=True)
@@ -212,7 +188,7 @@ class _Reader:
         self._now, coming = now, self._fetcher.files(self._hooks, after)
         self._ahead = self._thread.submit(self._fetcher.fetch, coming, lambda file: file.is_here, self._stopped)
 
-    def _hold(self, file: _File) -> bool:
+    def _hold(self, file: Copy) -> bool:
         if file.target not in self._held:
             descriptor = hold(file.target) if file.is_here else None
             if descriptor is None:

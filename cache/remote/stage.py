@@ -20,13 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.remote.fetch import fetch, part_of
+from sae_granary.cache.remote.fetch import Copy, fetch
 from sae_granary.cache.remote.shards import WHOLE, ShardFetcher, is_fetched
 from sae_granary.cache.remote.store import THREADS, Store
 from sae_granary.common.errors import ConfigError
@@ -93,13 +92,13 @@ def stage(cache: Cache, needed: Needed, *, copy: bool = True, by_shard: bool = F
     else:
         hold_shared(place / WHOLE)
     jobs = {
-        holder.path / path: _Job(holder, path, entry, place / _name(cache, holder, path, entry))
+        holder.path / path: Copy(holder, path, entry, place / _name(cache, holder, path, entry))
         for path, holder, entry in needed
     }
-    missing: list[_Job] = []
-    later: list[_Job] = []
+    missing: list[Copy] = []
+    later: list[Copy] = []
     for job in jobs.values():
-        if not job.is_done:
+        if not job.is_here:
             (later if by_shard and is_fetched(job.path) else missing).append(job)
     if missing or later:
         _make_room(place, missing, later)
@@ -133,30 +132,7 @@ def _check_owner(place: Path) -> None:
         raise CacheError(f"{place} belongs to another user: use another folder for --stage")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A file to copy."""
-
-    holder: Cache
-    path: str
-    entry: FileEntry
-    target: Path
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it is there: it got its name after its checksum was found right."""
-        return self.target.is_file() and self.target.stat().st_size == self.entry.n_bytes
-
-    @property
-    def left_bytes(self) -> int:
-        """Bytes that have not arrived."""
-        part = part_of(self.target)
-        with contextlib.suppress(OSError):
-            return max(0, self.entry.n_bytes - part.stat().st_size)
-        return 0 if self.is_done else self.entry.n_bytes
-
-
-def _make_room(place: Path, missing: Sequence[_Job], later: Sequence[_Job] = ()) -> None:
+def _make_room(place: Path, missing: Sequence[Copy], later: Sequence[Copy] = ()) -> None:
     """Raise CacheError unless there is space; copies of other caches that nobody uses make room, the oldest first.
 
     They do for what is copied `later`, too, which raises nothing.
@@ -191,7 +167,7 @@ def _last_used(place: Path) -> float:
     return 0.0
 
 
-def _copy_all(cache: Cache, place: Path, missing: Sequence[_Job]) -> None:
+def _copy_all(cache: Cache, place: Path, missing: Sequence[Copy]) -> None:
     """Copy files; those that another process is copying are waited for."""
     total, stores = sum(job.entry.n_bytes for job in missing), _stores(missing)
     told = f"copying {len(missing):,} files ({byte_size(total)}) of {cache.path} to {place}"
@@ -212,19 +188,19 @@ def _copy_all(cache: Cache, place: Path, missing: Sequence[_Job]) -> None:
             raise
 
 
-def _stores(jobs: Sequence[_Job]) -> Mapping[Path, Store]:
+def _stores(jobs: Sequence[Copy]) -> Mapping[Path, Store]:
     return {path: Store(f"file://{path.resolve().as_posix()}") for path in {job.holder.path for job in jobs}}
 
 
-def _copy(stores: Mapping[Path, Store], job: _Job) -> bool:
+def _copy(stores: Mapping[Path, Store], job: Copy) -> bool:
     """Copy a file unless it is there; False if another process does."""
-    if job.is_done:
+    if job.is_here:
         return True
     job.target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FolderLock(job.target.with_name(job.target.name + ".lock")) as lock:
             lock.acquire()
-            if not job.is_done:
+            if not job.is_here:
                 fetch(stores[job.holder.path], job.path, job.entry, job.target, lambda n_bytes: None)
     except LockedError:
         return False

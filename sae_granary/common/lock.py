@@ -134,7 +134,7 @@ class FolderLock:
 def hold_shared(path: Path) -> None:
     """Hold a lock file, together with other processes, until this one ends; its folder is made, its time is now.
 
-    `try_alone` finds it in use. Without flock it is only made.
+    `try_alone` then reports it as in use. Without flock it is only made.
     """
     while path not in _shared or not _is_current(_shared[path], path):
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -154,7 +154,7 @@ def hold_shared(path: Path) -> None:
 def hold(path: Path) -> int | None:
     """Hold a file, together with others, until the descriptor is closed; its time is now.
 
-    None if there is no such file, or it is being removed. `try_alone` finds it in use.
+    None if there is no such file, or it is being removed. `try_alone` then reports it as in use.
     """
     try:
         fd = os.open(path, os.O_RDONLY | PLAIN | NO_FOLLOW)

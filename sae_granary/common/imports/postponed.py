@@ -33,7 +33,7 @@ def _real(module: str, name: str) -> Any:
 
 
 def _on_call(module: str, name: str) -> Callable[..., Any]:
-    """Stands for a function: loading its module when it is called."""
+    """A function that loads the module of the real one when it is called."""
 
     def function(*args: Any, **more: Any) -> Any:
         return _real(module, name)(*args, **more)
@@ -42,7 +42,7 @@ def _on_call(module: str, name: str) -> Callable[..., Any]:
 
 
 def _decorator(name: str) -> Callable[..., Any]:
-    """Stands for a decorator that tells torch's compiler how to treat a function, which matters once that is loaded."""
+    """A placeholder for a decorator of torch's compiler: it matters only once the compiler is loaded."""
 
     def decorate(function: Any = None, *args: Any, **more: Any) -> Any:
         # Without a wrapper: by torch itself, at the first call of the function. With one: it would be for generation.
@@ -140,7 +140,7 @@ class _Postponed(ModuleType):
         return getattr(self, name)
 
     def load(self) -> None:
-        """Become the package that it stands for."""
+        """Become the package of this name."""
         assert self.__spec__ is not None
         assert self.__spec__.loader is not None
         parent = sys.modules.get(self.__name__.rpartition(".")[0])

@@ -15,12 +15,15 @@ from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 T = TypeVar("T", bound=type[SAE])
 
 _VARIANTS: dict[str, type[SAE]] = {}
+_SHARING: set[type[SAE]] = set()
 
 
-def register(name: str, *, shards_latents: bool = False) -> Callable[[T], T]:
+def register(name: str, *, shards_latents: bool = False, shares_passes: bool = False) -> Callable[[T], T]:
     """Class decorator: register a variant under `name` for the commands, the loader and the contract tests.
 
-    `shards_latents`: its latents can be divided over ranks (`SAE.shards`). Not inherited by other variants.
+    `shards_latents`: its latents can be divided over ranks (`SAE.shards`). `shares_passes`: a step selects latents by
+    `select`, decodes them, and its loss is their squared error, so that SAEs of a sweep can be decoded together
+    (`shares_passes`). Neither is inherited by other variants.
     """
 
     def add(cls: T) -> T:
@@ -28,10 +31,17 @@ def register(name: str, *, shards_latents: bool = False) -> Callable[[T], T]:
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise ValueError(f"variant {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}")
         cls.type_name, cls.shards_latents = name, shards_latents
+        if shares_passes:
+            _SHARING.add(cls)
         _VARIANTS[name] = cls
         return cls
 
     return add
+
+
+def shares_passes(sae: SAE) -> bool:
+    """Whether several SAEs of this type can be decoded together; see `register`."""
+    return type(sae) in _SHARING
 
 
 def discover() -> None:

@@ -20,7 +20,7 @@ from sae_granary.sae_core.ranks import sharded
 from sae_granary.sae_core.registry import register
 
 
-@register("topk", shards_latents=True)
+@register("topk", shards_latents=True, shares_passes=True)
 class TopKSAE(SAE):
     """Keep k per row, then ReLU; AuxK revives dead latents. Decoder rows have unit norm."""
 

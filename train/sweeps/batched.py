@@ -15,17 +15,18 @@ import contextlib
 import time
 from collections.abc import Hashable, Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from sae_granary.cache.load.loader import Batch
 from sae_granary.cache.load.whole_contexts import Contexts
-from sae_granary.sae_core import Codes, Pattern, Progress
+from sae_granary.sae_core import SAE, Codes, Pattern, Progress
 from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.kernels import deferred
 from sae_granary.sae_core.pre_acts import PreActs
-from sae_granary.sae_core.variants.topk import TopKSAE
+from sae_granary.sae_core.registry import shares_passes
 from sae_granary.train.data.streams import step_input
 from sae_granary.train.loop import autocast, measures
 from sae_granary.train.optim.asked import Asked
@@ -33,6 +34,9 @@ from sae_granary.train.optim.gradients import is_finite
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import RowInput
 from sae_granary.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from sae_granary.sae_core.variants.topk import TopKSAE
 
 
 class Batched:
@@ -74,13 +78,17 @@ class Batched:
 def _shape(run: Run) -> Hashable:
     """Equal for runs whose next steps can share a pass; None for a step that is taken alone."""
     config, sae = run.config, run.sae
-    if type(sae) is not TopKSAE or sae.config.multi_topk or sae.config.loss not in ("fvu", "mse"):
+    if not shares_passes(sae) or (options := _options(sae)).multi_topk or options.loss not in ("fvu", "mse"):
         return None
     if measures(run) or config.grad_acc_steps > 1 or config.init_from is not None or sae.ranks.n > 1:
         return None
-    if sae.config.auxk_coef > 0 and _n_dead(run):
+    if options.auxk_coef > 0 and _n_dead(run):
         return None
     return (*config.hook, sae.config.d_in, sae.config.d_sae, sae.config.normalize, config.compute_dtype)
+
+
+def _options(sae: SAE) -> TopKSAE.Config:
+    return cast("TopKSAE.Config", sae.config)  # a type that `shares_passes` has the options of topk
 
 
 def _n_dead(run: Run) -> int:
@@ -147,10 +155,10 @@ class _Stack:
         run.sae.begin_step(Progress(run.step, run.n_steps))
         run.optimizer.zero_grad(set_to_none=True)
         run.row_pass.ask(run.deferred)
-        assert isinstance(run.sae, TopKSAE)
+        sae = cast("TopKSAE", run.sae)
         with run.deferred.of_this_step():
             run.deferred.failed(sound)
-            return run.sae.select(PreActs(h, run.sae.W_enc, run.sae.encoder_bias), run.sae.k)
+            return sae.select(PreActs(h, sae.W_enc, sae.encoder_bias), sae.k)
 
     def _ask(self, parts: Sequence[tuple[Run, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]], n_rows: int) -> None:
         """Give each run its gradients and counters, and read what their steps need to know, at once."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_kit import toy_buffer, toy_spec
+from meanwhile_kit import meanwhile
 from typer.testing import CliRunner
 
 from sae_granary import open_cache
@@ -233,3 +234,17 @@ def test_processes_that_begin_and_end_together_do_not_disturb_each_other(tmp_pat
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_processes_may_begin_a_cache_between_any_two_calls_of_each_other(tmp_path: Path, there: bool) -> None:
+    path, spec = tmp_path / "cache", toy_spec("float32", ("layer_1",), 4, block_docs=16)
+
+    def start() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        if there:
+            path.mkdir()
+
+    begun = list(meanwhile(lambda: begin_blocks(path, spec), lambda: begin_blocks(path, spec), start))
+    assert len(begun) > 20
+    assert all(manifest == begun[0] for manifest in begun)

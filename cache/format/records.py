@@ -106,8 +106,9 @@ def existing_manifest(path: Path) -> Manifest | None:
         return None
     if not path.is_dir():
         raise CacheExistsError(f"{path} is a file, expected a folder; use another --out")
+    # Listed first: what another process has begun meanwhile begins with its manifest.
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS)
     if not (path / MANIFEST).exists():
-        others = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS)
         if others:
             shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             raise CacheExistsError(f"{path} holds something that is not a cache ({shown}); use another --out")

@@ -38,7 +38,8 @@ def test_the_sbatch_file_stops_the_training_and_queues_the_job_again(tmp_path: P
     result = invoke(app, "script", "--gpus", "1", "--", *RUN)
     stand_ins = {
         "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else echo host1; fi',
-        "scancel": f'test "$*" = "--signal=TERM 7.0" && kill -TERM $(cat {tmp_path}/pid)',
+        "scancel": f'test "$*" = "--signal=TERM 7.0" && kill -TERM $(cat {tmp_path}/pid); '
+        f"while kill -0 $(cat {tmp_path}/pid) 2>/dev/null; do sleep 0.01; done",  # the work ends before it does
         "srun": f"trap 'echo saved; exit 143' TERM; echo $$ > {tmp_path}/pid; kill -USR1 $PPID; "
         "while :; do sleep 0.05; done",
     }
@@ -46,9 +47,7 @@ def test_the_sbatch_file_stops_the_training_and_queues_the_job_again(tmp_path: P
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]"}
-    done = subprocess.run(
-        ["bash", "-c", result.output], env=env, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run(["bash", "-c", result.output], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split("\n")[:2] == ["saved", "requeued 7"], done
     assert done.returncode == 143
 

@@ -36,12 +36,11 @@ trap stop TERM
 
 srun --cpus-per-task={cpus} {step} &
 step=$!
-wait "$step"
-code=$?
 while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the work
     wait "$step"
-    code=$?
 done
+wait "$step" # bash keeps the code of what has ended
+code=$?
 if [ "$again" -eq 1 ] && [ "$code" -ne 0 ]; then
     scontrol requeue "$job"
 fi

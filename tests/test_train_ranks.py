@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fork_kit import Forks
+from fork_kit import Forks, wait_until
 from rank_kit import CASES, COMMON, ended, sharded_steps, start, steps, take_steps, tied_selections
+from torch import distributed
 
 from benchmarks.rank_traffic import shard_traffic
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import Share
+from sae_granary.train.ranks import hearts
+from sae_granary.train.ranks.place import Place
 
 CLOSE = 1e-5
 
@@ -58,6 +62,21 @@ def test_ranks_take_the_steps_of_one_process(
     shared = [torch.load(tmp_path / f"sae_{rank}.pt") for rank in range(n)]
     for state in shared:
         assert_close(one.sae.state_dict(), state, "trained", within=1e-3)
+
+
+def test_a_process_that_was_stopped_itself_takes_no_other_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+
+    def late() -> float:
+        """Between any two looks at the clock a minute has passed."""
+        asked.append(60.0 * len(asked))
+        return asked[-1]
+
+    monkeypatch.setattr(hearts, "time", SimpleNamespace(monotonic=late))
+    heart = hearts.Hearts(Place(1, 2, 1, "127.0.0.1", 29500), distributed.HashStore())
+    wait_until(lambda: heart.unheard(30) or len(asked) > 4)
+    assert heart.unheard(30) == ""
+    heart.stop()
 
 
 def joined_codes(parts: list[list[torch.Tensor]], n_pieces: int) -> list[torch.Tensor]:

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fork_kit import Forked, Forks, command, last_line, wait_until
+from fork_kit import LIMIT, Forks, command, last_line
 from rank_kit import COMMON, Job, ended, start
 
 from sae_granary import load_sae, resume_training, train_sae, train_sweep
@@ -19,6 +20,7 @@ from sae_granary.train.callbacks import StepEvent
 from sae_granary.train.errors import InterruptedRunError
 from sae_granary.train.ranks import run
 from sae_granary.train.state.checkpoint import list_checkpoints
+from sae_granary.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -30,9 +32,17 @@ def job(cache: Path, runs: Path, **settings: object) -> Job:
     return command, "sae_granary.train", "run", *flags
 
 
-def wait_for_checkpoint(folder: Path, processes: list[Forked]) -> None:
-    """Wait until a run has a checkpoint."""
-    wait_until(lambda: list_checkpoints(folder), of=tuple(processes))
+def signaled(signum: int, ranks: Sequence[int], step: int, *args: str) -> None:
+    """Train; ranks get a signal before they take this step."""
+    take = Trainer.take
+
+    def signal_first(self: Trainer, *given: Any) -> None:
+        if int(os.environ["RANK"]) in ranks and self.run.step == step - 1:
+            os.kill(os.getpid(), signum)
+        take(self, *given)
+
+    Trainer.take = signal_first  # type: ignore[method-assign]
+    command(*args)
 
 
 def in_folder(folder: Path, *args: str) -> None:
@@ -83,11 +93,9 @@ def test_a_rank_that_does_not_come(make_cache: Callable[..., Path], tmp_path: Pa
 def test_a_rank_that_dies_or_hangs_is_named(
     rank: int, by: signal.Signals, make_cache: Callable[..., Path], tmp_path: Path, forks: Forks
 ) -> None:
-    cache = make_cache()
-    jobs = [job(cache, tmp_path, steps=9000, save_every=20, log_every=10)] * 2
-    processes = start(forks, jobs, GRANARY_RANK_TIMEOUT="5")
-    wait_for_checkpoint(tmp_path / "run", processes)
-    processes[rank].send(by)
+    _, *flags = job(make_cache(), tmp_path, save_every=20, log_every=10)
+    timeout = "15" if by == signal.SIGSTOP else str(LIMIT)  # seconds, of silence
+    processes = start(forks, [(signaled, by, [rank], 30, *flags)] * 2, GRANARY_RANK_TIMEOUT=timeout)
     ((code, output),) = ended([processes[1 - rank]])
     processes[rank].end()
     assert code == 2, output
@@ -102,10 +110,8 @@ def test_one_batch_log_over_two_then_one_then_three_ranks(
     cache = make_cache()
     settings = {**COMMON, "type": "batchtopk", "k": 3, "steps": 300, "log_every": 10, "save_every": 50}
     alone = train_sae(cache=str(cache), **settings, runs_dir=str(tmp_path), name="alone")
-    processes = start(forks, [job(cache, tmp_path, steps=300, log_every=10, save_every=50)] * 2)
-    wait_for_checkpoint(tmp_path / "run", processes)
-    processes[1].send(signal.SIGTERM)
-    for code, output in ended(processes):
+    _, *flags = job(cache, tmp_path, steps=300, log_every=10, save_every=50)
+    for code, output in ended(start(forks, [(signaled, signal.SIGTERM, [1], 75, *flags)] * 2)):
         assert code == 143, output
         assert "stopped by signal 15 after step" in output
 
@@ -114,7 +120,7 @@ def test_one_batch_log_over_two_then_one_then_three_ranks(
     def stop_at_200(event: StepEvent) -> None:
         stop.signum = signal.SIGTERM if event.step == 200 else None
 
-    assert int(list_checkpoints(tmp_path / "run")[-1].name[-8:]) < 200
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step_00000075"
     with pytest.raises(InterruptedRunError):
         resume_training(tmp_path / "run", callbacks=[stop_at_200], stop=stop)
     assert list_checkpoints(tmp_path / "run")[-1].name == "step_00000200"
@@ -143,11 +149,8 @@ def test_a_sweep_is_divided_and_the_saes_of_a_dead_rank_are_taken_over(
     flags = list(job(cache, tmp_path, **given)[3:])
     del flags[flags.index("--k") : flags.index("--k") + 2]
     sweep = (command, "sae_granary.train", "sweep", *flags, "--grid", "k=2,3,4,5")
-    processes = start(forks, [sweep] * 2, GRANARY_RANK_TIMEOUT="8")
-    names = [f"toy_layer_3_batchtopk_d64_k{k}_s0" for k in (2, 3, 4, 5)]
-    wait_for_checkpoint(tmp_path / "ks" / names[2], processes)
-    processes[1].send(signal.SIGKILL)
-    (code, output), _ = ended(processes)
+    killed = (signaled, signal.SIGKILL, [1], 30, *sweep[1:])
+    (code, output), _ = ended(start(forks, [killed] * 2, GRANARY_RANK_TIMEOUT="15"))
     assert code == 2, output
     assert "rank 1 (" in output
     rows = json.loads((tmp_path / "ks" / "results.json").read_text())["rows"]

@@ -14,7 +14,7 @@ from fork_kit import Forks, command
 from rank_kit import COMMON, ended, start
 from safetensors.torch import load_file
 from test_train_ranks import assert_close
-from test_train_ranks_stops import job, wait_for_checkpoint
+from test_train_ranks_stops import job, signaled
 
 from sae_granary import load_sae, resume_training, sae_core, train_sae
 from sae_granary.common.errors import ConfigError
@@ -113,13 +113,10 @@ def test_a_run_killed_on_2_ranks_continues_on_1_then_on_4(
     settings = {"type": "batchtopk", "k": 3, "k_aux": 2, "steps": 120, "ema_decay": 0.9, "log_every": 1}
     settings |= {"save_every": 10}
     alone = train_sae(cache=str(cache), **{**COMMON, **settings}, runs_dir=str(tmp_path), name="alone")
-    rank = (*job(cache, tmp_path, **settings), "--shard-latents")
-    processes = start(forks, [rank] * 2)
+    _, *flags = (*job(cache, tmp_path, **settings), "--shard-latents")
     run = tmp_path / "run"
-    wait_for_checkpoint(run, processes)
-    for process in processes:
-        process.send(signal.SIGKILL)
-    ended(processes)
+    codes = [code for code, _ in ended(start(forks, [(signaled, signal.SIGKILL, [0, 1], 35, *flags)] * 2))]
+    assert codes == [-signal.SIGKILL] * 2
     newest = list_checkpoints(run)[-1]
     parts = [load_file(newest / "sae" / f"sae-0000{i}-of-00002.safetensors") for i in (1, 2)]
     assert torch.equal(sae_core.load_native(newest / "sae").W_dec, torch.cat([part["W_dec"] for part in parts]))

@@ -27,13 +27,15 @@ class Hearts:
     """Two threads: one beats for this rank and listens for the others, one watches.
 
     Where the host of the store is gone, or the network to it, a call to the store may not return. So the second thread
-    only compares times.
+    only compares times. They are those of a clock that stands still while this process, or its machine, is stopped:
+    the others are silent then only for this process.
     """
 
     def __init__(self, place: Place, store: Store) -> None:
         self._place, self._store = place, store
-        self._seen = {i: (b"", time.monotonic()) for i in range(place.n) if i != place.index}
-        self._answered = time.monotonic()  # when the store did last
+        self._now = 0.0  # seconds
+        self._seen = {i: (b"", self._now) for i in range(place.n) if i != place.index}
+        self._answered = self._now  # when the store did last
         self._names: dict[int, str] = {}
         self.watches = False  # whether this process ends when others are unheard for too long
         self._stop = threading.Event()
@@ -49,7 +51,7 @@ class Hearts:
 
         Without the store nobody is heard: then that is what is named, since the others may be well.
         """
-        now = time.monotonic()
+        now = self._now
         if now - self._answered > seconds:
             at = f"rank 0 ({self._where(0)}) at {self._place.address}:{self._place.port}"
             return f"{at} is gone, or cannot be reached from {socket.gethostname()}"
@@ -67,7 +69,10 @@ class Hearts:
         return self._names.get(index, "unknown host")
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._stop.wait(BEAT):
+            passed, before = time.monotonic() - before, time.monotonic()
+            self._now += min(passed, 2 * BEAT)
             if self.watches and (who := self.unheard(self._place.timeout + GRACE)):
                 os.write(2, f"error: {gone(who)}; no answer for {self._place.timeout:g} s\n".encode())
                 os._exit(RankError.exit_code)
@@ -82,5 +87,5 @@ class Hearts:
                 self._store.set(f"beat/{self._place.index}", str(count))
                 for i, (last, _) in list(self._seen.items()):
                     if self._store.check([f"beat/{i}"]) and (found := self._store.get(f"beat/{i}")) != last:
-                        self._seen[i] = (found, time.monotonic())
-                self._answered = time.monotonic()
+                        self._seen[i] = (found, self._now)
+                self._answered = self._now

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import re
 import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,14 @@ def command(module: str, *args: str) -> None:
     """What `python -m module args` does."""
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def free_port() -> int:
+    """A port below those that the system gives to connections, so that nobody takes it in the meantime."""
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port := random.SystemRandom().randrange(10_000, 30_000)))
+            return port
 
 
 def wait_until(condition: Callable[[], Any], *, within: float = LIMIT, of: tuple[Forked, ...] = ()) -> Any:

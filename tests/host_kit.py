@@ -112,7 +112,7 @@ def torchrun(address: str, restarts: int, function: Callable[..., Any], *args: A
         run_id="two-hosts",
         rdzv_backend="c10d",
         rdzv_endpoint="10.77.0.1:29400",
-        rdzv_configs={"join_timeout": int(LIMIT), "keep_alive_interval": 2, "is_host": address == "10.77.0.1"},
+        rdzv_configs={"join_timeout": int(LIMIT), "keep_alive_interval": 4, "is_host": address == "10.77.0.1"},
         max_restarts=restarts,
         start_method="fork",
         local_addr=address,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fork_kit import Forked, Forks
+from fork_kit import Forked, Forks, free_port
 
 from sae_granary import train_sae
 from sae_granary.cache.load.loader import WHOLE, LoaderState, Share
@@ -52,14 +49,6 @@ def start(forks: Forks, jobs: Sequence[Job], **env: str) -> list[Forked]:
     """Start a rank for each job, in the environment that torchrun would give it; they meet at a port of this host."""
     common = {"WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
     return [forks.start(*job, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, job in enumerate(jobs)]
-
-
-def free_port() -> int:
-    """A port below those that the system gives to connections, so that nobody takes it in the meantime."""
-    while True:
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port := random.SystemRandom().randrange(10_000, 30_000)))
-            return port
 
 
 def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fork_kit import LIMIT, free_port
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -77,7 +79,6 @@ class Slurm:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.logs()}"
         return done.stdout + done.stderr
@@ -93,13 +94,12 @@ class Slurm:
         shown = self("scontrol", "show", "job", job)
         return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{name}="))
 
-    def wait_for(self, job: str, *states: str, seconds: float = 60) -> str:
-        """Wait until a job has one of these states."""
-        until = time.monotonic() + seconds
-        while (state := self.field(job, "JobState")) not in states:
-            assert time.monotonic() < until, f"{state}: {self.output()}{self.logs()}"
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what SLURM does; fails with what it and its jobs have said."""
+        until = time.monotonic() + LIMIT
+        while not condition():
+            assert time.monotonic() < until, f"{self.output()}{self.logs()}"
             time.sleep(0.2)
-        return state
 
     def output(self) -> str:
         """What the jobs have printed."""
@@ -113,10 +113,7 @@ class Slurm:
 @contextmanager
 def running(folder: Path) -> Iterator[Slurm]:
     """Start the daemons, and end them with what they started."""
-    with socket.socket() as a, socket.socket() as b:
-        a.bind(("127.0.0.1", 0))
-        b.bind(("127.0.0.1", 0))
-        ports = {"ctld": a.getsockname()[1], "slurmd": b.getsockname()[1]}
+    ports = {"ctld": free_port(), "slurmd": free_port()}
     host = socket.gethostname().partition(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -130,19 +127,17 @@ def running(folder: Path) -> Iterator[Slurm]:
         subprocess.Popen([str(find("slurmd")), "-D", "-N", host], env=slurm.env, **quiet),
     ]
     try:
-        until = time.monotonic() + 60
-        while (
-            "idle"
-            not in subprocess.run(
-                [str(find("sinfo")), "-h", "-o", "%t"], env=slurm.env, capture_output=True, text=True, check=False
-            ).stdout
-        ):
-            assert time.monotonic() < until, slurm.logs()
-            time.sleep(0.3)
+        sinfo = [str(find("sinfo")), "-h", "-o", "%t"]
+
+        def is_idle() -> bool:
+            done = subprocess.run(sinfo, env=slurm.env, capture_output=True, text=True, check=False)
+            return "idle" in done.stdout
+
+        slurm.wait_until(is_idle)
         yield slurm
     finally:
         subprocess.run([str(find("scancel")), "-f", "-u", "root", "-s", "KILL"], env=slurm.env, check=False, **quiet)
-        until = time.monotonic() + 30  # what a job has started ends with it, not with the daemons
+        until = time.monotonic() + LIMIT  # what a job has started ends with it, not with the daemons
         while slurm("squeue", "-h").strip() and time.monotonic() < until:
             time.sleep(0.2)
         for daemon in reversed(daemons):

@@ -364,7 +364,7 @@ def test_a_stop_says_which_step_is_saved(at, pushed, plain, tmp_path, monkeypatc
 
     def stops(self, path, start=None, end=None, **kwargs):
         asked.append("/activations/" in path and "/c." in path)
-        if sum(asked) == at:
+        if sum(asked) >= at:  # several threads ask
             stop.signum = signal.SIGTERM
         return read(self, path, start=start, end=end, **kwargs)
 

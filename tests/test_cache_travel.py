@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import fsspec
@@ -199,15 +198,17 @@ def test_a_manifest_that_names_other_files_is_refused(tmp_path, cache):
 
 
 def test_a_place_without_rights_or_driver_is_one_line(tmp_path, cache, faulty, monkeypatch):
-    def refuse(self, *args, **kwargs):
+    asked = []
+
+    def refuse(self, path, *args, **kwargs):
+        asked.append(path)
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(Faulty, "put_file", refuse)
-    started = time.monotonic()
     error = run("push", cache, "faulty://b/c", code=2).stderr
     assert "no right to write faulty://b/c/" in error
     assert error.count("\n") == 1
-    assert time.monotonic() - started < 60  # not tried again and again
+    assert len(asked) == len(set(asked)) > 0  # none is tried again
     assert "nosuch" in run("push", cache, "nosuch://b/c", code=2).stderr
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,28 +99,35 @@ def test_a_data_set_that_ends_early_is_complete_and_warned_about(config: Harvest
     assert harvest_activations(replace(config, max_tokens=10**6), quiet=True).already_complete
 
 
-def command(config: HarvestConfig, out: Path) -> list[str]:
+# The command, which gets a signal before the first batch after a shard was committed.
+SIGNALED = """
+import os, sys
+from pathlib import Path
+from sae_granary.harvest.cli import main
+from sae_granary.harvest.pipeline import Pipeline
+tick, left = Pipeline._tick, [int(sys.argv.pop(1))]
+def signaled(*args):
+    if left and any(Path(sys.argv[-1], "commits").glob("*.json")):
+        os.kill(os.getpid(), left.pop())
+    tick(*args)
+Pipeline._tick = signaled
+main()
+"""
+
+
+def command(config: HarvestConfig, out: Path, *program: str) -> list[str]:
     return [
-        sys.executable, "-m", "sae_granary.harvest.cli", "run",
+        sys.executable, *(program or ("-m", "sae_granary.harvest.cli")), "run",
         "--model", config.model.model, "--dataset", config.text.dataset,
         "--documents", "line", *FLAGS, "--out", str(out),
     ]  # fmt: skip
 
 
 def interrupted(config: HarvestConfig, out: Path, number: int) -> subprocess.CompletedProcess[str]:
-    """Start the command, send a signal when the first shard is committed."""
+    """Start the command, which gets a signal when the first shard is committed."""
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command(config, out), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if any((out / "commits").glob("*.json")):
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        stdout, stderr = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    line = command(config, out, "-c", SIGNALED, str(int(number)))
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_kit import LIMIT
 from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
@@ -66,6 +67,6 @@ def test_the_job_stops_its_harvest_and_queues_itself_again(tmp_path: Path, sent:
     while not (tmp_path / "began").exists():
         time.sleep(0.02)
     job.send_signal(sent)
-    assert job.wait(60) == 143
+    assert job.wait(LIMIT) == 143
     assert (tmp_path / "stopped").exists()
     assert ((tmp_path / "calls").read_text() if requeued else "") == requeued

@@ -262,7 +262,7 @@ app(["run", "--model", {config.model.model!r}, "--dataset", {str(tmp_path / "a.a
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGBUS, done.stderr
     assert "error: a file of the text or the model was truncated while it was read" in done.stderr

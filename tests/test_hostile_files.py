@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cache_kit import harvest, interrupted, toy_spec
+from fork_kit import LIMIT
 from mutations import mutate_bytes, mutate_value
 from typer.testing import CliRunner
 
@@ -40,10 +41,10 @@ def no_waiting():
     """What waits forever fails instead."""
 
     def late(signum, frame):
-        raise AssertionError("still waiting after a minute")
+        raise AssertionError(f"still waiting after {LIMIT:g} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
+    signal.alarm(int(LIMIT))
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -236,7 +237,7 @@ def test_of_1000_mutations_of_the_bytes_of_a_manifest_none_is_silent(whole, cach
             with pytest.raises(CacheError) as caught:
                 open_cache(cache, allow_incomplete=True)
             assert len(str(caught.value).splitlines()) == 1, i
-        signal.alarm(60)
+        signal.alarm(int(LIMIT))
 
 
 @pytest.mark.slow
@@ -247,7 +248,7 @@ def test_of_300_mutations_of_signed_values_of_a_manifest_none_is_a_traceback(who
     rows = open_cache(whole).hook("layer_1")[:].copy()
     settings = {"cache": str(cache), "type": "topk", "k": 2, "batch_size": 8, "steps": 2}
     for i in range(300):
-        signal.alarm(60)
+        signal.alarm(int(LIMIT))
         value = mutate_value(body, chance)
         try:
             file.write_bytes(dump_signed(value if isinstance(value, dict) else {}))

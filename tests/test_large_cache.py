@@ -239,7 +239,7 @@ assert len(list(open_cache({str(path)!r}).hook()[9::64])) == 300
     run = [sys.executable, "-c", code]
     root = str(Path(__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -274,6 +274,6 @@ assert peak < 2**21, peak
 """
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = [sys.executable, "-c", code]
-    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
     shutil.rmtree(path)  # a million names, which pytest would keep
     assert done.returncode == 0, done.stderr

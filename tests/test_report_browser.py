@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fork_kit import LIMIT
 
 from sae_granary import train_sae
 from sae_granary.analyze.encoding.encode import encode_cache
@@ -69,7 +70,9 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        opened = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=1000 * LIMIT
+        )
         yield opened
         opened.close()
 
@@ -78,7 +81,7 @@ def browser() -> Iterator[Any]:
 def tab(browser) -> Iterator[Any]:
     """A tab that fails the test for any message in its console, any error and any request but for the page itself."""
     context = browser.new_context(viewport={"width": 1300, "height": 900}, color_scheme="light")
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(1000 * LIMIT)
     opened, heard = context.new_page(), []
     opened.on("console", lambda message: heard.append(f"console: {message.text}"))
     opened.on("pageerror", lambda error: heard.append(f"error: {error}"))

@@ -100,8 +100,7 @@ def test_slurm_stops_a_training_with_a_checkpoint_and_continues_it(make_cache, t
         job = slurm.submit(text)
         steps = steps_of(tmp_path / "runs/r", least=1, shown=slurm.output)
         slurm("scancel", "--batch", "--signal=USR1", job)
-        slurm.wait_for(job, "COMPLETING", "PENDING")
-        assert slurm.field(job, "Restarts") == "1"
+        slurm.wait_until(lambda: slurm.field(job, "Restarts") == "1")
         steps = steps_of(tmp_path / "runs/r", least=len(steps), shown=slurm.output)
         assert list((tmp_path / "runs/r/checkpoints").iterdir())
         assert steps == list(range(1, len(steps) + 1))  # none is lost, none is taken twice
@@ -112,14 +111,10 @@ def test_slurm_stops_a_training_with_a_checkpoint_and_continues_it(make_cache, t
 def alone_in_its_array(slurm: Slurm) -> None:
     """A job of an array stops and queues itself again, the others go on: the last has the number of the array."""
     job = slurm.submit(batch_script({"array": "0-1", "time": "00:10:00"}, cpus=1, warning=60, step="sleep 600"))
-    until = time.monotonic() + LIMIT
-    while slurm("squeue", "-h", "-s", "-o", "%i").count(".0") < 2:
-        assert time.monotonic() < until, slurm.logs()
-        time.sleep(0.2)
+    running = {f"{job}_0.0", f"{job}_1.0"}
+    slurm.wait_until(lambda: running <= set(slurm("squeue", "-h", "-s", "-o", "%i").split()))
     slurm("scancel", "--batch", "--signal=USR1", f"{job}_1")
-    while "Restarts=1" not in slurm("scontrol", "show", "job", f"{job}_1"):
-        assert time.monotonic() < until, slurm.logs()
-        time.sleep(0.2)
+    slurm.wait_until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", f"{job}_1"))
     other = slurm("scontrol", "show", "job", f"{job}_0")
     assert "JobState=RUNNING" in other
     assert "Restarts=0" in other

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_kit import run_python
-from fork_kit import Forks, command
+from fork_kit import LIMIT, Forks, command
 from rank_kit import COMMON, ended, start
 from stage_kit import check_copies, killed_copying, staged
 from test_cache_travel_added import add, grow, harvest
@@ -127,7 +127,7 @@ def test_processes_divide_the_copying_and_one_that_was_killed_loses_nothing(cach
         path.unlink()
     env = {"PYTHONPATH": ":".join(sys.path)}
     jobs = [subprocess.Popen([sys.executable, "-c", STAGE_ALL, str(cache), str(disk)], env=env) for _ in range(2)]
-    assert [job.wait(60) for job in jobs] == [0, 0]
+    assert [job.wait(LIMIT) for job in jobs] == [0, 0]
     assert copies(disk).keys() == whole.keys()
     assert copies(disk)[names[0].relative_to(disk).as_posix()] == whole[names[0].relative_to(disk).as_posix()]
     rows = staged(cache, disk).hook("layer_1")[:]

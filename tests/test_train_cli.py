@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from command_kit import invoke
+from fork_kit import LIMIT
 
 from sae_granary import open_cache, sae_core
 from sae_granary.common.finished_run import read_metrics
@@ -155,13 +156,13 @@ def test_signals_save_and_exit(make_cache, signum, code) -> None:
     make_cache()
     process = command("run", "--cache", "toy", "--type", "topk", "--name", "a", "-b", "128", "--steps", "1M")
     metrics = Path("runs/a/metrics.jsonl")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not (metrics.exists() and metrics.stat().st_size > 0):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=LIMIT)
     assert process.returncode == code, error
     step = int(re.search(r"after step (\d+); continue with: sae-train resume runs/a", error).group(1))
     assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == [f"step_{step:08d}"]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fork_kit import LIMIT
 from rich.console import Console
 
 from sae_granary import train_sae
@@ -118,7 +119,7 @@ def test_wandb_offline_writes_the_history_and_touches_no_network(make_cache, tmp
         b"of-mine",
         b"sae_weights.safetensors",
     ]
-    deadline = time.monotonic() + 30  # wandb's own process writes a moment later
+    deadline = time.monotonic() + LIMIT  # wandb's own process writes a moment later
     while missing := [name for name in wanted if name not in file.read_bytes()]:
         assert time.monotonic() < deadline, missing
         time.sleep(0.1)

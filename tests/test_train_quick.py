@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_kit import invoke, refused
+from fork_kit import LIMIT
 from harvest_kit import build_model, texts
 
 from sae_granary import sae_core
@@ -59,13 +60,13 @@ def test_a_signal_reaches_the_harvest() -> None:
     (Path("text.jsonl")).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(20_000)))
     command = [sys.executable, "-m", "sae_granary.train.cli", "quick", "models/bert", "text.jsonl", "--layer", "1"]
     process = subprocess.Popen([*command, "--harvest", "--rows-per-shard 512"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not list(Path("cache").glob("*/commits/*.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 143, error
     assert "run the same command again" in error
     assert not Path("runs").exists()

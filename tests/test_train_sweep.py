@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fork_kit import LIMIT
 from rich.console import Console
 from test_train_resume import StopAt, assert_same, log, start
 
@@ -383,7 +384,7 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
         run_id = json.loads((folder / "run.json").read_text())["wandb_id"]
         [file] = (folder / "wandb").glob("offline-run-*/run-*.wandb")
         assert file.name == f"run-{run_id}.wandb"
-        deadline = time.monotonic() + 30  # wandb's own process writes a moment later
+        deadline = time.monotonic() + LIMIT  # wandb's own process writes a moment later
         while b"metrics/l0" not in file.read_bytes():
             assert time.monotonic() < deadline
             time.sleep(0.1)

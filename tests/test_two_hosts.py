@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fork_kit import Forked, command, wait_until
+from fork_kit import LIMIT, Forked, command, wait_until
 from harvest_kit import build_model
 from host_kit import Host, two_hosts  # noqa: F401
 from rank_kit import COMMON
@@ -109,7 +109,8 @@ def test_a_training_whose_second_host_is_cut_off_then_killed(
     folder, cut_off, killed = tmp_path / "run", tmp_path / "cut_off", tmp_path / "killed"
 
     def start(host: Host, restarts: int, pause: Path, at: int = -1) -> Forked:
-        return host.torchrun(restarts, train, (str(pause), at), *flags, GRANARY_RANK_TIMEOUT="5")
+        timeout = "15" if pause == cut_off else str(LIMIT)  # a connection that is killed breaks at once
+        return host.torchrun(restarts, train, (str(pause), at), *flags, GRANARY_RANK_TIMEOUT=timeout)
 
     first, second = start(a, 0, cut_off), start(b, 0, cut_off, 12)
     wait_until(cut_off.exists, of=(first, second))

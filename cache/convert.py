@@ -22,6 +22,7 @@ from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.check import check_file
+from sae_granary.cache.read.listing import bytes_in
 from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.calibrate import MAX_ROWS, MIN_ROWS
@@ -97,8 +98,7 @@ def _check(opened: Cache, target: Path, dtype: str) -> None:
     if target.resolve() == opened.path.resolve():
         raise SpecError(f"{target} is the cache itself; give another folder: it is not rewritten")
     layout = cache_layout(opened.manifest.hook_points, dtype, opened.manifest.rows_per_shard)
-    have = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
-    needed, free = layout.bytes_of(opened.n_rows) - have, free_bytes(target)
+    needed, free = layout.bytes_of(opened.n_rows) - bytes_in(target), free_bytes(target)
     if needed > free:
         raise DiskFullError(target, needed, free)
 

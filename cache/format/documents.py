@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sae_granary.cache.errors import BadRowsError, CorruptCacheError
+from sae_granary.cache.errors import BadRowsError, CorruptCacheError, MissingFileError
 from sae_granary.cache.format.manifest import DocumentRange, FileEntry
 from sae_granary.common.rows import DocumentRow, Scalar
 
@@ -110,7 +110,8 @@ def hash_file(path: Path) -> FileEntry:
 
 def read_document(path: Path, doc_id: int, kept_columns: tuple[str, ...] = ()) -> DocumentRow | None:
     """The document of this id with its kept columns, or None."""
-    stat = path.stat()
+    with _readable(path):
+        stat = path.stat()
     version = (stat.st_ino, stat.st_mtime_ns)  # another cache may come to the same path
     for group, (first, last) in enumerate(_group_ranges(path, version)):
         if first <= doc_id <= last:
@@ -131,33 +132,37 @@ def read_kept_column(path: Path, name: str) -> list[Scalar]:
 
 
 def _read_column(path: Path, name: str) -> list[Any]:
-    try:
-        with pq.ParquetFile(path) as file:
-            values: list[Any] = file.read(columns=[name])[name].to_pylist()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
+    with _readable(path), pq.ParquetFile(path) as file:
+        values: list[Any] = file.read(columns=[name])[name].to_pylist()
     return values
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """MissingFileError where a file has gone, CorruptCacheError where it is not one of documents."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} has gone since the cache was opened") from None
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
 
 
 @functools.lru_cache(maxsize=64)
 def _group_ranges(path: Path, version: tuple[int, int]) -> list[tuple[int, int]]:
-    try:
+    with _readable(path):
         metadata = pq.read_metadata(path)
         columns = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
         return [(int(s.min), int(s.max)) for s in columns]
-    except (pa.ArrowException, OSError, AttributeError) as error:
-        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
 
 
 @functools.lru_cache(maxsize=8)
 def _group_documents(path: Path, version: tuple[int, int], group: int, kept: tuple[str, ...]) -> dict[int, DocumentRow]:
-    try:
+    with _readable(path):
         with pq.ParquetFile(path) as file:
             rows = file.read_row_group(group, columns=[*SCHEMA.names, *(KEPT + name for name in kept)]).to_pylist()
         known: dict[str, Scalar] = {}
         columns = [{name: _parsed(row.pop(KEPT + name), path, known) for name in kept} for row in rows]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise CorruptCacheError(f"{path} is not a readable Parquet file of documents: {error}") from None
     return {row["doc_id"]: DocumentRow(**row, columns=kept) for row, kept in zip(rows, columns, strict=True)}
 
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheExistsError, CacheMismatchError, CorruptCacheError, NotACacheError
+from sae_granary.cache.errors import (
+    CacheExistsError,
+    CacheMismatchError,
+    CorruptCacheError,
+    MissingFileError,
+    NotACacheError,
+)
 from sae_granary.cache.format.layout import (
     ABOUT,
     BLOCKS,
@@ -42,17 +48,20 @@ _RENEWED_SECONDS = 300.0  # a lease that was written to since is taken for held:
 def load_manifest(path: Path) -> Manifest:
     """The manifest of the cache in a folder; NotACacheError where there is none."""
     file = path / MANIFEST
-    if not path.exists():
-        raise NotACacheError(
-            f"{path} does not exist; `sae-harvest run --out {path}` makes a cache, `sae-cache ls` lists them"
-        )
-    if not file.exists() and not file.is_symlink():
-        if (path / LOCK).exists() or (path / TEMPORARY).exists():
-            raise NotACacheError(f"{path} holds nothing yet: a harvest has just begun, or was stopped as it began")
-        raise NotACacheError(f"{path} is not an activation cache: it has no {MANIFEST}")
-    data = read_bytes(file)
+    try:
+        data = read_bytes(file)
+    except (MissingFileError, NotADirectoryError):
+        raise NotACacheError(_nothing(path)) from None
     head, texts = split_manifest(data)
     return parse_manifest(load_signed(file, data, head), str(file), texts)
+
+
+def _nothing(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist; `sae-harvest run --out {path}` makes a cache, `sae-cache ls` lists them"
+    if (path / LOCK).exists() or (path / TEMPORARY).exists():
+        return f"{path} holds nothing yet: a harvest has just begun, or was stopped as it began"
+    return f"{path} is not an activation cache: it has no {MANIFEST}"
 
 
 def load_record(path: Path, manifest: Manifest, shard: int) -> ShardRecord:
@@ -82,9 +91,10 @@ def committed(path: Path, manifest: Manifest) -> tuple[Manifest, Sequence[ShardR
 
 def load_records(path: Path, manifest: Manifest, first: int = 0) -> list[ShardRecord]:
     """The commit records from shard `first` on; they are numbered without a gap."""
-    folder = path / COMMITS
-    names = [_RECORD_FILE.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
-    shards = sorted(int(name[1]) for name in names if name and int(name[1]) >= first)
+    shards: list[int] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = [_RECORD_FILE.fullmatch(name) for name in os.listdir(path / COMMITS)]
+        shards = sorted(int(name[1]) for name in names if name and int(name[1]) >= first)
     if shards != list(range(first, first + len(shards))):
         missing = next(i for i, shard in enumerate([*shards, -1], first) if i != shard)
         raise CorruptCacheError(

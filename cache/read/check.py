@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, VOCABULARY, comm
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.parse import LazyRecords, sizes_of
 from sae_granary.cache.format.places import refuse_partial
-from sae_granary.cache.format.records import blocks_of
+from sae_granary.cache.format.records import blocks_of, load_manifest
 from sae_granary.common.quantities import counted
 
 LISTED_SHARDS = 1000
@@ -37,6 +37,16 @@ class Fetcher(Protocol):
 
     def check(self, hooks: Sequence[str], n_shards: int, n_groups: int = 2) -> None:
         """Raise CacheError unless groups of so many shards fit."""
+
+
+@contextlib.contextmanager
+def removal_is_clear(path: Path) -> Iterator[None]:
+    """NotACacheError instead of a missing file where the whole cache was removed meanwhile."""
+    try:
+        yield
+    except CorruptCacheError:
+        load_manifest(path)
+        raise
 
 
 def check_files(path: Path, manifest: Manifest, opened: Sequence[ShardRecord], *, partial: bool = False) -> None:

@@ -59,7 +59,8 @@ def list_caches(roots: Path | Sequence[Path], *, sort: str = "path") -> list[Ent
         if not root.is_dir():
             raise NotACacheError(f"{root} is not a folder; caches are made by `sae-harvest run`, by default in cache/")
     found = dict.fromkeys(folder for root in roots for folder in _folders(root))
-    return sorted(map(_entry, found), key=_KEYS[sort])
+    entries = [entry for folder in found if (entry := _entry(folder)) is not None]
+    return sorted(entries, key=_KEYS[sort])
 
 
 _KEYS = {
@@ -80,15 +81,20 @@ def _folders(root: Path) -> Iterator[Path]:
         inner[:] = sorted(name for name in inner if not name.startswith((".", "__")))
 
 
-def _entry(folder: Path) -> Entry:
-    age = max(0.0, time.time() - (folder / MANIFEST).lstat().st_mtime)
-    partial = is_partial(folder)
+def _entry(folder: Path) -> Entry | None:
+    """The entry of a cache; None where it was removed meanwhile."""
+    age, partial = 0.0, is_partial(folder)
     try:
+        age = max(0.0, time.time() - (folder / MANIFEST).lstat().st_mtime)
         cache = open_local(folder, allow_incomplete=True, partial=partial)
+        blocks = blocks_of(folder)
     except (CacheError, OSError) as error:
-        return Entry(str(folder), "damaged", age_seconds=age, error=str(error))
+        if not os.path.lexists(folder / MANIFEST):
+            return None
+        holder = lock_holder(folder / LOCK)
+        told = f"{error}" + (f" (in use by {holder}: perhaps being removed)" if holder else "")
+        return Entry(str(folder), "damaged", age_seconds=age, error=told)
     writing = [folder, *(part.path for part in cache.additions)]
-    blocks = blocks_of(folder)
     growing = any(lock_holder(place / LOCK) is not None for place in writing) or (blocks is not None and blocks.growing)
     return Entry(
         path=str(folder),
@@ -106,8 +112,9 @@ def _entry(folder: Path) -> Entry:
 def bytes_in(folder: Path) -> int:
     """Bytes of all files in a folder but its locks; other processes may remove some meanwhile."""
     n_bytes = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            status = file.lstat()
-            n_bytes += status.st_size if stat.S_ISREG(status.st_mode) and file.name != LOCK else 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(place, name))
+                n_bytes += status.st_size if stat.S_ISREG(status.st_mode) and name != LOCK else 0
     return n_bytes

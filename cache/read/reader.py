@@ -27,7 +27,7 @@ from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read import render
 from sae_granary.cache.read.added import additions, hooks_of, shorter
 from sae_granary.cache.read.arrays import Column, HookRows, open_hook
-from sae_granary.cache.read.check import Enter, Fetcher, check_files, incomplete_message
+from sae_granary.cache.read.check import Enter, Fetcher, check_files, incomplete_message, removal_is_clear
 from sae_granary.cache.read.texts import RowTexts
 from sae_granary.common.rows import HookPoint
 
@@ -55,17 +55,18 @@ def open_local(
     path = find_cache(path)
     manifest = load_manifest(path)
     records = manifest.shards
-    if allow_incomplete or not manifest.complete:
-        manifest, records = committed(path, manifest)
-    if not manifest.complete and not allow_incomplete:
-        raise IncompleteCacheError(incomplete_message(path, records))
-    numbers = range(len(records)) if shards is None else sorted(set(shards))
-    unknown = [number for number in numbers if not 0 <= number < len(records)]
-    if unknown:
-        raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
-    opened = select_records(records, numbers)
-    check_files(path, manifest, opened, partial=partial)
-    return Cache(path, manifest, records, opened)
+    with removal_is_clear(path):
+        if allow_incomplete or not manifest.complete:
+            manifest, records = committed(path, manifest)
+        if not manifest.complete and not allow_incomplete:
+            raise IncompleteCacheError(incomplete_message(path, records))
+        numbers = range(len(records)) if shards is None else sorted(set(shards))
+        unknown = [number for number in numbers if not 0 <= number < len(records)]
+        if unknown:
+            raise UnknownNameError(f"{path} has no shard {unknown[0]}: there are {len(records)}, counted from 0")
+        opened = select_records(records, numbers)
+        check_files(path, manifest, opened, partial=partial)
+        return Cache(path, manifest, records, opened)
 
 
 class Cache(RowTexts):

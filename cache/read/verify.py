@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sae_granary.cache.format.layout import (
     TEMPORARY,
     VOCABULARY,
     commit_path,
+    documents_path,
 )
 from sae_granary.cache.format.manifest import FileEntry, ShardRecord
 from sae_granary.cache.format.records import load_record
@@ -70,6 +71,7 @@ def verify(
     `progress(done, total)` counts bytes. A cache that cannot be opened gives one finding with the reason.
     """
     path = Path(path)
+    there = list(_files(path))  # first: what is written meanwhile is recorded when the cache is opened
     try:
         cache = open_local(path, allow_incomplete=True)
     except CacheError as error:
@@ -82,7 +84,7 @@ def verify(
             n_bytes += 0 if finding.problem else size
             if progress is not None:
                 progress(n_bytes, cache.n_bytes)
-    foreign = [*_foreign(cache)]
+    foreign = [*_foreign(cache, there)]
     for addition in cache.additions:
         below = addition.path.relative_to(path).as_posix()
         report = verify(addition.path, quick=quick, progress=_further(progress, n_bytes, cache.n_bytes))
@@ -186,21 +188,30 @@ def _read_record(cache: Cache, record: ShardRecord) -> tuple[str | None, ShardRe
     return None, own
 
 
-def _foreign(cache: Cache) -> Iterator[str]:
-    known: set[str] = {MANIFEST, VOCABULARY, ABOUT, LOCK, LOG}
+def _known(cache: Cache) -> set[str]:
+    """The paths of files and folders that belong to a cache, those of a shard that is being committed included."""
+    known: set[str] = {MANIFEST, VOCABULARY, ABOUT, LOCK, LOG, COMMITS, DOCUMENTS, ADDED, *cache.layout.folders}
     known |= set(zarr_files(cache.layout, 0))
     for record in cache.records:
         known |= {commit_path(record.shard), *record.files}
-    folders = {COMMITS, DOCUMENTS, TEMPORARY, ADDED, *cache.layout.folders}
-    parts = {part.path.relative_to(cache.path).as_posix() for part in cache.additions}
-    parts |= {BLOCKS}  # caches of their own, not joined yet
-    for folder, names, files in os.walk(cache.path):
-        relative = Path(folder).relative_to(cache.path)
-        names[:] = sorted(name for name in names if name != TEMPORARY and (relative / name).as_posix() not in parts)
-        for name in sorted([*files, *names]):
-            path = (relative / name).as_posix()
-            if path not in known and path not in folders:
-                yield path
+    shard = len(cache.records)
+    return known | {array.shard_path(shard) for array in cache.layout.arrays} | {documents_path(shard)}
+
+
+def _foreign(cache: Cache, paths: Iterable[str]) -> Iterator[str]:
+    """The paths that do not belong to a cache or its additions."""
+    known, parts = _known(cache), {part.path.relative_to(cache.path).as_posix() for part in cache.additions}
+    for path in paths:
+        if path not in known and "/".join(path.split("/")[:2]) not in parts:
+            yield path
+
+
+def _files(cache: Path) -> Iterator[str]:
+    """The files and folders of a cache; blocks are left out, which are caches of their own and not joined yet."""
+    for folder, names, files in os.walk(cache):
+        relative = Path(folder).relative_to(cache)
+        names[:] = sorted(name for name in names if name != TEMPORARY and (relative / name).as_posix() != BLOCKS)
+        yield from ((relative / name).as_posix() for name in sorted([*files, *names]))
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWriteError
+from sae_granary.cache.errors import CacheError, CacheLockedError, ConcurrentWriteError, NotACacheError
 from sae_granary.cache.format.layout import COMMITS, DOCUMENTS, LOCK, MANIFEST, TEMPORARY, VOCABULARY, CacheLayout
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import clear_uncommitted, has_records, remove_contents
@@ -143,16 +143,23 @@ def concurrent_writes_are_clear(path: Path) -> Iterator[None]:
         ) from error
 
 
-def locked(path: Path) -> FolderLock:
-    """The lock of a cache, taken; a half-written about.json of a killed process is removed.
+def locked(path: Path, *, make: bool = False) -> FolderLock:
+    """The lock of a cache, taken; a half-written about.json of a killed process is removed. `make` makes its folder.
 
-    Raises CacheLockedError while another process writes.
+    Raises CacheLockedError while another process writes, NotACacheError where there is no folder.
     """
     lock = FolderLock(path / LOCK)
-    try:
-        lock.acquire()
-    except LockedError as error:
-        raise CacheLockedError(path, error.pid, error.age) from None
+    while True:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+            break
+        except LockedError as error:
+            raise CacheLockedError(path, error.pid, error.age) from None
+        except FileNotFoundError:  # removed by another process; ends where it is made
+            if not make:
+                raise NotACacheError(f"{path} does not exist any more") from None
     files.remove_temporary(path)
     return lock
 

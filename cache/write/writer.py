@@ -83,8 +83,7 @@ class CacheWriter:
 
     @classmethod
     def _open_locked(cls, path: Path, want: Manifest, vocabulary: bytes | None, **options: Any) -> CacheWriter:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = locked(path)
+        lock = locked(path, make=True)
         with concurrent_writes_are_clear(path), contextlib.ExitStack() as undo:
             undo.callback(lock.release)
             have = existing_manifest(path)  # again: another process may have written before we held the lock

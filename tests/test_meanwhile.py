@@ -1,0 +1,71 @@
+"""What a command sees of a cache that another process changes between any two of its file calls."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cache_kit import harvest, interrupted, toy_spec
+from meanwhile_kit import meanwhile
+
+from sae_granary.cache.read import verify as checks
+from sae_granary.cache.read.listing import list_caches
+from sae_granary.cache.read.reader import open_local
+
+SPEC = toy_spec("float32", ("layer_1",), 4, rows_per_shard=64)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("caches") / "toy"
+    harvest(path, SPEC, 1)
+    return path
+
+
+def removed(act: Callable[[], object], cache: Path) -> list[object]:
+    """What `act` returns when another process removes the cache before its n-th file call, for each n."""
+    aside = cache.parent.with_name("aside")
+
+    def start() -> None:
+        if aside.exists():
+            aside.rename(cache)
+
+    found = list(meanwhile(act, lambda: cache.rename(aside), start))
+    start()
+    return found
+
+
+def test_a_cache_that_is_removed_while_caches_are_listed_is_not_called_damaged(cache: Path) -> None:
+    listed = removed(lambda: [entry.state for entry in list_caches(cache.parent)], cache)
+    assert listed.count([]) > 20
+    assert listed.count([]) + listed.count(["complete"]) == len(listed)
+
+
+@pytest.mark.parametrize("incomplete", [False, True])
+def test_a_cache_that_is_removed_while_it_is_opened_and_read_is_gone_not_damaged(cache: Path, incomplete: bool) -> None:
+    def read() -> str:
+        try:
+            return open_local(cache, allow_incomplete=incomplete).document(0).text
+        except FileNotFoundError as error:
+            return str(error)
+
+    ends = {str(end).removeprefix(str(cache)).split(";")[0] for end in removed(read, cache)}
+    gone = {
+        f"/{file} has gone since the cache was opened" for file in ("rows/doc_id/c.0", "documents/00000000.parquet")
+    }
+    assert ends == {" does not exist", *gone}
+
+
+def test_shards_that_are_committed_while_a_cache_is_verified_are_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = interrupted(tmp_path / "toy", SPEC, 40), checks.open_local
+
+    def opens_first(*args: object, **options: bool) -> object:
+        cache = opened(*args, **options)  # type: ignore[arg-type]
+        harvest(path, SPEC, 3)
+        return cache
+
+    monkeypatch.setattr(checks, "open_local", opens_first)
+    report = checks.verify(path)
+    assert report.ok
+    assert report.foreign == ()

@@ -1,13 +1,16 @@
 """Libraries import others that a command does not use: those are loaded when something first uses them, if ever.
 
 Of the time that it takes to import transformers and sentence-transformers, more than half goes into torch._dynamo,
-torch.distributed.tensor, scipy and scikit-learn (benchmarks/RESULTS.md). Only the commands postpone these, before they
-import anything; importing or calling the library leaves a process as it is.
+torch.distributed.tensor, scipy and scikit-learn (benchmarks/RESULTS.md). The garbage collector takes as long as another
+library: it looks through everything that is imported several times, and once more when the process ends. Only the
+commands change any of this, before they import anything; importing or calling the library leaves a process as it is.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,13 +67,17 @@ _POSTPONED: dict[str, dict[str, Any]] = {
 
 
 def postpone_unused_imports() -> None:
-    """From now on transformers and sentence-transformers are imported without what no command uses."""
+    """From now on transformers and sentence-transformers are imported without what no command uses.
+
+    The garbage collector is off meanwhile, and while torch is imported; what lives at the end of the process it leaves.
+    """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        atexit.register(gc.freeze)
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules as ever: those of the owners, and what is postponed while they are imported."""
+    """Finds modules as ever: torch, those of the owners, and what is postponed while they are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -79,6 +86,8 @@ class _Finder(MetaPathFinder):
         loads: Callable[[Loader], Loader]
         if fullname.split(".", 1)[0] in _OWNERS:
             loads = _OwnersLoader
+        elif fullname == "torch":
+            loads = _TorchLoader
         elif fullname in _POSTPONED:
             loads = _PostponedLoader
         else:
@@ -89,8 +98,8 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _OwnersLoader(Loader):
-    """Runs the code of a module, in which other packages are postponed and torch.distributed seems to be missing."""
+class _TorchLoader(Loader):
+    """Runs the code of a module without the garbage collector, which then never looks at what is there by now."""
 
     def __init__(self, usual: Loader) -> None:
         self._usual = usual
@@ -100,9 +109,19 @@ class _OwnersLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         _put_back(module, self._usual)
+        with _uncollected():
+            self._usual.exec_module(module)
+            gc.freeze()  # no tensor is there yet that would never be freed
+
+
+class _OwnersLoader(_TorchLoader):
+    """Runs the code of a module, in which other packages are postponed and torch.distributed seems to be missing."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        _put_back(module, self._usual)
         _running.append(module.__name__)
         try:
-            with _without_distributed():
+            with _uncollected(), _without_distributed():
                 self._usual.exec_module(module)
         finally:
             _running.pop()
@@ -165,6 +184,17 @@ def _decorate() -> None:
 def _put_back(module: ModuleType, usual: Loader) -> None:
     assert module.__spec__ is not None
     module.__loader__ = module.__spec__.loader = usual
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

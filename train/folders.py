@@ -55,7 +55,7 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
         raise RunExistsError(
             f"{folder} is a sweep: continue it with sae-train resume {folder}, or choose another --name"
         )
-    if folder.exists() and not _is_unused(folder):
+    if folder.exists() and not is_unused(folder):
         ours = (folder / RECORD).is_file()
         if not (overwrite and ours):
             continued = (
@@ -91,7 +91,7 @@ def claim_sweep_folder(folder: Path, *, overwrite: bool, starts: Sequence[str | 
     Raises RunExistsError if it holds anything else or is being trained, ConfigError if it cannot be made.
     """
     refuse_code(folder)
-    used = folder.exists() and not _is_unused(folder)
+    used = folder.exists() and not is_unused(folder)
     if used and not (overwrite and is_sweep(folder)):
         raise RunExistsError(f"{folder} exists and is not a sweep: choose another --name")
     try:
@@ -119,19 +119,21 @@ def check_one_run(folder: Path) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a run's folder. Raises RunExistsError while another process trains in it."""
+    """Lock a run's folder. Raises RunExistsError while another process trains in it, NotARunError if it is gone."""
     lock = FolderLock(folder / LOCK)
     try:
         lock.acquire()
     except LockedError as error:
         raise RunExistsError(f"{folder} is being trained by {error.holder}: wait for it or stop it") from None
+    except FileNotFoundError:
+        raise NotARunError(f"{folder} was removed by another process: run the same command again") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _is_unused(folder: Path) -> bool:
+def is_unused(folder: Path) -> bool:
     """Whether a folder holds only what a start leaves behind that was killed immediately."""
     if not folder.is_dir():
         return False

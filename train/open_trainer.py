@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_
 from sae_granary.common.signed import digest, write_signed
 from sae_granary.common.threads import waiting
 from sae_granary.train.callbacks import Callbacks
-from sae_granary.train.config.merge import to_yaml
+from sae_granary.train.config.merge import differing, to_yaml
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.stage import stage
-from sae_granary.train.folders import read_run
+from sae_granary.train.errors import RunExistsError
+from sae_granary.train.folders import check_one_run, read_run
 from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.identity import check_identity
@@ -29,6 +30,8 @@ from sae_granary.train.state.initial import start_from
 from sae_granary.train.state.rng import Rng
 from sae_granary.train.state.run_state import Run, build_sae
 from sae_granary.train.trainer import Trainer
+
+MAY_MOVE = ("cache", "lm", "runs_dir")  # settings of a run that are places
 
 
 def open_trainer(
@@ -65,9 +68,16 @@ def _record(data: RunData, folder: Path) -> Mapping[str, Any]:
     """Write run.json to the folder unless it exists."""
     identity = asdict(data.identity)
     if (folder / RECORD).is_file():
-        record = read_run(folder)[1]
+        saved, record = read_run(folder)
         check_identity({"cache": record["cache"], "order": record["order"]}, identity, folder / RECORD)
+        here = replace(saved, **{name: getattr(data.config, name) for name in MAY_MOVE})
+        if found := differing(here, data.config):
+            raise RunExistsError(
+                f"{folder} was begun meanwhile by another process with other settings ({', '.join(found[:4])}): "
+                "choose another --name"
+            )
         return record
+    check_one_run(folder)
     settings = to_yaml(data.config)
     record = {
         "version": RECORD_VERSION,

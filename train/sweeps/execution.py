@@ -22,8 +22,14 @@ from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.stage import stage
-from sae_granary.train.errors import DivergedError, InterruptedRunError, ShortageError, shortage_is_clear
-from sae_granary.train.folders import FAILURE, exclusive
+from sae_granary.train.errors import (
+    DivergedError,
+    InterruptedRunError,
+    RunExistsError,
+    ShortageError,
+    shortage_is_clear,
+)
+from sae_granary.train.folders import FAILURE, exclusive, is_unused
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import needed_disk
 from sae_granary.train.open_trainer import open_trainer
@@ -32,7 +38,7 @@ from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.sweeps.batched import Batched
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.results import SweepResult, read_failure, sweep_rows, write_results
-from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, save_plan
+from sae_granary.train.sweeps.sweep_plan import Entry, Group, Plan, load_plan, save_plan
 from sae_granary.train.trainer import Trainer
 
 OTHER_FILES = 32  # open beside one lock per SAE: shards, a checkpoint being written, the sinks
@@ -69,6 +75,10 @@ class SweepExecution:
     def held(self, *, fresh: bool = False) -> Iterator[None]:
         """Context manager: this process has the sweep's folder; a new plan is saved first."""
         with self.reported(), exclusive(self.folder):
+            if not (is_unused(self.folder) if fresh else load_plan(self.folder) == self.plan):
+                raise RunExistsError(
+                    f"{self.folder} was begun or replaced meanwhile by another process: run the same command again"
+                )
             if fresh:
                 save_plan(self.plan, self.folder)
             for note in self.plan.notes:

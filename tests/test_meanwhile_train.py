@@ -63,12 +63,12 @@ def test_a_folder_that_is_removed_before_it_is_locked_is_named(settings: Any, fi
 
 
 def test_a_sweep_and_a_run_never_share_a_folder(settings: Any, first: Any, tmp_path: Path) -> None:
-    grid = {"k": [2, 4]}
-    for other in (lambda: train_sae(**settings), lambda: train_sweep(grid, settings | {"lr": 1e-4})):
+    grid, common = {"k": [2, 4]}, {name: value for name, value in settings.items() if name != "k"}
+    for other in (lambda: train_sae(**settings), lambda: train_sweep(grid, common | {"lr": 1e-4})):
         first(other)
         with pytest.raises(RunExistsError, match="run was begun or replaced meanwhile by another process"):
-            train_sweep(grid, settings)
+            train_sweep(grid, common)
         shutil.rmtree(tmp_path / "run")
-    first(lambda: train_sweep(grid, settings))
+    first(lambda: train_sweep(grid, common))
     with pytest.raises(ConfigError, match="is a sweep of several runs"):
         train_sae(**settings)

@@ -8,6 +8,7 @@ import subprocess
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_X_SERVICE_WAIT"] = os.environ["WANDB_INIT_TIMEOUT"] = "200"  # seconds; its process may start late
 # Tests run in two processes; more threads than cores slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

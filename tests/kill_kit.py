@@ -142,8 +142,10 @@ def child(run: Callable[[], Any]) -> Any:
 
 def begun(run: Callable[[], Any]) -> tuple[int, int]:
     """The process of a fork that runs `run`, and the pipe of what that returns."""
-    threads = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
-    assert set(threads[1:]) <= {"jemalloc_bg_thd"}, threads  # which has handlers for forks; others do not survive one
+    until = time.monotonic() + HANGS_SECONDS
+    while others := other_threads():  # one that was joined takes a moment to end
+        assert time.monotonic() < until, others
+        time.sleep(0.001)
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -157,6 +159,15 @@ def begun(run: Callable[[], Any]) -> tuple[int, int]:
         os._exit(code)
     os.close(write)
     return pid, read
+
+
+def other_threads() -> list[str]:
+    """Threads beside this one that do not survive a fork; jemalloc's has handlers for it."""
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append((int(task), Path(f"/proc/self/task/{task}/comm").read_text().strip()))
+    return [name for task, name in found if task != os.getpid() and name != "jemalloc_bg_thd"]
 
 
 def ended(process: tuple[int, int]) -> Any:

@@ -154,33 +154,40 @@ def start(target, **kwargs):
     return process
 
 
+def timed(told: Path, **settings) -> None:
+    """Train; tells how many seconds of the processor that takes."""
+    before = time.process_time()
+    train_sae(**settings)
+    told.write_text(str(time.process_time() - before))
+
+
+def dying(function, seconds: float, **arguments) -> None:
+    """Call a function; after so many seconds of the processor, which others may load, the process is killed."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal has no handler; 0 is no timer
+    function(**arguments)
+
+
 @pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(make_cache, tmp_path, n_kills) -> None:
-    from sae_granary.train.run import resume_training, train_sae
-
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "name": "run"}
-    for runs_dir in ("warm", "a"):  # the first one also waits for the server's imports
-        before = time.perf_counter()
-        process = start(train_sae, **settings, runs_dir=str(tmp_path / runs_dir))
-        process.join()
-        duration = time.perf_counter() - before
-        assert process.exitcode == 0
+    process = start(timed, told=tmp_path / "seconds", **settings, runs_dir=str(tmp_path / "a"))
+    process.join()
+    duration = float((tmp_path / "seconds").read_text())
     rng = random.Random(n_kills)
     folder = tmp_path / "b" / "run"
     killed = 0
     for i in range(100):
         begun = (folder / "run.json").is_file()
+        seconds = rng.uniform(0.0, 0.6 * duration) if killed < n_kills else 0.0
         process = (
-            start(resume_training, folder=folder)
+            start(dying, function=resume_training, seconds=seconds, folder=folder)
             if begun
-            else start(train_sae, **settings, runs_dir=str(tmp_path / "b"))
+            else start(dying, function=train_sae, seconds=seconds, **settings, runs_dir=str(tmp_path / "b"))
         )
-        process.join(rng.uniform(0.0, 0.6 * duration) if killed < n_kills else None)  # others may load the machine
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            killed += 1
-        elif (folder / "summary.json").is_file():
+        process.join()
+        assert process.exitcode in (0, -signal.SIGPROF)
+        killed += process.exitcode != 0
+        if process.exitcode == 0:
             break
         assert i < 99
     assert killed > 0

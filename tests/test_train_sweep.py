@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -397,42 +398,48 @@ def assert_same_sweep(whole: Path, other: Path) -> None:
         assert_same(whole / entry.name, other / entry.name)
 
 
+def dying(step: int, seconds: float, **arguments) -> None:
+    """Train a sweep; be killed before this step of a member, or by a timer so many processor seconds later."""
+    take = Trainer.take
+
+    def die_first(self, *given):
+        if self.run.step >= step:
+            Trainer.take = take
+            if seconds == 0.0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal has no handler
+        take(self, *given)
+
+    Trainer.take = die_first
+    train_sweep(**arguments)
+
+
 def test_a_killed_sweep_continues(make_cache, tmp_path) -> None:
     settings = {**SETTINGS, "cache": str(make_cache()), "type": "topk", "steps": 40, "log_every": 1}
     whole = train_sweep({"k": [2, 3]}, settings, runs_dir=str(tmp_path / "a"), name="s").folder
     killed = tmp_path / "b" / "s"
     arguments = {"grid": {"k": [2, 3]}, "settings": settings, "name": "s", "runs_dir": str(tmp_path / "b")}
-    process = start(train_sweep, **arguments)
-    metrics = killed / "toy_layer_3_topk_d32_k3_s0" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
-        assert process.exitcode is None
-        time.sleep(0.001)
-    process.kill()
+    process = start(dying, step=9, seconds=0.0, **arguments)
     process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "results.csv").exists()
-    assert len(read_metrics(metrics.parent)) < 40
+    assert 8 <= len(read_metrics(killed / "toy_layer_3_topk_d32_k3_s0")) < 40
     train_sweep(**arguments)
     assert_same_sweep(whole, killed)
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_random_instants_ends_with_the_same_table(make_cache, tmp_path) -> None:
-    """kill -9 five times; the same call again continues; the table is that of an uninterrupted sweep."""
+    """Killed five times; the same call again continues; the table is that of an uninterrupted sweep."""
     settings = {**SETTINGS, "cache": str(make_cache()), "steps": 160, "save_every": 7, "log_every": 1}
     grid = {"type": ["topk", "batchtopk", "matryoshka"], "k": [2, 3], "seed": [0, 1]}
     call = {"grid": grid, "settings": settings, "name": "s"}
     whole = train_sweep(**call, runs_dir=str(tmp_path / "a")).folder
     rng, folder = random.Random(), tmp_path / "b" / "s"
     for step in sorted(rng.sample(range(150), 5)):
-        process = start(train_sweep, **call, runs_dir=str(folder.parent))
-        some = folder / rng.choice(load_plan(whole).entries).name
-        while len(read_metrics(some)) < step:
-            assert process.exitcode is None
-            time.sleep(0.005)
-        process.join(rng.uniform(0, 0.1))
-        process.kill()
+        process = start(dying, step=step, seconds=rng.uniform(1e-3, 0.1), **call, runs_dir=str(folder.parent))
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGPROF
         assert not (folder / "results.csv").exists()
     train_sweep(**call, runs_dir=str(folder.parent))
     assert len(table(folder)) == 12

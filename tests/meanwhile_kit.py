@@ -8,10 +8,13 @@ from typing import Any
 FILE_MODULES = ("posix", "nt", "io", "_io")
 
 
-def meanwhile(act: Callable[[], object], other: Callable[[], object], start: Callable[[], object]) -> Iterator[Any]:
+def meanwhile(
+    act: Callable[[], object], other: Callable[[], object], start: Callable[[], object], step: int = 1
+) -> Iterator[Any]:
     """What `act` returns when `other` runs, whole, before its n-th file call, for each n; `start` before each time.
 
-    `other` stands for a second process: only what it leaves in files matters. Calls of other threads are not counted.
+    With `step`, for every step-th n only. `other` stands for a second process: only what it leaves in files matters.
+    Calls of other threads are not counted.
     """
     n = 0
     while True:
@@ -34,4 +37,4 @@ def meanwhile(act: Callable[[], object], other: Callable[[], object], start: Cal
         if left >= 0:  # it made fewer calls
             return
         yield result
-        n += 1
+        n += step

@@ -21,6 +21,7 @@ import pytest
 import torch
 from fork_kit import LIMIT, Forks, command, wait_until
 from harvest_kit import CutOff, build_model, cut_off_after
+from meanwhile_kit import meanwhile
 from test_harvest_resume import assert_same_cache, contents, write_corpus
 
 from sae_granary import open_cache
@@ -31,19 +32,24 @@ from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import blocks
 from sae_granary.common import files
 from sae_granary.common.errors import ConfigError
+from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest import progress
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import NoRowsError
 from sae_granary.harvest.plan import plan, plan_rows
+from sae_granary.harvest.prepare import prepare
 from sae_granary.harvest.progress import Progress
 from sae_granary.harvest.ranks import work, world
 from sae_granary.harvest.ranks.blocks import Outcome
 from sae_granary.harvest.ranks.board import Board, Limits, Task
 from sae_granary.harvest.ranks.lease import Lease, Leases
 from sae_granary.harvest.ranks.progress import BlockProgress, Heartbeat, SummedProgress
+from sae_granary.harvest.ranks.work import Worker
+from sae_granary.harvest.ranks.world import World
 from sae_granary.harvest.replay.growth import plan_growth
 from sae_granary.harvest.run import harvest_activations
+from sae_granary.harvest.spec import cache_spec
 from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
 SLOW = pytest.mark.slow
@@ -97,6 +103,24 @@ def test_any_number_of_workers_gives_the_same_bytes(config: HarvestConfig, pack:
         several = replace(config, out=config.out_path.with_name(f"by_{n}"))
         together(several, n)
         assert_same_cache(several.out_path, config.out_path)
+
+
+@SLOW
+def test_a_process_begins_while_another_one_finishes(config: HarvestConfig) -> None:
+    config = replace(config, max_docs=20)
+    harvest_activations(config, quiet=True)
+    want, workers = contents(config.out_path), list[Worker]()
+
+    def start() -> None:
+        shutil.rmtree(config.out_path)
+        with Progress("tokens", None, quiet=True) as progress:
+            prepared = prepare(config, progress.say)
+            workers.append(Worker(prepared, cache_spec(prepared), progress, StopRequest(), World.of_environment()))
+
+    ends = meanwhile(lambda: workers.pop()._begin(), lambda: harvest_activations(config, quiet=True), start, 5)
+    for n, _ in enumerate(ends):
+        assert contents(config.out_path) == want, n
+    assert n > 15
 
 
 def test_the_rows_are_those_of_a_harvest_without_blocks(config: HarvestConfig) -> None:

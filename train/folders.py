@@ -14,6 +14,7 @@ from sae_granary.common import files
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import read_regular
 from sae_granary.common.finished_run import CONFIG, RECORD, SUMMARY, NotARunError, read_record
+from sae_granary.common.imports.code import code_folder
 from sae_granary.common.lock import FolderLock, LockedError
 from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.common.signed import digest
@@ -70,7 +71,7 @@ def _claim(config: TrainConfig, *, overwrite: bool) -> Path:
 
 def refuse_code(folder: Path, options: str = "--runs-dir or --name") -> None:
     """Refuse folders of Python code as a place for results. Raises RunExistsError."""
-    if code := files.code_folder(folder):
+    if code := code_folder(folder):
         raise RunExistsError(f"{folder} belongs to Python code ({code.name}/): choose another {options}")
 
 

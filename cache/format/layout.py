@@ -227,6 +227,11 @@ def commit_path(shard: int) -> str:
     return f"{COMMITS}/{shard:08d}.json"
 
 
+def blocks_path(n_shards: int) -> str:
+    """Folder, in the cache, of blocks that follow so many shards of a complete cache."""
+    return f"{BLOCKS}/after_{n_shards:08d}" if n_shards else BLOCKS
+
+
 def documents_path(shard: int) -> str:
     """Path of the documents whose first row is in a shard."""
     return f"{DOCUMENTS}/{shard:08d}.parquet"

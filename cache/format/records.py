@@ -31,12 +31,14 @@ from sae_granary.cache.format.layout import (
     TEMPORARY,
     VOCABULARY,
     CacheLayout,
+    blocks_path,
     commit_path,
 )
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord, differences, fitted
 from sae_granary.cache.format.parse import parse_manifest, parse_shard_record
 from sae_granary.cache.format.signed import Fields, load_signed, read_bytes, split_manifest
-from sae_granary.common.files import code_folder, read_regular
+from sae_granary.common.files import read_regular
+from sae_granary.common.imports.code import code_folder
 
 _HARMLESS = {ABOUT, LOCK, LOG, TEMPORARY}  # allowed in a folder without a cache
 _SHARD_FILE = re.compile(r"(?:c\.)?(\d+)(?:\.0|\.parquet)?")
@@ -182,7 +184,7 @@ def blocks_of(path: Path) -> InBlocks | None:
     if (path / BLOCKS).is_symlink() or not (path / BLOCKS).is_dir():
         return None
     shards = load_manifest(path).shards
-    current = path / BLOCKS / f"after_{len(shards):08d}" if shards else path / BLOCKS  # those in others are joined
+    current = path / blocks_path(len(shards))  # those in others are joined
     rows: dict[str, int] = {}
     growing = False
     for folder in (path / BLOCKS, *(path / BLOCKS).glob("after_*")):

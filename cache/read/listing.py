@@ -16,7 +16,7 @@ from sae_granary.cache.format.places import is_partial
 from sae_granary.cache.format.records import blocks_of, bytes_in_blocks
 from sae_granary.cache.read.reader import open_local
 from sae_granary.cache.read.render import source_name
-from sae_granary.common.files import is_code
+from sae_granary.common.imports.code import is_code
 from sae_granary.common.lock import lock_holder
 from sae_granary.common.quantities import byte_size, duration
 

@@ -24,6 +24,7 @@ from sae_granary.cache.format.layout import (
     MANIFEST,
     VOCABULARY,
     CacheLayout,
+    blocks_path,
     commit_path,
     documents_path,
 )
@@ -115,10 +116,17 @@ def join_blocks(
     return complete
 
 
-def remove_blocks(path: Path) -> None:
-    """Remove the blocks of a complete cache."""
+def remove_blocks(path: Path, n_shards: int | None = None) -> None:
+    """Remove the blocks of a complete cache; with `n_shards`, all its shards, those of an extension of it stay."""
+    folder, extension = path / BLOCKS, None if n_shards is None else path / blocks_path(n_shards)
     for _ in range(3):  # a process that has not noticed yet may still write there
-        shutil.rmtree(path / BLOCKS, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for entry in [] if folder.is_symlink() else list(folder.iterdir()):
+                if entry.is_dir() and entry != extension:
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry != extension:
+                    entry.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _fitted_alike(a: Manifest, b: Manifest) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sae_granary.cache.format.affine import Affine
-from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.format.layout import blocks_path
 from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import existing_manifest
 from sae_granary.cache.write.committed import Committed
@@ -34,7 +34,7 @@ class Begun:
     @property
     def folder(self) -> str:
         """Where its blocks are, in the folder of the cache: one for each state of the cache."""
-        return f"{BLOCKS}/after_{self.n_shards:08d}" if self.n_shards else BLOCKS
+        return blocks_path(self.n_shards)
 
     def begin_of(self, block: int, block_docs: int) -> StreamState:
         """Where the harvest of a block starts."""

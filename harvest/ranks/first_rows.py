@@ -6,8 +6,6 @@ Whoever begins a block first harvests the first sort buffer of the text for that
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from sae_granary.cache.format.affine import Affine, affines_json, parse_affine
 from sae_granary.cache.format.signed import Fields, dump_signed
 from sae_granary.cache.write.calibrate import fit_rows
 from sae_granary.cache.write.committed import Committed
-from sae_granary.common.files import link_into_place, write_new
+from sae_granary.common.files import write_first
 from sae_granary.common.rows import DocumentRow, Rows
 from sae_granary.harvest.pipeline import Model, Pipeline
 from sae_granary.harvest.prepare import Prepared
@@ -54,19 +52,9 @@ def shared_affines(
         for warning in warnings:
             say(f"warning: {warning}")
             log.write(f"warning: {warning}")
-        _publish(place, affines)
+        write_first(place, dump_signed({"affine": affines_json(affines)}))
     fields = Fields.of_file(place, "remove it, and run the same command again", signed_since=1)
     return fields.mapping("affine", parse_affine)
-
-
-def _publish(place: Path, affines: Mapping[str, Affine]) -> None:
-    new = place.with_name(f".{_FILE}.{secrets.token_hex(8)}")
-    write_new(new, dump_signed({"affine": affines_json(affines)}))
-    try:
-        link_into_place(new, place)
-    except FileExistsError:  # by another process, of the same rows
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
 
 
 def _first_rows(prepared: Prepared, model: Model, log: RunLog, check: Callable[[], None]) -> Rows | None:

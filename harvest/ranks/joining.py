@@ -35,7 +35,6 @@ def join(prepared: Prepared, board: Board, begun: Begun, folder: Path, is_comple
         if not is_complete():
             raise
         return ""  # another process took this one for dead, joined the blocks and removed them
-    remove_blocks(path)
     return f"finished: {summary['n_rows']:,} rows in {counted(len(blocks), 'block')}"
 
 

@@ -18,12 +18,14 @@ from sae_granary.cache.errors import (
 )
 from sae_granary.cache.format.affine import Affine
 from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.manifest import Manifest
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.blocks import begin_blocks, remove_blocks
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.files import link_into_place, sync_folder, write_new
+from sae_granary.common.files import write_first
 from sae_granary.common.signals import StopRequest
+from sae_granary.common.signed import DamagedFileError
 from sae_granary.harvest.device.host import writing
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.pipeline import Model, Pipeline
@@ -46,7 +48,7 @@ Load = Callable[[Prepared, Say], tuple[Prepared, Model]]
 Tell = Callable[[Prepared, CacheWriter], None]
 
 _JOIN = "join"
-_TRIES = 5  # at a block whose former process was taken for dead and still writes, where locks do nothing
+_TRIES = 5  # where other processes finish, or were taken for dead and still write
 
 
 class _LostError(Exception):
@@ -84,16 +86,12 @@ class Worker:
 
     def run(self, load: Load, tell: Tell, model: Model | None) -> bool:
         """Take part until the cache is complete; False if it was already. Raises what a harvest raises."""
-        have = begin_blocks(self._path, self._spec)
-        if have.complete and len(have.shards) > self._begun.n_shards:
-            if not (self._path / Begun(len(have.shards)).folder).exists():  # else it is being extended
-                remove_blocks(self._path)  # of a process that was killed as it finished
+        if not self._begin():
             return False
-        self._folder.mkdir(parents=True, exist_ok=True)
-        agree(self._path, self._folder, self._prepared.config, have, self._spec)
         self._shown.begin()
         try:
             self._take_part(load, tell, model)
+            remove_blocks(self._path, len(load_manifest(self._path).shards))
             return True
         except BaseException as error:
             self._log.write(f"stopped: {type(error).__name__}: {error}")
@@ -102,6 +100,25 @@ class Worker:
             self._log.close(keep=(self._path / MANIFEST).exists())
             with contextlib.suppress(OSError):
                 self._path.rmdir()  # where there were no rows
+
+    def _begin(self, tries: int = _TRIES) -> bool:
+        """Begin the cache or join in; False where it is complete."""
+        try:
+            have = begin_blocks(self._path, self._spec)
+            if not self._has_more(have):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                agree(self._path, self._folder, self._prepared.config, have, self._spec)
+                have = load_manifest(self._path)  # again: another process may have finished since
+        except (FileNotFoundError, FileExistsError, DamagedFileError):  # it has just finished, or found no rows
+            if tries == 1:
+                raise
+            return self._begin(tries - 1)
+        if complete := self._has_more(have):
+            remove_blocks(self._path, len(have.shards))  # of one that was killed as it finished, or made just now
+        return not complete
+
+    def _has_more(self, have: Manifest) -> bool:
+        return have.complete and len(have.shards) > self._begun.n_shards
 
     def _take_part(self, load: Load, tell: Tell, model: Model | None) -> None:
         while not self._is_complete():
@@ -127,7 +144,7 @@ class Worker:
         try:
             have = load_manifest(self._path)
             no_more = self._begun.n_shards > 0 and not self._folder.exists()  # another process found no further rows
-            return have.complete and (len(have.shards) > self._begun.n_shards or no_more)
+            return self._has_more(have) or (have.complete and no_more)
         except NotACacheError:
             raise HarvestError(f"{self._path} was removed: another process found no rows, or somebody did") from None
 
@@ -212,13 +229,8 @@ class Worker:
         return self._affines
 
     def _publish(self, task: Task, outcome: Outcome) -> None:
-        new = self._folder / f".{task.name}.{secrets.token_hex(8)}"
-        write_new(new, outcome.to_bytes())
-        try:
-            link_into_place(new, self._folder / f"{task.name}.json")
-        except FileExistsError:  # by a process that was taken for dead; the same block gives the same
-            new.unlink()
-        sync_folder(self._folder)
+        # A process that was taken for dead may have published it; the same block gives the same.
+        write_first(self._folder / f"{task.name}.json", outcome.to_bytes())
         if outcome.n_records:  # else it was past the end of the text
             self._log.write(f"block {task.block}: {outcome.n_rows:,} rows of {outcome.n_documents:,} documents")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -129,6 +130,17 @@ def link_into_place(temporary: Path, final: Path) -> None:
         os.unlink(temporary)
 
 
+def write_first(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably, unless another process has: the first one stays."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_new(temporary, data)
+    try:
+        link_into_place(temporary, path)
+    except FileExistsError:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def replace_file(path: Path, data: bytes, temporary: Path) -> None:
     """Replace a file atomically: readers see the old content or the new one."""
     temporary.unlink(missing_ok=True)
@@ -230,21 +242,3 @@ def home_path(text: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{text}: there is no such user, or it has no home folder; give a whole path") from None
-
-
-def is_code(path: Path) -> bool:
-    """Whether a folder holds Python code: `cache/` holds both its own code and the caches that were harvested."""
-    return os.path.exists(path / "__init__.py") or path.name == "__pycache__"  # False where we may not look
-
-
-def code_folder(path: Path) -> Path | None:
-    """The folder of Python code that results must not be written to: `path`, or one of this package's around it.
-
-    In a checkout the folder of the package `cache` holds caches beside its code; those are no code.
-    """
-    real, root = path.resolve(), Path(__file__).resolve().parents[1]
-    shared = (root / "cache").resolve()
-    packages = [root, *(entry.resolve() for entry in root.iterdir() if entry.is_dir())]
-    around = next((folder for folder in packages if folder in real.parents), real)
-    folder = shared / real.relative_to(shared).parts[0] if around == shared != real else around
-    return folder if is_code(folder) else None

@@ -18,9 +18,11 @@ from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.document_columns import arrow_column, table_names
 from sae_granary.analyze.encoding.encode import encode_cache
+from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
 from sae_granary.analyze.encoding.pool import HOW, pool_documents
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.opening import open_cache
+from sae_granary.common.lock import LockedError
 from sae_granary.common.rows import FLAG_SPECIAL
 
 D_SAE = 32
@@ -177,6 +179,22 @@ def test_a_kept_column_never_takes_the_name_of_another(source: Source, make_cach
     table = pq.read_table(out)
     assert table["kept.row"].to_pylist() == ["a", "b", "a", "b"]
     assert table["kept.kept.row"].to_pylist() == [1, 2, 1, 2]
+
+
+def test_an_output_that_another_process_writes_is_refused_and_left_alone(source: Source, tmp_path: Path) -> None:
+    codes, out = encode_cache(source), Output(tmp_path / "new" / "pooled", pool="max")
+    n_refused = 0
+
+    def meanwhile(n_rows: int) -> None:
+        nonlocal n_refused
+        with pytest.raises(LockedError, match=r"new is in use by process \d+"):
+            write_cache_codes(source, codes, out)
+        n_refused += 1
+
+    n_documents = write_cache_codes(source, codes, out, meanwhile)
+    assert n_refused > 0
+    assert write_cache_codes(source, codes, out) == n_documents == 20
+    assert [path.name for path in out.path.parent.iterdir()] == ["pooled"]
 
 
 def test_bad_flags_are_refused_in_one_line_and_nothing_is_written(source: Source, tmp_path: Path) -> None:

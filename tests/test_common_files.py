@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from meanwhile_kit import meanwhile
 
 from sae_granary.common import files, lock
 from sae_granary.common.errors import ConfigError
@@ -44,10 +45,20 @@ def test_numbers_for_people() -> None:
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    (tmp_path / ".tmp-a.json").write_text("left by a killed process")
     write_json(path, {"a": 1})
     write_text(path, "ä\n")
     assert path.read_bytes() == "ä\n".encode()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "")
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert not list(tmp_path.parent.glob(".tmp-*"))
+
+
+def test_several_processes_write_one_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    written = list(meanwhile(lambda: write_text(path, "a" * 9), lambda: write_text(path, "b"), lambda: None))
+    assert len(written) > 5
+    assert path.read_text() == "a" * 9
     assert os.listdir(tmp_path) == ["a.json"]
 
 

@@ -47,7 +47,8 @@ def open_trainer(
     """
     stage(data)
     record = _record(data, folder)
-    files.remove_temporary(folder / CHECKPOINTS)
+    for place in (folder, folder / CHECKPOINTS):
+        files.remove_temporary(place)
     sinks = make_sinks(str(record["wandb_id"]))
     found = checkpoint.list_checkpoints(folder)
     restored = restore_or_start(data, found[-1] if found else None, sinks)

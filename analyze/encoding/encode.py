@@ -23,7 +23,7 @@ from sae_granary.analyze.encoding.codes import (
 from sae_granary.analyze.encoding.csr_files import CSRFiles
 from sae_granary.analyze.errors import AnalyzeError, DamagedCodesError, MismatchError
 from sae_granary.analyze.source import Source, open_source
-from sae_granary.common.files import shortage
+from sae_granary.common.files import remove_temporary, shortage
 from sae_granary.common.lock import FolderLock
 from sae_granary.sae_core import Codes
 
@@ -104,6 +104,7 @@ def _begun(source: Source, out: Path, block_rows: int) -> CodesRecord:
     device = source.sae.core.W_dec.device.type
     fresh = CodesRecord(source.identity, source.sae.config.d_sae, 0, 0, False, block_rows, device)
     if not (out / RECORD).exists():
+        remove_temporary(out)
         if other := [path.name for path in out.iterdir() if path.name not in _names()]:
             raise MismatchError(f"{out} holds {other[0]}, expected an empty folder or codes; give another --out")
         return fresh
@@ -121,7 +122,7 @@ def _begun(source: Source, out: Path, block_rows: int) -> CodesRecord:
 
 
 def _names() -> set[str]:
-    return {LOCK, f".tmp-{RECORD}", *(f"{name}.npy" for name in ARRAYS)}
+    return {LOCK, *(f"{name}.npy" for name in ARRAYS)}
 
 
 def _write(source: Source, out: Path, record: CodesRecord, commit_blocks: int, tick: Tick) -> None:

@@ -36,6 +36,7 @@ from sae_granary.analyze.errors import AnalyzeError
 from sae_granary.analyze.source import Source
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import TEMP_PREFIX, shortage
+from sae_granary.common.lock import FolderLock
 from sae_granary.common.rows import FLAG_SPECIAL
 from sae_granary.models.tokens.document import Document
 
@@ -100,17 +101,19 @@ class Tally:
 def write_cache_codes(source: Source, codes: StoredCodes, out: Output, tick: Tick = lambda n_rows: None) -> int:
     """Write stored codes of a cache pooled, or in another format. Returns the number of rows or documents.
 
-    Complete pooled codes of the same SAE and cache are reused. Raises ConfigError if the output exists, AnalyzeError if
-    the disk is full, MismatchError for a folder with other codes, DamagedCodesError for damaged codes.
+    Complete pooled codes of the same SAE and cache are reused. Raises ConfigError if the output exists, LockedError
+    while another process writes it, AnalyzeError if the disk is full, MismatchError for a folder with other codes,
+    DamagedCodesError for damaged codes.
     """
     cache, identity = source.cache, source.identity | ({"pool": out.pool} if out.pool else {})
-    if out.format == "granary" and (out.path / RECORD).is_file():
-        check_identity(out.path, CodesRecord.read(out.path).identity, identity, ANOTHER_OUT)
-        return len(open_codes(out.path))
-    out.check_new()
-    check_arrays(codes)
+    if (n_rows := _stored(out, identity)) is not None:
+        return n_rows
     doc_ids, flags = cache.column("doc_id"), cache.column("flags") if out.pool is None else CountedFlags(cache)
-    with space_for(out.path):
+    with writing(out.path):
+        if (n_rows := _stored(out, identity)) is not None:  # written until we had the lock
+            return n_rows
+        out.check_new()
+        check_arrays(codes)
         if out.format == "npz" and out.pool is None:
             write_npz(out.path, codes, doc_ids)
             return len(codes)
@@ -124,9 +127,9 @@ def write_text_codes(
 ) -> Tally:
     """Encode texts into an output, atomically; memory holds the rows of one buffer of texts, at most 256 MiB.
 
-    Raises ConfigError if the output exists, AnalyzeError if no text has tokens or the disk is full.
+    Raises ConfigError if the output exists, LockedError while another process writes it, AnalyzeError if no text has
+    tokens or the disk is full.
     """
-    out.check_new()
     tally = Tally()
     identity: dict[str, Any] = {name: source.identity[name] for name in ("sae", "cache", "hooks")}
     identity |= {"pool": out.pool} if out.pool else {}
@@ -143,7 +146,8 @@ def write_text_codes(
         identity["texts"] = tally.identity
 
     device = source.sae.core.W_dec.device.type
-    with space_for(out.path), torch.no_grad():
+    with writing(out.path), torch.no_grad():
+        out.check_new()
         _write(out, blocks(), source.sae.config.d_sae, identity, device, no_columns)
     return tally
 
@@ -173,15 +177,31 @@ def _write(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _stored(out: Output, identity: Mapping[str, Any]) -> int | None:
+    """The number of rows of codes that are there; None without any."""
+    if out.format != "granary" or not (out.path / RECORD).is_file():
+        return None
+    check_identity(out.path, CodesRecord.read(out.path).identity, identity, ANOTHER_OUT)
+    return len(open_codes(out.path))
+
+
 @contextmanager
-def space_for(out: Path) -> Iterator[None]:
-    """Context manager: a full disk raises AnalyzeError with the free space."""
+def writing(out: Path) -> Iterator[None]:
+    """Context manager: no other process writes this output; a full disk raises AnalyzeError with the free space.
+
+    Raises LockedError.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(out.with_name(f"{TEMP_PREFIX}{out.name}.lock"))
+    lock.acquire()
     try:
         yield
     except OSError as error:
         if text := shortage(error, out):
             raise AnalyzeError(f"{text}; free some space and run the same command again") from None
         raise
+    finally:
+        lock.release()
 
 
 def no_columns(doc_ids: NDArray[np.int64]) -> Mapping[str, Any]:

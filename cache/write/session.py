@@ -119,7 +119,7 @@ class Session:
         (self.path / path).parent.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / "new"
         temporary.unlink(missing_ok=True)
-        files.replace_file(self.path / path, data, temporary)
+        files.write_bytes(self.path / path, data, temporary)
 
 
 def sync_folders(paths: Iterable[Path]) -> None:

@@ -56,25 +56,6 @@ def read_regular(path: Path, tries: int = 3) -> bytes:
     return read_regular(path, tries - 1)
 
 
-def read_text_or_pipe(path: Path, max_bytes: int) -> str:
-    """The UTF-8 text of a file, or of a pipe (`<(command)`).
-
-    Raises OSError for a folder, a pipe without a writer (which is not waited for) and what is longer, and
-    UnicodeDecodeError.
-    """
-    fd = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN)
-    is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
-    if NO_WAIT:
-        os.set_blocking(fd, True)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(max_bytes + 1)
-    if is_pipe and not data:
-        raise OSError(errno.EPIPE, "a pipe that nothing is written to, expected a file", str(path))
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"longer than {byte_size(max_bytes)}", str(path))
-    return data.decode("utf-8")
-
-
 def create(path: Path) -> int:
     """Return a descriptor of a new file for writing; its mode follows the umask, unlike tempfile's."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | PLAIN, 0o666)
@@ -141,17 +122,19 @@ def write_first(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, temporary: Path) -> None:
-    """Replace a file atomically: readers see the old content or the new one."""
-    temporary.unlink(missing_ok=True)
-    write_new(temporary, data)
-    os.replace(temporary, path)
+def write_bytes(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Write a file atomically: readers see the old content or the new one, also where several processes write it.
+
+    `temporary` is by default beside it, under another name in each call.
+    """
+    temporary = temporary or path.with_name(f"{TEMP_PREFIX}{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_new(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically, through a temporary file beside it."""
-    replace_file(path, data, path.with_name(f"{TEMP_PREFIX}{path.name}"))
 
 
 def write_text(path: Path, text: str) -> None:

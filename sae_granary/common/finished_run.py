@@ -122,10 +122,10 @@ def read_downstream(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, A
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, oldest first; truncated or damaged ones are skipped."""
-    path = folder / METRICS
-    if not path.is_file():
+    try:
+        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
     return [line for line in map(_parse_line, text.split("\n")[:-1]) if line is not None]
 
 

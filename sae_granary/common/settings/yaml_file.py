@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sae_granary.common.errors import ConfigError, nearest
-from sae_granary.common.files import read_text_or_pipe
+from sae_granary.common.settings.text_file import read_text_or_pipe
 
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"  # ~ and nothing; <<
 

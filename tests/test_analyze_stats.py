@@ -286,17 +286,24 @@ HOSTILE = "a\x1b[2J\x1b]0;owned\x07\nlatent 3: forged\r\u202e\x9b31m"
 def test_a_token_is_in_color_on_a_terminal_and_hostile_text_is_inert_there(monkeypatch) -> None:
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    os.set_blocking(ours, False)
+
+    def line() -> str:
+        """What was written, which the system may pass on a moment later."""
+        data = b""
+        while not data.endswith(b"\n"):
+            data += os.read(ours, 4096)
+        return data.decode()
+
     monkeypatch.delenv("NO_COLOR", raising=False)
     with os.fdopen(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         echo_line(Marked("b ", "cat", " a"))
-        colored = os.read(ours, 4096).decode()
+        colored = line()
         echo_line(Marked(f"b {HOSTILE}", HOSTILE, HOSTILE))
-        hostile = os.read(ours, 4096).decode()
+        hostile = line()
         patch.setenv("NO_COLOR", "1")
         echo_line(Marked("b ", "cat", " a"))
-        plain = os.read(ours, 4096).decode()
+        plain = line()
     os.close(ours)
     assert colored == "b \x1b[33m\x1b[1mcat\x1b[0m a\r\n"
     assert plain.replace("\x1b[0m", "") == "b [[cat]] a\r\n"

@@ -107,9 +107,10 @@ def test_a_part_that_raises_or_fails_is_reported_and_the_rest_goes_on(tmp_path, 
 
 
 def test_a_part_that_hangs_is_stopped_and_what_it_printed_is_kept(tmp_path, monkeypatch) -> None:
-    made, passed, results = visit(tmp_path, monkeypatch, part("hangs", 5), part("passes"))
+    parts = [part("takes_its_turn"), part("hangs", 1, ahead=True), part("passes")]  # it hangs when its turn comes
+    made, passed, results = visit(tmp_path, monkeypatch, *parts)
     assert not passed
-    assert made.outcomes["hangs"].startswith("STOPPED after its limit of 5 s")
+    assert made.outcomes["hangs"].startswith("STOPPED after its limit of 1 s")
     assert made.outcomes["passes"].startswith("passed")
     assert "| before it hangs | 1 |" in results
 

@@ -21,6 +21,7 @@ def raises(at) -> bool:
 
 def hangs(at) -> bool:
     print("| before it hangs | 1 |", flush=True)
+    (at.folder / "prepared").touch()
     time.sleep(600)
     return True
 

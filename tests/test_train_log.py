@@ -13,6 +13,7 @@ from rich.console import Console
 from sae_granary import train_sae
 from sae_granary.common.finished_run import read_metrics
 from sae_granary.train.result.notes import slow_rows
+from sae_granary.train.sinks import console_sink
 from sae_granary.train.sinks.chart_names import charted
 from sae_granary.train.sinks.console_sink import ConsoleSink
 from sae_granary.train.sinks.jsonl_sink import JsonlSink
@@ -164,7 +165,8 @@ def test_tensorboard_files_hold_the_history(make_cache, tmp_path) -> None:
     assert [event.step for event in events.Histograms("plots/feature_density_line_chart")] == [20]
 
 
-def test_console_prints_plain_lines_off_a_terminal() -> None:
+def test_console_prints_plain_lines_off_a_terminal(monkeypatch) -> None:
+    monkeypatch.setattr(console_sink, "PLAIN_SECONDS", 1000.0)
     out = io.StringIO()
     sink = ConsoleSink(Console(file=out, width=200))
     sink.start("name", {"run": {"cache": "c", "seed": 0, "name": None, "hook": ["a", "b"]}}, 100, 0)

@@ -195,6 +195,22 @@ def test_without_locks_the_bytes_are_the_same(config: HarvestConfig, monkeypatch
     assert_same_cache(several.out_path, config.out_path)
 
 
+def test_a_block_that_another_process_has_taken_over_and_joined_ends_well(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_late(place: Path, data: bytes) -> None:
+        monkeypatch.setattr(work, "write_first", files.write_first)
+        for lease in place.parent.glob("*.lease"):
+            lease.unlink()
+        harvest_activations(config, quiet=True)
+        files.write_first(place, data)
+
+    monkeypatch.setattr(work, "write_first", write_late)
+    assert harvest_activations(config, quiet=True).n_rows == open_cache(config.out_path).n_rows
+    assert verify(config.out_path).ok
+    assert not (config.out_path / BLOCKS).exists()
+
+
 def test_a_join_that_another_process_has_taken_over_ends_well(
     config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

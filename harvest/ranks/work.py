@@ -174,8 +174,8 @@ class Worker:
         with Heartbeat(lease, self._board, progress):
             for left in reversed(range(_TRIES)):
                 try:
-                    outcome = self._fill(task, folder, model, tell, progress, check)
-                    break
+                    self._publish(task, self._fill(task, folder, model, tell, progress, check))
+                    return
                 except _LostError:
                     return
                 except CacheLockedError as error:  # its process has stopped renewing the lease, but not ended
@@ -192,7 +192,6 @@ class Worker:
                     if not isinstance(error, ConcurrentWriteError):  # it was cleaned up by the other process
                         # The other process may be about to publish what is there: it stays until all are joined.
                         folder = f"{task.name}.{secrets.token_hex(4)}"
-        self._publish(task, outcome)
 
     def _fill(
         self, task: Task, folder: str, model: Model, tell: Tell, progress: BlockProgress, check: Callable[[], None]

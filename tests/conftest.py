@@ -21,6 +21,7 @@ import pytest
 from fork_kit import forks  # noqa: F401
 
 from sae_granary.common import threads
+from sae_granary.train.result import notes
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -53,8 +54,9 @@ def _commands_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _silent_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine adds no lines about waits to what a command prints."""
-    monkeypatch.setattr(threads, "FIRST_SECONDS", 60.0)
+    """A busy machine adds no lines about waits to what a command prints, nor to the notes on a run."""
+    monkeypatch.setattr(threads, "FIRST_SECONDS", 1000.0)
+    monkeypatch.setattr(notes, "WAITED_SECONDS", 1000.0)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from fork_kit import LIMIT
 from harvest_kit import CutOff, build_model, config_of, cut_off_after
 from test_harvest_resume import assert_same_cache, write_corpus
 
@@ -155,7 +156,7 @@ def test_a_staged_harvest_is_the_same_also_when_it_is_cut(tmp_path: Path, monkey
     result = harvest_activations(replace(config, out=tmp_path / "staged"), quiet=True)
     assert_same_cache(tmp_path / "staged", config.out_path)
     for thread in (thread for thread in threading.enumerate() if thread.name.startswith(THREADS)):
-        thread.join(10)  # the one that tokenized ahead
+        thread.join(LIMIT)  # the one that tokenized ahead
         assert not thread.is_alive()
     assert {stage for stage, _ in result.busy} == {"tokenizer", "model", "copy", "write"}
     busiest = max(result.busy, key=lambda stage: stage[1])[0]

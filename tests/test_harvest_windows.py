@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+from fork_kit import LIMIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +204,6 @@ def test_tokens_made_ahead_are_the_same_and_end_with_their_reader() -> None:
     ahead.close()  # type: ignore[attr-defined]
     for thread in threading.enumerate():
         if thread.name.startswith(THREADS):
-            thread.join(10)
+            thread.join(LIMIT)
             assert not thread.is_alive()
     assert ended == [True]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sae_granary import train_sae
 from sae_granary.common.finished_run import read_metrics
+from sae_granary.train.result import notes
 from sae_granary.train.result.notes import slow_rows
 from sae_granary.train.sinks import console_sink
 from sae_granary.train.sinks.chart_names import charted
@@ -216,7 +217,8 @@ def test_own_sinks_see_the_run(make_cache, tmp_path) -> None:
     assert Path(tmp_path).is_dir()
 
 
-def test_a_training_that_waits_for_its_rows_says_so() -> None:
+def test_a_training_that_waits_for_its_rows_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(notes, "WAITED_SECONDS", 10.0)
     clock = Clock(seconds=0.0, tokens=0)
     clock.wait(500.0)  # the first batch
     clock.wait(30.0)

@@ -73,10 +73,14 @@ def test_a_process_that_was_stopped_itself_takes_no_other_for_gone(monkeypatch: 
         return asked[-1]
 
     monkeypatch.setattr(hearts, "time", SimpleNamespace(monotonic=late))
-    heart = hearts.Hearts(Place(1, 2, 1, "127.0.0.1", 29500), distributed.HashStore())
+    store = distributed.HashStore()
+    for rank in (0, 1):
+        store.set(f"here/{rank}", '"a host"')
+    heart = hearts.Hearts(Place(1, 2, 1, "127.0.0.1", 29500), store)
     wait_until(lambda: heart.unheard(30) or len(asked) > 4)
     assert heart.unheard(30) == ""
     heart.stop()
+    assert not any(thread.is_alive() for thread in heart._threads)
 
 
 def joined_codes(parts: list[list[torch.Tensor]], n_pieces: int) -> list[torch.Tensor]:

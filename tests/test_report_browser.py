@@ -102,6 +102,11 @@ def shown(tab: Any, n: int = 10) -> list[int]:
     return found[:n]
 
 
+def drawn(tab: Any, selector: str, n: int) -> None:
+    """Wait for so many: plots are drawn once their width is known."""
+    tab.wait_for_function("([selector, n]) => document.querySelectorAll(selector).length === n", arg=[selector, n])
+
+
 def heading(tab: Any, latent: int) -> None:
     tab.wait_for_selector(f"#latent h2:text-is('Latent {latent}')")
 
@@ -121,7 +126,7 @@ def test_a_run_is_shown_with_numbers_plots_and_settings(tab, made) -> None:
     assert tiles["silent here"] == str(int((made.stats.fired == 0).sum()))
     captions = tab.locator("#plots figcaption b").all_text_contents()
     assert captions == ["Loss", "L0", "FVU", "Dead latents", "Density of latents"]
-    assert tab.locator("#plots path.curve").count() == 4
+    drawn(tab, "#plots path.curve", 4)
     tab.click("#settings summary")
     assert tab.locator("#settings dt", has_text="batch_size").is_visible()
 
@@ -260,7 +265,7 @@ def test_runs_are_compared(tab, made) -> None:
     tab.wait_for_selector("#runs tbody tr")
     assert tab.text_content("h1") == "</title><i>both"
     assert tab.locator("#plots figcaption b").all_text_contents() == ["Pareto", "Loss", "L0", "FVU", "Dead latents"]
-    assert tab.locator("#plots circle.dot").count() == 2
+    drawn(tab, "#plots circle.dot", 2)
     names = tab.locator("#runs tbody td:first-child")
     assert names.all_text_contents() == [made.run.name, "other"]
     tab.click("#runs th:has-text('latents') button")

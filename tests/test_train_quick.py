@@ -57,7 +57,7 @@ def test_what_cannot_be_trained_is_told_before_the_harvest() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_here")
 def test_a_signal_reaches_the_harvest() -> None:
-    (Path("text.jsonl")).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(20_000)))
+    (Path("text.jsonl")).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(60_000)))
     command = [sys.executable, "-m", "sae_granary.train.cli", "quick", "models/bert", "text.jsonl", "--layer", "1"]
     process = subprocess.Popen([*command, "--harvest", "--rows-per-shard 512"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + LIMIT

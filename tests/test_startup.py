@@ -61,12 +61,14 @@ def test_a_command_collects_no_garbage_from_what_it_imports() -> None:
     """Looking through it took a fifth of a command: while it is imported, and again when the process ends."""
     script = f"""
 import atexit, gc
-atexit.register(lambda: print(len(gc.get_objects()) < 100))  # after those that are registered later
+kept = []
+atexit.register(lambda: print(len(gc.get_objects()) < 1000))  # after those that are registered later
 {POSTPONED}
 full = []
 gc.callbacks.append(lambda phase, found: full.append(phase) if found["generation"] == 2 else None)
 import torch
 print(gc.isenabled(), gc.get_freeze_count() > 100_000, full)
+kept += [[] for _ in range(1000)]
 """
     assert _output(script) == ["True True []", "True"]
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sae_granary.common.device import float64
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at
 from sae_granary.sae_core.codes import Codes
 from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
@@ -120,7 +119,7 @@ class SAE(nn.Module):
         x = as_rows(sample, like=self)
         for normalizer, hook in zip(self.normalizers, self.reads.take(x, len(self.normalizers)), strict=True):
             normalizer.fit(hook[:MAX_FIT_ROWS])
-        rows = float64(self.prepare(x).target[:MAX_FIT_ROWS])
+        rows = self.prepare(x).target[:MAX_FIT_ROWS]
         for scale, value in zip((self.loss_variance, self.loss_mean_square), moments(rows), strict=True):
             scale.copy_(value)
         self.reset_weights(generator)

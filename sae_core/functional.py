@@ -18,7 +18,8 @@ from sae_granary.sae_core.kernels import kth_largest, row_topk, takes_triton
 MAX_SPARSE_DENSITY = 0.08
 MAX_MEDIAN_ROWS = 2**15  # that the geometric median looks at
 MEDIAN_ITERATIONS, MEDIAN_TOLERANCE = 100, 1e-5  # at most; of a step, relative to the median's norm
-BLOCK_ENTRIES = 2**18  # of a matrix (F, D) at a time, 1 MiB of float32: what stays in the processor's cache
+BLOCK_ENTRIES = 2**18  # of a matrix at a time, 1 MiB of float32: what stays in the processor's cache
+BLOCK_COLUMNS = 64  # of a sample in float64 at a time: as a whole it needs new memory, which takes longer than its sums
 
 
 def topk_pattern(pre_acts: Tensor, k: int) -> Pattern:
@@ -134,7 +135,12 @@ def typical_row(rows: Tensor, how: str) -> Tensor:
     """Return a point (D,) central to rows (N, D), by one of B_DEC_INITS."""
     if how == "geometric_median":
         return geometric_median(rows[:MAX_MEDIAN_ROWS])
-    return rows.mean(0) if how == "mean" else torch.zeros_like(rows[0])
+    return column_means(rows) if how == "mean" else torch.zeros_like(rows[0])
+
+
+def column_means(rows: Tensor) -> Tensor:
+    """Mean (D,) of rows (N, D), in float64."""
+    return torch.cat([float64(columns).mean(0) for columns in torch.split(rows, BLOCK_COLUMNS, dim=1)])
 
 
 def geometric_median(rows: Tensor) -> Tensor:
@@ -142,8 +148,10 @@ def geometric_median(rows: Tensor) -> Tensor:
     rows = float64(rows)
     median = rows.mean(0)
     for _ in range(MEDIAN_ITERATIONS):
-        weights = 1.0 / (rows - median).norm(dim=1).clamp_min(1e-12)
-        updated = (weights[:, None] * rows).sum(0) / weights.sum()
+        distances = torch.cat([(block - median).norm(dim=1) for block in blocks(rows)])
+        weights = 1.0 / distances.clamp_min(1e-12)
+        weighted = [(weights[:, None] * columns).sum(0) for columns in torch.split(rows, BLOCK_COLUMNS, dim=1)]
+        updated = torch.cat(weighted) / weights.sum()
         moved = (updated - median).norm()
         median = updated
         if moved <= MEDIAN_TOLERANCE * median.norm().clamp_min(1e-12):
@@ -158,7 +166,7 @@ def remove_parallel(grad: Tensor, rows: Tensor) -> None:
 
         triton_rows.remove_parallel(grad, rows)
         return
-    for g, row in zip(_blocks(grad), _blocks(rows), strict=True):
+    for g, row in zip(blocks(grad), blocks(rows), strict=True):
         g.addcmul_(torch.linalg.vecdot(g, row)[:, None], row, value=-1)
 
 
@@ -169,7 +177,7 @@ def to_unit_norm(rows: Tensor) -> None:
 
         triton_rows.to_unit_norm(rows)
         return
-    for row in _blocks(rows):
+    for row in blocks(rows):
         row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
@@ -181,8 +189,8 @@ def _takes_row_kernels(*matrices: Tensor) -> bool:
     return triton_rows.takes(*matrices)
 
 
-def _blocks(matrix: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows on a CPU, all rows at once on other devices, where one launch is faster."""
+def blocks(matrix: Tensor) -> Iterator[Tensor]:
+    """Blocks of rows of a matrix (N, D) on a CPU, all rows at once on other devices, where one launch is faster."""
     n_rows, width = matrix.shape
     size = max(1, BLOCK_ENTRIES // max(1, width)) if matrix.device.type == "cpu" else max(1, n_rows)
     for start in range(0, n_rows, size):

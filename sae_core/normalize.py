@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sae_granary.common.device import float64
 from sae_granary.sae_core.errors import NonFiniteError
+from sae_granary.sae_core.functional import blocks, column_means
 
 FIXED_MODES = ("dataset", "mean", "mean+dataset", "none")  # those that can be folded into the weights
 UNIT_NORM_EPS = 1e-5  # SAELens' layer_norm
@@ -67,13 +68,14 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def fit(self, sample: Tensor) -> None:
         """Fit mean and scale to a sample (N, D) of raw rows. Raises NonFiniteError for NaN, Inf and absurd values."""
-        rows = float64(sample)
-        check_scale(rows)
+        mean_square = check_scale(sample)
         if self.mode in ("mean", "mean+dataset"):
-            self.mean.copy_(rows.mean(0))
-            rows = rows - rows.mean(0)
+            mean = column_means(sample)
+            self.mean.copy_(mean)
+            if self.mode == "mean+dataset":
+                mean_square = check_scale(sample, mean)
         if self.mode in ("dataset", "mean+dataset"):
-            self.scale.copy_((rows.shape[1] / check_scale(rows)).sqrt())
+            self.scale.copy_((sample.shape[1] / mean_square).sqrt())
 
     def forward(self, x: Tensor) -> Normalized:
         """Normalize raw rows (N, D)."""
@@ -91,15 +93,18 @@ class Normalizer(nn.Module):
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """V = E|x - mean|^2 and E|x|^2 of rows (N, D), float64. Raises NonFiniteError where all rows are equal."""
-    variance, mean_square = (rows - rows.mean(0)).square().sum(1).mean(), rows.square().sum(1).mean()
+    variance, mean_square = _mean_square(rows, column_means(rows)), _mean_square(rows)
     if not float(variance) > NO_VARIANCE * float(mean_square):
         raise NonFiniteError(f"the {len(rows):,} rows of the sample are all equal: there is nothing to learn from them")
     return variance, mean_square
 
 
-def check_scale(rows: Tensor) -> Tensor:
-    """E|x|^2 of rows (N, D). Raises NonFiniteError where it is not finite, or too small or large to compute with."""
-    mean_square = rows.square().sum(1).mean()
+def check_scale(rows: Tensor, mean: Tensor | None = None) -> Tensor:
+    """E|x|^2 of rows (N, D), or E|x - mean|^2, float64.
+
+    Raises NonFiniteError where it is not finite, or too small or large to compute with.
+    """
+    mean_square = _mean_square(rows, mean)
     low, high = SANE_SQUARES
     if not low <= float(mean_square) <= high:
         found = f"a mean squared norm of {float(mean_square):.3g}" if bool(rows.isfinite().all()) else "NaN or Inf"
@@ -108,3 +113,9 @@ def check_scale(rows: Tensor) -> Tensor:
             "check the cache with `sae-cache verify`"
         )
     return mean_square
+
+
+def _mean_square(rows: Tensor, mean: Tensor | None = None) -> Tensor:
+    """E|x - mean|^2 in float64."""
+    exact = (float64(block) if mean is None else float64(block) - mean for block in blocks(rows))
+    return torch.cat([block.square().sum(1) for block in exact]).mean()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Collection
 
 from sae_granary.cache.format.places import is_partial
 from sae_granary.cache.read.reader import Cache, open_local
-from sae_granary.cache.remote.mirror import fetcher_of, locate
+from sae_granary.cache.remote.mirror import fetcher_of, hold_copy
 from sae_granary.cache.remote.store import is_url
 
 
@@ -36,9 +37,16 @@ def open_cache(
     Raises NotACacheError, IncompleteCacheError, UnsupportedFormatError, CorruptCacheError (a file is missing or of
     another size), and UnknownNameError for a shard that is not there.
     """
-    folder = locate(path, by_shard=by_shard)
-    partial = is_url(path) and is_partial(folder)
-    opened = open_local(folder, shards=shards, allow_incomplete=allow_incomplete, partial=partial)
-    if partial:
-        opened.fetcher = fetcher_of(opened, str(path))
+    if not is_url(path):
+        return open_local(path, shards=shards, allow_incomplete=allow_incomplete)
+    folder, held = hold_copy(str(path), by_shard=by_shard)
+    try:
+        partial = is_partial(folder)
+        opened = open_local(folder, shards=shards, allow_incomplete=allow_incomplete, partial=partial)
+        if partial:
+            opened.fetcher = fetcher_of(opened, str(path))
+    except BaseException:
+        os.close(held)
+        raise
+    weakref.finalize(opened, os.close, held)
     return opened

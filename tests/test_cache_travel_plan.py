@@ -108,9 +108,13 @@ def test_half_copies_count_against_the_limit_and_make_room(cache, faulty, copies
     monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(size + disk_bytes(half) - 1))
     two = open_cache("faulty://b/two")
     assert not half.exists()
-    assert [place.name for place in copies.iterdir()] == [two.path.name]
+    assert list(copies.iterdir()) == [two.path]
     half_copy("faulty://b/three", faulty)  # made room for, as a whole one
-    assert not two.path.exists()
+    assert two.path.exists()  # it is open
+    path = two.path
+    del two
+    half_copy("faulty://b/three", faulty)
+    assert not path.exists()
     lock = pulling.locked(next(copies.iterdir()))  # still on its way
     monkeypatch.setenv("GRANARY_REMOTE_BYTES", str(size))
     assert open_cache("faulty://b/two").n_rows == open_cache(cache).n_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Cal
     part = part_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(TRIES):
-        start = part.stat().st_size if part.is_file() else 0
+        start = file_bytes(part) or 0
         if start > entry.n_bytes:
             part.unlink()
             start = 0
@@ -48,6 +49,14 @@ def fetch(store: Store, path: str, entry: FileEntry, target: Path, progress: Cal
     raise damaged(f"{store.url}/{path}")
 
 
+def file_bytes(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is none, links included."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = path.lstat()
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return None
+
+
 def part_of(target: Path) -> Path:
     """Where the bytes of a file are until it is complete."""
     return target.with_name(target.name + ".part")
@@ -65,15 +74,13 @@ class Copy:
     @property
     def is_here(self) -> bool:
         """Whether it has arrived: it got its name after its checksum was found right."""
-        return self.target.is_file() and self.target.stat().st_size == self.entry.n_bytes
+        return file_bytes(self.target) == self.entry.n_bytes
 
     @property
     def left_bytes(self) -> int:
         """Bytes that have not arrived."""
-        part = part_of(self.target)
-        with contextlib.suppress(OSError):
-            return max(0, self.entry.n_bytes - part.stat().st_size)
-        return 0 if self.is_here else self.entry.n_bytes
+        begun = file_bytes(part_of(self.target))
+        return 0 if begun is None and self.is_here else max(0, self.entry.n_bytes - (begun or 0))
 
 
 def remote_entry(store: Store, path: str, n_bytes: int) -> FileEntry:

@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, CacheLockedError, NotACacheError
-from sae_granary.cache.format.layout import MANIFEST
+from sae_granary.cache.format.layout import MANIFEST, TEMPORARY
 from sae_granary.cache.format.places import PARTIAL, find_cache, is_partial
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.listing import bytes_in
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.remote.pull import PullPlan, is_half, plan_pull, pull, remove_half
+from sae_granary.cache.remote.pull import STAGE, WANTED, PullPlan, plan_pull, pull
 from sae_granary.cache.remote.shards import ShardFetcher
 from sae_granary.cache.remote.stage import AGAIN, stage_folder
 from sae_granary.cache.remote.store import RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
+from sae_granary.cache.write.session import locked
 from sae_granary.common.errors import one_line
 from sae_granary.common.files import free_bytes, home_path
+from sae_granary.common.lock import hold, try_alone
 from sae_granary.common.quantities import byte_size, parse_count
 from sae_granary.common.signed import digest
 from sae_granary.common.threads import waiting
@@ -84,6 +87,15 @@ def mirrored(url: str, *, by_shard: bool = False) -> Path:
     return folder
 
 
+def hold_copy(url: str, *, by_shard: bool) -> tuple[Path, int]:
+    """As `mirrored`, and a descriptor: until it is closed no other process makes room by removing the copy."""
+    while True:
+        folder = mirrored(url, by_shard=by_shard)
+        if (held := hold(folder / MANIFEST)) is not None:
+            return folder, held
+        time.sleep(AGAIN)  # it is being removed: copied again
+
+
 def fetcher_of(cache: Cache, url: str) -> ShardFetcher:
     """Fetches the activations of a partial copy, within what copies may take."""
     root, limit = cache.path.parent, _limit()
@@ -127,11 +139,36 @@ def _make_room(folder: Path, allowed: int) -> None:
     Copies of which only a part has arrived count, and go the same way.
     """
     places = [place for place in folder.parent.glob("*") if place != folder and not place.is_symlink()]
-    others = [place for place in places if is_half(place) or (place / MANIFEST).exists()]
+    others = [place for place in places if _is_half(place) or (place / MANIFEST).exists()]
     sizes = {other: bytes_in(other) for other in others}
-    for other in sorted(others, key=lambda place: place.stat().st_mtime):
+    for other in sorted(others, key=_last_used):
         if sum(sizes.values()) <= allowed:
             return
-        with contextlib.suppress(CacheError):  # in use, or not ours to remove
-            (remove_half if is_half(other) else remove_cache)(other)
-            sizes.pop(other)
+        with contextlib.suppress(CacheError, OSError):  # in use, not ours to remove, or another process removes it
+            if _is_half(other):
+                _remove_half(other)
+            else:
+                with try_alone(other / MANIFEST, unknown=True) as alone:
+                    if alone:
+                        remove_cache(other)
+        sizes[other] = bytes_in(other)
+
+
+def _last_used(place: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another process removes it
+        return place.stat().st_mtime
+    return 0.0
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether a folder holds a first pull that has not finished, and nothing else."""
+    return (folder / TEMPORARY / STAGE / WANTED).is_file() and not (folder / MANIFEST).exists()
+
+
+def _remove_half(folder: Path) -> None:
+    """Remove such a folder. Raises CacheLockedError while the pull runs."""
+    lock = locked(folder)
+    try:
+        shutil.rmtree(folder)
+    finally:
+        lock.release()

@@ -5,6 +5,7 @@ Files wait in the folder's `.tmp` until all are there and right; a pull that was
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_granary.cache.errors import CacheError, NotACacheError
+from sae_granary.cache.errors import CacheError, CacheExistsError, NotACacheError
 from sae_granary.cache.format.layout import ADDED, COMMITS, DOCUMENTS, MANIFEST, TEMPORARY
 from sae_granary.cache.format.manifest import FileEntry, Manifest, ShardRecord
 from sae_granary.cache.format.records import existing_manifest, load_manifest, refuse_code
-from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.added import Addition, additions, check_additions
 from sae_granary.cache.remote.additions import half_pushed, remote_additions
-from sae_granary.cache.remote.fetch import fetch, part_of
+from sae_granary.cache.remote.fetch import fetch, file_bytes, part_of
 from sae_granary.cache.remote.parcel import (
     Parcel,
     check_continued,
@@ -33,6 +33,7 @@ from sae_granary.cache.remote.parcel import (
 from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
 from sae_granary.cache.write.session import locked
 from sae_granary.common import files
+from sae_granary.common.files import read_regular
 from sae_granary.common.quantities import byte_size
 from sae_granary.common.signed import digest
 
@@ -66,8 +67,7 @@ class PullPlan:
     @property
     def n_begun(self) -> int:
         """Bytes that have arrived of files that are not complete."""
-        parts = [part_of(self.stage / path) for path in self.missing]
-        own = sum(part.stat().st_size for part in parts if part.is_file())
+        own = sum(file_bytes(part_of(self.stage / path)) or 0 for path in self.missing)
         return own + sum(part.n_begun for part in self.added)
 
     @property
@@ -132,9 +132,9 @@ def plan_pull(
     A `partial` pull leaves out the activations. Raises CacheError for another cache in the folder.
     """
     refuse_code(target)
-    nearest = next(place for place in (target.absolute(), *target.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise CacheError(f"{nearest} is a file, expected a folder: use another folder for the copy")
+    for place in (target.absolute(), *target.absolute().parents):
+        if file_bytes(place) is not None:
+            raise CacheError(f"{place} is a file, expected a folder: use another folder for the copy")
     store = Store(url)
     there = store.listing()
     parcel = remote_parcel(store, there, hooks, n_rows)
@@ -153,18 +153,22 @@ def _plan(store: Store, target: Path, parcel: Parcel) -> PullPlan:
     url = store.url
     stage, complete = target / TEMPORARY / STAGE, False
     known: dict[str, FileEntry] = {}
-    if (target / MANIFEST).exists():
-        have = load_manifest(target)
+    wanted, have = _read(stage / WANTED), _manifest(target)
+    if wanted is None and have is None:
+        try:
+            existing_manifest(target)
+        except CacheExistsError:  # unless another process has begun a pull meanwhile
+            wanted, have = _read(stage / WANTED), _manifest(target)
+            if wanted is None and have is None:
+                raise
+    if have is not None:
         if not have.complete:
             raise CacheError(f"{target} holds an unfinished harvest: use another folder; nothing was copied")
         check_continued(have, parcel.manifest, str(target), url)
-        complete = read_bytes(target / MANIFEST) == parcel.manifest_bytes
+        complete = _read(target / MANIFEST) == parcel.manifest_bytes
         known = dict(whole(have, b"").files)
-    elif (stage / WANTED).exists():
-        if (stage / WANTED).read_bytes() != digest(parcel.manifest_bytes).encode():
-            raise CacheError(f"{target} holds half of another pull: finish that one, remove it, or use another folder")
-    else:
-        existing_manifest(target)
+    elif wanted not in (None, digest(parcel.manifest_bytes).encode()):
+        raise CacheError(f"{target} holds half of another pull: finish that one, remove it, or use another folder")
     missing = tuple(
         path for path, entry in parcel.files.items() if not _is_here(target, stage, path, entry, known.get(path, entry))
     )
@@ -173,10 +177,20 @@ def _plan(store: Store, target: Path, parcel: Parcel) -> PullPlan:
 
 def _is_here(target: Path, stage: Path, path: str, entry: FileEntry, known: FileEntry) -> bool:
     """Whether a file has arrived: it got its name after its checksum was found right."""
-    return known == entry and any(
-        place.is_file() and not place.is_symlink() and place.stat().st_size == entry.n_bytes
-        for place in (target / path, stage / path)
-    )
+    return known == entry and entry.n_bytes in (file_bytes(stage / path), file_bytes(target / path))
+
+
+def _read(path: Path) -> bytes | None:
+    """The bytes of a small file; None where there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return read_regular(path)
+    return None
+
+
+def _manifest(target: Path) -> Manifest | None:
+    with contextlib.suppress(NotACacheError):
+        return load_manifest(target)
+    return None
 
 
 def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
@@ -186,9 +200,9 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
     target, parcel = plan.target, plan.parcel
     if plan.disk_bytes > (free := plan.free_bytes):
         raise CacheError(f"no space for {target}: {byte_size(plan.disk_bytes)} needed, {byte_size(free)} free")
-    target.mkdir(parents=True, exist_ok=True)
-    lock = locked(target)
+    lock = locked(target, make=True)
     try:
+        plan = replace(_plan(plan.store, target, parcel), added=plan.added)  # again: another process may have pulled
         stage = plan.stage
         stage.mkdir(parents=True, exist_ok=True)
         files.write_bytes(stage / WANTED, digest(parcel.manifest_bytes).encode())
@@ -201,20 +215,6 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
         if text := files.shortage(error, target, plan.disk_bytes):
             raise CacheError(f"{text}; free some space and run the same command again: it continues") from None
         raise
-    finally:
-        lock.release()
-
-
-def is_half(folder: Path) -> bool:
-    """Whether a folder holds a first pull that has not finished, and nothing else."""
-    return (folder / TEMPORARY / STAGE / WANTED).is_file() and not (folder / MANIFEST).exists()
-
-
-def remove_half(folder: Path) -> None:
-    """Remove such a folder. Raises CacheLockedError while the pull runs."""
-    lock = locked(folder)
-    try:
-        shutil.rmtree(folder)
     finally:
         lock.release()
 

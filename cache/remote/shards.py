@@ -156,8 +156,11 @@ class ShardFetcher:
 
     def _copies(self) -> list[Path]:
         """Every file that was fetched, and what has arrived of others."""
-        found = [path for path in self._folder.rglob("c.*") if path.suffix != ".lock"]
-        return [path for path in found if any(map(is_fetched, path.relative_to(self._folder).parts))]
+        found: list[Path] = []
+        for folder, _, names in os.walk(self._folder):
+            if any(map(is_fetched, Path(folder).relative_to(self._folder).parts)):
+                found += [Path(folder, name) for name in names if name.startswith("c.") and not name.endswith(".lock")]
+        return found
 
 
 class _Stopped(CacheError):

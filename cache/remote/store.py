@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,14 +95,20 @@ class Store:
         else:  # object stores show whole files only; here a rename does
             self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
             put(f"{name}.part")
-            self._fs.mv(f"{name}.part", name)
+            with suppress(FileNotFoundError):  # another push of this file has moved it; the size tells
+                self._fs.mv(f"{name}.part", name)
         self._fs.invalidate_cache()
         if (found := int(self._fs.info(name)["size"])) != size:
             raise OSError(f"{found} bytes arrived of {size}")
 
     def remove(self, path: str) -> None:
-        """Remove a file."""
-        self._retry("remove", path, lambda: self._fs.rm_file(f"{self._root}/{path}"))
+        """Remove a file, if it is there."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{path}")
+
+        self._retry("remove", path, remove)
 
     def why_public(self) -> str | None:
         """Why what is written there may be seen by everyone; None where it is known that it is not."""

@@ -175,12 +175,15 @@ def hold(path: Path) -> int | None:
 
 
 @contextmanager
-def try_alone(path: Path) -> Iterator[bool]:
-    """Context manager: whether no process holds a file that `hold_shared` made; none can while the block runs."""
+def try_alone(path: Path, *, unknown: bool = False) -> Iterator[bool]:
+    """Context manager: whether no process holds a file (`hold`, `hold_shared`); none can while the block runs.
+
+    `unknown` without flock.
+    """
     fd = os.open(path, os.O_RDWR | PLAIN | NO_FOLLOW)
     try:
         if fcntl is None:
-            yield False
+            yield unknown
             return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,7 +71,8 @@ def harvest_activations(
         with waiting("looking at model, tokenizer and text"):
             prepared = prepare(config, progress.say)
         check_weights(prepared.located)
-        check_space(prepared)
+        with waiting("estimating rows and bytes from the first documents"):
+            check_space(prepared)
         share_cores(world, prepared.device)
         model: Model | None = None
         if not prepared.widths_known:

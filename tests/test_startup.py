@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harvest_kit import build_model
+from harvest_kit import build_model, config_of, texts
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sae_granary.harvest import plan, run
+from sae_granary.harvest.prepare import Prepared
 from sae_granary.sae_core.functional import BLOCK_ENTRIES
 from sae_granary.sae_core.latents import DROPPED_BITS, N_BINS, _bins
 from sae_granary.sae_core.normalize import Normalizer
@@ -23,6 +27,30 @@ def test_positive_numbers_are_counted_by_their_bits(dtype: torch.dtype) -> None:
     expected = torch.bincount(positive.view(torch.int32) >> DROPPED_BITS, minlength=N_BINS)
     assert torch.equal(_bins(values), expected)
     assert torch.equal(_bins(values.t()), expected)
+
+
+class _SeenError(Exception):
+    """What a command was waiting for when it came to the part that a test looks at."""
+
+
+def test_reading_the_first_documents_of_a_harvest_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 of them are tokenized, however long they are."""
+    now: list[str] = []
+
+    @contextmanager
+    def waiting(what: str) -> Iterator[None]:
+        now.append(what)
+        yield
+        now.remove(what)
+
+    def sampled(prepared: Prepared) -> None:
+        raise _SeenError(*now)
+
+    monkeypatch.setattr(run, "waiting", waiting)
+    monkeypatch.setattr(plan, "estimate_rows", sampled)
+    (text := tmp_path / "text.txt").write_text("\n".join(texts(3)))
+    with pytest.raises(_SeenError, match="first documents"):
+        run.harvest_activations(config_of(build_model(tmp_path / "model", "bert"), text, tmp_path / "out"), quiet=True)
 
 
 class _Float64(TorchDispatchMode):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.harvest.cli import app
 from sae_granary.harvest.settings.make import DECLARED, SECTIONS, make_config, read_file
+from sae_granary.harvest.text import local_files
 
 REPO = Path(__file__).parents[1]
 EXAMPLE = REPO / "examples" / "harvest.yaml"
@@ -30,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> Invoke:
     """Run a command beside `bert/` and `corpus.txt`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local_files, "_TELL_SECONDS", 1000.0)  # a busy machine adds no lines
     (tmp_path / "bert").symlink_to(model)
     (tmp_path / "corpus.txt").write_text("\n".join(texts(20)))
 

@@ -110,11 +110,12 @@ def test_a_process_begins_while_another_one_finishes(config: HarvestConfig) -> N
     config = replace(config, max_docs=20)
     harvest_activations(config, quiet=True)
     want, workers = contents(config.out_path), list[Worker]()
+    shutil.rmtree(config.out_path)
+    prepared = prepare(config, print)
 
     def start() -> None:
-        shutil.rmtree(config.out_path)
+        shutil.rmtree(config.out_path, ignore_errors=True)
         with Progress("tokens", None, quiet=True) as progress:
-            prepared = prepare(config, progress.say)
             workers.append(Worker(prepared, cache_spec(prepared), progress, StopRequest(), World.of_environment()))
 
     ends = meanwhile(lambda: workers.pop()._begin(), lambda: harvest_activations(config, quiet=True), start, 5)

@@ -1,15 +1,20 @@
 """What a command sees of a cache that another process changes between any two of its file calls."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_kit import harvest, interrupted, toy_spec
+from cache_kit import harvest, interrupted, toy_buffer, toy_spec
 from meanwhile_kit import meanwhile
 
+from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read import verify as checks
+from sae_granary.cache.read.added import Addition, additions
 from sae_granary.cache.read.listing import list_caches
 from sae_granary.cache.read.reader import open_local
+from sae_granary.cache.write.writer import CacheWriter
 
 SPEC = toy_spec("float32", ("layer_1",), 4, rows_per_shard=64)
 
@@ -69,3 +74,39 @@ def test_shards_that_are_committed_while_a_cache_is_verified_are_part_of_it(
     report = checks.verify(path)
     assert report.ok
     assert report.foreign == ()
+
+
+def test_a_cache_that_is_extended_while_it_is_verified_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "toy", checks.open_local
+    harvest(path, SPEC, 1)
+
+    def opens_first(*args: object, **options: bool) -> object:
+        monkeypatch.setattr(checks, "open_local", opened)
+        cache = opened(*args, **options)  # type: ignore[arg-type]
+        with CacheWriter.open(path, SPEC, extend=True) as writer:
+            writer.begin_buffer({"buffer": 1})
+            writer.append(*toy_buffer(1, ("layer_1",), 4))
+            writer.finish({})
+        return cache
+
+    monkeypatch.setattr(checks, "open_local", opens_first)
+    assert checks.verify(path) == checks.verify(path)
+    assert checks.verify(path).ok
+
+
+def test_an_addition_that_is_removed_while_a_cache_is_opened_is_left_out(cache: Path, tmp_path: Path) -> None:
+    (cache / "added").mkdir()
+    shutil.copytree(cache, tmp_path / "layer_3", ignore=shutil.ignore_patterns("added"))
+    added = cache / "added" / "layer_3"
+    (tmp_path / "layer_3").rename(added)
+    found = removed(lambda: len(load_additions(cache)), cache / "added")
+    assert set(found) == {0, 1}
+    shutil.rmtree(cache / "added")
+
+
+def load_additions(cache: Path) -> tuple[Addition, ...]:
+    manifest = load_manifest(cache)
+    points = (replace(manifest.hook_points[0], name="another"),)
+    return additions(cache, replace(manifest, hook_points=points))

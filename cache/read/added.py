@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.cache.errors import CorruptCacheError, NotACacheError
 from sae_granary.cache.format.layout import ADDED, MANIFEST
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.parse import sizes_of
@@ -42,12 +43,22 @@ def additions(path: Path, manifest: Manifest) -> tuple[Addition, ...]:
     folder = path / ADDED
     if folder.is_symlink():
         raise CorruptCacheError(f"{folder} is a symbolic link; links out of a cache are not followed")
-    if not folder.is_dir():
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return ()
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.is_symlink() and (entry / MANIFEST).is_file()]
-    found = {entry.name: load_manifest(entry) for entry in entries}
+    found = {name: added for name in names if (added := _added(folder / name)) is not None}
     check_additions(str(path), manifest, found)
     return tuple(Addition(folder / name, added) for name, added in found.items())
+
+
+def _added(entry: Path) -> Manifest | None:
+    try:
+        return None if entry.is_symlink() else load_manifest(entry)
+    except NotACacheError:
+        if not (entry / MANIFEST).is_file():  # not begun yet, or removed meanwhile
+            return None
+        raise
 
 
 def check_additions(place: str, manifest: Manifest, found: Mapping[str, Manifest]) -> None:

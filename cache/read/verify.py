@@ -71,6 +71,21 @@ def verify(
     `progress(done, total)` counts bytes. A cache that cannot be opened gives one finding with the reason.
     """
     path = Path(path)
+    before = _state(path)
+    report = _verify(path, quick=quick, progress=progress)
+    if report.problems and _state(path) != before:  # it has grown: what describes it may be newer than what was opened
+        return _verify(path, quick=quick, progress=progress)
+    return report
+
+
+def _state(path: Path) -> object:
+    try:
+        return read_regular(path / MANIFEST), sorted(os.listdir(path / COMMITS))
+    except OSError:
+        return None
+
+
+def _verify(path: Path, *, quick: bool, progress: Callable[[int, int], None] | None) -> Report:
     there = list(_files(path))  # first: what is written meanwhile is recorded when the cache is opened
     try:
         cache = open_local(path, allow_incomplete=True)

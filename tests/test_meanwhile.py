@@ -9,11 +9,14 @@ import pytest
 from cache_kit import harvest, interrupted, toy_buffer, toy_spec
 from meanwhile_kit import meanwhile
 
+from sae_granary.cache.errors import NotACacheError
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read import verify as checks
 from sae_granary.cache.read.added import Addition, additions
 from sae_granary.cache.read.listing import list_caches
 from sae_granary.cache.read.reader import open_local
+from sae_granary.cache.write import remove
+from sae_granary.cache.write.remove import check_removable
 from sae_granary.cache.write.writer import CacheWriter
 
 SPEC = toy_spec("float32", ("layer_1",), 4, rows_per_shard=64)
@@ -58,6 +61,28 @@ def test_a_cache_that_is_removed_while_it_is_opened_and_read_is_gone_not_damaged
         f"/{file} has gone since the cache was opened" for file in ("rows/doc_id/c.0", "documents/00000000.parquet")
     }
     assert ends == {" does not exist", *gone}
+
+
+def test_a_cache_that_is_removed_while_another_removal_begins_is_gone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> str:
+        try:
+            return check_removable(cache).dtype
+        except NotACacheError as error:
+            return str(error)
+
+    monkeypatch.setattr(remove, "_readers", lambda path: [])
+    ends = {str(end).removeprefix(str(cache)).split(";")[0] for end in removed(check, cache)}
+    assert ends == {" does not exist", " is being removed by another process, or was", "float32"}
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_removed_while_it_is_verified_is_gone(cache: Path) -> None:
+    reports = removed(lambda: [finding.problem for finding in checks.verify(cache).problems], cache)
+    gone = [[f"{cache} does not exist; `sae-harvest run --out {cache}` makes a cache, `sae-cache ls` lists them"]]
+    assert all(problems in ([], *gone) for problems in reports)
+    assert gone[0] in reports
 
 
 def test_shards_that_are_committed_while_a_cache_is_verified_are_part_of_it(

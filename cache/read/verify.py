@@ -137,7 +137,10 @@ def _check_all(cache: Cache) -> Iterator[tuple[Finding, int]]:
         commit = commit_path(record.shard)
         problem, own = _read_record(cache, record)
         if own is not None and not damaged:  # what follows would only repeat the damage
-            problem = check_rows(cache, i, own)
+            try:
+                problem = check_rows(cache, i, own)
+            except OSError as error:  # a file has gone
+                problem = str(error)
         yield Finding(commit, problem), 0
     yield Finding(MANIFEST, check_totals(cache)), 0
 

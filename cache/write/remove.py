@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from sae_granary.cache.errors import CacheError, NotACacheError
@@ -36,6 +37,22 @@ def check_removable(path: Path) -> Manifest:
     Raises NotACacheError for a link and for what is not a cache, InUseError while a process maps its shards (where the
     system shows it), CacheError for files in it that are not the cache's. A harvest is noticed by `remove_cache`.
     """
+    with _removal_is_clear(path):
+        return _check_removable(path)
+
+
+@contextlib.contextmanager
+def _removal_is_clear(path: Path) -> Iterator[None]:
+    """NotACacheError where another process removes the cache meanwhile."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except FileNotFoundError:
+        raise NotACacheError(f"{path} is being removed by another process, or was") from None
+
+
+def _check_removable(path: Path) -> Manifest:
     if path.is_symlink():
         raise NotACacheError(f"{path} is a link: name the cache itself ({os.readlink(path)}), or remove the link")
     refuse_code(path)
@@ -46,7 +63,7 @@ def check_removable(path: Path) -> Manifest:
     others = sorted(names - ours - {ADDED})
     for part in _additions(path):
         if (part / MANIFEST).is_file() and not part.is_symlink():
-            check_removable(part)
+            _check_removable(part)
         elif part.is_symlink() or not part.is_dir() or {entry.name for entry in part.iterdir()} - {LOCK, TEMPORARY}:
             others.append(f"{ADDED}/{part.name}")
     if others:
@@ -64,10 +81,10 @@ def remove_cache(path: Path) -> None:
     followed.
     """
     check_removable(path)
-    with contextlib.ExitStack() as locks:
+    with _removal_is_clear(path), contextlib.ExitStack() as locks:
         for place in (path, *_additions(path)):
             locks.callback(locked(place).release)
-        manifest = check_removable(path)
+        manifest = _check_removable(path)
         if (blocks := blocks_of(path)) is not None and blocks.growing:
             raise InUseError(f"{path} is being harvested in blocks: stop the harvest first; nothing was removed")
         for name in (ABOUT, LOG):

@@ -3,15 +3,17 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cache_kit import harvest, toy_spec
 from meanwhile_kit import meanwhile
+from stage_kit import staged
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.layout import MANIFEST
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.remote import mirror
+from sae_granary.cache.remote import mirror, stage
 from sae_granary.cache.remote import pull as pulling
 from sae_granary.cache.remote.pull import plan_pull, pull
 from sae_granary.cache.remote.push import plan_push, push
@@ -130,3 +132,18 @@ def test_two_processes_push_one_cache_at_once(
     push(first)
     assert verify(tmp_path / "there").ok
     assert not (tmp_path / "there" / MARKER).exists()
+
+
+def test_copies_that_are_removed_as_a_process_begins_to_read_them_are_made_again(
+    caches: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, check = Path(caches["a"].removeprefix("file://")), stage._check_owner
+
+    def removed(place: Path) -> None:
+        shutil.rmtree(place)
+        check(place)
+
+    monkeypatch.setattr(stage, "_check_owner", removed)
+    (tmp_path / "disk").mkdir()
+    found = staged(cache, tmp_path / "disk").hook("layer_1")
+    np.testing.assert_array_equal(found[:], open_cache(cache).hook("layer_1")[:])

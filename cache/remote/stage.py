@@ -128,8 +128,9 @@ def _name(cache: Cache, holder: Cache, path: str, entry: FileEntry) -> str:
 
 def _check_owner(place: Path) -> None:
     """Refuse the copies of another user: of those that are there only the size is checked. Raises CacheError."""
-    if hasattr(os, "geteuid") and place.stat().st_uid != os.geteuid():
-        raise CacheError(f"{place} belongs to another user: use another folder for --stage")
+    with contextlib.suppress(FileNotFoundError):  # another process has just removed it: it is made again
+        if hasattr(os, "geteuid") and place.stat().st_uid != os.geteuid():
+            raise CacheError(f"{place} belongs to another user: use another folder for --stage")
 
 
 def _make_room(place: Path, missing: Sequence[Copy], later: Sequence[Copy] = ()) -> None:

@@ -118,10 +118,10 @@ def test_a_process_begins_while_another_one_finishes(config: HarvestConfig) -> N
         with Progress("tokens", None, quiet=True) as progress:
             workers.append(Worker(prepared, cache_spec(prepared), progress, StopRequest(), World.of_environment()))
 
-    ends = meanwhile(lambda: workers.pop()._begin(), lambda: harvest_activations(config, quiet=True), start, 5)
+    ends = meanwhile(lambda: workers.pop()._begin(), lambda: harvest_activations(config, quiet=True), start, 9)
     for n, _ in enumerate(ends):
         assert contents(config.out_path) == want, n
-    assert n > 15
+    assert n > 30
 
 
 def test_the_rows_are_those_of_a_harvest_without_blocks(config: HarvestConfig) -> None:

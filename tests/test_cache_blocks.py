@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sae_granary import open_cache
 from sae_granary.cache.cli import app
 from sae_granary.cache.errors import CacheMismatchError, IncompleteCacheError, SpecError
-from sae_granary.cache.format.layout import BLOCKS
+from sae_granary.cache.format.layout import BLOCKS, blocks_path
 from sae_granary.cache.format.records import InBlocks, blocks_of
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write import blocks as blocks_module
@@ -215,6 +215,19 @@ def test_a_cache_in_blocks_travels_and_converts(tmp_path: Path) -> None:
     assert verify(tmp_path / "part").ok
     assert open_cache(tmp_path / "part").manifest.block_docs == 16
     assert open_cache(tmp_path / "rounded").manifest.version == 1
+
+
+def test_the_blocks_of_an_extension_outlive_those_before_it(tmp_path: Path) -> None:
+    complete = join_blocks(tmp_path, in_blocks(tmp_path), {"n_documents": 24})
+    extension = tmp_path / blocks_path(len(complete.shards))
+    begun = [extension / "plan.json", extension / "00000000" / "manifest.json"]
+    for file in begun:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    remove_blocks(tmp_path, len(complete.shards))
+    assert [file for file in sorted((tmp_path / BLOCKS).rglob("*")) if file.is_file()] == sorted(begun)
+    remove_blocks(tmp_path)
+    assert not (tmp_path / BLOCKS).exists()
 
 
 def test_processes_that_begin_and_end_together_do_not_disturb_each_other(tmp_path: Path) -> None:

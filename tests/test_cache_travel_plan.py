@@ -57,7 +57,7 @@ def test_a_plan_of_a_pull_tells_its_bytes(tmp_path, cache, faulty, fetched, flag
 
 def test_a_plan_of_a_pull_that_continues_tells_what_is_left(tmp_path, cache, faulty, fetched, monkeypatch) -> None:
     push(plan_push(cache, URL))
-    monkeypatch.setattr(pulling, "THREADS", 1)  # file by file: the pull ends in the middle of one
+    monkeypatch.setattr(store, "THREADS", 1)  # file by file: the pull ends in the middle of one
     faulty.n_requests, faulty.faults = 0, dict.fromkeys(range(60, 10_000), "error")
     with pytest.raises(store.RemoteError):
         pull(plan_pull(URL, tmp_path / "back"))

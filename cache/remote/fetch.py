@@ -57,6 +57,13 @@ def file_bytes(path: Path) -> int | None:
     return None
 
 
+def last_used(path: Path) -> float:
+    """The time of a file or folder, which those who use it set; 0 where another process has removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def part_of(target: Path) -> Path:
     """Where the bytes of a file are until it is complete."""
     return target.with_name(target.name + ".part")

@@ -22,10 +22,11 @@ from sae_granary.cache.format.places import PARTIAL, find_cache, is_partial
 from sae_granary.cache.format.records import load_manifest
 from sae_granary.cache.read.listing import bytes_in
 from sae_granary.cache.read.reader import Cache
+from sae_granary.cache.remote.fetch import last_used
 from sae_granary.cache.remote.pull import STAGE, WANTED, PullPlan, plan_pull, pull
 from sae_granary.cache.remote.shards import ShardFetcher
-from sae_granary.cache.remote.stage import AGAIN, stage_folder
-from sae_granary.cache.remote.store import RemoteError, is_url
+from sae_granary.cache.remote.stage import stage_folder
+from sae_granary.cache.remote.store import AGAIN, RemoteError, is_url
 from sae_granary.cache.write.remove import remove_cache
 from sae_granary.cache.write.session import locked
 from sae_granary.common.errors import one_line
@@ -141,12 +142,13 @@ def _make_room(folder: Path, allowed: int) -> None:
     places = [place for place in folder.parent.glob("*") if place != folder and not place.is_symlink()]
     others = [place for place in places if _is_half(place) or (place / MANIFEST).exists()]
     sizes = {other: bytes_in(other) for other in others}
-    for other in sorted(others, key=_last_used):
+    for other in sorted(others, key=last_used):
         if sum(sizes.values()) <= allowed:
             return
         with contextlib.suppress(CacheError, OSError):  # in use, not ours to remove, or another process removes it
             if _is_half(other):
-                _remove_half(other)
+                with locked(other):  # raises while the pull runs
+                    shutil.rmtree(other)
             else:
                 with try_alone(other / MANIFEST, unknown=True) as alone:
                     if alone:
@@ -154,21 +156,6 @@ def _make_room(folder: Path, allowed: int) -> None:
         sizes[other] = bytes_in(other)
 
 
-def _last_used(place: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):  # another process removes it
-        return place.stat().st_mtime
-    return 0.0
-
-
 def _is_half(folder: Path) -> bool:
     """Whether a folder holds a first pull that has not finished, and nothing else."""
     return (folder / TEMPORARY / STAGE / WANTED).is_file() and not (folder / MANIFEST).exists()
-
-
-def _remove_half(folder: Path) -> None:
-    """Remove such a folder. Raises CacheLockedError while the pull runs."""
-    lock = locked(folder)
-    try:
-        shutil.rmtree(folder)
-    finally:
-        lock.release()

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from sae_granary.cache.remote.parcel import (
     whole,
     without_activations,
 )
-from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
+from sae_granary.cache.remote.store import MARKER, Progress, Store, files_at_once
 from sae_granary.cache.write.session import locked
 from sae_granary.common import files
 from sae_granary.common.files import read_regular
@@ -200,37 +199,31 @@ def pull(plan: PullPlan, *, progress: Progress = lambda n_bytes: None) -> None:
     target, parcel = plan.target, plan.parcel
     if plan.disk_bytes > (free := plan.free_bytes):
         raise CacheError(f"no space for {target}: {byte_size(plan.disk_bytes)} needed, {byte_size(free)} free")
-    lock = locked(target, make=True)
-    try:
-        plan = replace(_plan(plan.store, target, parcel), added=plan.added)  # again: another process may have pulled
-        stage = plan.stage
-        stage.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(stage / WANTED, digest(parcel.manifest_bytes).encode())
-        for addition in plan.added:  # before the cache, which has its hook points when it is there
-            pull(addition, progress=progress)
-        _fetch_all(plan, stage, progress)
-        _place(plan, stage)
-        shutil.rmtree(target / TEMPORARY, ignore_errors=True)
-    except OSError as error:
-        if text := files.shortage(error, target, plan.disk_bytes):
-            raise CacheError(f"{text}; free some space and run the same command again: it continues") from None
-        raise
-    finally:
-        lock.release()
+    with locked(target, make=True):
+        try:
+            plan = replace(_plan(plan.store, target, parcel), added=plan.added)  # again: another may have pulled
+            stage = plan.stage
+            stage.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(stage / WANTED, digest(parcel.manifest_bytes).encode())
+            for addition in plan.added:  # before the cache, which has its hook points when it is there
+                pull(addition, progress=progress)
+            _fetch_all(plan, stage, progress)
+            _place(plan, stage)
+            shutil.rmtree(target / TEMPORARY, ignore_errors=True)
+        except OSError as error:
+            if text := files.shortage(error, target, plan.disk_bytes):
+                raise CacheError(f"{text}; free some space and run the same command again: it continues") from None
+            raise
 
 
 def _fetch_all(plan: PullPlan, stage: Path, progress: Callable[[int], None]) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            jobs = [
-                pool.submit(fetch, plan.store, plan.parcel.place(path), plan.parcel.files[path], stage / path, progress)
-                for path in plan.missing
-            ]
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with files_at_once() as threads:
+        jobs = [
+            threads.submit(fetch, plan.store, plan.parcel.place(path), plan.parcel.files[path], stage / path, progress)
+            for path in plan.missing
+        ]
+        for job in jobs:
+            job.result()
     for path, data in plan.parcel.made.items():
         (stage / path).parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(stage / path, data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from sae_granary.cache.format.signed import read_bytes
 from sae_granary.cache.read.added import check_additions
 from sae_granary.cache.read.reader import Cache, open_local
 from sae_granary.cache.remote.additions import remote_additions
+from sae_granary.cache.remote.fetch import remote_entry
 from sae_granary.cache.remote.parcel import Added, Parcel, check_continued, chosen, parse, part, whole
-from sae_granary.cache.remote.store import MARKER, THREADS, Progress, Store
+from sae_granary.cache.remote.store import MARKER, Progress, Store, files_at_once
 from sae_granary.common.signed import digest
 
 
@@ -130,25 +130,18 @@ def _copy(plan: PushPlan, progress: Progress) -> None:
         store.upload(path, file)
         progress(entry.n_bytes)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for _ in pool.map(send, plan.missing):
-                pass
-            for _ in pool.map(lambda item: store.write(*item), parcel.made.items()):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with files_at_once() as threads:
+        for _ in threads.map(send, plan.missing):
+            pass
+        for _ in threads.map(store.write, parcel.made, parcel.made.values()):
+            pass
     store.write(MANIFEST, parcel.manifest_bytes)
     store.remove(MARKER)
 
 
 def _read_back(store: Store, entries: Mapping[str, FileEntry]) -> None:
-    from sae_granary.cache.remote.fetch import remote_entry
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for path, found in zip(
-            entries, pool.map(lambda p: remote_entry(store, p, entries[p].n_bytes), entries), strict=True
-        ):
+    with files_at_once() as threads:
+        there = threads.map(lambda path: remote_entry(store, path, entries[path].n_bytes), entries)
+        for path, found in zip(entries, there, strict=True):
             if found != entries[path]:
                 raise CorruptCacheError(f"{store.url}/{path}: the bytes that arrived are not those sent; push it again")

@@ -18,19 +18,17 @@ from sae_granary.cache.errors import CacheError, CacheLockedError
 from sae_granary.cache.format.layout import SCALES
 from sae_granary.cache.read.check import Enter
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.remote.fetch import Copy, fetch, part_of
-from sae_granary.cache.remote.store import THREADS, RemoteError, Store
+from sae_granary.cache.remote.fetch import Copy, fetch, file_bytes, last_used, part_of
+from sae_granary.cache.remote.store import AGAIN, RemoteError, Store, files_at_once
 from sae_granary.cache.write.session import locked
 from sae_granary.common.files import shortage
 from sae_granary.common.lock import hold, try_alone
 from sae_granary.common.quantities import byte_size
-from sae_granary.common.threads import THREADS as NAME
-from sae_granary.common.threads import in_background, waiting
+from sae_granary.common.threads import THREADS, in_background, waiting
 
 WHOLE = ".whole"  # in copies, locked by processes that read files of them which they do not hold one by one
 _REMEDY = "lower --shuffle-shards, raise GRANARY_REMOTE_BYTES, or free disk space"
 _NUMBERS = {2: "two", 3: "three"}
-AGAIN = 0.2  # seconds until it is looked again whether another process still fetches
 
 
 def is_fetched(path: str) -> bool:
@@ -72,7 +70,7 @@ class ShardFetcher:
 
     def _room(self) -> int:
         """Bytes that copies may take, those that are here included."""
-        return self._free() + sum(_size_and_time(path)[0] for path in self._copies())
+        return self._free() + sum(file_bytes(path) or 0 for path in self._copies())
 
     @contextmanager
     def reading(self, hooks: Sequence[str], closed: Callable[[], bool]) -> Iterator[Enter]:
@@ -125,27 +123,23 @@ class ShardFetcher:
         stores = {
             p: Store(f"{self._url}/{p.relative_to(self._cache.path).as_posix()}".removesuffix("/.")) for p in places
         }
-        with ThreadPoolExecutor(THREADS, thread_name_prefix=NAME + "fetch") as pool:
-            try:
-                jobs = [
-                    pool.submit(fetch, stores[f.holder.path], f.path, f.entry, f.target, lambda n: _raise_if(stopped))
-                    for f in missing
-                ]
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with files_at_once(THREADS + "fetch") as threads:
+            jobs = [
+                threads.submit(fetch, stores[f.holder.path], f.path, f.entry, f.target, lambda n: _raise_if(stopped))
+                for f in missing
+            ]
+            for job in jobs:
+                job.result()
 
     def _make_room(self, missing: Sequence[Copy], kept: Collection[Path]) -> None:
         needed, free = sum(file.left_bytes for file in missing), self._free()
         others = [path for path in self._copies() if path not in kept] if free < needed else []
-        others.sort(key=lambda path: _size_and_time(path)[1], reverse=True)
+        others.sort(key=last_used, reverse=True)
         with try_alone(self._folder / WHOLE) if (self._folder / WHOLE).exists() else nullcontext(True) as no_others:
             while no_others and others and free < needed:
                 with suppress(FileNotFoundError), try_alone(path := others.pop()) as alone:
                     if alone:
-                        n_bytes, _ = _size_and_time(path)
+                        n_bytes = file_bytes(path) or 0
                         path.unlink()
                         free += n_bytes
         if free < needed:
@@ -177,7 +171,7 @@ class _Reader:
         self._held: dict[Path, int] = {}
         self._ahead = Future[None]()
         self._ahead.set_result(None)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=NAME + "ahead")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREADS + "ahead")
 
     def enter(self, now: Iterable[int], after: Iterable[int]) -> None:
         """See `ShardFetcher.reading`."""
@@ -213,11 +207,3 @@ class _Reader:
 def _raise_if(stopped: Callable[[], bool]) -> None:
     if stopped():
         raise _Stopped("stopped while shards were fetched")
-
-
-def _size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes, and when a loader came to it; 0 of a file that another process has dropped."""
-    with suppress(FileNotFoundError):
-        status = path.stat()
-        return status.st_size, status.st_mtime
-    return 0, 0.0

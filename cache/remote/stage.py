@@ -17,7 +17,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,9 +24,9 @@ from pathlib import Path
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.format.manifest import FileEntry
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.remote.fetch import Copy, fetch
+from sae_granary.cache.remote.fetch import Copy, fetch, last_used
 from sae_granary.cache.remote.shards import WHOLE, ShardFetcher, is_fetched
-from sae_granary.cache.remote.store import THREADS, Store
+from sae_granary.cache.remote.store import AGAIN, Store, files_at_once
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.files import free_bytes, shortage, user_path
 from sae_granary.common.lock import FolderLock, LockedError, hold_shared, try_alone
@@ -37,7 +36,6 @@ from sae_granary.common.threads import waiting
 
 VARIABLE = "GRANARY_STAGE"
 IN_USE = ".in-use"  # in the copies of a cache: locked by every process that reads them, touched by each that begins
-AGAIN = 0.2  # seconds until a file that another process copies is looked for again
 
 Needed = Sequence[tuple[str, Cache, FileEntry]]  # path in its cache (a part that was added is one), and its record
 _folder: ContextVar[str | None] = ContextVar("stage", default=None)
@@ -140,7 +138,7 @@ def _make_room(place: Path, missing: Sequence[Copy], later: Sequence[Copy] = ())
     """
     wished = sum(job.left_bytes for job in later)
     others = [found.parent for found in place.parent.glob(f"*/{IN_USE}") if found.parent != place]
-    others.sort(key=_last_used)
+    others.sort(key=lambda other: last_used(other / IN_USE))
     while (free := free_bytes(place)) < (needed := sum(job.left_bytes for job in missing)) + wished:
         if not others and free >= needed:
             return
@@ -162,31 +160,21 @@ def _remove(place: Path) -> None:
     shutil.rmtree(place)
 
 
-def _last_used(place: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):  # another process removes it
-        return (place / IN_USE).stat().st_mtime
-    return 0.0
-
-
 def _copy_all(cache: Cache, place: Path, missing: Sequence[Copy]) -> None:
     """Copy files; those that another process is copying are waited for."""
     total, stores = sum(job.entry.n_bytes for job in missing), _stores(missing)
     told = f"copying {len(missing):,} files ({byte_size(total)}) of {cache.path} to {place}"
-    with waiting(told) as progress, ThreadPoolExecutor(THREADS) as pool:
-        try:
-            while True:
-                left, done = [], total - sum(job.entry.n_bytes for job in missing)
-                for job, is_here in zip(missing, pool.map(lambda job: _copy(stores, job), missing), strict=True):
-                    left += [] if is_here else [job]
-                    done += job.entry.n_bytes if is_here else 0
-                    progress(done / max(total, 1))
-                if not left:
-                    return
-                missing = left
-                time.sleep(AGAIN)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with waiting(told) as progress, files_at_once() as threads:
+        while True:
+            left, done = [], total - sum(job.entry.n_bytes for job in missing)
+            for job, is_here in zip(missing, threads.map(lambda job: _copy(stores, job), missing), strict=True):
+                left += [] if is_here else [job]
+                done += job.entry.n_bytes if is_here else 0
+                progress(done / max(total, 1))
+            if not left:
+                return
+            missing = left
+            time.sleep(AGAIN)
 
 
 def _stores(jobs: Sequence[Copy]) -> Mapping[Path, Store]:

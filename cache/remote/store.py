@@ -7,8 +7,9 @@ the same way and are untested.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from sae_granary.common.errors import one_line
 
 MARKER = ".push"  # at the remote while a push has not finished: the checksum of the manifest that will come
 THREADS = 8  # files that travel at once
+AGAIN = 0.2  # seconds until it is looked again for what another process does
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 0.2, 10.0  # seconds
 CONTINUES = "; the same command continues"
 _LOCAL = ("file", "local", "memory")
@@ -32,6 +34,17 @@ class RemoteError(CacheError, OSError):
 def is_url(text: object) -> bool:
     """Whether a path is a URL of remote storage."""
     return isinstance(text, str) and "://" in text
+
+
+@contextmanager
+def files_at_once(name: str = "") -> Iterator[ThreadPoolExecutor]:
+    """Context manager: threads for files that travel; after an error those that have not begun are left out."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix=name) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 class Store:

@@ -19,7 +19,8 @@ from sae_granary.analyze.encoding.codes import open_codes
 from sae_granary.analyze.encoding.document_columns import arrow_column, table_names
 from sae_granary.analyze.encoding.encode import encode_cache
 from sae_granary.analyze.encoding.outputs import Output, write_cache_codes
-from sae_granary.analyze.encoding.pool import HOW, pool_documents
+from sae_granary.analyze.encoding.pool import pool_documents
+from sae_granary.analyze.settings import POOLINGS
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.opening import open_cache
 from sae_granary.common.lock import LockedError
@@ -48,7 +49,7 @@ def pooled(dense: np.ndarray, doc_ids: np.ndarray, plain: np.ndarray, how: str) 
     return np.stack([reduce(dense[(doc_ids == i) & plain].astype(np.float64), axis=0) for i in np.unique(doc_ids)])
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", POOLINGS)
 def test_documents_are_pooled_over_blocks_and_shards(source: Source, monkeypatch, how: str) -> None:
     monkeypatch.setattr(blocks_module, "BLOCK_ROWS", 50)
     cache = source.cache

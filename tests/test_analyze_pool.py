@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sae_granary.analyze.encoding.blocks import CodeBlock, is_ascending
-from sae_granary.analyze.encoding.pool import HOW, pool_documents
+from sae_granary.analyze.encoding.pool import pool_documents
+from sae_granary.analyze.settings import POOLINGS
 
 
 def block_of(dense: np.ndarray, doc_ids, special=None) -> CodeBlock:
@@ -47,7 +48,7 @@ def test_pooling_by_hand(how: str, expected: list[list[float]]) -> None:
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", POOLINGS)
 @pytest.mark.parametrize("size", [1, 7, 64, 200])
 def test_pooling_in_blocks_is_that_of_the_dense_matrix(how: str, size: int) -> None:
     generator = np.random.default_rng(0)

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from sae_granary.analyze.cli import app
 from sae_granary.analyze.commands.options import read_options
 from sae_granary.analyze.encoding.outputs import SUFFIXES
-from sae_granary.analyze.encoding.pool import HOW
 from sae_granary.analyze.settings import COMMANDS, Encode, Eval, Search, Show, Stats
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.declare import declared
@@ -82,9 +81,8 @@ def test_the_flags_are_the_declared_options(command: str) -> None:
         assert re.fullmatch(r"[A-Za-z].*\.", spec.metadata["help"]), name
 
 
-def test_choices_are_those_of_the_code() -> None:
+def test_formats_are_those_of_the_code() -> None:
     assert declared(Encode)["format"].metadata["choices"] == tuple(SUFFIXES)
-    assert declared(Encode)["pool"].metadata["choices"] == declared(Search)["pool"].metadata["choices"] == tuple(HOW)
 
 
 def test_a_wrong_option_in_python_is_refused() -> None:

@@ -23,7 +23,7 @@ from sae_granary.analyze.latents.latent_stats import Examples, bin_of, nearest_n
 from sae_granary.analyze.latents.quantile_examples import QuantileExamples, interval_of
 from sae_granary.analyze.latents.search import pool_latent
 from sae_granary.analyze.latents.show import Marked, latent_lines, marked, summary_lines
-from sae_granary.analyze.latents.stats import blocks_of, compute_stats, find_stats, load_stats
+from sae_granary.analyze.latents.stats import blocks_of, compute_stats, find_stats, read_stats
 from sae_granary.analyze.source import Source, open_source
 from sae_granary.cache.read.context import Context
 from sae_granary.common.errors import ConfigError
@@ -206,11 +206,11 @@ def test_statistics_are_stored_and_only_their_own_are_read(source: Source, make_
     other = open_source(source.folder, make_cache("other", n_docs=40, seed=1), device="cpu")
     assert other.place != source.place
     with pytest.raises(MismatchError, match="seed 0, expected seed 1"):
-        load_stats(other, source.place / "stats")
+        read_stats(source.place / "stats", other.identity)
     with (source.place / "stats" / "stats.npz").open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(DamagedCodesError, match="is not what was written"):
-        load_stats(source, source.place / "stats")
+        read_stats(source.place / "stats", source.identity)
 
 
 def test_statistics_that_another_process_computes_are_not_disturbed(source: Source) -> None:
@@ -230,7 +230,7 @@ def test_stored_statistics_of_an_older_format_are_computed_again(source: Source)
     del body["xxh3"]
     write_signed(record, {**body, "format": 1})
     with pytest.raises(DamagedCodesError, match="format is 1, expected 3"):  # never read as what it is not
-        load_stats(source, record.parent)
+        read_stats(record.parent, source.identity)
     again = find_stats(source, lambda: encode_cache(source, source.place / "codes"))
     np.testing.assert_array_equal(again.quantile_rows, first.quantile_rows)
     assert json.loads(record.read_text())["format"] == 3

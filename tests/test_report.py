@@ -1,8 +1,11 @@
 """`sae-analyze report`: what the page holds is what was measured, decoded again in Python; hostile texts are inert."""
 
+import base64
 import json
 import re
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from sae_granary.analyze.evaluation.measure import evaluate
 from sae_granary.analyze.evaluation.stored import save_evaluation
 from sae_granary.analyze.latents.stats import LatentStats, find_stats
 from sae_granary.analyze.report.latent_data import LATENTS, latent_data
-from sae_granary.analyze.report.packed import pack, pack_json, unpack, unpack_json
+from sae_granary.analyze.report.packed import ALIGNMENT, pack, pack_json
 from sae_granary.analyze.report.page import inline_json
 from sae_granary.analyze.report.run_facts import curves_of
 from sae_granary.analyze.report.words import most_frequent
@@ -46,6 +49,24 @@ def blobs_of(page: str) -> dict[str, str]:
 def facts_of(page: str) -> dict:
     (text,) = re.findall(r'<script type="application/json" id="facts">([^<]*)</script>', page)
     return json.loads(text)
+
+
+def inflated(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text), -15)
+
+
+def unpack(text: str) -> dict[str, np.ndarray]:
+    """The arrays of a packed text, flat, as data.js reads them."""
+    data = inflated(text)
+    place, found = 4 + int.from_bytes(data[:4], "little"), {}
+    for name, kind, n in json.loads(data[4:place]):
+        found[name] = np.frombuffer(data, "<" + kind, n, place)
+        place += -(-found[name].nbytes // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def unpack_json(text: str) -> Any:
+    return json.loads(inflated(text))
 
 
 def test_packed_arrays_come_back_as_they_were() -> None:

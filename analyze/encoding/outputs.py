@@ -45,7 +45,7 @@ SUFFIXES = {"granary": "", "npz": ".npz", "parquet": ".parquet"}  # by format
 
 @dataclass(frozen=True)
 class Output:
-    """A folder for the format `granary`, else a file. `pool` is one of pool.HOW, or None for one row per row."""
+    """A folder for the format `granary`, else a file. `pool` is one of POOLINGS, or None for one row per row."""
 
     path: Path
     format: str = "granary"

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from sae_granary.analyze.encoding.blocks import CodeBlock
 
-HOW = ("max", "mean", "sum")
-
 
 def pool_documents(blocks: Iterable[CodeBlock], d_sae: int, how: str) -> Iterator[CodeBlock]:
     """Blocks of rows -> blocks of documents; special tokens are left out. The documents of the rows must ascend.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sae_granary.analyze.encoding.encode import BLOCK_ROWS
 from sae_granary.analyze.encoding.text_rows import TextBlock, open_text_rows
 from sae_granary.analyze.errors import AnalyzeError
-from sae_granary.analyze.source import Source, open_source
+from sae_granary.analyze.source import open_source
 from sae_granary.common.errors import ConfigError
 from sae_granary.models.tokens.document import Document, text_document
 from sae_granary.sae_core import SAE, Codes
@@ -36,6 +36,7 @@ class EncodedTexts:
     flags: NDArray[np.uint8]  # (N,) FLAG_* bits of `common.rows`
 
 
+@torch.no_grad()
 def encode_texts(
     sae: str | Path,
     texts: Sequence[str],
@@ -48,7 +49,8 @@ def encode_texts(
     """Encode texts with an SAE, through the model of a cache that holds its hook points: by default its own.
 
     The texts are cut as in that harvest (context length, special tokens), each on its own also where the harvest packed
-    documents. A text without tokens has no rows. `model` says where the model is, if not where the cache says.
+    documents. A text without tokens has no rows. `model` says where the model is, if not where the cache says. Memory:
+    the codes of all texts, and the rows of 65,536 tokens.
 
     >>> from sae_granary import encode_texts
     >>> found = encode_texts("runs/demo_topk", ["a loop ends with break"], device="cpu")
@@ -59,12 +61,6 @@ def encode_texts(
     the model is missing or has other weights than were harvested, ConfigError for texts that are none.
     """
     source = open_source(sae, cache, hooks=hooks, device=device, allow_incomplete=True)
-    return encode_with(source, texts, model=model)
-
-
-@torch.no_grad()
-def encode_with(source: Source, texts: Sequence[str], *, model: str | None = None) -> EncodedTexts:
-    """`encode_texts` for an open source. Memory: the codes of all texts, and the rows of 65,536 tokens."""
     documents = documents_of(texts)
     rows = open_text_rows(source.cache, source.hooks, model, str(source.sae.core.W_dec.device))
     blocks = list(encoded_blocks(source.sae, rows.blocks(documents)))

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from sae_granary.analyze.counted_rows import CountedFlags
 from sae_granary.analyze.encoding.blocks import stored_blocks
 from sae_granary.analyze.encoding.codes import CodesFields, StoredCodes, check_arrays, check_identity
-from sae_granary.analyze.encoding.encode import Tick
 from sae_granary.analyze.errors import DamagedCodesError
 from sae_granary.analyze.latents.coactive import coactive, sample_size, spread
 from sae_granary.analyze.latents.latent_stats import N_BINS, Accumulator, Examples, nearest_neighbors
@@ -75,7 +74,7 @@ class Block:
     value: NDArray[np.float32]
 
 
-def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: None) -> Iterator[Block]:
+def blocks_of(source: Source, codes: StoredCodes) -> Iterator[Block]:
     """Codes of the counted rows of a cache, in the blocks of `stored_blocks`."""
     start = 0
     for stored in stored_blocks(codes, source.cache.column("doc_id"), CountedFlags(source.cache)):
@@ -84,12 +83,9 @@ def blocks_of(source: Source, codes: StoredCodes, tick: Tick = lambda n_rows: No
         row, latent = row[kept], stored.indices[kept].astype(np.int64)
         yield Block(int(plain.sum()), places[row], row + start, stored.doc_ids[row], latent, stored.values[kept])
         start += len(stored.counts)
-        tick(start)
 
 
-def compute_stats(
-    source: Source, codes: StoredCodes, *, n_examples: int = N_EXAMPLES, tick: Tick = lambda n_rows: None
-) -> LatentStats:
+def compute_stats(source: Source, codes: StoredCodes, *, n_examples: int = N_EXAMPLES) -> LatentStats:
     """Two passes over codes of a cache: what is counted, then the examples of intervals, which need the maxima.
 
     Memory, whatever the number of rows: some 100 bytes for each of 2**20 entries, the entries of the rows sampled for
@@ -97,7 +93,7 @@ def compute_stats(
     """
     d_sae = codes.shape[1]
     counted, n_pairs = Accumulator(d_sae, Examples(n_examples)), 0.0
-    for block in blocks_of(source, codes, tick):
+    for block in blocks_of(source, codes):
         counted.update(block.latent, block.value, block.row, block.document, block.n_rows)
         n_pairs += float(np.square(np.bincount(block.place), dtype=np.float64).sum())
     examples = QuantileExamples(counted.largest)
@@ -141,20 +137,17 @@ def save_stats(stats: LatentStats, source: Source, folder: Path) -> None:
         write_signed(temporary / RECORD, body)
 
 
-def load_stats(source: Source, folder: Path) -> LatentStats:
-    """Load statistics. Raises DamagedCodesError, and MismatchError for those of another SAE or cache."""
-    return read_stats(folder, source.identity)
-
-
 def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
-    """Load statistics whose identity has these entries; see `load_stats`."""
-    remedy = f"remove {folder} and run `sae-analyze stats` again"
+    """Load statistics; `identity` is that of a `Source`, or entries of it.
+
+    Raises DamagedCodesError, and MismatchError for those of another SAE or cache.
+    """
     fields = _fields(folder)
     check_identity(folder, fields.get("identity", dict), identity)
     if fields.body.get("format") != FORMAT:
         raise fields.error("format", fields.body.get("format"), str(FORMAT))
     if hash_files([folder / ARRAYS]) != fields.get("npz_xxh3", str):
-        raise DamagedCodesError(f"{folder / ARRAYS} is not what was written; {remedy}")
+        raise DamagedCodesError(f"{folder / ARRAYS} is not what was written; {_remedy(folder)}")
     with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
         found: dict[str, Any] = {
             name: arrays[name] if arrays[name].ndim else int(arrays[name]) for name in arrays.files
@@ -162,7 +155,7 @@ def read_stats(folder: Path, identity: Mapping[str, Any]) -> LatentStats:
     return LatentStats(**found)
 
 
-def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick = lambda n_rows: None) -> LatentStats:
+def find_stats(source: Source, make_codes: Callable[[], StoredCodes]) -> LatentStats:
     """The stored statistics of an SAE and a cache; computed and stored if there are none of this format.
 
     Raises LockedError while another process computes them.
@@ -176,10 +169,10 @@ def find_stats(source: Source, make_codes: Callable[[], StoredCodes], tick: Tick
             if not _is_stored(folder):
                 check_arrays(codes)
                 with waiting("computing the statistics of the latents"):
-                    save_stats(compute_stats(source, codes, tick=tick), source, folder)
+                    save_stats(compute_stats(source, codes), source, folder)
         finally:
             lock.release()
-    return load_stats(source, folder)
+    return read_stats(folder, source.identity)
 
 
 def _is_stored(folder: Path) -> bool:
@@ -187,5 +180,8 @@ def _is_stored(folder: Path) -> bool:
 
 
 def _fields(folder: Path) -> CodesFields:
-    remedy = f"remove {folder} and run `sae-analyze stats` again"
-    return CodesFields.of_file(folder / RECORD, remedy, signed_since=1, key="format")
+    return CodesFields.of_file(folder / RECORD, _remedy(folder), signed_since=1, key="format")
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} and run `sae-analyze stats` again"

@@ -37,37 +37,15 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> str:
     return deflated(struct.pack("<I", len(head)) + head + b"".join(parts))
 
 
-def unpack(text: str) -> dict[str, NDArray[Any]]:
-    """The arrays of a packed text, flat."""
-    data = inflated(text)
-    (length,) = struct.unpack_from("<I", data)
-    place, found = 4 + length, {}
-    for name, kind, n in json.loads(data[4:place]):
-        dtype = np.dtype("<" + kind)
-        found[name] = np.frombuffer(data, dtype, n, place)
-        place += -(-n * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return found
-
-
 def pack_json(value: Any) -> str:
     """A JSON value as one text."""
     return deflated(json.dumps(value, separators=(",", ":")).encode())
-
-
-def unpack_json(text: str) -> Any:
-    """The value of `pack_json`."""
-    return json.loads(inflated(text))
 
 
 def deflated(data: bytes) -> str:
     """Raw deflate, in base64."""
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, -15)
     return base64.b64encode(packer.compress(data) + packer.flush()).decode("ascii")
-
-
-def inflated(text: str) -> bytes:
-    """The bytes of `deflated`."""
-    return zlib.decompress(base64.b64decode(text), -15)
 
 
 def _padded(data: bytes, filler: bytes) -> bytes:

@@ -61,7 +61,7 @@ def test_a_selection_without_room_is_taken_again(name: str, reading: list[int], 
 
 def test_a_million_latents_fit_a_gpu_because_products_are_taken_in_parts(monkeypatch) -> None:
     given = {"type": "topk", "cache": "c", "lr": 1e-3, "d_in": 768, "d_sae": 2**20, "batch_size": 8192}
-    monkeypatch.setattr(capacity, "_n_parameters", lambda config: 2 * 768 * 2**20)
+    monkeypatch.setattr(capacity, "parameter_bytes", lambda config: 4 * 2 * 768 * 2**20)
     needed = [capacity.needed_memory(make_config([{**given, "device": device}])) for device in ("cpu", "cuda")]
     assert needed[1] == needed[0] - 4 * 8192 * 2**20 + 4 * gpu_screen.CHUNK_ENTRIES
     assert needed[1] < 40 * 2**30 < needed[0]

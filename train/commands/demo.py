@@ -10,7 +10,7 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet
 from sae_granary.common.errors import printable
-from sae_granary.train.commands.harvest_process import run_harvest, run_stage
+from sae_granary.train.commands.harvest_process import run_stage
 from sae_granary.train.commands.shared_flags import errors
 from sae_granary.train.commands.train_command import show_training
 
@@ -33,7 +33,7 @@ def demo(
         cache = out / "cache" / f"demo_l{LAYER}"
         harvest = ["--model", "demo", "--dataset", "demo", "--layer", str(LAYER), "--out", str(cache)]
         _announce("sae-harvest run", *harvest)
-        run_harvest([*harvest, *(["--quiet"] if quiet else [])])
+        run_stage("harvest", "run", *harvest, *(["--quiet"] if quiet else []))
         from sae_granary.train.commands.result_tables import show_results
 
         results = [_train(type_name, cache, out, quiet) for type_name in TYPES]

@@ -25,11 +25,6 @@ def cache_folder(model: str, dataset: str, layers: str, max_tokens: str, others:
     return Path("cache") / re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))
 
 
-def run_harvest(arguments: Sequence[str]) -> None:
-    """Run `sae-harvest run`; see `run_stage`."""
-    run_stage("harvest", "run", *arguments)
-
-
 def run_stage(stage: str, *arguments: str) -> None:
     """Run a stage's command, which answers signals itself; raise typer.Exit with its exit code if it failed."""
     with subprocess.Popen([sys.executable, "-m", f"sae_granary.{stage}.cli", *arguments]) as process:

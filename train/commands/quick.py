@@ -55,12 +55,12 @@ def quick(
             "--layer-stride": given.layer_stride,
         }
         others = [part for flag, value in flags.items() if value for part in (flag, value)] + shlex.split(harvest)
-        from sae_granary.train.commands.harvest_process import cache_folder, run_harvest
+        from sae_granary.train.commands.harvest_process import cache_folder, run_stage
 
         folder = given.flags.get("cache") or str(cache_folder(model, dataset, named, max_tokens, others))
         common = ["--model", model, "--dataset", dataset, "--layers", named, "--max-tokens", max_tokens]
         device = ["--device", str(given.flags["device"])] if "device" in given.flags else []
-        run_harvest([*common, *others, *device, "--out", folder, *(["--quiet"] if quiet else [])])
+        run_stage("harvest", "run", *common, *others, *device, "--out", folder, *(["--quiet"] if quiet else []))
         given = replace(given, flags={**given.flags, "cache": folder}, layer_stride=None)  # the cache has that of `all`
         resume = "never" if overwrite else "auto"
         train_given(given, overwrite=overwrite, resume=resume, quiet=quiet)

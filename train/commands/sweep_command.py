@@ -12,9 +12,18 @@ import typer
 
 from sae_granary.common.app import Debug, Quiet, echo, fail
 from sae_granary.common.errors import ConfigError
-from sae_granary.train.commands.shared_flags import NO_CACHE, DryRun, Overwrite, ReadFlags, Stage, Verify, errors
+from sae_granary.train.commands.shared_flags import (
+    NO_CACHE,
+    DryRun,
+    Overwrite,
+    ReadFlags,
+    Stage,
+    Verify,
+    errors,
+    follows,
+    working,
+)
 from sae_granary.train.config.flags import takes_settings
-from sae_granary.train.ranks.place import place_of_process
 
 if TYPE_CHECKING:
     from sae_granary.train.config.flags import Given
@@ -116,7 +125,7 @@ def train_grid(
     _show(start, quiet, str(common.get("device") or "auto"))
 
 
-def resume_grid(folder: Path, quiet: bool, cache: Path | None = None, lm: str | None = None) -> None:
+def resume_grid(folder: Path, quiet: bool, cache: Path | None, lm: str | None) -> None:
     """Continue a sweep and print its table. `cache`, `lm`: where they are, if they were moved."""
     from sae_granary.train.sweeps.sweep import resume_sweep
     from sae_granary.train.sweeps.sweep_plan import load_plan
@@ -127,22 +136,15 @@ def resume_grid(folder: Path, quiet: bool, cache: Path | None = None, lm: str | 
 
 def _show(start: Callable[..., SweepResult], quiet: bool, device: str) -> None:
     """Run with a console and signal handlers, then print the result; exit code 1 if an SAE has none."""
-    from sae_granary.cache.read.arrays import truncated_shards
     from sae_granary.common.finished_run import read_summary
-    from sae_granary.common.process import tuned_process
-    from sae_granary.common.signals import explain_bus_errors, stop_on_signals
-    from sae_granary.common.threads import shown
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sweeps.reporter import Reporter
     from sae_granary.train.sweeps.sweep_console import SweepConsole
 
-    explain_bus_errors(truncated_shards)
-    place = place_of_process()
-    follows = place is not None and not place.leads  # rank 0 reports
-    reporter = Reporter() if quiet or follows else SweepConsole()
-    with tuned_process(device), stop_on_signals(at_once=True) as stop, shown(reporter.message):
+    reporter = Reporter() if quiet or follows() else SweepConsole()
+    with working(device, reporter.message) as stop:
         result = start(reporter=reporter, stop=stop)
-    if follows:
+    if follows():
         return
     finished = [row for row in result.rows if row["status"] == "finished"]
     if finished:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 from sae_granary.common.app import echo, fail
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands import sweep_command as cli_sweep
-from sae_granary.train.commands.shared_flags import NO_CACHE
+from sae_granary.train.commands.shared_flags import NO_CACHE, follows, working
 from sae_granary.train.config.flags import Given
-from sae_granary.train.ranks.place import place_of_process
 
 
 def train_given(
@@ -56,22 +54,14 @@ def config_of(given: Given) -> Any:
 
 def show_training(start: Callable[..., Any], quiet: bool, device: str) -> Any:
     """Run on a device with a console and signal handlers, print the result and return it."""
-    from sae_granary.cache.read.arrays import truncated_shards
-    from sae_granary.common.process import tuned_process
-    from sae_granary.common.signals import explain_bus_errors, stop_on_signals
-    from sae_granary.common.threads import shown
     from sae_granary.train.commands.result_tables import show_results
     from sae_granary.train.sinks.console_sink import ConsoleSink
+    from sae_granary.train.sinks.sink import BaseSink
 
-    explain_bus_errors(truncated_shards)
-    place = place_of_process()
-    follows = place is not None and not place.leads
-    quiet = quiet or follows  # rank 0 reports
-    console = ConsoleSink()
-    lines = nullcontext() if quiet else shown(console.message)
-    with tuned_process(device), stop_on_signals(at_once=True) as stop, lines:
-        result = start(sinks=[] if quiet else [console], stop=stop)
-    if not follows:
+    sink = BaseSink() if quiet or follows() else ConsoleSink()
+    with working(device, sink.message) as stop:
+        result = start(sinks=[sink], stop=stop)
+    if not follows():
         show_results([result.summary])
         echo(f"{result.folder}")
     return result

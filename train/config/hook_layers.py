@@ -46,7 +46,7 @@ def place_hooks(given: Given) -> tuple[Given, tuple[str, ...]]:
     return replace(given, flags={**given.flags, "hook": hooks}), ()
 
 
-def layer_hooks(available: Sequence[str], named: Sequence[str] = (), stride: str | None = None) -> tuple[str, ...]:
+def layer_hooks(available: Sequence[str], named: Sequence[str], stride: str | None) -> tuple[str, ...]:
     """Every n-th of the named hook points. `all` (or none): every layer_N in ascending order, or all if there is none.
 
     Raises ConfigError.

@@ -74,7 +74,7 @@ def check_logits(config: TrainConfig, vocab_size: int) -> None:
 def needed_memory(config: TrainConfig) -> int:
     """Bytes of parameters, gradients, optimizer and one micro-batch's pre-activations."""
     copies = OPTIMIZERS[config.optimizer].in_memory + (config.ema_decay is not None)
-    return int(FLOAT_BYTES * (_n_parameters(config) * copies + pre_act_entries(config)))
+    return int(parameter_bytes(config) * copies + FLOAT_BYTES * pre_act_entries(config))
 
 
 def pre_act_entries(config: TrainConfig) -> int:
@@ -86,7 +86,7 @@ def pre_act_entries(config: TrainConfig) -> int:
 def needed_disk(config: TrainConfig) -> int:
     """Bytes of the kept checkpoints, the one being written, and the result."""
     copies = OPTIMIZERS[config.optimizer].on_disk + (config.ema_decay is not None)
-    return FLOAT_BYTES * _n_parameters(config) * (copies * (config.keep + config.keep_best + 1) + 1)
+    return parameter_bytes(config) * (copies * (config.keep + config.keep_best + 1) + 1)
 
 
 def available_memory(device: str) -> int | None:
@@ -125,9 +125,5 @@ def _named(device: str) -> str:
 
 def parameter_bytes(config: TrainConfig) -> int:
     """Bytes of the parameters, and of their gradients."""
-    return FLOAT_BYTES * _n_parameters(config)
-
-
-def _n_parameters(config: TrainConfig) -> int:
     with torch.device("meta"):  # sizes without memory
-        return sum(p.numel() for p in build_sae(config).parameters())
+        return FLOAT_BYTES * sum(p.numel() for p in build_sae(config).parameters())

@@ -24,22 +24,8 @@ from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 
+import sae_lens
 import torch
-from sae_lens import SAE as LensSAE
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    GatedTrainingSAE,
-    GatedTrainingSAEConfig,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    MatryoshkaBatchTopKTrainingSAE,
-    MatryoshkaBatchTopKTrainingSAEConfig,
-    StandardTrainingSAE,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -68,20 +54,19 @@ class Recipe:
     """A type in both libraries."""
 
     ours: str
-    theirs: Any
-    config: Any
+    theirs: str  # without TrainingSAE, or TrainingSAEConfig
     penalty: str | None = None  # our option that sets L0; None: k does
     start: float = 0.0  # its first value; both losses have the same units, so it is theirs too
     same_as: tuple[tuple[str, str], ...] = ()  # options of ours that make it the same type
 
 
 RECIPES = (
-    Recipe("vanilla", StandardTrainingSAE, StandardTrainingSAEConfig, "l1_coef", 5.0),
-    Recipe("topk", TopKTrainingSAE, TopKTrainingSAEConfig),
-    Recipe("batchtopk", BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
-    Recipe("jumprelu", JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, "l0_coef", 10.0, (("recipe", "tanh"),)),
-    Recipe("gated", GatedTrainingSAE, GatedTrainingSAEConfig, "l1_coef", 5.0),
-    Recipe("matryoshka", MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
+    Recipe("vanilla", "Standard", "l1_coef", 5.0),
+    Recipe("topk", "TopK"),
+    Recipe("batchtopk", "BatchTopK"),
+    Recipe("jumprelu", "JumpReLU", "l0_coef", 10.0, (("recipe", "tanh"),)),
+    Recipe("gated", "Gated", "l1_coef", 5.0),
+    Recipe("matryoshka", "MatryoshkaBatchTopK"),
 )
 
 
@@ -205,7 +190,8 @@ def train_theirs(
     assert config.warmup_steps is not None
     torch.manual_seed(config.seed)
     options = lens_options(recipe, config, coef)
-    sae = recipe.theirs(recipe.config(d_in=config.options["d_in"], d_sae=config.options["d_sae"], **options))
+    cls, config_cls = (getattr(sae_lens, f"{recipe.theirs}TrainingSAE{end}") for end in ("", "Config"))
+    sae = cls(config_cls(d_in=config.options["d_in"], d_sae=config.options["d_sae"], **options))
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=config.steps * config.batch_size,
@@ -260,7 +246,7 @@ def evaluate(
     recipe: Recipe, data: RunData, folder: Path, coef: float | None, dead: float, seconds: float, k: int
 ) -> Measured:
     """Measure a SAELens folder on the held-out rows."""
-    sae, rows = LensSAE.load_from_disk(folder), [only(x) for x in passes.evaluation(data)]
+    sae, rows = sae_lens.SAE.load_from_disk(folder), [only(x) for x in passes.evaluation(data)]
     shipped = scores(sae, rows)
     fvu_at = shipped["fvu"]
     if recipe.ours in ("batchtopk", "matryoshka"):

@@ -17,13 +17,12 @@ from dictionary_learning.trainers.p_anneal import PAnnealTrainer
 from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.trainers.trainer import remove_gradient_parallel_to_decoder_directions
-from interop_kit import D_IN, D_SAE, K, difference, make, rows, step, total
+from interop_kit import D_IN, D_SAE, TOLERANCE, K, assert_equal_gradients, difference, make, rows, step, total
 from torch import Tensor
 
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.functional import annealed_sparsity
 
-TOLERANCE = 1e-5
 STEP = 3000  # past every warm-up
 PARAMETERS = {  # their names -> ours
     "encoder.weight": "W_enc",
@@ -58,12 +57,6 @@ def peer_step(peer: Any, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
             ours = PARAMETERS.get(name, name)
             grads[ours] = parameter.grad.t() if name.endswith(".weight") else parameter.grad
     return log, grads
-
-
-def assert_equal_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert set(ours) == set(theirs)
-    for name, grad in theirs.items():
-        assert difference(ours[name], grad) < TOLERANCE, name
 
 
 def test_vanilla_equals_the_april_update() -> None:

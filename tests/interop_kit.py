@@ -13,6 +13,7 @@ from sae_granary import sae_core
 from sae_granary.sae_core import SAE, Progress, SAEOutput, registry
 
 N, D_IN, D_SAE, K = 128, 24, 96, 6
+TOLERANCE = 1e-5  # of a `difference`
 LAST = Progress(99, 100)  # every coefficient has reached its full value
 
 
@@ -77,3 +78,10 @@ def difference(ours: Tensor | float, theirs: Tensor | float) -> float:
     ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).detach().double()
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+
+
+def assert_equal_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Of the same parameters, by name."""
+    assert set(ours) == set(theirs)
+    for name, grad in theirs.items():
+        assert difference(ours[name], grad) < TOLERANCE, name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interop_kit import D_IN, D_SAE, K, difference, make, rows, step
+from interop_kit import D_IN, D_SAE, TOLERANCE, K, difference, make, rows, step
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from sae_granary import sae_core
 from sae_granary.sae_core import SAE, Progress
 from sae_granary.sae_core.errors import NotAnSAEError, OptionError
 
-TOLERANCE = 1e-5
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
 
 

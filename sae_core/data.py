@@ -3,10 +3,10 @@
 Shapes: N rows, D = d_in, F = d_sae.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.pre_acts import PreActs
 
 NUMBERS = "fiuV"  # kinds of NumPy dtypes; ml_dtypes' bfloat16 is a V
+T = TypeVar("T")
 Rows = Mapping[str, Tensor]  # raw rows (N, D) by hook point, in the order of a batch; what every step works on
 
 
@@ -27,6 +28,17 @@ class Array(Protocol):
 
 
 Inputs = Array | Mapping[str, Array]  # what a user may give: rows of the only hook point, or by hook point
+
+
+@dataclass(frozen=True)
+class Repeatable(Iterable[T], Generic[T]):
+    """What `make` gives, anew for each loop over it."""
+
+    make: Callable[[], Iterator[T]]
+
+    def __iter__(self) -> Iterator[T]:
+        """Begin again."""
+        return self.make()
 
 
 class Reader(Protocol):

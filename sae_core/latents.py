@@ -5,6 +5,7 @@ Initialization, resets of dead latents, folding and files follow from the declar
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ EMA_DECAY = 0.999
 # Positive floats are ordered like their bits; dropping 10 of 23 mantissa bits leaves bins 1.2e-4 wide (relative).
 DROPPED_BITS = 10
 N_BINS = 2 ** (31 - DROPPED_BITS)
+NEAR = 0.9  # of a first estimate of a threshold: what is smaller is not counted
+Entries = Callable[[float], Iterable[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -127,20 +130,35 @@ class BatchThreshold(nn.Module):
         return torch.where(self.calibrated.isnan(), corrected, self.calibrated)
 
     @torch.no_grad()
-    def calibrate(self, pre_acts: Iterable[Tensor], k: float, shards: Alone = ALONE) -> None:
-        """Set the threshold so that on average k pre-activations per row exceed it, over all batches (N, F).
+    def calibrate(self, entries: Entries, k: float, shards: Alone = ALONE, *, again: bool = False) -> None:
+        """Set the threshold so that on average k pre-activations per row exceed it, over all batches.
 
-        Where `shards` divide the latents, each has its own columns of the same rows.
-
-        A histogram over the bits of the floats keeps memory constant: 2**21 counters for any number of rows.
+        `entries(bound)` gives the number of rows of each batch and its pre-activations, at least those above the bound.
+        If it may be called `again`, only those near the threshold of the first batch and above are counted, and all of
+        them if that was too high. Where `shards` divide the latents, each has its own columns of the same rows.
         """
-        counts = torch.zeros(N_BINS, dtype=torch.int64)
-        n_rows = 0
-        for batch in pre_acts:
-            n_rows += batch.shape[0]
-            counts += _bins(batch).cpu()
-        counts = shards.sum(counts)
-        above = counts.flip(0).cumsum(0).flip(0)  # above[b]: entries in bin b and higher
-        lowest = int((above > n_rows * k).sum())  # the first bin whose entries all fit
-        edge = torch.tensor(max(lowest, 0) << DROPPED_BITS, dtype=torch.int32).view(torch.float32)
-        self.calibrated.copy_(edge)
+        bound = 0.0
+        if again:
+            bound = NEAR * _edge(_first_that_fits(islice(entries(0.0), 1), k, shards))
+        lowest = _first_that_fits(entries(bound), k, shards)
+        if bound > 0 and _edge(lowest) <= bound * (1 + 2**-11):  # of some bins entries are missing
+            lowest = _first_that_fits(entries(0.0), k, shards)
+        self.calibrated.fill_(_edge(lowest))
+
+
+def _edge(number: int) -> float:
+    """The smallest number in a bin."""
+    return torch.tensor(number << DROPPED_BITS, dtype=torch.int32).view(torch.float32).item()
+
+
+def _first_that_fits(batches: Iterable[tuple[int, Tensor]], k: float, shards: Alone) -> int:
+    """The first bin which with all higher ones holds at most k entries per row.
+
+    A histogram over the bits of the floats keeps memory constant: 2**21 counters for any number of rows.
+    """
+    counts, n_rows = torch.zeros(N_BINS, dtype=torch.int64), 0
+    for n, entries in batches:
+        n_rows += n
+        counts += _bins(entries).cpu()
+    from_bin = shards.sum(counts).flip(0).cumsum(0).flip(0)
+    return int((from_bin > n_rows * k).sum())

@@ -135,6 +135,18 @@ class PreActs:
         found = [start * self.shape[1] + true_entries(part > bound) for start, part in self.parts()]
         return self._at_positions(torch.cat(found))
 
+    def at_least_above(self, bound: float, unit: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Numbers of rows, and pre-activations among which are all above a bound; all of them if it is 0.
+
+        In units of each latent's own (F,), if given.
+        """
+        if bound > 0:
+            codes = self.above(bound if unit is None else bound * unit)
+            yield self.shape[0], codes.values if unit is None else codes.values / unit[codes.indices]
+            return
+        for _, part in self.parts():
+            yield len(part), part if unit is None else part / unit
+
     def support(self, bound: Tensor | float) -> Codes:
         """`above`, or a full pattern where too many exceed the bound for sparse products to be faster."""
         if host_waits(self.rows) and (deferred := current()) is not None:

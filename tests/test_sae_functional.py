@@ -1,5 +1,6 @@
 """Selections and straight-through gradients, against hand-computed numbers and naive references."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -148,14 +149,31 @@ def test_calibration_finds_the_threshold_with_mean_l0_k(k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(500, 40, generator=generator) * scale for scale in (0.5, 1.0, 2.0)]
     threshold = BatchThreshold()
-    threshold.calibrate(batches, k)
+    threshold.calibrate(lambda bound: ((len(batch), batch) for batch in batches), k)
     l0 = float((torch.cat(batches) > threshold.value.float()).sum()) / 1500
     assert l0 == pytest.approx(k, rel=0.002)
 
 
+@pytest.mark.parametrize(("first", "asked"), [(0.8, 3), (1.0, 3), (1.05, 3), (1.3, 4), (5.0, 4)])
+def test_entries_far_below_the_threshold_of_the_first_batch_are_counted_if_they_matter(
+    first: float, asked: int
+) -> None:
+    generator, plain, guided, bounds = torch.Generator().manual_seed(0), BatchThreshold(), BatchThreshold(), []
+    batches = [torch.randn(500, 40, generator=generator) * scale for scale in (first, 1.0, 1.0, 1.0)]
+
+    def above(bound: float) -> Iterator[tuple[int, torch.Tensor]]:
+        bounds.append(bound)
+        yield from ((len(batch), batch[batch > bound] if bound else batch) for batch in batches)
+
+    plain.calibrate(above, 3)
+    guided.calibrate(above, 3, again=True)
+    assert guided.value == plain.value
+    assert len(bounds) == asked
+
+
 def test_calibration_with_too_few_positives_keeps_them_all() -> None:
     threshold = BatchThreshold()
-    threshold.calibrate([torch.tensor([[1.0, -1.0, -1.0]])], 2)
+    threshold.calibrate(lambda bound: [(1, torch.tensor([[1.0, -1.0, -1.0]]))], 2)
     assert threshold.value.item() == 0.0
 
 

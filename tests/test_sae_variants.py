@@ -99,6 +99,17 @@ def test_training_lowers_the_loss_and_is_deterministic(name: str) -> None:
 
 
 @every_variant
+def test_calibration_is_the_same_on_batches_that_can_be_read_twice(name: str) -> None:
+    sae = make(name)
+    train(sae)
+    batches, other = [inputs(name, seed=step) for step in range(4, 8)], copy.deepcopy(sae)
+    sae.calibrate(batches)
+    other.calibrate(iter(batches))
+    for key, value in sae.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key], rtol=3e-4, atol=0.0, equal_nan=True)  # two bins
+
+
+@every_variant
 def test_native_files_give_back_the_same_bits(name: str, tmp_path: Path) -> None:
     sae = make(name)
     train(sae, 5)

@@ -19,6 +19,7 @@ from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
 from sae_granary.common.threads import waiting
 from sae_granary.sae_core import SAE, Rows
+from sae_granary.sae_core.data import Repeatable
 from sae_granary.sae_core.errors import NonFiniteError
 from sae_granary.train import loop
 from sae_granary.train.callbacks import Callbacks, StepEvent
@@ -199,7 +200,7 @@ class Trainer:
             if run.ema is not None:
                 run.ema.copy_to(run.sae)
             with waiting("calibrating the inference threshold"):
-                run.sae.calibrate(self._until(stop, passes.calibration(data)))
+                run.sae.calibrate(Repeatable(lambda: self._until(stop, passes.calibration(data))))
             with waiting("evaluating"):
                 numbers, rows = self._evaluate(stop)
         self.sinks.flush()

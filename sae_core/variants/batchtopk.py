@@ -1,6 +1,6 @@
 """BatchTopK: the N*k largest pre-activations of the batch (Bussmann et al., arXiv 2412.06410)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,8 +53,12 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Set the threshold so that the mean L0 over the batches is k."""
-        parts = (part for x in batches for _, part in self.pre_acts(self.encoder_input(x)).parts())
-        self.threshold.calibrate(parts, self.config.k, self.shards)
+
+        def entries(bound: float) -> Iterator[tuple[int, Tensor]]:
+            for x in batches:
+                yield from self.pre_acts(self.encoder_input(x)).at_least_above(bound)
+
+        self.threshold.calibrate(entries, self.config.k, self.shards, again=not isinstance(batches, Iterator))
 
 
 saelens.express(BatchTopKSAE, "jumprelu")

@@ -5,7 +5,7 @@ Recipes: `constraint` (ours) holds L0 at `l0_target`; `l0_penalty` and `tanh_pen
 published. `tanh`, `l0` and `l0_target` are those of earlier versions. `RECIPES` lists the differences.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -72,8 +72,8 @@ class JumpReLUSAE(SAE):
         assert isinstance(self.threshold, LogThreshold)
         first = {hook: rows[:START_ROWS] for hook, rows in as_rows(sample, like=self.b_dec).items()}
         parts = torch.split(self.encoder_input(first).values, START_PART)
-        acts = (self.pre_acts(Centered(part)).dense for part in parts)
-        self.threshold.set_to(bound_with_l0(acts, self.config.l0_target))
+        acts = ((len(part), self.pre_acts(Centered(part)).dense) for part in parts)
+        self.threshold.set_to(bound_with_l0(lambda bound: acts, self.config.l0_target))
 
     @property
     def theta(self) -> Tensor:
@@ -223,8 +223,13 @@ class JumpReLUSAE(SAE):
         if self._controlled is None:
             return
         theta = self.theta
-        ratios = (part / theta for x in batches for _, part in self.pre_acts(self.encoder_input(x)).parts())
-        self._controlled.set_to(theta * bound_with_l0(ratios, self.config.l0_target))
+
+        def ratios(bound: float) -> Iterator[tuple[int, Tensor]]:
+            for x in batches:
+                yield from self.pre_acts(self.encoder_input(x)).at_least_above(bound, theta)
+
+        again = not isinstance(batches, Iterator)
+        self._controlled.set_to(theta * bound_with_l0(ratios, self.config.l0_target, again=again))
 
 
 # Recipes are for training; theirs has a parameter per threshold and free decoder rows, as `tanh`.

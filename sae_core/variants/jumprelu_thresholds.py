@@ -4,13 +4,12 @@ Shapes: N rows, F = d_sae latents. theta = threshold, s = log theta.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_granary.sae_core.latents import BatchThreshold, PerLatent
+from sae_granary.sae_core.latents import BatchThreshold, Entries, PerLatent
 from sae_granary.sae_core.variants.jumprelu_recipes import RECIPES
 
 # Adam moves a parameter by at most the sum of its learning rates: too little for log theta in a short run.
@@ -123,8 +122,8 @@ class Threshold(PerLatent):
             super().write(held, numbers)
 
 
-def bound_with_l0(values: Iterable[Tensor], l0: float) -> float:
-    """The value that on average `l0` entries per row exceed, over batches (N, F); at least 1e-6."""
+def bound_with_l0(entries: Entries, l0: float, *, again: bool = False) -> float:
+    """The value that on average `l0` entries per row exceed, see `BatchThreshold.calibrate`; at least 1e-6."""
     threshold = BatchThreshold()
-    threshold.calibrate(values, l0)
+    threshold.calibrate(entries, l0, again=again)
     return max(float(threshold.calibrated), 1e-6)

@@ -1,6 +1,6 @@
 """Route: a router picks or mixes several layers per row, and one shared SAE encodes the result (arXiv 2503.08200)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from sae_granary.sae_core import registry
 from sae_granary.sae_core.autograd import Centered
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.codes import Codes
-from sae_granary.sae_core.data import Activation, Inputs, Reads, Rows, SAEOutput, Source, as_rows
+from sae_granary.sae_core.data import Activation, Inputs, Reads, Repeatable, Rows, SAEOutput, Source, as_rows
 from sae_granary.sae_core.errors import OptionError
 from sae_granary.sae_core.normalize import Normalizer
 from sae_granary.sae_core.options import Progress, SharedConfig, option
@@ -191,4 +191,5 @@ class RouteSAE(SAE):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Inputs]) -> None:
         """Calibrate the base on routed rows."""
-        self.base_sae.calibrate(self.prepare(as_rows(x, self)).input for x in batches)
+        routed = Repeatable(lambda: (self.prepare(as_rows(x, self)).input for x in batches))
+        self.base_sae.calibrate(iter(routed) if isinstance(batches, Iterator) else routed)

@@ -20,7 +20,6 @@ STAGES = {
 
 
 def main() -> None:
-    """Run the chosen stages, all by default."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all")
     parser.add_argument("--full", action="store_true", help="the sizes of RESULTS.md (minutes instead of one)")

@@ -123,7 +123,6 @@ def _table(found: Seconds, labels: Mapping[str, str], base: str, n: int, unit: s
 
 
 def main() -> None:
-    """Print both tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.analyze", description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="for instance the cache that `sae-train demo` makes")
     parser.add_argument("--repeats", type=int, default=5)

@@ -39,8 +39,6 @@ class Harvest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
-
     seconds: float  # until the last block was complete
     efficiency: float  # the work of all blocks, as a share of the time of all ranks
     wasted: float  # work that was done and not committed, as a share of all work
@@ -139,7 +137,6 @@ def rows_of_table(tokens: float, hours_between_failures: float) -> list[list[str
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.harvest_simulation", description=__doc__)
     parser.add_argument("--tokens", type=float, default=1e12)
     parser.add_argument("--hours-between-failures", type=float, default=500.0, help="of one rank")

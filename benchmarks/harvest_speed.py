@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,6 @@ BARE = "bare truncated forward, malloc keeps freed blocks (limit)"
 
 
 def run(quick: bool) -> str:
-    """Return the harvest's tables."""
     n_texts, n_rows, repeats = (400, 65_536, 3) if quick else (1500, 262_144, 5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -158,8 +158,7 @@ def _texts(work: list[Work]) -> set[int]:
 
 def write_table(folder: Path, n_rows: int, repeats: int) -> str:
     """The cache's writer against one write()."""
-    width = 768
-    rows = random_rows(n_rows, width)
+    rows = random_rows(n_rows, 768)
     data = rows.activations["layer_6"]
     counter = iter(range(1000))
 
@@ -173,12 +172,7 @@ def write_table(folder: Path, n_rows: int, repeats: int) -> str:
 
     def ours() -> None:
         path = folder / f"written_{next(counter)}"
-        hook = HookPoint("layer_6", "encoder.layer.6", "output", 0, width)
-        spec = CacheSpec("token", (hook,), "float32", n_rows, provenance={}, fingerprint={})
-        with CacheWriter.open(path, spec) as writer:
-            writer.begin_buffer({})
-            writer.append(rows)
-            writer.finish({})
+        write_cache(path, rows, n_rows)
         shutil.rmtree(path)
 
     seconds = interleaved({"plain": plain, "ours": ours}, repeats)
@@ -207,3 +201,14 @@ def random_rows(n_rows: int, width: int) -> Rows:
         doc_position=(index % 512).astype(np.int32),
         flags=np.zeros(n_rows, dtype=np.uint8),
     )
+
+
+def write_cache(path: Path, rows: Rows, rows_per_shard: int, dtype: str = "float32", **options: Any) -> None:
+    """Write the rows of one hook point; `options` are those of `CacheWriter.open`."""
+    [(name, x_ND)] = rows.activations.items()
+    hook = HookPoint(name, "encoder.layer.6", "output", 0, x_ND.shape[1])
+    spec = CacheSpec("token", (hook,), dtype, rows_per_shard, provenance={}, fingerprint={})
+    with CacheWriter.open(path, spec, **options) as writer:
+        writer.begin_buffer({})
+        writer.append(rows)
+        writer.finish({})

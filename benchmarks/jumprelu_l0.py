@@ -46,7 +46,6 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the run."""
         sizes = {"cache": self.cache, "steps": self.steps, "batch_size": self.batch_size, "d_sae": self.d_sae}
         if self.what == "batchtopk":
             return {**sizes, "seed": self.seed, "type": "batchtopk", "k": int(self.target)}
@@ -55,7 +54,6 @@ class Cell:
 
 
 def main() -> None:
-    """Train what is missing, print the table of all."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     cells = list(wanted(args))
@@ -71,7 +69,6 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True, help="a cache with one hook point")
     parser.add_argument("--steps", type=int, nargs="+", default=[300])
@@ -96,7 +93,6 @@ def wanted(args: argparse.Namespace) -> Iterator[Cell]:
 
 
 def read(path: Path | None) -> dict[Cell, dict[str, float]]:
-    """Finished cells."""
     if path is None or not path.is_file():
         return {}
     entries = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
@@ -120,7 +116,6 @@ def measure(cell: Cell) -> dict[str, float]:
 
 
 def line(cell: Cell, numbers: dict[str, float]) -> list[str]:
-    """One row of the table."""
     l0 = [f"{numbers[name]:.4g}" for name in ("l0_train", "l0")]
     quality = [f"{numbers['fvu']:.4f}", f"{numbers['dead']:.1%}", f"{numbers['seconds']:.0f}"]
     return [str(cell.steps), str(cell.seed), cell.what, f"{cell.target:g}", *l0, *quality]

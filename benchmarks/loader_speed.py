@@ -6,24 +6,22 @@ as a training on a CPU sets it (`common.process`), and the start of the loader i
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harvest_speed import random_rows
+from benchmarks.harvest_speed import random_rows, write_cache
 from benchmarks.table import markdown
 from benchmarks.timing import interleaved
 from sae_granary import open_cache
-from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.load.loader import Loader, Shuffle
 from sae_granary.cache.load.plan import MAX_PARTNERS
 from sae_granary.cache.load.selection import Filters, Holdout, Selection
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.process import keep_freed_memory
-from sae_granary.common.rows import HookPoint, Rows
 
 BATCH, D_IN = 4096, 384
 HOOK = "layer_6"
@@ -31,24 +29,12 @@ ALL_ROWS: dict[str, Any] = {"selection": Selection(Filters(special=True, first_p
 
 
 def run(quick: bool) -> str:
-    """Return the loader's tables."""
     n_rows = 262_144 if quick else 1_048_576
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache"
-        write(path, random_rows(n_rows, D_IN))
+        write_cache(path, random_rows(n_rows, D_IN), n_rows // 2)
         opened = open_cache(path)
         return f"{_speed_table(opened, quick)}\n\n{_mixing_table(opened)}"
-
-
-def write(path: Path, rows: Rows) -> None:
-    """Write a cache of two shards."""
-    n_rows, d_in = rows.activations[HOOK].shape
-    hook = HookPoint(HOOK, "encoder.layer.6", "output", 0, d_in)
-    spec = CacheSpec("token", (hook,), "float32", n_rows // 2, provenance={}, fingerprint={})
-    with CacheWriter.open(path, spec) as writer:
-        writer.begin_buffer({})
-        writer.append(rows)
-        writer.finish({})
 
 
 def copier(opened: Cache) -> Callable[[], None]:
@@ -63,8 +49,8 @@ def copier(opened: Cache) -> Callable[[], None]:
     return copy
 
 
-def _loader(opened: Cache, **options: Any) -> Loader:
-    return Loader(opened, HOOK, batch_size=BATCH, **ALL_ROWS, **options)
+def _epoch(opened: Cache, **options: Any) -> Loader:
+    return Loader(opened, HOOK, batch_size=BATCH, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8), **options)
 
 
 def _speed_table(opened: Cache, quick: bool) -> str:
@@ -72,13 +58,8 @@ def _speed_table(opened: Cache, quick: bool) -> str:
     shards = [opened.hook(HOOK).shard(i) for i in range(len(opened.shards))]
     gb = sum(shard.nbytes for shard in shards) / 1e9
 
-    def epoch() -> None:
-        with _loader(opened, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8)) as loader:
-            for _ in loader:
-                pass
-
-    def heldout_epoch() -> None:
-        with Loader(opened, HOOK, batch_size=BATCH, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8)) as loader:
+    def epoch(**options: Any) -> None:
+        with _epoch(opened, **options) as loader:
             for _ in loader:
                 pass
 
@@ -88,7 +69,7 @@ def _speed_table(opened: Cache, quick: bool) -> str:
         for start in range(0, len(order), BATCH):
             torch.from_numpy(shards[0][order[start : start + BATCH]])
 
-    runs = {"copy": copier(opened), "epoch": epoch, "heldout": heldout_epoch, "random": random_rows}
+    runs = {"copy": copier(opened), "epoch": partial(epoch, **ALL_ROWS), "heldout": epoch, "random": random_rows}
     seconds = interleaved(runs, 3 if quick else 5)
     share = Loader(opened, HOOK, batch_size=BATCH).n_rows / opened.n_rows
     rows = [
@@ -112,7 +93,7 @@ def _speed_table(opened: Cache, quick: bool) -> str:
 
 
 def _mixing_table(opened: Cache) -> str:
-    with _loader(opened, epochs=1, order=Shuffle(pool_rows=opened.n_rows // 8), with_rows=True) as loader:
+    with _epoch(opened, **ALL_ROWS, with_rows=True) as loader:
         block, order = loader.order.block_rows, loader.order
         measured = np.mean([partners(batch.row_ids.numpy() // block) for batch in loader if batch.row_ids is not None])
     uniform_ids = np.random.default_rng(0).permutation(opened.n_rows)

@@ -84,7 +84,6 @@ class Measured:
 
 
 def main() -> None:
-    """Train, measure, print the table, write it."""
     args = parse_args()
     warnings.simplefilter("ignore")
     blocks = []
@@ -102,7 +101,6 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True, help="a cache with one hook point")
     parser.add_argument("--steps", type=int, default=600)
@@ -266,7 +264,6 @@ def scores(sae: Any, rows: list[Tensor]) -> dict[str, float]:
 
 
 def render(blocks: list[tuple[str, dict[str, Measured]]], args: argparse.Namespace) -> str:
-    """The table as Markdown."""
     header = ["type", "trainer", "coefficient", "L0", "held-out FVU", f"FVU at L0 {args.k}", "dead", "never fired", "s"]
     lines = []
     for name, rows in blocks:
@@ -278,7 +275,6 @@ def render(blocks: list[tuple[str, dict[str, Measured]]], args: argparse.Namespa
 
 
 def line(name: str, trainer: str, m: Measured) -> list[str]:
-    """One row of the table."""
     coef = "" if m.coef is None else f"{m.coef:.3g}"
     numbers = [f"{m.l0:.1f}", f"{m.fvu:.4f}", f"{m.fvu_at:.4f}", f"{m.dead:.1%}", f"{m.never:.1%}", f"{m.seconds:.0f}"]
     return [name, trainer, coef, *numbers]

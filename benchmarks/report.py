@@ -43,7 +43,6 @@ PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 
 
 def main() -> None:
-    """Build the page, measure it, print a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("cache/demo_l3"))
     parser.add_argument("--latents", type=int, default=50_000)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Open a page, open a latent, save the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("--latent", type=int, default=0)

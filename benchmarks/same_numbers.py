@@ -86,7 +86,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def main() -> None:
-    """Measure both, print what differs; exit code 1 if anything does."""
     parser = argparse.ArgumentParser(prog="benchmarks.same_numbers", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)

@@ -45,7 +45,6 @@ def scale(tokens: int, shard_bytes: int) -> Scale:
 
 
 def rows_of_table(price: float, shard_bytes: int) -> list[list[str]]:
-    """The cells of the table."""
     rows = []
     for s in (scale(tokens, shard_bytes) for tokens in TOKENS):
         hours = [s.harvest_hours, s.training_hours]
@@ -61,7 +60,6 @@ def rows_of_table(price: float, shard_bytes: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__)
     parser.add_argument("--price", type=float, default=PRICE, help="of an hour of one GPU")
     parser.add_argument("--shard-mib", type=int, default=512, help="of activations in a shard")

@@ -37,7 +37,6 @@ def commands(cache: str) -> dict[str, Command]:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True, help="a small cache: sae-harvest run --max-tokens 60k")
     parser.add_argument("--against", type=Path, help="another checkout, compared in turns")

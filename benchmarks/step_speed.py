@@ -35,7 +35,6 @@ COPIES = 4  # of the parameters: themselves, gradients, Adam's two moments
 
 
 def run(quick: bool) -> str:
-    """Return the table of steps."""
     prepare()
     d_sae = D_SAE // 4 if quick else D_SAE
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +118,6 @@ def _kill(sae: SAE) -> None:
 
 
 def stepper(run: Run) -> Callable[[], object]:
-    """What takes a step."""
     x = inputs(run.config.type, run.config.device)
     return lambda: train_step(run, RowInput(x))
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import machine
-from benchmarks.harvest_speed import random_rows
+from benchmarks.harvest_speed import random_rows, write_cache
 from benchmarks.table import markdown
 from sae_granary import open_cache
-from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.stats import MASSIVE
-from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.rows import HookPoint, Rows
 
 F32 = NDArray[np.float32]
 MINILM = ("--model", "demo", "--dataset", "demo", "--layers", "all")
@@ -118,13 +116,7 @@ def simulated(folder: Path, kind: str) -> Path:
     sign = rng.choice([-1, 1], (n, 3)) if kind == "varying" else np.array([1, -1, 1])
     there = np.ones((n, 1), bool) if kind != "rare" else (rng.random((n, 1)) < 0.005) & (np.arange(n)[:, None] > 16384)
     x[:, dimensions] += size * sign * there
-    hook = HookPoint("layer_6", "encoder.layer.6", "output", 0, 384)
-    spec = CacheSpec("token", (hook,), "float32", 16384, provenance={}, fingerprint={})
-    columns = [getattr(rows, name) for name in list(vars(rows))[1:]]
-    with CacheWriter.open(folder, spec) as writer:
-        writer.begin_buffer({})
-        writer.append(Rows({"layer_6": x}, *columns))
-        writer.finish({})
+    write_cache(folder, replace(rows, activations={"layer_6": x}), 16384)
     return folder
 
 
@@ -183,7 +175,6 @@ def table(folder: Path, n_tokens: str, only: str) -> str:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.storage", description=__doc__)
     parser.add_argument("--tokens", default="60k", help="of each harvest")
     parser.add_argument("--only", default="", help="caches whose name contains this")

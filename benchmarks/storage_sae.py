@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import machine
@@ -101,7 +100,6 @@ def steps(caches: dict[str, Path], n_pairs: int, d_sae: int) -> str:
 
 
 def main() -> None:
-    """Print a table."""
     parser = argparse.ArgumentParser(prog="benchmarks.storage_sae", description=__doc__)
     parser.add_argument("--cache", required=True, help="exact rows: a cache in float32 with one hook point")
     parser.add_argument("--table", choices=("quality", "step"), default="quality")
@@ -121,5 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    np.set_printoptions(precision=4)
     main()

@@ -55,7 +55,6 @@ class Size:
 
 
 def run(quick: bool) -> str:
-    """Return the tables."""
     with tempfile.TemporaryDirectory() as name:
         cache = Path(name) / "cache"
         rows_per_second = _harvest(cache, 20_000 if quick else 40_000)
@@ -197,7 +196,6 @@ def _wait() -> None:
 
 
 def main() -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(prog="benchmarks.sweep", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the latents")
     quick = parser.parse_args().quick

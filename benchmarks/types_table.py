@@ -19,7 +19,6 @@ LAYERS = (2, 3, 4)
 
 
 def main() -> None:
-    """Harvest three layers once, train every type, print one line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, help="a demo cache with layers 2, 3 and 4; harvested when not given")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")

@@ -9,18 +9,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from benchmarks.harvest_speed import random_rows
+from benchmarks.harvest_speed import random_rows, write_cache
 from benchmarks.table import markdown
 from sae_granary.cache.format.layout import cache_layout
-from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.stats import block_sums, moments_of
 from sae_granary.cache.format.storage import STORAGE, Array
-from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import HookPoint, Rows
 
 HOOK, WIDTH, DTYPE = "layer_6", 768, STORAGE["bfloat16"]
@@ -72,16 +71,12 @@ def _parts(rows: Rows, folder: Path, rounds: int) -> str:
 
 def _whole(rows: Rows, folder: Path, threads: tuple[int, ...], rounds: int) -> str:
     gb, lines = rows.activations[HOOK].nbytes / 1e9, []
-    spec = CacheSpec("token", (_point(),), DTYPE.name, rows.n_rows, provenance={}, fingerprint={})
     summed = _with_sums(rows, cache_layout([_point()], DTYPE.name, rows.n_rows).activations[HOOK].inner_rows)
     for name, given in (("", rows), (", sums given, as by a GPU", summed)):
         for n_threads in threads:
 
             def write(given: Rows = given, n_threads: int = n_threads) -> None:
-                with CacheWriter.open(folder / "cache", spec, n_threads=n_threads) as writer:
-                    writer.begin_buffer({})
-                    writer.append(given)
-                    writer.finish({})
+                write_cache(folder / "cache", given, rows.n_rows, DTYPE.name, n_threads=n_threads)
 
             wall, cpu = _least(write, rounds, lambda: shutil.rmtree(folder / "cache"))
             lines.append([f"{n_threads} thread{'s' * (n_threads > 1)}{name}", f"{gb / wall:.2f}", f"{gb / cpu:.2f}"])
@@ -101,13 +96,13 @@ def _least(work: Callable[[], None], rounds: int, undo: Callable[[], None] = lam
 
 
 def _bfloat16(rows: Rows) -> Rows:
-    return Rows(**(vars(rows) | {"activations": {HOOK: rows.activations[HOOK].astype(DTYPE.numpy)}}))
+    return replace(rows, activations={HOOK: rows.activations[HOOK].astype(DTYPE.numpy)})
 
 
 def _with_sums(rows: Rows, size: int) -> Rows:
     x_ND = rows.activations[HOOK]
     sums = {start: block_sums(x_ND[start : start + size]) for start in range(0, len(x_ND) - size + 1, size)}
-    return Rows(**(vars(rows) | {"sums": {HOOK: sums}}))
+    return replace(rows, sums={HOOK: sums})
 
 
 def _point() -> HookPoint:

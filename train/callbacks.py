@@ -60,13 +60,10 @@ AnyCallback = Callback | Callable[[StepEvent], Numbers]
 
 
 class _Function(Callback):
-    """Wraps a plain function."""
-
     def __init__(self, function: Callable[[StepEvent], Numbers]) -> None:
         self._function = function
 
     def on_step(self, event: StepEvent) -> Numbers:
-        """Call the function."""
         return self._function(event)
 
 
@@ -89,12 +86,10 @@ class Callbacks:
         return any(wanted)
 
     def on_checkpoint(self, folder: Path, step: int) -> None:
-        """See `Callback`."""
         for callback in self._all:
             callback.on_checkpoint(folder, step)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """See `Callback`."""
         for callback in self._all:
             callback.on_end(summary)
 

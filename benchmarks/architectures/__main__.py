@@ -19,7 +19,6 @@ Line = dict[str, Any]
 
 
 def main() -> None:
-    """Print and write the table, or print the lines of some architectures."""
     parser = argparse.ArgumentParser(prog="benchmarks.architectures", description=__doc__)
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -45,7 +44,6 @@ def main() -> None:
 
 
 def all_lines(names: Sequence[str], jobs: int) -> Iterator[Line]:
-    """The lines of these architectures."""
     with ThreadPoolExecutor(jobs) as pool:
         parts = pool.map(_in_process, [names[i::jobs] for i in range(jobs)])
         known = {line["name"]: line for lines in parts for line in lines}

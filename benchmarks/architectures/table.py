@@ -16,7 +16,6 @@ def summary(found: Sequence[Line]) -> str:
 
 
 def table(found: Sequence[Line]) -> str:
-    """The page: counts, then names by what became of them."""
     import torch
     import transformers
 

@@ -14,7 +14,6 @@ from benchmarks.ground_truth.generators import WORLDS
 
 
 def main() -> None:
-    """Run the chosen worlds, all by default."""
     parser = argparse.ArgumentParser(prog="benchmarks.ground_truth", description=__doc__)
     parser.add_argument("worlds", nargs="*", choices=[[], *WORLDS], help="default: all")
     parser.add_argument("--quick", action="store_true", help="one seed, short runs: shows that it runs, proves nothing")

@@ -36,7 +36,6 @@ class World:
 
     @property
     def n_features(self) -> int:
-        """F."""
         return len(self.directions)
 
 

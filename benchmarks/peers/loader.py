@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from benchmarks.harvest_speed import random_rows
-from benchmarks.loader_speed import ALL_ROWS, BATCH, HOOK, copier, partners, write
+from benchmarks.harvest_speed import random_rows, write_cache
+from benchmarks.loader_speed import ALL_ROWS, BATCH, HOOK, copier, partners
 from benchmarks.peers import saelens_cache
 from benchmarks.peers.saelens_cache import CONTEXT
 from benchmarks.table import markdown
@@ -34,8 +34,6 @@ MIN_BATCHES = 32  # of SAELens per turn
 
 
 class Contestant(NamedTuple):
-    """What delivers batches."""
-
     n_rows: int  # per turn
     batches: Callable[[], Iterable[Tensor]]  # one turn
 
@@ -48,7 +46,7 @@ def table(args: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = Path(folder) / "saelens", Path(folder) / "ours"
         saelens_cache.write(rows.activations[HOOK], theirs)
-        write(ours, rows)
+        write_cache(ours, rows, args.rows // 2)
         opened = open_cache(ours)
         return measure(opened, our_loaders(opened, args) | saelens_stores(theirs, args), args)
 

@@ -46,7 +46,6 @@ def peak_bytes(kind: str, name: str, args: argparse.Namespace) -> int:
 
 
 def take_steps(trainer: Trainer, x: Tensor, args: argparse.Namespace, n: int) -> None:
-    """Let a contestant take n steps and no more."""
     turns = iter(range(n))
 
     def turn(took: float | None = None) -> None:

@@ -23,7 +23,6 @@ TRAINED_L0 = 64
 
 
 def our_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
-    """Steps of our loop."""
     torch.set_flush_denormal(True)  # the process as a training sets it
     if args.device == "cpu":
         keep_freed_memory()

@@ -10,7 +10,6 @@ from benchmarks.peers.contest import SHARES, repeat
 
 
 def saelens_steps(kind: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
-    """Steps of SAELens' trainer."""
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer

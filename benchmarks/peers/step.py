@@ -21,7 +21,6 @@ TYPES = ("topk", "batchtopk", "matryoshka", "vanilla", "gated", "jumprelu")
 
 
 def table(args: argparse.Namespace) -> str:
-    """Measure type by type and return the table."""
     lines = [line for kind in args.types for line in lines_of(kind, args)]
     d_in, source = rows(args).shape[1], args.cache or "synthetic mixtures"
     title = (
@@ -54,7 +53,6 @@ def product(args: argparse.Namespace, turn: Turn) -> None:
 
 
 def train(trainer: Trainer, args: argparse.Namespace, turn: Turn) -> None:
-    """A contestant on the rows."""
     if args.keep_freed:
         keep_freed_memory()
     trainer(rows(args), args, turn)

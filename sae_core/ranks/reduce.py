@@ -81,19 +81,15 @@ class Ranks(Alone):
         self.index, self.n, self._failed = index, n, failed
 
     def sum(self, values: Tensor) -> Tensor:
-        """See `Alone`."""
         return self._reduce(values, "SUM")
 
     def minimum(self, values: Tensor) -> Tensor:
-        """See `Alone`."""
         return self._reduce(values, "MIN")
 
     def average(self, values: Tensor) -> Tensor:
-        """See `Alone`."""
         return self.sum(values) / self.n
 
     def texts(self, text: str) -> list[str]:
-        """See `Alone`."""
         parts = self.gather(torch.frombuffer(bytearray(text.encode() + b" "), dtype=torch.uint8))
         return [bytes(part.tolist()).decode()[:-1] for part in parts]
 
@@ -102,24 +98,20 @@ class Ranks(Alone):
         return bool(self.minimum(torch.tensor(int(flag))))
 
     def total(self, counts: Tensor, *numbers: int | Tensor) -> tuple[Tensor, Sequence[int | Tensor]]:
-        """See `Alone`."""
         parts = [torch.as_tensor(number, device=counts.device).reshape(1) for number in numbers]
         sums = self.sum(torch.cat([counts, *parts]))
         return sums[: counts.numel()], sums[counts.numel() :].unbind()
 
     def mean(self, own: Tensor, n_rows: int) -> Tensor:
-        """See `Alone`."""
         total, n = self.sum(torch.stack([own.detach() * n_rows, own.new_tensor(n_rows)]))
         whole: Tensor = own + (total / n - own.detach())
         return whole
 
     def least(self, values: Tensor) -> Tensor:
-        """See `Alone`."""
         positive = torch.where(values > 0, values, torch.inf)
         return self.minimum(torch.cat([positive, values.new_full((1,), torch.inf)]).amin(0, keepdim=True))
 
     def every(self, condition: Tensor | bool) -> Tensor | bool:
-        """See `Alone`."""
         return self.minimum(torch.as_tensor(condition).to(torch.int32)) > 0
 
     def gather(self, values: Tensor) -> list[Tensor]:
@@ -134,7 +126,6 @@ class Ranks(Alone):
         return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """See `Alone`."""
         for tensor in tensors:
             with _dense(tensor) as dense:
                 self._call("broadcast", dense.values, source)

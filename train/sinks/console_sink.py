@@ -63,11 +63,9 @@ class ConsoleSink(BaseSink):
             )
 
     def message(self, text: str) -> None:
-        """Print above the live line."""
         self.console.print(escape(text), soft_wrap=True)
 
     def close(self) -> None:
-        """Restore the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -26,7 +26,6 @@ class JsonlSink(BaseSink):
         files.write_text(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def metrics(self, metrics: Metrics) -> None:
-        """Append a line."""
         with self.path.open("a", encoding="utf-8") as file:  # not held: a sweep has many
             file.write(json.dumps(dict(metrics)) + "\n")
 

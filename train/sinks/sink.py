@@ -53,31 +53,24 @@ class Sinks(BaseSink):
         self._sinks = list(sinks)
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """See `BaseSink`."""
         self._each("start", name, config, n_steps, step)
 
     def metrics(self, metrics: Metrics) -> None:
-        """See `BaseSink`."""
         self._each("metrics", metrics)
 
     def histograms(self, step: int, values: Histograms) -> None:
-        """See `BaseSink`."""
         self._each("histograms", step, values)
 
     def message(self, text: str) -> None:
-        """See `BaseSink`."""
         self._each("message", text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """See `BaseSink`."""
         self._each("finish", summary)
 
     def flush(self) -> None:
-        """See `BaseSink`."""
         self._each("flush")
 
     def close(self) -> None:
-        """See `BaseSink`."""
         self._each("close")
 
     def _each(self, method: str, *args: Any) -> None:

@@ -30,27 +30,22 @@ class TensorboardSink(BaseSink):
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
     def metrics(self, metrics: Metrics) -> None:
-        """One point per name."""
         for name, value in charted(metrics).items():
             self._writer.add_scalar(name, value, int(metrics["step"]))
 
     def histograms(self, step: int, values: Histograms) -> None:
-        """One histogram per name."""
         for name, value in values.items():
             self._writer.add_histogram(chart_name(name), value[value.isfinite()].cpu(), step)
 
     def flush(self) -> None:
-        """Put everything on the disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Close the files."""
         if self._writer is not None:
             self._writer.close()
 
 
 @register
 def opened(config: TrainConfig, folder: Path, run_id: str) -> TensorboardSink | None:
-    """Asked for by `tensorboard`."""
     return TensorboardSink(folder) if config.tensorboard else None

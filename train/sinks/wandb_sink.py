@@ -41,7 +41,6 @@ class WandbSink(BaseSink):
         self._run: Any = None
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """Open the run."""
         import wandb
 
         self._run = wandb.init(
@@ -57,11 +56,9 @@ class WandbSink(BaseSink):
         )
 
     def metrics(self, metrics: Metrics) -> None:
-        """Log one line at its step."""
         self._run.log(charted(metrics), step=int(metrics["step"]))
 
     def histograms(self, step: int, values: Histograms) -> None:
-        """Log them at their step."""
         import wandb
 
         drawn = {chart_name(name): wandb.Histogram(np_histogram=_histogram(value)) for name, value in values.items()}
@@ -85,14 +82,12 @@ class WandbSink(BaseSink):
         self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        """Close the run."""
         if self._run is not None:
             self._run.finish()
 
 
 @register
 def opened(config: TrainConfig, folder: Path, run_id: str) -> WandbSink | None:
-    """Asked for by `wandb`."""
     if config.wandb == "off":
         return None
     return WandbSink(folder, config.wandb_project, config.wandb, run_id, artifacts=config.wandb_artifacts)

@@ -44,7 +44,6 @@ class SweepConsole(Reporter):
             self._live.start()
 
     def sinks(self, entry: Entry) -> Sequence[BaseSink]:
-        """One line of the table."""
         return [_Line(self, entry.name)]
 
     def update(self, name: str, **numbers: Any) -> None:
@@ -64,7 +63,6 @@ class SweepConsole(Reporter):
             self.console.print(f"{escape(name)}: {escape(how)}", soft_wrap=True)
 
     def message(self, text: str) -> None:
-        """Print above the table."""
         self.console.print(escape(text), soft_wrap=True)
 
     def message_once(self, name: str, text: str) -> None:
@@ -74,7 +72,6 @@ class SweepConsole(Reporter):
             self.message(f"{name}: {text}")
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -112,11 +109,9 @@ class _Line(BaseSink):
         self.table, self.name = table, name
 
     def start(self, name: str, config: Mapping[str, Any], n_steps: int, step: int) -> None:
-        """The SAE joins."""
         self.table.update(self.name, **{"state": "trains", "step": step, "from": step})
 
     def metrics(self, metrics: Metrics) -> None:
-        """Its newest numbers."""
         self.table.update(self.name, **metrics)
 
     def message(self, text: str) -> None:

@@ -22,6 +22,7 @@ from sae_lens import (
 )
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
+from test_train_log import Recorder
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
@@ -29,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_granary import open_cache, sae_core, train_sae
 from sae_granary.train.publish.export import export
-from sae_granary.train.sinks.sink import BaseSink
 
 D_IN, D_SAE, K = 16, 48, 4
 
@@ -68,14 +68,6 @@ def test_the_store_and_the_evaluation_of_saelens_run_on_our_export(tmp_path: Pat
     assert metrics["model_performance_preservation"]["ce_loss_score"] > 0.5
 
 
-class Messages(BaseSink):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.texts.append(text)
-
-
 def lens_sae(kind: str, rows: Tensor) -> Any:
     """An SAE of theirs after some steps of training, with decoder rows of uneven norms."""
     torch.manual_seed(0)
@@ -104,13 +96,13 @@ def test_fine_tuning_starts_at_the_fvu_of_the_saelens_sae(kind: str, tmp_path: P
     cache = write_cache(tmp_path / "cache")
     x = torch.tensor(open_cache(cache).hook("layer_3")[:2000])
     lens_sae(kind, x).save_inference_model(tmp_path / "lens")
-    theirs, messages = LensSAE.load_from_disk(tmp_path / "lens"), Messages()
+    theirs, recorder = LensSAE.load_from_disk(tmp_path / "lens"), Recorder()
     options = {"k": K} if kind == "topk" else {}
     run = train_sae(
         cache=str(cache), runs_dir=str(tmp_path), type=kind, d_sae=D_SAE, init_from=str(tmp_path / "lens"), steps=1,
-        lr=1e-30, warmup_steps=0, batch_size=64, name="run", sinks=[messages], **options,
+        lr=1e-30, warmup_steps=0, batch_size=64, name="run", sinks=[recorder], **options,
     )  # fmt: skip
-    (told,) = [text for text in messages.texts if text.startswith("init_from=")]
+    (told,) = [text for text in recorder.messages if text.startswith("init_from=")]
     at_start, loaded = (float(number) for number in re.findall(r"\d\.\d{4}", told))
     assert at_start == pytest.approx(loaded, abs=2e-4)
     with torch.no_grad():

@@ -9,14 +9,14 @@ import torch
 from command_kit import invoke, refused
 from conftest import write_cache
 from safetensors.torch import load_file
-from test_train_resume import StopAt, interrupted
+from test_train_resume import interrupted
+from test_train_sweep import Stopping
 
 from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.signed import CHECKSUM, write_signed
 from sae_granary.train.cli import app
 from sae_granary.train.errors import CheckpointError, InterruptedRunError
-from sae_granary.train.sweeps.reporter import Reporter
 
 SETTINGS = {"type": "topk", "k": 4, "d_sae": 32, "batch_size": 64, "steps": 8, "log_every": 1, "eval_rows": 100}
 SETTINGS |= {"device": "cpu"}
@@ -108,7 +108,7 @@ def test_no_run_of_a_sweep_trains_on_a_cache_that_took_the_place_of_its_own(proj
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "other"):
         shutil.copytree(project[0] / "cache" / name, tmp_path / name)
-    settings, reporter = {key: value for key, value in SETTINGS.items() if key != "batch_size"}, _Stops(4)
+    settings, reporter = {key: value for key, value in SETTINGS.items() if key != "batch_size"}, Stopping(4)
     with pytest.raises(InterruptedRunError):  # while the run of the second batch size has not begun
         train_sweep({"batch_size": [64, 32]}, settings, cache="toy", runs_dir="runs", name="s", reporter=reporter,
                     stop=reporter.sink.stop)  # fmt: skip
@@ -133,21 +133,13 @@ def test_a_cache_with_fewer_rows_says_so(project, tmp_path, monkeypatch, n_docs)
     assert "that the run was started on: name the whole cache with --cache, or train a new run" in result
 
 
-class _Stops(Reporter):
-    def __init__(self, step: int) -> None:
-        self.sink = StopAt(step)
-
-    def sinks(self, entry):
-        return [self.sink]
-
-
 @pytest.mark.parametrize("old", [False, True])
 def test_a_sweep_finds_its_cache_and_refuses_another(project, tmp_path, monkeypatch, old) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "other"):
         shutil.copytree(project[0] / "cache" / name, tmp_path / "p/cache" / name)
     settings = {key: value for key, value in SETTINGS.items() if key != "k"}
-    reporter = _Stops(4)
+    reporter = Stopping(4)
     grid = {"k": [2, 4]}
     with pytest.raises(InterruptedRunError):
         train_sweep(grid, settings, cache="p/cache/toy", runs_dir="p/runs", name="s", reporter=reporter,

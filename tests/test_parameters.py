@@ -1,8 +1,8 @@
 """docs/parameters.md is current, and every parameter on it does something that can be seen."""
 
-import importlib.util
 import json
 import re
+import runpy
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,9 @@ from sae_granary.train.step_input import RowInput
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_is_current() -> None:
-    module = generator()
-    assert module.page() == module.PAGE.read_text(encoding="utf-8"), "write it again with `make regenerate`"
+    module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert module["page"]() == module["PAGE"].read_text(encoding="utf-8"), "write it again with `make regenerate`"
 
 
 def test_the_page_names_everything() -> None:

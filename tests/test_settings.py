@@ -99,13 +99,12 @@ def test_a_field_makes_a_flag_and_a_row() -> None:
 
 
 def test_every_option_of_a_type_is_a_flag() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.type_options() == module.TYPE_OPTIONS.read_text(encoding="utf-8"), "write it with `make regenerate`"
+    module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    text = module["TYPE_OPTIONS"].read_text(encoding="utf-8")
+    assert module["type_options"]() == text, "write it with `make regenerate`"
     flags = {field.name for field in fields(TypeOptions)}
     for name in sae_core.registry.names():
-        assert {field.name for field in fields(sae_core.registry.get(name).Config)} - set(module.OF_CACHE) <= flags
+        assert {field.name for field in fields(sae_core.registry.get(name).Config)} - set(module["OF_CACHE"]) <= flags
     assert flags.isdisjoint(field.name for field in fields(TrainConfig))
 
 

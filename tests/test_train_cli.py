@@ -140,21 +140,13 @@ FROZEN_FLAGS = sorted(
 )
 
 
-def command(*args: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "sae_granary.train.cli", *args],
-        env=env,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_exit(make_cache, signum, code) -> None:
     make_cache()
-    process = command("run", "--cache", "toy", "--type", "topk", "--name", "a", "-b", "128", "--steps", "1M")
+    args = ["run", "--cache", "toy", "--type", "topk", "--name", "a", "-b", "128", "--steps", "1M"]
+    command = [sys.executable, "-m", "sae_granary.train.cli", *args]
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = Path("runs/a/metrics.jsonl")
     deadline = time.monotonic() + LIMIT
     while not (metrics.exists() and metrics.stat().st_size > 0):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from sae_kit import new
+from test_train_log import Recorder
 from test_train_resume import StopAt
 
 from sae_granary import resume_training, sae_core, train_sae
@@ -12,7 +13,6 @@ from sae_granary.sae_core import SAE
 from sae_granary.sae_core.files import saelens
 from sae_granary.sae_core.files.fold import Folded, fold, unfold
 from sae_granary.train.errors import InterruptedRunError
-from sae_granary.train.sinks.sink import BaseSink
 
 D_IN, D_SAE, K = 16, 32, 4
 UNIT_ROWS = [name for name in sae_core.registry.names() if sae_core.registry.get(name).unit_decoder]
@@ -106,19 +106,9 @@ def test_a_crosscoder_across_normalizations_differs_by_its_selection_alone(of_fi
     assert bool(same.all()) == (of_run == "mean")
 
 
-class Messages(BaseSink):
-    """What a person is told."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize("name", ["gated", "topk"])
 def test_the_start_of_a_run_names_its_fvu_and_what_changed(make_cache, tmp_path: Path, name: str) -> None:
-    folder, messages = tmp_path / "foreign", Messages()
+    folder, recorder = tmp_path / "foreign", Recorder()
     common = {"cache": str(make_cache()), "runs_dir": str(tmp_path), "type": name, "d_sae": D_SAE, "batch_size": 64}
     common |= {"k": K} if name == "topk" else {}
     first = train_sae(**common, steps=40, lr=0.01, name="first")
@@ -130,8 +120,8 @@ def test_the_start_of_a_run_names_its_fvu_and_what_changed(make_cache, tmp_path:
     stopper = StopAt(1)
     common |= {"steps": 2, "name": "second", "init_from": str(folder)}
     with pytest.raises(InterruptedRunError):
-        train_sae(**common, sinks=[messages, stopper], stop=stopper.stop)
-    (told,) = [text for text in messages.texts if text.startswith("init_from=")]
+        train_sae(**common, sinks=[recorder, stopper], stop=stopper.stop)
+    (told,) = [text for text in recorder.messages if text.startswith("init_from=")]
     assert "at the start" in told
     assert ("selected by activation times decoder norm" in told) == (name == "topk")
     summary = resume_training(tmp_path / "second").summary

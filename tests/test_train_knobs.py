@@ -279,16 +279,11 @@ def test_init_from_reads_checkpoints_and_other_formats(start, tmp_path) -> None:
     ],
 )
 def test_init_from_what_does_not_fit(start, tmp_path, settings, message) -> None:
-    first = start(type="topk")
-    given = {"init_from": str(first.folder), **settings}
+    given = {**SETTINGS, "init_from": str(start(type="topk").folder), **settings}
     if given["type"] == "vanilla":
-        given["k"] = None
+        del given["k"]
     with pytest.raises(ConfigError, match=message):
-        train_sae(**{
-            **{k: v for k, v in SETTINGS.items() if k != "k" or given["type"] != "vanilla"},
-            **{k: v for k, v in given.items() if v is not None},
-            "cache": str(tmp_path / "toy"), "runs_dir": str(tmp_path / "runs"), "name": "never",
-        })  # fmt: skip
+        train_sae(**given, cache=str(tmp_path / "toy"), runs_dir=str(tmp_path / "runs"), name="never")
     assert not (tmp_path / "runs" / "never").exists()
 
 

@@ -144,10 +144,6 @@ def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, 
         assert part == "nothing"
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
-    assert (a / "sae_weights.safetensors").read_bytes() == (b / "sae_weights.safetensors").read_bytes()
-
-
 def start(target, **kwargs):
     process = fork_kit.context().Process(target=target, kwargs=kwargs)
     process.start()
@@ -222,7 +218,8 @@ def test_checkpoints_by_the_clock(make_cache, tmp_path) -> None:
     never = train_sae(**settings, save_minutes=0, runs_dir=str(tmp_path), name="never").folder
     n_saved = [len(checkpoint.list_checkpoints(folder)) for folder in (always, never)]
     assert n_saved == [4, 1]
-    assert_same_weights(always, never)
+    weights = [(folder / "sae_weights.safetensors").read_bytes() for folder in (always, never)]
+    assert weights[0] == weights[1]
 
 
 def test_resume_auto_continues_bitwise(make_cache, tmp_path) -> None:

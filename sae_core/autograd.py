@@ -6,6 +6,7 @@ is built latent by latent, needs no copy.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class Centered:
 
 def center(rows: Tensor, bias: Tensor) -> Centered:
     """Return rows (N, D) - bias (D,), differentiable in both."""
-    values = rows + (-bias)  # the gradient of a sum is passed on as it is, that of a difference is copied
-    return Centered(values, None if rows.requires_grad else bias)
+    if rows.requires_grad:
+        return Centered(rows + (-bias))  # the gradient of a sum is passed on as it is, that of a difference is copied
+    return Centered(rows - bias, bias)
 
 
 def encode_at(h: Centered, W_enc: Tensor, b_enc: Tensor, kept: Codes) -> Tensor:
@@ -82,9 +84,19 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
         return values.sum(0)
     if not host_waits(values):
         return values.new_zeros(pattern.d_sae).index_add_(0, pattern.entries[0], values)
-    order, rows, offsets = pattern.transposed
-    ones = values.new_ones(pattern.n_rows, 1)
-    return bag_sum(rows, ones, offsets, values[order]).squeeze(1)
+    return _sum_ordered(values[pattern.transposed.order], pattern)
+
+
+def _sum_ordered(ordered: Tensor, pattern: Pattern) -> Tensor:
+    """`sum_by_latent` of values (nnz,) in the order of `pattern.transposed`."""
+    _, rows, offsets = pattern.transposed
+    return bag_sum(rows, _ones(pattern.n_rows, ordered.dtype, ordered.device), offsets, ordered).squeeze(1)
+
+
+@lru_cache(maxsize=4)
+def _ones(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A column (N, 1) that is not changed."""
+    return torch.ones(n_rows, 1, dtype=dtype, device=device)
 
 
 def sum_rows_by_latent(table: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
@@ -110,22 +122,21 @@ class _EncodeAt(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, W_enc = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
-        needs_x, needs_W, needs_b, _, _, needs_bias = ctx.needs_input_grad
+        needs_x, needs_W, _, _, _, needs_bias = ctx.needs_input_grad
         grad_x = grad_W = None
-        grad_b = sum_by_latent(grad, pattern) if needs_b or needs_bias else None
-        grad_bias = -(W_enc @ grad_b) if needs_bias else None
         if pattern.is_full:
+            grad_b = grad.sum(0)
             grad_x = grad @ W_enc.t() if needs_x else None
             grad_W = (grad.t() @ x).t() if needs_W else None
-            return grad_x, grad_W, grad_b, None, None, grad_bias
-        kept, pattern = _without_zeros(grad, pattern)
-        grad = grad[kept]
-        indices, indptr = pattern.entries
-        if needs_x:
-            grad_x = bag_sum(indices, W_enc.t().contiguous(), indptr, grad)
-        if needs_W:
-            grad_W = _sum_by_latent(x, grad, pattern, W_enc.t(), ctx.step).t()
-        return grad_x, grad_W, grad_b, None, None, grad_bias
+        else:
+            kept, live = _without_zeros(grad, pattern)
+            ordered = grad[kept][live.transposed.order]
+            grad_b = _sum_ordered(ordered, live) if host_waits(grad) else sum_by_latent(grad, pattern)
+            if needs_x:
+                grad_x = bag_sum(live.entries[0], W_enc.t().contiguous(), live.entries[1], grad[kept])
+            if needs_W:
+                grad_W = _sum_by_latent(x, ordered, live, W_enc.t(), ctx.step).t()
+        return grad_x, grad_W, grad_b, None, None, -(W_enc @ grad_b) if needs_bias else None
 
 
 class _Decode(Function):
@@ -146,7 +157,8 @@ class _Decode(Function):
             grad_values = _dots(grad.contiguous(), W_dec, pattern)
         if ctx.needs_input_grad[1]:
             kept, live_pattern = ctx.live
-            grad_W = _sum_by_latent(grad.contiguous(), values[kept], live_pattern, W_dec, ctx.step)
+            ordered = values[kept][live_pattern.transposed.order]
+            grad_W = _sum_by_latent(grad.contiguous(), ordered, live_pattern, W_dec, ctx.step)
         return grad_values, grad_W, None
 
 
@@ -194,16 +206,16 @@ class _AddSilent(Function):
         return grad, torch.linalg.vecdot(sums, W_dec), None, None
 
 
-def _sum_by_latent(table: Tensor, values: Tensor, pattern: Pattern, W: Tensor, step: Deferred | None) -> Tensor:
+def _sum_by_latent(table: Tensor, ordered: Tensor, pattern: Pattern, W: Tensor, step: Deferred | None) -> Tensor:
     """Sum of the entries' rows of table (N, D), times their values (nnz,), by latent: the gradient (F, D) of W.
 
-    A step that asked for the gradient's norm is told.
+    The values are in the order of `pattern.transposed`. A step that asked for the gradient's norm is told.
     """
-    order, rows, offsets = pattern.transposed
+    _, rows, offsets = pattern.transposed
     projects = None if step is None else step.wants_square(W)
     if step is None or projects is None or not takes_triton(table):
-        return bag_sum(rows, table, offsets, values[order])
-    grad, square = bag_sum_and_square(rows, table, offsets, values[order], W if projects else None)
+        return bag_sum(rows, table, offsets, ordered)
+    grad, square = bag_sum_and_square(rows, table, offsets, ordered, W if projects else None)
     step.note_square(W, grad, square)
     return grad
 

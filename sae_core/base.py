@@ -88,7 +88,7 @@ class SAE(nn.Module):
     @property
     def encoder_bias(self) -> Tensor:
         """Bias (F,) added to the encoder product: the first entry of `latents`."""
-        return self.get_parameter(next(iter(self.latents)))
+        return getattr(self, next(iter(self.latents)))  # type: ignore[no-any-return]
 
     @property
     def d_encoded(self) -> int:

@@ -4,7 +4,7 @@ Shapes: N rows, F = d_sae latents, nnz stored entries. A latent that is not stor
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Pattern:
     def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
         """Pattern with the same number of entries in every row, from indices (N, k)."""
         n_rows, k = indices.shape
-        indptr = torch.arange(0, n_rows * k + 1, k, device=indices.device) if k else indices.new_zeros(n_rows + 1)
+        indptr = _steps(0, n_rows * k + 1, k, indices.device) if k else indices.new_zeros(n_rows + 1)
         return cls(n_rows, d_sae, indices.reshape(-1), indptr, per_row=k)
 
     @classmethod
@@ -84,7 +84,8 @@ class Pattern:
         """The entries grouped by latent; rows ascend within a latent, so sums over rows have one order."""
         indices = self.entries[0]
         latents, order = sort_narrow(indices, self.d_sae)
-        return Transposed(order, self.row_of.take(order), _offsets(latents, self.d_sae))
+        rows = order // self.per_row if self.per_row else self.row_of.take(order)
+        return Transposed(order, rows, _offsets(latents, self.d_sae))
 
     def count(self, mask: Tensor) -> Tensor:
         """(F,) int64: how many entries of each latent a mask (nnz,) marks, or (N, F) for a full pattern."""
@@ -97,7 +98,12 @@ class Pattern:
 
     def take(self, matrix: Tensor) -> Tensor:
         """Values of matrix (N, F) at the entries: (nnz,), or the matrix itself for a full pattern."""
-        return matrix if self.is_full else matrix.reshape(-1)[self.row_of * self.d_sae + self.entries[0]]
+        if self.is_full:
+            return matrix
+        indices = self.entries[0]
+        if self.per_row:
+            return matrix.gather(1, indices.view(self.n_rows, self.per_row)).view(-1)
+        return matrix.reshape(-1)[self.row_of * self.d_sae + indices]
 
 
 def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":
@@ -107,9 +113,15 @@ def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """(n_groups + 1,) int64 where each group's entries start; groups (nnz,) ascending."""
-    ends = torch.arange(n_groups, dtype=groups.dtype, device=groups.device)
     # Found without a count whose length depends on the data: that would make the host wait for CUDA.
-    return torch.nn.functional.pad(torch.searchsorted(groups, ends, right=True), (1, 0))
+    return torch.searchsorted(groups, _steps(-1, n_groups, 1, groups.device, groups.dtype), right=True)
+
+
+@lru_cache(maxsize=16)
+def _steps(start: int, stop: int, step: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """An arange that is not changed, the same tensor for the same numbers."""
+    with torch.inference_mode(False):  # it may be kept for a gradient later
+        return torch.arange(start, stop, step, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,12 +81,13 @@ def dead_latents(sae: Any) -> Tensor:
 
 
 def _dead_now(sae: Any) -> Tensor:
-    mask, n_dead = sae.dead_mask, known_count("dead", sae.core.num_tokens_since_fired)
-    if n_dead is None or not host_waits(mask):
-        return mask.nonzero().squeeze(1)  # type: ignore[no-any-return]
+    counters = sae.core.num_tokens_since_fired
+    n_dead = known_count("dead", counters)
+    if n_dead is None or not host_waits(counters):
+        return sae.dead_mask.nonzero().squeeze(1)  # type: ignore[no-any-return]
     if n_dead == 0:
-        return torch.empty(0, dtype=torch.int64, device=mask.device)
-    return mask.logical_not().to(torch.uint8).argsort(stable=True)[:n_dead]  # type: ignore[no-any-return]
+        return torch.empty(0, dtype=torch.int64, device=counters.device)
+    return sae.dead_mask.logical_not().to(torch.uint8).argsort(stable=True)[:n_dead]  # type: ignore[no-any-return]
 
 
 def auxk_loss(

@@ -4,6 +4,7 @@ Shapes: N rows, D = d_in. Metrics are reported in raw space; losses are computed
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,15 +23,10 @@ SANE_SQUARES = (1e-24, 1e24)  # E|x|^2 of rows: float32 has room on both sides f
 
 @dataclass(frozen=True, eq=False)
 class Normalized:
-    """Normalized rows with their inverse: raw = values * std + shift."""
+    """Normalized rows with their inverse."""
 
     values: Tensor  # (N, D)
-    std: Tensor  # (N, 1) or ()
-    shift: Tensor  # (N, 1) or (D,)
-
-    def undo(self, values: Tensor) -> Tensor:
-        """Map values (N, D) of the normalized space back to raw space."""
-        return values * self.std + self.shift
+    undo: Callable[[Tensor], Tensor]  # maps values (N, D) of the normalized space back to raw space
 
 
 class Affine(NamedTuple):
@@ -83,8 +79,10 @@ class Normalizer(nn.Module):
             shift = x.mean(-1, keepdim=True)
             centered = x - shift
             std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
-            return Normalized(centered / (std + UNIT_NORM_EPS), std, shift)
-        return Normalized((x - self.mean) * self.scale, 1.0 / self.scale, self.mean)
+            return Normalized(centered / (std + UNIT_NORM_EPS), lambda values: values * std + shift)
+        x = x - self.mean if "mean" in self.mode else x
+        x = x * self.scale if "dataset" in self.mode else x
+        return Normalized(x, lambda values: values * (1.0 / self.scale) + self.mean)
 
     def scaling(self) -> Affine:
         """The fixed part of the normalization; the identity for unit_norm."""

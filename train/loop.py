@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sae_granary.sae_core import SAE, Progress
+from sae_granary.sae_core.kernels.deferred import are_within, finite
 from sae_granary.sae_core.metrics import Evaluator
 from sae_granary.train.errors import DivergedError
 from sae_granary.train.optim.asked import Asked
-from sae_granary.train.optim.gradients import Gradients, add_rows, clip, clipped, is_finite, norms_by_name
+from sae_granary.train.optim.gradients import Gradients, add_rows, clip, norms_by_name
 from sae_granary.train.optim.optimizers import set_lr
 from sae_granary.train.ranks.step import sum_gradients, sum_numbers
 from sae_granary.train.state.measured import Measured
@@ -28,6 +29,8 @@ from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import StepInput, Terms
 
 MAX_REJECTED_IN_ROW = 10
+
+Buffers = list[tuple[Tensor, Tensor]]  # what a step may change, and its values before
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ def _update(run: Run, batch: StepInput, *, measure: bool) -> StepResult:
         gradients, losses, measured = taken.gradients, taken.losses, taken.measured
     grad_norms = norms_by_name(sae, gradients.norms) if measured is not None else {}
     set_lr(run.optimizer, run.lr)
-    run.row_pass.step(clip(run.row_pass.others(clipped(sae)), config.grad_clip, gradients.norm_in_units))
+    run.row_pass.step(clip(run.row_pass.others(gradients.clipped), config.grad_clip, gradients.norm_in_units))
     with run.row_pass.takes_over():
         sae.after_step()
     if measured is None:
@@ -112,15 +115,15 @@ def _take(run: Run, batch: StepInput, *, measure: bool) -> _Taken | None:
     """Compute the gradients of a batch; None, and the run as before, where something is not finite."""
     sae, progress = run.sae, Progress(run.step, run.n_steps)
     sae.begin_step(progress)
-    before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    before = [(buffer, buffer.clone()) for buffer in run.counters]
     with _undone_without_memory(sae, before):
         taken = _gradients(run, batch, progress, measure=measure)
         if taken is not None and not taken.gradients.fits:
-            _restore(sae, before)
+            _restore(before)
             taken = _gradients(run, batch, progress, measure=measure, exact=True)
     if taken is None or not taken.gradients.finite:
         # Earlier micro-batches of a rejected batch changed counters and thresholds.
-        _restore(sae, before)
+        _restore(before)
         return None
     return taken
 
@@ -147,7 +150,7 @@ def _gradients(run: Run, batch: StepInput, progress: Progress, *, measure: bool,
 
 def _problem(sae: SAE, batch: StepInput) -> str:
     """What was not finite in a rejected batch, whose gradients are still there if it came that far."""
-    if not bool(sae.ranks.every(batch.is_sound())):
+    if not sae.ranks.all(are_within(batch.bounded())):
         return "its rows hold NaN, Inf or values larger than any that was harvested"
     named = [(name, p.grad) for name, p in sae.named_parameters() if p.grad is not None]
     bad = [name for name, grad in named if not bool(torch.isfinite(grad).all())]
@@ -159,20 +162,20 @@ class StepTooLargeError(torch.OutOfMemoryError):
 
 
 @contextmanager
-def _undone_without_memory(sae: SAE, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+def _undone_without_memory(sae: SAE, before: Buffers) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         if sae.ranks.n > 1 or sae.shards.n > 1:  # the others wait in a reduction of this step
             raise
-        _restore(sae, buffers)
+        _restore(before)
         raise StepTooLargeError(str(error)) from None  # without the error, whose frames hold what was allocated
 
 
 @torch.no_grad()
-def _restore(sae: SAE, buffers: Mapping[str, Tensor]) -> None:
-    for name, buffer in sae.named_buffers():
-        buffer.copy_(buffers[name])
+def _restore(before: Buffers) -> None:
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measured | None) -> dict[str, Tensor] | None:
@@ -183,14 +186,14 @@ def _accumulate(run: Run, batch: StepInput, progress: Progress, measured: _Measu
     sae, failed = run.sae, run.deferred.failed
     sums: dict[str, Tensor] = {}
     for part in batch.split(run.config.grad_acc_steps):
-        if failed(sae.ranks.every(part.is_sound())):
+        if failed(part.bounded(), sae.ranks):
             return None
         share = part.n_rows / batch.n_total
         with autocast(part.device, run.config.compute_dtype):
             terms = part.terms(sae, progress)
             losses = {name: value if share == 1.0 else value * share for name, value in terms.losses.items()}
         total = next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()
-        if failed(sae.ranks.every(is_finite(total))):
+        if failed(finite(total), sae.ranks):
             return None
         total.backward()  # type: ignore[no-untyped-call]
         add_rows(run.deferred)
@@ -232,6 +235,6 @@ def check_progress(run: Run) -> None:
         )
 
 
-def autocast(device: torch.device, compute_dtype: str) -> torch.autocast:
+def autocast(device: torch.device, compute_dtype: str) -> AbstractContextManager[object]:
     """Context manager: matrix products in bfloat16 if requested."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if compute_dtype == "bfloat16" else nullcontext()

@@ -15,6 +15,7 @@ from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.models.language.language_model import LanguageModel
 from sae_granary.models.language.losses import at_kept, cross_entropy, kl_divergence
 from sae_granary.sae_core import SAE, Progress, SAEOutput
+from sae_granary.sae_core.kernels.deferred import Bounded
 from sae_granary.train.step_input import Terms
 
 
@@ -51,9 +52,9 @@ class SplicedInput:
         """Split into at most n parts with about equally many contexts."""
         yield from (replace(self, contexts=part) for part in self.contexts.split(n_parts))
 
-    def is_sound(self) -> Tensor | bool:
-        """True: token ids are finite; what the model makes of them shows in the loss."""
-        return True
+    def bounded(self) -> list[Bounded]:
+        """None: token ids are finite; what the model makes of them shows in the loss."""
+        return []
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """Run the model with the SAE spliced in. Each pass over the cache masks other tokens of an encoder's text."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sae_granary.sae_core import SAE, Progress, Rows, SAEOutput
+from sae_granary.sae_core.kernels.deferred import FLOAT32_MAX, Bounded
 
 Self = TypeVar("Self")
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +45,8 @@ class StepInput(Protocol):
     def split(self: Self, n_parts: int) -> Iterator[Self]:
         """Micro-batches of about equal size."""
 
-    def is_sound(self) -> Tensor | bool:
-        """Whether all values are usable, a scalar."""
+    def bounded(self) -> list[Bounded]:
+        """Scalars that are within their limits if all values are usable."""
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The forward pass and the losses."""
@@ -79,6 +78,9 @@ class RowInput:
 
     def split(self, n_parts: int) -> Iterator[RowInput]:
         """Split into equal parts."""
+        if n_parts == 1 and self.sizes is None:
+            yield self
+            return
         sizes = self.sizes
         chunks = zip(
             *(rows.chunk(n_parts) if sizes is None else torch.split(rows, list(sizes)) for rows in self.rows.values()),
@@ -86,17 +88,12 @@ class RowInput:
         )
         yield from (RowInput(dict(zip(self.rows, parts, strict=True)), self.limits) for parts in chunks)
 
-    def is_sound(self) -> Tensor:
-        """Whether every value is finite and none exceeds the largest harvested one."""
-        sound = [_is_sound(t, self.limits.get(name, FLOAT32_MAX)) for name, t in self.rows.items()]
-        return sound[0] if len(sound) == 1 else torch.stack(sound).all()
+    def bounded(self) -> list[Bounded]:
+        """The extremes of each hook point's rows, NaN where one is, and the largest harvested value."""
+        limits = {name: self.limits.get(name, FLOAT32_MAX) for name in self.rows}
+        return [(extreme, limits[name]) for name, t in self.rows.items() for extreme in torch.aminmax(t)]
 
     def terms(self, sae: SAE, progress: Progress) -> Terms:
         """The variant's losses."""
         out = sae(self.rows)
         return Terms(out, sae.losses(out, progress))
-
-
-def _is_sound(values: Tensor, limit: float) -> Tensor:
-    extremes = torch.stack(torch.aminmax(values))  # NaN where one is; no mask as large as the values
-    return (extremes.abs() <= limit).all()

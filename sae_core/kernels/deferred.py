@@ -4,7 +4,8 @@ On a CPU a number is read as soon as it is needed. On a GPU each reading makes t
 launched has run, and the device then waits for the next launches.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, pairwise
@@ -14,6 +15,12 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sae_granary.sae_core.ranks.reduce import ALONE, Alone
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q", torch.bool: "?"}  # of `struct`
+
+Bounded = tuple[Tensor, float]  # a scalar, and the largest magnitude that it should have
 Matrix = tuple[int, torch.Size]  # address and shape
 
 ROOM, MIN_ROOM = 1.25, 4096  # slots for entries, relative to the number of the step before; and more
@@ -27,7 +34,7 @@ def host_waits(tensor: Tensor) -> bool:
 class Answers(NamedTuple):
     """What `Deferred.read` found."""
 
-    held: bool  # whether all conditions held
+    held: bool  # whether all numbers were within their limits
     fits: bool  # whether every selection had room for what it found
     numbers: list[float]
 
@@ -42,12 +49,13 @@ class RowGradient(NamedTuple):
 
 
 class Deferred:
-    """Conditions of one step that are read together, and numbers that the next step knows beforehand."""
+    """Numbers of one step that are read together, and those that the next step knows beforehand."""
 
     def __init__(self) -> None:
-        self._conditions: list[Tensor] = []
+        self._bounded: list[Bounded] = []
         self._fits: list[Tensor] = []
-        self._shares: list[Tensor] = []  # of (N, F), found by each selection of this step
+        self._counts_found: list[tuple[Tensor, int, int]] = []  # by each selection of this step; of how many; its room
+        self._codes = ""  # of the numbers asked for
         self._last_shares: list[float] = []  # by each of the step before
         self._counts: dict[str, tuple[ref[Tensor], int, int]] = {}  # name -> (tensor, its version, its count)
         self._found: dict[str, Tensor] = {}  # what `once` has found in this step
@@ -59,9 +67,9 @@ class Deferred:
     @contextmanager
     def of_this_step(self, *, exact: bool = False) -> Iterator[None]:
         """Context manager: selections use this object. With `exact` they wait for the number that they find."""
-        self._conditions.clear()
+        self._bounded.clear()
         self._fits.clear()
-        self._shares.clear()
+        self._counts_found.clear()
         self._found.clear()
         self._rows.clear()
         self.exact = exact
@@ -71,41 +79,48 @@ class Deferred:
         finally:
             _current.reset(token)
 
-    def failed(self, condition: Tensor | bool) -> bool:
-        """Whether a condition () is false. Where the host would wait: False for now, and `read` tells."""
-        if isinstance(condition, Tensor) and host_waits(condition):
-            self._conditions.append(condition)
+    def failed(self, numbers: Iterable[Bounded], ranks: Alone = ALONE) -> bool:
+        """Whether a number of some rank exceeds its limit or is NaN. Where the host would wait, `read` tells."""
+        given = list(numbers)
+        if given and host_waits(given[0][0]):
+            self._bounded += given
             return False
-        return not bool(condition)
+        return not ranks.all(are_within(given))
 
     def expected_share(self) -> float | None:
         """Share of (N, F) that the next selection found in the step before; None if it must be counted first."""
-        place = len(self._shares)
+        place = len(self._counts_found)
         return None if self.exact or place >= len(self._last_shares) else self._last_shares[place]
 
     def note_share(self, count: Tensor, n_entries: int, room: int) -> None:
         """Report how many of n_entries a selection found, a scalar, and how many it had room for."""
-        self._shares.append(count / n_entries)
-        self.note_fits(count <= room)
+        self._counts_found.append((count, n_entries, room))
 
     def note_fits(self, fits: Tensor) -> None:
         """Report whether a selection had room for what it found, a scalar; if not, the step is taken again."""
         self._fits.append(fits)
 
     def read(self, *numbers: Tensor) -> Answers:
-        """All answers, and scalars as float32: the only wait of a step."""
+        """All answers, and the values of scalars: the only wait of a step."""
         return self.answers(to_host(self.asked(*numbers)))
 
     def asked(self, *numbers: Tensor) -> Tensor:
-        """What `read` reads, as a vector; several steps can be read together."""
-        groups = [self._conditions, self._fits, self._shares, list(numbers)]
-        return torch.stack([number.detach().to(torch.float32) for group in groups for number in group])
+        """What `read` reads, as a vector of bytes: one launch joins all types. Several steps can be read together."""
+        found = [count for count, _, _ in self._counts_found]
+        given = [*(number for number, _ in self._bounded), *self._fits, *found, *numbers]
+        known = [number if number.dtype in CODES else number.float() for number in given]
+        self._codes = "=" + "".join(CODES[number.dtype] for number in known)
+        return torch.cat([number.view(1).view(torch.uint8) for number in known])
 
-    def answers(self, found: list[float]) -> Answers:
+    def answers(self, found: bytes) -> Answers:
         """The answers in the values of what was asked."""
-        ends = list(accumulate(map(len, (self._conditions, self._fits, self._shares)), initial=0))
-        conditions, fits, self._last_shares = (found[start:end] for start, end in pairwise(ends))
-        return Answers(all(conditions), all(fits), found[ends[-1] :])
+        values = struct.unpack(self._codes, found)
+        ends = list(accumulate((len(self._bounded), len(self._fits), len(self._counts_found)), initial=0))
+        bounded, fits, counts = (values[start:end] for start, end in pairwise(ends))
+        held = all(abs(number) <= limit for number, (_, limit) in zip(bounded, self._bounded, strict=True))
+        roomy = all(count <= room for count, (_, _, room) in zip(counts, self._counts_found, strict=True))
+        self._last_shares = [count / n for count, (_, n, _) in zip(counts, self._counts_found, strict=True)]
+        return Answers(held, all(fits) and roomy, list(values[ends[-1] :]))
 
     def want_squares(self, matrices: Mapping[Tensor, bool]) -> None:
         """Ask the kernels of this step for the squared norms of the gradients of matrices (F, D).
@@ -178,12 +193,21 @@ def known_count(name: str, tensor: Tensor) -> int | None:
     return None if deferred is None else deferred.count(name, tensor)
 
 
+def finite(*numbers: Tensor) -> list[Bounded]:
+    """Numbers that may have any value but NaN and Inf."""
+    return [(number.detach(), FLOAT32_MAX) for number in numbers]
+
+
+def are_within(numbers: Iterable[Bounded]) -> bool:
+    """Whether no number exceeds its limit or is NaN; the host waits."""
+    return all(abs(float(number)) <= limit for number, limit in numbers)
+
+
 def room_for(share: float, n_entries: int) -> int:
     """Slots for about this share of n_entries."""
     return min(n_entries, int(ROOM * share * n_entries) + MIN_ROOM)
 
 
-def to_host(numbers: Tensor) -> list[float]:
-    """Read a vector, waiting for its device."""
-    values: list[float] = numbers.tolist()
-    return values
+def to_host(found: Tensor) -> bytes:
+    """Read a vector of bytes, waiting for its device."""
+    return bytes(found.tolist())

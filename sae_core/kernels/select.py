@@ -52,8 +52,7 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
         return matrix.topk(k, dim=-1, sorted=False).indices
     lanes = _lanes(n_columns)
     groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
-    block = groups // lanes
-    first = block * (GROUP * lanes) + (groups - block * lanes)
+    first = torch.add(groups, groups // lanes, alpha=(GROUP - 1) * lanes)
     members = first[:, :, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)  # (N, k, GROUP)
     members = members.view(n_rows, -1)
     return members.gather(1, matrix.gather(1, members).topk(k, dim=-1, sorted=False).indices)

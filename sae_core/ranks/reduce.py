@@ -61,10 +61,6 @@ class Alone:
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrite tensors with those of a rank."""
 
-    def every(self, condition: Tensor | bool) -> Tensor | bool:
-        """Whether a condition, a scalar, holds on every rank; where it is on a device, the host does not wait."""
-        return condition
-
 
 ALONE = Alone()
 
@@ -110,9 +106,6 @@ class Ranks(Alone):
     def least(self, values: Tensor) -> Tensor:
         positive = torch.where(values > 0, values, torch.inf)
         return self.minimum(torch.cat([positive, values.new_full((1,), torch.inf)]).amin(0, keepdim=True))
-
-    def every(self, condition: Tensor | bool) -> Tensor | bool:
-        return self.minimum(torch.as_tensor(condition).to(torch.int32)) > 0
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """See `Alone`: the lengths first, then the values, filled up to the longest."""

@@ -19,6 +19,7 @@ from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.models.language.language_model import EmbeddingModel, LanguageModel
 from sae_granary.sae_core import Rows
+from sae_granary.sae_core.kernels.deferred import FLOAT32_MAX
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.phases import first_context_step, needs_language_model
 from sae_granary.train.config.resolve import resolve, resolve_hooks, selection_of, shuffle_of
@@ -27,7 +28,6 @@ from sae_granary.train.data.cache_of_run import open_cache_of, open_pinned
 from sae_granary.train.data.counts import counted
 from sae_granary.train.state.identity import Identity
 from sae_granary.train.state.initial import check_initial
-from sae_granary.train.step_input import FLOAT32_MAX
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Norms of gradients, clipping by the global one, and gradients of single latents."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core import SAE
-from sae_granary.sae_core.kernels.deferred import Deferred
+from sae_granary.sae_core.kernels.deferred import Deferred, host_waits
 from sae_granary.sae_core.kernels.sparse import add_rows_and_squares
 from sae_granary.sae_core.ranks.sharded import latent_axis
+
+Parameters = list[nn.Parameter]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +24,14 @@ class Gradients:
     norm: float
     norms: Mapping[nn.Parameter, Tensor]  # of those that are known, without the parts along unit-norm rows
     norm_in_units: float  # norm of the gradients of the loss in its own units
+    clipped: Parameters
 
 
-def clipped(sae: SAE) -> list[nn.Parameter]:
-    """The parameters with gradients that a global clip counts and scales: all but those a variant excludes."""
-    own = {id(p) for name, p in sae.core.named_parameters() if name in sae.core.unclipped}
-    return [p for p in sae.parameters() if p.grad is not None and id(p) not in own]
+def by_clip(sae: SAE) -> tuple[Parameters, Parameters]:
+    """The parameters with gradients that a global clip counts and scales, and those that a variant excludes."""
+    core, given = sae.core, [p for p in sae.parameters() if p.grad is not None]
+    own = {p for name, p in core.named_parameters() if name in core.unclipped} if core.unclipped else set()
+    return [p for p in given if p not in own], [p for p in given if p in own]
 
 
 def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -43,25 +47,13 @@ def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.
     return total
 
 
-def is_finite(number: Tensor) -> Tensor:
-    """Whether a float32 scalar is neither NaN nor Inf. `torch.isfinite` launches twice as many kernels."""
-    return number.detach().abs() <= torch.finfo(number.dtype).max
-
-
-def are_finite(sae: SAE, but: list[nn.Parameter]) -> Iterator[Tensor]:
-    """Whether each gradient is finite that is excluded from the global norm."""
-    seen = {id(p) for p in but}
-    return (torch.isfinite(p.grad).all() for p in sae.parameters() if p.grad is not None and id(p) not in seen)
-
-
 def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor:
     """Euclidean norm of all entries of all gradients, a scalar; of others the norms are known, scalars.
 
     Of a matrix the norms of its rows (or columns, where these are contiguous) come first: one number from each takes
     two thirds of the time of one number from all.
     """
-    norms: list[Tensor] = [torch.linalg.vector_norm(grad, dim=_contiguous(grad)).reshape(-1) for grad in grads]
-    norms += [norm.reshape(1) for norm in known]
+    norms = [*map(_row_norms, grads), *(norm.reshape(1) for norm in known)]
     total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
     return total
 
@@ -103,7 +95,10 @@ def norms_by_name(sae: SAE, known: Mapping[nn.Parameter, Tensor]) -> dict[str, T
     return {**own, **dict(zip(divided, sums.unbind(), strict=True))}
 
 
-def _contiguous(grad: Tensor) -> int | None:
-    if grad.dim() < 2:
-        return None
-    return min(range(grad.dim()), key=grad.stride)
+def _row_norms(grad: Tensor) -> Tensor:
+    """Norms of the rows of a matrix, the norm of a vector; on a device the vector, since a launch takes longer."""
+    if grad.dim() < 2 and host_waits(grad):
+        return grad.reshape(-1)
+    rows = None if grad.dim() < 2 else min(range(grad.dim()), key=grad.stride)
+    norms: Tensor = torch.linalg.vector_norm(grad, dim=rows)
+    return norms.reshape(-1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,55 +88,63 @@ def _muon(groups: Groups, given: Hyperparameters) -> torch.optim.Optimizer:
     return MuonAndAdam(groups, given)
 
 
-@contextmanager
-def _in_memory_order(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Show matrices that are stored by columns, as W_enc is, as their transposes.
+def started(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Any]:
+    """The state of a parameter, created as `torch.optim.Adam` does."""
+    state: dict[str, Any] = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    return state
 
-    A fused step copies what is not contiguous to and fro: of parameter, gradient and both moments.
+
+class _Direct(torch.optim.Optimizer):
+    """Adam's fused kernels without what `torch.optim` does around them, which takes a host longer than the launches."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)  # its guard imports torch._dynamo: seconds
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        assert set_to_none
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Take one step on the gradients that there are."""
+        assert closure is None
+        given = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
+        torch._foreach_add_([started(self, p)["step"] for _, parameters in given for p in parameters], 1)
+        for group, parameters in given:
+            if not parameters:
+                continue
+            *tensors, steps = zip(*(_in_memory_order(p, self.state[p]) for p in parameters), strict=True)
+            beta1, beta2 = group["betas"]
+            numbers = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            fused: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+            fused(*tensors, [], steps, beta1=beta1, beta2=beta2, **numbers)
+
+    step.hooked = True  # type: ignore[attr-defined]  # else torch.optim wraps it in a profiler's range
+
+
+def _in_memory_order(p: nn.Parameter, state: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What a fused step takes; matrices that are stored by columns, as W_enc is, as their transposes.
+
+    What is not contiguous it would copy to and fro: of parameter, gradient and both moments.
     """
-    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.ndim == 2]
-    turned = [p for p in given if not p.is_contiguous() and p.t().is_contiguous()]
-    for p in turned:
-        _transpose(p, optimizer.state.get(p, {}))
-    try:
-        yield
-    finally:
-        for p in turned:
-            _transpose(p, optimizer.state.get(p, {}))
+    assert p.grad is not None
+    tensors: tuple[Tensor, ...] = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+    if p.ndim == 2 and not p.is_contiguous() and p.t().is_contiguous():
+        tensors = tuple(t.t() for t in tensors)
+    return (*tensors, state["step"])
 
 
-def _transpose(p: nn.Parameter, state: dict[str, Any]) -> None:
-    grad, p.grad = p.grad, None
-    p.data = p.data.t()
-    p.grad = None if grad is None else grad.t()
-    state.update({name: value.t() for name, value in state.items() if torch.is_tensor(value) and value.ndim == 2})
+class _Adam(_Direct, torch.optim.Adam):
+    pass
 
 
-class _Eager(torch.optim.Optimizer):
-    """Methods of torch's optimizers without their guard against torch.compile, which imports torch._dynamo: seconds."""
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-
-
-_adam_step = inspect.unwrap(torch.optim.Adam.step)
-_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
-
-
-class _Adam(_Eager, torch.optim.Adam):
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step."""
-        with _in_memory_order(self):
-            return _adam_step(self, closure)
-
-
-class _AdamW(_Eager, torch.optim.AdamW):
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step."""
-        with _in_memory_order(self):
-            return _adamw_step(self, closure)
+class _AdamW(_Direct, torch.optim.AdamW):
+    pass
 
 
 class MuonAndAdam(torch.optim.Optimizer):

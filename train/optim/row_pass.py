@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sae_granary.sae_core import SAE
 from sae_granary.sae_core.kernels import takes_triton
 from sae_granary.sae_core.kernels.deferred import Deferred
+from sae_granary.train.optim.optimizers import started
 
 
 @dataclass
@@ -91,11 +92,10 @@ class RowPass:
             p.grad = grad
 
     def _state(self, p: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's state of a matrix, created as `torch.optim.Adam` does."""
-        state: dict[str, Any] = self.optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        """The optimizer's state of a matrix."""
+        is_new = p not in self.optimizer.state
+        state = started(self.optimizer, p)
+        if is_new:
             self._steps[p] = (state["step"], state["step"]._version, 0)
         return state
 

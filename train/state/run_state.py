@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sae_granary import sae_core
 from sae_granary.sae_core import SAE
@@ -59,6 +59,13 @@ class Run:
         """Length of the run in optimizer steps."""
         assert self.config.steps is not None
         return self.config.steps
+
+    @cached_property
+    def counters(self) -> list[Tensor]:
+        """Buffers that a step may change: all but those that `SAE.initialize` fits."""
+        sae, core = self.sae, self.sae.core
+        fitted = {core.loss_variance, core.loss_mean_square}.union(*(n.buffers() for n in sae.normalizers))
+        return [buffer for buffer in sae.buffers() if buffer not in fitted]
 
     @cached_property
     def schedule(self) -> Schedule:

@@ -25,12 +25,12 @@ from sae_granary.cache.load.whole_contexts import Contexts
 from sae_granary.sae_core import SAE, Codes, Pattern, Progress
 from sae_granary.sae_core.autograd import Centered, decode, encode_at
 from sae_granary.sae_core.kernels import deferred
+from sae_granary.sae_core.kernels.deferred import Bounded, finite
 from sae_granary.sae_core.pre_acts import PreActs
 from sae_granary.sae_core.registry import shares_passes
 from sae_granary.train.data.streams import step_input
 from sae_granary.train.loop import autocast, measures
 from sae_granary.train.optim.asked import Asked
-from sae_granary.train.optim.gradients import is_finite
 from sae_granary.train.state.run_state import Run
 from sae_granary.train.step_input import RowInput
 from sae_granary.train.trainer import Trainer
@@ -125,15 +125,15 @@ class _Stack:
     @torch.no_grad()
     def prepare(self, x: RowInput) -> None:
         """Compute the gradients of a batch for all runs; those of a run that something is wrong with are left out."""
-        sound, n_rows = x.is_sound(), x.n_rows
+        bounded, n_rows = x.bounded(), x.n_rows
         self._before = []
         self._before = [sae.num_tokens_since_fired.clone() for sae in self._saes]
-        if not deferred.host_waits(sound) and not bool(sound):
+        if deferred.Deferred().failed(bounded):
             return
         with autocast(x.device, self._runs[0].config.compute_dtype):
             source = self._saes[0].prepare(x.rows)  # the same for all: their samples were
             centered = [sae.center(source.input).values for sae in self._saes]
-            kept = [self._select(run, h, sound) for run, h in zip(self._runs, centered, strict=True)]
+            kept = [self._select(run, h, bounded) for run, h in zip(self._runs, centered, strict=True)]
             pattern, b_enc = _joined_pattern(kept), _joined([sae.encoder_bias for sae in self._saes], own=False)
             values = torch.cat([codes.values for codes in kept])
             with torch.enable_grad():
@@ -149,30 +149,30 @@ class _Stack:
         losses = error.square().sum((1, 2)) / (units * n_rows)
         fired = (Codes(acts.detach(), pattern).fired() > 0).chunk(len(kept))
         grads = [_parts(matrix, axis, len(kept)) for matrix, axis in ((self._W_enc, 1), (self._W_dec, 0), (b_enc, 0))]
-        self._ask([*zip(self._runs, error_grad, is_finite(losses), fired, *grads, strict=True)], n_rows)
+        self._ask([*zip(self._runs, error_grad, losses, fired, *grads, strict=True)], n_rows)
 
-    def _select(self, run: Run, h: Tensor, sound: Tensor) -> Codes:
+    def _select(self, run: Run, h: Tensor, bounded: list[Bounded]) -> Codes:
         run.sae.begin_step(Progress(run.step, run.n_steps))
         run.optimizer.zero_grad(set_to_none=True)
         run.row_pass.ask(run.deferred)
         sae = cast("TopKSAE", run.sae)
         with run.deferred.of_this_step():
-            run.deferred.failed(sound)
+            run.deferred.failed(bounded)
             return sae.select(PreActs(h, sae.W_enc, sae.encoder_bias), sae.k)
 
     def _ask(self, parts: Sequence[tuple[Run, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]], n_rows: int) -> None:
         """Give each run its gradients and counters, and read what their steps need to know, at once."""
         asked: list[tuple[Run, Asked, Tensor]] = []
-        for run, error_grad, finite, fired, *grads in parts:
+        for run, error_grad, loss, fired, *grads in parts:
             sae = run.sae
             sae.W_enc.grad, sae.W_dec.grad, sae.encoder_bias.grad = grads
             sae.b_dec.grad = error_grad.sum(0) - sae.W_enc @ grads[2]
             sae.num_tokens_since_fired.add_(n_rows).masked_fill_(fired, 0)
-            if run.deferred.failed(finite) or (each := Asked.of(run)) is None:
+            if run.deferred.failed(finite(loss)) or (each := Asked.of(run)) is None:
                 self._leave_out(run)
             else:
                 asked.append((run, each, run.deferred.asked(*each.numbers)))
-        found = deferred.to_host(torch.cat([numbers for *_, numbers in asked])) if asked else []
+        found = deferred.to_host(torch.cat([numbers for *_, numbers in asked])) if asked else b""
         ends = accumulate((numbers.numel() for *_, numbers in asked), initial=0)
         for (run, each, _), (start, end) in zip(asked, pairwise(ends), strict=True):
             run.prepared = each.answered(run, run.deferred.answers(found[start:end]))

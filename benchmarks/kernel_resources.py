@@ -52,6 +52,7 @@ class Resources(NamedTuple):
     spilled: int  # bytes per thread
     n_warps: int
     uses_matrix_units: bool
+    reads_16_bytes: bool  # at a time, per thread
 
     @property
     def active_warps(self) -> int:
@@ -118,7 +119,9 @@ def compile_use(use: Use) -> Resources:
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(f"sae_granary.sae_core.kernels.{use.module}"), use.kernel)
-    constants = {
+    # A launch compiles arguments that are 1 in: what is read is contiguous, and only then takes 16 bytes at a time.
+    contiguous = {name: 1 for name in kernel.arg_names if name.endswith("stride_column")}
+    constants = contiguous | {
         name: triton.language.float32 if value == "float32" else value for name, value in use.constants.items()
     }
     types = {**TYPES, **use.types}
@@ -134,7 +137,8 @@ def compile_use(use: Use) -> Resources:
         text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     shared = max(found["SHARED"], int(compiled.metadata.shared))
-    return Resources(found["REG"], shared, found["STACK"] + found["LOCAL"], use.n_warps, "wgmma" in compiled.asm["ptx"])
+    spilled, ptx = found["STACK"] + found["LOCAL"], compiled.asm["ptx"]
+    return Resources(found["REG"], shared, spilled, use.n_warps, "wgmma" in ptx, "ld.global.v4.b32" in ptx)
 
 
 def main() -> int:

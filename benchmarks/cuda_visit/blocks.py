@@ -58,6 +58,7 @@ def trials(size: Size, device: str) -> Iterator[Trial]:
         {"TILE": tile, "OPTIONS": {**triton_bag.OPTIONS, "num_warps": n_warps}}
         for tile, n_warps in ((4, 2), (8, 4), (16, 4), (16, 2))
     ]
+    bags.append({"OPTIONS": {"num_warps": 2, "maxnreg": None}})  # more programs, which wait for fewer rows each
     screen = GpuScreen(x, W, bias)
     blocks = [
         (128, 256, 64, 8, 4),

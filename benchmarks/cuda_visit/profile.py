@@ -40,13 +40,8 @@ def _profile(at: Place, name: str, dtype: str) -> str:
         for _ in range(N_STEPS):
             train_step(training, batch)
         at.wait()
-    device = DeviceType.CPU if at.tiny else DeviceType.CUDA
-    calls, spent, times = Counter[str](), Counter[str](), Counter[str]()
-    for event in profiled.events() or ():
-        calls[event.name] += 1
-        if event.device_type == device and not event.is_user_annotation:  # those span other events
-            spent[event.name] += event.self_cpu_time_total if at.tiny else event.time_range.elapsed_us()
-            times[event.name] += 1
+    calls = Counter(event.name for event in profiled.events() or ())
+    spent, times = by_kernel(profiled, at)
     counted = [sum(calls[call] for call in group) / N_STEPS for group in (LAUNCHES, WAITS)]
     title = (
         f"{name}, {dtype}, d_in {size.d_in}, d_sae {size.d_sae}, batch {size.batch}: {counted[0]:.0f} launches, "
@@ -57,3 +52,14 @@ def _profile(at: Place, name: str, dtype: str) -> str:
         for kernel, microseconds in spent.most_common(N_KERNELS)
     ]
     return f"{title}\n\n{markdown(['kernel', 'calls', 'ms per step'], rows)}"
+
+
+def by_kernel(profiled: profile, at: Place) -> tuple[Counter[str], Counter[str]]:
+    """Microseconds and calls of each kernel; on a CPU, of each operation."""
+    device = DeviceType.CPU if at.tiny else DeviceType.CUDA
+    spent, times = Counter[str](), Counter[str]()
+    for event in profiled.events() or ():
+        if event.device_type == device and not event.is_user_annotation:  # those span other events
+            spent[event.name] += event.self_cpu_time_total if at.tiny else event.time_range.elapsed_us()
+            times[event.name] += 1
+    return spent, times

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ N_STEPS = 10_000  # more than are ever taken
 
 def sparsify_steps(optimizer: str, x: Tensor, args: argparse.Namespace, turn: Turn) -> None:
     """Steps of sparsify's Trainer.fit, which come to the model's forward pass one after the other."""
+    if args.device == "cpu":  # its Triton kernel needs a GPU, and is taken wherever Triton is installed
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from datasets import Dataset
     from sparsify import SaeConfig, Trainer
     from sparsify import TrainConfig as SparsifyConfig

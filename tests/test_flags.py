@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
+from command_kit import invoke, refused
 from conftest import write_cache
-from typer.testing import CliRunner
 
 from sae_granary import open_cache, train_sweep
 from sae_granary.cache.cli import app as cache_app
@@ -167,38 +168,35 @@ def test_a_setting_of_another_type_names_what_this_one_has(type_name, key, hint)
 # -- --layer and --layers are one flag -----------------------------------------------------------------------------
 
 
-def invoke(*args: object, app=train_app, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    assert code == 0 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1), result.stderr
-    return result.output
-
-
 @pytest.mark.parametrize("flag", ["--layer", "--layers", "-l"])
 def test_layers_are_one_sae_each_or_the_hook_points_of_one(make_cache, tmp_path, monkeypatch, flag) -> None:
     monkeypatch.chdir(tmp_path)
     make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_10"))
+
+    def printed(*words: object) -> dict[str, Any]:
+        return load_yaml(invoke(train_app, *words).stdout)
+
     settings = ["--cache", "toy", "--steps", 4, "-b", 64, "--device", "cpu"]
     for layers in (["1,10"], ["1", flag, "10"]):
-        each = invoke("run", "--type", "topk", "-k", 4, flag, *layers, *settings, "--dry-run")
+        each = invoke(train_app, "run", "--type", "topk", "-k", 4, flag, *layers, *settings, "--dry-run").stdout
         assert "2 SAEs in 1 group" in each
         assert "toy_layer_10_topk" in each
     for layers, hooks in ("1,10", ["layer_1", "layer_10"]), ("all", ["layer_1", "layer_2", "layer_10"]):
-        one = load_yaml(invoke("run", "--type", "crosscoder", "-k", 4, flag, layers, *settings, "--dry-run"))
+        one = printed("run", "--type", "crosscoder", "-k", 4, flag, layers, *settings, "--dry-run")
         assert one["run"]["hook"] == hooks
         assert one["run"]["name"] == f"toy_{len(hooks)}hooks_crosscoder_d128_k4_s0"
-    one = load_yaml(invoke("config", "--type", "topk", flag, "02", *settings))
+    one = printed("config", "--type", "topk", flag, "02", *settings)
     assert one["run"]["hook"] == ["layer_2"]
-    one = load_yaml(invoke("config", "--type", "topk", flag, "2", "--hook", "layer_10", "--layer-stride", 2, *settings))
+    one = printed("config", "--type", "topk", flag, "2", "--hook", "layer_10", "--layer-stride", 2, *settings)
     assert one["run"]["hook"] == ["layer_10"]
-    assert "SAE each" in invoke("config", "--type", "topk", flag, "1,2", *settings, code=2)
+    assert "SAE each" in refused(train_app, "config", "--type", "topk", flag, "1,2", *settings)
 
 
 def test_layers_on_the_command_line_override_hooks_of_a_file(make_cache, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_3"))
     Path("c.yaml").write_text("cache: toy\ntype: topk\nk: 4\nhook: layer_1\nsteps: 4\nbatch_size: 64\n")
-    out = invoke("run", "--config", "c.yaml", "--layer", "2,3", "--dry-run")
+    out = invoke(train_app, "run", "--config", "c.yaml", "--layer", "2,3", "--dry-run").stdout
     assert "toy_layer_2_topk" in out
     assert "toy_layer_1_topk" not in out
 
@@ -218,9 +216,10 @@ def test_layers_in_a_file_are_the_flag(make_cache, tmp_path, monkeypatch, text, 
     Path("c.yaml").write_text(f"{text}\n")
     for command in (["run", "--type", "topk"], ["run", "--type", "crosscoder"], ["sweep", "--grid", "type=topk,gated"]):
         common = ["--cache", "toy", "--steps", 4, "-b", 64, "--device", "cpu", "--dry-run"]
-        from_file, from_flags = invoke(*command, *common, "--config", "c.yaml"), invoke(*command, *common, *flags)
-        assert from_file.replace("# c.yaml", "# flag") == from_flags
-    assert "toy_layer_2_topk" in invoke("run", "--type", "topk", *common, "--config", "c.yaml", "--layers", "2,10")
+        both = [invoke(train_app, *command, *common, *given).stdout for given in (["--config", "c.yaml"], flags)]
+        assert both[0].replace("# c.yaml", "# flag") == both[1]
+    flags = ["--config", "c.yaml", "--layers", "2,10"]
+    assert "toy_layer_2_topk" in invoke(train_app, "run", "--type", "topk", *common, *flags).stdout
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_layers_in_a_file_are_the_flag(make_cache, tmp_path, monkeypatch, text, 
 )
 def test_hook_points_that_do_not_fit_name_the_remedy(make_cache, flags, message) -> None:
     cache = make_cache(n_docs=20, hooks=("layer_1", "layer_2", "layer_3"))
-    assert message in invoke("run", "--cache", cache, "--type", "topk", "-b", 64, "--dry-run", *flags, code=2)
+    assert message in refused(train_app, "run", "--cache", cache, "--type", "topk", "-b", 64, "--dry-run", *flags)
 
 
 # -- suggestions lead somewhere ------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ def test_help_shows_the_flags_people_use_and_help_all_the_rest(monkeypatch, app,
     monkeypatch.setenv("COLUMNS", "200")
     group = typer.main.get_command(app)
     every = {name for p in group.commands[command].params for name in p.opts if name.startswith("--")}
-    short, full = (invoke(command, flag, app=app) for flag in ("--help", "--help-all"))
+    short, full = (invoke(app, command, flag).stdout for flag in ("--help", "--help-all"))
     shown, all_shown = (set(re.findall(r"--[a-z][a-z0-9-]*", text)) & every for text in (short, full))
     assert all_shown == every
     assert 15 <= len(shown) <= 28 < len(every)
@@ -296,12 +295,12 @@ def place(tmp_path_factory):
 def test_a_sweep_where_a_run_belongs_says_what_to_do(place, monkeypatch) -> None:
     monkeypatch.chdir(place)
     names = r"is a sweep of several runs: name one of the folders in it \(toy_layer_3_topk_d32_k2_s0, .*k4_s0\)"
-    assert re.search(names, invoke("export", "runs/s", code=2))
-    assert re.search(names, invoke("push", "runs/s", "me/sae", code=2))
-    run = ["run", "--cache", "toy", "--type", "topk", "-k", 2, "--d-sae", 32, "--steps", 2, "-b", 64, "-q"]
-    assert re.search(names, invoke(*run, "--init-from", "runs/s", code=2))
+    assert re.search(names, refused(train_app, "export", "runs/s"))
+    assert re.search(names, refused(train_app, "push", "runs/s", "me/sae"))
+    run = [train_app, "run", "--cache", "toy", "--type", "topk", "-k", 2, "--d-sae", 32, "--steps", 2, "-b", 64, "-q"]
+    assert re.search(names, refused(*run, "--init-from", "runs/s"))
     for more in ([], ["--resume", "auto"], ["--overwrite"]):
-        text = invoke(*run, "--name", "s", *more, code=2)
+        text = refused(*run, "--name", "s", *more)
         assert "runs/s is a sweep: continue it with sae-train resume runs/s, or choose another --name" in text
     assert (place / "runs/s/sweep.json").is_file()
 
@@ -310,15 +309,14 @@ def test_verify_takes_several_caches(place, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         shutil.copytree(place / "toy", name)
-    assert invoke("verify", "a", "b", app=cache_app).count(": ok (") == 2
+    assert invoke(cache_app, "verify", "a", "b").stdout.count(": ok (") == 2
     shard = max((path for path in Path("b").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1])
-    result = CliRunner().invoke(cache_app, ["verify", "b", "a"])
-    assert result.exit_code == 1
+    result = invoke(cache_app, "verify", "b", "a", code=1)
     assert "a: ok (" in result.output
     assert re.search(r"b: \d problem", result.output)
-    assert json.loads(CliRunner().invoke(cache_app, ["verify", "a", "b", "--json"]).output).keys() == {"a", "b"}
-    assert "nowhere does not exist" in invoke("verify", "a", "nowhere", app=cache_app, code=2)
+    assert json.loads(invoke(cache_app, "verify", "a", "b", "--json", code=1).stdout).keys() == {"a", "b"}
+    assert "nowhere does not exist" in refused(cache_app, "verify", "a", "nowhere")
 
 
 def test_a_type_that_reads_neighbors_says_why_texts_have_none(place) -> None:

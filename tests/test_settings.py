@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from command_kit import invoke, refused
 from fresh_package import fresh_package
 from typer.testing import CliRunner
 
@@ -109,9 +110,9 @@ def test_every_option_of_a_type_is_a_flag() -> None:
 
 
 def test_flags_of_options_are_negated_and_nested() -> None:
-    printed = CliRunner().invoke(app, ["config", "--type", "route", "--no-detach-target", "--base-options", "{k: 3}"])
-    assert load_yaml(printed.output)["model"]["detach_target"] == "false"
-    assert load_yaml(printed.output)["model"]["base_options"] == {"k": "3"}
+    printed = invoke(app, "config", "--type", "route", "--no-detach-target", "--base-options", "{k: 3}").stdout
+    options = load_yaml(printed)["model"]
+    assert (options["detach_target"], options["base_options"]) == ("false", {"k": "3"})
 
 
 def test_settings_name_the_optimizers_that_there_are() -> None:
@@ -155,11 +156,9 @@ WRONG = [
 def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, monkeypatch, text, message) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(text)
-    result = CliRunner().invoke(app, ["config", "--config", "c.yaml"])
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: c.yaml")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    error = refused(app, "config", "--config", "c.yaml")
+    assert error.startswith("error: c.yaml")
+    assert message in error
 
 
 @pytest.mark.parametrize("text", ["[" * 3000 + "]" * 3000, "".join(f"\n{' ' * i}- " for i in range(1, 150))])
@@ -171,9 +170,8 @@ def test_deep_lists_are_refused_at_their_line(tmp_path, text) -> None:
 
 def test_an_assignment_that_is_given_twice_is_refused(make_cache) -> None:
     given = ["--type", "topk", "--set", "batch-size=1", "--set", "batch_size=2"]
-    result = CliRunner().invoke(app, ["run", "--cache", str(make_cache()), *given])
-    assert result.exit_code == 2
-    assert "error: --set batch_size is given twice, as '1' and '2': give it once" in result.stderr
+    error = refused(app, "run", "--cache", make_cache(), *given)
+    assert "error: --set batch_size is given twice, as '1' and '2': give it once" in error
     with pytest.raises(ConfigError, match="--set layers is given twice"):
         given_settings(assignments=["layers=1", "layers=1"])
 
@@ -214,17 +212,15 @@ def test_a_file_without_end_is_not_read_to_it() -> None:
 
 
 def test_a_layer_of_any_length_is_a_name(tmp_path, make_cache) -> None:
-    argv = ["config", "--cache", str(make_cache()), "--type", "topk", "--layer", "9" * 5000]
-    result = CliRunner().invoke(app, argv)
-    assert result.exit_code == 2
-    assert "the cache has no hook point 'layer_9999" in result.stderr
+    error = refused(app, "config", "--cache", make_cache(), "--type", "topk", "--layer", "9" * 5000)
+    assert "the cache has no hook point 'layer_9999" in error
 
 
 def test_a_sweep_names_the_line_too(tmp_path, make_cache) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"cache: {make_cache()}\ntype: topk\ngrid: {{k: [1, 2]}}\ntraining:\n  batch_size: many\n")
-    result = CliRunner().invoke(app, ["sweep", "--config", str(path), "--dry-run"])
-    assert f"{path}, line 5: batch_size='many': expected a whole number" in result.stderr
+    error = refused(app, "sweep", "--config", path, "--dry-run")
+    assert f"{path}, line 5: batch_size='many': expected a whole number" in error
 
 
 def test_a_place_follows_its_setting(tmp_path) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_kit import run_python
+from command_kit import invoke, refused
 from fork_kit import LIMIT, Forks, command
 from rank_kit import COMMON, ended, start
 from stage_kit import check_copies, killed_copying, staged
 from test_cache_travel_added import add, grow, harvest
-from typer.testing import CliRunner
 
 from sae_granary import encode_cache, open_cache, train_sae
 from sae_granary.analyze.cli import app as analyze_app
@@ -205,17 +205,14 @@ def test_the_analysis_reads_the_copies_of_a_training(
     assert np.array_equal(codes.values, plain.values)
     told, asked = [], ["eval", str(run), "--device", "cpu", "--json", "--quiet"]
     for flags in ([], ["--stage", str(disk)]):
-        result = CliRunner().invoke(analyze_app, [*asked, *flags])
-        assert result.exit_code == 0, result.output
-        told.append(json.loads(result.stdout))
+        told.append(json.loads(invoke(analyze_app, *asked, *flags).stdout))
     assert told[0] == told[1]
     assert copies(disk) == before
     shutil.rmtree(next(disk.iterdir()))
-    assert CliRunner().invoke(analyze_app, [*asked, "--stage", str(disk)]).exit_code == 0
+    invoke(analyze_app, *asked, "--stage", disk)
     assert copies(disk).keys() == before.keys()
-    refused = CliRunner().invoke(analyze_app, ["show", str(run), "--latent", "1", "--stage", str(tmp_path / "a/b")])
-    assert refused.exit_code == 2
-    assert "a/b: expected a folder on a disk of this machine" in " ".join(refused.stderr.split())
+    error = refused(analyze_app, "show", run, "--latent", 1, "--stage", tmp_path / "a/b")
+    assert "a/b: expected a folder on a disk of this machine" in error
 
 
 def test_wrong_bytes_are_never_read_and_nothing_is_written(
@@ -245,8 +242,7 @@ def test_a_folder_that_is_not_there_is_refused(
 ) -> None:
     flags = ["--cache", make_cache(), "--type", "topk", "--d-sae", 32, "--steps", 2, "--runs-dir", tmp_path / "runs"]
     flags += ["--stage", folder.format(tmp=tmp_path), *(["--grid", "k=2,4"] if command == "sweep" else [])]
-    result = CliRunner().invoke(app, [command, *map(str, flags)])
-    assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.output
+    assert message in refused(app, command, *flags)
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "toy" / "new").exists()
 

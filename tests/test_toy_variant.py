@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_kit import invoke
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from sae_granary import sae_core
 from sae_granary.common.finished_run import read_summary
@@ -21,6 +21,7 @@ TOY = '''
 from dataclasses import dataclass
 
 import torch
+from command_kit import invoke
 
 from sae_granary.sae_core.base import SAE
 from sae_granary.sae_core.data import Activation
@@ -60,19 +61,13 @@ def _toy(tmp_path, monkeypatch):
     sys.modules.pop("sae_granary.sae_core.variants.soft_threshold", None)
 
 
-def call(*args: str) -> str:
-    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.mark.usefixtures("_toy")
 def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_file(make_cache) -> None:
     make_cache()
-    assert "soft_threshold" in call("types")
-    assert "shrink" in call("types", "soft_threshold")
+    assert "soft_threshold" in invoke(app, "types").stdout
+    assert "shrink" in invoke(app, "types", "soft_threshold").stdout
     flags = ["--cache", "toy", "--type", "soft_threshold", "--batch-size", "128", "--set", "shrink=0.2"]
-    call("run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
+    invoke(app, "run", *flags, "--steps", "200", "--save-every", "100", "--name", "toy")
     folder = Path("runs/toy")
     assert make_config([read_yaml(folder / "config.yaml")]).options["shrink"] == 0.2
 
@@ -83,7 +78,7 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     summary = read_summary(folder)
     assert 0 < summary["eval"]["fvu"] < 1
     assert 0 < summary["eval"]["l0"] < summary["d_sae"]
-    assert "soft_threshold" in call("compare", "runs/toy")
+    assert "soft_threshold" in invoke(app, "compare", "runs/toy").stdout
 
     # resumed: what a checkpoint holds is the whole state
     whole = load_file(folder / "sae_weights.safetensors")
@@ -91,10 +86,10 @@ def test_the_commands_train_save_load_and_evaluate_a_variant_that_is_one_new_fil
     [middle, end] = sorted((folder / "checkpoints").iterdir())
     assert (middle.name, end.name) == ("step_00000100", "step_00000200")
     shutil.rmtree(end)
-    call("resume", "runs/toy", "--quiet")
+    invoke(app, "resume", "runs/toy", "--quiet")
     again = load_file(folder / "sae_weights.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
     # trained: longer is better
-    call("run", *flags, "--steps", "3", "--name", "short")
+    invoke(app, "run", *flags, "--steps", "3", "--name", "short")
     assert summary["eval"]["fvu"] < read_summary(Path("runs/short"))["eval"]["fvu"]

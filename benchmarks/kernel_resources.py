@@ -19,15 +19,15 @@ from benchmarks.table import markdown
 CAPABILITY = 90
 REGISTERS, SHARED, WARPS, PROGRAMS = 2**16, 227 * 2**10, 64, 32  # of a multiprocessor; a program takes 1 KB more
 TYPES = {
-    **dict.fromkeys(("indices", "offsets", "indptr", "starts", "columns", "chosen"), "*i64"),
+    **dict.fromkeys(("indices", "offsets", "indptr", "starts", "spans", "columns", "kept_columns", "chosen"), "*i64"),
     **dict.fromkeys(("grad", "mean", "square", "weights", "sums", "values", "chosen_values"), "*fp32"),
-    **dict.fromkeys(("matrix", "norms", "bias", "row_slack", "share", "bias_slack", "least"), "*fp32"),
+    **dict.fromkeys(("matrix", "losses", "kept_norms", "bias", "row_slack", "share", "kept_values"), "*fp32"),
     **dict.fromkeys(("table", "out", "rows"), "*fp32"),
     **dict.fromkeys(("rounded", "latents", "entries", "maxima"), "*bf16"),
-    **dict.fromkeys(("groups", "n_hot", "largest"), "*i32"),
+    **dict.fromkeys(("groups", "numbers"), "*i32"),
     **dict.fromkeys(("squares", "dots"), "*fp32"),
     **dict.fromkeys(("scale", "step_size", "root", "eps", "new_mean", "beta2", "new_square", "decay"), "fp32"),
-    "absent": "fp32",
+    **dict.fromkeys(("absent", "underflow", "summing", "tiny"), "fp32"),
 }
 
 
@@ -69,12 +69,15 @@ def uses(d_in: int, k: int) -> Iterator[Use]:
     block = max(16, min(triton_bag.MAX_BLOCK, 1 << (d_in - 1).bit_length()))
     limits = triton_bag.OPTIONS["num_warps"], triton_bag.OPTIONS.get("maxnreg")
     bags = {"CHUNK": triton_bag.CHUNK, "BLOCK": block, "TILE": triton_bag.TILE}
+    dots = {"ENTRIES": triton_dot.ENTRIES, "SPLIT": triton_dot.SPLIT, "BLOCK": block, "ACCUMULATOR": "float32"}
+    of_dots = triton_dot.N_WARPS, triton_dot.MAX_REGISTERS
     for table in ("*fp32", "*bf16"):
         types = {"table": table, "weights": table, "out": table, "columns": table, "rows": table}
         yield Use("triton_bag", "sum_chunks", bags, *limits, types=types)
         yield Use("triton_bag", "sum_bags", {**bags, "SQUARES": False, "DOTS": False}, *limits, types=types)
-        dots = {"ENTRIES": triton_dot.ENTRIES, "SPLIT": triton_dot.SPLIT, "BLOCK": block, "ACCUMULATOR": "float32"}
-        yield Use("triton_dot", "dot_at_entries", dots, triton_dot.N_WARPS, types=types)
+        yield Use("triton_dot", "dot_at_entries", {**dots, "STEP": 1, "BIAS": False}, *of_dots, types=types)
+    types = {"columns": "*fp32", "indices": "*i32"}
+    yield Use("triton_dot", "dot_at_entries", {**dots, "STEP": 2, "BIAS": True}, *of_dots, types=types)
     yield Use("triton_bag", "sum_bags", {**bags, "SQUARES": True, "DOTS": True}, *limits)
     sizes = triton_rows._sizes(d_in)
     whole = {"BLOCK": sizes["BLOCK"]}
@@ -90,24 +93,29 @@ def _of_screen(d_in: int, k: int) -> Iterator[Use]:
     from sae_granary.sae_core.kernels import gpu_screen
 
     group, room = gpu_screen.GROUP, gpu_screen._power_of_two(gpu_screen.PER_K * k)
-    counts = {"rows": "*i64", "counts": "*i64"}
-    yield Use("triton_screen", "round_rows", {"BLOCK": min(1024, gpu_screen._power_of_two(d_in))}, 4)
-    for magnitude in (False, True):
-        constants = {**gpu_screen.BLOCKS, "GROUP": group, "MAGNITUDE": magnitude, "STORE": True, "WIDEN": False}
+    width = gpu_screen._power_of_two(d_in)
+    finds = {"BLOCK": gpu_screen.SEARCHED, "TILE": gpu_screen.TILE, "GROUP": group}
+    rounds = {"GROUP": group, "BLOCK": min(gpu_screen.ROUNDED, width)}
+    yield Use("triton_screen", "round_rows", {"BLOCK": min(1024, width)}, 4)
+    for switch in (False, True):
+        latents = {"bound": "*fp32", "shifted": "*fp32"}
+        yield Use("triton_screen", "round_latents", {**rounds, "SHIFT": switch}, 4, types=latents)
+        constants = {**gpu_screen.BLOCKS, "GROUP": group, "MAGNITUDE": switch, "STORE": True, "FIND_TOP": not switch}
+        constants["WIDEN"] = False
         yield Use("triton_screen", "product", constants, gpu_screen.PRODUCT["num_warps"], types={"rows": "*bf16"})
-    for search in (False, True):
-        yield Use("triton_screen", "find_hot_groups", {"BLOCK": gpu_screen.SEARCHED, "SEARCH": search}, 4)
-        tile = {"TILE": gpu_screen.TILE, "GROUP": group}
-        yield Use("triton_screen", "collect", {**tile, "SAME": not search, "WRITE": search}, 4, types=counts)
-        largest = {"WIDTH": room, "SLOTS": gpu_screen._power_of_two(k), "MAGNITUDE": search}
-        yield Use("triton_screen", "choose_largest", largest, gpu_screen._warps(room))
-    yield Use(
-        "triton_screen",
-        "histogram",
-        {"BINS": gpu_screen.BINS, "BLOCK": gpu_screen.COUNTED},
-        4,
-        types={"counts": "*i32"},
-    )
+        search = {**finds, "SEARCH": switch, "BINS": 0 if switch else gpu_screen.BINS}
+        yield Use("triton_select", "find", search, 4, types={"columns": "*i32", "counts": "*i64"})
+        largest = {"WIDTH": room, "SLOTS": gpu_screen._power_of_two(k), "MAGNITUDE": switch}
+        yield Use("triton_select", "choose_largest", largest, gpu_screen._warps(room), types={"columns": "*i32"})
+    for of_bound in ("TIES", "PER_LATENT", None):
+        kept = {"BLOCK": gpu_screen.KEPT} | {name: name == of_bound for name in ("TIES", "PER_LATENT")}
+        types = {"columns": "*i32", "counts": "*i64", "rows": "*i64", "bound": "*fp32" if of_bound else "fp32"}
+        yield Use("triton_select", "count_wanted", kept, 1, types=types)
+        yield Use("triton_select", "keep_wanted", kept, 1, types=types)
+    unbinned = {**finds, "SEARCH": False, "BINS": 0}
+    yield Use("triton_select", "find", unbinned, 4, types={"columns": "*i32", "counts": "*i64"})
+    counts = {"BINS": gpu_screen.BINS, "BLOCK": gpu_screen.COUNTED}
+    yield Use("triton_screen", "histogram", counts, 4, types={"counts": "*i64"})
 
 
 def compile_use(use: Use) -> Resources:

@@ -162,9 +162,9 @@ class PreActs:
         if (screened := self._gpu_screen(1)) is not None:
             share = self._share_above(bound) if share is None else share
             if share <= screen.MAX_CANDIDATES:
-                room = room_for(gpu_screen.SLOTS * share, n_entries)
+                room = room_for(share, n_entries)
                 found = screened.above(bound, room)
-                deferred.note_share((found.values > padded.ABSENT).sum(), n_entries, room)
+                deferred.note_share(found.indptr[-1], n_entries, room)
                 deferred.note_fits(found.fits)
                 return Codes(found.values, Pattern(*self.shape, found.columns, found.indptr, found.rows))
         if share is None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from triton_kit import DEVICE
 
 from sae_granary.sae_core import Progress
-from sae_granary.sae_core.kernels import choose, deferred, gpu_screen, screen
+from sae_granary.sae_core.kernels import choose, deferred, gpu_screen, sampled_dot, screen
 from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.kernels.gpu_screen import GpuScreen
+from sae_granary.sae_core.kernels.padded import ABSENT
 from sae_granary.sae_core.pre_acts import PreActs
 
 N, D, F = (4, 24, 512) if DEVICE == "cpu" else (300, 200, 4096)
@@ -60,6 +61,8 @@ def test_the_largest_of_each_row(kind: str) -> None:
     torch.testing.assert_close(values, expected.gather(1, columns), rtol=1e-5, atol=1e-4)
     ranked, found = (expected.abs(), values.abs()) if by_magnitude else (expected, values)
     torch.testing.assert_close(found.sort(descending=True).values, ranked.topk(5).values, rtol=1e-5, atol=1e-4)
+    dots = sampled_dot(h, W, torch.arange(0, 5 * N + 1, 5, device=DEVICE), columns.flatten())
+    assert torch.equal(values.flatten(), dots + bias[columns.flatten()])
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
@@ -75,6 +78,47 @@ def test_the_largest_of_a_batch(in_parts: bool, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found.values, expected[found.rows, found.columns], rtol=1e-5, atol=1e-4)
     wanted = expected.flatten().topk(3 * N).values
     torch.testing.assert_close(found.values.sort(descending=True).values, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_of_few_positive_entries_the_others_count_for_nothing() -> None:
+    h, W, bias = factors("normal")
+    bias -= exact(h, W, bias).flatten().topk(4).values[-1]  # three are positive
+    found, expected = GpuScreen(h, W, bias).batch_topk(3), exact(h, W, bias)
+    n_used, positive = int(found.indptr[-1]), expected > 1e-4
+    assert found.fits
+    assert positive.sum() == 3
+    assert 3 <= n_used <= 3 * N
+    got = torch.zeros_like(positive)
+    got[found.rows[:n_used], found.columns[:n_used]] = True
+    assert got[positive].all()
+    assert (found.values[n_used:] == ABSENT).all()
+    assert torch.equal(found.rows[n_used:], torch.full_like(found.rows[n_used:], N - 1))
+    assert ((found.columns >= 0) & (found.columns < F)).all()
+
+
+def test_rows_may_take_their_slots_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, W, bias = factors("normal")
+    found = []
+    monkeypatch.setattr(gpu_screen, "CHUNK_ENTRIES", 0)  # one row at a time
+    for starts in (range(3), range(3)[::-1]):
+        monkeypatch.setattr(GpuScreen, "_starts", starts)
+        screened = GpuScreen(h[:3], W[:128], bias[:128])
+        found.append([*screened.batch_topk(2), *screened.above(9.0, 32)])
+    assert all(part[-1] for part in found)
+    assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which the interpreter computes with
+@pytest.mark.parametrize("broken", ["h", "W", "bias", "product"])
+def test_what_nothing_bounds_does_not_fit(broken: str) -> None:
+    h, W, bias = factors("normal")
+    if broken == "product":  # the factors and their norms are finite
+        h *= 1e20
+        W *= 1e20
+    else:
+        {"h": h, "W": W, "bias": bias}[broken].view(-1)[5] = -torch.nan if broken == "W" else torch.nan
+    assert not GpuScreen(h, W, bias).topk(2)[2]
+    assert not GpuScreen(h, W, bias).above(9.0, 64).fits
 
 
 @pytest.mark.parametrize("per_latent", [False, True])
@@ -106,14 +150,19 @@ def test_what_does_not_fit_is_selected_from_the_whole_product() -> None:
         assert broken.topk(2).values.isnan().all()
 
 
-@pytest.mark.parametrize("name", ["topk", "batchtopk"])
-def test_a_step_has_the_gradients_of_the_dense_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "n_positive"), [("topk", None), ("batchtopk", None), ("batchtopk", 5)])
+def test_a_step_has_the_gradients_of_the_dense_one(
+    name: str, n_positive: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     outcomes = []
     for least in (0, 2**40):
         monkeypatch.setattr(gpu_screen, "MIN_ENTRIES", least)
         sae = new(name, d_in=8, d_sae=128, k=2).to(DEVICE)
         sae.initialize(x, torch.Generator(device=DEVICE).manual_seed(2))
+        if n_positive is not None:  # fewer than are kept
+            with torch.no_grad():
+                sae.encoder_bias.sub_(sae.pre_acts(sae.encoder_input(x)).dense.flatten().topk(n_positive).values[-1])
         answers = Deferred()
         with answers.of_this_step():
             out = sae.train()(x)

@@ -67,7 +67,8 @@ def trials(size: Size, device: str) -> Iterator[Trial]:
         (256, 128, 64, 8, 3),
         (128, 256, 32, 8, 4),
     ]
-    yield Trial("product", gpu_screen, [_product(*given) for given in blocks], lambda: screen._product(0)[1])
+    products = [_product(*given) for given in blocks]
+    yield Trial("product", gpu_screen, products, lambda: screen._product(screen._factors, 0).maxima)
     yield Trial(
         "gradient with its norm", triton_bag, bags,
         lambda: triton_bag.bag_sum_and_square(rows, x, offsets, values[order], W)[0],

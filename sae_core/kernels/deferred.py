@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q", torch.bool: "?"}  # of `struct`
+CODES = {torch.float32: "f", torch.float64: "d", torch.int64: "q", torch.int32: "i", torch.bool: "?"}  # of `struct`
 
 Bounded = tuple[Tensor, float]  # a scalar, and the largest magnitude that it should have
 Matrix = tuple[int, torch.Size]  # address and shape

@@ -70,7 +70,7 @@ class _Function(Callback):
 class Callbacks:
     """All callbacks of a run."""
 
-    def __init__(self, callbacks: Sequence[AnyCallback] = ()) -> None:
+    def __init__(self, callbacks: Sequence[AnyCallback]) -> None:
         self._all = [c if isinstance(c, Callback) else _Function(c) for c in callbacks]
 
     def on_step(self, event: StepEvent) -> dict[str, float]:

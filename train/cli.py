@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.common.app import Debug, Quiet, echo, fail, make_app
+from sae_granary.common.app import Debug, Quiet, echo, make_app
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.compare_command import compare
 from sae_granary.train.commands.demo import demo
@@ -63,8 +64,8 @@ def config(read_flags: ReadFlags, debug: Debug = False) -> None:
 
         given, each = place_hooks(read_flags())
         if each:
-            fail(
-                f"error: {', '.join(each)}: an SAE each; config shows the settings of one, run --dry-run all of them", 2
+            raise ConfigError(
+                f"{', '.join(each)}: an SAE each; config shows the settings of one, run --dry-run all of them"
             )
         echo(annotated_yaml(given.layers()), nl=False)
 

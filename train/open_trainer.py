@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from sae_granary.common import files
 from sae_granary.common.finished_run import CHECKPOINTS, CONFIG, RECORD, RECORD_VERSION
 from sae_granary.common.signed import digest, write_signed
 from sae_granary.common.threads import waiting
-from sae_granary.train.callbacks import Callbacks
+from sae_granary.train.callbacks import AnyCallback, Callbacks
 from sae_granary.train.config.merge import differing, to_yaml
 from sae_granary.train.data import passes
 from sae_granary.train.data.run_data import RunData
 from sae_granary.train.data.stage import stage
 from sae_granary.train.errors import RunExistsError
 from sae_granary.train.folders import check_one_run, read_run
-from sae_granary.train.sinks.sink import Sinks
+from sae_granary.train.sinks.registry import open_sinks
+from sae_granary.train.sinks.sink import BaseSink, Sinks
 from sae_granary.train.state import checkpoint
 from sae_granary.train.state.identity import check_identity
 from sae_granary.train.state.initial import start_from
@@ -35,27 +37,27 @@ MAY_MOVE = ("cache", "lm", "runs_dir")  # settings of a run that are places
 
 
 def open_trainer(
-    data: RunData,
-    folder: Path,
-    make_sinks: Callable[[str], Sinks],
-    callbacks: Callbacks | None = None,
+    data: RunData, folder: Path, extra: Sequence[BaseSink], callbacks: Sequence[AnyCallback], stack: ExitStack
 ) -> Trainer:
     """The run of a folder that is held (`folders.exclusive`): from its newest checkpoint, or at its start.
 
-    A run that never started is recorded first: from then on it can be resumed. `make_sinks` gets the id for wandb.
+    A run that never started is recorded first: from then on it can be resumed. Its sinks, the `extra` ones among them,
+    are closed with the stack.
     Raises CheckpointError (damaged, or another cache).
     """
     stage(data)
     record = _record(data, folder)
     for place in (folder, folder / CHECKPOINTS):
         files.remove_temporary(place)
-    sinks = make_sinks(str(record["wandb_id"]))
+    sinks = open_sinks(data.config, folder, str(record["wandb_id"]), extra)
+    stack.callback(sinks.close)
     found = checkpoint.list_checkpoints(folder)
     restored = restore_or_start(data, found[-1] if found else None, sinks)
-    if found and callbacks is not None:
-        callbacks.restore(restored.extra.get("callbacks", []))
+    called = Callbacks(callbacks)
+    if found:
+        called.restore(restored.extra.get("callbacks", []))
     data = data.with_config(restored.run.config)
-    return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, callbacks)
+    return Trainer(data, restored.run, folder, sinks, restored.loader_state, restored.seconds, called)
 
 
 def restore_or_start(data: RunData, path: Path | None, sinks: Sinks) -> checkpoint.Restored:

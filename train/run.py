@@ -13,8 +13,8 @@ from sae_granary import sae_core
 from sae_granary.common.errors import ConfigError, nearest
 from sae_granary.common.finished_run import RECORD, SUMMARY, is_complete, read_summary
 from sae_granary.common.signals import StopRequest
-from sae_granary.train.callbacks import AnyCallback, Callbacks
-from sae_granary.train.config.merge import differing, make_config, to_sections
+from sae_granary.train.callbacks import AnyCallback
+from sae_granary.train.config.merge import differing, make_config, to_flat
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.language import check_language_model
@@ -28,8 +28,7 @@ from sae_granary.train.memory.capacity import check_capacity, needed_disk
 from sae_granary.train.memory.shrink import out_of_memory_is_clear
 from sae_granary.train.open_trainer import open_trainer
 from sae_granary.train.ranks.place import place_of_process
-from sae_granary.train.sinks.registry import open_sinks
-from sae_granary.train.sinks.sink import BaseSink, Sinks
+from sae_granary.train.sinks.sink import BaseSink
 from sae_granary.train.state.identity import check_identity
 from sae_granary.train.trainer import Result, Trainer
 
@@ -63,8 +62,7 @@ def train_sae(
     _check_resume(resume, overwrite)
     config = make_config([settings]) if config is None else _replace(config, settings)
     begin = partial(_begin, config, overwrite=overwrite, resume=resume, verify=verify)
-    given = {key: value for values in to_sections(config).values() for key, value in values.items()}
-    return _train(begin, given, config.device, sinks, callbacks, stop)
+    return _train(begin, to_flat(config), config.device, sinks, callbacks, stop)
 
 
 def _begin(
@@ -188,20 +186,16 @@ def _opened(
         stack.enter_context(shortage_is_clear(folder, needed_disk(data.config)))
         stack.enter_context(exclusive(folder))
         stack.enter_context(out_of_memory_is_clear(data.config, folder))
-
-        def make_sinks(wandb_id: str) -> Sinks:
-            sinks = open_sinks(data.config, folder, wandb_id, extra)
-            stack.callback(sinks.close)
-            return sinks
-
-        yield open_trainer(data, folder, make_sinks, callbacks=Callbacks(callbacks))
+        yield open_trainer(data, folder, extra, callbacks, stack)
 
 
 def _replace(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
     """Replace settings of a config, with the usual checks."""
+    if not settings:
+        return config
     own = {k: v for k, v in settings.items() if k in TrainConfig.__dataclass_fields__ and k != "options"}
     options = {k: v for k, v in settings.items() if k not in own}
-    checked = make_config([{"type": own.get("type", config.type), **own, **options}]) if settings else config
+    checked = make_config([{"type": own.get("type", config.type), **own, **options}])
     changed = {k: getattr(checked, k) for k in own}
     kept = config.options if checked.type == config.type else {}  # another type has other options
-    return replace(config, **changed, options={**kept, **checked.options}) if settings else config
+    return replace(config, **changed, options={**kept, **checked.options})

@@ -64,13 +64,13 @@ class Trainer:
         folder: Path,
         sinks: Sinks,
         state: LoaderState,
-        seconds: float = 0.0,
-        callbacks: Callbacks | None = None,
+        seconds: float,
+        callbacks: Callbacks,
     ) -> None:
         self.data, self.run, self.folder, self.sinks = data, run, folder, sinks
         self.state = state  # of the stream, behind the last batch taken
         self.clock = Clock(seconds, run.tokens)
-        self.callbacks = Callbacks() if callbacks is None else callbacks
+        self.callbacks = callbacks
         self._lines = Lines(run, sinks)
         self._saved_step = run.step
         self._saved_at = time.monotonic()

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sae_granary.common.app import Debug, Quiet, fail
+from sae_granary.common.app import Debug, Quiet
+from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands.shared_flags import Overwrite, ReadFlags, errors
 from sae_granary.train.commands.train_command import config_of, train_given
 from sae_granary.train.config.flags import Given, takes_settings
@@ -71,5 +72,7 @@ def _layers_of(given: Given) -> str:
     numbers = [hook.removeprefix("layer_") for hook in given.hooks]
     if not numbers or not (numbers == ["all"] or all(number.isdigit() for number in numbers)):
         got = ", ".join(given.hooks) or "none"
-        fail(f"error: quick needs the layers by number, got {got}: give --layer 6, or --layers 2,4 for an SAE each", 2)
+        raise ConfigError(
+            f"quick needs the layers by number, got {got}: give --layer 6, or --layers 2,4 for an SAE each"
+        )
     return ",".join(numbers)

@@ -103,7 +103,7 @@ def check_command(context: typer.Context, command: Sequence[str]) -> None:
     elif grid := several(given):
         check_request(*grid)
     elif not config_of(given).cache:
-        raise ConfigError(NO_CACHE.removeprefix("error: "))
+        raise ConfigError(NO_CACHE)
 
 
 def _has(command: Sequence[str], flag: str) -> bool:

@@ -31,7 +31,7 @@ Stage = Annotated[
 ]
 ReadFlags = Callable[[], Given]
 
-NO_CACHE = "error: no cache was given; name its folder with --cache (sae-harvest run makes one)"
+NO_CACHE = "no cache was given; name its folder with --cache (sae-harvest run makes one)"
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def grid_of(given: Given, texts: list[str]) -> tuple[dict[str, Any], dict[str, A
     axes = {k: v for k, v in axes.items() if ALIASES.get(k, k) not in {ALIASES.get(t, t) for t in on_top}} | on_top
     common = merge_layers([*files, given.flags])
     if not common.get("cache"):
-        fail(NO_CACHE, 2)
+        raise ConfigError(NO_CACHE)
     if each:
         if {"hook", "layer"} & set(axes):
             raise ConfigError("--layer (or --hook) and the grid both choose hook points: keep one of them")

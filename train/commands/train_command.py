@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sae_granary.common.app import echo, fail
+from sae_granary.common.app import echo
 from sae_granary.common.errors import ConfigError
 from sae_granary.train.commands import sweep_command as cli_sweep
 from sae_granary.train.commands.shared_flags import NO_CACHE, follows, working
@@ -30,7 +30,7 @@ def train_given(
     given, _ = place_hooks(given)
     config = config_of(given)
     if not config.cache:
-        fail(NO_CACHE, 2)
+        raise ConfigError(NO_CACHE)
     if dry_run:
         from sae_granary.train.commands.origin import annotated_yaml
 

@@ -37,6 +37,8 @@ _INSTEAD = {
     **dict.fromkeys(("layer", "layers", "hooks"), ("hook",)),
 }
 
+# Ways to say one thing: one in a higher layer replaces the others in lower layers.
+_ONE_OF = (("tokens", "steps", "epochs"), ("d_sae", "expansion_factor"))
 
 _SPECS = {spec.name: spec for spec in fields(TrainConfig) if spec.name != "options"}
 _KINDS = kinds_of(TrainConfig)
@@ -118,17 +120,12 @@ def merge_layers(layers: Sequence[Mapping[str, Any]]) -> Settings:
     """Flat settings of all layers, the last one wins. Nothing is checked."""
     given = Settings()
     for layer in layers:
-        given.update(_one_length(given, layer))
+        for group in _ONE_OF:
+            if any(layer.get(key) is not None for key in group):
+                for key in group:
+                    given.pop(key, None)
+        given.update(layer)
     return given
-
-
-def _one_length(given: Settings, layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A length or width in a higher layer replaces the other ways to say it in lower layers."""
-    for group in (("tokens", "steps", "epochs"), ("d_sae", "expansion_factor")):
-        if any(layer.get(key) is not None for key in group):
-            for key in group:
-                given.pop(key, None)
-    return layer
 
 
 def read_yaml(path: str | Path) -> Settings:
@@ -160,6 +157,11 @@ def to_sections(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return out
 
 
+def to_flat(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain values by name."""
+    return {key: value for values in to_sections(config).values() for key, value in values.items()}
+
+
 def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
     """Read a saved config back. Raises ConfigError or SAEError, also for one that was not resolved."""
     flat: dict[str, Any] = flat_settings(content, source, SECTIONS, aliases=_SECTION_ALIASES)
@@ -175,10 +177,7 @@ def from_sections(content: Mapping[str, Any], source: str) -> TrainConfig:
 
 def differing(saved: TrainConfig, now: TrainConfig) -> list[str]:
     """The settings in which two configs differ: `k=32, now 64`."""
-    before, after = (
-        {key: value for values in to_sections(config).values() for key, value in values.items()}
-        for config in (saved, now)
-    )
+    before, after = to_flat(saved), to_flat(now)
     keys = list(dict.fromkeys([*before, *after]))
     return [f"{k}={before.get(k)}, now {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
 

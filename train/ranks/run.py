@@ -17,6 +17,7 @@ from sae_granary.common.device import choose_device
 from sae_granary.common.errors import ConfigError
 from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.common.signals import StopRequest
+from sae_granary.train.callbacks import Callbacks
 from sae_granary.train.config.merge import from_sections, to_yaml
 from sae_granary.train.config.phases import first_context_step
 from sae_granary.train.config.settings import TrainConfig
@@ -99,7 +100,7 @@ def _follow(world: World, asked: StopRequest) -> Result:
         restored = restore_or_start(data, path, Sinks([]))
         run, state, seconds = restored.run, restored.loader_state, restored.seconds
         data = data.with_config(run.config)
-    ours = kind(world, asked, data, run, folder, Sinks([]), state, seconds)
+    ours = kind(world, asked, data, run, folder, Sinks([]), state, seconds, Callbacks(()))
     return train_together([ours], ours.agreed)[ours]
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from sae_granary.cache.remote.stage import stage_folder
 from sae_granary.common.files import shortage
@@ -17,7 +14,7 @@ from sae_granary.common.finished_run import RECORD, is_complete, read_record
 from sae_granary.common.process import open_files_left
 from sae_granary.common.signals import StopRequest
 from sae_granary.common.signed import write_signed
-from sae_granary.train.callbacks import AnyCallback, Callbacks
+from sae_granary.train.callbacks import AnyCallback
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.cache_of_run import find_cache
 from sae_granary.train.data.run_data import RunData
@@ -32,9 +29,8 @@ from sae_granary.train.errors import (
 from sae_granary.train.folders import FAILURE, exclusive, is_unused
 from sae_granary.train.lockstep import train_together
 from sae_granary.train.memory.capacity import needed_disk
+from sae_granary.train.memory.shrink import free_memory
 from sae_granary.train.open_trainer import open_trainer
-from sae_granary.train.sinks.registry import open_sinks
-from sae_granary.train.sinks.sink import Sinks
 from sae_granary.train.sweeps.batched import Batched
 from sae_granary.train.sweeps.reporter import Reporter
 from sae_granary.train.sweeps.results import SweepResult, read_failure, sweep_rows, write_results
@@ -149,9 +145,7 @@ class SweepExecution:
                 for trainer in train_together(trainers, self.stop, self._fail, **prepare):
                     self.reporter.ended(trainer.folder.name, "complete")
             del trainers
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the next group may need larger blocks
+        free_memory(left[0].config.device)  # the next group may need larger blocks
 
     def _cache_of(self, group: Group) -> str:
         """Location of a group's cache; sweeps of older versions record the fingerprint in their runs only."""
@@ -187,20 +181,11 @@ class SweepExecution:
                 (folder / FAILURE).unlink(missing_ok=True)
                 data = RunData.reopen(entry.config, group.record, opened)
                 opened = data.cache
-                sinks = self._sinks(entry, folder, stack)
-                callbacks = Callbacks([] if self.callbacks is None else self.callbacks(entry.config))
-                trainers.append(open_trainer(data, folder, sinks, callbacks))
+                callbacks = () if self.callbacks is None else self.callbacks(entry.config)
+                trainers.append(open_trainer(data, folder, self.reporter.sinks(entry), callbacks, stack))
             except Exception as error:
                 self._report(folder, error, 0)
         return trainers
-
-    def _sinks(self, entry: Entry, folder: Path, stack: ExitStack) -> Callable[[str], Sinks]:
-        def make(wandb_id: str) -> Sinks:
-            sinks = open_sinks(entry.config, folder, wandb_id, self.reporter.sinks(entry))
-            stack.callback(sinks.close)
-            return sinks
-
-        return make
 
     def _fail(self, trainer: Trainer, error: Exception) -> None:
         self._report(trainer.folder, error, trainer.step)

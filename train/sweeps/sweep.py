@@ -95,7 +95,8 @@ def train_sweep(
     _check_callbacks(callbacks)
     request = _Request.of(grid, Settings(settings or {}, more), batched=batched)
     begin = partial(_begin, request, overwrite=overwrite, verify=verify)
-    return _execute(begin, request.folder, {"request": request.hash}, callbacks, reporter, stop)
+    carry_out = partial(SweepExecution, folder=request.folder, callbacks=callbacks, reporter=reporter, stop=stop)
+    return _execute(begin, carry_out, request.folder, {"request": request.hash})
 
 
 def check_request(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -124,19 +125,11 @@ def _begin(request: _Request, *, overwrite: bool, verify: bool) -> tuple[Plan, b
 
 def _execute(
     begin: Callable[[], tuple[Plan, bool]],
+    carry_out: Callable[[Plan], SweepExecution],
     folder: Path,
     given: Mapping[str, Any],
-    callbacks: MakeCallbacks | None,
-    reporter: Reporter | None,
-    stop: StopRequest | None,
-    cache: str | Path | None = None,
-    lm: str | None = None,
 ) -> SweepResult:
     """Carry out a plan, on all ranks if torchrun started several."""
-
-    def carry_out(plan: Plan) -> SweepExecution:
-        return SweepExecution(plan, folder, callbacks, reporter, stop, cache, lm)
-
     if (place := place_of_process()) is not None:
         from sae_granary.train.ranks.sweep import sweep_on_ranks  # torch.distributed
 
@@ -166,7 +159,10 @@ def resume_sweep(
     _check_callbacks(callbacks)
     folder = Path(folder)
     given = {"folder": folder, "cache": cache, "lm": lm}
-    return _execute(lambda: (load_plan(folder), False), folder, given, callbacks, reporter, stop, cache, lm)
+    carry_out = partial(
+        SweepExecution, folder=folder, callbacks=callbacks, reporter=reporter, stop=stop, cache=cache, lm=lm
+    )
+    return _execute(lambda: (load_plan(folder), False), carry_out, folder, given)
 
 
 def _check(plan: Plan, *, verify: bool) -> None:

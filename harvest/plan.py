@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from sae_granary.cache.read.listing import bytes_in
 from sae_granary.cache.write.disk_space import SAMPLE, bytes_per_document, planned_bytes
 from sae_granary.common.files import free_bytes
 from sae_granary.common.quantities import byte_size, duration
@@ -112,23 +110,12 @@ def check_space(prepared: Prepared) -> None:
     if estimate.n_rows is None:
         return
     out = prepared.config.out_path
-    have = _bytes_in(out)
     needed, free = _bytes_of(prepared, estimate), free_bytes(out)
-    if needed - have > free:
+    if needed - bytes_in(out) > free:
         raise SpaceError(
             f"not enough space for {out}: {needed:,} bytes are planned and {free:,} are free; "
             "use a smaller --max-tokens, fewer layers, --dtype bfloat16 or int8, or another --out"
         )
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of all files; those that another process removes meanwhile are left out."""
-    total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(where, name)).st_size
-    return total
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,11 @@ def _fill(
 ) -> HarvestResult:
     """Harvest the rest of a cache that is not in blocks; what happens goes to its log."""
     log = RunLog(writer.path)
-    say = _both(progress.say, log.write)
+
+    def say(message: str) -> None:
+        progress.say(message)
+        log.write(message)
+
     _say_what_is_there(writer, say, extend=extend)
     try:
         progress.say(f"loading {prepared.located.name} ({prepared.compute_dtype}, {prepared.device})")
@@ -209,11 +213,3 @@ def asks_for_more(prepared: Prepared) -> bool:
     more_docs = config.max_docs is None or config.max_docs > int(have.summary.get("n_documents", 0))
     ended = have.summary.get("ended") == "source" and not (config.extend and grown(prepared, have))
     return more_rows and more_docs and not ended
-
-
-def _both(*sinks: Callable[[str], None]) -> Callable[[str], None]:
-    def say(message: str) -> None:
-        for sink in sinks:
-            sink(message)
-
-    return say

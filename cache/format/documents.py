@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -100,12 +101,9 @@ def _column(kind: Any, values: list[Any]) -> Any:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and checksum of a file on disk."""
-    hasher, n_bytes = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-            n_bytes += len(block)
-    return FileEntry(n_bytes, hasher.hexdigest())
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return FileEntry(file.tell(), digest)
 
 
 def read_document(path: Path, doc_id: int, kept_columns: tuple[str, ...] = ()) -> DocumentRow | None:

@@ -158,8 +158,12 @@ class CacheLayout:
     @property
     def arrays(self) -> tuple[ArrayLayout, ...]:
         """Every array, in the order in which they are written."""
-        per_hook = (self.activations, self.scales, self.norms)
-        return (*(array for arrays in per_hook for array in arrays.values()), *self.columns.values())
+        return (*self.hook_arrays, *self.columns.values())
+
+    @property
+    def hook_arrays(self) -> tuple[ArrayLayout, ...]:
+        """The arrays that hook points have of their own; the columns are of the rows."""
+        return (*self.activations.values(), *self.scales.values(), *self.norms.values())
 
     def late(self, hook: str) -> tuple[ArrayLayout, ...]:
         """The arrays of a hook point that are fetched shard by shard where a cache is read while it is fetched."""

@@ -32,9 +32,7 @@ class Addition:
 
     def n_bytes(self, records: Sequence[ShardRecord]) -> int:
         """Bytes of its activations, norms and scales in these shards; rows and documents are shared with the cache."""
-        arrays = (*self.manifest.layout.activations.values(), *self.manifest.layout.norms.values())
-        mine = (*arrays, *self.manifest.layout.scales.values())
-        shards = self.manifest.shards
+        mine, shards = self.manifest.layout.hook_arrays, self.manifest.shards
         return sum(shards[r.shard].files[array.shard_path(r.shard)].n_bytes for r in records for array in mine)
 
 

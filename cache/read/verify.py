@@ -64,7 +64,10 @@ class Report:
 
 
 def verify(
-    path: str | os.PathLike[str], *, quick: bool = False, progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Verify a cache, complete or not. `quick` stops after existence and sizes.
 
@@ -85,7 +88,7 @@ def _state(path: Path) -> object:
         return None
 
 
-def _verify(path: Path, *, quick: bool, progress: Callable[[int, int], None] | None) -> Report:
+def _verify(path: Path, *, quick: bool, progress: Callable[[int, int], None]) -> Report:
     there = list(_files(path))  # first: what is written meanwhile is recorded when the cache is opened
     try:
         cache = open_local(path, allow_incomplete=True)
@@ -97,12 +100,15 @@ def _verify(path: Path, *, quick: bool, progress: Callable[[int, int], None] | N
         for finding, size in _check_all(cache):
             findings.append(finding)
             n_bytes += 0 if finding.problem else size
-            if progress is not None:
-                progress(n_bytes, cache.n_bytes)
+            progress(n_bytes, cache.n_bytes)
     foreign = [*_foreign(cache, there)]
     for addition in cache.additions:
         below = addition.path.relative_to(path).as_posix()
-        report = verify(addition.path, quick=quick, progress=_further(progress, n_bytes, cache.n_bytes))
+
+        def further(done: int, _: int, before: int = n_bytes) -> None:
+            progress(min(before + done, cache.n_bytes), cache.n_bytes)
+
+        report = verify(addition.path, quick=quick, progress=further)
         findings += [Finding(f"{below}/{finding.path}", finding.problem) for finding in report.findings]
         findings += [
             Finding(f"{below}/{commit_path(shard)}", problem) for shard, problem in _other_rows(cache, addition)
@@ -110,10 +116,6 @@ def _verify(path: Path, *, quick: bool, progress: Callable[[int, int], None] | N
         foreign += [f"{below}/{name}" for name in report.foreign]
         n_bytes += report.n_bytes
     return Report(tuple(findings), tuple(foreign), n_bytes, cache.complete)
-
-
-def _further(progress: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, _: progress(min(before + done, total), total)
 
 
 def _other_rows(cache: Cache, addition: Addition) -> Iterator[tuple[int, str]]:

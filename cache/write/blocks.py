@@ -7,7 +7,6 @@ every step leaves what is there and right, and the same blocks give the same byt
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,6 @@ from sae_granary.cache.format.zarr_json import zarr_files
 from sae_granary.cache.write.session import Session, sync_folders
 from sae_granary.cache.write.spec_json import plain_json, plain_spec, vocabulary_bytes
 from sae_granary.common import files
-
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def begin_blocks(path: Path, spec: CacheSpec) -> Manifest:
@@ -152,7 +149,7 @@ def _link(source: Path, target: Path, entry: FileEntry) -> None:
     except (FileExistsError, FileNotFoundError):  # linked, or moved where there are no hard links: by another join
         pass
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in files.NO_LINKS:
             raise
         if not target.exists():
             os.rename(source, target)

@@ -17,7 +17,7 @@ from sae_granary.common.files import NO_SPACE, free_bytes
 from sae_granary.common.rows import DocumentRow
 
 SAMPLE = GROUP_DOCUMENTS  # documents that are written at once: more do not tell more
-_STATISTICS = 2 * 8 * 4 / 3  # bytes per number of a row: mean and m2 in base64
+STATISTICS = 2 * 8 * 4 / 3  # bytes of a record per number of a row: mean and m2 in base64
 _SHARD_JSON = 4096  # of a shard, in its record and in the manifest
 
 
@@ -34,7 +34,7 @@ def planned_bytes(
     """
     n_shards = math.ceil(n_rows / layout.columns["flags"].rows_per_shard) if n_shards is None else n_shards
     numbers = sum(array.width or 1 for array in layout.activations.values())
-    beside = (n_shards + 1) * numbers * _STATISTICS + n_shards * _SHARD_JSON
+    beside = (n_shards + 1) * numbers * STATISTICS + n_shards * _SHARD_JSON
     beside += sum(map(len, zarr_files(layout, n_shards).values())) + len(vocabulary_bytes(vocabulary) or b"")
     return array_bytes(layout, n_rows, n_shards) + round(documents + beside)
 

@@ -36,25 +36,22 @@ class SummedProgress:
 
     def __init__(self, shown: Progress, board: Board, bytes_of: Callable[[int], int], *, tells: bool) -> None:
         self._shown, self._board, self._bytes_of, self._tells = shown, board, bytes_of, tells
-        self._next = self._total = 0.0
+        self._next, self._total = 0.0, 0
         self.say = shown.say
 
     def begin(self) -> None:
         """Count from the rows that are there."""
         self._board.look()
-        self._total = self._rows()
+        self._total = self._board.n_shown()
         if self._tells:
-            self._shown.begin(int(self._total))
+            self._shown.begin(self._total)
 
     def show(self) -> None:
         """Look at the blocks of all processes, at most once a second."""
         if self._tells and time.monotonic() >= self._next:
             self._next = time.monotonic() + _SHOW_SECONDS
-            before, self._total = self._total, self._rows()
-            self._shown.advance(int(self._total - before), self._bytes_of(int(self._total)))
-
-    def _rows(self) -> int:
-        return self._board.n_shown()
+            before, self._total = self._total, self._board.n_shown()
+            self._shown.advance(self._total - before, self._bytes_of(self._total))
 
 
 class BlockProgress(Progress):

@@ -6,19 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sae_granary.cache.format.layout import DOCUMENTS, MANIFEST, CacheLayout
+from sae_granary.cache.format.layout import DOCUMENTS, MANIFEST
 from sae_granary.cache.format.manifest import Manifest, ShardRecord
 from sae_granary.cache.format.records import committed, existing_manifest
 from sae_granary.cache.read.reader import Cache
-from sae_granary.cache.write.disk_space import array_bytes
+from sae_granary.cache.write.disk_space import STATISTICS, array_bytes
 from sae_granary.common.files import free_bytes
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import SpaceError
 from sae_granary.harvest.plan import Plan, estimate_seconds, plan
 from sae_granary.harvest.prepare import Prepared, Say
 from sae_granary.harvest.run import asks_for_more
-
-_STATISTIC = 2 * 8 * 4 / 3  # bytes of a record per number of a row: mean and m2 in base64
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Measured:
     def of(cls, manifest_bytes: int, manifest: Manifest) -> Measured:
         """Measure a complete cache, whose manifest has so many bytes."""
         records = manifest.shards
-        statistics = _STATISTIC * sum(hook.d_in for hook in manifest.hook_points)
+        statistics = STATISTICS * sum(hook.d_in for hook in manifest.hook_points)
         own = sum(record.record.n_bytes for record in records if record.record is not None)
         kept = sum(
             entry.n_bytes for record in records for name, entry in record.files.items() if name.startswith(DOCUMENTS)
@@ -54,7 +52,7 @@ def plan_growth(config: HarvestConfig, say: Say) -> Plan:
     n_shards = math.ceil(n_rows / have.rows_per_shard)
     if config.block_docs is not None and n_rows:  # the last block gets a second short shard
         n_shards = max(n_shards, (whole.n_shards or 0) - len(have.shards) + 1)
-    statistics = _STATISTIC * sum(hook.d_in for hook in have.hook_points)
+    statistics = STATISTICS * sum(hook.d_in for hook in have.hook_points)
     arrays = array_bytes(have.layout, n_rows, n_shards)
     n_bytes = arrays + n_shards * (measured.per_shard + statistics) + n_rows * measured.documents
     source = f"{n_old:,} are there; {whole.rows_from}"
@@ -90,11 +88,6 @@ def _addition(base: Cache, prepared: Prepared) -> tuple[Sequence[ShardRecord], i
     done = 0 if have is None else len(committed(out, have)[1])
     rest = base.records[done:]
     measured = Measured.of((base.path / MANIFEST).stat().st_size, base.manifest)
-    statistics = _STATISTIC * sum(hook.d_in for hook in prepared.hooks)
-    return rest, round(_array_bytes(prepared.layout, rest) + len(rest) * (measured.per_shard + statistics))
-
-
-def _array_bytes(layout: CacheLayout, records: Sequence[ShardRecord]) -> int:
-    """Of the activations, norms and scales of these shards."""
-    arrays = [*layout.activations.values(), *layout.norms.values(), *layout.scales.values()]
-    return sum(array.shard_bytes(record.n_rows) for array in arrays for record in records)
+    statistics = STATISTICS * sum(hook.d_in for hook in prepared.hooks)
+    arrays = sum(array.shard_bytes(record.n_rows) for array in prepared.layout.hook_arrays for record in rest)
+    return rest, round(arrays + len(rest) * (measured.per_shard + statistics))

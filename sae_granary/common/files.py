@@ -26,7 +26,7 @@ _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | PLAIN
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 STALE = getattr(errno, "ESTALE", -1)
 _UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
+NO_LINKS = _UNSUPPORTED | {errno.EMLINK}
 _NO_SYNC = _UNSUPPORTED | {errno.EACCES, errno.EINVAL, errno.EISDIR, errno.EBADF}
 
 
@@ -102,7 +102,7 @@ def link_into_place(temporary: Path, final: Path) -> None:
     try:
         os.link(temporary, final)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         if os.path.lexists(final):  # a file system without hard links: not atomic, but the lock stands before it
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None

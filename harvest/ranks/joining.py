@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.records import remove_contents
@@ -15,7 +14,6 @@ from sae_granary.harvest.prepare import Prepared
 from sae_granary.harvest.ranks.board import Board
 from sae_granary.harvest.ranks.extension import Begun
 from sae_granary.harvest.text.document import skipped_counts
-from sae_granary.models.tokens.document import SKIP_REASONS
 
 
 def join(prepared: Prepared, board: Board, begun: Begun, folder: Path, is_complete: Callable[[], bool]) -> str:
@@ -27,8 +25,8 @@ def join(prepared: Prepared, board: Board, begun: Begun, folder: Path, is_comple
         return "the text has no further rows"
     if not blocks:
         remove_contents(path, prepared.layout)
-        source = prepared.source
-        raise NoRowsError(source.name, skipped_counts(_skipped(summary)), source.columns)
+        counts = {name.removeprefix("skipped_"): n for name, n in summary.items() if name.startswith("skipped_")}
+        raise NoRowsError(prepared.source.name, skipped_counts(counts), prepared.source.columns)
     try:
         join_blocks(path, blocks, summary, begun.n_shards)
     except (CacheError, OSError):
@@ -36,7 +34,3 @@ def join(prepared: Prepared, board: Board, begun: Begun, folder: Path, is_comple
             raise
         return ""  # another process took this one for dead, joined the blocks and removed them
     return f"finished: {summary['n_rows']:,} rows in {counted(len(blocks), 'block')}"
-
-
-def _skipped(summary: Mapping[str, Any]) -> dict[str, int]:
-    return {reason: int(summary.get(f"skipped_{reason}", 0)) for reason in SKIP_REASONS}

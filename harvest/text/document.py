@@ -112,9 +112,7 @@ def skipped_counts(counts: Mapping[str, int]) -> str:
 
 def _render_chat(value: list[Any], render: Render) -> str | None:
     messages = [message for item in value if (message := _message(item)) is not None]
-    if not messages:
-        return None
-    return render(messages)
+    return render(messages) if messages else None
 
 
 def _message(item: object) -> dict[str, str] | None:

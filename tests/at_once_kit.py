@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from cache_kit import contents
 from kill_kit import HANGS_SECONDS, Armed, Growth, begun, child, count_of, ended, import_all
-from test_harvest_resume import contents
 
 from sae_granary.cache.read.verify import verify
 from sae_granary.common.errors import GranaryError

@@ -2,20 +2,22 @@
 
 import ctypes
 import hashlib
+import json
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from command_kit import WIDE, invoke
 
 from sae_granary.cache.cli import app
 from sae_granary.cache.format.layout import COLUMNS
+from sae_granary.cache.format.signed import dump_signed
 from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.write.writer import CacheWriter
 from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
@@ -24,6 +26,8 @@ N_BUFFERS = 6
 DOCS_PER_BUFFER = 4
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "hello", "##s", "world", "cats", "and", "dogs", "<script>"]
 TYPES = {name: storage.numpy for name, storage in COLUMNS.items()}
+run_cache = partial(invoke, app, env=WIDE)
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -131,6 +135,12 @@ def tree(path: Path) -> dict[str, str]:
     }
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file below a path but those that tell how it was made."""
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return {name: data for name, data in files.items() if name not in ("harvest.log", "about.json")}
+
+
 def flip(file: Path, at: int = 100) -> None:
     """Change a bit of a file; another name of it keeps what it has."""
     data = bytearray(file.read_bytes())
@@ -139,21 +149,12 @@ def flip(file: Path, at: int = 100) -> None:
     file.write_bytes(data)
 
 
-def run_cache(*args: object, code: int = 0, answer: str | None = None) -> Result:
-    """Run sae-cache; it must end with this exit code."""
-    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
-    result = CliRunner().invoke(app, list(map(str, args)), env=environment, input=answer)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def run_python(code: str, *args: object) -> None:
-    """Run code in a fresh interpreter that can import this kit."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def edit_signed(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a signed file and sign it again, as a hostile writer could."""
+    body = json.loads(file.read_bytes())
+    del body["xxh3"]
+    change(body)
+    file.write_bytes(dump_signed(body))
 
 
 def begins_in_memory(path) -> bool:

@@ -103,10 +103,11 @@ def write_cache(
     is being written.
     """
     import numpy as np
+    from cache_kit import make_rows
 
     from sae_granary.cache.format.spec import CacheSpec
     from sae_granary.cache.write.writer import CacheWriter
-    from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
+    from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint
 
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(len(hooks), 4 * d_in, d_in))
@@ -122,23 +123,20 @@ def write_cache(
         for doc in range(n_docs):
             writer.begin_buffer({"next_doc": doc})
             lengths = rng.integers(5, 41, size=rng.integers(1, 4))
-            position = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+            position = np.concatenate([np.arange(n) for n in lengths])
             special = np.concatenate([(np.arange(n) == 0) | (np.arange(n) == n - 1) for n in lengths]) & with_special
             n_rows = int(lengths.sum())
             codes = rng.random((n_rows, 4 * d_in)) * (rng.random((n_rows, 4 * d_in)) < 0.05)
             flags = special * FLAG_SPECIAL + (position == 0) * FLAG_WINDOW_START
-            rows = Rows(
-                {
-                    h: (codes @ directions[i] + 0.01 * rng.normal(size=(n_rows, d_in))).astype(np.float32)
-                    for i, h in enumerate(hooks)
-                },
-                np.arange(n_rows, dtype=np.int32),
-                np.full(n_rows, doc, np.int64),
-                np.repeat(np.arange(n_windows, n_windows + len(lengths)), lengths).astype(np.uint64),
-                position,
-                np.where(special, -1, position).astype(np.int32),
-                flags.astype(np.uint8),
-            )
+            vectors = {
+                h: (codes @ directions[i] + 0.01 * rng.normal(size=(n_rows, d_in))).astype(np.float32)
+                for i, h in enumerate(hooks)
+            }
+            window = np.repeat(np.arange(n_windows, n_windows + len(lengths)), lengths)
+            rows = make_rows(
+                vectors, token_id=np.arange(n_rows), doc_id=np.full(n_rows, doc), window=window, position=position,
+                doc_position=np.where(special, -1, position), flags=flags,
+            )  # fmt: skip
             n_windows += len(lengths)
             values = {name: each[doc % len(each)] for name, each in kept.items()}
             writer.append(rows, [DocumentRow(doc, source, doc, f"document {doc}", values)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def config_of(model: str | Path, text: Path, out: Path, **settings: object) -> H
     """A harvest on a CPU: of layer 1, with a document per line, unless other `settings` are given."""
     given = {"model": str(model), "dataset": str(text), "documents": "line", "layers": 1, "device": "cpu", "out": out}
     return make_config(given | settings)
+
+
+def packed(config: HarvestConfig, decoder: str | Path | None = None) -> HarvestConfig:
+    """The same harvest by a decoder, of packed windows; a Llama is made beside the model unless one is given."""
+    decoder = decoder or build_model(Path(config.model.model).parent / "decoder", "llama")
+    model = replace(config.model, model=str(decoder))
+    return replace(config, model=model, tokens=replace(config.tokens, pack=True))
 
 
 def texts(n: int, seed: int = 0, longest: int = 60) -> list[str]:

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401
 import transformers.models.bert.modeling_bert  # noqa: F401
-from test_harvest_repair import flip
-from test_harvest_resume import contents
+from cache_kit import contents, flip
 from test_train_resume import assert_same
 
 import sae_granary.models.pooled  # noqa: F401

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_kit import invoke
 
 CTX_LEN = 64
 VOCABULARY = 256
@@ -49,8 +50,6 @@ def trained_model(folder: Path, kind: str, n_steps: int = 150) -> Path:
 
 def harvest(model: Path, out: Path, *flags: str) -> Path:
     """A cache of layer 0, by the command."""
-    from typer.testing import CliRunner
-
     from sae_granary.harvest.cli import app
 
     data = out.parent / "texts.jsonl"
@@ -58,9 +57,7 @@ def harvest(model: Path, out: Path, *flags: str) -> Path:
         import json
 
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in demo_texts()), encoding="utf-8")
-    arguments = ["run", "--model", str(model), "--dataset", str(data), "--out", str(out), *FLAGS, *flags]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    invoke(app, "run", "--model", model, "--dataset", data, "--out", out, *FLAGS, *flags)
     return out
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_kit import run_cache as run
 from cache_kit import toy_buffer, toy_spec
 from meanwhile_kit import meanwhile
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
-from sae_granary.cache.cli import app
 from sae_granary.cache.errors import CacheMismatchError, IncompleteCacheError, SpecError
 from sae_granary.cache.format.layout import BLOCKS, blocks_path
 from sae_granary.cache.format.records import InBlocks, blocks_of
@@ -149,32 +148,28 @@ def test_a_second_join_changes_nothing(tmp_path: Path) -> None:
 
 def listed(folder: Path) -> dict[str, Any]:
     """What `sae-cache ls` says of the cache in a folder."""
-    return json.loads(CliRunner().invoke(app, ["ls", str(folder), "--json"]).output)[0]
+    return json.loads(run("ls", folder, "--json").output)[0]
 
 
 def test_commands_know_blocks_before_they_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     in_blocks(path)
     (path / BLOCKS / "00000000.json").write_text(json.dumps({"n_rows": 90}))
-    run = CliRunner()
     with pytest.raises(IncompleteCacheError, match="90 rows in 1 complete block; run the same"):
         open_cache(path)
     assert verify(path).ok
-    assert "90 (one per token) in 1 complete block, not joined yet" in run.invoke(app, ["info", str(path)]).output
-    assert json.loads(run.invoke(app, ["info", str(path), "--json"]).output)["n_rows"] == 90
+    assert "90 (one per token) in 1 complete block, not joined yet" in run("info", path).output
+    assert json.loads(run("info", path, "--json").output)["n_rows"] == 90
     assert listed(tmp_path)["state"] == "incomplete"
     (path / BLOCKS / "00000001.0.lease").write_text('{"pid": 1}')
     found = listed(tmp_path)
     assert (found["state"], found["n_rows"]) == ("growing", 90)
     assert found["n_bytes"] > 90 * 4
-    compared = run.invoke(app, ["diff", str(path), str(path)])
-    assert (compared.exit_code, "90 rows in 1 complete block" in compared.output) == (2, True)
-    refused = run.invoke(app, ["rm", str(path), "--yes"])
-    assert (refused.exit_code, "is being harvested in blocks" in refused.output) == (2, True)
+    assert "90 rows in 1 complete block" in run("diff", path, path, code=2).stderr
+    assert "is being harvested in blocks" in run("rm", path, "--yes", code=2).stderr
     (path / BLOCKS / "00000001.0.lease").write_text('{"released": true}')
-    asked = run.invoke(app, ["rm", str(path)], input="n\n")
-    assert (asked.exit_code, "90 rows in blocks" in asked.output) == (0, True)
-    assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == 0
+    assert "90 rows in blocks" in run("rm", path, stdin="n\n").output
+    run("rm", path, "--yes")
     assert not path.exists()
 
 
@@ -183,7 +178,7 @@ def test_commands_know_that_a_complete_cache_is_being_extended(tmp_path: Path) -
     blocks = in_blocks(path)
     n_shards = len(join_blocks(path, blocks, {}).shards)
     remove_blocks(path)
-    folder, run = path / BLOCKS / f"after_{n_shards:08d}", CliRunner()
+    folder = path / BLOCKS / f"after_{n_shards:08d}"
     complete = listed(tmp_path)
     shutil.copytree(path / "commits", folder / "00000002")
     n_bytes = sum(len(data) for data in tree(folder).values())
@@ -192,25 +187,21 @@ def test_commands_know_that_a_complete_cache_is_being_extended(tmp_path: Path) -
     (folder / "00000002.json").write_text(json.dumps({"n_rows": last + 5}))  # all rows of the block that is continued
     (folder / "00000003.json").write_text(json.dumps({"n_rows": 100}))
     assert blocks_of(path) == InBlocks(2, 105)
-    asked = run.invoke(app, ["rm", str(path)], input="n\n").output
+    asked = run("rm", path, stdin="n\n").output
     assert f"{complete['n_rows']} rows, {byte_size(listed(tmp_path)['n_bytes'])}" in asked
     for lease, state, code in (('{"pid": 1}', "growing", 2), ('{"released": true}', "complete", 0)):
         (folder / "00000002.0.lease").write_text(lease)
         assert listed(tmp_path)["state"] == state
-        assert run.invoke(app, ["rm", str(path), "--yes"]).exit_code == code
+        run("rm", path, "--yes", code=code)
     assert not path.exists()
 
 
 def test_a_cache_in_blocks_travels_and_converts(tmp_path: Path) -> None:
-    path, run = joined(tmp_path / "cache"), CliRunner()
-    for arguments in (
-        ["push", str(path), f"file://{tmp_path}/there"],
-        ["pull", f"file://{tmp_path}/there", str(tmp_path / "back")],
-        ["pull", f"file://{tmp_path}/there", str(tmp_path / "part"), "--rows", "100"],
-        ["convert", str(path), str(tmp_path / "rounded"), "--dtype", "bfloat16"],
-    ):
-        result = run.invoke(app, arguments)
-        assert result.exit_code == 0, result.output
+    path, there = joined(tmp_path / "cache"), f"file://{tmp_path}/there"
+    run("push", path, there)
+    run("pull", there, tmp_path / "back")
+    run("pull", there, tmp_path / "part", "--rows", 100)
+    run("convert", path, tmp_path / "rounded", "--dtype", "bfloat16")
     assert tree(tmp_path / "back") == tree(path)
     assert verify(tmp_path / "part").ok
     assert open_cache(tmp_path / "part").manifest.block_docs == 16

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cache_kit import flip, harvest, interrupted, toy_spec
 from cache_kit import run_cache as run
-from typer.testing import CliRunner
+from command_kit import refused
 
 from sae_granary.cache.cli import app
 
@@ -86,20 +84,11 @@ def test_verify_of_an_unfinished_cache_says_so(tmp_path):
 
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_an_error_is_one_line_and_exit_code_2(command, root):
-    done = subprocess.run(
-        [sys.executable, "-m", "sae_granary.cache.cli", command, str(root / "notes")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "is not an activation cache" in done.stderr
+    line = refused(app, command, root / "notes")
+    assert line.startswith("error: ")
+    assert "is not an activation cache" in line
 
 
 def test_debug_shows_the_traceback(root):
-    result = CliRunner().invoke(app, ["info", str(root / "notes"), "--debug"])
+    result = run("info", root / "notes", "--debug", code=1)
     assert type(result.exception).__name__ == "NotACacheError"

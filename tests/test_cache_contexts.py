@@ -1,13 +1,12 @@
 """Whole windows read back from the metadata: every token where the model saw it, seekable, split by document."""
 
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_kit import make_rows
+from command_kit import run_python
 from conftest import write_cache
 
 from sae_granary import open_cache
@@ -193,5 +192,4 @@ def test_windows_need_no_torch(tmp_path) -> None:
         "from sae_granary.cache.load.whole_contexts import read_contexts\n"
         f"print(len(next(read_contexts(open_cache({str(path)!r}), batch_rows=9))), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[1] == "False"
+    assert run_python(code).stdout.split()[1] == "False"

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cache_kit import flip, harvest, interrupted, toy_spec
+from cache_kit import edit_signed, flip, harvest, interrupted, toy_spec
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import (
@@ -17,7 +17,7 @@ from sae_granary.cache.errors import (
     NotACacheError,
     UnsupportedFormatError,
 )
-from sae_granary.cache.format.signed import dump_signed, load_signed
+from sae_granary.cache.format.signed import load_signed
 from sae_granary.cache.read.verify import verify
 
 
@@ -129,15 +129,6 @@ def test_of_random_damages_to_an_unfinished_cache_none_is_silent(unfinished, tmp
         file.write_bytes((unfinished / name).read_bytes())
 
 
-def _edit(file, change):
-    """Change a signed file and sign it again, as a hostile writer could."""
-    body = load_signed(file, file.read_bytes())
-    for key in ("format", "version", "xxh3"):
-        body.pop(key)
-    change(body)
-    file.write_bytes(dump_signed(body))
-
-
 FIELDS = ["complete", "unit", "dtype", "rows_per_shard", "hook_points", "provenance", "shards", "statistics", "zarr"]
 VALID = [("provenance", {}), ("zarr", {}), ("complete", True)]
 
@@ -152,7 +143,7 @@ VALID = [("provenance", {}), ("zarr", {}), ("complete", True)]
     ],
 )
 def test_a_field_of_another_type_or_range_is_one_clear_error(damaged, field, value):
-    _edit(damaged / "manifest.json", lambda body: body.update({field: value}))
+    edit_signed(damaged / "manifest.json", lambda body: body.update({field: value}))
     with pytest.raises(CorruptCacheError, match=rf"manifest.json.*{field}"):
         open_cache(damaged)
 
@@ -184,13 +175,13 @@ def _set(*keys, value):
     ],
 )
 def test_hostile_values_are_refused_even_when_signed(damaged, change, message):
-    _edit(damaged / "manifest.json", change)
+    edit_signed(damaged / "manifest.json", change)
     with pytest.raises(CorruptCacheError, match=message):
         open_cache(damaged)
 
 
 def test_a_wrong_record_that_is_signed_is_found_by_verify(damaged):
-    _edit(damaged / "commits/00000000.json", _set("windows", "last", value=99))
+    edit_signed(damaged / "commits/00000000.json", _set("windows", "last", value=99))
     said = _outcome(damaged)
     assert "commits/00000000.json" in said
 
@@ -198,7 +189,7 @@ def test_a_wrong_record_that_is_signed_is_found_by_verify(damaged):
 def test_statistics_that_do_not_fit_the_rows_are_found_by_verify(whole, unfinished, tmp_path):
     path = Path(shutil.copytree(unfinished, tmp_path / "unfinished"))
     body = json.loads((path / "commits/00000001.json").read_bytes())["statistics"]
-    _edit(path / "commits/00000000.json", _set("statistics", "layer_1", "mean", value=body["layer_1"]["mean"]))
+    edit_signed(path / "commits/00000000.json", _set("statistics", "layer_1", "mean", value=body["layer_1"]["mean"]))
     assert "statistics of layer_1 do not fit its rows" in _outcome(path)
 
 

@@ -101,7 +101,7 @@ def test_rm_removes_a_cache_and_nothing_else(tmp_path):
     (tmp_path / "outside/file").touch()
     shutil.rmtree(tmp_path / "c/documents")
     (tmp_path / "c/documents").symlink_to(tmp_path / "outside")
-    assert "kept " in run("rm", tmp_path / "c", answer="n\n").stdout
+    assert "kept " in run("rm", tmp_path / "c", stdin="n\n").stdout
     assert "no terminal to confirm on; give --yes" in run("rm", tmp_path / "c", code=2).stderr
     assert (tmp_path / "c/manifest.json").exists()
     run("rm", tmp_path / "c", "--yes")

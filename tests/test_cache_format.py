@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_kit import make_rows
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import UnsupportedFormatError
@@ -18,7 +19,7 @@ from sae_granary.cache.format.spec import CacheSpec
 from sae_granary.cache.format.storage import STORAGE
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint, Rows
+from sae_granary.common.rows import FLAG_SPECIAL, FLAG_WINDOW_START, DocumentRow, HookPoint
 
 FROZEN = Path(__file__).parent / "data" / "format1_tiny"
 N_ROWS, WINDOW, D_IN = 25, 5, 4
@@ -34,15 +35,10 @@ def rows_of(hooks):
     values = {
         hook: (row[:, None] - 8 + np.arange(D_IN) / 4 + 32 * k).astype(np.float32) for k, hook in enumerate(hooks)
     }
-    return Rows(
-        values,
-        np.where(special, 0, 1 + row % 3).astype(np.int32),
-        np.where(row < 15, 0, 2).astype(np.int64),
-        (row // WINDOW).astype(np.uint64),
-        position.astype(np.int32),
-        np.where(special, -1, position - 1).astype(np.int32),
-        flags.astype(np.uint8),
-    )
+    return make_rows(
+        values, token_id=np.where(special, 0, 1 + row % 3), doc_id=np.where(row < 15, 0, 2), window=row // WINDOW,
+        position=position, doc_position=np.where(special, -1, position - 1), flags=flags,
+    )  # fmt: skip
 
 
 def write(path, dtype, columns=((), ()), **model):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_kit import run_cache
+from command_kit import run_python
 from safetensors.numpy import save_file
 
 from sae_granary import CacheWriter, open_cache
@@ -228,10 +227,7 @@ def test_a_killed_import_continues_to_the_same_bytes(tmp_path, monkeypatch):
     code = KILLED.replace(
         "plan =", "from sae_granary.cache.vectors import tables\ntables.batch_rows = lambda n: 10\nplan ="
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path, tmp_path / "a"], check=False, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 9
+    run_python(code, path, tmp_path / "a", code=9)
     assert not open_cache(tmp_path / "a", allow_incomplete=True).complete
     flags = ["--id-column", "id", "--rows-per-shard", 16]
     other = write(tmp_path / "other/x.parquet" if (tmp_path / "other").mkdir() is None else path, "parquet", X + 1)

@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
-from cache_kit import flip, make_rows, toy_rows, toy_spec, tree
+from cache_kit import edit_signed, flip, make_rows, toy_rows, toy_spec, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from sae_granary import open_cache
 from sae_granary.cache.errors import BadActivationError, CorruptCacheError, StorageLossError
 from sae_granary.cache.format.affine import MAX_CODE, MAX_ERROR, MIN_STEP, STEP_BITS, Affine, round_up
 from sae_granary.cache.format.documents import hash_file
-from sae_granary.cache.format.signed import dump_signed, load_signed
 from sae_granary.cache.format.stats import storage_error
 from sae_granary.cache.load.decode import decode
 from sae_granary.cache.load.loader import Batch, Loader, LoaderState
@@ -242,14 +241,6 @@ def test_drift_is_told(tmp_path):
     assert "its rows are unlike the first ones: use --dtype bfloat16" in warnings[0]
 
 
-def changed(path, name, change):
-    """Alter a signed file of a cache and sign it again, as someone with bad intentions would."""
-    body = load_signed(path / name, (path / name).read_bytes())
-    change(body)
-    body.pop("xxh3")
-    (path / name).write_bytes(dump_signed(body))
-
-
 def vector(values):
     return base64.b64encode(np.array(values, "<f4").tobytes()).decode()
 
@@ -268,7 +259,7 @@ def vector(values):
 def test_hostile_steps_and_offsets_are_refused(opened, tmp_path, member, values, message):
     path = tmp_path / "hostile"
     shutil.copytree(opened.path, path)
-    changed(path, "manifest.json", lambda body: body["affine"]["layer_1"].update({member: vector(values)}))
+    edit_signed(path / "manifest.json", lambda body: body["affine"]["layer_1"].update({member: vector(values)}))
     with pytest.raises(CorruptCacheError, match=message):
         open_cache(path)
 
@@ -277,16 +268,16 @@ def test_an_older_reader_refuses_by_number_and_a_version_must_be_that_of_the_dty
     path = tmp_path / "relabeled"
     shutil.copytree(opened.path, path)
     assert b'"version": 2' in (path / "manifest.json").read_bytes()[:100]  # what version 1 said of it: see test_damage
-    changed(path, "manifest.json", lambda body: body.update(version=1))
+    edit_signed(path / "manifest.json", lambda body: body.update(version=1))
     with pytest.raises(CorruptCacheError, match="version is 1, expected 2, by its dtype int8"):
         open_cache(path)
     for missing in ("affine", "statistics"):
         shutil.copy(opened.path / "manifest.json", path / "manifest.json")
-        changed(path, "manifest.json", lambda body, missing=missing: body.pop(missing))
+        edit_signed(path / "manifest.json", lambda body, missing=missing: body.pop(missing))
         with pytest.raises(CorruptCacheError, match=missing):
             open_cache(path)
     shutil.copy(opened.path / "manifest.json", path / "manifest.json")
-    changed(path, "manifest.json", lambda body: body["statistics"]["layer_3"].pop("error"))
+    edit_signed(path / "manifest.json", lambda body: body["statistics"]["layer_3"].pop("error"))
     with pytest.raises(CorruptCacheError, match="expected error with each"):
         open_cache(path)
 
@@ -301,7 +292,7 @@ def test_a_hostile_scale_is_never_trained_on_and_verify_names_it(opened, tmp_pat
     scales[3] = value
     scales.flush()
     entry = {"bytes": (path / name).stat().st_size, "xxh3": hash_file(path / name).xxh3}
-    changed(path, "commits/00000000.json", lambda body: body["files"].update({name: entry}))
+    edit_signed(path / "commits/00000000.json", lambda body: body["files"].update({name: entry}))
     record = {"bytes": (path / "commits/00000000.json").stat().st_size}
     record["xxh3"] = hash_file(path / "commits/00000000.json").xxh3
 
@@ -309,7 +300,7 @@ def test_a_hostile_scale_is_never_trained_on_and_verify_names_it(opened, tmp_pat
         body["shards"][0]["files"][name] = entry
         body["shards"][0]["record"] = record
 
-    changed(path, "manifest.json", relist)
+    edit_signed(path / "manifest.json", relist)
     problems = [finding.problem for finding in verify(path).problems]
     assert problems == ["scales of layer_1 hold numbers that are never stored"]
     hostile = open_cache(path)

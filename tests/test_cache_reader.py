@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from cache_kit import WORDS, harvest, interrupted, run_python, toy_rows, toy_spec, tree
+from cache_kit import WORDS, harvest, interrupted, toy_rows, toy_spec, tree
+from command_kit import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 

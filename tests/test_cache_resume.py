@@ -3,12 +3,11 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from cache_kit import harvest, interrupted, run_python, toy_buffer, toy_spec, tree
+from cache_kit import harvest, interrupted, toy_buffer, toy_spec, tree
+from command_kit import run_python
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import (
@@ -236,9 +235,7 @@ def test_a_second_writer_is_told_the_pid_and_age(tmp_path):
 def test_a_lock_ends_with_its_process(whole, tmp_path):
     path = tmp_path / "toy"
     code = "import os, sys; from cache_kit import *; CacheWriter.open(sys.argv[1], toy_spec()); os.kill(os.getpid(), 9)"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.getcwd()])}
-    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False)
-    assert killed.returncode == -9
+    run_python(code, path, code=-9)
     assert (path / ".lock").exists()
     harvest(path)
     assert tree(path) == whole

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import harvest, toy_buffer, toy_spec
-from test_cache_travel import copies, faulty, files, run  # noqa: F401
+from cache_kit import contents, harvest, toy_buffer, toy_spec
+from test_cache_travel import copies, faulty, run  # noqa: F401
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError, CacheLockedError
@@ -57,7 +57,7 @@ def test_added_hook_points_travel_with_their_cache(tmp_path, both, copies):
     run("push", both[1], url, "--verify")
     assert "nothing to do" in run("push", both[1], url).stdout
     run("pull", url, tmp_path / "back")
-    assert files(tmp_path / "back") == files(both[1])
+    assert contents(tmp_path / "back") == contents(both[1])
     assert list(open_cache(tmp_path / "back").hook_points) == ["layer_1", "layer_3", "layer_2"]
     assert verify(tmp_path / "back").ok
     assert not verify(tmp_path / "back").foreign
@@ -78,7 +78,7 @@ def test_a_part_with_an_added_hook_point_is_one_cache(tmp_path, both, hooks):
         np.testing.assert_array_equal(part.hook(name)[:], whole.hook(name)[: part.n_rows])
     assert verify(tmp_path / "part").ok
     run("push", both[1], f"file://{tmp_path}/pushed", "--hook", ",".join(hooks), "--rows", n_rows)
-    assert files(tmp_path / "pushed") == files(tmp_path / "part")
+    assert contents(tmp_path / "pushed") == contents(tmp_path / "part")
 
 
 def test_an_older_remote_is_brought_up_to_date_and_a_newer_one_is_not_set_back(tmp_path, both):
@@ -88,17 +88,17 @@ def test_an_older_remote_is_brought_up_to_date_and_a_newer_one_is_not_set_back(t
     assert plan.is_there
     assert all(len(part.missing) == len(part.parcel.files) for part in plan.added)
     push(plan)
-    before = files(tmp_path / "remote")
-    assert before == files(both[1])
+    before = contents(tmp_path / "remote")
+    assert before == contents(both[1])
     run("push", old, url)  # this one lacks it: the remote keeps its own
-    assert files(tmp_path / "remote") == before
+    assert contents(tmp_path / "remote") == before
     longer = Path(shutil.copytree(both[1], tmp_path / "longer"))
     grow(longer, range(6, 8))
     run("push", longer, url)  # it lacks shards
-    assert files(tmp_path / "remote") == files(longer)
+    assert contents(tmp_path / "remote") == contents(longer)
     assert "is newer" in run("push", both[1], url, code=2).stderr
     run("pull", url, old)  # the folder lacks shards and a hook point
-    assert files(old) == files(longer)
+    assert contents(old) == contents(longer)
     assert verify(old).ok
     assert "is newer" in run("pull", f"file://{both[1]}", old, code=2).stderr
     assert "layer_2 was added to" in run("pull", url, tmp_path / "x", "--hook", "layer_2", code=2).stderr
@@ -111,12 +111,12 @@ def test_half_a_push_of_a_hook_point_is_left_out_and_finished_later(tmp_path, bo
         push(plan_push(both[1], "faulty://b/c"))
     faulty.faults = {}
     assert "left out: faulty://b/c/added/layer_2" in run("pull", "faulty://b/c", tmp_path / "back").stderr
-    assert files(tmp_path / "back") == files(both[0])
+    assert contents(tmp_path / "back") == contents(both[0])
     plan = plan_push(both[1], "faulty://b/c")
     assert 0 < len(plan.added[0].missing) < len(plan.added[0].parcel.files)
     push(plan)
     pull(plan_pull("faulty://b/c", tmp_path / "back"))
-    assert files(tmp_path / "back") == files(both[1])
+    assert contents(tmp_path / "back") == contents(both[1])
 
 
 def test_a_pull_that_was_cut_off_in_a_hook_point_continues(tmp_path, both, faulty):
@@ -127,17 +127,17 @@ def test_a_pull_that_was_cut_off_in_a_hook_point_continues(tmp_path, both, fault
     assert not (tmp_path / "back/manifest.json").exists()
     faulty.faults = {}
     pull(plan_pull("faulty://b/c", tmp_path / "back"))
-    assert files(tmp_path / "back") == files(both[1])
+    assert contents(tmp_path / "back") == contents(both[1])
 
 
 def test_a_hook_point_that_is_there_under_another_folder_is_refused(tmp_path, both):
     run("push", both[1], f"file://{tmp_path}/remote")
     other = Path(shutil.copytree(both[1], tmp_path / "other"))
     (other / "added/layer_2").rename(other / "added/twice")
-    before = files(tmp_path / "remote")
+    before = contents(tmp_path / "remote")
     assert "hook point layer_2 twice" in run("push", other, f"file://{tmp_path}/remote", code=2).stderr
     assert "hook point layer_2 twice" in run("pull", f"file://{tmp_path}/remote", other, code=2).stderr
-    assert files(tmp_path / "remote") == before
+    assert contents(tmp_path / "remote") == before
 
 
 def test_diff_verify_ls_and_convert_know_added_hook_points(tmp_path, both):

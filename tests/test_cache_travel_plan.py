@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cache_travel import Faulty, cache, copies, faulty, files, run  # noqa: F401
+from test_cache_travel import Faulty, cache, copies, faulty, run  # noqa: F401
 from test_cache_travel_added import add
 
 from sae_granary import open_cache

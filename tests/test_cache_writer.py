@@ -16,7 +16,7 @@ from sae_granary.cache.format.stats import block_moments
 from sae_granary.cache.read.verify import verify
 from sae_granary.cache.write.split import split_windows
 from sae_granary.cache.write.writer import CacheWriter
-from sae_granary.common.rows import DocumentRow, HookPoint, InvalidHookPointError, Rows
+from sae_granary.common.rows import DocumentRow, HookPoint, InvalidHookPointError
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(0, 24), st.integers(20, 24))
@@ -214,8 +214,7 @@ def test_pooled_texts_have_a_row_each(tmp_path):
     spec = CacheSpec("text", (hook,), "float32", 64, {}, {})
     number = np.arange(n)
     values = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32)
-    zero = np.zeros(n, np.int32)
-    rows = Rows({"pooled": values}, zero - 1, number, number.astype(np.uint64), zero, zero, zero.astype(np.uint8))
+    rows = make_rows({"pooled": values}, token_id=np.full(n, -1), doc_id=number, window=number)
     with CacheWriter.open(tmp_path / "toy", spec) as writer:
         writer.begin_buffer({})
         writer.append(rows, [DocumentRow(i, "x", i, f"text {i}") for i in range(n)])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from cache_kit import DTYPES, harvest, run_python, toy_rows, toy_spec
+from cache_kit import DTYPES, harvest, toy_rows, toy_spec
+from command_kit import run_python
 
 from sae_granary import open_cache
 from sae_granary.cache.format.layout import COLUMNS

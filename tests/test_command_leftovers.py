@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_kit import invoke
 from test_cache_travel_added import add, harvest
-from typer.testing import CliRunner
 
 from sae_granary import train_sae
 from sae_granary.cache.cli import app as cache_app
@@ -22,9 +22,7 @@ from sae_granary.train.sweeps.results import markdown_table
 
 
 def run(app, *words: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
+    return " ".join(invoke(app, *words, code=code).output.split())
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +38,9 @@ def test_info_ls_and_rm_count_the_same_bytes_and_info_marks_what_was_added(grown
     size = byte_size(open_local(cache).n_bytes)
     assert f"size {size}" in run(cache_app, "info", cache)
     assert "layer_3 (d_in 8), layer_2 (d_in 8, added)" in run(cache_app, "info", cache)
-    told = json.loads(CliRunner().invoke(cache_app, ["info", str(cache), "--json"]).output)
+    told = json.loads(run(cache_app, "info", cache, "--json"))
     assert [hook["name"] for hook in told["added_hook_points"]] == ["layer_2"]
-    (listed,) = json.loads(CliRunner().invoke(cache_app, ["ls", str(tmp_path), "--json"]).output)
+    (listed,) = json.loads(run(cache_app, "ls", tmp_path, "--json"))
     assert (told["n_bytes"], listed["n_bytes"]) == (open_local(cache).n_bytes,) * 2
     assert f" rows, {size})" in run(cache_app, "rm", cache, "--yes")
 

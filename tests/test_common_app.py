@@ -4,13 +4,12 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_kit import run_python
 from typer.testing import CliRunner, Result
 
 from sae_granary.common.app import Debug, expected_errors, make_app
@@ -144,6 +143,4 @@ def test_the_second_signal_may_end_the_process() -> None:
         "with stop_on_signals(second='exit') as stop:\n"
         "    signal.raise_signal(signal.SIGINT)\n    signal.raise_signal(signal.SIGTERM)\n    print('still here')"
     )
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (143, b"")
+    assert run_python(code, code=143).stdout == ""

@@ -2,11 +2,10 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_kit import run_python
 from meanwhile_kit import meanwhile
 
 from sae_granary.common import files, lock
@@ -128,7 +127,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, monkeypatch: pytes
         "held = lock.FolderLock(pathlib.Path(sys.argv[1]))\nheld.acquire()\nos._exit(0)"
     )
     path = tmp_path / ".lock"
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    run_python(code, path)
     assert path.exists()
     if soft:
         monkeypatch.setattr(lock, "fcntl", None)

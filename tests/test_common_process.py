@@ -3,14 +3,12 @@
 import os
 import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_kit import invoke, run_python
 
 import sae_granary.train.run
 from sae_granary import train_sae
@@ -63,13 +61,8 @@ def test_freed_memory_is_kept_by_commands_and_not_by_calls(
 ) -> None:
     make_cache()
     code = "measure()\n".join([MEASURE, call, COMMAND.format(stage=stage, flags=flags), ""])
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
-    fresh, after_call, after_command = (
-        float(line) for line in done.stdout.splitlines() if re.fullmatch(r"[\d.]+", line)
-    )
+    told = run_python(code, cwd=tmp_path).stdout.splitlines()
+    fresh, after_call, after_command = (float(line) for line in told if re.fullmatch(r"[\d.]+", line))
     assert after_call > 0.9 * fresh
     assert after_command * 10 < fresh
 
@@ -93,7 +86,7 @@ def test_denormals_are_flushed_by_commands_and_not_by_calls(
     settings = {"cache": "toy", "type": "topk", "d_sae": 32, "steps": 2, "batch_size": 64, "device": "cpu"}
     watched(**settings, name="call")
     monkeypatch.setattr(sae_granary.train.run, "train_sae", watched)
-    assert CliRunner().invoke(app, TRAIN_FLAGS.split()).exit_code == 0
+    invoke(app, *TRAIN_FLAGS.split())
     assert seen == [False, False, True, True, True]
     assert not flushes_denormals()
 
@@ -127,6 +120,4 @@ print(early, os.environ.get("GOMP_SPINCOUNT"))
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     clean = {name: value for name, value in os.environ.items() if name not in names} | given
     for stage, command in (("train", "types"), ("cache", "ls")):
-        done = subprocess.run([sys.executable, "-c", code.format(stage, command)], env=clean, capture_output=True,
-                              text=True, check=True, cwd=REPO)  # fmt: skip
-        assert done.stdout.split() == ["True", expected]
+        assert run_python(code.format(stage, command), env=clean, cwd=REPO).stdout.split() == ["True", expected]

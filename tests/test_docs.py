@@ -1,13 +1,14 @@
 """The pages of the documentation: every command on them exists, with its flags; what is generated is current."""
 
-import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +28,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 @cache
 def generator() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_commands", ROOT / "docs" / "generate_commands.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "generate_commands.py")))
 
 
 def lines_of(text: str) -> list[str]:

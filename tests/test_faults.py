@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cache_travel import Faulty, cache, faulty, files, run  # noqa: F401
+from cache_kit import contents
+from command_kit import run_python
+from test_cache_travel import Faulty, cache, faulty, run  # noqa: F401
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_small_disk import small_disk  # noqa: F401
 
@@ -45,7 +47,7 @@ def test_a_pull_on_a_full_disk_names_it_and_continues(small_disk, cache, faulty)
     (folder / "other").unlink()
     pull(plan_pull("faulty://b/c", folder / "c"))
     (folder / "c/.lock").unlink(missing_ok=True)
-    assert files(folder / "c") == files(cache)
+    assert contents(folder / "c") == contents(cache)
 
 
 def test_a_pull_without_rights_is_one_line(tmp_path, cache, faulty, monkeypatch) -> None:
@@ -97,17 +99,17 @@ def test_another_tokenizer_is_refused_by_extend_and_repair(
     harvest(config)
     words = (model / "tokenizer.json").read_text()
     (model / "tokenizer.json").write_text(words.replace('"fox"', '"vixen"'))
-    before = files(config.out_path)
+    before = contents(config.out_path)
     with pytest.raises(CacheError, match="tokenizer_xxh3"):
         harvest(config, extend=True, max_tokens=2400)
     shard = next((config.out_path / "norms").rglob("c.0"))
     shard.write_bytes(bytes(shard.stat().st_size))
-    damaged = files(config.out_path)
+    damaged = contents(config.out_path)
     with pytest.raises(HarvestError, match="tokenizer_xxh3"):
         repair(config.out_path, quiet=True)
-    assert files(config.out_path) == damaged
+    assert contents(config.out_path) == damaged
     shard.write_bytes(before[shard.relative_to(config.out_path).as_posix()])
-    assert files(config.out_path) == before
+    assert contents(config.out_path) == before
 
 
 def test_secrets_of_the_environment_are_in_no_file_of_a_cache(config: HarvestConfig, tmp_path: Path) -> None:
@@ -149,7 +151,4 @@ def test_another_user_reads_a_cache_of_the_team(config: HarvestConfig, tmp_path:
         "except PermissionError:\n"
         "    print('read')\n"
     )
-    command = [sys.executable, "-c", script, str(config.out_path)]
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+    assert run_python(script, config.out_path).stdout == "read\n"

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cache_kit import contents, flip
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from test_harvest_repair import flip
-from test_harvest_resume import contents, write_corpus
+from test_harvest_resume import write_corpus
 
 from sae_granary import open_cache
 from sae_granary.cache.convert import convert

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import CutOff, build_model, cut_off_after
+from cache_kit import contents
+from harvest_kit import CutOff, build_model, cut_off_after, packed
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from test_harvest_resume import assert_same_cache, contents
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError, CacheLockedError, UnknownNameError
@@ -21,7 +21,7 @@ from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.replay.add import add_hooks
 from sae_granary.harvest.replay.on_rows import RowsDifferError
-from sae_granary.models.config import ModelConfig, WhereConfig
+from sae_granary.models.config import WhereConfig
 from sae_granary.models.errors import ModelError
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.data.run_data import RunData
@@ -44,9 +44,7 @@ def same_arrays(added: Path, whole: Path, hook: str) -> bool:
 def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
     config: HarvestConfig, models: dict[str, str], pack: bool
 ) -> None:
-    if pack:
-        model = ModelConfig(models["llama"], device="cpu")
-        config = replace(config, model=model, tokens=replace(config.tokens, pack=True))
+    config = packed(config, models["llama"]) if pack else config
     both = replace(config, where=WhereConfig(layers=(1, 2)), out=config.out_path.with_name("both"))
     harvest(config)
     harvest(both)
@@ -65,26 +63,6 @@ def test_added_arrays_are_those_of_a_harvest_that_had_them_from_the_start(
     assert verify(config.out_path).foreign == ()
     assert list_caches(config.out_path)[0].hook_points == ("layer_1", "layer_2")
     assert add(config.out_path).already_complete
-
-
-@pytest.mark.slow
-def test_a_killed_addition_continues_to_the_same_bytes_and_is_not_seen_before(config: HarvestConfig) -> None:
-    harvest(config, max_tokens=1500)
-    cut = config.out_path.with_name("cut")
-    harvest(config, max_tokens=1500, out=cut)
-    add(config.out_path)
-    n_cuts = 0
-    for n_batches in range(3, 400, 23):
-        try:
-            with cut_off_after(n_batches):
-                add(cut)
-            break
-        except CutOff:
-            n_cuts += 1
-            assert tuple(open_cache(cut).hook_points) == ("layer_1",)
-            assert verify(cut).ok
-    assert n_cuts > 1
-    assert_same_cache(cut, config.out_path)
 
 
 @pytest.mark.slow

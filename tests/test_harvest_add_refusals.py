@@ -3,20 +3,17 @@
 from pathlib import Path
 
 from cache_kit import interrupted, tree
+from command_kit import refused
 from conftest import write_cache
-from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
 
 
 def added(path: Path) -> str:
     before = tree(path)
-    result = CliRunner().invoke(app, ["add", "--to", str(path), "--layer", "2"])
-    assert result.exit_code == 2
+    line = refused(app, "add", "--to", path, "--layer", 2)
     assert tree(path) == before
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    return line
 
 
 def test_an_unfinished_cache_gets_no_hook_points(tmp_path: Path) -> None:

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import CutOff, build_model, config_of, cut_off_after, row_errors
-from test_harvest_resume import assert_same_cache, contents, write_corpus
+from cache_kit import contents
+from harvest_kit import CutOff, build_model, config_of, cut_off_after, packed, row_errors
+from test_harvest_resume import assert_same_cache, write_corpus
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
 from sae_granary.cache.format.layout import COLUMNS
 from sae_granary.cache.read.verify import verify
-from sae_granary.cache.write import session
 from sae_granary.common.errors import ConfigError
 from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.run import harvest_activations
-from sae_granary.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +40,7 @@ def harvest(config: HarvestConfig, **changes: object) -> object:
 def test_an_extended_cache_has_the_rows_of_one_longer_harvest(
     config: HarvestConfig, models: dict[str, str], pack: bool
 ) -> None:
-    if pack:
-        model = ModelConfig(models["llama"], device="cpu")
-        config = replace(config, model=model, tokens=replace(config.tokens, pack=True))
+    config = packed(config, models["llama"]) if pack else config
     harvest(config)
     before = contents(config.out_path)
     harvest(config, extend=True, max_tokens=1300)
@@ -94,30 +91,6 @@ def test_a_killed_extension_continues_to_the_same_bytes_and_the_cache_always_ope
     assert seen[-1] > n_shards
     assert len(seen) > 3
     assert_same_cache(cut, config.out_path)
-
-
-@pytest.mark.slow
-def test_a_kill_between_metadata_and_manifest_leaves_the_old_rows(
-    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    harvest(config, rows_per_shard=64)
-    n_rows = open_cache(config.out_path).n_rows
-
-    def killed(self: object, path: str, data: bytes) -> None:
-        if path == "manifest.json":
-            raise CutOff
-        real(self, path, data)
-
-    real = session.Session.replace
-    monkeypatch.setattr(session.Session, "replace", killed)
-    with pytest.raises(CutOff):
-        harvest(config, rows_per_shard=64, extend=True, max_tokens=2400)
-    monkeypatch.undo()
-    assert open_cache(config.out_path).n_rows == n_rows
-    assert verify(config.out_path).ok
-    harvest(config, rows_per_shard=64, extend=True, max_tokens=2400)
-    assert open_cache(config.out_path).n_rows > n_rows
-    assert verify(config.out_path).ok
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cache_kit import contents
+from command_kit import invoke, refused
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from test_harvest_resume import contents, write_corpus
-from typer.testing import CliRunner
+from test_harvest_resume import write_corpus
 
 from sae_granary import open_cache
 from sae_granary.harvest.cli import app
@@ -53,15 +54,9 @@ def test_bytes_of_an_extension_and_an_addition_are_planned_within_2_percent(conf
 def test_a_probe_measures_and_writes_nothing(config: HarvestConfig) -> None:
     harvest(config)
     before = contents(config.out_path)
-    run = CliRunner().invoke
-    given = ["add", "--to", str(config.out_path), "--layer", "2"]
-    result = run(app, [*given, "--probe", "0.2s"])
-    assert result.exit_code == 0, result.output
-    assert "tokens/s over the first" in result.stdout
-    assert "without writing" in result.stdout
-    result = run(app, [*given, "--probe", "soon"])
-    assert (result.exit_code, "--probe soon: expected a time above 0, such as 30s or 2min" in result.output) == (
-        2,
-        True,
-    )
+    given = (app, "add", "--to", config.out_path, "--layer", 2, "--probe")
+    told = invoke(*given, "0.2s").stdout
+    assert "tokens/s over the first" in told
+    assert "without writing" in told
+    assert "--probe soon: expected a time above 0, such as 30s or 2min" in refused(*given, "soon")
     assert contents(config.out_path) == before

@@ -11,10 +11,10 @@ import harvest_kit
 import pyarrow
 import pyarrow.parquet
 import pytest
+from command_kit import invoke
 from harvest_kit import WIDTH, build_model, texts
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as sentence_modules
-from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
 from sae_granary.harvest.config import HarvestConfig
@@ -77,13 +77,11 @@ def test_plan_needs_no_weights(model: Path, tmp_path: Path) -> None:
 
 def test_plan_exits_1_when_the_disk_is_too_small_and_names_the_column(model: Path, tmp_path: Path) -> None:
     WRITE["a.jsonl"](tmp_path / "a.jsonl")
-    line = ["plan", "--model", str(model), "--layer", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
-    fits = CliRunner().invoke(app, [*line, "--dataset", str(tmp_path / "a.jsonl"), "--text-column", "body"])
-    assert fits.exit_code == 0, fits.output
-    assert "a.jsonl, column body" in fits.output
-    assert "0.0" not in fits.output.split("bytes")[1].split("\n")[0]
-    small = CliRunner().invoke(app, [*line, "--dataset", "-", "--max-tokens", "900T"])
-    assert (small.exit_code, "it does NOT fit" in small.output) == (1, True)
+    line = (app, "plan", "--model", model, "--layer", 1, "--device", "cpu", "--out", tmp_path / "out", "--dataset")
+    fits = invoke(*line, tmp_path / "a.jsonl", "--text-column", "body").output
+    assert "a.jsonl, column body" in fits
+    assert "0.0" not in fits.split("bytes")[1].split("\n")[0]
+    assert "it does NOT fit" in invoke(*line, "-", "--max-tokens", "900T", code=1).output
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"unit": "text"}], ids=str)

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_kit import contents
 from fork_kit import LIMIT, Forks, command, wait_until
-from harvest_kit import CutOff, build_model, cut_off_after
+from harvest_kit import CutOff, build_model, config_of, cut_off_after, packed
 from meanwhile_kit import meanwhile
-from test_harvest_resume import assert_same_cache, contents, write_corpus
+from test_harvest_resume import assert_same_cache, write_corpus
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError, CacheMismatchError
@@ -50,7 +51,7 @@ from sae_granary.harvest.ranks.world import World
 from sae_granary.harvest.replay.growth import plan_growth
 from sae_granary.harvest.run import harvest_activations
 from sae_granary.harvest.spec import cache_spec
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
+from sae_granary.models.config import WhereConfig
 
 SLOW = pytest.mark.slow
 
@@ -58,15 +59,9 @@ SLOW = pytest.mark.slow
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HarvestConfig:
     monkeypatch.setenv(world.LEASE_SECONDS, "200")  # no process that a busy machine holds up is taken for dead
-    return HarvestConfig(
-        ModelConfig(str(build_model(tmp_path / "model", "bert")), device="cpu"),
-        WhereConfig(layers=(1,)),
-        TextConfig(str(write_corpus(tmp_path / "corpus.txt", 60)), documents="line"),
-        TokenConfig(ctx_len=16, batch_tokens=64),
-        tmp_path / "one",
-        rows_per_shard=512,
-        block_docs=25,
-    )
+    sizes = {"ctx_len": 16, "batch_tokens": 64, "rows_per_shard": 512, "block_docs": 25}
+    model = build_model(tmp_path / "model", "bert")
+    return config_of(model, write_corpus(tmp_path / "corpus.txt", 60), tmp_path / "one", **sizes)
 
 
 def together(config: HarvestConfig, n: int) -> None:
@@ -91,11 +86,7 @@ def together(config: HarvestConfig, n: int) -> None:
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_any_number_of_workers_gives_the_same_bytes(config: HarvestConfig, pack: bool) -> None:
-    if pack:
-        model = build_model(Path(config.model.model).parent / "decoder", "llama")
-        config = replace(
-            config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True)
-        )
+    config = packed(config) if pack else config
     result = harvest_activations(config, quiet=True)
     assert not result.already_complete
     assert verify(config.out_path).ok

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_kit import flip
-from harvest_kit import CutOff, build_model, cut_off_after
+from cache_kit import contents, flip
+from harvest_kit import CutOff, cut_off_after, packed
 from test_harvest_add import same_arrays
 from test_harvest_ranks import config, together  # noqa: F401
-from test_harvest_resume import assert_same_cache, contents
+from test_harvest_resume import assert_same_cache
 
 from sae_granary import open_cache
 from sae_granary.cache.read.verify import verify
@@ -25,11 +25,6 @@ from sae_granary.harvest.run import harvest_activations
 from sae_granary.models.config import WhereConfig
 
 LAYER_2 = WhereConfig(layers=(2,))
-
-
-def packed(config: HarvestConfig) -> HarvestConfig:
-    model = build_model(Path(config.model.model).parent / "decoder", "llama")
-    return replace(config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True))
 
 
 @pytest.mark.parametrize(("pack", "n_batches"), [(False, 50), pytest.param(True, 37, marks=pytest.mark.slow)])

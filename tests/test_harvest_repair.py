@@ -3,15 +3,13 @@
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cache_kit import flip
-from harvest_kit import CutOff, cut_off_after
+from cache_kit import contents, flip
+from command_kit import invoke
+from harvest_kit import packed
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from test_harvest_resume import contents
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
 from sae_granary.cache.read.verify import verify
@@ -21,7 +19,7 @@ from sae_granary.harvest.errors import HarvestError
 from sae_granary.harvest.replay.add import add_hooks
 from sae_granary.harvest.replay.damage import find_damage
 from sae_granary.harvest.replay.repair import repair
-from sae_granary.models.config import ModelConfig, WhereConfig
+from sae_granary.models.config import WhereConfig
 
 
 def damage_each_kind(path: Path) -> int:
@@ -55,40 +53,23 @@ def test_every_kind_of_damage_is_repaired_to_the_original_bytes(grown: HarvestCo
     assert [found.path for found in verify(path).problems] == ["added/layer_2/activations/layer_2/c.2.0"]
     n = damage_each_kind(path)
     broken = contents(path)
-    found = CliRunner().invoke(app, ["repair", str(path), "--dry-run"])
-    assert found.exit_code == 1
+    found = invoke(app, "repair", path, "--dry-run", code=1).stdout
     damages = find_damage(path)
-    assert found.stdout.count("damaged: ") == sum(len(damage.files) for damage in damages) == n + 1
+    assert found.count("damaged: ") == sum(len(damage.files) for damage in damages) == n + 1
     assert contents(path) == broken
-    result = CliRunner().invoke(app, ["repair", str(path), "--quiet", "--device", "cpu"])
-    assert result.exit_code == 0, result.output
+    invoke(app, "repair", path, "--quiet", "--device", "cpu")
     assert contents(path) == before
     assert verify(path).ok
     log = (path / "harvest.log").read_text().splitlines()
     assert [line.partition(" ")[2] for line in log[-2:]] == [
         f"repaired {len(damage.files)} files of {damage.path}" for damage in damages
     ]
-    assert "nothing to repair" in CliRunner().invoke(app, ["repair", str(path)]).stdout
-
-
-@pytest.mark.slow
-def test_an_interrupted_repair_is_continued(config: HarvestConfig) -> None:
-    harvest(config)
-    before = contents(config.out_path)
-    for shard in (0, 2):
-        flip(config.out_path / f"activations/layer_1/c.{shard}.0")
-    with pytest.raises(CutOff), cut_off_after(18):
-        repair(config.out_path, quiet=True)
-    assert [sorted(damage.shards) for damage in find_damage(config.out_path)] in ([[0, 2]], [[2]])
-    repair(config.out_path, quiet=True)
-    assert contents(config.out_path) == before
-    assert not (config.out_path / ".tmp").exists()
+    assert "nothing to repair" in invoke(app, "repair", path).stdout
 
 
 @pytest.mark.slow
 def test_packed_rows_of_a_decoder_are_repaired(config: HarvestConfig, models: dict[str, str]) -> None:
-    model = ModelConfig(models["llama"], device="cpu")
-    harvest(config, model=model, tokens=replace(config.tokens, pack=True))
+    harvest(packed(config, models["llama"]))
     before = contents(config.out_path)
     flip(config.out_path / "activations/layer_1/c.1.0")
     repair(config.out_path, quiet=True)

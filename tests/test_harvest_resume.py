@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harvest_kit import CutOff, build_model, config_of, cut_off_after, texts
+from cache_kit import contents
+from harvest_kit import CutOff, build_model, config_of, cut_off_after, packed, texts
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
@@ -32,11 +33,6 @@ def config(tmp_path: Path) -> HarvestConfig:
     return config_of(model, write_corpus(tmp_path / "corpus.txt"), tmp_path / "whole", **sizes)
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    files = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-    return {name: data for name, data in files.items() if name not in ("harvest.log", "about.json")}
-
-
 def assert_same_cache(found: Path, want: Path) -> None:
     left, right = contents(found), contents(want)
     assert left.keys() == right.keys()
@@ -45,11 +41,7 @@ def assert_same_cache(found: Path, want: Path) -> None:
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_crash_at_any_batch_leaves_no_trace(config: HarvestConfig, pack: bool) -> None:
-    if pack:
-        model = build_model(Path(config.model.model).parent / "decoder", "llama")
-        config = replace(
-            config, model=replace(config.model, model=str(model)), tokens=replace(config.tokens, pack=True)
-        )
+    config = packed(config) if pack else config
     config = replace(config, tokens=replace(config.tokens, batch_tokens=32))  # sort buffers of 512 rows
     whole = harvest_activations(config, quiet=True)
     assert whole.n_shards > 5

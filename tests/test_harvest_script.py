@@ -5,25 +5,18 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_kit import invoke
 from fork_kit import LIMIT
-from typer.testing import CliRunner
 
 from sae_granary.harvest.cli import app
 
 FLAGS = ["--model", "gpt2", "--layer", "8", "--dataset", "my text.jsonl", "--out", "/shared/gpt2"]
 
 
-def script(*flags: str, options: tuple[str, ...] = (), command: str = "run") -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["script", *options, "--", command, *flags])
-    return result.exit_code, result.output
-
-
 def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
-    code, text = script(*FLAGS, options=("--jobs", "16", "--time", "1-00:00:00"))
-    assert code == 0
+    text = invoke(app, "script", "--jobs", 16, "--time", "1-00:00:00", "--", "run", *FLAGS).stdout
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr == ""
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line
@@ -34,20 +27,19 @@ def test_bash_parses_the_file_and_the_scheduler_finds_its_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "changes", "message"),
+    ("words", "message"),
     [
-        ((*FLAGS, "--lyer", "3"), {}, "sae-harvest run: No such option: --lyer"),
-        ((*FLAGS, "--dtype", "flot"), {}, "dtype='flot': expected one of"),
-        (FLAGS, {"options": ("--time", "soon")}, "--time 'soon': expected a time as sbatch takes it"),
-        (FLAGS[:4], {}, "--out is missing: name the folder that all jobs share"),
-        (FLAGS, {"options": ("--jobs", "0")}, "--jobs"),
-        ((*FLAGS, "--help-all"), {}, "error: --help-all shows the flags of sae-harvest run"),
-        (FLAGS, {"command": "add"}, "'add': expected run after --"),
+        (("--", "run", *FLAGS, "--lyer", "3"), "sae-harvest run: No such option: --lyer"),
+        (("--", "run", *FLAGS, "--dtype", "flot"), "dtype='flot': expected one of"),
+        (("--time", "soon", "--", "run", *FLAGS), "--time 'soon': expected a time as sbatch takes it"),
+        (("--", "run", *FLAGS[:4]), "--out is missing: name the folder that all jobs share"),
+        (("--jobs", "0", "--", "run", *FLAGS), "--jobs"),
+        (("--", "run", *FLAGS, "--help-all"), "error: --help-all shows the flags of sae-harvest run"),
+        (("--", "add", *FLAGS), "'add': expected run after --"),
     ],
 )
-def test_wrong_flags_are_refused(flags: tuple[str, ...], changes: dict[str, Any], message: str) -> None:
-    code, text = script(*flags, **changes)
-    assert (code, message in " ".join(text.split())) == (2, True)
+def test_wrong_flags_are_refused(words: tuple[str, ...], message: str) -> None:
+    assert message in invoke(app, "script", *words, code=2).stderr
 
 
 @pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "requeue 7_3\n"), (signal.SIGTERM, "")])
@@ -63,7 +55,8 @@ def test_the_job_stops_its_harvest_and_queues_itself_again(tmp_path: Path, sent:
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"}
     environment |= {"SLURM_ARRAY_TASK_ID": "3"}
-    job = subprocess.Popen(["bash", "-c", script(*FLAGS)[1]], env=environment)
+    text = invoke(app, "script", "--", "run", *FLAGS).stdout
+    job = subprocess.Popen(["bash", "-c", text], env=environment)
     while not (tmp_path / "began").exists():
         time.sleep(0.02)
     job.send_signal(sent)

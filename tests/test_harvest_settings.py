@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_kit
 import pytest
 import typer
 from fresh_package import fresh_package
 from harvest_kit import build_model, texts
-from typer.testing import CliRunner
 
 from sae_granary.common.settings.yaml_file import load_yaml
 from sae_granary.harvest.cli import app
@@ -36,10 +36,7 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> Invo
     (tmp_path / "corpus.txt").write_text("\n".join(texts(20)))
 
     def run(*args: object, code: int = 0) -> str:
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        assert result.exit_code == code, result.output
-        assert code == 0 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1), result.stderr
-        return result.output
+        return command_kit.invoke(app, *args).output if code == 0 else command_kit.refused(app, *args)
 
     return run
 
@@ -150,8 +147,7 @@ def test_the_example_is_a_harvest() -> None:
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["run", "--config", str(EXAMPLE), "--max-tokens", "2k", "--device", "cpu", "-q"])
-    assert result.exit_code == 0, result.output
+    command_kit.invoke(app, "run", "--config", EXAMPLE, "--max-tokens", "2k", "--device", "cpu", "-q")
     assert (tmp_path / "cache" / "demo_l2-4" / "manifest.json").is_file()
 
 
@@ -172,9 +168,9 @@ def test_a_setting_is_added_in_one_place(tmp_path: Path, monkeypatch: pytest.Mon
         from sae_granary.harvest.cli import app
         from sae_granary.harvest.settings.make import make_config, read_file
 
-        help_all = CliRunner().invoke(app, ["run", "--help-all"], env={"COLUMNS": "200"}).output
+        help_all = command_kit.invoke(app, "run", "--help-all", env=command_kit.WIDE).output
         assert re.search(r"--overlap .*Tokens that contexts share\. \(default: 0 tokens\)", help_all)
-        assert "  overlap: 3  # flag\n" in CliRunner().invoke(app, ["config", "--overlap", "3"]).output
+        assert "  overlap: 3  # flag\n" in command_kit.invoke(app, "config", "--overlap", 3).output
         Path("h.yaml").write_text("model: demo\nlayers: 1\ncontexts: {overlap: 4}")
         assert make_config(read_file("h.yaml")).tokens.overlap == 4
         assert make_config({"model": "demo", "layers": 1, "overlap": "1k"}).tokens.overlap == 1000

@@ -5,19 +5,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cache_kit import edit_signed
+from command_kit import run_python
 from harvest_kit import CutOff, build_model, config_of, cut_off_after, texts
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import CacheError
-from sae_granary.cache.format.signed import dump_signed
 from sae_granary.harvest.config import HarvestConfig, TextConfig
 from sae_granary.harvest.errors import HarvestError, SourceStoppedError
 from sae_granary.harvest.run import harvest_activations
@@ -55,16 +54,13 @@ def edit_json(path: Path, **values: object) -> None:
 
 def as_before(cache: Path) -> None:
     """The manifest of a cache that was begun before the model configuration and the whole text were recorded."""
-    manifest = json.loads((cache / "manifest.json").read_text())
-    for key in ("model_config_xxh3", "dataset_full_xxh3"):
-        del manifest["fingerprint"][key]
-    del manifest["provenance"]["dataset"]["dataset_full_xxh3"]
-    write_manifest(cache, manifest)
 
+    def change(manifest: dict[str, Any]) -> None:
+        for key in ("model_config_xxh3", "dataset_full_xxh3"):
+            del manifest["fingerprint"][key]
+        del manifest["provenance"]["dataset"]["dataset_full_xxh3"]
 
-def write_manifest(cache: Path, manifest: dict[str, Any]) -> None:
-    body = {key: value for key, value in manifest.items() if key not in ("format", "version", "xxh3")}
-    (cache / "manifest.json").write_bytes(dump_signed(body))
+    edit_signed(cache / "manifest.json", change)
 
 
 def test_a_model_whose_configuration_was_edited_is_another(config: HarvestConfig) -> None:
@@ -129,10 +125,7 @@ def test_the_commit_of_code_in_another_repository_counts(tmp_path: Path) -> None
         environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
         for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
             environment.pop(name, None)
-        command = [sys.executable, "-c", HASH, str(model)]
-        found.append(
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-        )
+        found.append(run_python(HASH, model, env=environment).stdout.strip())
     assert len(found[0]) == 32
     assert (found[0] == found[2], found[0] != found[1]) == (True, True)
 
@@ -196,9 +189,8 @@ def test_the_committed_texts_are_compared(config: HarvestConfig, change: Callabl
     n_rows = interrupt(config)
     as_before(config.out_path)
     change(Path(config.text.dataset))
-    manifest = json.loads((config.out_path / "manifest.json").read_text())
-    manifest["fingerprint"]["dataset_xxh3"] = FileSource(config.text).identity["dataset_xxh3"]
-    write_manifest(config.out_path, manifest)
+    identity = {"dataset_xxh3": FileSource(config.text).identity["dataset_xxh3"]}
+    edit_signed(config.out_path / "manifest.json", lambda manifest: manifest["fingerprint"].update(identity))
     with pytest.raises(HarvestError, match=message):
         harvest_activations(config, quiet=True)
     assert open_cache(config.out_path, allow_incomplete=True).n_rows == n_rows
@@ -260,9 +252,5 @@ local_files.table_rows = rows
 app(["run", "--model", {config.model.model!r}, "--dataset", {str(tmp_path / "a.arrow")!r}, "--layer", "1",
      "--out", {str(tmp_path / "out")!r}, "--device", "cpu", "--quiet"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGBUS, done.stderr
-    assert "error: a file of the text or the model was truncated while it was read" in done.stderr
+    told = run_python(code, code=-signal.SIGBUS).stderr
+    assert "error: a file of the text or the model was truncated while it was read" in told

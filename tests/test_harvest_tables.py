@@ -3,13 +3,13 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from command_kit import run_python
 
 from sae_granary.harvest.config import TextConfig
 from sae_granary.harvest.errors import SourceError
@@ -229,12 +229,6 @@ def bomb(path: Path, before: bytes, after: bytes, n_mib: int) -> str:
     return str(path)
 
 
-def read_in_a_gibibyte(*paths: str) -> list[str]:
-    return subprocess.run(
-        [sys.executable, "-c", READ, *paths], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-
-
 def test_a_record_that_unpacks_to_much_is_skipped_and_counted(tmp_path: Path) -> None:
     lines = bomb(tmp_path / "a.jsonl.gz", b'{"text": "one"}\n{"text": "', b'"}\n{"text": "two"}\n', 260)
     assert values_of(lines) == ["one", Unfit.TOO_LARGE, "two"]
@@ -247,12 +241,13 @@ def values_of(path: str) -> list[object]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="an address space limit")
 def test_what_unpacks_to_gigabytes_is_skipped_in_a_gibibyte_of_memory(tmp_path: Path) -> None:
-    lines = read_in_a_gibibyte(
+    lines = run_python(
+        READ,
         bomb(tmp_path / "a.jsonl.gz", b'{"text": "one"}\n{"text": "', b'"}\n{"text": "two"}\n', 1500),
         bomb(tmp_path / "a.txt.gz", b"", b"", 1500),
         bomb(tmp_path / "a.json.gz", b'[{"text": "', b'"}]', 1500),
         bomb(tmp_path / "a.csv.gz", b"id,text\n1,", b"\n", 300),
-    )
+    ).stdout.splitlines()
     assert lines[:2] == ["['one', 'TOO_LARGE', 'two']", "['TOO_LARGE']"]
     for line, name in zip(lines[2:], ("a.json.gz", "a.csv.gz"), strict=True):
         assert line.startswith(("SourceError", "SourceStoppedError"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_kit import refused
 from harvest_kit import CutOff, build_model, cut_off_after, row_errors, texts
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
 from sae_granary.cache.errors import SelectionError
@@ -186,16 +186,15 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path, corpus: P
     with pytest.raises(ModelError, match=message):
         load_tokenizer(locate(ModelConfig(str(folder))))
     command = f"run --model {folder} --layer 1 --dataset {corpus} --out {tmp_path / 'out'} --device cpu"
-    result = CliRunner().invoke(app, command.split())
-    assert result.exit_code == 2
+    refused(app, *command.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_far_below_vocab_size_is_refused(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "bert", "bert")
-    for size, refused in ((128, False), (1000, True)):  # padded to a multiple of 128; of another model
+    for size, foreign in ((128, False), (1000, True)):  # padded to a multiple of 128; of another model
         change(folder / "config.json", vocab_size=size)
-        if refused:
+        if foreign:
             with pytest.raises(ModelError, match=r"has \d+ tokens, but the model's vocab_size is 1,000"):
                 load_tokenizer(locate(ModelConfig(str(folder))))
         else:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from cache_kit import harvest, interrupted, toy_spec
+from command_kit import WIDE, invoke
 from fork_kit import LIMIT
 from mutations import mutate_bytes, mutate_value
-from typer.testing import CliRunner
 
 from sae_granary import open_cache
 from sae_granary.cache.cli import app as cache_app
@@ -63,10 +63,9 @@ def cache(whole, tmp_path) -> Path:
 
 
 def run(app, *args, code: int) -> str:
-    done = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "200"})
-    assert done.exit_code == code, (args, done.output, done.exception)
-    assert not CONTROL.search(done.output), repr(done.output)
-    return done.output
+    output = invoke(app, *args, code=code, env=WIDE).output
+    assert not CONTROL.search(output), repr(output)
+    return output
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "socket"])

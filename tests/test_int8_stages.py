@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harvest_kit import CutOff, build_model, cut_off_after
+from command_kit import invoke
+from harvest_kit import CutOff, build_model, config_of, cut_off_after
 from lm_kit import harvest as harvest_text
 from lm_kit import trained_model
 from sae_kit import saved
 from test_harvest_resume import REPO, assert_same_cache, command, write_corpus
-from typer.testing import CliRunner
 
 from sae_granary import encode_texts, harvest_activations, open_cache, train_sae
 from sae_granary.analyze.encoding.encode import encode_cache
@@ -24,23 +24,16 @@ from sae_granary.cache.cli import app
 from sae_granary.cache.errors import StorageLossError
 from sae_granary.cache.read.verify import verify
 from sae_granary.common.errors import ConfigError
-from sae_granary.harvest.config import HarvestConfig, TextConfig
+from sae_granary.harvest.config import HarvestConfig
 from sae_granary.harvest.progress import summary_rows
-from sae_granary.models.config import ModelConfig, TokenConfig, WhereConfig
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
     folder = tmp_path_factory.mktemp("int8")
-    return HarvestConfig(
-        ModelConfig(str(build_model(folder / "model", "bert")), device="cpu"),
-        WhereConfig(layers=(1,)),
-        TextConfig(str(write_corpus(folder / "corpus.txt", 90)), documents="line"),
-        TokenConfig(ctx_len=16, batch_tokens=128),
-        folder / "whole",
-        dtype="int8",
-        rows_per_shard=1024,
-    )
+    sizes = {"ctx_len": 16, "batch_tokens": 128, "rows_per_shard": 1024}
+    model = build_model(folder / "model", "bert")
+    return config_of(model, write_corpus(folder / "corpus.txt", 90), folder / "whole", dtype="int8", **sizes)
 
 
 def test_a_harvest_in_int8_tells_what_it_lost_and_continues_to_equal_bytes(config: HarvestConfig, tmp_path) -> None:
@@ -62,10 +55,10 @@ def test_a_harvest_in_int8_tells_what_it_lost_and_continues_to_equal_bytes(confi
 
 def test_info_tells_the_storage_error(config: HarvestConfig) -> None:
     path = harvest_activations(config, quiet=True).path
-    shown = CliRunner().invoke(app, ["info", str(path)]).stdout
+    shown = invoke(app, "info", path).stdout
     assert "storage FVU" in shown
     assert "format 2" in shown
-    body = json.loads(CliRunner().invoke(app, ["info", str(path), "--json"]).stdout)
+    body = json.loads(invoke(app, "info", path, "--json").stdout)
     assert set(body["statistics"]["layer_1"]["storage_error"]) == {"fvu", "fvu_ordinary", "n_massive"}
 
 

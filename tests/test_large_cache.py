@@ -4,14 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from command_kit import run_python
 
 from benchmarks.sparse_cache import write_sparse_cache
 from sae_granary import open_cache
@@ -236,11 +234,7 @@ with Loader(opened, batch_size=512, order=Shuffle(pool_rows=4096)) as loader:
 assert account(opened, loader.selection, opened.hook_points).total == 19_200
 assert len(list(open_cache({str(path)!r}).hook()[9::64])) == 300
 """
-    run = [sys.executable, "-c", code]
-    root = str(Path(__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 @pytest.mark.slow
@@ -272,8 +266,5 @@ with Loader(opened, batch_size=4096) as loader:
 peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])  # KiB
 assert peak < 2**21, peak
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)
+    run_python(code)
     shutil.rmtree(path)  # a million names, which pytest would keep
-    assert done.returncode == 0, done.stderr

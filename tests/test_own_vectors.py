@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from command_kit import WIDE, invoke
 
 from sae_granary import train_sae
 from sae_granary.analyze.cli import app as analyze
@@ -17,9 +17,7 @@ N, D = 20_000, 16
 
 
 def run(app, *args):
-    result = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return invoke(app, *args, env=WIDE).stdout
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,11 @@ What the libraries below need of the system stays: they are imported before it i
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from command_kit import run_python
+
 REPO = Path(__file__).parents[1]
-TESTS = Path(__file__).parent
 
 TAKE_AWAY = """
 import errno, mmap, os, shutil, sys
@@ -89,23 +88,13 @@ assert load_sae(result.folder).config.d_sae == 32
 """
 
 COMMAND = """
-from typer.testing import CliRunner
-from sae_granary.cache.cli import app
-result = CliRunner().invoke(app, ["verify", "cache"])
-assert result.exit_code == 0, result.output
+from cache_kit import run_cache
+run_cache("verify", "cache")
 print("done")
 """
 
 
-def run(code: str, folder: Path) -> str:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(TESTS)]), "USERNAME": "somebody"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_every_module_imports_and_caches_and_saes_work(tmp_path: Path) -> None:
-    output = run(TAKE_AWAY + IMPORTS.format(repo=str(REPO)) + WORK + COMMAND, tmp_path)
-    assert output.splitlines()[-1] == "done"
+    code = TAKE_AWAY + IMPORTS.format(repo=str(REPO)) + WORK + COMMAND
+    done = run_python(code, cwd=tmp_path, env=os.environ | {"USERNAME": "somebody"})
+    assert done.stdout.splitlines()[-1] == "done"

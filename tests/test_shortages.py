@@ -6,13 +6,12 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from command_kit import run_python
 from conftest import write_cache
 
 from sae_granary import open_cache, resume_sweep, resume_training, train_sae, train_sweep
@@ -167,11 +166,7 @@ if pid:
 thread.start()
 thread.join()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 256 - signal.SIGBUS, done.stderr
+    done = run_python(code, code=256 - signal.SIGBUS)
     where = re.escape(f"{settings['cache']}/activations/")
     told = rf"error: {where}[^/]*/c\.0\.0 was truncated while it was read: 0 bytes are left of [\d,]+; restore it"
     assert re.search(told, done.stderr)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_kit import invoke, refused
 from fork_kit import LIMIT
 from slurm_kit import Slurm, missing, running
-from typer.testing import CliRunner
 
 from sae_granary.common.settings.sbatch import batch_script
 from sae_granary.harvest.cli import app as harvest_app
@@ -21,18 +21,9 @@ RUN = ["run", "--cache", "/shared/my cache", "--type", "topk", "--k", "16"]
 
 def script(*words: str, options: tuple[str, ...] = ()) -> str:
     """The file that `sae-train script` prints for a command."""
-    result = CliRunner().invoke(app, ["script", *options, "--", *words])
-    assert result.exit_code == 0, result.output
-    assert subprocess.run(["bash", "-n"], input=result.stdout, text=True, capture_output=True, check=False).stderr == ""
-    return result.stdout
-
-
-def refusal(*words: str, options: tuple[str, ...] = ()) -> str:
-    """The one line with which `sae-train script` refuses a command."""
-    result = CliRunner().invoke(app, ["script", *options, "--", *words])
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    (line,) = result.stderr.splitlines()
-    return line
+    text = invoke(app, "script", *options, "--", *words).stdout
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False).stderr == ""
+    return text
 
 
 def test_each_rank_has_its_share_of_the_cores_and_the_command_its_flags() -> None:
@@ -80,7 +71,7 @@ def test_an_array_has_a_job_for_each_value() -> None:
 def test_what_the_job_would_refuse_is_refused_before(
     words: tuple[str, ...], options: tuple[str, ...], message: str
 ) -> None:
-    assert message in refusal(*words, options=options)
+    assert message in refused(app, "script", *options, "--", *words)
 
 
 @pytest.mark.slow
@@ -94,7 +85,7 @@ def test_slurm_stops_a_training_with_a_checkpoint_and_continues_it(make_cache, t
     harvest = ["script", "--jobs", "2", "--", "run", "--model", "demo", "--layers", "1", "--out", str(tmp_path / "h")]
     (tmp_path / "slurm").mkdir()
     with running(tmp_path / "slurm") as slurm:
-        for file in (text, CliRunner().invoke(harvest_app, harvest).stdout):
+        for file in (text, invoke(harvest_app, *harvest).stdout):
             (tmp_path / "job").write_text(file)
             assert "to start at" in slurm("sbatch", "--test-only", tmp_path / "job")
         job = slurm.submit(text)

@@ -5,17 +5,18 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cache_kit import contents
+from command_kit import run_python
 from conftest import write_cache
 from sae_kit import saved
 from test_harvest_extend import config, harvest, models  # noqa: F401
-from test_harvest_resume import assert_same_cache, contents
+from test_harvest_resume import assert_same_cache
 
 from sae_granary import open_cache, resume_training, train_sae
 from sae_granary.analyze.encoding.codes import CodesRecord
@@ -206,8 +207,4 @@ result = train_sweep({{"k": [1, 2, 3], "init_seed": list(range(8))}}, settings, 
 print(len(result.rows), len(result.failures))
 """
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 64
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout.split() == ["24", "0"], done.stderr
+    assert run_python(code).stdout.split() == ["24", "0"]

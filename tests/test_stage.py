@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_kit import run_python
-from command_kit import invoke, refused
+from command_kit import invoke, refused, run_python
 from fork_kit import LIMIT, Forks, command
 from rank_kit import COMMON, ended, start
 from stage_kit import check_copies, killed_copying, staged
@@ -203,16 +202,14 @@ def test_the_analysis_reads_the_copies_of_a_training(
         codes = encode_cache(source, tmp_path / "staged")
     assert disk in source.cache.shard_path("layer_3", 0).parents
     assert np.array_equal(codes.values, plain.values)
-    told, asked = [], ["eval", str(run), "--device", "cpu", "--json", "--quiet"]
-    for flags in ([], ["--stage", str(disk)]):
-        told.append(json.loads(invoke(analyze_app, *asked, *flags).stdout))
-    assert told[0] == told[1]
+    asked = (analyze_app, "eval", run, "--device", "cpu", "--json", "--quiet")
+    assert json.loads(invoke(*asked).stdout) == json.loads(invoke(*asked, "--stage", disk).stdout)
     assert copies(disk) == before
     shutil.rmtree(next(disk.iterdir()))
-    invoke(analyze_app, *asked, "--stage", disk)
+    invoke(*asked, "--stage", disk)
     assert copies(disk).keys() == before.keys()
-    error = refused(analyze_app, "show", run, "--latent", 1, "--stage", tmp_path / "a/b")
-    assert "a/b: expected a folder on a disk of this machine" in error
+    line = refused(analyze_app, "show", run, "--latent", 1, "--stage", tmp_path / "a/b")
+    assert "a/b: expected a folder on a disk of this machine" in line
 
 
 def test_wrong_bytes_are_never_read_and_nothing_is_written(

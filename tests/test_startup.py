@@ -1,7 +1,5 @@
 """What a user waits for before and after the work: imports, and counting for a threshold."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_kit import run_python
 from harvest_kit import build_model, config_of, texts
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -83,8 +82,7 @@ train_sae(cache={str(make_cache())!r}, type="batchtopk", k=4, d_sae=64, steps=2,
 heavy = ("torch._dynamo", "sympy", "transformers", "datasets", "scipy", "sklearn", "pandas", "matplotlib", "zarr")
 print([name for name in heavy if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python(script).stdout.strip() == "[]"
 
 
 POSTPONED = """
@@ -147,5 +145,4 @@ print(torch.compile(lambda x: hidden(x * 2) * 2, backend=count)(torch.ones(1)).t
 
 
 def _output(script: str) -> list[str]:
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-5:]
+    return run_python(script).stdout.splitlines()[-5:]

@@ -122,8 +122,7 @@ def round_rows(
     bias_slack = (summing * largest_bias + tiny) * ROOMY
     tl.store(row_slack + n, slack)
     tl.store(numbers + BIAS_SLACK, bias_slack.to(tl.int32, bitcast=True), mask=n == 0)
-    # Partial sums are smaller than the product of the norms: none overflows.
-    bounded = slack + bias_slack + norm * largest_norm + largest_bias < float("inf")
+    bounded = slack + bias_slack < float("inf")  # then no sum of products overflows: squares of the norms do before
     tl.store(numbers + FITS, 0, mask=bounded == 0)
     for start in range(tl.program_id(0) * BLOCK, n_groups, tl.num_programs(0) * BLOCK):
         g = start + tl.arange(0, BLOCK)

@@ -69,12 +69,16 @@ class Source:
         for name, values in rows.items():
             found = self.cache.storage.decoded.first_non_finite(values)
             if found is not None:
-                row = start + found // values.shape[1]
-                raise CorruptCacheError(
-                    f"{self.cache.path}: hook point {name}, row {row:,} holds NaN or Inf, which is never harvested; "
-                    "find the damage with `sae-cache verify`"
-                )
+                raise damaged_row(self.cache, name, start + found // values.shape[1])
         return self.sae.encode(rows)
+
+
+def damaged_row(cache: Cache, hook: str, row: int) -> CorruptCacheError:
+    """The error for NaN or Inf in a row of a cache."""
+    return CorruptCacheError(
+        f"{cache.path}: hook point {hook}, row {row:,} holds NaN or Inf, which is never harvested; "
+        "find the damage with `sae-cache verify`"
+    )
 
 
 def open_source(

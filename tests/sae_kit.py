@@ -18,6 +18,15 @@ def new(name: str, usual: Mapping[str, object] | None = None, **options: object)
     return cls(sae_core.make_config(cls, given | options))
 
 
+def copying(d_in: int, scale: float = 1.0) -> SAE:
+    """x_hat = scale * (ReLU(x) - ReLU(-x)): the identity, or zero for scale 0."""
+    sae = new("vanilla", d_in=d_in, d_sae=2 * d_in, normalize="none")
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
+        sae.W_dec.copy_(scale * sae.W_enc.t())
+    return sae
+
+
 def saved(
     folder: Path,
     name: str = "topk",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_kit import invoke
-from sae_kit import new
+from sae_kit import copying, new
 from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 
@@ -33,25 +33,14 @@ from sae_granary.common.rows import FLAG_SPECIAL
 D_IN, D_SAE = 16, 32
 
 
-def dictionary(type_name: str = "topk", d_in: int = D_IN, d_sae: int = D_SAE, **options) -> sae_core.SAE:
+def dictionary(type_name: str = "topk", **options) -> sae_core.SAE:
     """An SAE with random weights and one latent that never fires."""
-    sae = new(type_name, {"k": 4}, d_in=d_in, d_sae=d_sae, **options)
+    sae = new(type_name, {"k": 4}, d_in=D_IN, d_sae=D_SAE, **options)
     sae.reset_weights(torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(2))
         if sae.has_encoder:
             sae.encoder_bias[5] = -1e6
-    return sae
-
-
-def copying(d_in: int, scale: float = 1.0) -> sae_core.SAE:
-    """x_hat = scale * (ReLU(x) - ReLU(-x)): the identity, or zero for scale 0."""
-    sae = dictionary("vanilla", d_in, 2 * d_in, normalize="none")
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
-        sae.W_dec.copy_(scale * sae.W_enc.t())
-        for bias in (sae.b_enc, sae.b_dec):
-            bias.zero_()
     return sae
 
 

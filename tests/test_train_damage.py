@@ -13,7 +13,7 @@ from sae_granary import sae_core
 from sae_granary.cache.load.selection import Part
 from sae_granary.cache.opening import open_cache
 from sae_granary.cache.read.reader import Cache
-from sae_granary.common.finished_run import read_summary
+from sae_granary.common.finished_run import read_metrics, read_summary
 from sae_granary.common.signed import write_signed
 from sae_granary.sae_core import registry
 from sae_granary.sae_core.errors import NonFiniteError
@@ -188,7 +188,7 @@ def test_dead_is_one_number(make_cache) -> None:
     make_cache()
     output = train("--type", "topk", "--name", "a")
     summary = read_summary(Path("runs/a"))
-    lines = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(Path("runs/a"))
     assert summary["dead"] == lines[-1]["dead"]
     assert not {"dead", "below_dead_threshold"} & set(summary["eval"])
     assert {"rare", "never_fired"} <= set(summary["eval"])

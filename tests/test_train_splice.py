@@ -1,6 +1,5 @@
 """Losses through the language model: on tiny models that were trained for a second (`lm_kit`)."""
 
-import json
 import re
 import shutil
 from itertools import islice
@@ -11,7 +10,7 @@ import pytest
 import torch
 from command_kit import invoke, refused
 from lm_kit import harvest, trained_model
-from sae_kit import new
+from sae_kit import copying, new
 from test_train_resume import assert_same, interrupted
 
 from sae_granary import open_cache, resume_training, sae_core, train_sae, train_sweep
@@ -19,6 +18,7 @@ from sae_granary.cache.errors import SelectionError
 from sae_granary.cache.load.origin import read_origin
 from sae_granary.cache.load.selection import Filters, Selection
 from sae_granary.cache.load.whole_contexts import read_contexts
+from sae_granary.common.finished_run import read_metrics, read_summary
 from sae_granary.common.rows import HookPoint
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.errors import ModelError, SpliceError
@@ -56,22 +56,6 @@ def any_cache(models: Path, request: pytest.FixtureRequest) -> Path:
     return models / f"{request.param}_l0"
 
 
-def identity(d_in: int) -> sae_core.SAE:
-    """x_hat = ReLU(x) - ReLU(-x)."""
-    sae = new("vanilla", d_in=d_in, d_sae=2 * d_in, normalize="none")
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], 1))
-        sae.W_dec.copy_(sae.W_enc.t())
-    return sae
-
-
-def zeros(d_in: int) -> sae_core.SAE:
-    sae = identity(d_in)
-    with torch.no_grad():
-        sae.W_dec.zero_()
-    return sae
-
-
 def windows_of(path: Path, n: int = 3, **options):
     defaults = {"batch_rows": 500, "selection": Selection(part="all")}
     return islice(read_contexts(open_cache(path), **(defaults | options)), n)
@@ -79,17 +63,17 @@ def windows_of(path: Path, n: int = 3, **options):
 
 def test_identity_scores_1_and_zeros_score_0(any_cache: Path) -> None:
     model = open_model(*read_origin(open_cache(any_cache)))
-    numbers = evaluate_downstream(identity(64), model, windows_of(any_cache))
+    numbers = evaluate_downstream(copying(64), model, windows_of(any_cache))
     knows = any_cache.name in ("llama_l0", "modernbert_l0")  # nothing is lost where nothing was known
     assert numbers["ce_score"] == (pytest.approx(1.0, abs=1e-6) if knows else None)
     assert len(notes_on(numbers)) == (not knows)
     assert numbers["kl"] == pytest.approx(0.0, abs=1e-6)
     assert numbers["ce_spliced"] == numbers["ce_clean"]
     assert numbers["ce_ablated"] != numbers["ce_clean"]
-    ablated = evaluate_downstream(zeros(64), model, windows_of(any_cache))
+    ablated = evaluate_downstream(copying(64, 0.0), model, windows_of(any_cache))
     assert ablated["ce_score"] == (pytest.approx(0.0, abs=1e-6) if knows else None)
     assert ablated["ce_spliced"] == ablated["ce_ablated"] == numbers["ce_ablated"]
-    assert evaluate_downstream(identity(64), model, []) == {}
+    assert evaluate_downstream(copying(64), model, []) == {}
 
 
 def test_clean_loss_is_the_models_own(models: Path) -> None:
@@ -99,7 +83,7 @@ def test_clean_loss_is_the_models_own(models: Path) -> None:
     reference = transformers.LlamaForCausalLM.from_pretrained(models / "llama")
     opened = open_cache(models / "llama_l0")
     batches = list(windows_of(models / "llama_l0"))
-    numbers = evaluate_downstream(identity(64), open_model(*read_origin(opened)), batches)
+    numbers = evaluate_downstream(copying(64), open_model(*read_origin(opened)), batches)
     total, n = 0.0, 0
     for batch in batches:
         for i in range(len(batch)):
@@ -132,7 +116,7 @@ def test_masked_tokens_are_predicted(models: Path) -> None:
         part = next(iter(batch.split(2)))  # which tokens are masked does not depend on the batch
         assert torch.equal(model.tokens(part).predicted, t.predicted[: len(part), : part.real.shape[1]])
     assert not torch.equal(model.tokens(batches[0], mask_seed=1).predicted, tokens[0].predicted)
-    numbers = evaluate_downstream(identity(64), model, batches)
+    numbers = evaluate_downstream(copying(64), model, batches)
     assert numbers["n_predicted"] == n_masked
     assert numbers["ce_clean"] < numbers["ce_ablated"] - 0.3
 
@@ -151,7 +135,7 @@ def spliced(models: Path, kind: str, name: str = "llama", balanced: bool = False
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_gradients_reach_the_sae_only(models: Path, kind: str) -> None:
-    sae = identity(64).train()
+    sae = copying(64).train()
     with torch.no_grad():
         sae.W_dec.mul_(0.5)
     batch = spliced(models, kind)
@@ -186,7 +170,7 @@ def test_every_type_trains_through_the_model(models: Path, name: str, normalize:
 
 
 def test_the_gradient_is_that_of_the_loss(models: Path) -> None:
-    sae = identity(64).train()
+    sae = copying(64).train()
     with torch.no_grad():
         sae.W_dec.mul_(0.5)
     batch = spliced(models, "kl")
@@ -202,7 +186,7 @@ def test_the_gradient_is_that_of_the_loss(models: Path) -> None:
 
 
 def test_finetuning_balances_kl_and_reconstruction(models: Path) -> None:
-    sae = identity(64).train()
+    sae = copying(64).train()
     with torch.no_grad():
         sae.W_dec.mul_(0.5)
     terms = spliced(models, "kl", balanced=True).terms(sae, Progress(0, 10)).losses
@@ -275,7 +259,7 @@ def test_kl_finetuning_lowers_the_kl(models: Path, tmp_path: Path, model: str) -
     assert tuned["kl"] < 0.95 * plain["kl"]
     assert tuned["ce_score"] > plain["ce_score"] - 0.01  # the KL is what is minimized
     assert tuned["fvu"] < 1.6 * plain["fvu"]
-    lines = [json.loads(line) for line in (tmp_path / "runs/tuned/metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "runs/tuned")
     phases = ["losses/kl" in line for line in lines]
     assert phases == sorted(phases)
     assert sum(phases) == 5  # of the last 50 steps every 10th is measured
@@ -288,10 +272,10 @@ def test_whole_runs_through_the_model_from_the_command_line(models: Path, tmp_pa
     for loss in ("kl", "ce"):
         invoke(app, "run", *common, "--loss", loss)
         folder = tmp_path / f"llama_l0_layer_0_batchtopk_d128_k4_{loss}_s0"
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(folder)
         first, last = (np.mean([line[f"losses/{loss}"] for line in part]) for part in (lines[:5], lines[-5:]))
         assert last < first
-        numbers = json.loads((folder / "summary.json").read_text())["eval"]
+        numbers = read_summary(folder)["eval"]
         assert {"ce_score", "kl", "ce_clean", "ce_spliced", "ce_ablated", "fvu"} <= set(numbers)
         assert sae_core.load(folder).d_out == 64
 
@@ -304,7 +288,7 @@ def test_no_score_where_ablation_costs_nothing(models: Path, tmp_path: Path) -> 
         result = invoke(app, *command)
         assert re.search(r"│\s+n/a │", result.output)
         assert "ce_score is not defined: zero ablation costs the model nothing (CE 5.5" in result.output
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    summary = read_summary(tmp_path / "a")
     assert summary["eval"]["ce_score"] is None
     assert summary["eval"]["ce_ablated"] < summary["eval"]["ce_clean"] + MIN_ABLATION_COST
     assert summary["notes"][:1] == notes_on(summary["eval"])
@@ -477,15 +461,15 @@ def test_sentence_transformers_are_measured_by_their_embedding(demo_caches: Path
         expected = library(features)["sentence_embedding"]
     found = torch.nn.functional.normalize(model.embeddings(model.plain(batch)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    numbers = evaluate_downstream(identity(384), model, [batch])
+    numbers = evaluate_downstream(copying(384), model, [batch])
     assert numbers["embedding_cosine"] == pytest.approx(1.0, abs=1e-6)
     assert numbers["embedding_cosine_ablated"] < 0.99
-    ablated = evaluate_downstream(zeros(384), model, [batch])
+    ablated = evaluate_downstream(copying(384, 0.0), model, [batch])
     assert ablated["embedding_cosine"] == ablated["embedding_cosine_ablated"] == numbers["embedding_cosine_ablated"]
     flags = ["--cache", opened.path, "--type", "topk", "--batch-size", 64, "--steps", 3, "--d-sae", 64, "--k", 4]
     flags += ["--eval-downstream", "--lm", "demo", "--runs-dir", tmp_path / "runs", "--name", "demo_topk"]
     invoke(app, "run", *flags)
-    summary = json.loads((tmp_path / "runs" / "demo_topk" / "summary.json").read_text())
+    summary = read_summary(tmp_path / "runs" / "demo_topk")
     assert 0 < summary["eval"]["embedding_cosine"] < 1
 
     page = (Path(__file__).resolve().parents[1] / "docs" / "language_model.md").read_text(encoding="utf-8")

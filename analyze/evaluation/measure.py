@@ -25,8 +25,7 @@ from sae_granary.analyze.evaluation.groups import (
 )
 from sae_granary.analyze.evaluation.rows import RunSettings, choose_rows, read_settings, trained_elsewhere
 from sae_granary.analyze.evaluation.training_loss import TrainingLoss
-from sae_granary.analyze.source import Source
-from sae_granary.cache.errors import CorruptCacheError
+from sae_granary.analyze.source import Source, damaged_row
 from sae_granary.cache.load.loader import Batch, Loader
 from sae_granary.cache.load.selection import Counts, Part, Selection
 from sae_granary.common.device import float64
@@ -128,11 +127,7 @@ class _Sums:
         for hook, values in x.items():
             finite = torch.isfinite(values).all(1)
             if not bool(finite.all()):
-                row = int(rows[int((~finite).nonzero()[0])])
-                raise CorruptCacheError(
-                    f"{self.source.cache.path}: hook point {hook}, row {row:,} holds NaN or Inf, which is never "
-                    "harvested; find the damage with `sae-cache verify`"
-                )
+                raise damaged_row(self.source.cache, hook, int(rows[int((~finite).nonzero()[0])]))
 
     def _update_groups(self, out: SAEOutput, codes: Codes, rows: np.ndarray[Any, Any]) -> None:
         if self.by_position is None:

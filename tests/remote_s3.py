@@ -20,6 +20,7 @@ import pytest
 import s3fs
 from cache_kit import harvest
 from cache_kit import run_cache as run
+from fork_kit import free_port
 
 from sae_granary.cache.errors import CacheError, CorruptCacheError
 from sae_granary.cache.read.verify import verify
@@ -28,12 +29,6 @@ from sae_granary.cache.remote.pull import plan_pull, pull
 from sae_granary.cache.remote.push import plan_push, push
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Proxy(BaseHTTPRequestHandler):

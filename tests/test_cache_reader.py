@@ -238,10 +238,14 @@ def test_a_read_only_cache_of_another_user(tmp_path):
 import os, sys
 from pathlib import Path
 from sae_granary import open_cache
+from sae_granary.cache.load.loader import Loader
 from sae_granary.cache.read.verify import verify
 from cache_kit import harvest
+def batch():
+    with Loader(open_cache("."), batch_size=8) as loader:
+        return next(loader)
 os.chdir(sys.argv[1])
-open_cache(".").stats("layer_1"), verify(".")  # the other user may not be able to import
+open_cache(".").stats("layer_1"), verify("."), batch()  # the other user may not be able to import
 os.setuid(65534)
 try:
     open("x", "w")
@@ -250,7 +254,7 @@ except PermissionError:
 else:
     raise SystemExit("not read-only")
 assert len(open_cache(".")) > 0 and open_cache(".").stats("layer_1").n_rows
-assert verify(".").ok
+assert verify(".").ok and batch().n_rows == 8
 harvest(Path("."))  # complete: does nothing, not even a lock
 """,
         tmp_path / "toy",

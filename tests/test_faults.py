@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from cache_kit import contents
-from command_kit import run_python
 from test_cache_travel import Faulty, cache, faulty, run  # noqa: F401
 from test_harvest_extend import config, harvest, models  # noqa: F401
 from test_small_disk import small_disk  # noqa: F401
@@ -123,32 +122,3 @@ def test_secrets_of_the_environment_are_in_no_file_of_a_cache(config: HarvestCon
     written = b"".join(file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file())
     assert b"CANARY" not in written
     assert "CANARY" not in done.stdout + done.stderr
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it becomes another user")
-def test_another_user_reads_a_cache_of_the_team(config: HarvestConfig, tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        harvest(config)
-    finally:
-        os.umask(old)
-    for path in [config.out_path, *config.out_path.rglob("*")]:
-        os.chown(path, -1, 4242)
-    script = (
-        "import os, sys\n"
-        "from sae_granary import open_cache\n"
-        "from sae_granary.cache.read.verify import verify\n"
-        "from sae_granary.cache.load.loader import Loader\n"
-        "os.chdir(sys.argv[1])\n"
-        "verify('.')\n"
-        "with Loader(open_cache('.'), batch_size=8) as loader: next(iter(loader))\n"  # what is imported late
-        "os.setgroups([4242]), os.setgid(4243), os.setuid(4243)\n"
-        "assert verify('.').ok\n"
-        "with Loader(open_cache('.'), batch_size=64) as loader:\n"
-        "    assert len(next(iter(loader)).x) > 0\n"
-        "try:\n"
-        "    open('x', 'w')\n"
-        "except PermissionError:\n"
-        "    print('read')\n"
-    )
-    assert run_python(script, config.out_path).stdout == "read\n"

@@ -1,10 +1,6 @@
 """int8 through the commands: harvested, killed, described, trained on, spliced, encoded."""
 
 import json
-import os
-import random
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +11,7 @@ from harvest_kit import CutOff, build_model, config_of, cut_off_after
 from lm_kit import harvest as harvest_text
 from lm_kit import trained_model
 from sae_kit import saved
-from test_harvest_resume import REPO, assert_same_cache, command, write_corpus
+from test_harvest_resume import assert_same_cache, write_corpus
 
 from sae_granary import encode_texts, harvest_activations, open_cache, train_sae
 from sae_granary.analyze.encoding.encode import encode_cache
@@ -95,31 +91,6 @@ def test_texts_are_encoded_as_their_harvest_was_stored(config: HarvestConfig, tm
     lines = Path(config.text.dataset).read_text().split("\n")[:12]
     found = encode_texts(tmp_path / "sae", lines, cache=path, device="cpu").codes.dense().numpy()
     np.testing.assert_allclose(found, stored[: len(found)], atol=1e-4)
-
-
-@pytest.mark.slow
-def test_kills_at_random_instants_leave_equal_bytes(config: HarvestConfig, tmp_path) -> None:
-    corpus = write_corpus(tmp_path / "long.txt", 1200)
-    config = replace(
-        config, text=replace(config.text, dataset=str(corpus)), out=tmp_path / "whole", rows_per_shard=2048
-    )
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
-    harvest_activations(config, quiet=True)
-    duration, rng = time.monotonic() - start, random.Random(0)
-    for i in range(8):
-        out = tmp_path / str(i)
-        for _ in range(2):
-            line = [*command(config, out), "--dtype", "int8"]
-            with subprocess.Popen(
-                line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            ) as process:
-                while process.poll() is None and not (out / "manifest.json").exists():
-                    time.sleep(0.01)
-                time.sleep(rng.random() * duration)
-                process.kill()
-        harvest_activations(replace(config, out=out), quiet=True)
-        assert_same_cache(out, config.out_path)
 
 
 @pytest.mark.slow

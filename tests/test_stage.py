@@ -168,8 +168,15 @@ def test_room_is_made_from_copies_that_nobody_reads(
     )
     unlink, scandir, removed = os.unlink, os.scandir, list[str]()
 
-    def by_name(*place: Any) -> Any:  # the order of a listing is that of the file system
-        return contextlib.nullcontext(sorted(scandir(*place), key=lambda entry: str(entry.name)))
+    class ByName(list[Any]):  # the order of a listing is that of the file system
+        def __init__(self, *place: Any) -> None:
+            super().__init__(sorted(scandir(*place), key=lambda entry: str(entry.name)))
+
+        def __enter__(self) -> list[Any]:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
 
     def stopped(path: str, **more: Any) -> None:  # after the file by which copies are found
         if more and IN_USE in removed:  # of `shutil.rmtree`
@@ -179,7 +186,7 @@ def test_room_is_made_from_copies_that_nobody_reads(
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(os, "unlink", stopped)
-        patch.setattr(os, "scandir", by_name)
+        patch.setattr(os, "scandir", ByName)
         staged(cache, disk)
     staged(cache, disk)
     assert IN_USE in removed

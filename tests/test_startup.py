@@ -94,7 +94,11 @@ postpone_unused_imports()
 
 def test_a_command_loads_a_model_without_libraries_that_it_does_not_use(tmp_path: Path) -> None:
     """transformers imports them: seconds of each command."""
+    (tmp_path / "torchvision.dist-info").mkdir()
+    (tmp_path / "torchvision.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.26.0\n")
+    (tmp_path / "torchvision.py").touch()
     script = f"""{POSTPONED}
+sys.path.insert(0, {str(tmp_path)!r})
 from sae_granary.models.config import ModelConfig
 from sae_granary.models.load import load_base, skeleton
 from sae_granary.models.locate import locate
@@ -102,9 +106,23 @@ located = locate(ModelConfig({str(build_model(tmp_path / "model", "bert"))!r}))
 skeleton(located)
 load_base(located, "float32", "cpu")
 heavy = ("torch._dynamo.eval_frame", "torch.distributed.tensor", "scipy.optimize._optimize", "sklearn.base")
+heavy += ("torchvision",)
 print([name for name in heavy if name in sys.modules])
 """
     assert _output(script) == ["[]"]
+
+
+def test_a_library_that_imports_a_module_of_a_postponed_package_gets_all_of_it_once(tmp_path: Path) -> None:
+    """torchvision does, while transformers imports it."""
+    (tmp_path / "sentence_transformers.py").write_text("from torch._dynamo.utils import counters\n")
+    script = f"""{POSTPONED}
+sys.path.insert(0, {str(tmp_path)!r})
+import sentence_transformers, torch
+print(torch.compiler.allow_in_graph(abs) is abs)
+print(sentence_transformers.counters is torch._dynamo.utils.counters is torch._dynamo.convert_frame.counters)
+print(torch._dynamo.utils is sys.modules["torch._dynamo.utils"], torch._dynamo.utils.__spec__.origin is not None)
+"""
+    assert _output(script) == ["True", "True", "True True"]
 
 
 def test_a_command_collects_no_garbage_from_what_it_imports() -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 _OWNERS = ("transformers", "sentence_transformers")
 _IMPORT_UTILS = "transformers.utils.import_utils"
-# What transformers asks before it imports torch.distributed.tensor: "no" is an installation that it supports.
-_DISTRIBUTED = "is_torch_distributed_available"
+# What transformers asks before it imports torch.distributed.tensor and torchvision: it supports installations without.
+_ASKED = ("is_torch_distributed_available", "is_torchvision_available")
 
 _running: list[str] = []  # the modules of the owners whose code runs
 _decorated: list[tuple[str, Any]] = []  # by decorators of torch._dynamo, to be decorated once it is loaded
@@ -62,8 +62,9 @@ _POSTPONED: dict[str, dict[str, Any]] = {
     "torch._dynamo": {name: _decorator(name) for name in ("disable", "allow_in_graph", "assume_constant_result")},
     "scipy.optimize": {"linear_sum_assignment": _on_call("scipy.optimize", "linear_sum_assignment")},
     "sklearn": {},
-    "sklearn.metrics": {"pairwise_distances": _on_call("sklearn.metrics", "pairwise_distances")},
+    "sklearn.metrics": {name: _on_call("sklearn.metrics", name) for name in ("pairwise_distances", "roc_curve")},
 }
+_ALONE = ("torch._dynamo._trace_wrapped_higher_order_op",)  # modules of postponed packages that do without them
 
 
 def postpone_unused_imports() -> None:
@@ -82,8 +83,16 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The usual spec with a loader of ours; None for all other modules."""
+        """The usual spec with a loader of ours; None for all other modules.
+
+        A module of a postponed package is imported after it, or with it.
+        """
         loads: Callable[[Loader], Loader]
+        parent = sys.modules.get(fullname.rpartition(".")[0])
+        if isinstance(parent, _Postponed) and fullname not in (*_POSTPONED, *_ALONE):
+            parent.load()
+            if (found := sys.modules.pop(fullname, None)) is not None:  # it comes back as what is imported
+                return ModuleSpec(fullname, _FoundLoader(found))
         if fullname.split(".", 1)[0] in _OWNERS:
             loads = _OwnersLoader
         elif fullname == "torch":
@@ -115,13 +124,13 @@ class _TorchLoader(Loader):
 
 
 class _OwnersLoader(_TorchLoader):
-    """Runs the code of a module, in which other packages are postponed and torch.distributed seems to be missing."""
+    """Runs the code of a module, in which other packages are postponed or seem to be missing."""
 
     def exec_module(self, module: ModuleType) -> None:
         _put_back(module, self._usual)
         _running.append(module.__name__)
         try:
-            with _uncollected(), _without_distributed():
+            with _uncollected(), _without_asked():
                 self._usual.exec_module(module)
         finally:
             _running.pop()
@@ -136,24 +145,32 @@ class _PostponedLoader(Loader):
         self._usual = usual
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = _Postponed(spec.name)
-        vars(module)["__path__"] = spec.submodule_search_locations  # until it is imported: asking for it loads it
-        return module
+        return _Postponed(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         _put_back(module, self._usual)
-        vars(module).pop("__path__")
+
+
+class _FoundLoader(Loader):
+    """Gives a module that was imported meanwhile. Python would run its code again."""
+
+    def __init__(self, found: ModuleType) -> None:
+        self._found, self._spec = found, found.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._found
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 class _Postponed(ModuleType):
     """A package that loads itself when something of it is asked for, or a module in it imported."""
 
     def __getattr__(self, name: str) -> Any:
-        if _running and name == "__path__" and self.__spec__ is not None:
-            return self.__spec__.submodule_search_locations
         if name in (names := _POSTPONED[self.__name__]):
             return names[name]
-        if name.startswith("__") and name != "__path__":  # what is asked of any module
+        if name.startswith("__"):  # what is asked of any module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.load()
         return getattr(self, name)
@@ -165,7 +182,6 @@ class _Postponed(ModuleType):
         parent = sys.modules.get(self.__name__.rpartition(".")[0])
         if isinstance(parent, _Postponed):
             parent.load()
-        vars(self)["__path__"] = self.__spec__.submodule_search_locations
         self.__class__ = ModuleType  # type: ignore[assignment]
         self.__spec__.loader.exec_module(self)
         if self.__name__ == "torch._dynamo":
@@ -198,16 +214,16 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _without_distributed() -> Iterator[None]:
-    found = [(m, usual) for name in (_IMPORT_UTILS, "transformers.utils")
-             if (usual := getattr(m := sys.modules.get(name), _DISTRIBUTED, bool)) is not bool]  # fmt: skip
-    for module, _ in found:
-        setattr(module, _DISTRIBUTED, bool)  # bool() is False
+def _without_asked() -> Iterator[None]:
+    found = [(m, asked, usual) for name in (_IMPORT_UTILS, "transformers.utils") for asked in _ASKED
+             if (usual := getattr(m := sys.modules.get(name), asked, bool)) is not bool]  # fmt: skip
+    for module, asked, _ in found:
+        setattr(module, asked, bool)  # bool() is False
     try:
         yield
     finally:
-        for module, usual in found:
-            setattr(module, _DISTRIBUTED, usual)
+        for module, asked, usual in found:
+            setattr(module, asked, usual)
 
 
 def _read_once(module: ModuleType) -> None:

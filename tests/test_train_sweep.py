@@ -54,6 +54,13 @@ def assert_same_as_alone(sweep: Path, settings: dict, runs_dir: Path) -> None:
         assert_same(folder, sweep / entry.name)
 
 
+def assert_same_sweep(whole: Path, other: Path) -> None:
+    assert table(whole) == table(other)
+    assert len(table(whole)) == len(load_plan(whole).entries)
+    for entry in load_plan(whole).entries:
+        assert_same(whole / entry.name, other / entry.name)
+
+
 def test_members_equal_runs_alone_bitwise(make_cache, tmp_path) -> None:
     """Types of three kinds of input, two hook points, pools smaller than the cache."""
     cache = str(make_cache(hooks=("layer_3", "layer_4"), d_in=8))
@@ -125,9 +132,7 @@ def test_a_signal_saves_all_and_the_same_call_continues(grid_of_six, tmp_path) -
         assert newest.name == "step_00000008"
     assert not (stopped / "results.csv").exists()
     again = train_sweep(grid, settings, runs_dir=str(tmp_path / "b"))
-    assert table(whole.folder) == table(again.folder)
-    for row in whole.rows:
-        assert_same(whole.folder / row["name"], again.folder / row["name"])
+    assert_same_sweep(whole.folder, again.folder)
     assert {p.name for p in again.folder.iterdir()} >= {"results.csv", "results.md", "results.json", "pareto.png"}
 
 
@@ -145,9 +150,7 @@ def test_members_continue_from_different_steps_and_alone(grid_of_six, tmp_path, 
     resume_training(stopped / names[3])  # a member is an ordinary run
     monkeypatch.setattr(grouping, "available_memory", lambda device: pytest.fail("the plan is measured again"))
     resume_sweep(stopped)
-    assert table(whole.folder) == table(stopped)
-    for name in names:
-        assert_same(whole.folder / name, stopped / name)
+    assert_same_sweep(whole.folder, stopped)
     assert sae_core.load(stopped / names[2]).type_name == "topk"
 
 
@@ -200,7 +203,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(make_cache, tmp_path) -
     result = train_sweep({"lr": ["1e-3", "1e30"]}, settings, runs_dir=str(tmp_path), name="s")
     good, bad = (row["name"] for row in result.rows)
     assert list(result.failures) == [bad]
-    assert "lower --lr" in result.failures[bad] or "lower" in result.failures[bad]
+    assert "lower" in result.failures[bad]
     alone = train_sae(**{**settings, "lr": 1e-3}, runs_dir=str(tmp_path / "c"))
     assert_same(alone.folder, result.folder / good)
     assert [row["status"] for row in table(result.folder)] == ["finished", "failed"]
@@ -389,13 +392,6 @@ def test_each_member_has_a_wandb_run_of_its_own(make_cache, tmp_path) -> None:
         while b"metrics/l0" not in file.read_bytes():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-
-
-def assert_same_sweep(whole: Path, other: Path) -> None:
-    assert table(whole) == table(other)
-    assert len(table(whole)) == len(load_plan(whole).entries)
-    for entry in load_plan(whole).entries:
-        assert_same(whole / entry.name, other / entry.name)
 
 
 def dying(step: int, seconds: float, **arguments) -> None:

@@ -84,26 +84,7 @@ def _open_bytes(path: Path) -> io.BufferedReader:
 
     codec = {".gz": "gzip", ".zst": "zstd"}[path.suffix.lower()]
     stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec)
-    return io.BufferedReader(_RawStream(stream))  # pyarrow's own readline is slow
-
-
-class _RawStream(io.RawIOBase):
-    """A pyarrow stream as a raw Python stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._inner = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._inner.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
+    return io.BufferedReader(stream)  # pyarrow's own readline is slow
 
 
 def kind_of(path: Path) -> str:

@@ -24,7 +24,7 @@ def public(value: object) -> object:
     return _last_part(value) if isinstance(value, str) and _LOCAL.match(value) else value
 
 
-def stage(run: Path, folder: Path) -> list[Path]:
+def stage(run: Path, folder: Path) -> None:
     """Put what is published of a run into an empty folder: links to its weights, copies of what may name local paths.
 
     The copies have checksums of their own, so that the folder loads. Raises NotARunError and SAEError for damage.
@@ -47,7 +47,6 @@ def stage(run: Path, folder: Path) -> list[Path]:
             write_json(target, _without(read_json(source), paths))
         else:
             target.symlink_to(source.resolve())
-    return [folder / name for name in FILES if (folder / name).is_file()]
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sae_granary.common.errors import one_line
 from sae_granary.common.finished_run import NotARunError, read_metadata, read_summary
 from sae_granary.train.errors import TrainError
 from sae_granary.train.folders import check_one_run
@@ -80,8 +81,8 @@ def push(run: Path, repo: str, *, license: str, private: bool) -> str:
         with staged(run, license) as folder:
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Add {run.name}")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise TrainError(f"could not push to {repo!r}: {first}; log in with `hf auth login`, check the name") from error
+        problem = f"could not push to {repo!r}: {one_line(error)}"
+        raise TrainError(f"{problem}; log in with `hf auth login`, check the name") from error
     return str(url)
 
 

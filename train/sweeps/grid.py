@@ -22,8 +22,6 @@ ALIASES = {"seed": "init_seed", "layer": "hook", "layers": "hook"}
 # Where a sweep is, not what it trains.
 NOT_IN_GRIDS = ("cache", "name", "runs_dir", "device")
 
-Grid = Mapping[str, Sequence[Any]]
-
 
 @dataclass(frozen=True)
 class Point:

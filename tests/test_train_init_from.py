@@ -15,7 +15,6 @@ from sae_granary.sae_core.files.fold import Folded, fold, unfold
 from sae_granary.train.errors import InterruptedRunError
 
 D_IN, D_SAE, K = 16, 32, 4
-UNIT_ROWS = [name for name in sae_core.registry.names() if sae_core.registry.get(name).unit_decoder]
 
 
 def rows(n: int = 400, seed: int = 0) -> torch.Tensor:

@@ -107,11 +107,10 @@ def _plan_json(plan: ImportPlan) -> dict[str, object]:
 
 
 def _show_plan(plan: ImportPlan) -> None:
-    from sae_granary.common.quantities import byte_size
+    from sae_granary.common.quantities import byte_size, counted
 
-    n_files = len(plan.files)
     rows = "rows" if plan.n_rows is None else f"{plan.n_rows:,} rows"
     size = "" if plan.n_bytes is None else f", {byte_size(plan.n_bytes)}"
     size += "" if plan.fits else f": it does NOT fit, {byte_size(plan.free_bytes)} are free"
-    line = f"{n_files} file{'s' if n_files > 1 else ''}: {rows} of {plan.d_in} numbers ({plan.columns.vectors})"
+    line = f"{counted(len(plan.files), 'file')}: {rows} of {plan.d_in} numbers ({plan.columns.vectors})"
     console().print(plain(f"{line} -> {plan.out}, hook point {plan.hook}, {plan.dtype}{size}"), soft_wrap=True)

@@ -46,7 +46,7 @@ def verify(
 
 
 def _print_report(path: Path, report: Report, quick: bool) -> None:
-    from sae_granary.common.quantities import byte_size
+    from sae_granary.common.quantities import byte_size, counted
 
     out = console()
     for finding in report.problems:
@@ -56,7 +56,6 @@ def _print_report(path: Path, report: Report, quick: bool) -> None:
     for name in report.foreign:
         out.print(plain(f"{name}: not part of the cache"), soft_wrap=True)
     checked = "sizes" if quick else f"{len(report.findings)} files, {byte_size(report.n_bytes)}"
-    n = len(report.problems)
-    state = "ok" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
+    state = "ok" if report.ok else counted(len(report.problems), "problem")
     state += "" if report.complete else ", incomplete: the harvest has not finished"
     out.print(plain(f"{path}: {state} ({checked})", "green" if report.ok else "red"), soft_wrap=True)

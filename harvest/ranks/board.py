@@ -73,8 +73,7 @@ class Board:
         """Take in what other processes have completed."""
         while not self.ended:
             block = self._next
-            found = self._outcome(f"{block:08d}{LIMITED}") or self._outcome(f"{block:08d}")
-            if found is None:
+            if (found := self._found(block)) is None:
                 return
             n_rows, n_docs = self.n_rows + found.n_rows, self.n_docs + found.n_documents
             reached = self._limits.reached(n_rows, n_docs)
@@ -109,11 +108,9 @@ class Board:
 
     def _rows_of(self, block: int) -> int:
         """Rows of a block that are known: of a complete one, or those that the process that harvests it has told."""
-        names = (f"{block:08d}{LIMITED}", f"{block:08d}")
-        found = next((outcome for name in names if (outcome := self._outcome(name))), None)
-        if found is not None:
+        if (found := self._found(block)) is not None:
             return found.n_rows
-        return self._begun.rows_of(block) + max(self._leases.n_rows(name) for name in names)
+        return self._begun.rows_of(block) + max(map(self._leases.n_rows, _names(block)))
 
     def _task(self, block: int) -> Task | None:
         whole = Task(block, None)
@@ -141,9 +138,7 @@ class Board:
         """Rows of blocks after the first gap: of complete blocks, and of those in work as their leases say."""
         total, block = 0, self._next
         while not self.ended and (self.last is None or block <= self.last):
-            names = (f"{block:08d}", f"{block:08d}{LIMITED}")
-            found = next((outcome for name in names if (outcome := self._outcome(name))), None)
-            if found is None and not any(self._leases.exists(name) for name in names):
+            if self._found(block) is None and not any(map(self._leases.exists, _names(block))):
                 return total
             total += self._rows_of(block)
             block += 1
@@ -154,7 +149,16 @@ class Board:
         total, wanted = self.n_rows + self.rows_in_work(), self._limits.max_rows
         return total if wanted is None or self.ended else min(total, max(wanted, self.n_rows))
 
+    def _found(self, block: int) -> Outcome | None:
+        """The outcome of a block."""
+        return next(filter(None, map(self._outcome, _names(block))), None)
+
     def _outcome(self, name: str) -> Outcome | None:
         if name not in self._outcomes and (found := Outcome.read(self._folder / f"{name}.json")) is not None:
             self._outcomes[name] = found
         return self._outcomes.get(name)
+
+
+def _names(block: int) -> tuple[str, str]:
+    """Of the tasks of a block: where it may end the harvest, and whole."""
+    return f"{block:08d}{LIMITED}", f"{block:08d}"

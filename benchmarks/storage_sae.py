@@ -22,6 +22,7 @@ from sae_granary.cache.load.selection import Selection
 from sae_granary.cache.read.reader import Cache
 from sae_granary.common.process import keep_freed_memory
 from sae_granary.sae_core import make_config, registry
+from sae_granary.train.result.evaluate import evaluate
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -36,12 +37,11 @@ def stored(exact: Path, folder: Path) -> dict[str, Path]:
 
 def exact_fvu(folder: Path, exact: Cache, n_rows: int) -> float:
     """FVU of an SAE on held-out exact rows."""
-    sae = load_sae(folder)
     with Loader(exact, batch_size=4096, epochs=1, selection=Selection(part="heldout")) as loader:
         x = torch.cat([batch.x for batch in loader if isinstance(batch.x, torch.Tensor)])[:n_rows]
-    with torch.no_grad():
-        error = sum(float((sae(part).x_hat - part).double().square().sum()) for part in x.split(4096))
-    return error / float((x.double() - x.double().mean(0)).square().sum())
+    fvu = evaluate(load_sae(folder), x.split(4096))["fvu"]
+    assert fvu is not None
+    return fvu
 
 
 def quality(caches: dict[str, Path], folder: Path, n_seeds: int, **settings: Any) -> str:

@@ -33,20 +33,8 @@ def main() -> None:
 
 
 def _harvest(cache: Path) -> Path:
-    layers = ",".join(str(layer) for layer in LAYERS)
-    _command(
-        "sae_granary.harvest.cli",
-        "run",
-        "--model",
-        "demo",
-        "--dataset",
-        "demo",
-        "--layers",
-        layers,
-        "--out",
-        cache,
-        "-q",
-    )
+    demo = ["--model", "demo", "--dataset", "demo", "--layers", ",".join(map(str, LAYERS))]
+    _command("sae_granary.harvest.cli", "run", *demo, "--out", cache, "-q")
     return cache
 
 

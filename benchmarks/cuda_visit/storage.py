@@ -85,10 +85,10 @@ def writer(at: Place) -> bool:
 
 def loader(at: Place) -> bool:
     """Rows per second of shuffled batches on the device."""
-    opened, batch = open_cache(cache_of(at)), 512 if at.tiny else 8192
+    opened, (batch, epochs) = open_cache(cache_of(at)), (512, 2) if at.tiny else (8192, 10)
     lines = []
     for what, options in (("every row", ALL_ROWS), ("default filters", {})):
-        with Loader(opened, batch_size=batch, device=at.device, epochs=2, **options) as batches:
+        with Loader(opened, batch_size=batch, device=at.device, epochs=epochs, **options) as batches:
             n_batches, start = 0, at.wait()
             for _ in batches:
                 n_batches += 1
@@ -96,6 +96,6 @@ def loader(at: Place) -> bool:
         rate = n_batches * batch / seconds
         gigabytes = rate * opened.storage.row_bytes(opened.hook(HOOK).d_in) / 1e9
         lines.append([what, f"{rate:,.0f}", f"{gigabytes:.2f}"])
-    print(f"Loader: two epochs of {opened.n_rows:,} rows, its start included, batches of {batch} on {at.device}.\n")
+    print(f"Loader: {epochs} epochs of {opened.n_rows:,} rows, start included, batches of {batch} on {at.device}.\n")
     print(markdown(["", "rows/s", "GB/s"], lines), flush=True)
     return True

@@ -6,8 +6,8 @@ import shutil
 import struct
 from pathlib import Path
 
-import command_kit
 import pytest
+from command_kit import invoke
 from harvest_kit import build_model
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +31,8 @@ def refused(model: Path, *words: str, unit: tuple[str, ...] = ("--layer", "0")) 
     out = model.parent / "out"
     flags = ["--dataset", model.parent / "texts.txt", "--out", out, "--device", "cpu", *unit]
     (model.parent / "texts.txt").write_text("one text\n\nand another\n")
-    line = command_kit.refused(app, "run", "--model", model, "--quiet", *flags)
+    line = invoke(app, "run", "--model", model, "--quiet", *flags, code=2).stderr  # libraries print to stdout
+    assert line.count("\n") == 1
     assert all(word in line for word in words), line
     assert not list(out.glob("*.json"))
     return line

@@ -35,7 +35,7 @@ D_IN, D_SAE = 16, 32
 
 def dictionary(type_name: str = "topk", **options) -> sae_core.SAE:
     """An SAE with random weights and one latent that never fires."""
-    sae = new(type_name, {"k": 4}, d_in=D_IN, d_sae=D_SAE, **options)
+    sae = new(type_name, {"k": 4}, **{"d_in": D_IN, "d_sae": D_SAE, **options})
     sae.reset_weights(torch.Generator().manual_seed(1))
     with torch.no_grad():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(2))

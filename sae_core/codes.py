@@ -4,7 +4,7 @@ Shapes: N rows, F = d_sae latents, nnz stored entries. A latent that is not stor
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_granary.sae_core.kernels import true_entries
 from sae_granary.sae_core.kernels.deferred import host_waits
+from sae_granary.sae_core.kernels.sparse import steps
 
 
 class Transposed(NamedTuple):
@@ -41,7 +42,7 @@ class Pattern:
     def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
         """Pattern with the same number of entries in every row, from indices (N, k)."""
         n_rows, k = indices.shape
-        indptr = _steps(0, n_rows * k + 1, k, indices.device) if k else indices.new_zeros(n_rows + 1)
+        indptr = steps(0, n_rows * k + 1, k, indices.device) if k else indices.new_zeros(n_rows + 1)
         return cls(n_rows, d_sae, indices.reshape(-1), indptr, per_row=k)
 
     @classmethod
@@ -114,14 +115,7 @@ def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """(n_groups + 1,) int64 where each group's entries start; groups (nnz,) ascending."""
     # Found without a count whose length depends on the data: that would make the host wait for CUDA.
-    return torch.searchsorted(groups, _steps(-1, n_groups, 1, groups.device, groups.dtype), right=True)
-
-
-@lru_cache(maxsize=16)
-def _steps(start: int, stop: int, step: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """An arange that is not changed, the same tensor for the same numbers."""
-    with torch.inference_mode(False):  # it may be kept for a gradient later
-        return torch.arange(start, stop, step, dtype=dtype, device=device)
+    return torch.searchsorted(groups, steps(-1, n_groups, 1, groups.device, groups.dtype), right=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -229,7 +229,6 @@ class PreActs:
         return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))
 
     @staticmethod
-    @torch.no_grad()
     def _product(h: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
         # The product alone may run in bfloat16 (autocast); what follows expects the dtype of the rows.
         # addmm would first spread the bias over the result.

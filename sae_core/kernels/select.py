@@ -8,7 +8,7 @@ keeps its entries close in memory.
 import torch
 from torch import Tensor
 
-from sae_granary.sae_core.kernels.sparse import true_entries
+from sae_granary.sae_core.kernels.sparse import steps, true_entries
 
 GROUP, LANES = 16, 128  # fastest at F 12288 on 2 cores: 8, 16, 32 and 32, 64, 128, F / GROUP were tried
 
@@ -53,7 +53,7 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     lanes = _lanes(n_columns)
     groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
     first = torch.add(groups, groups // lanes, alpha=(GROUP - 1) * lanes)
-    members = first[:, :, None] + torch.arange(0, GROUP * lanes, lanes, device=matrix.device)  # (N, k, GROUP)
+    members = first[:, :, None] + steps(0, GROUP * lanes, lanes, matrix.device)  # (N, k, GROUP)
     members = members.view(n_rows, -1)
     return members.gather(1, matrix.gather(1, members).topk(k, dim=-1, sorted=False).indices)
 

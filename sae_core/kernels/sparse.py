@@ -4,6 +4,7 @@ Shapes: N rows, M columns of the pattern (latents), D width, nnz entries of the 
 """
 
 import warnings
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ with warnings.catch_warnings():
     # torch announces once per process that CSR tensors are in beta.
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+@lru_cache(maxsize=16)
+def steps(start: int, stop: int, step: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """An arange that is not changed: the same tensor for the same numbers."""
+    with torch.inference_mode(False):  # it may be kept for a gradient later
+        return torch.arange(start, stop, step, dtype=dtype, device=device)
 
 
 def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:

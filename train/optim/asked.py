@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_granary.sae_core.kernels.deferred import Answers, finite
-from sae_granary.train.optim.gradients import Gradients, Parameters, by_clip, norm_of_all
+from sae_granary.train.optim.gradients import Gradients, Parameters, norm_of_all
 from sae_granary.train.state.run_state import Run
 
 
@@ -28,7 +28,8 @@ class Asked:
         sae, deferred = run.sae, run.deferred
         with run.row_pass.takes_over():
             sae.project_gradients()
-        (clipped, others), norms = by_clip(sae), run.row_pass.norms(deferred)
+        clipped, others = ([p for p in each if p.grad is not None] for each in run.by_clip)
+        norms = run.row_pass.norms(deferred)
         norm = norm_of_all(sae, clipped, norms)
         extremes = [extreme for p in others if p.grad is not None for extreme in torch.aminmax(p.grad)]
         if deferred.failed(finite(norm, *extremes)):

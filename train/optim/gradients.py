@@ -27,13 +27,6 @@ class Gradients:
     clipped: Parameters
 
 
-def by_clip(sae: SAE) -> tuple[Parameters, Parameters]:
-    """The parameters with gradients that a global clip counts and scales, and those that a variant excludes."""
-    core, given = sae.core, [p for p in sae.parameters() if p.grad is not None]
-    own = {p for name, p in core.named_parameters() if name in core.unclipped} if core.unclipped else set()
-    return [p for p in given if p not in own], [p for p in given if p in own]
-
-
 def norm_of_all(sae: SAE, parameters: Iterable[nn.Parameter], known: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """`global_norm` of the gradients of some parameters, where ranks divide the latents with those of all shards.
 
@@ -58,7 +51,6 @@ def global_norm(grads: Iterable[Tensor], known: Iterable[Tensor] = ()) -> Tensor
     return total
 
 
-@torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: float) -> float:
     """Scale gradients down in place if their global norm exceeds the allowed one; return the factor."""
     if max_norm is None or np.float32(norm) <= np.float32(max_norm):  # else every gradient would be multiplied by 1
@@ -70,7 +62,6 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: float
     return factor
 
 
-@torch.no_grad()
 def add_rows(step: Deferred) -> None:
     """Add the gradients of single latents that a backward pass left in the step to those of their parameters."""
     for parameter, axis, latents, more in step.rows_to_add():

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class RowPass:
     optimizer: torch.optim.Optimizer
     _steps: dict[nn.Parameter, tuple[Tensor, int, int]] = field(default_factory=dict)  # state, its version, its value
 
-    @property
+    @cached_property
     def matrices(self) -> dict[nn.Parameter, bool]:
         """The matrices that it updates now, and whether their rows have unit norm; empty if others must do it."""
         core = self.sae.core
@@ -51,7 +52,8 @@ class RowPass:
             core.keeps_unit_rows = True
 
     def ask(self, deferred: Deferred) -> None:
-        """Ask the kernels of the next backward pass for the norms that they can give on the way."""
+        """Ask the kernels of the next backward pass for the norms that they can give on the way. Begins a step."""
+        self.__dict__.pop("matrices", None)
         deferred.want_squares({_rows(p): unit for p, unit in self.matrices.items()})
 
     def norms(self, deferred: Deferred) -> dict[nn.Parameter, Tensor]:
@@ -72,7 +74,6 @@ class RowPass:
         own = self.matrices
         return [p for p in parameters if p not in own]
 
-    @torch.no_grad()
     def step(self, scale: float) -> None:
         """The optimizer's step with gradients times `scale`: of the matrices here, of the others by the optimizer.
 

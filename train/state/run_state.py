@@ -14,7 +14,7 @@ from sae_granary.sae_core.kernels.deferred import Deferred
 from sae_granary.sae_core.ranks.reduce import ALONE, Alone
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.optim.ema import Ema
-from sae_granary.train.optim.gradients import Gradients
+from sae_granary.train.optim.gradients import Gradients, Parameters
 from sae_granary.train.optim.optimizers import Hyperparameters, make_optimizer
 from sae_granary.train.optim.row_pass import RowPass
 from sae_granary.train.optim.schedule import Schedule
@@ -66,6 +66,13 @@ class Run:
         sae, core = self.sae, self.sae.core
         fitted = {core.loss_variance, core.loss_mean_square}.union(*(n.buffers() for n in sae.normalizers))
         return [buffer for buffer in sae.buffers() if buffer not in fitted]
+
+    @cached_property
+    def by_clip(self) -> tuple[Parameters, Parameters]:
+        """The parameters that a global clip counts and scales, and those that the variant excludes."""
+        core, given = self.sae.core, list(self.sae.parameters())
+        own = {p for name, p in core.named_parameters() if name in core.unclipped}
+        return [p for p in given if p not in own], [p for p in given if p in own]
 
     @cached_property
     def schedule(self) -> Schedule:

@@ -104,7 +104,7 @@ class Pattern:
         indices = self.entries[0]
         if self.per_row:
             return matrix.gather(1, indices.view(self.n_rows, self.per_row)).view(-1)
-        return matrix.reshape(-1)[self.row_of * self.d_sae + indices]
+        return matrix.reshape(-1)[torch.add(indices, self.row_of, alpha=self.d_sae)]
 
 
 def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":

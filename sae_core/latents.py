@@ -117,10 +117,10 @@ class BatchThreshold(nn.Module):
         """Update the average from the positive ones of the kept activations (nnz,) of one training batch."""
         if kept.numel() == 0:
             return
-        smallest = float64(torch.where(kept > 0, kept, torch.inf).min())
+        smallest = float64(kept.masked_fill(kept <= 0, torch.inf).min())
         found = smallest < torch.inf
         moved = (self.ema * EMA_DECAY).add_(smallest, alpha=1 - EMA_DECAY)
-        self.ema.copy_(torch.where(found, moved, self.ema))
+        torch.where(found, moved, self.ema, out=self.ema)
         self.n_updates += found
 
     @property

@@ -226,7 +226,7 @@ class PreActs:
         """Pre-activations at flat positions (nnz,) in (N, F), rows ascending."""
         n_rows, d_sae = self.shape
         rows = positions // d_sae
-        return self.at(Pattern.of_rows(rows, positions - rows * d_sae, n_rows, d_sae))
+        return self.at(Pattern.of_rows(rows, torch.sub(positions, rows, alpha=d_sae), n_rows, d_sae))
 
     @staticmethod
     def _product(h: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:

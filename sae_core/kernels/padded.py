@@ -41,7 +41,7 @@ def true_slots(parts: Iterable[tuple[int, Tensor]], shape: tuple[int, int], n_sl
     absent = positions < 0
     positions = positions.masked_fill(absent, n_rows * n_columns - 1)
     rows = positions // n_columns
-    return Slots(rows, positions - rows * n_columns, absent), count
+    return Slots(rows, torch.sub(positions, rows, alpha=n_columns), absent), count
 
 
 def largest_slots(parts: Iterable[tuple[int, Tensor]], shape: tuple[int, int], n_slots: int) -> tuple[Slots, Tensor]:
@@ -53,14 +53,14 @@ def largest_slots(parts: Iterable[tuple[int, Tensor]], shape: tuple[int, int], n
     positions, values = torch.empty(0, dtype=torch.int64), torch.empty(0)
     for start, matrix in parts:
         entries = matrix.reshape(-1)
-        found = entries.topk(min(n_slots, entries.numel()), sorted=False).indices
+        largest, found = entries.topk(min(n_slots, entries.numel()), sorted=False)
         if start == 0:
-            positions, values = found, entries[found]
+            positions, values = found, largest
             continue
-        positions, values = torch.cat([positions, found + start * n_columns]), torch.cat([values, entries[found]])
-        kept = values.topk(min(n_slots, values.numel()), sorted=False).indices
-        positions, values = positions[kept], values[kept]
+        positions, values = torch.cat([positions, found + start * n_columns]), torch.cat([values, largest])
+        values, kept = values.topk(min(n_slots, values.numel()), sorted=False)
+        positions = positions[kept]
     positions, order = positions.sort()
     rows = positions // n_columns
-    slots = Slots(rows, positions - rows * n_columns, torch.zeros_like(rows, dtype=torch.bool))
+    slots = Slots(rows, torch.sub(positions, rows, alpha=n_columns), torch.zeros_like(rows, dtype=torch.bool))
     return slots, values[order]

@@ -98,11 +98,24 @@ def decode_groups(codes: Codes, W_dec: Tensor, group_of: Tensor, n_groups: int) 
     """
     pattern = codes.pattern
     indices = pattern.entries[0]
-    group_row = group_of[indices] * pattern.n_rows + pattern.row_of
+    group_row = torch.add(pattern.row_of, group_of[indices], alpha=pattern.n_rows)
     order = sort_narrow(group_row, n_groups * pattern.n_rows).indices
     by_group = Pattern.of_rows(group_row[order], indices[order], n_groups * pattern.n_rows, pattern.d_sae)
-    decoded = decode(Codes(codes.values[order], by_group), W_dec)
+    decoded = decode(Codes(_Permuted.apply(codes.values, order), by_group), W_dec)  # type: ignore[no-untyped-call]
     return decoded.view(n_groups, pattern.n_rows, -1)
+
+
+class _Permuted(Function):
+    """values[order], whose gradient is written by one kernel, where that of an index is sorted and added up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        return values[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return torch.empty_like(grad).index_copy_(0, ctx.order, grad), None
 
 
 def prefix_errors(groups: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,10 +139,10 @@ class _PrefixErrors(Function):
             for i in range(n_inner):
                 total = total + groups[i, rows]
                 residual = torch.sub(total, target[rows], out=pulls[i, rows])
-                errors[rows] += torch.linalg.vector_norm(residual, dim=-1).square_()
+                errors[rows].add_(torch.linalg.vector_norm(residual, dim=-1).square_())
             torch.add(total, groups[-1, rows], out=whole[rows])
             for i in reversed(range(n_inner - 1)):
-                pulls[i, rows] += pulls[i + 1, rows]
+                pulls[i, rows].add_(pulls[i + 1, rows])
         ctx.save_for_backward(pulls)
         return errors, whole
 
@@ -139,8 +152,7 @@ class _PrefixErrors(Function):
         (pulls,) = ctx.saved_tensors
         slopes = 2 * grad_errors[:, None]
         grad = pulls.new_empty(len(pulls) + 1, *grad_whole.shape)
-        for pull, out in zip(pulls, grad, strict=False):
-            torch.addcmul(grad_whole, pull, slopes, out=out)
+        torch.addcmul(grad_whole, pulls, slopes, out=grad[:-1])
         grad[-1] = grad_whole
         grad_target = pulls[0] * -slopes if ctx.needs_input_grad[2] else None
         return grad, grad[0].sum(0), grad_target

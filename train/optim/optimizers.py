@@ -114,7 +114,8 @@ class _Direct(torch.optim.Optimizer):
         """Take one step on the gradients that there are."""
         assert closure is None
         given = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        torch._foreach_add_([started(self, p)["step"] for _, parameters in given for p in parameters], 1)
+        if counts := [started(self, p)["step"] for _, parameters in given for p in parameters]:
+            torch._foreach_add_(counts, 1)
         for group, parameters in given:
             if not parameters:
                 continue

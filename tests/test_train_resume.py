@@ -112,7 +112,7 @@ def test_every_part_that_a_resume_restores_matters(whole_and_stopped, tmp_path, 
         elif part == "tokens":
             run.tokens = 0
         elif part == "rng":
-            run.rng = Rng.seeded(123)
+            run.rng = Rng.seeded(123, "cpu")
         elif part == "dead":
             run.sae.num_tokens_since_fired.zero_()
         elif part == "threshold":

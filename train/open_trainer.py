@@ -99,7 +99,7 @@ def _fresh_run(data: RunData, sinks: Sinks) -> Run:
     """Build and initialize the SAE from a sample of training rows."""
     assert data.config.init_seed is not None
     seed = data.config.init_seed
-    with Rng.seeded(seed) as rng:
+    with Rng.seeded(seed, data.config.device) as rng:
         sae = build_sae(data.config, data.shards)
         with waiting("initializing the SAE from a sample of rows"):
             rows = passes.sample(data)

@@ -57,7 +57,7 @@ def measure(data: RunData) -> Footprint | None:
     before, config = used_memory(data.config.device, restart_peak=True), data.config
     if before is None:
         return None
-    with Rng():
+    with Rng(config.device):
         run = Run.create(config, build_sae(config))
         rows = {
             name: torch.randn(config.batch_size, data.width(name), device=config.device) for name in data.input_names

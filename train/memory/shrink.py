@@ -14,7 +14,6 @@ from sae_granary.common.quantities import byte_size
 from sae_granary.train.config.settings import TrainConfig
 from sae_granary.train.errors import MemoryLimitError
 from sae_granary.train.memory.capacity import available_memory, held_by_others, needed_memory
-from sae_granary.train.state import rng
 from sae_granary.train.state.run_state import Run
 
 
@@ -25,7 +24,7 @@ def shrink(run: Run) -> str:
     """
     config = run.config
     run.optimizer.zero_grad(set_to_none=True)
-    rng.restore(run.rng.tensors)
+    run.rng.restore()
     free_memory(config.device)
     wanted = range(2 * config.grad_acc_steps, config.batch_size + 1)
     n_parts = next((n for n in wanted if config.batch_size % n == 0), None)

@@ -178,7 +178,8 @@ def _restore(path: Path, state: Fields, config: TrainConfig, identity: Identity 
     run.density = Density(_read(path, "density", sae)["fired"], state.integer("density_rows"))
     if run.ema is not None:
         run.ema.restore(state.integer("ema_updates"), _read(path, "ema", sae))
-    run.rng, run.score = Rng(_read_file(path / "rng.safetensors")), _optional_number(state, "score")
+    run.rng = Rng(run.config.device, _read_file(path / "rng.safetensors"))
+    run.score = _optional_number(state, "score")
     loader = state.nested("loader")
     loader_state = LoaderState(**{name: loader.integer(name) for name in loader.body})
     return Restored(run, loader_state, state.number("seconds"), state.get("extra", dict))

@@ -30,11 +30,11 @@ class Run:
     config: TrainConfig
     sae: SAE
     optimizer: torch.optim.Optimizer
+    rng: Rng
     step: int = 0  # batches consumed
     tokens: int = 0  # rows consumed
     rejected: int = 0  # steps without an update because of NaN or Inf
     rejected_in_row: int = 0
-    rng: Rng = field(default_factory=Rng)
     score: float | None = None  # of the newest measurement, lower is better: what `keep_best` compares
     ema: Ema | None = None  # the averaged weights, when asked for
     patience: Patience = field(default_factory=Patience)
@@ -52,7 +52,7 @@ class Run:
         sae = sae.to(config.device)
         ema = None if config.ema_decay is None else Ema(sae, config.ema_decay)
         optimizer = make_optimizer(sae.parameters(), config.optimizer, Hyperparameters.of(config))
-        return cls(config, sae.train(), optimizer, ema=ema)
+        return cls(config, sae.train(), optimizer, Rng(config.device), ema=ema)
 
     @cached_property
     def n_steps(self) -> int:

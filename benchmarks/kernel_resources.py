@@ -70,7 +70,7 @@ def uses(d_in: int, k: int) -> Iterator[Use]:
     limits = triton_bag.OPTIONS["num_warps"], triton_bag.OPTIONS.get("maxnreg")
     bags = {"CHUNK": triton_bag.CHUNK, "BLOCK": block, "TILE": triton_bag.TILE}
     dots = {"ENTRIES": triton_dot.ENTRIES, "SPLIT": triton_dot.SPLIT, "BLOCK": block, "ACCUMULATOR": "float32"}
-    of_dots = triton_dot.N_WARPS, triton_dot.MAX_REGISTERS
+    of_dots = triton_dot.OPTIONS["num_warps"], triton_dot.OPTIONS["maxnreg"]
     for table in ("*fp32", "*bf16"):
         types = {"table": table, "weights": table, "out": table, "columns": table, "rows": table}
         yield Use("triton_bag", "sum_chunks", bags, *limits, types=types)

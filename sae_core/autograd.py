@@ -6,7 +6,6 @@ is built latent by latent, needs no copy.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from sae_granary.sae_core.codes import Codes, Pattern
 from sae_granary.sae_core.kernels import bag_sum, sampled_dot, takes_triton
 from sae_granary.sae_core.kernels.deferred import Deferred, RowGradient, current, host_waits
-from sae_granary.sae_core.kernels.sparse import bag_sum_and_square
+from sae_granary.sae_core.kernels.sparse import bag_sum_and_square, ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +89,7 @@ def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
 def _sum_ordered(ordered: Tensor, pattern: Pattern) -> Tensor:
     """`sum_by_latent` of values (nnz,) in the order of `pattern.transposed`."""
     _, rows, offsets = pattern.transposed
-    return bag_sum(rows, _ones(pattern.n_rows, ordered.dtype, ordered.device), offsets, ordered).squeeze(1)
-
-
-@lru_cache(maxsize=4)
-def _ones(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A column (N, 1) that is not changed."""
-    return torch.ones(n_rows, 1, dtype=dtype, device=device)
+    return bag_sum(rows, ones(pattern.n_rows, ordered), offsets, ordered).squeeze(1)
 
 
 def sum_rows_by_latent(table: Tensor, values: Tensor, pattern: Pattern) -> Tensor:

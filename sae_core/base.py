@@ -246,4 +246,4 @@ class SAE(nn.Module):
             to_unit_norm(self.W_dec)
 
     def calibrate(self, batches: Iterable[Inputs]) -> None:
-        """Fit what only inference needs, such as a threshold, on batches of rows: faster if these can be read twice."""
+        """Fit what only inference needs, such as a threshold, on batches of rows: faster if these are no iterator."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_granary.sae_core.kernels import true_entries
-from sae_granary.sae_core.kernels.deferred import host_waits
+from sae_granary.sae_core.kernels.deferred import current, host_waits
 from sae_granary.sae_core.kernels.sparse import steps
 
 
@@ -42,7 +42,12 @@ class Pattern:
     def fixed_k(cls, indices: Tensor, d_sae: int) -> "Pattern":
         """Pattern with the same number of entries in every row, from indices (N, k)."""
         n_rows, k = indices.shape
-        indptr = steps(0, n_rows * k + 1, k, indices.device) if k else indices.new_zeros(n_rows + 1)
+        if k == 0:
+            indptr = indices.new_zeros(n_rows + 1)
+        elif current() is None:
+            indptr = torch.arange(0, n_rows * k + 1, k, device=indices.device)
+        else:
+            indptr = steps(0, n_rows * k + 1, k, indices)
         return cls(n_rows, d_sae, indices.reshape(-1), indptr, per_row=k)
 
     @classmethod
@@ -115,7 +120,7 @@ def sort_narrow(numbers: Tensor, stop: int) -> "torch.return_types.sort":
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """(n_groups + 1,) int64 where each group's entries start; groups (nnz,) ascending."""
     # Found without a count whose length depends on the data: that would make the host wait for CUDA.
-    return torch.searchsorted(groups, steps(-1, n_groups, 1, groups.device, groups.dtype), right=True)
+    return torch.searchsorted(groups, steps(-1, n_groups, 1, groups, groups.dtype), right=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ Inputs = Array | Mapping[str, Array]  # what a user may give: rows of the only h
 
 @dataclass(frozen=True)
 class Repeatable(Iterable[T], Generic[T]):
-    """What `make` gives, anew for each loop over it."""
+    """Calls `make` for each loop over it."""
 
     make: Callable[[], Iterator[T]]
 

@@ -136,9 +136,9 @@ class PreActs:
         return self._at_positions(torch.cat(found))
 
     def at_least_above(self, bound: float, unit: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Numbers of rows, and pre-activations among which are all above a bound; all of them if it is 0.
+        """For each part of the rows, their number and their pre-activations: at least those above the bound.
 
-        In units of each latent's own (F,), if given.
+        With the bound 0 all. With `unit` (F,) pre-activations and bound are in units of each latent's own.
         """
         if bound > 0:
             codes = self.above(bound if unit is None else bound * unit)

@@ -24,7 +24,7 @@ def invoke(
 def refused(app: Typer, *words: object, stdin: str | None = None) -> str:
     """The one line with which a command refuses."""
     result = invoke(app, *words, code=2, stdin=stdin)
-    assert (result.stdout, result.stderr.count("\n")) == ("", 1), result.output
+    assert (result.stdout, result.stderr[:7], result.stderr.count("\n")) == ("", "error: ", 1), result.output
     return result.stderr
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_kit import invoke, refused
 from sae_kit import saved
+from safetensors.torch import save_file
 
 from sae_granary import sae_core
 from sae_granary.analyze.cli import app
@@ -81,18 +82,31 @@ def test_a_hook_point_without_rows_of_codes_gives_empty_rows(make_cache, make_sa
 
 
 @pytest.mark.parametrize("kind", ["saelens", "sparsify"])
-def test_folders_of_other_libraries_are_encoded(make_cache, make_sae, tmp_path: Path, kind: str) -> None:
-    folder = make_sae()
+def test_folders_of_other_libraries_are_encoded(make_cache, tmp_path: Path, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
     if kind == "saelens":
-        (folder / "granary.json").unlink()
+        cfg = {"architecture": "jumprelu", "d_in": 16, "d_sae": D_SAE, "dtype": "float32", "apply_b_dec_to_input": True}
+        weights = {"W_enc": (16, D_SAE), "W_dec": (D_SAE, 16), "b_enc": (D_SAE,), "b_dec": (16,), "threshold": (D_SAE,)}
     else:
-        sae_core.save_sparsify(sae_core.load(folder), folder := tmp_path / kind)
+        cfg = {"activation": "topk", "d_in": 16, "num_latents": D_SAE, "k": 3, "normalize_decoder": True}
+        weights = {"encoder.weight": (D_SAE, 16), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, 16), "b_dec": (16,)}
+    tensors = {name: torch.rand(shape, generator=generator) - 0.5 for name, shape in weights.items()}
+    if kind == "saelens":
+        tensors["threshold"] = tensors["threshold"].abs()
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / "cfg.json").write_text(json.dumps(cfg))
+    save_file(tensors, tmp_path / kind / ("sae.safetensors" if kind == "sparsify" else "sae_weights.safetensors"))
     cache = make_cache(n_docs=10)
-    invoke(app, "encode", folder, "--cache", cache, "--device", "cpu")
-    [codes] = folder.glob("analysis/*/codes")
-    with torch.no_grad():
-        expected = sae_core.load(folder).encode(open_cache(cache).hook("layer_3")[:]).dense()
-    np.testing.assert_allclose(open_codes(codes).dense(), expected, atol=1e-5)
+    invoke(app, "encode", tmp_path / kind, "--cache", cache, "--device", "cpu")
+    [folder] = (tmp_path / kind / "analysis").glob("*/codes")
+    x = torch.tensor(open_cache(cache).hook("layer_3")[:]) - tensors["b_dec"]
+    if kind == "saelens":
+        acts = x @ tensors["W_enc"] + tensors["b_enc"]
+        expected = acts * (acts > tensors["threshold"])
+    else:
+        values, latents = (x @ tensors["encoder.weight"].t() + tensors["encoder.bias"]).relu().topk(3)
+        expected = torch.zeros(len(x), D_SAE).scatter(1, latents, values)
+    np.testing.assert_allclose(open_codes(folder).dense(), expected.numpy(), atol=1e-5)
 
 
 class Killed(BaseException):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from command_kit import invoke
 from harvest_kit import build_model, texts
 
@@ -195,6 +196,13 @@ def test_a_cache_is_not_written_among_code(run: Run, tmp_path: Path, out: str) -
         name = out.split("/")[1] if out.startswith("cache/") else out.split("/")[0]
         assert f"error: {out} belongs to Python code ({name}/), not to a cache; use another --out\n" in output
     assert [sorted(folder.iterdir()) for folder in folders] == before
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an Apple GPU")
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_an_apple_gpu_that_is_not_there_is_refused(run: Run, command: str) -> None:
+    output = run(f"{command} --model bert-base-uncased --layer 1 {TEXT} --device mps", code=2)
+    assert output == "error: device 'mps': PyTorch finds no Apple GPU on this machine; give cpu or auto\n"
 
 
 def test_an_error_of_the_system_is_one_line(run: Run, tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_a_crash_leaves_no_trace_whoever_continues(config: HarvestConfig, n_batc
     assert contents(other.out_path) == before
 
 
+@SLOW
+def test_without_locks_the_bytes_are_the_same(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    harvest_activations(config, quiet=True)
+    monkeypatch.setattr("sae_granary.common.lock.FolderLock.acquire", lambda self: None)
+    together(several := replace(config, out=config.out_path.with_name("several")), 3)
+    assert_same_cache(several.out_path, config.out_path)
+
+
 def test_a_block_that_another_process_has_taken_over_and_joined_ends_well(
     config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae_granary.sae_core.autograd import Centered, center, decode, empty_encoder, encode_at, per_entry, sum_by_latent
 from sae_granary.sae_core.codes import Codes, Pattern
@@ -153,3 +155,16 @@ def test_gradients_of_centered_rows_and_their_center(rows_learn: bool) -> None:
         (p * slopes).sum().backward()
         outcomes.append([leaf.grad for leaf in (*leaves, *([rows] if rows_learn else []))])
     torch.testing.assert_close(*outcomes)
+
+
+def test_codes_share_no_indptr_with_later_ones() -> None:
+    columns = torch.tensor([[0, 2], [1, 3]])
+    Pattern.fixed_k(columns, 4).entries[1].add_(1)
+    assert Pattern.fixed_k(columns, 4).entries[1].tolist() == [0, 2, 4]
+
+
+def test_a_fake_tensor_leaves_nothing_behind() -> None:
+    columns = torch.tensor([[0, 2], [1, 3]])
+    with FakeTensorMode() as mode:
+        Pattern.fixed_k(mode.from_tensor(columns), 4).transposed  # noqa: B018
+    assert all(type(part) is Tensor for part in Pattern.fixed_k(columns, 4).transposed)

@@ -130,6 +130,8 @@ WRONG = [
     ("trainning:\n  lr: 1", "line 1: unknown section 'trainning', did you mean 'training'? (sections: run, model,"),
     ("run: 5", "line 1: run is a section, which holds settings, got run: '5'"),
     ("training: [1]", "line 1: training is a section, which holds settings, got training: ['1']"),
+    ("model: {k: 3, k: 4}", "c.yaml: 'k' is set twice, in lines 1 and 1; remove one"),
+    ("type: topk\nk: 2020-13-45", "line 2: k='2020-13-45': expected a whole number"),
     ("lr: 1\n\nlr: 2", "c.yaml: 'lr' is set twice, in lines 1 and 3; remove one"),
     ("lr: 1\ntraining:\n  lr: 2", "line 3: 'lr' is set twice, first in line 1; remove one"),
     ("training:\n  batch-size: 1\n  batch_size: 2", "line 3: 'batch_size' is set twice, first in line 2; remove one"),

@@ -74,7 +74,10 @@ def trials(size: Size, device: str) -> Iterator[Trial]:
         lambda: triton_bag.bag_sum_and_square(rows, x, offsets, values[order], W)[0],
     )  # fmt: skip
     yield Trial("decode", triton_bag, bags, lambda: triton_bag.bag_sum(indices, W, indptr, values))
-    dots = [{"ENTRIES": entries, "N_WARPS": warps} for entries, warps in ((4, 4), (16, 4), (4, 2), (8, 2))]
+    dots = [
+        {"ENTRIES": entries, "OPTIONS": {**triton_dot.OPTIONS, "num_warps": n_warps}}
+        for entries, n_warps in ((4, 4), (16, 4), (4, 2), (8, 2))
+    ]
     yield Trial("dots at entries", triton_dot, dots, lambda: triton_dot.sampled_dot(x, W, indptr, indices))
     grad, mean, square = torch.randn(W.shape, generator=generator).to(device), torch.zeros_like(W), torch.ones_like(W)
     still = triton_rows.AdamStep(1.0, 0.0, 1.0, 1e-8, 1.0, 1.0, 0.0, decoupled=False)  # changes nothing

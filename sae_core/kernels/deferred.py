@@ -80,7 +80,10 @@ class Deferred:
             _current.reset(token)
 
     def failed(self, numbers: Iterable[Bounded], ranks: Alone = ALONE) -> bool:
-        """Whether a number of some rank exceeds its limit or is NaN. Where the host would wait, `read` tells."""
+        """Whether a number of some rank exceeds its limit or is NaN.
+
+        Where the host would wait: False for now, and `read` tells of this rank's numbers.
+        """
         given = list(numbers)
         if given and host_waits(given[0][0]):
             self._bounded += given

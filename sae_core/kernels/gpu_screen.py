@@ -37,7 +37,7 @@ ROUNDED, KEPT = 128, 128  # columns of a group of latents, and candidates of a r
 
 
 class Factors(NamedTuple):
-    """What a product takes, in bfloat16, and how far it may lie from the exact one: see `triton_screen`."""
+    """What a product takes, in bfloat16, and the bound of its error: see `triton_screen`."""
 
     rows: Tensor  # (N, D)
     latents: Tensor  # (F, D)

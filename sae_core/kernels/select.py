@@ -53,7 +53,7 @@ def row_topk(matrix: Tensor, k: int) -> Tensor:
     lanes = _lanes(n_columns)
     groups = group_maxima(matrix).topk(k, dim=-1, sorted=False).indices  # (N, k)
     first = torch.add(groups, groups // lanes, alpha=(GROUP - 1) * lanes)
-    members = first[:, :, None] + steps(0, GROUP * lanes, lanes, matrix.device)  # (N, k, GROUP)
+    members = first[:, :, None] + steps(0, GROUP * lanes, lanes, matrix)  # (N, k, GROUP)
     members = members.view(n_rows, -1)
     return members.gather(1, matrix.gather(1, members).topk(k, dim=-1, sorted=False).indices)
 

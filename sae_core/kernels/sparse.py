@@ -4,7 +4,9 @@ Shapes: N rows, M columns of the pattern (latents), D width, nnz entries of the 
 """
 
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from sae_granary.sae_core.kernels.choice import takes_triton
 
 # Entries whose factors are gathered at once where no sampled product exists: 2**16 x 768 fp32 is 200 MB.
 GATHER_CHUNK = 2**16
+MAX_CACHED = 2**18  # numbers: 2 MB
 
 with warnings.catch_warnings():
     # torch announces once per process that CSR tensors are in beta.
@@ -21,11 +24,28 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
-@lru_cache(maxsize=16)
-def steps(start: int, stop: int, step: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """An arange that is not changed: the same tensor for the same numbers."""
+def steps(start: int, stop: int, step: int, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """torch.arange on the device of a tensor, cached: do not modify it, and give it to nobody."""
+    make = _cached if _caches(like, (stop - start) // step) else _made
+    return make(torch.arange, start, stop, step, dtype=dtype, device=like.device)
+
+
+def ones(n_rows: int, like: Tensor) -> Tensor:
+    """A column (N, 1) of ones, cached like `steps`."""
+    make = _cached if _caches(like, n_rows) else _made
+    return make(torch.ones, n_rows, 1, dtype=like.dtype, device=like.device)
+
+
+def _caches(like: Tensor, n: int) -> bool:
+    return type(like) is Tensor and n <= MAX_CACHED  # no fake tensor, such as those of torch.export
+
+
+def _made(function: Callable[..., Tensor], *sizes: int, **of: Any) -> Tensor:
     with torch.inference_mode(False):  # it may be kept for a gradient later
-        return torch.arange(start, stop, step, dtype=dtype, device=device)
+        return function(*sizes, **of)
+
+
+_cached = lru_cache(maxsize=16)(_made)
 
 
 def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:

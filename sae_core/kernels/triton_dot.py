@@ -11,8 +11,8 @@ from torch import Tensor
 ENTRIES = 8  # dot products that a program takes at once, for one read of its row
 SPLIT = 4  # programs that share a row's entries: k = 32 is one tile of each, and a long row is no bottleneck
 MAX_BLOCK = 256  # width that is multiplied at once
-N_WARPS = 4
-MAX_REGISTERS = 72  # of a thread; without a limit Triton 3.6 takes 79, and fewer programs wait for memory at once
+# Without a limit Triton 3.6 takes 79 registers, and fewer programs wait for memory at once.
+OPTIONS = {"num_warps": 4} | ({} if torch.version.hip else {"maxnreg": 72})
 
 
 @triton.jit
@@ -73,6 +73,5 @@ def _launch(rows: Tensor, columns: Tensor, indptr: Tensor, indices: Tensor, out:
         dot_at_entries[(n_rows, SPLIT)](
             rows, columns, indptr, indices, out, out if bias is None else bias, width, *rows.stride(),
             *columns.stride(), ENTRIES=ENTRIES, SPLIT=SPLIT, BLOCK=block, ACCUMULATOR=accumulator,
-            STEP=indptr.stride(0), BIAS=bias is not None, num_warps=N_WARPS,
-            maxnreg=MAX_REGISTERS,
+            STEP=indptr.stride(0), BIAS=bias is not None, **OPTIONS,
         )  # fmt: skip

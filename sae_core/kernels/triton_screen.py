@@ -124,7 +124,7 @@ def round_rows(
     tl.store(numbers + BIAS_SLACK, bias_slack.to(tl.int32, bitcast=True), mask=n == 0)
     bounded = slack + bias_slack < float("inf")  # then no sum of products overflows: squares of the norms do before
     tl.store(numbers + FITS, 0, mask=bounded == 0)
-    for start in range(tl.program_id(0) * BLOCK, n_groups, tl.num_programs(0) * BLOCK):
+    for start in range(n * BLOCK, n_groups, tl.num_programs(0).to(tl.int64) * BLOCK):
         g = start + tl.arange(0, BLOCK)
         inside = g < n_groups
         of_loss = tl.load(losses + g, mask=inside, other=0.0) / largest_loss

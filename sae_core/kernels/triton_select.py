@@ -181,7 +181,7 @@ def keep_wanted(
     Empty slots come last. They are of the last row, share as few latents as possible, and have the value `absent`.
     """
     n = tl.program_id(0).to(tl.int64)
-    n_rows = tl.num_programs(0)
+    n_rows = tl.num_programs(0).to(tl.int64)
     total, before = tl.load(counts + n_rows), tl.load(counts + n)
     n_tied = tl.maximum(n_slots - (total >> 32), 0)  # for how many equal ones there is room
     rank = before & TIED

@@ -131,7 +131,7 @@ class _Direct(torch.optim.Optimizer):
 def _in_memory_order(p: nn.Parameter, state: dict[str, Any]) -> tuple[Tensor, ...]:
     """What a fused step takes; matrices that are stored by columns, as W_enc is, as their transposes.
 
-    What is not contiguous it would copy to and fro: of parameter, gradient and both moments.
+    What is not contiguous it would copy twice: of parameter, gradient and both moments.
     """
     assert p.grad is not None
     tensors: tuple[Tensor, ...] = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])

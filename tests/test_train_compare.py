@@ -117,7 +117,12 @@ def test_plots_are_written(tmp_path: Path) -> None:
         assert f"<!-- {kind} -->" in drawn
     for row in rows_of("runs"):
         assert f"<!-- {row['name']} -->" in Path("c.svg").read_text()
-    assert "give the file .png, .svg or .pdf" in call("compare", "runs", "--pareto", "p.doc", code=2).stderr
+    for file, message in (
+        ("p.doc", "give the file .png, .svg or .pdf"),
+        ("x/p.png", "there is no folder x; create it"),
+    ):
+        refused = call("compare", "runs", "--pareto", file, code=2)
+        assert (message in refused.stderr, refused.stdout) == (True, "")
     hostile = {
         "status": "finished",
         "hook": "a$b$",

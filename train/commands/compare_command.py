@@ -46,6 +46,10 @@ def compare(
         warned = warnings(runs, rows)
         if sort is not None:
             rows = sort_rows(rows, sort)
+        if pareto is not None:
+            plot_pareto(rows, pareto)
+        if curves is not None:
+            plot_curves({row["name"]: read_metrics(Path(row["folder"])) for row in rows}, curves)
         for reason in skipped:
             echo(f"skipped: {reason}", err=True)
         for line in warned:
@@ -57,10 +61,6 @@ def compare(
         else:
             show_comparison(rows)
             show_notes([read_summary(Path(row["folder"])) for row in rows])
-        if pareto is not None:
-            plot_pareto(rows, pareto)
-        if curves is not None:
-            plot_curves({row["name"]: read_metrics(Path(row["folder"])) for row in rows}, curves)
 
 
 # The columns of the table, by names of a row; first those of words.

@@ -105,7 +105,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _figure(path: Path, n_panels: int, *, sharey: bool = False, legend_width: float = 0.0) -> Any:
-    """Yield the axes of a row of panels; written to the path behind it. Raises ConfigError for an unknown ending."""
+    """Yield the axes of a row of panels, written to the path at the end. Raises ConfigError for a bad path."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -118,6 +118,8 @@ def _figure(path: Path, n_panels: int, *, sharey: bool = False, legend_width: fl
         if path.suffix.removeprefix(".").lower() not in kinds:
             got = path.suffix or "no ending"
             raise ConfigError(f"{path}: a plot cannot be written with {got}; give the file .png, .svg or .pdf")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}; create it, or name another file")
         yield list(axes[0])
         figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)
     finally:

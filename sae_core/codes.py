@@ -44,7 +44,7 @@ class Pattern:
         n_rows, k = indices.shape
         if k == 0:
             indptr = indices.new_zeros(n_rows + 1)
-        elif current() is None:
+        elif current() is None:  # it goes to users, who may change it
             indptr = torch.arange(0, n_rows * k + 1, k, device=indices.device)
         else:
             indptr = steps(0, n_rows * k + 1, k, indices)

@@ -6,7 +6,6 @@ Shapes: N rows, M columns of the pattern (latents), D width, nnz entries of the 
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +25,24 @@ with warnings.catch_warnings():
 
 def steps(start: int, stop: int, step: int, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """torch.arange on the device of a tensor, cached: do not modify it, and give it to nobody."""
-    make = _cached if _caches(like, (stop - start) // step) else _made
-    return make(torch.arange, start, stop, step, dtype=dtype, device=like.device)
+    return _constant(torch.arange, (start, stop, step), (stop - start) // step, like, dtype)
 
 
 def ones(n_rows: int, like: Tensor) -> Tensor:
     """A column (N, 1) of ones, cached like `steps`."""
-    make = _cached if _caches(like, n_rows) else _made
-    return make(torch.ones, n_rows, 1, dtype=like.dtype, device=like.device)
+    return _constant(torch.ones, (n_rows, 1), n_rows, like, like.dtype)
 
 
-def _caches(like: Tensor, n: int) -> bool:
-    return type(like) is Tensor and n <= MAX_CACHED  # no fake tensor, such as those of torch.export
+def _constant(make: Callable[..., Tensor], sizes: tuple[int, ...], n: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if type(like) is not Tensor or n > MAX_CACHED:  # a fake tensor, such as those of torch.export, is not kept
+        return make(*sizes, dtype=dtype, device=like.device)
+    return _cached(make, sizes, dtype, like.device)
 
 
-def _made(function: Callable[..., Tensor], *sizes: int, **of: Any) -> Tensor:
+@lru_cache(maxsize=16)
+def _cached(make: Callable[..., Tensor], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may be kept for a gradient later
-        return function(*sizes, **of)
-
-
-_cached = lru_cache(maxsize=16)(_made)
+        return make(*sizes, dtype=dtype, device=device)
 
 
 def bag_sum(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
